@@ -1,0 +1,276 @@
+"""Every setting of every verb, as frozen dataclasses: the one source of YAML keys, command-line flags and ``--help``.
+
+A YAML file holds sections (``data``, ``canvas``, ``model``, ...). All verbs read the same file and each uses the
+sections it needs, so that one file describes an experiment. Precedence: flag > YAML file > default.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from jaxblock.types import Blocks, Context, EosSuppression, Law, Normalize, Quota, RuleName, Weighting
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where text comes from, how it becomes tokens, and where the prepared result lies."""
+
+    prepared: str = "prepared"
+    """Folder of prepared data: `prepare` writes it, every other verb reads it."""
+    train: str = "builtin"
+    """Training records: a .jsonl file, or `builtin` for the generated arithmetic word problems."""
+    validation: str | None = None
+    """Records scored during training; None takes `validation_records` of them from the training file (for `builtin`: held-out ones)."""
+    test: str | None = "builtin"
+    """Records for `decode` and `evaluate`, never trained on and never scored during training; None for none."""
+    validation_records: int = 128
+    """How many validation records to set apart when `validation` is None."""
+    prompt_field: str = "question"
+    """JSON field that holds the prompt."""
+    response_field: str = "answer"
+    """JSON field that holds the response."""
+    messages_field: str = "messages"
+    """JSON field of chat records ({"messages": [{"role": ..., "content": ...}]}); the last assistant turn is supervised."""
+    level: str = "easy"
+    """Difficulty of the built-in corpus."""
+    builtin_train: int = 20_000
+    """Built-in training problems."""
+    builtin_test: int = 512
+    """Built-in held-out problems."""
+    seed: int = 0
+    """Seed of the built-in corpus and of the validation split."""
+    template: str = "chat"
+    """Chat template: `chat` (LLaDA's header layout), `plain` (Question/Answer), `tokenizer` (the tokenizer's own), or a Jinja file's path."""
+    system: str | None = None
+    """System message put before every conversation that has none of its own."""
+    tokenizer: str = "train"
+    """`train` fits a SentencePiece model on the training text; else a path to a .model, a tokenizer.json, or a folder."""
+    tokenizer_type: Literal["bpe", "unigram", "word", "char"] = "bpe"
+    """SentencePiece model type, when one is trained."""
+    vocab_size: int = 1024
+    """Largest vocabulary of a trained tokenizer, special tokens and 256 bytes included."""
+    split_digits: bool = False
+    """Trained tokenizer: every digit is its own token."""
+    mask_token: str = "<|mdm_mask|>"
+    """The mask token's text in the tokenizer."""
+    eos_token: str = "<|endoftext|>"
+    """End of sequence: fills the rest of the terminator's block."""
+    eot_token: str = "<|eot_id|>"
+    """Ends a response."""
+    overlong: Literal["error", "drop", "truncate"] = "error"
+    """A prompt or response longer than the canvas: stop; drop and count it; or cut the response, which then has no terminator (an over-long prompt is dropped even so)."""
+    overwrite: bool = False
+    """Replace an existing prepared folder."""
+
+
+@dataclass(frozen=True)
+class CanvasConfig:
+    """The canvas that training and decoding share."""
+
+    prompt_len: int = 64
+    """Longest prompt in tokens."""
+    response_len: int = 32
+    """R: response positions, a multiple of `block`."""
+    block: int = 8
+    """B: response positions of a block."""
+    context: Context = "aligned"
+    """What surrounds the active block: the decoder's own view, or the published training script's."""
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """The objective: what is masked, and how its loss is weighed."""
+
+    objective: Literal["blockwise", "classical"] = "blockwise"
+    """`blockwise` supervises one active block a draw; `classical` masks tokens all over the response (LLaDA's SFT)."""
+    law: Law = "exact_count"
+    """How the masked set of a block is drawn (docs/method.md)."""
+    weighting: Weighting = "nelbo"
+    """Weight of a masked token: unbiased for the NELBO, 1 / masked tokens of the row (the paper's script), or 1."""
+    normalize: Normalize = "text_tokens"
+    """What the summed loss is divided by; every choice depends on the data alone, never on the draw."""
+    blocks: Blocks = "per_sequence"
+    """`per_sequence`: draw blocks of each sequence; `pairs`: an epoch visits every (example, block) pair once."""
+    draws: int = 1
+    """K: draws per sequence and step, by jax.vmap (`per_sequence`: distinct blocks; `pairs`: masks of one block)."""
+    prefix_mask_rate: float = 0.0
+    """Ablation: chance that a response token before the active block is masked (never the prompt)."""
+    suffix_mask_prob: float = 1.0
+    """Ablation: chance that a response token after the active block is masked."""
+    suffix_window: int | None = None
+    """Ablation: visible positions after the active block; None for all."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Where the network comes from and how it runs; the sizes matter for a random start only."""
+
+    init_from: str | None = None
+    """A run folder or a Hugging Face folder to start from; None starts from random weights."""
+    family: Literal["llada"] = "llada"
+    """Architecture of a random start."""
+    d_model: int = 128
+    """Width."""
+    n_layers: int = 4
+    """Layers."""
+    n_heads: int = 4
+    """Query heads."""
+    n_kv_heads: int | None = None
+    """Key/value heads; None for as many as query heads."""
+    mlp_dim: int = 384
+    """Width of the feed-forward layer."""
+    max_len: int = 4096
+    """Longest sequence, recorded in the checkpoint."""
+    rope_theta: float = 500_000.0
+    """Rotary base."""
+    norm_eps: float = 1e-5
+    """Added to the mean square in RMSNorm."""
+    tie_embeddings: bool = False
+    """The head is the transposed embedding."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute and activation type (softmax, norms and loss are float32 in any case)."""
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Storage type of the weights."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What the backward pass recomputes: nothing, all but matmuls, or whole layers."""
+    attention: Literal["xla", "reference"] = "xla"
+    """Attention backend; `reference` is the plain oracle."""
+    scan_layers: bool = True
+    """Run layers by lax.scan (compiles once); False unrolls them (debugging, and faster on a CPU for few layers)."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with a schedule and clipping."""
+
+    lr: float = 1e-3
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Decay after the warm-up, to `final_ratio` of the peak at the last step."""
+    warmup_steps: int = 50
+    """Updates of linear warm-up; update 0 has a learning rate above 0."""
+    final_ratio: float = 0.0
+    """Learning rate at the end, as a share of the peak."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    decay: Literal["matrices", "all"] = "matrices"
+    """Which parameters decay; `all` includes norms, as the peers' AdamW does."""
+    b1: float = 0.9
+    """First-moment decay."""
+    b2: float = 0.95
+    """Second-moment decay."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    clip_norm: float = 1.0
+    """Clip the gradient's global norm; 0 for never."""
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """The blockwise decoder."""
+
+    response_len: int | None = None
+    """R; None for the canvas's."""
+    block: int | None = None
+    """B; None for the canvas's."""
+    steps_per_block: int | None = None
+    """Decode steps of a block; None for one token a step."""
+    rule: RuleName = "low_confidence"
+    """Transfer rule: quota by confidence, quota at random, all above a threshold, or the factor rule."""
+    quota: Quota = "even"
+    """How a block's masks are split over its steps: LLaDA's `even`, dllm's linear rounding, or Dream's time grid."""
+    threshold: float = 0.9
+    """`confidence_threshold`: commit every token at least this confident (always the best one)."""
+    factor: float = 1.0
+    """`factor`: accept rank n while (n + 1)(1 - confidence) <= factor."""
+    temperature: float = 0.0
+    """Sampling temperature (Gumbel noise); 0 is greedy."""
+    cfg_scale: float = 0.0
+    """Classifier-free guidance: un + (scale + 1)(cond - un); 0 for none."""
+    eos_suppression: EosSuppression = "none"
+    """Forbid the fill token (`logits`), or rank stop tokens last (`confidence`)."""
+    early_stop: bool = True
+    """Stop a row after the block that holds a stop token."""
+    stop_ids: tuple[int, ...] | None = None
+    """Tokens that end a response; None for the checkpoint's own (end of turn and end of sequence)."""
+    fill_id: int | None = None
+    """The token after a response's end; None for the checkpoint's end of sequence."""
+    seed: int = 0
+    """Seed of sampling; each prompt's key comes from its index."""
+    batch_size: int = 64
+    """Prompts decoded together."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Scoring."""
+
+    split: Literal["test", "validation", "train"] = "test"
+    """Which prepared records to score."""
+    problems: int | None = None
+    """Score only the first so many; None for all."""
+    grader: Literal["gsm8k_strict", "gsm8k_flexible", "exact"] = "gsm8k_strict"
+    """How an answer is read off a response (named with every number)."""
+    nelbo: bool = True
+    """Also estimate the NELBO."""
+    nelbo_samples: int | None = None
+    """Masked sets per block, stratified by count; None for one of each count. Exact by enumeration where 2^B - 1 is not more."""
+    nelbo_rows: int | None = 256
+    """Rows of the NELBO estimate; None for all."""
+    compare: str | None = None
+    """A per-problem file of an earlier evaluation on the same problems: adds McNemar's paired test."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The training run."""
+
+    out: str = "runs/run"
+    """Run folder; an existing run is resumed or refused, never overwritten."""
+    steps: int = 1000
+    """Optimizer updates."""
+    batch_size: int = 16
+    """Sequences (or pairs) per update, over all devices."""
+    seed: int = 0
+    """Seed of data order, draws and random weights."""
+    resume: Literal["auto", "never", "must"] = "auto"
+    """Go on from the run folder's last checkpoint: if there is one, never (an existing run is an error), or always."""
+    log_every: int = 20
+    """Steps between lines of metrics."""
+    eval_every: int = 500
+    """Steps between evaluations on the validation records; 0 for start and end only."""
+    eval_problems: int = 64
+    """Validation problems decoded for Pass@1; 0 for none."""
+    eval_nelbo_rows: int = 64
+    """Validation rows of the NELBO; 0 for none."""
+    save_every: int = 500
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = 2
+    """Checkpoints kept."""
+    tensorboard: bool = False
+    """Also write TensorBoard events."""
+    loader_workers: int = 0
+    """Worker processes that read data; 0 for threads."""
+    debug: bool = False
+    """No jit, unrolled layers, NaNs located to layer and step, the first batch shown as `inspect` shows it."""
+    overfit_one_batch: bool = False
+    """Train on the first batch alone: its loss must approach 0."""
+    data_parallel: int = -1
+    """Devices along the `data` mesh axis; -1 for all that remain."""
+    fsdp: int = 1
+    """Devices along the `fsdp` mesh axis (parameters and optimizer state are split)."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """All sections of a YAML file."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    canvas: CanvasConfig = field(default_factory=CanvasConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)

@@ -1,0 +1,201 @@
+"""Batches in an order that is a pure function of (seed, step).
+
+Step s of a run holds rows s * batch_size to (s + 1) * batch_size of an endless shuffled list, in which every epoch is a
+new permutation. Rows are addressed, not replayed: starting at step s reads nothing before it, and the only data state
+of a checkpoint is the step. Process i of n makes the i-th of n equal slices of each batch.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple, Protocol
+
+import grain
+import numpy as np
+from absl import flags
+
+from jaxblock.config import CanvasConfig
+from jaxblock.data.records import Record
+from jaxblock.errors import UserError
+
+Kind = Literal["per_sequence", "pairs"]
+
+
+class Batch(NamedTuple):
+    """Rows of a batch on the host, int32 throughout; B rows, P and R the canvas's prompt and response positions.
+
+    Attributes:
+        prompt_ids: [B, P], 0 after the prompt.
+        prompt_len: [B]
+        response_ids: [B, R], 0 after the response (its terminator is its last token; no fill).
+        text_len: [B]
+        block: [B] the active block under `pairs`, else -1.
+        index: [B] the record's place in its split.
+        row_id: [B] the row's place in the global batch.
+    """
+
+    prompt_ids: np.ndarray
+    prompt_len: np.ndarray
+    response_ids: np.ndarray
+    text_len: np.ndarray
+    block: np.ndarray
+    index: np.ndarray  # type: ignore[assignment]  # hides tuple.index, which no batch needs
+    row_id: np.ndarray
+
+
+class RandomAccess(Protocol):
+    """A sized list of records (data.records.Records, or a plain list)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+def pad_rows(
+    records: Sequence[Record],
+    canvas: CanvasConfig,
+    *,
+    block: np.ndarray | None = None,
+    row_id: np.ndarray | None = None,
+) -> Batch:
+    """Lays records out as the rows of a batch.
+
+    Args:
+        records: B records.
+        canvas: Gives P and R.
+        block: int32 [B], the active block of each row; None for -1.
+        row_id: int32 [B]; None for 0 to B - 1.
+
+    Raises:
+        UserError: If a record is longer than the canvas.
+    """
+    n = len(records)
+    prompt_ids = np.zeros((n, canvas.prompt_len), np.int32)
+    response_ids = np.zeros((n, canvas.response_len), np.int32)
+    for row, record in enumerate(records):
+        for name, ids, limit in (
+            ("prompt", record.prompt_ids, canvas.prompt_len),
+            ("response", record.response_ids, canvas.response_len),
+        ):
+            if len(ids) > limit:
+                raise UserError(
+                    f"{record.source}: the {name} has {len(ids)} tokens, more than canvas.{name}_len = {limit}; "
+                    f"set canvas.{name}_len to what the data were prepared with, or prepare them again"
+                )
+        prompt_ids[row, : len(record.prompt_ids)] = record.prompt_ids
+        response_ids[row, : len(record.response_ids)] = record.response_ids
+    return Batch(
+        prompt_ids=prompt_ids,
+        prompt_len=np.array([len(record.prompt_ids) for record in records], np.int32),
+        response_ids=response_ids,
+        text_len=np.array([len(record.response_ids) for record in records], np.int32),
+        block=np.full(n, -1, np.int32) if block is None else block.astype(np.int32),
+        index=np.array([record.index for record in records], np.int32),
+        row_id=np.arange(n, dtype=np.int32) if row_id is None else row_id.astype(np.int32),
+    )
+
+
+def pairs_of(records: RandomAccess, block: int) -> np.ndarray:
+    """int32 [pairs, 2]: every (record, block that holds a token of its response), records in order."""
+    lengths = getattr(records, "lengths", None)
+    if lengths is not None:
+        response_len = lengths()[:, 1]
+    else:
+        response_len = np.array([len(records[i].response_ids) for i in range(len(records))], np.int32)
+    counts = -(-response_len // block)
+    example = np.repeat(np.arange(len(counts)), counts)
+    first = np.repeat(np.cumsum(counts) - counts, counts)
+    return np.stack([example, np.arange(len(example)) - first], axis=1).astype(np.int32)
+
+
+class BatchAt:
+    """Step -> this process's rows of that step's batch. Holds no state, so threads and processes may share it."""
+
+    def __init__(
+        self,
+        records: RandomAccess,
+        *,
+        canvas: CanvasConfig,
+        seed: int,
+        batch_size: int,
+        kind: Kind,
+        process_index: int = 0,
+        process_count: int = 1,
+    ) -> None:
+        """See `batches`."""
+        if batch_size < 1 or batch_size % process_count:
+            raise UserError(
+                f"train.batch_size = {batch_size} does not split over {process_count} processes: use a multiple of it"
+            )
+        self._records, self._canvas, self._batch_size = records, canvas, batch_size
+        self._pairs = pairs_of(records, canvas.block) if kind == "pairs" else None
+        n = len(records) if self._pairs is None else len(self._pairs)
+        if not n:
+            raise UserError("there are no records to make batches of")
+        # Grain adds the epoch to the seed; hashing it first keeps epoch 1 of seed 0 apart from epoch 0 of seed 1.
+        hashed = int(np.random.SeedSequence([seed, 0xDA7A]).generate_state(1)[0])
+        self._order = grain.MapDataset.range(n).shuffle(seed=hashed).repeat()
+        rows = batch_size // process_count
+        self._rows = np.arange(process_index * rows, (process_index + 1) * rows)
+        self.rows_per_epoch = n
+
+    def __call__(self, step: int) -> Batch:
+        places = [int(self._order[int(step) * self._batch_size + row]) for row in self._rows.tolist()]
+        block = None
+        if self._pairs is not None:
+            chosen = self._pairs[places]
+            places, block = chosen[:, 0].tolist(), chosen[:, 1]
+        return pad_rows([self._records[place] for place in places], self._canvas, block=block, row_id=self._rows)
+
+
+def batches(
+    records: RandomAccess,
+    *,
+    canvas: CanvasConfig,
+    seed: int,
+    batch_size: int,
+    start_step: int = 0,
+    kind: Kind = "per_sequence",
+    process_index: int = 0,
+    process_count: int = 1,
+    workers: int = 0,
+) -> Iterator[Batch]:
+    """Endless batches from `start_step` on, read ahead by threads or worker processes.
+
+    Args:
+        records: The training records (they must be picklable if `workers` > 0).
+        canvas: Lengths of a row, and the block of `pairs`.
+        seed: Any integer of 0 or more; with the step it decides every row.
+        batch_size: Rows of the global batch, a multiple of `process_count`.
+        start_step: The first step.
+        kind: `per_sequence`: rows are records; `pairs`: rows are (record, block), each once an epoch.
+        process_index: Which slice of each batch is wanted.
+        process_count: How many slices there are.
+        workers: Worker processes; 0 reads ahead in two threads.
+
+    Returns:
+        An iterator (of Grain; its `close()` ends workers at once).
+
+    Raises:
+        UserError: If there are no records, or the batch does not split evenly.
+    """
+    at = BatchAt(
+        records,
+        canvas=canvas,
+        seed=seed,
+        batch_size=batch_size,
+        kind=kind,
+        process_index=process_index,
+        process_count=process_count,
+    )
+    steps = grain.MapDataset.range(start_step, sys.maxsize).map(at)
+    dataset = steps.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
+    if workers:
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # Grain's worker processes read absl flags; their defaults are what we want
+        # A batch is small: sent through the queue, it leaves no shared memory behind if the iterator is dropped midway.
+        options = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
+        dataset = grain.experimental.WithOptionsIterDataset(dataset, options)
+        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
+    return iter(dataset)

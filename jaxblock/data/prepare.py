@@ -1,0 +1,152 @@
+"""`prepare`: text records in, a prepared folder out (records, tokenizer, template, manifest), whole or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jaxblock import storage
+from jaxblock.config import Config
+from jaxblock.data import manifest as manifests
+from jaxblock.data import records, splits, statistics, templates, tokenizers
+from jaxblock.data.encoding import Encoder
+from jaxblock.data.lengths import LengthPolicy, check_canvas
+from jaxblock.data.manifest import Manifest
+from jaxblock.data.records import Record
+from jaxblock.data.sources import Example
+from jaxblock.data.templates import Template
+from jaxblock.data.tokenizers import Tokenizer
+from jaxblock.errors import UserError
+
+Progress = Callable[[str], None]
+
+
+def _silent(message: str) -> None:
+    del message
+
+
+def prepare(config: Config, progress: Progress = _silent) -> Manifest:
+    """Prepares the data of a config in `config.data.prepared`.
+
+    If that folder already holds what the same settings and inputs give, it is left as it is.
+
+    Args:
+        config: Its data and canvas sections are used.
+        progress: Called with a line now and then.
+
+    Returns:
+        The folder's manifest.
+
+    Raises:
+        UserError: For bad input (file and line named), bad settings, or a folder that may not be replaced; nothing is
+            written then.
+    """
+    check_canvas(config.canvas)
+    loaded = splits.load(config.data)
+    given = None if config.data.tokenizer == "train" else tokenizers.load(config.data.tokenizer)
+    source = templates.find(
+        config.data.template, tokenizer_template=given.settings.get("chat_template") if given else None
+    )
+    fingerprint = manifests.fingerprint(config, loaded.inputs, _hashes_of(given), source)
+    there = _existing(config, fingerprint)
+    if there is not None:
+        progress(f"already prepared: {config.data.prepared} holds the same settings and inputs")
+        return there
+
+    encoder = _encoder(config, loaded.examples["train"], given, source, progress)
+    made: dict[str, list[Record]] = {}
+    report: dict[str, dict[str, Any]] = {}
+    lengths = LengthPolicy(config)
+    for split, examples in loaded.examples.items():
+        progress(f"{split}: {len(examples):,} records")
+        made[split], report[split] = lengths.apply(split, [encoder.pair(example) for example in examples], examples)
+    lengths.check()
+    for split, some in made.items():
+        report[split] |= statistics.describe(some, config.canvas.block)
+    with storage.new_folder(config.data.prepared, marker=manifests.FILE, overwrite=config.data.overwrite) as folder:
+        return _write(folder, config, fingerprint, loaded.inputs, encoder, made, report)
+
+
+def _existing(config: Config, fingerprint: str) -> Manifest | None:
+    """The manifest of a folder that already holds this very result; None if it is to be made."""
+    folder = config.data.prepared
+    path = storage.as_path(folder)
+    if (path / manifests.FILE).exists():
+        try:
+            there = manifests.read(folder)
+        except UserError:
+            if not config.data.overwrite:
+                raise
+            return None
+        files = [records.file_of(folder, split) for split in there.splits]
+        if there.fingerprint == fingerprint and all(storage.as_path(file).exists() for file in files):
+            return there
+        if not config.data.overwrite:
+            changed = (
+                "; ".join(manifests.differences(there, config))
+                or "the content of its input, tokenizer or template files"
+            )
+            raise UserError(
+                f"data.prepared: {folder} holds data prepared otherwise ({changed}). Set data.overwrite to replace "
+                "them, or another data.prepared"
+            )
+    storage.check_vacant(folder, marker=manifests.FILE, overwrite=config.data.overwrite)
+    return None
+
+
+def _encoder(config: Config, train: list[Example], given: Tokenizer | None, source: str, progress: Progress) -> Encoder:
+    data = config.data
+    tokens = {"bos_token": "<|startoftext|>", "eos_token": data.eos_token, "eot_token": data.eot_token}
+    template = Template(data.template, source, tokens)
+    if given is None:
+        progress(f"training a {data.tokenizer_type} tokenizer on {len(train):,} records")
+        texts = (template.render(example.messages, False, where=example.where) for example in train)
+        tokenizer: Tokenizer = tokenizers.train(texts, data, template.control_tokens())
+    else:
+        tokenizer = given
+        template = dataclasses.replace(template, tokens={**tokens, "bos_token": tokenizers.bos_text(given)})
+    progress(f"tokenizer: {tokenizer.vocab_size:,} tokens")
+    return Encoder(tokenizer, template, tokenizers.special_ids(tokenizer, data), data)
+
+
+def _hashes_of(tokenizer: Tokenizer | None) -> dict[str, str]:
+    if tokenizer is None:
+        return {}
+    return {name: hashlib.sha256(content).hexdigest() for name, content in tokenizer.files.items()}
+
+
+def _write(
+    folder: pathlib.Path,
+    config: Config,
+    fingerprint: str,
+    inputs: Mapping[str, Mapping[str, Any]],
+    encoder: Encoder,
+    made: Mapping[str, list[Record]],
+    report: Mapping[str, dict[str, Any]],
+) -> Manifest:
+    """Fills the scratch folder; the manifest comes last."""
+    for split, some in made.items():
+        records.write(folder, split, some)
+    encoder.tokenizer.save(folder / "tokenizer")
+    storage.write_text(folder / "tokenizer" / "template.jinja", encoder.template.source)
+    manifest = Manifest(
+        format=manifests.FORMAT,
+        fingerprint=fingerprint,
+        **manifests.settings(config),
+        inputs={split: dict(entry) for split, entry in inputs.items()},
+        tokenizer={"kind": type(encoder.tokenizer).__name__, "files": _hashes_of(encoder.tokenizer)},
+        template={
+            "name": encoder.template.name,
+            "source": encoder.template.source,
+            "tokens": dict(encoder.template.tokens),
+        },
+        special=encoder.special,
+        vocab_size=encoder.tokenizer.vocab_size,
+        splits={split: dict(entry) for split, entry in report.items()},
+        overlaps=statistics.overlaps({split: [record.prompt for record in some] for split, some in made.items()}),
+    )
+    manifests.write(folder, manifest)
+    return manifest

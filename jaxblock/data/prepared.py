@@ -1,0 +1,59 @@
+"""A prepared folder, opened for the verbs that read it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from jaxblock import storage
+from jaxblock.data import manifest as manifests
+from jaxblock.data import records, tokenizers
+from jaxblock.data.encoding import Encoder
+from jaxblock.data.manifest import Manifest
+from jaxblock.data.templates import Template
+from jaxblock.data.tokenizers import SpecialIds, Tokenizer
+from jaxblock.errors import UserError
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A prepared folder, opened: what `train`, `decode` and the rest need of it."""
+
+    folder: str
+    manifest: Manifest
+    tokenizer: Tokenizer
+    encoder: Encoder
+
+    @property
+    def special(self) -> SpecialIds:
+        """Ids of the mask, the end of sequence and the end of turn."""
+        return self.encoder.special
+
+    def records(self, split: str) -> records.Records:
+        """Random access to a split.
+
+        Raises:
+            UserError: If the folder has none of that name, or its file is damaged.
+        """
+        if split not in self.manifest.splits:
+            raise UserError(
+                f"{self.folder} holds no {split!r} records (only {', '.join(self.manifest.splits)}); set "
+                f"data.{split} and prepare again"
+            )
+        return records.read(self.folder, split)
+
+
+def open_prepared(folder: storage.PathLike) -> Prepared:
+    """Opens a prepared folder.
+
+    Raises:
+        UserError: If it is absent, not whole, or damaged.
+    """
+    manifest = manifests.read(folder)
+    local = storage.as_path(folder) / "tokenizer"
+    tokenizer = tokenizers.load(local)
+    source = storage.read_bytes(local / "template.jinja").decode()
+    template = Template(manifest.template["name"], source, manifest.template["tokens"])
+    return Prepared(
+        os.fspath(folder), manifest, tokenizer, Encoder(tokenizer, template, manifest.special, manifest.data_config)
+    )

@@ -1,0 +1,123 @@
+"""NELBO of responses given prompts: exact by enumeration for small blocks, else stratified Monte Carlo.
+
+For a block of n supervised tokens, NELBO_block = sum over l of E[c_S / l given |S| = l]. It bounds from above the
+negative log-likelihood of the decoder that commits one token a step in an order drawn independently of the tokens, at
+temperature 1, without guidance or suppression, on the same R.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float, Int
+
+from jaxblock.diffusion.canvas import active_positions
+from jaxblock.diffusion.objective import token_losses
+from jaxblock.diffusion.sampling import smallest
+from jaxblock.types import Canvas, Draw, Layout, Network, Params, Sum
+
+
+class Nelbo(NamedTuple):
+    """An estimate per row and block, in nats.
+
+    Attributes:
+        per_block: NELBO of each block; 0 where a row has no such block.
+        variance: of each estimate, over the masks drawn (0 where exact). The samples are treated as independent,
+            which overstates it: they are stratified by count.
+        by_count: -log p of masked tokens and how many, by masked count (entry l - 1).
+    """
+
+    per_block: Float[Array, "B blocks"]
+    variance: Float[Array, "B blocks"]
+    by_count: Sum
+
+
+def is_exact(layout: Layout, samples: int) -> bool:
+    """Whether ``nelbo`` enumerates: all masked sets of a block are no more than the samples asked for."""
+    return layout.block < 20 and 2**layout.block - 1 <= samples
+
+
+def nelbo(net: Network, layout: Layout, samples: int, params: Params, canvas: Canvas, key: Array) -> Nelbo:
+    """Estimates the NELBO of every block of every row.
+
+    Args:
+        net: the network (static).
+        layout: the canvas's static part.
+        samples: masked sets per block (static). Stratified: sample j of N has count 1 + floor(n * (j + u) / N). Where
+            2^B - 1 is not more, all sets are enumerated and the result is exact.
+        params: the network's parameters.
+        canvas: prompts and responses, from ``canvas.from_rows``.
+        key: of the masks; a row's masks depend on its ``row_id`` alone.
+
+    Returns:
+        The estimates.
+    """
+    exact = is_exact(layout, samples)
+    draws = 2**layout.block - 1 if exact else samples
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, canvas.row_id)
+
+    def one_block(by_count: Sum, block: Array) -> tuple[Sum, tuple[Array, Array]]:
+        blocks = jnp.full_like(canvas.prompt_len, block)
+        _, valid = active_positions(layout, canvas, blocks)
+        valid = valid & (blocks < canvas.n_blocks)[:, None]
+        block_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, block)
+
+        def one_set(carry: tuple[Array, Array, Sum], index: Array) -> tuple[tuple[Array, Array, Sum], None]:
+            total, squares, seen = carry
+            if exact:
+                masked, weight = _enumerated(layout, valid, index)
+            else:
+                masked, weight = _sampled(valid, block_keys, index, samples)
+            nll = token_losses(net, params, layout, canvas, Draw(blocks, masked, weight)).sum(-1)
+            value = weight * nll
+            count = masked.sum(-1)
+            hit = (jnp.arange(1, layout.block + 1) == count[:, None]) & (weight > 0)[:, None]
+            seen = Sum(seen.total + (hit * nll[:, None]).sum(0), seen.weight + (hit * count[:, None]).sum(0))
+            return (total + value, squares + value * value, seen), None
+
+        zeros = jnp.zeros(canvas.prompt_len.shape, jnp.float32)
+        (total, squares, by_count), _ = jax.lax.scan(one_set, (zeros, zeros, by_count), jnp.arange(draws))
+        if exact:
+            return by_count, (total, jnp.zeros_like(total))
+        mean = total / draws
+        spread = jnp.maximum(squares / draws - mean * mean, 0.0) / max(draws - 1, 1)
+        return by_count, (mean, spread)
+
+    empty = Sum(jnp.zeros(layout.block), jnp.zeros(layout.block))
+    by_count, (mean, variance) = jax.lax.scan(one_block, empty, jnp.arange(layout.n_blocks, dtype=jnp.int32))
+    return Nelbo(mean.T, variance.T, by_count)
+
+
+def _sampled(valid: Array, keys: Array, index: Array, samples: int) -> tuple[Array, Array]:
+    """Sample ``index``: its masked set, and the weight n / l of its tokens."""
+    n = valid.sum(-1)
+    step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, index)
+    u = jax.vmap(lambda k: jax.random.uniform(k, (valid.shape[-1] + 1,)))(step_keys)
+    size = jnp.minimum(1 + jnp.floor(n * (index + u[:, 0]) / samples).astype(jnp.int32), n)
+    return smallest(u[:, 1:], size, valid), n / jnp.maximum(size, 1)
+
+
+def _enumerated(layout: Layout, valid: Array, index: Array) -> tuple[Array, Array]:
+    """Set number ``index`` + 1 in binary, and its weight 1 / (l C(n, l)); sets beyond the row's n weigh 0."""
+    bits = ((index + 1) >> jnp.arange(layout.block)) & 1
+    masked = jnp.broadcast_to(bits.astype(bool), valid.shape)
+    fits = jnp.all(valid | ~masked, axis=-1)
+    sizes = [[0.0] + [1.0 / (m * math.comb(n, m)) if m <= n else 0.0 for m in range(1, layout.block + 1)]
+             for n in range(layout.block + 1)]
+    weight = jnp.asarray(np.array(sizes), jnp.float32)[valid.sum(-1), masked.sum(-1)]
+    return masked & valid, jnp.where(fits, weight, 0.0)
+
+
+def per_row(estimate: Nelbo) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
+    """NELBO of each row's whole response, and the standard error that the masks drawn leave."""
+    return estimate.per_block.sum(-1), jnp.sqrt(estimate.variance.sum(-1))
+
+
+def text_tokens(canvas: Canvas) -> Int[Array, " B"]:
+    """What a per-token NELBO divides by: the terminator counts, the fill does not, so that B and presets compare."""
+    return canvas.text_len

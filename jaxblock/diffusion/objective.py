@@ -1,0 +1,135 @@
+"""The objective: (sum, weight) of the masked tokens' losses. Blockwise, classical and the paper's differ in data alone.
+
+Classical SFT is the same code with one block as long as the response. What the sum is divided by depends on the data,
+never on the draw: dividing by the number of masked tokens of a batch is a biased ratio.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+from jaxblock.diffusion.canvas import supervised_end
+from jaxblock.diffusion.corruption import Ablation, corrupt
+from jaxblock.types import Canvas, Draw, Layout, Network, Normalize, Params, Sum
+
+
+class Losses(NamedTuple):
+    """What one batch's forward pass says.
+
+    Attributes:
+        loss: the objective; ``total / weight`` is what is minimised.
+        by_block: unweighted -log p of masked tokens, and how many, by index of the active block [blocks].
+        by_count: the same by masked count [A]; entry l - 1 holds blocks with l masks.
+    """
+
+    loss: Sum
+    by_block: Sum
+    by_count: Sum
+
+
+def token_losses(
+    net: Network,
+    params: Params,
+    layout: Layout,
+    canvas: Canvas,
+    draw: Draw,
+    ablation: Ablation = Ablation(),
+    noise: Float[Array, "B R"] | None = None,
+) -> Float[Array, "B A"]:
+    """-log p of the masked tokens of one draw per row, unweighted, in nats; 0 where nothing is masked."""
+    seen, targets = corrupt(layout, canvas, draw, ablation, noise)
+    hidden, _ = net.hidden(params, seen)
+    return jnp.where(draw.masked, net.nll(params, hidden, targets), 0.0)
+
+
+def losses(
+    net: Network,
+    params: Params,
+    layout: Layout,
+    canvas: Canvas,
+    draws: Draw,
+    normalize: Normalize,
+    ablation: Ablation = Ablation(),
+    noise: Float[Array, "K B R"] | None = None,
+    *,
+    drawn_blocks: Int[Array, " B"] | None = None,
+) -> Losses:
+    """The objective over K draws per row, mapped by ``jax.vmap``.
+
+    Args:
+        net: the network.
+        params: its parameters.
+        layout: the canvas's static part.
+        canvas: prompts and responses.
+        draws: with a leading K axis (``sampling.draw``).
+        normalize: what the sum is divided by (``normaliser``).
+        ablation: noise outside the block.
+        noise: its uniforms.
+        drawn_blocks: the data's own blocks under ``pairs``; None where a row stands for its whole sequence.
+
+    Returns:
+        Sums and weights, float32 or wider.
+    """
+
+    def one(draw: Draw, noise: Array | None) -> Array:
+        return token_losses(net, params, layout, canvas, draw, ablation, noise)
+
+    if noise is None or not ablation.needs_noise:
+        nll = jax.vmap(lambda d: one(d, None))(draws)
+    else:
+        nll = jax.vmap(one)(draws, noise)
+    share, weight = normaliser(layout, canvas, normalize, drawn_blocks)
+    total = jnp.sum(nll.sum(-1) * draws.weight * share)
+
+    live = (draws.weight > 0)[..., None] & draws.masked
+    per_draw, counts = jnp.where(live, nll, 0.0).sum(-1), live.sum(-1)
+    where = jnp.arange(layout.n_blocks) == draws.block[..., None]
+    how_many = jnp.arange(1, layout.block + 1) == counts[..., None]
+
+    def tally(hits: Array) -> Sum:
+        return Sum(jnp.sum(hits * per_draw[..., None], (0, 1)), jnp.sum(hits * counts[..., None], (0, 1)))
+
+    return Losses(Sum(total, weight), jax.lax.stop_gradient(tally(where)), jax.lax.stop_gradient(tally(how_many)))
+
+
+def normaliser(
+    layout: Layout, canvas: Canvas, normalize: Normalize, drawn_blocks: Int[Array, " B"] | None = None
+) -> tuple[Float[Array, " B"], Float[Array, ""]]:
+    """What a row's loss is multiplied by, and what the batch's sum is divided by.
+
+    Args:
+        layout: the canvas's static part.
+        canvas: the rows.
+        normalize: ``text_tokens`` (terminator counted, fill not), ``supervised_tokens`` (fill counted), ``sequences``,
+            ``sequence_mean`` (each row by its own supervised tokens, then by rows: LLaDA's SFT), ``blocks``, or
+            ``canvas_tokens`` (all positions of the batch: LLaDA's pre-training).
+        drawn_blocks: the one block each row stands for under ``pairs``.
+
+    Returns:
+        (shares [B], weight), functions of the data alone.
+    """
+    rows, width = canvas.ids.shape
+    text, supervised = canvas.text_len, supervised_end(layout, canvas) - canvas.prompt_len
+    blocks = canvas.n_blocks
+    if drawn_blocks is not None:
+        start = drawn_blocks * layout.block
+        text = jnp.clip(text - start, 0, layout.block)
+        supervised = jnp.clip(supervised - start, 0, layout.block)
+        blocks = jnp.ones_like(blocks)
+    share = jnp.ones(rows, jnp.float32)
+    if normalize == "sequence_mean":
+        share = 1.0 / jnp.maximum(supervised, 1).astype(jnp.float32)
+    weight = {
+        "text_tokens": lambda: text.sum(),
+        "supervised_tokens": lambda: supervised.sum(),
+        "sequences": lambda: jnp.asarray(rows),
+        "sequence_mean": lambda: jnp.asarray(rows),
+        "blocks": lambda: blocks.sum(),
+        "canvas_tokens": lambda: jnp.asarray(rows * width),
+    }[normalize]()
+    return share, weight.astype(jnp.float32)

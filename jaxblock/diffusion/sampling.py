@@ -1,0 +1,252 @@
+"""Laws: uniforms -> Draw. Every draw is a pure function of uniforms, so unbiasedness is shown by enumeration.
+
+A law draws the masked set S of a block of n supervised positions, with the weight that makes the sum of
+``weight * -log p`` over S an unbiased estimate of the block's NELBO (docs/method.md derives each):
+
+    NELBO_block = sum over l = 1..n of E[c_S / l given |S| = l],   c_S = sum over i in S of -log p(x_i | S masked).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+from jaxblock.diffusion.canvas import active_positions
+from jaxblock.types import Blocks, Canvas, Draw, Law, Layout, Weighting
+
+RATE_FLOOR = 1e-3
+"""The smallest mask rate of LLaDA's and the paper's training scripts."""
+
+
+class Sampling(NamedTuple):
+    """Which law, how blocks are chosen, and K. Static."""
+
+    law: Law
+    blocks: Blocks
+    draws: int
+    weighting: Weighting
+
+    @property
+    def masks_per_block(self) -> int:
+        """Draws that share a block: antithetic draws come in pairs, and under ``pairs`` all draws do."""
+        if self.blocks == "pairs":
+            return self.draws
+        return 2 if self.law == "antithetic" else 1
+
+
+class Uniforms(NamedTuple):
+    """The randomness of a step, drawn once for the whole global batch and indexed by ``row_id``.
+
+    Attributes:
+        block: which blocks of each sequence.
+        count: the masked count or the mask rate.
+        stratum: orders the draws of the global batch (the permutation of ``stratified_count``).
+        position: which positions of the block.
+        noise: the ablations' masks, by response position; R is 0 where there are none.
+    """
+
+    block: Float[Array, "B blocks"]
+    count: Float[Array, "B K"]
+    stratum: Float[Array, "B K"]
+    position: Float[Array, "B K A"]
+    noise: Float[Array, "B K R"]
+
+
+def draw_uniforms(key: Array, rows: int, draws: int, layout: Layout, *, noise: bool) -> Uniforms:
+    """The uniforms of one step.
+
+    Args:
+        key: ``fold_in(key(seed), step)``.
+        rows: the global batch size: another one gives other draws.
+        draws: K.
+        layout: for the sizes of a block and of the response.
+        noise: whether an ablation needs noise outside the block.
+
+    Returns:
+        Values in [0, 1).
+    """
+    b, c, s, p, n = jax.random.split(key, 5)
+    return Uniforms(
+        block=jax.random.uniform(b, (rows, layout.n_blocks)),
+        count=jax.random.uniform(c, (rows, draws)),
+        stratum=jax.random.uniform(s, (rows, draws)),
+        position=jax.random.uniform(p, (rows, draws, layout.block)),
+        noise=jax.random.uniform(n, (rows, draws, layout.response_len if noise else 0)),
+    )
+
+
+def smallest(u: Float[Array, "*n A"], count: Int[Array, "*n"], valid: Bool[Array, "*n A"]) -> Bool[Array, "*n A"]:
+    """The ``count`` valid positions with the smallest uniforms: a uniformly random set of that size."""
+    order = jnp.argsort(jnp.where(valid, u, 2.0), axis=-1, stable=True)
+    return (jnp.argsort(order, axis=-1) < count[..., None]) & valid
+
+
+def exact_count(count: Array, position: Array, valid: Array) -> tuple[Array, Array]:
+    """l uniform on 1..n, S uniform given l, weight n / l: the Rao-Blackwell form of ``bernoulli``.
+
+    Args:
+        count: uniforms [...].
+        position: uniforms [..., A].
+        valid: the block's supervised positions [..., A].
+
+    Returns:
+        (masked [..., A], weight [...]).
+    """
+    n = valid.sum(-1)
+    size = jnp.minimum(1 + jnp.floor(n * count).astype(jnp.int32), n)
+    return smallest(position, size, valid), _ratio(n, size, count.dtype)
+
+
+def bernoulli(count: Array, position: Array, valid: Array) -> tuple[Array, Array]:
+    """t = count; positions masked independently at rate t, given that at least one is.
+
+    The first masked position j is found from its conditional rates t / (1 - (1 - t)^(positions left)); those after it
+    are masked at rate t. That is the law of redrawing S at the same t until it is not empty, without the loop. The
+    weight (1 - (1 - t)^n) / t undoes the condition.
+
+    Args:
+        count: uniforms [...]: the mask rates.
+        position: uniforms [..., A].
+        valid: the block's supervised positions [..., A], the first n.
+
+    Returns:
+        (masked [..., A], weight [...]).
+    """
+    n = valid.sum(-1)
+    t = jnp.maximum(count, jnp.finfo(count.dtype).tiny)
+    left = (n[..., None] - jnp.arange(valid.shape[-1])).astype(t.dtype)
+    some = -jnp.expm1(left * jnp.log1p(-t)[..., None])
+    conditional = jnp.where(left > 1, t[..., None] / jnp.where(left >= 1, some, 1.0), 1.0)
+    hit = (position < conditional) & valid
+    first = jnp.argmax(hit, axis=-1)[..., None]
+    index = jnp.arange(valid.shape[-1])
+    masked = ((index == first) | ((index > first) & (position < t[..., None]))) & valid
+    weight = -jnp.expm1(n.astype(t.dtype) * jnp.log1p(-t)) / t
+    return masked, jnp.where(n > 0, weight, 0.0)
+
+
+def floored_bernoulli(count: Array, position: Array, valid: Array) -> tuple[Array, Array]:
+    """Rate p = floor + (1 - floor) * count, positions independent, nothing redrawn, weight 1 / p.
+
+    LLaDA's and the paper's scripts draw so. It is biased: a set of one is drawn too rarely by the factor that
+    docs/method.md gives, and the draw may be empty. For reproduction, and for LLaDA's classical SFT.
+    """
+    p = RATE_FLOOR + (1 - RATE_FLOOR) * count
+    return (position < p[..., None]) & valid, 1.0 / p
+
+
+def complement(masked: Array, position: Array, valid: Array) -> tuple[Array, Array]:
+    """The antithetic partner of a set S: its complement, and one random element of S so that it is never empty.
+
+    Args:
+        masked: S [..., A].
+        position: the uniforms that drew S: the element of S with the largest one is random given S.
+        valid: the block's supervised positions [..., A].
+
+    Returns:
+        (masked [..., A], weight n / l [...]), l = n + 1 - |S|.
+    """
+    n = valid.sum(-1)
+    again = jnp.argmax(jnp.where(masked, position, -1.0), axis=-1)
+    kept = jnp.arange(valid.shape[-1]) == again[..., None]
+    partner = (~masked | kept) & valid
+    return partner, _ratio(n, partner.sum(-1), position.dtype)
+
+
+def _ratio(n: Array, size: Array, dtype: jnp.dtype) -> Array:
+    return n.astype(dtype) / jnp.maximum(size, 1).astype(dtype)
+
+
+def _stratify(u: Uniforms) -> Float[Array, "B K"]:
+    """(pi(draw) + u) / N with pi a permutation of the N = B * K draws of the global batch."""
+    flat = u.stratum.reshape(-1)
+    rank = jnp.argsort(jnp.argsort(flat, stable=True)).reshape(u.stratum.shape)
+    return (rank + u.count) / flat.shape[0]
+
+
+_LAWS: dict[str, Callable[[Array, Array, Array], tuple[Array, Array]]] = {
+    "exact_count": exact_count,
+    "stratified_count": exact_count,
+    "antithetic": exact_count,
+    "bernoulli": bernoulli,
+    "floored_bernoulli": floored_bernoulli,
+}
+
+
+def choose_blocks(
+    uniforms: Float[Array, "B blocks"], n_blocks: Int[Array, " B"], draws: int
+) -> tuple[Int[Array, "B K"], Float[Array, "B K"]]:
+    """m = min(K, K_i) distinct blocks of each sequence, each weighted K_i / m; unused draws weigh 0.
+
+    Args:
+        uniforms: one per block.
+        n_blocks: K_i.
+        draws: K.
+
+    Returns:
+        (blocks, weights), both [B, K].
+    """
+    possible = uniforms.shape[1]
+    exists = jnp.arange(possible) < n_blocks[:, None]
+    order = jnp.argsort(jnp.where(exists, uniforms, 2.0), axis=1, stable=True)
+    order = jnp.pad(order, ((0, 0), (0, max(draws - possible, 0))))[:, :draws]
+    used = jnp.minimum(draws, n_blocks)[:, None]
+    weight = jnp.where(jnp.arange(draws) < used, n_blocks[:, None] / jnp.maximum(used, 1), 0.0)
+    return order.astype(jnp.int32), weight.astype(uniforms.dtype)
+
+
+def draw(
+    sampling: Sampling,
+    layout: Layout,
+    canvas: Canvas,
+    uniforms: Uniforms,
+    block: Int[Array, " B"] | None = None,
+) -> Draw:
+    """The K draws of every row.
+
+    Args:
+        sampling: law, block choice, K and weighting.
+        layout: the canvas's static part.
+        canvas: the rows; ``row_id`` picks each row's uniforms.
+        uniforms: of the whole global batch.
+        block: the active block of each row, given by the data under ``pairs``.
+
+    Returns:
+        A Draw whose arrays have a leading K axis: block [K, B], masked [K, B, A], weight [K, B]. A row's loss is the
+        sum over its draws of weight * -log p over the masked set.
+    """
+    each = sampling.masks_per_block
+    count = _stratify(uniforms) if sampling.law == "stratified_count" else uniforms.count
+    count, position = count[canvas.row_id], uniforms.position[canvas.row_id]
+    if sampling.blocks == "pairs":
+        if block is None:
+            raise ValueError("blocks='pairs' takes the active block from the data: pass block")
+        chosen, share = block[:, None], jnp.ones((block.shape[0], 1), count.dtype)
+    else:
+        chosen, share = choose_blocks(uniforms.block[canvas.row_id], canvas.n_blocks, sampling.draws // each)
+    chosen = jnp.repeat(chosen, each, axis=1)
+    share = jnp.repeat(share, each, axis=1) / each
+    valid = _supervised(layout, canvas, chosen)
+
+    if sampling.law == "antithetic":
+        first, second = position[:, 0::2], valid[:, 0::2]
+        masked, weight = exact_count(count[:, 0::2], first, second)
+        partner, partner_weight = complement(masked, first, second)
+        masked = jnp.stack([masked, partner], axis=2).reshape(valid.shape)
+        weight = jnp.stack([weight, partner_weight], axis=2).reshape(share.shape)
+    else:
+        masked, weight = _LAWS[sampling.law](count, position, valid)
+    if sampling.weighting == "masked_mean":
+        weight = 1.0 / jnp.maximum(masked.sum(-1), 1).astype(share.dtype)
+    elif sampling.weighting == "uniform":
+        weight = jnp.ones_like(share)
+    return Draw(chosen.T, jnp.moveaxis(masked, 1, 0), (weight * share).T)
+
+
+def _supervised(layout: Layout, canvas: Canvas, chosen: Int[Array, "B K"]) -> Bool[Array, "B K A"]:
+    return jax.vmap(lambda b: active_positions(layout, canvas, b)[1], in_axes=1, out_axes=1)(chosen)

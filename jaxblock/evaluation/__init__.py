@@ -1,0 +1,1 @@
+"""Scoring: graders, statistics, and the runner that decodes problems and grades them."""

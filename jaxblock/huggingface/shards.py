@@ -1,0 +1,179 @@
+"""Safetensors files of one folder: what is in them, and all that is wrong with them.
+
+The `safetensors` library judges and reads; a header is parsed here only to say *which* tensors a damaged file lost.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from jaxblock import storage
+from jaxblock.errors import UserError
+
+INDEX = "model.safetensors.index.json"
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(jnp.bfloat16),
+}
+"""The types we can hold, by safetensors' names."""
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_CONVERT = (
+    "jaxblock never unpickles, since a pickle can run any code. If you trust it, convert it where torch is installed: "
+    'python -c "import torch, safetensors.torch as s; '
+    "w = torch.load('{name}', weights_only=True, map_location='cpu'); "
+    "s.save_file({{k: v.clone().contiguous() for k, v in w.items()}}, '{stem}.safetensors')\""
+)
+
+
+class Stored(NamedTuple):
+    """Where a tensor lies.
+
+    Attributes:
+        path: its file.
+        dtype: safetensors' name of its type.
+        shape: as stored (torch's orientation).
+    """
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass
+class Contents:
+    """What a folder's safetensors files hold.
+
+    Attributes:
+        stored: every readable tensor by name.
+        damaged: what is wrong, by tensor name.
+        notes: what is wrong with files as a whole.
+    """
+
+    stored: dict[str, Stored] = field(default_factory=dict)
+    damaged: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def scan(folder: Path) -> Contents:
+    """Opens every shard and lists its tensors; damage is collected, not raised.
+
+    Args:
+        folder: a local folder with one safetensors file, or several with an index.
+
+    Returns:
+        Tensors, and all that is wrong.
+
+    Raises:
+        UserError: there is no safetensors file at all, or the index is not an index.
+    """
+    promised = _read_index(folder)
+    names = sorted(set(promised.values())) if promised else sorted(p.name for p in folder.glob("*.safetensors"))
+    if not names:
+        raise _no_shards(folder)
+    contents = Contents()
+    for name in names:
+        _scan_file(folder / name, [t for t, file in promised.items() if file == name], contents)
+    for tensor, file in promised.items():
+        if tensor not in contents.stored and tensor not in contents.damaged:
+            contents.damaged[tensor] = f"{INDEX} says it is in {file}, which does not hold it"
+    return contents
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    path = folder / INDEX
+    if not path.exists():
+        return {}
+    index = storage.read_json(path)
+    promised = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(promised, dict) or not all(isinstance(file, str) for file in promised.values()) or not promised:
+        raise UserError(f"{path}: no weight_map of tensor names to file names; download the checkpoint again")
+    for tensor, file in promised.items():
+        # An index could otherwise name any file of the machine.
+        if file != os.path.basename(file):
+            raise UserError(f"{path}: tensor {tensor} is in {file!r}; shards must lie in the folder itself")
+    return promised
+
+
+def _no_shards(folder: Path) -> UserError:
+    pickles = sorted(p for p in folder.iterdir() if p.suffix in _PICKLES)
+    if pickles:
+        listed = ", ".join(p.name for p in pickles)
+        advice = _CONVERT.format(name=pickles[0], stem=folder / pickles[0].stem)
+        return UserError(f"{folder}: only pickled weights are here ({listed}), no safetensors. {advice}")
+    return UserError(f"{folder}: no *.safetensors file; give the folder that holds config.json and model.safetensors")
+
+
+def _scan_file(path: Path, promised: list[str], contents: Contents) -> None:
+    """Adds one shard's tensors; `promised` are those that the index puts there."""
+    if not path.exists():
+        contents.damaged |= dict.fromkeys(promised, f"its file {path.name} is missing")
+        return
+    try:
+        with safe_open(path, framework="np") as file:
+            names = file.keys()
+            slices = {name: file.get_slice(name) for name in names}
+            found = {name: Stored(path, s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
+    except (SafetensorError, OSError) as error:
+        cut = _diagnose(path)
+        if cut is None:
+            contents.notes.append(f"{path.name} is not a whole safetensors file: {error}")
+            contents.damaged |= dict.fromkeys(promised, f"its file {path.name} cannot be read")
+        else:
+            contents.damaged |= cut
+        return
+    for tensor, where in found.items():
+        if tensor in contents.stored:
+            contents.notes.append(f"tensor {tensor} is in both {contents.stored[tensor].path.name} and {path.name}")
+        contents.stored[tensor] = where
+
+
+def _diagnose(path: Path) -> dict[str, str] | None:
+    """The state of every tensor of a file that ends early; None if its header cannot be read or nothing is missing."""
+    try:
+        with open(path, "rb") as file:
+            header_len = int.from_bytes(file.read(8), "little")
+            size = path.stat().st_size - 8 - header_len
+            if size < 0:
+                return None
+            header = json.loads(file.read(header_len))
+            entries = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
+            if max(end for _, end in entries.values()) <= size:
+                return None
+            return {
+                tensor: f"cut short: {path.name} has {max(size - begin, 0):,} of its {end - begin:,} bytes"
+                if end > size
+                else f"whole, but its file {path.name} ends early"
+                for tensor, (begin, end) in entries.items()
+            }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def read(stored: Stored, name: str, bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
+    """A slice of one tensor, in stored orientation.
+
+    The file is opened anew each time: dropping the mapping gives its pages back, so that what a process holds is this
+    tensor and not all that it has read so far.
+
+    Args:
+        stored: where the tensor lies.
+        name: its name.
+        bounds: (start, stop) of each dimension.
+
+    Returns:
+        An array of its own.
+    """
+    with safe_open(stored.path, framework="np") as file:
+        return np.asarray(file.get_slice(name)[tuple(slice(*b) for b in bounds)])

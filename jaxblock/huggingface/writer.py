@@ -1,0 +1,82 @@
+"""Writes safetensors files, holding one tensor in memory at a time.
+
+The `safetensors` library's own writer wants a whole shard in memory, twice; the format is a header and the bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxblock.huggingface.shards import DTYPES
+
+
+class Pending(NamedTuple):
+    """A tensor about to be written: its type and shape now, its values only when asked for."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    fetch: Callable[[], np.ndarray]
+
+    @property
+    def n_bytes(self) -> int:
+        """Size in the file."""
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+def plan(tensors: Mapping[str, Pending], max_shard_bytes: int) -> dict[str, list[str]]:
+    """Splits tensors over files, in order, none above the limit unless one tensor alone is.
+
+    Args:
+        tensors: by name, in the order in which they are to be written.
+        max_shard_bytes: limit of a file.
+
+    Returns:
+        Tensor names by file name; a single file is ``model.safetensors``.
+    """
+    groups: list[list[str]] = [[]]
+    room = max_shard_bytes
+    for name, tensor in tensors.items():
+        if groups[-1] and tensor.n_bytes > room:
+            groups.append([])
+            room = max_shard_bytes
+        groups[-1].append(name)
+        room -= tensor.n_bytes
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
+
+
+def write(path: Path, names: Iterable[str], tensors: Mapping[str, Pending]) -> None:
+    """Writes one safetensors file, holding one tensor in memory at a time.
+
+    Args:
+        path: the file to make.
+        names: which tensors, in order.
+        tensors: all of them.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    names = list(names)
+    spelled = {dtype: name for name, dtype in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        dtype, shape, _ = tensors[name]
+        begin, end = end, end + tensors[name].n_bytes
+        header[name] = {"dtype": spelled[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the data is aligned when the file is mapped
+    with open(path, "xb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            values = np.ascontiguousarray(tensors[name].fetch())
+            file.write(values.reshape(-1).view(np.uint8).data)
+        file.flush()
+        os.fsync(file.fileno())

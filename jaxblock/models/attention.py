@@ -1,0 +1,56 @@
+"""Bidirectional attention over a row's visible keys: one function, several backends, one oracle.
+
+With one active block per row the mask is only a key length, so no backend is ever handed a dense mask.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+Backend = Literal["xla", "reference"]
+
+
+def attend(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S G H"],
+    v: Float[Array, "B S G H"],
+    length: Int[Array, " B"],
+    backend: Backend,
+) -> Float[Array, "B T N H"]:
+    """Scaled dot-product attention; keys at or after ``length`` are hidden.
+
+    Args:
+        q: queries, rotated.
+        k: keys, rotated; N is a multiple of G.
+        v: values.
+        length: visible keys of each row, at least 1.
+        backend: ``xla`` leaves the layout to JAX; ``reference`` is the plain float32 softmax, the oracle.
+
+    Returns:
+        The attended values, in the queries' type.
+    """
+    if backend == "xla":
+        return _xla(q, k, v, length)
+    return _reference(q, k, v, length)
+
+
+def _reference(q: Array, k: Array, v: Array, length: Array) -> Array:
+    groups = q.shape[2] // k.shape[2]
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    k, v = jnp.repeat(k, groups, axis=2), jnp.repeat(v, groups, axis=2)
+    scores = jnp.einsum("btnh,bsnh->bnts", q.astype(wide), k.astype(wide), precision="highest") * q.shape[-1] ** -0.5
+    visible = jnp.arange(k.shape[1]) < length[:, None]
+    scores = jnp.where(visible[:, None, None, :], scores, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1)
+    return jnp.einsum("bnts,bsnh->btnh", weights, v.astype(wide), precision="highest").astype(q.dtype)
+
+
+def _xla(q: Array, k: Array, v: Array, length: Array) -> Array:
+    precision = "highest" if q.dtype == jnp.float32 else "default"
+    with jax.default_matmul_precision(precision):
+        return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=length, implementation="xla")

@@ -1,0 +1,172 @@
+"""The bidirectional transformer: nnx modules built from a family's table, run over stacked layers.
+
+Flax NNX defines the modules; everything here is a pure function of a nested dict of arrays. ``nnx.merge`` appears in
+this file alone, inside traced code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.typing import DTypeLike
+from jaxtyping import Float, Int
+
+from jaxblock.models import families
+from jaxblock.models.attention import Backend, attend
+from jaxblock.models.params import Architecture, ParamSpec, Table
+from jaxblock.parallel.axes import constrain
+from jaxblock.types import Params, View
+
+Remat = Literal["none", "dots", "full"]
+
+_POLICIES: dict[str, Any] = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def dense(x: Float[Array, "*rows I"], w: Float[Array, "I O"]) -> Float[Array, "*rows O"]:
+    """``x @ w`` in x's type. float32 means float32 on every platform: no TF32, no bfloat16 passes."""
+    precision = "highest" if x.dtype == jnp.float32 else "default"
+    return jnp.matmul(x, w.astype(x.dtype), precision=precision)
+
+
+def rms_norm(x: Array, scale: Array, eps: float) -> Array:
+    """RMSNorm in float32 (or wider), cast back, then scaled, as LLaDA does it."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return normed.astype(x.dtype) * scale.astype(x.dtype)
+
+
+def rotary(positions: Int[Array, "B T"], head_dim: int, theta: float, dtype: DTypeLike) -> tuple[Array, Array]:
+    """Cosines and sines [B, T, 1, H/2] of rotary positions, in float32 or wider."""
+    wide = jnp.promote_types(dtype, jnp.float32)
+    rate = theta ** (-jnp.arange(0, head_dim, 2, dtype=wide) / head_dim)
+    angle = positions[..., None, None].astype(wide) * rate
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: Float[Array, "B T N H"], cos: Array, sin: Array) -> Float[Array, "B T N H"]:
+    """Rotates the two halves of each head against each other."""
+    first, second = jnp.split(x.astype(cos.dtype), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+class Block(nnx.Module):
+    """One layer. Its parameters are those of the table, under the table's names."""
+
+    def __init__(self, specs: dict[str, ParamSpec], arch: Architecture, attention: Backend):
+        self.arch, self.attention = arch, attention
+        for name, spec in specs.items():
+            setattr(self, name, nnx.Param(jnp.zeros(spec.shape[1:])))
+
+    def __call__(self, x: Float[Array, "B T D"], cos: Array, sin: Array, length: Int[Array, " B"]) -> Array:
+        """Attention, then the feed-forward layer, each added to the residual stream [B, T, D]."""
+        arch, (rows, width, _) = self.arch, x.shape
+        h = rms_norm(x, self.attn_norm[...], arch.norm_eps)
+        q = dense(h, self.q[...]).reshape(rows, width, arch.n_heads, arch.head_dim)
+        k = dense(h, self.k[...]).reshape(rows, width, arch.n_kv_heads, arch.head_dim)
+        v = dense(h, self.v[...]).reshape(rows, width, arch.n_kv_heads, arch.head_dim)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        h = attend(q, k, v, length, self.attention).reshape(rows, width, -1)
+        x = x + dense(h, self.o[...])
+        h = rms_norm(x, self.mlp_norm[...], arch.norm_eps)
+        h = jax.nn.silu(dense(h, self.gate[...])) * dense(h, self.up[...])
+        return x + dense(h, self.down[...])
+
+
+@dataclass(frozen=True)
+class Transformer:
+    """A network as pure functions of its parameters (see ``types.Network``). Hashable: jitted code closes over it.
+
+    Attributes:
+        arch: sizes and ids.
+        dtype: compute and activation type.
+        remat: what the backward pass recomputes.
+        attention: attention backend.
+        scan_layers: run layers by ``lax.scan``; False unrolls them.
+        check_layer: called with (layer, hidden) after each unrolled layer; locates NaNs in debug mode.
+    """
+
+    arch: Architecture
+    dtype: str = "float32"
+    remat: Remat = "none"
+    attention: Backend = "xla"
+    scan_layers: bool = True
+    check_layer: Callable[[int, Array], None] | None = None
+
+    @cached_property
+    def table(self) -> Table:
+        """The family's parameter specs."""
+        return families.table(self.arch)
+
+    @cached_property
+    def _graph(self) -> nnx.GraphDef:
+        specs = {p.removeprefix("blocks/"): s for p, s in self.table.items() if s.stacked}
+        module = nnx.eval_shape(lambda: Block(specs, self.arch, self.attention))
+        return nnx.split(module)[0]
+
+    def hidden(self, params: Params, view: View, cache: None = None) -> tuple[Float[Array, "B A D"], None]:
+        """Hidden states at ``view.at`` after the last norm.
+
+        Args:
+            params: the table's nested dict.
+            view: what the network sees.
+            cache: the seam for cache policies; without one every position is computed.
+
+        Returns:
+            ([B, A, D], the cache).
+        """
+        x = self.trunk(params, view.ids, view.positions, view.length)
+        x = jnp.take_along_axis(x, view.at[..., None], axis=1)
+        return rms_norm(x, params["final_norm"], self.arch.norm_eps), cache
+
+    def trunk(
+        self, params: Params, ids: Int[Array, "B T"], positions: Int[Array, "B T"], length: Int[Array, " B"]
+    ) -> Float[Array, "B T D"]:
+        """The residual stream of every position, before the last norm."""
+        x = constrain(params["embed"].astype(self.dtype)[ids], "batch", None, None)
+        cos, sin = rotary(positions, self.arch.head_dim, self.arch.rope_theta, self.dtype)
+
+        def layer(x: Array, block_params: Params) -> Array:
+            block = nnx.merge(self._graph, block_params)
+            return constrain(block(x, cos, sin, length), "batch", None, None)
+
+        if self.remat != "none":
+            layer = jax.checkpoint(layer, policy=_POLICIES[self.remat], prevent_cse=not self.scan_layers)
+        if self.scan_layers:
+            return jax.lax.scan(lambda x, p: (layer(x, p), None), x, params["blocks"])[0]
+        for index in range(self.arch.n_layers):
+            x = layer(x, jax.tree.map(lambda leaf, i=index: leaf[i], params["blocks"]))
+            if self.check_layer is not None:
+                self.check_layer(index, x)
+        return x
+
+    def logits(self, params: Params, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
+        """float32 (or wider) logits of hidden states."""
+        wide = jnp.promote_types(hidden.dtype, jnp.float32)
+        precision = "highest" if hidden.dtype == jnp.float32 else "default"
+        head = params["embed"].T if self.arch.tie_embeddings else params["head"]
+        return jnp.matmul(hidden, head.astype(hidden.dtype), precision=precision, preferred_element_type=wide)
+
+    def nll(
+        self, params: Params, hidden: Float[Array, "*rows D"], targets: Int[Array, "*rows"]
+    ) -> Float[Array, "*rows"]:
+        """Negative log-likelihoods of targets, in nats, in float32 or wider."""
+        logits = self.logits(params, hidden)
+        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        return jax.nn.logsumexp(logits, axis=-1) - chosen
+
+    def all_logits(
+        self, params: Params, ids: Int[Array, "B T"], positions: Int[Array, "B T"], length: Int[Array, " B"]
+    ) -> Float[Array, "B T V"]:
+        """Logits of every position, as the network gives them, before any shift."""
+        x = self.trunk(params, ids, positions, length)
+        return self.logits(params, rms_norm(x, params["final_norm"], self.arch.norm_eps))

@@ -1,0 +1,1 @@
+"""What people look at: terminal views, the HTML of ``inspect``, plots, progress."""

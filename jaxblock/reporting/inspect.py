@@ -1,0 +1,300 @@
+"""What training feeds the model, made visible: token kinds, the block grid, masks, and which tokens carry loss.
+
+``examine`` calls the very functions that training calls (``sampling.draw``, ``corruption.corrupt``) and only reads off
+what they return, so a bug in the masking shows here. ``inspect_terminal`` and ``inspect_html`` draw the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxblock.diffusion.canvas import supervised_end
+from jaxblock.diffusion.corruption import Ablation, corrupt
+from jaxblock.diffusion.objective import normaliser
+from jaxblock.diffusion.sampling import Sampling, draw, draw_uniforms
+from jaxblock.types import Canvas, Draw, Layout, Normalize, View
+
+_PLAIN = Ablation()
+
+Kind = Literal["prompt", "response", "terminator", "fill", "padding", "unused", "hidden"]
+
+MEANING: dict[Kind, str] = {
+    "prompt": "given; never masked, never supervised",
+    "response": "text of the response",
+    "terminator": "ends the response; counted as text",
+    "fill": "fills the terminator's block; supervised, not counted as text",
+    "padding": "fill that the model sees after the text; never supervised",
+    "unused": "masks to the end of the response positions; never supervised",
+    "hidden": "after the row's end; the model never sees it",
+}
+"""Every kind of canvas position, for legends."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """One position of a canvas.
+
+    Attributes:
+        id: its token.
+        kind: what it is.
+        block: index of the block it lies in; None in the prompt and beyond the response positions.
+    """
+
+    id: int
+    kind: Kind
+    block: int | None
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One canvas position under one draw.
+
+    Attributes:
+        id: the token the model is fed.
+        rotary: its rotary position.
+        visible: it is before the visible length.
+        masked: the model is fed the mask token.
+        active: it lies in the active block.
+        loss: -log p of ``target`` enters the loss.
+        target: the true token; None where there is no loss.
+        read_at: the canvas position whose hidden state predicts the target; None where there is no loss.
+    """
+
+    id: int
+    rotary: int
+    visible: bool
+    masked: bool
+    active: bool
+    loss: bool
+    target: int | None
+    read_at: int | None
+
+
+@dataclass(frozen=True)
+class DrawShown:
+    """One draw of one row.
+
+    Attributes:
+        block: the active block.
+        supervised: n, positions of it that may be masked.
+        masked: l, how many are.
+        weight: what each masked token's -log p is multiplied by; 0 for an unused draw.
+        coefficient: the same after the batch's normaliser: the derivative of the batch's loss by that -log p.
+        visible_len: positions the model sees.
+        rotary: the first and the last of their rotary positions.
+        seen: every canvas position.
+        findings: what looks wrong; empty in a sound draw.
+    """
+
+    block: int
+    supervised: int
+    masked: int
+    weight: float
+    coefficient: float
+    visible_len: int
+    rotary: tuple[int, int]
+    seen: tuple[Seen, ...]
+    findings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Examined:
+    """One record on its canvas, and its draws.
+
+    Attributes:
+        label: how to call it.
+        positions: every canvas position.
+        prompt_len: tokens of the prompt.
+        text_len: tokens of the response, the terminator counted.
+        n_blocks: blocks that may be active.
+        length: visible positions without a suffix window.
+        draws: what training would feed.
+    """
+
+    label: str
+    positions: tuple[Position, ...]
+    prompt_len: int
+    text_len: int
+    n_blocks: int
+    length: int
+    draws: tuple[DrawShown, ...]
+
+
+def draw_steps(
+    layout: Layout,
+    sampling: Sampling,
+    canvas: Canvas,
+    key: Array,
+    steps: Sequence[int],
+    *,
+    rows: int | None = None,
+    ablation: Ablation = _PLAIN,
+    block: Array | None = None,
+) -> tuple[Draw, Array]:
+    """The draws of several training steps, one after the other along the K axis.
+
+    Args:
+        layout: the canvas's static part.
+        sampling: law, block choice, K and weighting.
+        canvas: the rows.
+        key: the run's key; each step folds its number in.
+        steps: which steps.
+        rows: the global batch size, which decides the draws; None for this canvas's rows.
+        ablation: tells whether noise is drawn.
+        block: the active block of each row [B] under ``pairs``.
+
+    Returns:
+        (draws with a leading axis of steps * K, noise [steps * K, B, R or 0]).
+    """
+    draws, noise = [], []
+    for step in steps:
+        size = canvas.ids.shape[0] if rows is None else rows
+        u = draw_uniforms(jax.random.fold_in(key, step), size, sampling.draws, layout, noise=ablation.needs_noise)
+        draws.append(draw(sampling, layout, canvas, u, block))
+        noise.append(jnp.moveaxis(u.noise[canvas.row_id], 1, 0))
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *draws), jnp.concatenate(noise)
+
+
+def examine(
+    layout: Layout,
+    canvas: Canvas,
+    draws: Draw,
+    *,
+    normalize: Normalize = "text_tokens",
+    ablation: Ablation = _PLAIN,
+    noise: Array | None = None,
+    drawn_blocks: Array | None = None,
+    labels: Sequence[str] | None = None,
+) -> list[Examined]:
+    """Reads off what the model is fed and what carries loss.
+
+    Args:
+        layout: the canvas's static part.
+        canvas: prompts and responses, B rows.
+        draws: with a leading K axis, as training gets them from ``sampling.draw``.
+        normalize: what the batch's loss is divided by.
+        ablation: noise outside the active block.
+        noise: its uniforms [K, B, R].
+        drawn_blocks: the data's blocks [B] under ``pairs``.
+        labels: names of the rows; None numbers them.
+
+    Returns:
+        One entry a row.
+    """
+    share, divisor = normaliser(layout, canvas, normalize, drawn_blocks)
+    scale = np.asarray(share, np.float64) / max(float(divisor), 1e-30)
+    shown: list[list[DrawShown]] = [[] for _ in range(canvas.ids.shape[0])]
+    for k in range(draws.block.shape[0]):
+        one: Draw = jax.tree.map(lambda x, k=k: x[k], draws)
+        uniforms = noise[k] if noise is not None and ablation.needs_noise else None
+        seen, targets = corrupt(layout, canvas, one, ablation, uniforms)
+        host = jax.tree.map(np.asarray, (canvas, one, seen, targets))
+        for row, column in enumerate(shown):
+            its: tuple[Canvas, Draw, View, np.ndarray] = jax.tree.map(lambda x, row=row: x[row], host)
+            column.append(_draw_shown(layout, *its, float(scale[row]), ablation))
+    ends = np.asarray(supervised_end(layout, canvas))
+    names = labels or [f"row {i}" for i in range(len(shown))]
+    rows = [jax.tree.map(lambda x, i=i: np.asarray(x)[i], canvas) for i in range(len(shown))]
+    return [
+        Examined(
+            label=name,
+            positions=_positions(layout, row, int(end)),
+            prompt_len=int(row.prompt_len),
+            text_len=int(row.text_len),
+            n_blocks=int(row.n_blocks),
+            length=int(row.length),
+            draws=tuple(column),
+        )
+        for name, row, end, column in zip(names, rows, ends, shown, strict=True)
+    ]
+
+
+def _positions(layout: Layout, row: Canvas, end: int) -> tuple[Position, ...]:
+    """Names every canvas position of one row (host arrays)."""
+    text_end = int(row.prompt_len + row.text_len)
+
+    def kind(at: int, token: int) -> Kind:
+        if at < row.prompt_len:
+            return "prompt"
+        if at < text_end:
+            return "terminator" if at == text_end - 1 and token in layout.stop_ids else "response"
+        if at >= row.length:
+            return "hidden"
+        if at < end:
+            return "fill"
+        return "unused" if token == layout.mask_id else "padding"
+
+    def block(at: int) -> int | None:
+        offset = at - int(row.prompt_len)
+        return offset // layout.block if 0 <= offset < layout.response_len else None
+
+    return tuple(Position(int(token), kind(at, int(token)), block(at)) for at, token in enumerate(row.ids))
+
+
+def _draw_shown(
+    layout: Layout, canvas: Canvas, one: Draw, seen: View, targets: np.ndarray, scale: float, ablation: Ablation
+) -> DrawShown:
+    """One row's draw, all host arrays without the batch axis."""
+    weight, length = float(one.weight), int(seen.length)
+    start = int(canvas.prompt_len + one.block * layout.block)
+    slots = {int(at): j for j, at in enumerate(seen.active) if bool(one.masked[j])} if weight > 0 else {}
+    positions = tuple(
+        Seen(
+            id=int(token),
+            rotary=int(rotary),
+            visible=at < length,
+            masked=int(token) == layout.mask_id,
+            active=start <= at < start + layout.block,
+            loss=at in slots,
+            target=int(targets[slots[at]]) if at in slots else None,
+            read_at=int(seen.at[slots[at]]) if at in slots else None,
+        )
+        for at, (token, rotary) in enumerate(zip(np.asarray(seen.ids), np.asarray(seen.positions), strict=True))
+    )
+    return DrawShown(
+        block=int(one.block),
+        supervised=int(np.sum(seen.valid)),
+        masked=int(np.sum(one.masked)),
+        weight=weight,
+        coefficient=weight * scale,
+        visible_len=length,
+        rotary=(int(seen.positions[0]), int(seen.positions[max(0, length - 1)])),
+        seen=positions,
+        findings=_findings(layout, canvas, one, seen, positions, ablation),
+    )
+
+
+def _findings(
+    layout: Layout, canvas: Canvas, one: Draw, seen: View, positions: Sequence[Seen], ablation: Ablation
+) -> tuple[str, ...]:
+    """What a person would call a mask bug, looked for in the arrays that the network is fed."""
+    shift = 1 if layout.alignment == "shifted" else 0
+    block_end = int(canvas.prompt_len + (one.block + 1) * layout.block)
+    checks = [
+        ("the model is not fed the prompt as it is", lambda p, at: at < canvas.prompt_len and p.id != canvas.ids[at]),
+        ("carries loss but its token is shown", lambda p, at: p.loss and not p.masked),
+        ("carries loss but is hidden", lambda p, at: p.loss and not p.visible),
+        ("carries loss but lies in the prompt", lambda p, at: p.loss and at < canvas.prompt_len),
+        ("its target is not the record's token", lambda p, at: p.loss and p.target != canvas.ids[at]),
+        ("is predicted from the wrong position", lambda p, at: p.loss and p.read_at != max(at - shift, 0)),
+    ]
+    if layout.context == "aligned" and ablation.suffix_mask_prob == 1.0:
+        checks.append(
+            ("shows a token after the active block", lambda p, at: at >= block_end and p.visible and not p.masked)
+        )
+    found = []
+    for text, wrong in checks:
+        where = [at for at, p in enumerate(positions) if wrong(p, at)]
+        if where:
+            found.append(f"{text}: canvas position {', '.join(map(str, where[:5]))}{' …' if len(where) > 5 else ''}")
+    outside = np.flatnonzero(np.asarray(one.masked & ~seen.valid))
+    if outside.size and float(one.weight) > 0:
+        found.append(f"masks positions of the block that may not be supervised: {', '.join(map(str, outside))}")
+    return tuple(found)

@@ -1,0 +1,193 @@
+"""Shows a decode as it happens: the response canvas block by block, and what each step commits."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+
+import numpy as np
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from jaxblock.reporting.pieces import MASK_GLYPH, visible
+
+
+def frames(
+    response_ids: Sequence[int] | np.ndarray, commit_step: Sequence[int] | np.ndarray, mask_id: int
+) -> Iterator[list[int]]:
+    """Rebuilds the canvas after each step that committed something: what is committed is never masked again.
+
+    Args:
+        response_ids: the response as far as it is decoded, shape [R].
+        commit_step: the step that committed each position, -1 for a mask, shape [R].
+        mask_id: the mask token.
+
+    Yields:
+        Response ids, one list of R per step, by rising step.
+    """
+    ids, step = np.asarray(response_ids), np.asarray(commit_step)
+    for s in np.unique(step[step >= 0]):
+        yield np.where((step >= 0) & (step <= s), ids, mask_id).tolist()
+
+
+class Watch:
+    """A context manager that is fed one canvas per decode step.
+
+    On a terminal the canvas is redrawn in place: masks dim, what the last step committed highlighted, the active block
+    marked. Elsewhere one line is printed per finished block.
+    """
+
+    def __init__(
+        self,
+        prompt: str,
+        piece: Callable[[int], str],
+        *,
+        mask_id: int,
+        block: int,
+        stop_ids: Sequence[int] = (),
+        console: Console | None = None,
+        pause: float = 0.0,
+    ) -> None:
+        """Sets up the view; nothing is shown before ``with``.
+
+        Args:
+            prompt: the prompt's text.
+            piece: the text of a token id.
+            mask_id: the mask token.
+            block: positions of a block.
+            stop_ids: tokens that end the response; what follows the first in its block is shown dim.
+            console: where to; None for standard output.
+            pause: seconds to wait after each redraw on a terminal (a replay is too fast to see).
+        """
+        self._prompt, self._piece, self._mask = prompt, piece, mask_id
+        self._block, self._stops, self._pause = block, frozenset(stop_ids), pause
+        self._console = console or Console()
+        self._ids: list[int] = []
+        self._fresh: set[int] = set()
+        self._steps = 0
+        self._nfe = 0
+        self._told = 0
+        self._block_steps = 0
+        self._over = False
+        self._live: Live | None = None
+
+    def __enter__(self) -> Watch:
+        """Starts the display."""
+        if self._console.is_terminal:
+            self._live = Live(console=self._console, auto_refresh=False, vertical_overflow="crop")
+            self._live.__enter__()
+            self._live.update(self._view(), refresh=True)
+        else:
+            self._console.print(Text(f"prompt: {self._prompt.strip()}"), soft_wrap=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Leaves the final canvas on the screen; elsewhere prints the summary line."""
+        self._fresh, self._over = set(), kind is None
+        if self._live is not None:
+            self._live.update(self._view(), refresh=True)
+            self._live.__exit__(kind, error, trace)
+            self._live = None
+        elif kind is None:
+            self._tell_finished_blocks(last=True)
+            self._console.print(Text(self._status().plain), soft_wrap=True)
+
+    def step(self, response_ids: Sequence[int], nfe: int | None = None) -> None:
+        """Shows the canvas after one decode step.
+
+        Args:
+            response_ids: the R response ids, masks where nothing is committed.
+            nfe: forward passes spent on this prompt so far; None counts one per step.
+        """
+        ids = [int(i) for i in response_ids]
+        before = self._ids or [self._mask] * len(ids)
+        self._fresh = {i for i, (old, new) in enumerate(zip(before, ids, strict=True)) if old != new}
+        self._ids = ids
+        self._steps += 1
+        self._block_steps += 1
+        self._nfe = self._steps if nfe is None else int(nfe)
+        if self._live is not None:
+            self._live.update(self._view(), refresh=True)
+            if self._pause > 0:
+                time.sleep(self._pause)
+        else:
+            self._tell_finished_blocks()
+
+    def _blocks(self) -> list[list[int]]:
+        return [self._ids[at : at + self._block] for at in range(0, len(self._ids), self._block)]
+
+    def _active(self) -> int:
+        """The block being worked on: where the last step committed, else the first that holds masks; -1 for none."""
+        if self._over:
+            return -1
+        if self._fresh:
+            return min(self._fresh) // self._block
+        return next((k for k, ids in enumerate(self._blocks()) if self._mask in ids), -1)
+
+    def _tell_finished_blocks(self, last: bool = False) -> None:
+        """Prints the blocks without masks that were not printed yet; at the end, a half-filled one as well."""
+        blocks = self._blocks()
+        while self._told < len(blocks):
+            ids = blocks[self._told]
+            if all(i == self._mask for i in ids) or (self._mask in ids and not last):
+                return
+            text = self._line(self._told, ids).plain
+            count = f"{self._block_steps} step{'' if self._block_steps == 1 else 's'}"
+            self._console.print(Text(f"block {self._told + 1}/{len(blocks)}  {count}  {text}"), soft_wrap=True)
+            self._told += 1
+            self._block_steps = 0
+
+    def _status(self) -> Text:
+        committed = sum(i != self._mask for i in self._ids)
+        per_forward = f"  {committed / self._nfe:.2f} tokens per forward" if self._nfe else ""
+        stopped = self._over and self._mask in self._ids and any(i in self._stops for i in self._ids)
+        return Text.assemble(
+            (f"step {self._steps}  NFE {self._nfe}  {committed}/{len(self._ids)} tokens", "bold"),
+            per_forward,
+            "  stopped early" if stopped else "",
+        )
+
+    def _view(self) -> Group:
+        blocks, active = self._blocks(), self._active()
+        # Prompt, status and some air take 8 lines; a long canvas is shown around the active block.
+        room = max(3, self._console.height - 8)
+        centre = len(blocks) if self._over else active
+        first = min(max(0, centre - room // 2), max(0, len(blocks) - room))
+        grid = Table.grid(padding=(0, 1))
+        grid.add_column(justify="right", no_wrap=True)
+        grid.add_column(overflow="fold")
+        if first:
+            grid.add_row("", Text(f"… {first} blocks above", style="dim"))
+        for k in range(first, min(first + room, len(blocks))):
+            label = Text(f"▶ {k + 1}" if k == active else str(k + 1), style="bold yellow" if k == active else "dim")
+            grid.add_row(label, self._line(k, blocks[k]))
+        if first + room < len(blocks):
+            grid.add_row("", Text(f"… {len(blocks) - first - room} blocks below", style="dim"))
+        prompt = Text("\n".join(self._prompt.strip().splitlines()[-5:]), style="cyan", overflow="ellipsis")
+        return Group(prompt, "", grid, "", self._status())
+
+    def _ended(self) -> int:
+        """The first stop token before which no mask is left, else the canvas's end."""
+        for i, token in enumerate(self._ids):
+            if token == self._mask:
+                break
+            if token in self._stops:
+                return i
+        return len(self._ids)
+
+    def _line(self, k: int, ids: Sequence[int]) -> Text:
+        """Block k's tokens; stop tokens that only repeat the end are shown as dots."""
+        line, ended = Text(), self._ended()
+        for i, token in enumerate(ids, k * self._block):
+            if token == self._mask:
+                line.append(MASK_GLYPH + " ", style="bright_black")
+                continue
+            # Dark on yellow rather than a bright colour: a highlighted space still shows.
+            style = "black on yellow" if i in self._fresh else "dim" if i >= ended else ""
+            line.append(" ·" if i > ended and token in self._stops else visible(self._piece(token)), style=style)
+        return line

@@ -1,0 +1,125 @@
+"""Config + architecture -> the static objects that the pure functions take. The only place that maps one to the other."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from jax import Array
+
+from jaxblock import config_io
+from jaxblock.config import CanvasConfig, Config, DecodeConfig, MethodConfig, ModelConfig
+from jaxblock.diffusion.corruption import Ablation
+from jaxblock.diffusion.decoder import Decoding
+from jaxblock.diffusion.sampling import Sampling
+from jaxblock.errors import UserError
+from jaxblock.models.params import Architecture
+from jaxblock.models.transformer import Transformer
+from jaxblock.types import Layout
+
+
+def architecture(model: ModelConfig, *, vocab_size: int, mask_id: int, eos_id: int) -> Architecture:
+    """The architecture of a random start over a tokenizer's vocabulary."""
+    return Architecture(
+        family=model.family,
+        vocab_size=vocab_size,
+        d_model=model.d_model,
+        n_layers=model.n_layers,
+        n_heads=model.n_heads,
+        n_kv_heads=model.n_kv_heads or model.n_heads,
+        head_dim=model.d_model // model.n_heads,
+        mlp_dim=model.mlp_dim,
+        norm_eps=model.norm_eps,
+        rope_theta=model.rope_theta,
+        max_len=model.max_len,
+        tie_embeddings=model.tie_embeddings,
+        mask_id=mask_id,
+        eos_id=eos_id,
+        pad_id=eos_id,
+    )
+
+
+def network(
+    arch: Architecture, model: ModelConfig, check_layer: Callable[[int, Array], None] | None = None
+) -> Transformer:
+    """The network, run as the ``model`` section says."""
+    return Transformer(
+        arch,
+        dtype=model.dtype,
+        remat=model.remat,
+        attention=model.attention,
+        scan_layers=model.scan_layers and check_layer is None,
+        check_layer=check_layer,
+    )
+
+
+def training_layout(
+    canvas: CanvasConfig, method: MethodConfig, arch: Architecture, stop_ids: tuple[int, ...]
+) -> Layout:
+    """The canvas of a training step: classical SFT is one block as long as the response."""
+    return Layout(
+        response_len=canvas.response_len,
+        block=canvas.response_len if method.objective == "classical" else canvas.block,
+        alignment=arch.alignment,
+        context=canvas.context,
+        suffix_window=method.suffix_window,
+        mask_id=arch.mask_id,
+        fill_id=arch.eos_id,
+        stop_ids=stop_ids,
+    )
+
+
+def scoring_layout(canvas: CanvasConfig, arch: Architecture, stop_ids: tuple[int, ...]) -> Layout:
+    """The canvas of NELBO and inspection: blocks as the decoder has them, whatever the objective was."""
+    return training_layout(canvas, MethodConfig(), arch, stop_ids)
+
+
+def decoding_layout(
+    canvas: CanvasConfig, decode: DecodeConfig, arch: Architecture, stop_ids: tuple[int, ...], window: int | None = None
+) -> Layout:
+    """The canvas of the decoder; ``decode`` overrides the canvas's sizes.
+
+    Raises:
+        UserError: the block does not divide the response.
+    """
+    layout = Layout(
+        response_len=decode.response_len or canvas.response_len,
+        block=decode.block or canvas.block,
+        alignment=arch.alignment,
+        context=canvas.context,
+        suffix_window=window,
+        mask_id=arch.mask_id,
+        fill_id=arch.eos_id if decode.fill_id is None else decode.fill_id,
+        stop_ids=stop_ids if decode.stop_ids is None else decode.stop_ids,
+    )
+    config_io.check_blocks(layout.response_len, layout.block, "decode")
+    return layout
+
+
+def decoding(decode: DecodeConfig, layout: Layout) -> Decoding:
+    """The decoder's options; ``steps_per_block`` defaults to one token a step.
+
+    Raises:
+        UserError: a number of steps below 1.
+    """
+    steps = layout.block if decode.steps_per_block is None else decode.steps_per_block
+    if steps < 1:
+        raise UserError(f"decode.steps_per_block is {steps}: it must be at least 1")
+    shared = {f: getattr(decode, f) for f in Decoding._fields if f != "steps_per_block"}
+    return Decoding(steps_per_block=steps, **shared)
+
+
+def sampling(method: MethodConfig) -> Sampling:
+    """Law, block choice, K and weighting."""
+    return Sampling(method.law, method.blocks, method.draws, method.weighting)
+
+
+def ablation(method: MethodConfig) -> Ablation:
+    """The ablation fields."""
+    return Ablation(method.prefix_mask_rate, method.suffix_mask_prob)
+
+
+def debug(config: Config) -> Config:
+    """The same run for debugging: unrolled layers, no remat, no worker processes."""
+    model = dataclasses.replace(config.model, scan_layers=False, remat="none")
+    return dataclasses.replace(config, model=model, train=dataclasses.replace(config.train, loader_workers=0))

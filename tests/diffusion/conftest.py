@@ -1,0 +1,214 @@
+"""A tiny network in float64, and the truth about it by plain enumeration: built without the package's own canvas."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+
+from jaxblock.diffusion import canvas as canvases
+from jaxblock.models import families
+from jaxblock.models import params as parameters
+from jaxblock.models.params import Architecture
+from jaxblock.models.transformer import Transformer
+from jaxblock.types import Layout
+
+VOCAB, EOT, FILL, MASK = 11, 7, 8, 9
+P, R = 3, 9
+PROMPTS = ([1, 2], [3, 4, 5])
+
+
+@pytest.fixture
+def x64():
+    """Float64 inside the test."""
+    with jax.enable_x64(True):
+        yield
+
+
+def make_net(dtype="float64", seed=0, **changes):
+    """A network whose predictions are far from uniform."""
+    sizes = dict(vocab_size=VOCAB, d_model=8, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=4, mlp_dim=12)
+    ids = dict(mask_id=MASK, eos_id=FILL, pad_id=FILL)
+    rest = dict(norm_eps=1e-5, rope_theta=100.0, max_len=64, tie_embeddings=False)
+    net = Transformer(Architecture("llada", **{**sizes, **rest, **ids, **changes}), dtype=dtype)
+    return net, jax.tree.map(lambda x: 2.5 * x, parameters.init(net.table, seed, dtype))
+
+
+def make_layout(context="aligned", alignment="same_position", block=3, response_len=R):
+    return Layout(response_len, block, alignment, context, None, MASK, FILL, (EOT, FILL))
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """(make_net, make_layout): the tiny network and its layouts."""
+    return make_net, make_layout
+
+
+class Truth(NamedTuple):
+    """What training is about, by enumeration: for every row, block and masked set (a bit mask).
+
+    Attributes:
+        rows: (prompt, text) of each row.
+        n: supervised positions of each row's blocks.
+        nll: [row, block, set, position], -log p of each masked token; NaN where there is no such set.
+        grad: [row, block, set, parameter], the gradient of the sum over the set; None if not asked for.
+    """
+
+    layout: Layout
+    canvas: canvases.Canvas
+    rows: list
+    n: list
+    nll: np.ndarray
+    grad: np.ndarray | None
+
+    def nelbo_weights(self):
+        """1 / (l C(n, l)) of every set [row, block, set]: sum over l of E[c_S / l given |S| = l]."""
+        weights = np.zeros(self.nll.shape[:3])
+        for i, sizes in enumerate(self.n):
+            for k, n in enumerate(sizes):
+                for s in range(1, 2**n):
+                    weights[i, k, s] = 1 / (s.bit_count() * math.comb(n, s.bit_count()))
+        return weights
+
+    def nelbo(self):
+        """NELBO of each block [row, block]."""
+        return np.nansum(self.nelbo_weights()[..., None] * self.nll, axis=(2, 3))
+
+
+def _picture(layout, prompt, text, block, masked):
+    """(ids, visible length, supervised tokens of the block) as the design words it, by lists."""
+    size = layout.block
+    width = P + layout.response_len
+    if layout.context == "aligned":
+        whole = text + [FILL] * (-len(text) % size)
+        visible = len(prompt) + layout.response_len
+    else:
+        whole, visible = list(text), width
+    start = block * size
+    targets = whole[start : start + size]
+    shown = whole[:start] + [MASK if i in masked else token for i, token in enumerate(targets)]
+    shown += [MASK] * (len(whole) - len(shown))
+    ids = prompt + shown
+    ids += [MASK if layout.context == "aligned" else FILL] * (visible - len(ids))
+    return ids + [0] * (width - visible), visible, targets
+
+
+def _token_losses(net, params, ids, length, read, targets, masked):
+    """-log p of masked targets, from logits of the whole row."""
+    positions = jnp.arange(ids.shape[0])
+    logits = net.all_logits(params, ids[None], positions[None], length[None])[0]
+    return jnp.where(masked, -jax.nn.log_softmax(logits)[read, targets], 0.0)
+
+
+def _summed(net, params, *picture):
+    tokens = _token_losses(net, params, *picture)
+    return tokens.sum(), tokens
+
+
+def _one_gradient(net, params, *picture):
+    (_, tokens), grad = jax.value_and_grad(_summed, argnums=1, has_aux=True)(net, params, *picture)
+    return tokens, ravel_pytree(grad)[0]
+
+
+_in = (None, None, 0, 0, 0, 0, 0)
+_forward = jax.jit(jax.vmap(_token_losses, _in), static_argnums=0)
+_gradients = jax.jit(jax.vmap(_one_gradient, _in), static_argnums=0)
+
+
+def build_truth(net, params, layout, texts, gradient=False, most=64):
+    """Enumerates every set of every block. ``most`` pads the number of pictures, so that compiled code is shared."""
+    size, rows = layout.block, list(zip(PROMPTS, texts, strict=True))
+    pictures, where, n = [], [], []
+    for i, (prompt, text) in enumerate(rows):
+        n.append([])
+        for k in range(-(-len(text) // size)):
+            for s in range(2**size):
+                masked = {j for j in range(size) if s >> j & 1}
+                ids, length, targets = _picture(layout, prompt, text, k, masked)
+                if max(masked, default=0) >= len(targets):
+                    continue
+                at = len(prompt) + k * size + np.arange(size)
+                read = np.clip(at - (layout.alignment == "shifted"), 0, len(ids) - 1)
+                pictures.append((ids, length, read, np.pad(targets, (0, size - len(targets))), [j in masked for j in range(size)]))
+                where.append((i, k, s))
+            n[-1].append(len(targets))
+    pictures += pictures[:1] * (most - len(pictures))
+    batch = [jnp.asarray(np.array(column)) for column in zip(*pictures, strict=True)]
+    out = (_gradients if gradient else lambda *a: (_forward(*a), None))(net, params, *batch)
+    index = tuple(np.array(where).T)
+    shape = (len(rows), layout.n_blocks, 2**size)
+
+    def table(values):
+        values = np.asarray(values)[: len(where)]
+        whole = np.full(shape + values.shape[1:], np.nan)
+        whole[index] = values
+        return whole
+
+    arrays = [np.array([x + [0] * (m - len(x)) for x in xs]) for xs, m in ((PROMPTS, P), (texts, R))]
+    lengths = [np.array([len(x) for x in xs]) for xs in (PROMPTS, texts)]
+    prompt_ids, prompt_len, text_ids, text_len = (
+        jnp.asarray(x, jnp.int32) for pair in zip(arrays, lengths, strict=True) for x in pair
+    )
+    rows_of = canvases.from_rows(layout, prompt_ids, prompt_len, text_ids, text_len, jnp.arange(len(rows), dtype=jnp.int32))
+    return Truth(layout, rows_of, rows, n, table(out[0]), None if out[1] is None else table(out[1]))
+
+
+@pytest.fixture(scope="session")
+def truth_of():
+    """``build_truth``."""
+    return build_truth
+
+
+TEXTS = {
+    "aligned": ([1, 0, 6, 2, 2, 10, EOT], [5, 3, 1, EOT]),
+    "paper": ([1, 0, 6, 2, 2, 10, 4, EOT], [5, 3, 1, EOT]),
+}
+
+
+@pytest.fixture(scope="session")
+def truths():
+    """(net, params, {name: Truth with gradients}): K_i = 3 and 2, filled blocks (aligned) and short ones (paper)."""
+    with jax.enable_x64(True):
+        net, params = make_net()
+        layouts = {
+            "aligned": make_layout("aligned"),
+            "shifted": make_layout("aligned", "shifted"),
+            "paper": make_layout("paper"),
+        }
+        made = {name: build_truth(net, params, lay, TEXTS[lay.context], gradient=True) for name, lay in layouts.items()}
+        return net, params, made
+
+
+def permutations_as_uniforms(n):
+    """Every order of n uniforms, equally likely [n!, n]."""
+    return (np.array(list(itertools.permutations(range(n)))) + 0.5) / n
+
+
+@pytest.fixture(scope="session")
+def golden_model(shared):
+    """A function: name -> (net, params) of golden/forward/<name>, read without the package's own loader."""
+    from safetensors.numpy import load_file
+
+    made = {}
+
+    def load(name):
+        if name not in made:
+            folder = shared / "golden" / "forward" / name
+            arch = families.from_hf(json.loads((folder / "config.json").read_text()), str(folder))
+            tensors = load_file(folder / "model.safetensors")
+            net, flat = Transformer(arch), {}
+            for path, spec in net.table.items():
+                names = [spec.hf_name.format(layer=i) for i in range(arch.n_layers if spec.stacked else 1)]
+                stack = [tensors[x].T if spec.transpose else tensors[x] for x in names]
+                flat[path] = jnp.asarray(np.stack(stack) if spec.stacked else stack[0])
+            made[name] = net, parameters.nest(flat)
+        return made[name]
+
+    return load

@@ -1,0 +1,219 @@
+"""Each law's expected gradient is the gradient of the NELBO: exactly, by enumerating the uniforms.
+
+The estimator is a sum over rows and draws, so its expectation needs each draw's own marginal only: all rows and draws
+are fed the same atoms (a probability and the uniforms of one draw). ``stratified_count`` ties the draws of a batch
+together, so there the joint permutations are enumerated. The laws see nothing but uniforms; gradients come from a table
+over (row, block, set) that knows nothing of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from fractions import Fraction
+from math import comb
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+
+from jaxblock.diffusion import objective, sampling
+from jaxblock.diffusion.sampling import Sampling, Uniforms
+
+SIZE, BLOCKS = 3, 3
+NODES, NODE_WEIGHTS = (lambda x, w: ((x + 1) / 2, w / 2))(*np.polynomial.legendre.leggauss(6))
+COUNTS = (np.arange(6) + 0.5) / 6  # six cells: the counts of n = 1, 2 and 3 alike
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+class Atom(NamedTuple):
+    """One draw's uniforms, and how likely they are."""
+
+    chance: float
+    count: float
+    position: tuple
+
+
+def _orders(n):
+    return (np.array(list(itertools.permutations(range(n)))) + 0.5) / n
+
+
+def _count_atoms():
+    orders = _orders(SIZE)
+    return [Atom(1 / 36, count, tuple(order)) for count in COUNTS for order in orders]
+
+
+def _rate_atoms(thresholds):
+    """Quadrature over the rate; given it, one atom per cell between the thresholds of each position's uniform."""
+    atoms = []
+    for t, w in zip(NODES, NODE_WEIGHTS, strict=True):
+        cells = []
+        for j in range(SIZE):
+            edges = np.unique([0.0, 1.0, *thresholds(t, j)])
+            cells.append([((a + b) / 2, b - a) for a, b in zip(edges[:-1], edges[1:], strict=True)])
+        for cell in itertools.product(*cells):
+            atoms.append(Atom(w * np.prod([c for _, c in cell]), t, tuple(u for u, _ in cell)))
+    return atoms
+
+
+def _first_hit_thresholds(t, j):
+    """Position j's rate before and after the first mask, for blocks of 1, 2 and 3 positions."""
+    return [t, *(t / (1 - (1 - t) ** left) for left in range(1, SIZE - j + 1))]
+
+
+def _atoms(law):
+    if law == "bernoulli":
+        return _rate_atoms(_first_hit_thresholds)
+    if law == "floored_bernoulli":
+        floor = sampling.RATE_FLOOR
+        return _rate_atoms(lambda t, j: [floor + (1 - floor) * t])
+    return _count_atoms()
+
+
+def _uniforms(law, rows, draws, pairs):
+    """(chances [E], uniforms with a leading axis E)."""
+    atoms = _atoms(law)
+    chance, count, position = (np.array(x) for x in zip(*atoms, strict=True))
+    orders = _orders(BLOCKS)[:1] if pairs else _orders(BLOCKS)
+    strata = _orders(rows * draws) if law == "stratified_count" else np.zeros((1, rows * draws))
+    e = np.array(list(itertools.product(range(len(atoms)), range(len(orders)), range(len(strata)))))
+    shape = (len(e), rows, draws)
+    uniforms = Uniforms(
+        block=np.broadcast_to(orders[e[:, 1], None], (len(e), rows, BLOCKS)),
+        count=np.broadcast_to(count[e[:, 0], None, None], shape),
+        stratum=strata[e[:, 2]].reshape(shape),
+        position=np.broadcast_to(position[e[:, 0], None, None], (*shape, SIZE)),
+        noise=np.zeros((*shape, 0)),
+    )
+    return chance[e[:, 0]] / (len(orders) * len(strata)), jax.tree.map(jnp.asarray, uniforms)
+
+
+def _rows(truth, pairs):
+    """The rows fed to the law, and which (row, block) each stands for: (canvas, block, row of the table)."""
+    if not pairs:
+        return truth.canvas, None, np.arange(len(truth.n))
+    flat = np.array([(i, k) for i, sizes in enumerate(truth.n) for k in range(len(sizes))], np.int32)
+    canvas = jax.tree.map(lambda x: x[flat[:, 0]], truth.canvas)
+    return canvas._replace(row_id=jnp.arange(len(flat), dtype=jnp.int32)), jnp.asarray(flat[:, 1]), flat[:, 0]
+
+
+def _draws(truth, how, uniforms, canvas, block):
+    return jax.device_get(jax.jit(jax.vmap(lambda u: sampling.draw(how, truth.layout, canvas, u, block)))(uniforms))
+
+
+def _combine(coefficients, grad):
+    """sum over (block, set) of coefficient * gradient; a coefficient on a set that cannot be would give NaN."""
+    return np.einsum("ks,ksp->p", coefficients, np.where(coefficients[..., None] == 0, 0, grad))
+
+
+def expected_gradient(truth, how):
+    """E over uniforms of the summed gradient of each row [row, parameter]."""
+    pairs = how.blocks == "pairs"
+    canvas, block, origin = _rows(truth, pairs)
+    rows = canvas.prompt_len.shape[0]
+    chance, uniforms = _uniforms(how.law, rows, how.draws, pairs)
+    assert abs(chance.sum() - 1) < 1e-12
+    draw = _draws(truth, how, uniforms, canvas, block)
+    sets = draw.masked @ (1 << np.arange(SIZE))
+    total = np.zeros((len(truth.n), truth.grad.shape[-1]))
+    for i in range(rows):
+        key = draw.block[:, :, i] * 2**SIZE + sets[:, :, i]
+        value = np.broadcast_to(chance[:, None], key.shape) * draw.weight[:, :, i]
+        coefficients = np.bincount(key.ravel(), value.ravel(), BLOCKS * 2**SIZE).reshape(BLOCKS, -1)
+        total[origin[i]] += _combine(coefficients, truth.grad[origin[i]])
+    return total
+
+
+def nelbo_gradient(truth):
+    """The gradient of each row's enumerated NELBO [row, parameter]."""
+    return np.stack([_combine(w, g) for w, g in zip(truth.nelbo_weights(), truth.grad, strict=True)])
+
+
+def error(got, want):
+    """The largest relative error over rows."""
+    return (np.linalg.norm(got - want, axis=-1) / np.linalg.norm(want, axis=-1)).max()
+
+
+def _sampling(law, blocks, draws, weighting="nelbo"):
+    return Sampling(law, blocks, draws, weighting)
+
+
+CASES = [
+    *(_sampling(law, "per_sequence", k) for law in ("exact_count", "bernoulli", "stratified_count") for k in (1, 2, 3)),
+    *(_sampling("antithetic", "per_sequence", k) for k in (2, 4, 6)),
+    *(_sampling(law, "pairs", k) for law in ("exact_count", "bernoulli") for k in (1, 3)),
+    _sampling("stratified_count", "pairs", 1),
+    *(_sampling("antithetic", "pairs", k) for k in (2, 4)),
+]
+
+
+@pytest.mark.parametrize("context", ["aligned", "paper"])
+@pytest.mark.parametrize("how", CASES, ids=lambda s: f"{s.law}-{s.blocks}-{s.draws}")
+def test_expected_gradient_is_the_nelbos(truths, context, how):
+    truth = truths[2][context]
+    assert error(expected_gradient(truth, how), nelbo_gradient(truth)) < 1e-8
+
+
+def _paper_coefficient(n, size, eps):
+    """C(n, l) / (1 - eps) * integral from eps to 1 of p^l (1 - p)^(n - l), in rationals."""
+    total = Fraction(0)
+    for j in range(n - size + 1):
+        power = size + j + 1
+        total += comb(n - size, j) * Fraction(-1) ** j * (1 - eps**power) / power
+    return float(comb(n, size) * total / (1 - eps))
+
+
+@pytest.mark.parametrize("eps", [Fraction(1, 1000), Fraction(0)])
+def test_papers_masked_mean_is_the_formula(truths, monkeypatch, eps):
+    monkeypatch.setattr(sampling, "RATE_FLOOR", float(eps))
+    truth = truths[2]["paper"]
+    weights = truth.nelbo_weights()
+    for i, sizes in enumerate(truth.n):
+        for k, n in enumerate(sizes):
+            if eps == 0:
+                weights[i, k] /= n + 1
+            else:
+                weights[i, k] *= [0.0] + [_paper_coefficient(n, s.bit_count(), eps) for s in range(1, 2**SIZE)] if n == SIZE \
+                    else [_paper_coefficient(n, s.bit_count(), eps) if 0 < s < 2**n else 0.0 for s in range(2**SIZE)]
+    want = np.stack([_combine(w, g) for w, g in zip(weights, truth.grad, strict=True)])
+    how = _sampling("floored_bernoulli", "pairs", 1, "masked_mean")
+    assert error(expected_gradient(truth, how), want) < 1e-8
+    assert error(want, nelbo_gradient(truth)) > 0.1
+
+
+def _redrawn_with_one_over_t(count, position, valid):
+    return sampling.bernoulli(count, position, valid)[0], jnp.where(valid.any(-1), 1 / count, 0.0)
+
+
+def _without_k(uniforms, n_blocks, draws):
+    blocks, weight = sampling.choose_blocks.__wrapped__(uniforms, n_blocks, draws)
+    return blocks, weight / jnp.maximum(n_blocks, 1)[:, None]
+
+
+def _bare_complement(masked, position, valid):
+    partner = ~masked & valid
+    return partner, valid.sum(-1) / jnp.maximum(partner.sum(-1), 1)
+
+
+def test_broken_laws_are_caught(truths, monkeypatch):
+    truth = truths[2]["aligned"]
+    want = nelbo_gradient(truth)
+
+    def caught(how):
+        return error(expected_gradient(truth, how), want) > 1e-4
+
+    assert caught(_sampling("floored_bernoulli", "per_sequence", 1)), "t >= eps with 1/t"
+    with monkeypatch.context() as patch:
+        patch.setitem(sampling._LAWS, "bernoulli", _redrawn_with_one_over_t)
+        assert caught(_sampling("bernoulli", "per_sequence", 1)), "1/t with redraw"
+    with monkeypatch.context() as patch:
+        patch.setattr(_without_k, "__dict__", {})
+        honest = sampling.choose_blocks
+        patch.setattr(sampling, "choose_blocks", lambda u, n, d: (honest(u, n, d)[0], honest(u, n, d)[1] / n[:, None]))
+        assert caught(_sampling("exact_count", "per_sequence", 1)), "K_i is missing"
+    with monkeypatch.context() as patch:
+        patch.setattr(sampling, "complement", _bare_complement)
+        assert caught(_sampling("antithetic", "per_sequence", 2)), "an empty complement"

@@ -1,0 +1,198 @@
+"""Everything that can be wrong with a checkpoint folder is named, all at once, before a tensor is read."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jaxblock.errors import UserError
+from jaxblock.huggingface.load import load
+from jaxblock.huggingface.save import save
+from jaxblock.models import families
+from jaxblock.models.params import Architecture, init
+
+ARCH = Architecture(
+    family="llada",
+    vocab_size=24,
+    d_model=8,
+    n_layers=2,
+    n_heads=2,
+    n_kv_heads=2,
+    head_dim=4,
+    mlp_dim=12,
+    norm_eps=1e-5,
+    rope_theta=1e4,
+    max_len=64,
+    tie_embeddings=False,
+    mask_id=23,
+    eos_id=1,
+    pad_id=1,
+)
+INDEX = "model.safetensors.index.json"
+Q0 = "model.transformer.blocks.0.q_proj.weight"
+Q1 = "model.transformer.blocks.1.q_proj.weight"
+HEAD = "model.transformer.ff_out.weight"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A sound checkpoint in one file."""
+    save(tmp_path / "checkpoint", ARCH, init(families.table(ARCH), 0, jnp.float32))
+    return tmp_path / "checkpoint"
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    """A sound checkpoint in several."""
+    save(tmp_path / "sharded", ARCH, init(families.table(ARCH), 0, jnp.float32), max_shard_bytes=2000)
+    return tmp_path / "sharded"
+
+
+def change(edit: Callable[[dict[str, np.ndarray]], Any]) -> Callable[[Path], None]:
+    """Breaks the tensors of a single file."""
+
+    def apply(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        edit(tensors)
+        save_file(tensors, folder / "model.safetensors")
+
+    return apply
+
+
+def config(**fields: Any) -> Callable[[Path], None]:
+    """Breaks config.json."""
+
+    def apply(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+    return apply
+
+
+def resize(n_bytes: int) -> Callable[[Path], None]:
+    """Cuts the file short, or lengthens it."""
+
+    def apply(folder: Path) -> None:
+        path = folder / "model.safetensors"
+        whole = path.read_bytes() + b"\0" * 64
+        path.write_bytes(whole[: path.stat().st_size + n_bytes])
+
+    return apply
+
+
+def many(tensors: dict[str, np.ndarray]) -> None:
+    """Four things at once."""
+    del tensors[HEAD]
+    tensors["surprise"] = np.ones(3, np.float32)
+    tensors[Q0] = tensors[Q0][:, :5].copy()
+    tensors[Q1] = np.ones((8, 8), np.int32)
+
+
+def pickled(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"a": 1}))
+
+
+CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no config": (lambda f: (f / "config.json").unlink(), r"no config\.json"),
+    "config no JSON": (lambda f: (f / "config.json").write_text("{"), r"config\.json.*JSON"),
+    "config no object": (lambda f: (f / "config.json").write_text("[]"), "JSON object"),
+    "unknown family": (config(model_type="gpt2"), r"'gpt2'.*known types: .*llada"),
+    "unsupported option": (config(alibi=True), "alibi is True"),
+    "missing": (change(lambda t: t.pop(HEAD)), rf"missing \(1\): {HEAD}$"),
+    "extra": (change(lambda t: t.update(surprise=t[HEAD])), r"not expected \(1\): surprise"),
+    "all at once": (
+        change(many),
+        rf"(?s)missing \(1\): {HEAD}.*not expected \(1\): surprise.*wrong shape \(1\): {Q0} is \[8, 5\], .*\[8, 8\]"
+        rf".*unsupported type \(1\): {Q1} is I32",
+    ),
+    "config contradicts tensors": (
+        config(n_layers=3, mlp_hidden_size=16),
+        r"(?s)blocks\.2\.attn_norm.*is \[12, 8\].*\[16, 8\]",
+    ),
+    "mixed types": (
+        change(lambda t: t.update({Q0: t[Q0].astype(np.float16)})),
+        rf"different types.*{Q0} F16, {Q1} F32",
+    ),
+    "float64": (change(lambda t: t.update({HEAD: t[HEAD].astype(np.float64)})), rf"float64.*{HEAD}"),
+    "cut by a byte": (
+        resize(-1),
+        rf"damaged \(21\).*{HEAD} \(cut short: model\.safetensors has 767 of its 768 bytes\)",
+    ),
+    "cut in the header": (resize(-(10**9)), "not a whole safetensors file"),
+    "too long": (resize(8), "not a whole safetensors file"),
+    "no safetensors": (lambda f: (f / "model.safetensors").unlink(), r"no \*\.safetensors file"),
+    "pickle": (pickled, r"pytorch_model\.bin.*never unpickles.*save_file"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_single_file(folder: Path, case: str) -> None:
+    break_it, message = CASES[case]
+    break_it(folder)
+    with pytest.raises(UserError, match="(?m)" + message) as caught:
+        load(folder)
+    assert str(folder) in str(caught.value)
+
+
+def test_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such folder"):
+        load(tmp_path / "nowhere")
+
+
+def test_a_cast_mends_what_cannot_be_kept(folder: Path) -> None:
+    change(lambda t: t.update({Q0: t[Q0].astype(np.float16), HEAD: t[HEAD].astype(np.float64)}))(folder)
+    assert load(folder, dtype=jnp.bfloat16)[1]["head"].dtype == jnp.bfloat16
+
+
+def reindex(edit: Callable[[dict[str, str]], Any]) -> Callable[[Path], None]:
+    """Breaks the index."""
+
+    def apply(folder: Path) -> None:
+        index = json.loads((folder / INDEX).read_text())
+        edit(index["weight_map"])
+        (folder / INDEX).write_text(json.dumps(index))
+
+    return apply
+
+
+def drop_shard(folder: Path) -> None:
+    (folder / json.loads((folder / INDEX).read_text())["weight_map"][HEAD]).unlink()
+
+
+def garble_header(folder: Path) -> None:
+    path = folder / json.loads((folder / INDEX).read_text())["weight_map"][HEAD]
+    path.write_bytes(path.read_bytes().replace(b'"dtype"', b'"dtyqe"'))
+
+
+SHARDED: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "shard missing": (drop_shard, rf"(?s)damaged.*{HEAD} \(its file model-\d+-of-\d+\.safetensors is missing\)"),
+    "bad header": (garble_header, rf"(?s)not a whole safetensors file.*damaged.*{HEAD} \(its file .* cannot be read\)"),
+    "index wrong": (
+        reindex(lambda m: m.update({HEAD: m[Q0]})),
+        rf"damaged \(1\): {HEAD} \({INDEX} says it is in model-\d+-of-\d+\.safetensors, which does not hold it\)",
+    ),
+    "index points outside": (reindex(lambda m: m.update({HEAD: "../../etc/passwd"})), "must lie in the folder itself"),
+    "no index at all": (lambda f: (f / INDEX).write_text('{"weight_map": {}}'), "no weight_map"),
+}
+
+
+@pytest.mark.parametrize("case", SHARDED)
+def test_shards(sharded: Path, case: str) -> None:
+    break_it, message = SHARDED[case]
+    break_it(sharded)
+    with pytest.raises(UserError, match=message):
+        load(sharded)
+
+
+def test_shards_without_an_index_are_read_all_the_same(sharded: Path) -> None:
+    (sharded / INDEX).unlink()
+    load(sharded)

@@ -1,0 +1,237 @@
+"""Checkpoints in and out: equal to the reference forward, bit-exact there and back, small in memory, safe on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from jaxblock.errors import UserError
+from jaxblock.huggingface import writer
+from jaxblock.huggingface.load import load
+from jaxblock.huggingface.save import save, verify
+from jaxblock.models import families
+from jaxblock.models.params import Architecture, init, nest
+from jaxblock.models.transformer import Transformer
+from jaxblock.parallel.axes import make_mesh, param_shardings
+from jaxblock.types import Params
+
+
+def small(**changes: Any) -> tuple[Architecture, Params]:
+    """A network of 3 layers with grouped keys and sizes that all differ, so that no transpose goes unseen."""
+    sizes: dict[str, Any] = {
+        "vocab_size": 40,
+        "d_model": 16,
+        "n_layers": 3,
+        "n_heads": 4,
+        "n_kv_heads": 2,
+        "head_dim": 4,
+    }
+    sizes |= {"mlp_dim": 24, "norm_eps": 1e-5, "rope_theta": 1e4, "max_len": 64, "tie_embeddings": False}
+    sizes |= {"mask_id": 39, "eos_id": 1, "pad_id": 2}
+    dtype = changes.pop("dtype", jnp.float32)
+    arch = Architecture(family="llada", **(sizes | changes))
+    return arch, init(families.table(arch), 7, dtype)
+
+
+def assert_same_bits(a: Params, b: Params) -> None:
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype and x.shape == y.shape
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+@pytest.mark.parametrize("model", ["llada_mha", "llada_gqa_tied"])
+def test_reference_forward_and_exact_round_trip(shared: Path, model: str, tmp_path: Path) -> None:
+    folder = shared / "golden" / "forward" / model
+    arch, params = load(folder)
+    net, oracle = Transformer(arch), np.load(folder / "oracle.npz")
+    forward = jax.jit(net.all_logits)
+    ids = jnp.asarray(oracle["input_ids"], jnp.int32)
+    rows, width = ids.shape
+    positions = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), ids.shape)
+    logits = np.asarray(forward(params, ids, positions, jnp.full(rows, width, jnp.int32)))
+    np.testing.assert_allclose(logits, oracle["logits"], atol=2e-4, rtol=1e-4)
+    assert np.abs(logits - oracle["logits"]).max() <= 2e-5 * np.abs(oracle["logits"]).max()
+
+    real = oracle["rightpad_attention_mask"].astype(bool)
+    ids = jnp.asarray(oracle["rightpad_input_ids"], jnp.int32)
+    positions = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
+    logits = np.asarray(forward(params, ids, positions, jnp.asarray(real.sum(1), jnp.int32)))
+    np.testing.assert_allclose(logits[real], oracle["rightpad_logits"][real], atol=2e-4, rtol=1e-4)
+
+    out = tmp_path / "export"
+    save(out, arch, params)
+    assert verify(out, net, params, ids[:, :8]) == 0.0
+    before, after = load_file(folder / "model.safetensors"), load_file(out / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(before[name].tobytes() == after[name].tobytes() for name in before)
+    ours, theirs = (json.loads((f / "config.json").read_text()) for f in (out, folder))
+    assert {key: ours[key] for key in theirs} == theirs
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize("tied", [False, True])
+def test_import_export_import_keeps_every_bit(tmp_path: Path, dtype: Any, tied: bool) -> None:
+    arch, params = small(dtype=dtype, tie_embeddings=tied)
+    # Every bit pattern that is not NaN must survive, zero's sign and subnormals too.
+    params["embed"] = params["embed"].at[0, :2].set(jnp.array([-0.0, 1e-40], dtype))
+    save(tmp_path / "a", arch, params)
+    arch_a, params_a = load(tmp_path / "a")
+    assert_same_bits(params, params_a)
+    save(tmp_path / "b", arch_a, params_a, max_shard_bytes=3000)
+    arch_b, params_b = load(tmp_path / "b")
+    assert_same_bits(params, params_b)
+    assert arch_b == arch_a
+    assert json.loads((tmp_path / "b" / "config.json").read_text())["torch_dtype"] == jnp.dtype(dtype).name
+
+
+def test_shards_are_whole_named_and_below_the_limit(tmp_path: Path) -> None:
+    arch, params = small()
+    save(tmp_path / "out", arch, params, max_shard_bytes=6000)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    files = sorted(p.name for p in (tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    held = {name: load_file(tmp_path / "out" / name) for name in files}
+    assert {tensor: file for file, tensors in held.items() for tensor in tensors} == index["weight_map"]
+    sizes = {name: sum(t.nbytes for t in tensors.values()) for name, tensors in held.items()}
+    assert max(sizes.values()) <= 6000 and sum(sizes.values()) == index["metadata"]["total_size"]
+
+
+def test_casts_on_the_way_in_and_out(tmp_path: Path) -> None:
+    arch, params = small()
+    save(tmp_path / "bf16", arch, params, dtype=jnp.bfloat16)
+    _, loaded = load(tmp_path / "bf16")
+    assert_same_bits(loaded, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
+    _, wide = load(tmp_path / "bf16", dtype=jnp.float32)
+    assert_same_bits(wide, jax.tree.map(lambda x: x.astype(jnp.float32), loaded))
+    # Other types, other logits: reported, and no error.
+    ids = jnp.arange(12, dtype=jnp.int32).reshape(2, 6)
+    assert 0 < verify(tmp_path / "bf16", Transformer(arch), params, ids) < 1
+
+
+@pytest.mark.parametrize("fsdp", [1, 4])
+def test_each_device_gets_its_slice(tmp_path: Path, fsdp: int) -> None:
+    arch, params = small()
+    save(tmp_path / "out", arch, params)
+    shardings = param_shardings(make_mesh(data=8 // fsdp, fsdp=fsdp), families.table(arch))
+    _, loaded = load(tmp_path / "out", shardings=shardings)
+    assert_same_bits(params, loaded)
+    assert all(leaf.sharding == s for leaf, s in zip(jax.tree.leaves(loaded), jax.tree.leaves(shardings), strict=True))
+    save(tmp_path / "again", arch, loaded)
+    assert_same_bits(params, load(tmp_path / "again")[1])
+
+
+def test_a_tied_checkpoint_may_repeat_its_head(tmp_path: Path) -> None:
+    arch, params = small(tie_embeddings=True)
+    untied, _ = small()
+    for name, head in (("same", params["embed"].T), ("other", params["embed"].T + 1)):
+        save(tmp_path / name, untied, {**params, "head": head})
+        path = tmp_path / name / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"weight_tying": True}))
+    arch_again, loaded = load(tmp_path / "same")
+    assert arch_again.tie_embeddings
+    assert_same_bits(params, loaded)
+    with pytest.raises(UserError, match=r"ff_out\.weight differs from .*wte\.weight.*weight_tying"):
+        load(tmp_path / "other")
+
+
+def test_companions_travel_and_weights_do_not(tmp_path: Path) -> None:
+    arch, params = small()
+    source = tmp_path / "tokenizer"
+    source.mkdir()
+    for name in ("tokenizer.model", "template.jinja", "modeling_llada.py", "old.safetensors", "notes.txt"):
+        (source / name).write_text(name)
+    (source / "generation_config.json").write_text('{"steps": 64, "eos_token_id": 0}')
+    save(tmp_path / "out", arch, params, tokenizer=source)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "modeling_llada.py",
+        "template.jinja",
+        "tokenizer.model",
+    ]
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert generation == {"steps": 64, "eos_token_id": 1, "mask_token_id": 39, "pad_token_id": 2}
+
+
+def test_nothing_is_overwritten_and_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arch, params = small()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("words")
+    with pytest.raises(UserError, match="mine"):
+        save(tmp_path / "mine", arch, params)
+    save(tmp_path / "out", arch, params)
+    with pytest.raises(UserError, match="exists"):
+        save(tmp_path / "out", arch, params)
+
+    def full_disk(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writer.os, "fsync", full_disk)
+    with pytest.raises(UserError, match="full"):
+        save(tmp_path / "late", arch, params)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "out"]
+
+
+def test_a_wrong_tree_is_not_exported(tmp_path: Path) -> None:
+    arch, params = small()
+    wrong = {**params, "final_norm": jnp.ones(3), "bonus": jnp.ones(1)}
+    del wrong["head"]
+    with pytest.raises(
+        UserError, match=r"missing \(1\): head.*not expected \(1\): bonus.*final_norm is \[3\], not \[16\]"
+    ):
+        save(tmp_path / "out", arch, wrong)
+    with pytest.raises(UserError, match="embed is int32"):
+        save(tmp_path / "out", arch, {**params, "embed": params["embed"].astype(jnp.int32)})
+
+
+def test_verify_sees_a_changed_weight_and_a_changed_config(tmp_path: Path) -> None:
+    arch, params = small()
+    save(tmp_path / "out", arch, params)
+    ids = jnp.arange(12, dtype=jnp.int32).reshape(2, 6)
+    changed = {**params, "final_norm": params["final_norm"].at[3].add(1e-3)}
+    with pytest.raises(UserError, match="should be equal"):
+        verify(tmp_path / "out", Transformer(arch), changed, ids)
+    config = tmp_path / "out" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"mask_token_id": 3}))
+    with pytest.raises(UserError, match="another network"):
+        verify(tmp_path / "out", Transformer(arch), params, ids)
+
+
+_PEAK = """
+import resource, sys
+from jaxblock.huggingface.load import load
+import jax, numpy as np
+jax.block_until_ready(jax.numpy.zeros(8) + 1)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+_, params = load(sys.argv[1])
+print(peak() - before, sum(x.nbytes for x in jax.tree.leaves(params)))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read in Linux's units")
+def test_the_host_never_holds_the_checkpoint_twice(tmp_path: Path) -> None:
+    """On a CPU the parameters themselves are host memory, so the peak is one copy and a layer, not two copies."""
+    sizes = {"vocab_size": 2048, "d_model": 512, "n_layers": 12, "n_heads": 8, "n_kv_heads": 8, "head_dim": 64}
+    arch = dataclasses.replace(small()[0], **sizes, mlp_dim=1536)
+    flat = {path: np.zeros(spec.shape, np.float32) for path, spec in families.table(arch).items()}
+    save(tmp_path / "out", arch, nest(flat), max_shard_bytes=20_000_000)
+    del flat
+    done = subprocess.run(
+        [sys.executable, "-c", _PEAK, str(tmp_path / "out")], capture_output=True, text=True, check=True
+    )
+    grown, size = map(int, done.stdout.split())
+    per_layer = 4 * (4 * 512 * 512 + 3 * 512 * 1536)
+    assert grown < 1.2 * (size + per_layer) + 32e6, (grown, size)

@@ -1,0 +1,196 @@
+"""What ``inspect`` shows: by hand on a tiny canvas, in every mode without a finding, and findings on broken masking."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+from jaxblock.diffusion import canvas as canvases
+from jaxblock.diffusion import corruption
+from jaxblock.diffusion.corruption import Ablation
+from jaxblock.diffusion.sampling import Sampling, draw, draw_uniforms
+from jaxblock.reporting import inspect, inspect_html, inspect_terminal
+from jaxblock.types import Canvas, Draw, Layout
+
+MASK, FILL, EOT = 90, 91, 92
+
+
+def layout(context: str = "aligned", **changes: Any) -> Layout:
+    base = Layout(8, 4, "same_position", "aligned", None, MASK, FILL, (EOT, FILL))
+    return base._replace(context=context, **changes)
+
+
+def tiny(form: Layout) -> Canvas:
+    """Row 0: prompt 1 2, response 11..14 and a terminator (two blocks). Row 1: prompt 1, response 11, cut."""
+    return canvases.from_rows(
+        form,
+        jnp.array([[1, 2, 0], [1, 0, 0]], jnp.int32),
+        jnp.array([2, 1], jnp.int32),
+        jnp.array([[11, 12, 13, 14, EOT, 0, 0, 0], [11, 0, 0, 0, 0, 0, 0, 0]], jnp.int32),
+        jnp.array([5, 1], jnp.int32),
+        jnp.arange(2, dtype=jnp.int32),
+    )
+
+
+def hand_draw() -> Draw:
+    """Row 0: block 1, its first and third position masked. Row 1: block 0, its second."""
+    masked = jnp.array([[True, False, True, False], [False, True, False, False]])
+    return Draw(jnp.array([[1, 0]], jnp.int32), masked[None], jnp.array([[4.0, 2.0]], jnp.float32))
+
+
+LETTER = {"p": "prompt", "r": "response", "t": "terminator", "f": "fill", "d": "padding", "u": "unused", "h": "hidden"}
+
+
+@pytest.mark.parametrize(("context", "rows"), [("aligned", ["pprrrrtfffh", "prfffuuuuhh"]), ("paper", ["pprrrrtdddd", "prddddddddd"])])
+def test_every_position_is_named(context: str, rows: list[str]) -> None:
+    form = layout(context)
+    got = inspect.examine(form, tiny(form), hand_draw())
+    for record, row in zip(got, rows, strict=True):
+        assert [p.kind for p in record.positions] == [LETTER[c] for c in row]
+    assert [p.block for p in got[0].positions] == [None, None, 0, 0, 0, 0, 1, 1, 1, 1, None]
+
+
+def test_what_a_draw_shows_by_hand() -> None:
+    form = layout()
+    record = inspect.examine(form, tiny(form), hand_draw(), normalize="text_tokens", labels=["a", "b"])[0]
+    shown = record.draws[0]
+    assert record.label == "a" and (record.prompt_len, record.text_len, record.n_blocks, record.length) == (2, 5, 2, 10)
+    assert [s.id for s in shown.seen] == [1, 2, 11, 12, 13, 14, MASK, FILL, MASK, FILL, MASK]
+    assert [at for at, s in enumerate(shown.seen) if s.loss] == [6, 8]
+    assert [s.target for s in shown.seen if s.loss] == [EOT, FILL]
+    assert [s.read_at for s in shown.seen if s.loss] == [6, 8]
+    assert [at for at, s in enumerate(shown.seen) if s.active] == [6, 7, 8, 9]
+    assert (shown.block, shown.supervised, shown.masked, shown.weight, shown.visible_len) == (1, 4, 2, 4.0, 10)
+    assert shown.coefficient == pytest.approx(4.0 / 6) and shown.rotary == (0, 9) and not shown.findings
+
+
+def test_alignment_shift_and_window_are_shown() -> None:
+    form = layout(alignment="shifted", suffix_window=1)
+    record = inspect.examine(form, tiny(form), hand_draw())[1]
+    shown = record.draws[0]
+    assert [(at, s.read_at) for at, s in enumerate(shown.seen) if s.loss] == [(2, 1)]
+    assert shown.visible_len == 6 and not shown.seen[6].visible and not shown.findings
+
+
+LAWS = ["exact_count", "bernoulli", "stratified_count", "antithetic", "floored_bernoulli"]
+MODES = [(law, "aligned", "per_sequence", Ablation()) for law in LAWS] + [
+    ("exact_count", "paper", "per_sequence", Ablation(0.3, 0.5)),
+    ("exact_count", "aligned", "per_sequence", Ablation(0.9, 0.2)),
+    ("antithetic", "aligned", "pairs", Ablation()),
+]
+
+
+@pytest.mark.parametrize(("law", "context", "blocks", "ablation"), MODES)
+def test_sound_masking_has_no_findings_and_shows_what_training_feeds(
+    law: Any, context: str, blocks: Any, ablation: Ablation
+) -> None:
+    form = layout(context)
+    canvas, sampling, key = tiny(form), Sampling(law, blocks, 4, "nelbo"), jax.random.key(3)
+    block = jnp.array([1, 0], jnp.int32) if blocks == "pairs" else None
+    draws, noise = inspect.draw_steps(form, sampling, canvas, key, [5, 6], ablation=ablation, block=block)
+    got = inspect.examine(form, canvas, draws, ablation=ablation, noise=noise, drawn_blocks=block)
+    assert [d.findings for record in got for d in record.draws] == [()] * 16
+
+    # The second step's draws, made as the training step makes them.
+    uniforms = draw_uniforms(jax.random.fold_in(key, 6), 2, 4, form, noise=ablation.needs_noise)
+    expected = draw(sampling, form, canvas, uniforms, block)
+    for k in range(4):
+        one = jax.tree.map(lambda x, k=k: x[k], expected)
+        seen, _ = corruption.corrupt(form, canvas, one, ablation, uniforms.noise[:, k] if ablation.needs_noise else None)
+        for row, record in enumerate(got):
+            shown = record.draws[4 + k]
+            assert [s.id for s in shown.seen] == np.asarray(seen.ids[row]).tolist()
+            assert shown.weight == float(one.weight[row])
+            assert sum(s.loss for s in shown.seen) == (int(one.masked[row].sum()) if shown.weight else 0)
+
+
+def leak(view: Any, targets: Any) -> tuple[Any, Any]:
+    return view._replace(ids=view.ids.at[:, 6].set(EOT)), targets
+
+
+def peek(view: Any, targets: Any) -> tuple[Any, Any]:
+    return view._replace(ids=view.ids.at[1, 7].set(14)), targets
+
+
+def noisy_prompt(view: Any, targets: Any) -> tuple[Any, Any]:
+    return view._replace(ids=view.ids.at[:, 0].set(MASK)), targets
+
+
+def short(view: Any, targets: Any) -> tuple[Any, Any]:
+    return view._replace(length=view.length - 2), targets
+
+
+def off_by_one(view: Any, targets: Any) -> tuple[Any, Any]:
+    return view, jnp.roll(targets, 1, axis=1)
+
+
+def unshifted(view: Any, targets: Any) -> tuple[Any, Any]:
+    return view._replace(at=view.at + 1), targets
+
+
+def unsupervised(view: Any, targets: Any) -> tuple[Any, Any]:
+    return view._replace(valid=view.valid.at[:, 2].set(False)), targets
+
+
+@pytest.mark.parametrize(
+    ("breaks", "message"),
+    [
+        (leak, "carries loss but its token is shown: canvas position 6"),
+        (peek, "shows a token after the active block: canvas position 7"),
+        (noisy_prompt, "not fed the prompt as it is: canvas position 0"),
+        (short, "carries loss but is hidden: canvas position 8"),
+        (off_by_one, "target is not the record's token"),
+        (unshifted, "predicted from the wrong position"),
+        (unsupervised, "may not be supervised: 2"),
+    ],
+)
+def test_broken_masking_is_found(
+    monkeypatch: pytest.MonkeyPatch, breaks: Callable[..., tuple[Any, Any]], message: str
+) -> None:
+    monkeypatch.setattr(inspect, "corrupt", lambda *args: breaks(*corruption.corrupt(*args)))
+    form = layout()
+    found = [f for r in inspect.examine(form, tiny(form), hand_draw()) for d in r.draws for f in d.findings]
+    assert any(message in f for f in found), found
+
+
+def piece(token: int) -> str:
+    return {MASK: "<mask>", FILL: "<eos>", EOT: "<eot>", 11: '▁<b>&"', 12: "\n"}.get(token, f"▁w{token}")
+
+
+def test_terminal_says_it_without_colour() -> None:
+    form, out = layout(), io.StringIO()
+    examined = inspect.examine(form, tiny(form), hand_draw(), labels=["record 7 (a.jsonl:8)", "record 8"])
+    inspect_terminal.show(Console(file=out, width=120), form, examined, piece, "exact_count law")
+    text = out.getvalue()
+    assert "record 7 (a.jsonl:8)" in text and "exact_count law" in text and "(no terminator: it was cut)" in text
+    assert re.search(r"▶ block 1 +6 ░<eot>░│<eos>│░<eos>░│<eos>", text)
+    assert re.search(r"block 0 +2  <b>&\"│⏎│ w13│ w14", text)
+    assert "block 1 active, 2 of 4 masked, weight 4 (× 0.667" in text and "sees 10 positions, rotary 0 to 9" in text
+    assert "✗" not in text
+
+
+def test_long_lines_break_between_tokens_only() -> None:
+    form, out = layout(), io.StringIO()
+    examined = inspect.examine(form, tiny(form), hand_draw())
+    inspect_terminal.show(Console(file=out, width=40), form, examined, piece)
+    assert "<eot>" in out.getvalue() and "…" not in out.getvalue()
+
+
+def test_html_is_whole_escaped_and_needs_nothing_else() -> None:
+    form = layout()
+    examined = inspect.examine(form, tiny(form), hand_draw(), labels=["<script>alert(1)</script>", "b"])
+    html = inspect_html.page(form, examined, piece, about="a & b")
+    assert html.startswith("<!doctype html>") and html.rstrip().endswith("</html>")
+    assert not re.search(r"<script|<link|<img|src=|href=|url\(|https?:|@import", html)
+    assert "&lt;script&gt;" in html and "a &amp; b" in html and "&lt;b&gt;&amp;&quot;" in html
+    assert f"must become id {EOT}, predicted from the hidden state at 6; weight 4" in html
+    assert html.count('class="t loss"') == 1 + 3  # the legend's, and one per masked token
+    assert html.count("<div") == html.count("</div>") and html.count("<span") == html.count("</span>")

@@ -1,0 +1,105 @@
+"""Plots: what is read from the metrics, and that pictures of full, short and empty runs come out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from jaxblock.errors import UserError
+from jaxblock.reporting import metrics, plots
+
+
+def train(step: int, **more: Any) -> dict[str, Any]:
+    return {"step": step, "kind": "train", "loss": 5.0 / (1 + step), "lr": 1e-3, "grad_norm": 1.0} | more
+
+
+def evaluation(step: int, correct: int) -> dict[str, Any]:
+    nelbo = {"mean": 4.0 / (1 + step), "se": 0.1}
+    pass_at_1 = {"correct": correct, "n": 8, "low": 0.1, "high": 0.9}
+    return {"step": step, "kind": "eval", "nelbo_per_token": nelbo, "pass_at_1": pass_at_1}
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_a_resumed_run_replaces_the_steps_it_repeats(tmp_path: Path) -> None:
+    rows = [train(1), train(2), train(3, loss=9.0), evaluation(3, 1), train(2, loss=7.0), train(3, loss=8.0)]
+    got = metrics.read(write(tmp_path / "m.jsonl", rows))
+    assert [(r["step"], r["loss"]) for r in got.train] == [(1, 2.5), (2, 7.0), (3, 8.0)]
+    assert [r["step"] for r in got.evals] == [3]
+
+
+def test_a_line_cut_off_by_a_kill_is_left_out_and_a_broken_one_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.jsonl", [train(1)])
+    path.write_text(path.read_text() + '{"step": 2, "ki', encoding="utf-8")
+    assert len(metrics.read(path).train) == 1
+    path.write_text('{"step": 2, "ki\n' + json.dumps(train(3)) + "\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"m\.jsonl:1: not JSON"):
+        metrics.read(path)
+    with pytest.raises(UserError, match="cannot read the metrics"):
+        metrics.read(tmp_path / "absent.jsonl")
+
+
+def test_breakdowns_are_pooled_before_dividing() -> None:
+    rows = [train(1, loss_by_block=[[1.0, 1.0], [0.0, 0.0]]), train(2, loss_by_block=[[9.0, 3.0], [0.0, 0.0]])]
+    pooled = metrics.pooled(rows, "loss_by_block")
+    assert pooled[0] == 2.5 and np.isnan(pooled[1])  # (1 + 9) / (1 + 3), not the mean of 1 and 3
+    assert metrics.pooled([train(1)], "loss_by_block").size == 0
+
+
+def test_series_skips_what_is_not_finite() -> None:
+    rows = [train(1), train(2, loss=float("nan")), train(3, loss=None), train(4)]
+    steps, values = metrics.series(rows, "loss")
+    assert steps.tolist() == [1, 4] and values.tolist() == [2.5, 1.0]
+
+
+def test_smoothing_keeps_constants_and_means() -> None:
+    assert plots.smoothed(np.full(7, 3.0), 5).tolist() == [3.0] * 7
+    assert plots.smoothed(np.array([0.0, 3.0, 6.0]), 3).tolist() == [0.0, 3.0, 6.0]
+    assert plots.smoothed(np.array([0.0, 9.0, 0.0]), 3)[1] == 3.0
+
+
+RUNS = {
+    "full": [evaluation(0, 1)]
+    + [train(s, loss_by_block=[[2.0, 1.0]] * 4, loss_by_count=[[1.0, 2.0]] * 8) for s in range(1, 40)]
+    + [evaluation(40, 7)],
+    "one step": [train(1, loss_by_block=[[0.0, 0.0]], loss_by_count=[[0.0, 0.0]]), evaluation(1, 0)],
+    "diverged": [train(s, loss=float("nan"), grad_norm=float("inf")) for s in (1, 2)],
+    "empty": [],
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.filterwarnings("error")
+def test_pictures_of_full_short_and_empty_runs(tmp_path: Path, name: str) -> None:
+    written = plots.plot_run(write(tmp_path / "metrics.jsonl", RUNS[name]), tmp_path / "plots")
+    assert [Path(p).name for p in written] == ["loss.png", "nelbo.png", "pass_at_1.png", "curves.png"]
+    assert all(Path(p).read_bytes().startswith(b"\x89PNG") for p in written)
+
+
+def test_what_is_drawn_is_what_was_logged(tmp_path: Path) -> None:
+    run = metrics.read(write(tmp_path / "m.jsonl", RUNS["full"]))
+    axes = Figure().subplots()
+    plots.draw_pass_at_1(axes, run)
+    line = axes.get_lines()[0]
+    assert np.asarray(line.get_ydata()).tolist() == [1 / 8, 7 / 8]
+    bars = axes.containers[0].lines[2][0].get_segments()  # type: ignore[attr-defined]
+    assert np.allclose(np.stack(bars)[:, :, 1], [[0.1, 0.9]] * 2)
+    axes = Figure().subplots()
+    plots.draw_breakdown(axes, run, "loss_by_count")
+    assert np.asarray(axes.get_lines()[0].get_xdata()).tolist() == list(range(1, 9))  # masked counts start at 1
+    assert np.asarray(axes.get_lines()[0].get_ydata()).tolist() == [0.5] * 8
+
+
+def test_comparison_draws_a_starting_point_as_a_level_line(tmp_path: Path) -> None:
+    before = write(tmp_path / "before.jsonl", [evaluation(0, 1)])
+    after = write(tmp_path / "after.jsonl", RUNS["full"])
+    out = plots.plot_comparison({"before": before, "after": after}, tmp_path / "x" / "comparison.png")
+    assert Path(out).read_bytes().startswith(b"\x89PNG")
