@@ -57,47 +57,46 @@ _THINGS = tuple(
     "apples badges balloons beads books bottles buttons candles cards carrots coins cookies crayons cups eggs flowers keys lemons "
     "letters marbles muffins pears pencils plums postcards ribbons shells spoons stamps stickers tickets tulips".split()
 )
+# Short sentences on purpose: a prompt token costs as much compute as a response token, and the quickstart runs on two cores.
 _OPENINGS = (
     "{name} has {n} {things}.",
-    "{name} starts the day with {n} {things}.",
-    "In the morning {name} counts {n} {things}.",
-    "{name} keeps {n} {things} in a box.",
-    "On the shelf of {name} there are {n} {things}.",
     "{name} owns {n} {things}.",
+    "{name} counts {n} {things}.",
+    "{name} keeps {n} {things}.",
+    "{name} starts with {n} {things}.",
 )
 _SENTENCES = {
     "+": (
         "{other} gives {name} {n} more.",
-        "{name} buys {n} more {things}.",
-        "{name} finds {n} {things} in the garden.",
-        "Then {other} adds {n} {things}.",
-        "A neighbour brings {n} more {things}.",
-        "Later {name} gets {n} {things} from {other}.",
-        "{n} new {things} arrive by post.",
-        "{name} wins {n} {things} at a fair.",
+        "{name} buys {n} more.",
+        "{name} finds {n} {things}.",
+        "Then {other} adds {n} more.",
+        "A neighbour brings {n} {things}.",
+        "Later {name} gets {n} more.",
+        "{n} new {things} arrive.",
+        "{name} wins {n} {things}.",
     ),
     "-": (
-        "{other} takes {n} of the {things}.",
-        "{name} gives {n} {things} to {other}.",
-        "Then {name} loses {n} of them.",
+        "{other} takes {n} of them.",
+        "{name} gives {n} to {other}.",
+        "Then {name} loses {n}.",
         "{name} sells {n} {things}.",
-        "{other} borrows {n} of them.",
-        "{n} of the {things} go missing.",
-        "Later {name} hands {n} {things} to a friend.",
-        "{name} throws away {n} old {things}.",
+        "{other} borrows {n} {things}.",
+        "{n} of them go missing.",
+        "Later {name} mislays {n} {things}.",
+        "{name} throws away {n}.",
     ),
     "*": (
-        "After a lucky trade {name} has {n} times as many.",
-        "Then the number of {things} becomes {n} times as large.",
-        "By evening there are {n} times as many {things}.",
-        "{other} helps {name} to get {n} times as many {things}.",
+        "A lucky trade makes it {n} times as many.",
+        "Then there are {n} times as many {things}.",
+        "{other} helps {name} to {n} times as many.",
     ),
 }
 _QUESTIONS = (
     "How many {things} does {name} have now?",
-    "How many {things} are there in the end?",
-    "How many {things} are left for {name}?",
-    "What is the final number of {things}?",
+    "How many {things} are there now?",
+    "How many {things} are left?",
+    "How many {things} does that make?",
 )
 _STEP = re.compile(r"(\d+) ([-+*]) (\d+) = (\d+)")
 

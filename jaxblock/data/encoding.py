@@ -13,8 +13,7 @@ from jaxblock.errors import UserError
 
 
 class Encoder:
-    """A tokenizer, a template and the special ids, put together: the one way from text to ids, in training and "
-    "decoding."""
+    """Tokenizer, template and special ids put together: the one way from text to ids, in training and decoding."""
 
     def __init__(self, tokenizer: Tokenizer, template: Template, special: SpecialIds, config: DataConfig) -> None:
         self.tokenizer, self.template, self.special = tokenizer, template, special

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import grain
 import numpy as np
@@ -44,6 +44,7 @@ class Batch(NamedTuple):
     row_id: np.ndarray
 
 
+@runtime_checkable
 class RandomAccess(Protocol):
     """A sized list of records (data.records.Records, or a plain list)."""
 

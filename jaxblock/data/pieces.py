@@ -83,8 +83,7 @@ def train_model(
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model. Control tokens written in a text become their ids; models trained here round-trip "
-    "every text."""
+    """A SentencePiece model. Control tokens in a text become their ids; models trained here round-trip every text."""
 
     def __init__(self, files: Mapping[str, bytes], settings: Mapping[str, Any], where: str) -> None:
         """Reads a model from its files' bytes by name; "tokenizer.model" must be among them.
@@ -164,8 +163,7 @@ class SentencePieceTokenizer:
         return self._model.is_control(i) or (_BRACKETED.fullmatch(text) is not None and i in self._model.encode(text))
 
     def _with_real_spaces(self, ids: list[int]) -> list[int]:
-        """Where a space fell back to bytes, SentencePiece writes its own sign's bytes, which decode to that sign: "
-        "mend it."""
+        """Mends spaces that fell back to bytes: SentencePiece writes its own sign's, which decode to that sign."""
         if not self._has_bytes:
             return ids
         first, second, third = (self._ids[byte] for byte in _SPACE_BYTES)

@@ -16,8 +16,7 @@ from jaxblock.errors import UserError
 
 @dataclass(frozen=True)
 class Splits:
-    """Examples and the description of their source, by split ("train", "validation", "test"; absent if there is "
-    "none)."""
+    """Examples and a description of their source, by split ("train", "validation", "test"; absent if there is none)."""
 
     examples: dict[str, list[Example]]
     inputs: dict[str, dict[str, Any]]
@@ -26,8 +25,8 @@ class Splits:
 def load(config: DataConfig) -> Splits:
     """Reads every split.
 
-    A validation split that no file gives is set apart: of a training file by a permutation seeded with `config.seed`, of
-    the built-in corpus from its held-out problems beyond the first `builtin_test`.
+    A validation split that no file gives is set apart: of a training file by a permutation seeded with `config.seed`,
+    of the built-in corpus from its held-out problems beyond the first `builtin_test`.
 
     Raises:
         UserError: For what `sources` refuses, settings that fit no split, and a built-in corpus that is not disjoint.

@@ -49,7 +49,7 @@ def overlaps(prompts: Mapping[str, Iterable[str]]) -> dict[str, int]:
     return counts
 
 
-def _spread(lengths: np.ndarray) -> dict[str, float]:
+def _spread(lengths: np.ndarray) -> dict[str, int | float]:
     return {
         "min": int(lengths.min()),
         "mean": round(float(lengths.mean()), 2),

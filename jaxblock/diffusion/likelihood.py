@@ -80,7 +80,7 @@ def nelbo(net: Network, layout: Layout, samples: int, params: Params, canvas: Ca
             seen = Sum(seen.total + (hit * nll[:, None]).sum(0), seen.weight + (hit * count[:, None]).sum(0))
             return (total + value, squares + value * value, seen), None
 
-        zeros = jnp.zeros(canvas.prompt_len.shape, jnp.float32)
+        zeros = jnp.zeros(canvas.prompt_len.shape)
         (total, squares, by_count), _ = jax.lax.scan(one_set, (zeros, zeros, by_count), jnp.arange(draws))
         if exact:
             return by_count, (total, jnp.zeros_like(total))
@@ -109,7 +109,7 @@ def _enumerated(layout: Layout, valid: Array, index: Array) -> tuple[Array, Arra
     fits = jnp.all(valid | ~masked, axis=-1)
     sizes = [[0.0] + [1.0 / (m * math.comb(n, m)) if m <= n else 0.0 for m in range(1, layout.block + 1)]
              for n in range(layout.block + 1)]
-    weight = jnp.asarray(np.array(sizes), jnp.float32)[valid.sum(-1), masked.sum(-1)]
+    weight = jnp.asarray(np.array(sizes), float)[valid.sum(-1), masked.sum(-1)]
     return masked & valid, jnp.where(fits, weight, 0.0)
 
 

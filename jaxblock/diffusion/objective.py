@@ -121,9 +121,9 @@ def normaliser(
         text = jnp.clip(text - start, 0, layout.block)
         supervised = jnp.clip(supervised - start, 0, layout.block)
         blocks = jnp.ones_like(blocks)
-    share = jnp.ones(rows, jnp.float32)
+    share = jnp.ones(rows)
     if normalize == "sequence_mean":
-        share = 1.0 / jnp.maximum(supervised, 1).astype(jnp.float32)
+        share = 1.0 / jnp.maximum(supervised, 1)
     weight = {
         "text_tokens": lambda: text.sum(),
         "supervised_tokens": lambda: supervised.sum(),
@@ -132,4 +132,4 @@ def normaliser(
         "blocks": lambda: blocks.sum(),
         "canvas_tokens": lambda: jnp.asarray(rows * width),
     }[normalize]()
-    return share, weight.astype(jnp.float32)
+    return share, weight.astype(float)

@@ -13,6 +13,8 @@ from jaxblock import storage
 from jaxblock.errors import UserError
 from jaxblock.evaluation import problems
 
+Numbers = Sequence[int | float] | np.ndarray
+
 
 class Proportion(NamedTuple):
     """A share of successes with its interval.
@@ -111,7 +113,7 @@ def wilson(correct: int, n: int, confidence: float = 0.95) -> Proportion:
     return Proportion(correct, n, float(interval.low), float(interval.high))
 
 
-def mean_se(values: Sequence[float] | np.ndarray) -> Estimate:
+def mean_se(values: Numbers) -> Estimate:
     """The mean of independent observations and its standard error (sample deviation, n - 1, over root n).
 
     Args:
@@ -126,7 +128,7 @@ def mean_se(values: Sequence[float] | np.ndarray) -> Estimate:
     return Estimate(mean, se, x.size)
 
 
-def ratio_se(totals: Sequence[float] | np.ndarray, weights: Sequence[float] | np.ndarray) -> Estimate:
+def ratio_se(totals: Numbers, weights: Numbers) -> Estimate:
     """A ratio of sums with its delta-method standard error: NELBO per text token from rows of unequal length.
 
     With r = Σy / Σw the linearised residual of a row is y - r w, so se² = n/(n-1) Σ(y - r w)² / (Σw)². Rows are the

@@ -34,7 +34,8 @@ def attend(
     Returns:
         The attended values, in the queries' type.
     """
-    if backend == "xla":
+    # JAX's own takes its softmax in float32 whatever the type, so float64 (proofs) is left to the oracle.
+    if backend == "xla" and q.dtype != jnp.float64:
         return _xla(q, k, v, length)
     return _reference(q, k, v, length)
 
@@ -53,4 +54,5 @@ def _reference(q: Array, k: Array, v: Array, length: Array) -> Array:
 def _xla(q: Array, k: Array, v: Array, length: Array) -> Array:
     precision = "highest" if q.dtype == jnp.float32 else "default"
     with jax.default_matmul_precision(precision):
+        length = length.astype(jnp.int32)  # the only type it takes; 64-bit mode makes int64
         return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=length, implementation="xla")

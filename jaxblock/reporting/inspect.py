@@ -1,12 +1,13 @@
 """What training feeds the model, made visible: token kinds, the block grid, masks, and which tokens carry loss.
 
-``examine`` calls the very functions that training calls (``sampling.draw``, ``corruption.corrupt``) and only reads off
-what they return, so a bug in the masking shows here. ``inspect_terminal`` and ``inspect_html`` draw the result.
+``examine`` is given the training step's own draws, calls the very function that training calls (``corruption.corrupt``)
+and only reads off what it returns, so a bug in the masking shows here. ``inspect_terminal`` and ``inspect_html`` draw
+the result.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,7 +19,6 @@ from jax import Array
 from jaxblock.diffusion.canvas import supervised_end
 from jaxblock.diffusion.corruption import Ablation, corrupt
 from jaxblock.diffusion.objective import normaliser
-from jaxblock.diffusion.sampling import Sampling, draw, draw_uniforms
 from jaxblock.types import Canvas, Draw, Layout, Normalize, View
 
 _PLAIN = Ablation()
@@ -127,38 +127,17 @@ class Examined:
     draws: tuple[DrawShown, ...]
 
 
-def draw_steps(
-    layout: Layout,
-    sampling: Sampling,
-    canvas: Canvas,
-    key: Array,
-    steps: Sequence[int],
-    *,
-    rows: int | None = None,
-    ablation: Ablation = _PLAIN,
-    block: Array | None = None,
-) -> tuple[Draw, Array]:
+def draw_steps(draw_of: Callable[[int], tuple[Draw, Array]], steps: Sequence[int]) -> tuple[Draw, Array]:
     """The draws of several training steps, one after the other along the K axis.
 
     Args:
-        layout: the canvas's static part.
-        sampling: law, block choice, K and weighting.
-        canvas: the rows.
-        key: the run's key; each step folds its number in.
+        draw_of: step -> (draws [K, B, ...], noise [K, B, R or 0]): the training step's own function.
         steps: which steps.
-        rows: the global batch size, which decides the draws; None for this canvas's rows.
-        ablation: tells whether noise is drawn.
-        block: the active block of each row [B] under ``pairs``.
 
     Returns:
-        (draws with a leading axis of steps * K, noise [steps * K, B, R or 0]).
+        (draws with a leading axis of steps * K, noise likewise).
     """
-    draws, noise = [], []
-    for step in steps:
-        size = canvas.ids.shape[0] if rows is None else rows
-        u = draw_uniforms(jax.random.fold_in(key, step), size, sampling.draws, layout, noise=ablation.needs_noise)
-        draws.append(draw(sampling, layout, canvas, u, block))
-        noise.append(jnp.moveaxis(u.noise[canvas.row_id], 1, 0))
+    draws, noise = zip(*map(draw_of, steps), strict=True)
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), *draws), jnp.concatenate(noise)
 
 

@@ -79,7 +79,7 @@ def _legend(examined: Sequence[Examined]) -> str:
     rows = [
         (f'<span class="t {kind}">{kind}</span>', meaning) for kind, meaning in MEANING.items() if kind in kinds
     ]
-    rows.append(('<span class="t loss">░x░</span>', "fed as a mask and carries loss: must become x"))
+    rows.append(('<span class="t loss">░x░</span>', "fed as a mask, has loss: must become x"))
     rows.append(('<span class="t mask">░░</span>', "fed as a mask, no loss"))
     return "<dl>" + "".join(f"<dt>{mark}</dt><dd>{escape(meaning)}</dd>" for mark, meaning in rows) + "</dl>"
 

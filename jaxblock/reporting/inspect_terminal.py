@@ -97,7 +97,7 @@ def _legend(examined: Sequence[Examined]) -> Table:
     for kind, meaning in MEANING.items():
         if kind in kinds:
             grid.add_row(Text.assemble((kind, _STYLE[kind])), Text(meaning, style="bright_black"))
-    grid.add_row(Text.assemble(("░x░", _LOSS)), Text("fed as a mask, carries loss: must become x", style="bright_black"))
+    grid.add_row(Text.assemble(("░x░", _LOSS)), Text("fed as a mask, has loss: must become x", style="bright_black"))
     grid.add_row(Text(MASK_GLYPH, style="bright_black"), Text("fed as a mask, no loss", style="bright_black"))
     return grid
 

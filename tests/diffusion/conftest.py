@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from typing import NamedTuple
@@ -184,11 +183,6 @@ def truths():
         }
         made = {name: build_truth(net, params, lay, TEXTS[lay.context], gradient=True) for name, lay in layouts.items()}
         return net, params, made
-
-
-def permutations_as_uniforms(n):
-    """Every order of n uniforms, equally likely [n!, n]."""
-    return (np.array(list(itertools.permutations(range(n)))) + 0.5) / n
 
 
 @pytest.fixture(scope="session")

@@ -137,23 +137,20 @@ def error(got, want):
     return (np.linalg.norm(got - want, axis=-1) / np.linalg.norm(want, axis=-1)).max()
 
 
-def _sampling(law, blocks, draws, weighting="nelbo"):
-    return Sampling(law, blocks, draws, weighting)
-
-
 CASES = [
-    *(_sampling(law, "per_sequence", k) for law in ("exact_count", "bernoulli", "stratified_count") for k in (1, 2, 3)),
-    *(_sampling("antithetic", "per_sequence", k) for k in (2, 4, 6)),
-    *(_sampling(law, "pairs", k) for law in ("exact_count", "bernoulli") for k in (1, 3)),
-    _sampling("stratified_count", "pairs", 1),
-    *(_sampling("antithetic", "pairs", k) for k in (2, 4)),
+    *((law, "per_sequence", k) for law in ("exact_count", "bernoulli", "stratified_count") for k in (1, 2, 3)),
+    *(("antithetic", "per_sequence", k) for k in (2, 4, 6)),
+    *((law, "pairs", k) for law in ("exact_count", "bernoulli") for k in (1, 3)),
+    ("stratified_count", "pairs", 1),
+    *(("antithetic", "pairs", k) for k in (2, 4)),
 ]
 
 
 @pytest.mark.parametrize("context", ["aligned", "paper"])
-@pytest.mark.parametrize("how", CASES, ids=lambda s: f"{s.law}-{s.blocks}-{s.draws}")
-def test_expected_gradient_is_the_nelbos(truths, context, how):
+@pytest.mark.parametrize("law, blocks, draws", CASES)
+def test_expected_gradient_is_the_nelbos(truths, context, law, blocks, draws):
     truth = truths[2][context]
+    how = Sampling(law, blocks, draws, "nelbo")
     assert error(expected_gradient(truth, how), nelbo_gradient(truth)) < 1e-8
 
 
@@ -173,24 +170,14 @@ def test_papers_masked_mean_is_the_formula(truths, monkeypatch, eps):
     weights = truth.nelbo_weights()
     for i, sizes in enumerate(truth.n):
         for k, n in enumerate(sizes):
-            if eps == 0:
-                weights[i, k] /= n + 1
-            else:
-                weights[i, k] *= [0.0] + [_paper_coefficient(n, s.bit_count(), eps) for s in range(1, 2**SIZE)] if n == SIZE \
-                    else [_paper_coefficient(n, s.bit_count(), eps) if 0 < s < 2**n else 0.0 for s in range(2**SIZE)]
+            for s in range(1, 2**n):
+                weights[i, k, s] *= _paper_coefficient(n, s.bit_count(), eps) if eps else 1 / (n + 1)
     want = np.stack([_combine(w, g) for w, g in zip(weights, truth.grad, strict=True)])
-    how = _sampling("floored_bernoulli", "pairs", 1, "masked_mean")
-    assert error(expected_gradient(truth, how), want) < 1e-8
-    assert error(want, nelbo_gradient(truth)) > 0.1
+    assert error(expected_gradient(truth, Sampling("floored_bernoulli", "pairs", 1, "masked_mean")), want) < 1e-8
 
 
 def _redrawn_with_one_over_t(count, position, valid):
     return sampling.bernoulli(count, position, valid)[0], jnp.where(valid.any(-1), 1 / count, 0.0)
-
-
-def _without_k(uniforms, n_blocks, draws):
-    blocks, weight = sampling.choose_blocks.__wrapped__(uniforms, n_blocks, draws)
-    return blocks, weight / jnp.maximum(n_blocks, 1)[:, None]
 
 
 def _bare_complement(masked, position, valid):
@@ -198,22 +185,107 @@ def _bare_complement(masked, position, valid):
     return partner, valid.sum(-1) / jnp.maximum(partner.sum(-1), 1)
 
 
+def _without_k(honest):
+    def choose(uniforms, n_blocks, draws):
+        blocks, weight = honest(uniforms, n_blocks, draws)
+        return blocks, weight / n_blocks[:, None]
+
+    return choose
+
+
+def _caught(truth, how):
+    return error(expected_gradient(truth, how), nelbo_gradient(truth)) > 1e-4
+
+
 def test_broken_laws_are_caught(truths, monkeypatch):
     truth = truths[2]["aligned"]
-    want = nelbo_gradient(truth)
+    assert _caught(truth, Sampling("floored_bernoulli", "per_sequence", 1, "nelbo")), "t >= eps with 1/t"
+    assert _caught(truth, Sampling("exact_count", "per_sequence", 1, "masked_mean")), "a masked mean is no NELBO"
+    monkeypatch.setitem(sampling._LAWS, "bernoulli", _redrawn_with_one_over_t)
+    assert _caught(truth, Sampling("bernoulli", "per_sequence", 1, "nelbo")), "1/t with redraw"
+    monkeypatch.setattr(sampling, "complement", _bare_complement)
+    assert _caught(truth, Sampling("antithetic", "per_sequence", 2, "nelbo")), "an empty complement"
+    monkeypatch.setattr(sampling, "choose_blocks", _without_k(sampling.choose_blocks))
+    assert _caught(truth, Sampling("exact_count", "per_sequence", 1, "nelbo")), "K_i is missing"
 
-    def caught(how):
-        return error(expected_gradient(truth, how), want) > 1e-4
 
-    assert caught(_sampling("floored_bernoulli", "per_sequence", 1)), "t >= eps with 1/t"
-    with monkeypatch.context() as patch:
-        patch.setitem(sampling._LAWS, "bernoulli", _redrawn_with_one_over_t)
-        assert caught(_sampling("bernoulli", "per_sequence", 1)), "1/t with redraw"
-    with monkeypatch.context() as patch:
-        patch.setattr(_without_k, "__dict__", {})
-        honest = sampling.choose_blocks
-        patch.setattr(sampling, "choose_blocks", lambda u, n, d: (honest(u, n, d)[0], honest(u, n, d)[1] / n[:, None]))
-        assert caught(_sampling("exact_count", "per_sequence", 1)), "K_i is missing"
-    with monkeypatch.context() as patch:
-        patch.setattr(sampling, "complement", _bare_complement)
-        assert caught(_sampling("antithetic", "per_sequence", 2)), "an empty complement"
+def test_dividing_by_masked_tokens_is_biased(truths):
+    """Divided by its own number of masks, one block is unbiased and a batch of two is not."""
+    truth = truths[2]["aligned"]
+    atoms, block = _count_atoms(), np.zeros(len(truth.n), int)
+    _, uniforms = _uniforms("exact_count", 2, 1, pairs=True)
+    canvas, _, _ = _rows(truth, pairs=False)
+    how = Sampling("exact_count", "pairs", 1, "uniform")
+    draw = _draws(truth, how, uniforms, canvas, jnp.asarray(block, jnp.int32))
+    sets = (draw.masked @ (1 << np.arange(SIZE)))[:, 0, :]
+    grad = [truth.grad[i, 0][sets[:, i]] for i in range(2)]
+    size = draw.masked.sum(-1)[:, 0, :]
+    want = nelbo_gradient(truth._replace(n=[[SIZE], [SIZE]]))
+
+    one = (grad[0] / size[:, :1]).mean(0)
+    assert error(one, want[0] / SIZE) < 1e-8
+    a, b = np.array(list(itertools.product(range(len(atoms)), repeat=2))).T
+    two = ((grad[0][a] + grad[1][b]) / (size[a, :1] + size[b, 1:])).mean(0)
+    assert error(two, want.sum(0) / (2 * SIZE)) > 1e-4
+
+
+def _shift_forgotten(net):
+    """The network, read at the active positions whatever the alignment."""
+
+    class Wrong:
+        logits, nll = net.logits, net.nll
+
+        def hidden(self, params, view, cache=None):
+            return net.hidden(params, view._replace(at=view.active), cache)
+
+    return Wrong()
+
+
+REAL = {
+    "exact_count": ("aligned", Sampling("exact_count", "per_sequence", 3, "nelbo"), "text_tokens"),
+    "antithetic": ("shifted", Sampling("antithetic", "per_sequence", 2, "nelbo"), "sequence_mean"),
+    "paper": ("paper", Sampling("floored_bernoulli", "pairs", 2, "masked_mean"), "blocks"),
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_losses_are_the_tables_combination(truths, name):
+    """Value, gradient and tallies of real draws, K > K_i among them; a shift off by one is caught."""
+    context, how, normalize = REAL[name]
+    net, params, made = truths
+    truth = made[context]
+    pairs = how.blocks == "pairs"
+    canvas, block, origin = _rows(truth, pairs)
+    rows = len(origin)
+
+    def total(net, params, draw):
+        out = objective.losses(net, params, truth.layout, canvas, draw, normalize, drawn_blocks=block)
+        return out.loss.total, out
+
+    compiled = jax.jit(jax.value_and_grad(total, argnums=1, has_aux=True), static_argnums=0)
+    supervised = [sum(sizes) for sizes in truth.n]
+    data = {"text_tokens": sum(len(text) for _, text in truth.rows), "sequence_mean": rows, "blocks": rows}
+    share = [1 / supervised[i] if normalize == "sequence_mean" else 1 for i in origin]
+    for seed in range(3):
+        uniforms = sampling.draw_uniforms(jax.random.key(seed), rows, how.draws, truth.layout, noise=False)
+        draw = sampling.draw(how, truth.layout, canvas, uniforms, block)
+        (value, out), grad = compiled(net, params, draw)
+        want, want_grad, by_block, by_count = 0.0, 0.0, np.zeros((BLOCKS, 2)), np.zeros((SIZE, 2))
+        for k, i in itertools.product(range(how.draws), range(rows)):
+            weight, b = float(draw.weight[k, i]), int(draw.block[k, i])
+            if weight == 0:
+                continue
+            s = int(np.asarray(draw.masked[k, i]) @ (1 << np.arange(SIZE)))
+            loss = truth.nll[origin[i], b, s].sum()
+            want += weight * share[i] * loss
+            want_grad += weight * share[i] * truth.grad[origin[i], b, s]
+            by_block[b] += loss, s.bit_count()
+            by_count[s.bit_count() - 1] += (loss, s.bit_count()) if s else (0, 0)
+        assert abs(value / want - 1) < 1e-10
+        assert error(ravel_pytree(grad)[0], want_grad) < 1e-10
+        assert float(out.loss.weight) == data[normalize]
+        np.testing.assert_allclose(np.stack(out.by_block, -1), by_block, rtol=1e-10)
+        np.testing.assert_allclose(np.stack(out.by_count, -1), by_count, rtol=1e-10)
+        if context == "shifted":
+            broken = jax.jit(lambda p, d: total(_shift_forgotten(net), p, d)[0])(params, draw)
+            assert abs(broken / want - 1) > 1e-3, "a shift off by one"

@@ -23,9 +23,9 @@ from jaxblock.types import Canvas, Draw, Layout
 MASK, FILL, EOT = 90, 91, 92
 
 
-def layout(context: str = "aligned", **changes: Any) -> Layout:
-    base = Layout(8, 4, "same_position", "aligned", None, MASK, FILL, (EOT, FILL))
-    return base._replace(context=context, **changes)
+def layout(context: Any = "aligned", **changes: Any) -> Layout:
+    base = Layout(8, 4, "same_position", context, None, MASK, FILL, (EOT, FILL))
+    return base._replace(**changes)
 
 
 def tiny(form: Layout) -> Canvas:
@@ -49,7 +49,10 @@ def hand_draw() -> Draw:
 LETTER = {"p": "prompt", "r": "response", "t": "terminator", "f": "fill", "d": "padding", "u": "unused", "h": "hidden"}
 
 
-@pytest.mark.parametrize(("context", "rows"), [("aligned", ["pprrrrtfffh", "prfffuuuuhh"]), ("paper", ["pprrrrtdddd", "prddddddddd"])])
+@pytest.mark.parametrize(
+    ("context", "rows"),
+    [("aligned", ["pprrrrtfffh", "prfffuuuuhh"]), ("paper", ["pprrrrtdddd", "prddddddddd"])],
+)
 def test_every_position_is_named(context: str, rows: list[str]) -> None:
     form = layout(context)
     got = inspect.examine(form, tiny(form), hand_draw())
@@ -93,18 +96,21 @@ def test_sound_masking_has_no_findings_and_shows_what_training_feeds(
     law: Any, context: str, blocks: Any, ablation: Ablation
 ) -> None:
     form = layout(context)
-    canvas, sampling, key = tiny(form), Sampling(law, blocks, 4, "nelbo"), jax.random.key(3)
+    canvas, sampling = tiny(form), Sampling(law, blocks, 4, "nelbo")
     block = jnp.array([1, 0], jnp.int32) if blocks == "pairs" else None
-    draws, noise = inspect.draw_steps(form, sampling, canvas, key, [5, 6], ablation=ablation, block=block)
+
+    def draw_of(step: int) -> tuple[Draw, jax.Array]:
+        uniforms = draw_uniforms(jax.random.key(step), 2, 4, form, noise=ablation.needs_noise)
+        return draw(sampling, form, canvas, uniforms, block), jnp.moveaxis(uniforms.noise, 1, 0)
+
+    draws, noise = inspect.draw_steps(draw_of, [5, 6])
     got = inspect.examine(form, canvas, draws, ablation=ablation, noise=noise, drawn_blocks=block)
     assert [d.findings for record in got for d in record.draws] == [()] * 16
 
-    # The second step's draws, made as the training step makes them.
-    uniforms = draw_uniforms(jax.random.fold_in(key, 6), 2, 4, form, noise=ablation.needs_noise)
-    expected = draw(sampling, form, canvas, uniforms, block)
+    expected, noise = draw_of(6)
     for k in range(4):
         one = jax.tree.map(lambda x, k=k: x[k], expected)
-        seen, _ = corruption.corrupt(form, canvas, one, ablation, uniforms.noise[:, k] if ablation.needs_noise else None)
+        seen, _ = corruption.corrupt(form, canvas, one, ablation, noise[k] if ablation.needs_noise else None)
         for row, record in enumerate(got):
             shown = record.draws[4 + k]
             assert [s.id for s in shown.seen] == np.asarray(seen.ids[row]).tolist()
@@ -168,7 +174,7 @@ def piece(token: int) -> str:
 def test_terminal_says_it_without_colour() -> None:
     form, out = layout(), io.StringIO()
     examined = inspect.examine(form, tiny(form), hand_draw(), labels=["record 7 (a.jsonl:8)", "record 8"])
-    inspect_terminal.show(Console(file=out, width=120), form, examined, piece, "exact_count law")
+    inspect_terminal.show(Console(file=out, width=160), form, examined, piece, "exact_count law")
     text = out.getvalue()
     assert "record 7 (a.jsonl:8)" in text and "exact_count law" in text and "(no terminator: it was cut)" in text
     assert re.search(r"▶ block 1 +6 ░<eot>░│<eos>│░<eos>░│<eos>", text)

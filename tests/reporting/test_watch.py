@@ -75,7 +75,8 @@ def test_no_steps_at_all() -> None:
 
 
 @pytest.mark.parametrize(
-    ("raw", "expected"), [("▁a", " a"), ("Ġa", " a"), ("\n", "⏎"), ("\x1b[31m", "\\x1b[31m"), ("", "∅"), ("é", "é"), ("\t", "⇥")]
+    ("raw", "expected"),
+    [("▁a", " a"), ("Ġa", " a"), ("\n", "⏎"), ("\x1b[31m", "\\x1b[31m"), ("", "∅"), ("é", "é"), ("\t", "⇥")],
 )
 def test_pieces_are_visible_and_harmless(raw: str, expected: str) -> None:
     assert visible(raw) == expected

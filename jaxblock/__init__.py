@@ -1,0 +1,25 @@
+"""jaxblock: Blockwise SFT for masked diffusion language models (LLaDA and relatives) in JAX."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["Model", "UserError", "__version__", "load"]
+
+if TYPE_CHECKING:
+    from jaxblock.api import Model, load
+    from jaxblock.errors import UserError
+
+
+def __getattr__(name: str) -> Any:
+    """Imports on first use, so that ``jaxblock --help`` does not wait for JAX."""
+    if name in ("Model", "load"):
+        from jaxblock import api
+
+        return getattr(api, name)
+    if name == "UserError":
+        from jaxblock.errors import UserError
+
+        return UserError
+    raise AttributeError(f"module 'jaxblock' has no attribute {name!r}")

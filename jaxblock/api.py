@@ -1,0 +1,311 @@
+"""The Python interface: load, logits, decode, nelbo, save. A thin face over the pure functions; the verbs use it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import DTypeLike
+
+from jaxblock import storage, wiring
+from jaxblock.config import CanvasConfig, DecodeConfig
+from jaxblock.data import tokenizers
+from jaxblock.data.encoding import Encoder
+from jaxblock.data.tokenizers import Tokenizer
+from jaxblock.diffusion import canvas as canvases
+from jaxblock.diffusion import decoder, likelihood
+from jaxblock.errors import UserError
+from jaxblock.huggingface import load as huggingface_load
+from jaxblock.huggingface import save as huggingface_save
+from jaxblock.models.params import Architecture
+from jaxblock.models.transformer import Transformer
+from jaxblock.training import run_folder
+from jaxblock.types import Layout, Params
+
+Ids = Sequence[Sequence[int]] | np.ndarray | Array
+
+_logits = jax.jit(Transformer.all_logits, static_argnums=0)
+_decode = jax.jit(decoder.decode, static_argnums=(0, 1, 2))
+_nelbo = jax.jit(likelihood.nelbo, static_argnums=(0, 1, 2))
+
+# End-of-turn tokens by the families' own names: a folder without prepared data says only what its end of sequence is.
+_TURN_ENDS = ("<|eot_id|>", "<|im_end|>")
+
+
+class Decoded(NamedTuple):
+    """What ``Model.decode`` returns on request.
+
+    Attributes:
+        ids: responses [B, R].
+        canvases: the response after 0, 1, ... steps [S, B, R], mask ids where nothing is committed.
+        nfe: forward passes spent on each row [B].
+    """
+
+    ids: np.ndarray
+    canvases: np.ndarray
+    nfe: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A network with its weights, and what is needed to use it.
+
+    Attributes:
+        net: the network.
+        params: its weights.
+        canvas: default sizes of the canvas.
+        stop_ids: the tokens that end a response.
+        decode_defaults: the decoder's options where a call names none.
+        tokenizer: None where the folder holds none.
+        encoder: tokenizer and template together; for run folders.
+        origin: the folder it came from.
+    """
+
+    net: Transformer
+    params: Params
+    canvas: CanvasConfig
+    stop_ids: tuple[int, ...]
+    decode_defaults: DecodeConfig = DecodeConfig()
+    tokenizer: Tokenizer | None = None
+    encoder: Encoder | None = None
+    origin: str | None = None
+
+    @property
+    def arch(self) -> Architecture:
+        """Sizes and special ids."""
+        return self.net.arch
+
+    def logits(self, ids: Ids, attention_mask: Ids | None = None) -> np.ndarray:
+        """Logits of every position, as the network gives them, before any shift.
+
+        Args:
+            ids: tokens [B, T].
+            attention_mask: [B, T], 1 = real; hidden positions get logits of 0.
+
+        Returns:
+            float32 [B, T, V].
+        """
+        whole = np.asarray(ids, np.int32)
+        rows, lengths, back = _flush_left(whole, attention_mask)
+        positions = np.broadcast_to(np.arange(rows.shape[1], dtype=np.int32), rows.shape)
+        out = np.asarray(_logits(self.net, self.params, rows, positions, lengths))
+        result = np.zeros((*whole.shape, out.shape[-1]), out.dtype)
+        for row, (source, length) in enumerate(zip(back, lengths, strict=True)):
+            result[row, source] = out[row, :length]
+        return result
+
+    def layout(self, options: DecodeConfig) -> Layout:
+        """The decoder's canvas under these options."""
+        return wiring.decoding_layout(self.canvas, options, self.arch, self.stop_ids)
+
+    def options(self, **fields: Any) -> DecodeConfig:
+        """The decoder's options: the model's defaults, with these fields replaced.
+
+        Raises:
+            UserError: a field that the decoder does not have, or a value it cannot take.
+        """
+        known = {field.name for field in dataclasses.fields(DecodeConfig)}
+        for name in fields:
+            if name not in known:
+                raise UserError(f"decode has no option {name!r}; it has {', '.join(sorted(known))}")
+        return dataclasses.replace(self.decode_defaults, **fields)
+
+    def decode(
+        self, prompt_ids: Ids, attention_mask: Ids | None = None, *, return_steps: bool = False, **options: Any
+    ) -> np.ndarray | Decoded:
+        """Decodes responses block by block.
+
+        Args:
+            prompt_ids: prompts [B, P] (padded on either side where ``attention_mask`` says), or a list of lists.
+            attention_mask: [B, P], 1 = real.
+            return_steps: return ``Decoded``: also the canvas after every step, and the forward passes.
+            **options: any field of ``DecodeConfig``, by name.
+
+        Returns:
+            Response ids [B, R]; after an early stop the fill token.
+
+        Raises:
+            UserError: a prompt that is empty, holds the mask token, or does not fit the model.
+        """
+        chosen = self.options(**options)
+        layout = self.layout(chosen)
+        rows, lengths = self.prompts(prompt_ids, attention_mask, layout)
+        index = np.arange(len(rows), dtype=np.int32)
+        canvas = canvases.for_decoding(layout, jnp.asarray(rows), jnp.asarray(lengths), jnp.asarray(index))
+        found = _decode(self.net, layout, wiring.decoding(chosen, layout), self.params, canvas, chosen.seed, index)
+        if not return_steps:
+            return np.asarray(found.response)
+        steps = int(np.max(found.commit_step)) + 1
+        return Decoded(
+            np.asarray(found.response), np.asarray(decoder.canvases(layout, found, steps)), np.asarray(found.nfe)
+        )
+
+    def prompts(
+        self, prompt_ids: Ids, attention_mask: Ids | None, layout: Layout, width: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Prompts as the decoder takes them: flush left, padded to a width that few programs share.
+
+        Returns:
+            (ids [B, P], lengths [B]).
+        """
+        if attention_mask is None and not isinstance(prompt_ids, np.ndarray | Array):
+            lists = [np.asarray(row, np.int32) for row in prompt_ids]
+            lengths = np.array([len(row) for row in lists], np.int32)
+            rows = np.zeros((len(lists), max(lengths, default=0)), np.int32)
+            for at, row in enumerate(lists):
+                rows[at, : len(row)] = row
+        else:
+            rows, lengths, _ = _flush_left(np.asarray(prompt_ids, np.int32), attention_mask)
+        for at, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            _check_prompt(row[:length], at, layout, self.arch)
+        width = max(width or 0, -(-rows.shape[1] // 16) * 16)
+        return np.pad(rows, ((0, 0), (0, width - rows.shape[1]))), lengths
+
+    def nelbo(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        response_ids: Sequence[Sequence[int]],
+        *,
+        response_len: int | None = None,
+        block: int | None = None,
+        samples: int | None = None,
+        seed: int = 0,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Upper bounds on the responses' negative log-likelihoods, in nats.
+
+        Args:
+            prompt_ids: one list per row.
+            response_ids: one list per row, the terminator included.
+            response_len: R; None for the canvas's.
+            block: B; None for the canvas's.
+            samples: masked sets per block, stratified by count; exact where 2^B - 1 is not more. None for B.
+            seed: of the masks.
+
+        Returns:
+            (NELBO [B], standard error of the masks drawn [B]; 0 where exact).
+
+        Raises:
+            UserError: a response that does not fit, or a row that holds the mask token.
+        """
+        layout = self.layout(self.options(response_len=response_len, block=block))
+        rows, lengths = self.prompts(prompt_ids, None, layout)
+        responses = np.zeros((len(rows), layout.response_len), np.int32)
+        for at, response in enumerate(response_ids):
+            if not 1 <= len(response) <= layout.response_len:
+                raise UserError(f"row {at}: a response of {len(response)} tokens; response_len is {layout.response_len}")
+            if layout.mask_id in response:
+                raise UserError(f"row {at}: the response holds the mask token {layout.mask_id}")
+            responses[at, : len(response)] = response
+        text = np.array([len(response) for response in response_ids], np.int32)
+        index = np.arange(len(rows), dtype=np.int32)
+        canvas = canvases.from_rows(layout, *map(jnp.asarray, (rows, lengths, responses, text, index)))
+        found = _nelbo(self.net, layout, samples or layout.block, self.params, canvas, jax.random.key(seed))
+        value, error = likelihood.per_row(found)
+        return np.asarray(value), np.asarray(error)
+
+    def save(self, folder: storage.PathLike, dtype: DTypeLike | None = None) -> float:
+        """Writes a Hugging Face folder, reads it back and compares logits.
+
+        Args:
+            folder: what to make; it must not exist.
+            dtype: the tensors' type; None keeps each one's own.
+
+        Returns:
+            The largest difference of any logit (0 where the type is kept).
+        """
+        companions = None
+        if self.origin is not None:
+            own = storage.as_path(self.origin) / run_folder.TOKENIZER
+            companions = str(own) if own.exists() else self.origin
+        huggingface_save.save(folder, self.arch, self.params, tokenizer=companions, dtype=dtype)
+        width = min(64, self.arch.max_len)
+        ids = np.random.default_rng(0).integers(0, self.arch.vocab_size, (2, width), dtype=np.int32)
+        return huggingface_save.verify(folder, self.net, self.params, jnp.asarray(ids))
+
+
+def load(folder: storage.PathLike, *, dtype: str | None = None) -> Model:
+    """Loads a run folder or a Hugging Face folder.
+
+    Args:
+        folder: what ``jaxblock train`` wrote, or a folder with config.json and safetensors (tokenizer optional).
+        dtype: compute and storage type, ``float32`` or ``bfloat16``; None keeps what is stored.
+
+    Returns:
+        The model.
+
+    Raises:
+        UserError: the folder is neither, or is damaged; says what is missing.
+    """
+    if run_folder.is_run(folder):
+        return _from_run(folder, dtype)
+    arch, params = huggingface_load.load(folder, dtype=dtype)
+    compute = dtype or jax.tree.leaves(params)[0].dtype.name
+    tokenizer = _tokenizer_of(folder)
+    ends = [tokenizer.id_of(text) for text in _TURN_ENDS] if tokenizer is not None else []
+    stop_ids = tuple(dict.fromkeys([*(i for i in ends if i is not None), arch.eos_id]))
+    return Model(
+        net=Transformer(arch, dtype=compute),
+        params=params,
+        canvas=CanvasConfig(),
+        stop_ids=stop_ids,
+        tokenizer=tokenizer,
+        origin=str(folder),
+    )
+
+
+def _from_run(folder: storage.PathLike, dtype: str | None) -> Model:
+    run = run_folder.open_run(folder)
+    params, _ = run_folder.load_params(run, dtype=dtype)
+    settings = dataclasses.replace(run.config.model, dtype=dtype or run.config.model.dtype)
+    return Model(
+        net=wiring.network(run.arch, settings),
+        params=params,
+        canvas=run.config.canvas,
+        stop_ids=run.prepared.special.stop_ids,
+        decode_defaults=run.config.decode,
+        tokenizer=run.prepared.tokenizer,
+        encoder=run.prepared.encoder,
+        origin=str(folder),
+    )
+
+
+def _tokenizer_of(folder: storage.PathLike) -> Tokenizer | None:
+    names = {entry.name for entry in storage.as_path(folder).iterdir()}
+    if "tokenizer.json" in names or any(name.endswith(".model") for name in names):
+        return tokenizers.load(folder)
+    return None
+
+
+def _flush_left(ids: np.ndarray, attention_mask: Ids | None) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+    """Moves each row's real tokens to the left. Returns (ids, lengths, the source positions of each row's tokens)."""
+    if attention_mask is None:
+        everything = [np.arange(ids.shape[1]) for _ in ids]
+        return ids, np.full(len(ids), ids.shape[1], np.int32), everything
+    real = np.asarray(attention_mask).astype(bool)
+    if real.shape != ids.shape:
+        raise UserError(f"attention_mask has the shape {real.shape}, the ids {ids.shape}: they must be equal")
+    sources = [np.flatnonzero(row) for row in real]
+    rows = np.zeros_like(ids)
+    for at, source in enumerate(sources):
+        rows[at, : len(source)] = ids[at, source]
+    return rows, np.array([len(source) for source in sources], np.int32), sources
+
+
+def _check_prompt(prompt: np.ndarray, row: int, layout: Layout, arch: Architecture) -> None:
+    if not len(prompt):
+        raise UserError(f"prompt {row} is empty: it needs at least one token")
+    if (prompt == layout.mask_id).any():
+        raise UserError(f"prompt {row} holds the mask token {layout.mask_id}: take it out")
+    if prompt.min() < 0 or prompt.max() >= arch.vocab_size:
+        raise UserError(f"prompt {row} holds an id outside the vocabulary of {arch.vocab_size}")
+    if len(prompt) + layout.response_len > arch.max_len:
+        raise UserError(
+            f"prompt {row} has {len(prompt)} tokens; with {layout.response_len} for the response it is longer than the "
+            f"model's {arch.max_len}"
+        )
+

@@ -1,0 +1,102 @@
+"""Where metrics go: JSON lines always, TensorBoard by a flag."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxblock import storage
+from jaxblock.errors import UserError
+from jaxblock.training.step import StepMetrics
+from jaxblock.types import Sum
+
+FILE = "metrics.jsonl"
+
+
+class MetricsLog:
+    """Appends rows to ``metrics.jsonl``; a resumed run appends to the rows of the first."""
+
+    def __init__(self, run: Path, tensorboard: bool) -> None:
+        """Opens the files.
+
+        Args:
+            run: the run folder, which exists.
+            tensorboard: also write event files into ``run/tensorboard``.
+
+        Raises:
+            UserError: the folder cannot be written, or tensorboardX is not installed.
+        """
+        self.path = run / FILE
+        with storage.explained("write metrics", self.path):
+            self._file = self.path.open("a", encoding="utf-8")
+        self._events: Any = None
+        if tensorboard:
+            try:
+                from tensorboardX import SummaryWriter
+            except ImportError:
+                raise UserError("train.tensorboard needs tensorboardX: pip install tensorboardX") from None
+            self._events = SummaryWriter(str(run / "tensorboard"))
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Appends one row with at least ``step`` and ``kind``; flushed, so that a kill loses at most a cut last line."""
+        with storage.explained("write metrics", self.path):
+            self._file.write(json.dumps(_finite(row)) + "\n")
+            self._file.flush()
+        if self._events is not None:
+            for name, value in _scalars(row):
+                self._events.add_scalar(f"{row['kind']}/{name}", value, row["step"])
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+
+def summarise(window: list[StepMetrics]) -> dict[str, Any]:
+    """The metrics of several steps as host values: sums are added and weights are added, then divided.
+
+    Args:
+        window: host copies of each step's metrics.
+
+    Returns:
+        ``loss``, ``grad_norm`` (of the last step), ``loss_by_block`` and ``loss_by_count`` as [sum, weight] pairs.
+    """
+
+    def pooled(parts: list[Sum]) -> tuple[np.ndarray, np.ndarray]:
+        return np.sum([p.total for p in parts], 0, np.float64), np.sum([p.weight for p in parts], 0, np.float64)
+
+    total, weight = pooled([m.losses.loss for m in window])
+    by_block = pooled([m.losses.by_block for m in window])
+    by_count = pooled([m.losses.by_count for m in window])
+    return {
+        "loss": float(total / weight),
+        "grad_norm": float(window[-1].grad_norm),
+        "loss_by_block": np.stack(by_block, -1).round(4).tolist(),
+        "loss_by_count": np.stack(by_count, -1).round(4).tolist(),
+    }
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinity have no JSON: they are written as text, so that every reader can parse the line."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def _scalars(row: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    found = []
+    for key, value in row.items():
+        if isinstance(value, dict):
+            found += _scalars(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float) and key not in ("step", "kind"):
+            found.append((prefix + key, float(value)))
+    return found

@@ -1,0 +1,78 @@
+# shellcheck shell=bash
+# Sourced by the launch scripts: finds a Python, makes .venv and installs what is asked for, once.
+# Sets: root (the repository), venv_python. Honours: PYTHON (which interpreter to make .venv from).
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+venv="$root/.venv"
+venv_python="$venv/bin/python"
+
+say() { printf '%s\n' "$@"; }
+fail() {
+    printf 'error: %s\n' "$*" >&2
+    exit 2
+}
+
+# A command may exist and not run (pyenv's shims), or run and not be able to make an environment (Debian's python3
+# without python3-venv): only trying tells.
+python_fits() {
+    "$1" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
+}
+
+find_python() {
+    local candidate
+    if [ -n "${PYTHON:-}" ]; then
+        python_fits "$PYTHON" || fail "PYTHON=$PYTHON is not a Python 3.11 or newer that can make environments (venv, ensurepip)"
+        printf '%s\n' "$PYTHON"
+        return
+    fi
+    for candidate in python3 python3.12 python3.11 python python3.13; do
+        if python_fits "$candidate"; then
+            printf '%s\n' "$candidate"
+            return
+        fi
+    done
+    fail "no Python 3.11 or newer with venv found (python3 is: $(python3 --version 2>&1 || true)).
+Install one (Debian, Ubuntu: apt install python3.12 python3.12-venv; anywhere: https://www.python.org/downloads/)
+or name it: PYTHON=/path/to/python3.12 $0"
+}
+
+# What the environment was made from: when it changes, pip runs again.
+fingerprint() {
+    "$venv_python" - "$root/requirements.txt" "$root/pyproject.toml" "$@" <<'PY'
+import hashlib, pathlib, sys
+digest = hashlib.sha256(repr((sys.version, sys.prefix)).encode())
+for name in sys.argv[1:]:
+    digest.update(name.encode() + pathlib.Path(name).read_bytes())
+print(digest.hexdigest())
+PY
+}
+
+# install_environment [EXTRAS]: jaxblock, editable, with the pinned versions of this Python where they have been tested.
+install_environment() {
+    local extras="${1:-}" chosen constraints version now stamp
+    if ! "$venv_python" -m pip --version >/dev/null 2>&1; then
+        chosen="$(find_python)"
+        say "making .venv with $("$chosen" --version) ($chosen)"
+        "$chosen" -m venv --clear "$venv"
+    fi
+    version="$("$venv_python" -c 'import sys; print("%d%d" % sys.version_info[:2])')"
+    constraints="$root/constraints-py$version.txt"
+    local pins=()
+    if [ -f "$constraints" ]; then pins=("$constraints"); fi
+    now="$(fingerprint ${pins[@]+"${pins[@]}"})"
+    # The development extras hold everything else, so their stamp serves for the plain installation too.
+    for stamp in "$venv/.installed-dev" "$venv/.installed-$extras"; do
+        if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$now" ]; then
+            say "dependencies: installed already in .venv"
+            return
+        fi
+    done
+    say "dependencies: installing into .venv${pins[0]+ with the pins of ${pins[0]##*/}}"
+    if [ ${#pins[@]} -eq 0 ]; then
+        say "note: there is no tested set of versions for this Python; the newest that satisfy requirements.txt are taken"
+    fi
+    "$venv_python" -m pip install --quiet --disable-pip-version-check ${pins[@]+--constraint "${pins[@]}"} \
+        --editable "$root${extras:+[$extras]}" ||
+        fail "pip could not install the dependencies (above: why). Is there a network? A mirror goes in PIP_INDEX_URL"
+    printf '%s\n' "$now" >"$venv/.installed-$extras"
+}

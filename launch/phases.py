@@ -1,0 +1,95 @@
+"""Runs the phases of a launch script, with their wall time and peak memory on record. Standard library only.
+
+phases.py run RECORD NAME COMMAND...    runs a command, appends a JSON line to RECORD, ends with the command's exit code
+phases.py report RECORD [LABEL=FILE...] prints the phases, and the score in each per-problem file
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+
+def run(record: Path, name: str, command: list[str]) -> int:
+    """Runs one phase.
+
+    Args:
+        record: JSON lines, one per finished phase.
+        name: of the phase.
+        command: what to run, with its arguments.
+
+    Returns:
+        The exit code, as a shell gives it (128 + signal number).
+    """
+    start = time.monotonic()
+    process = subprocess.Popen(command)
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        process.send_signal(number)
+
+    # Ctrl-C reaches the command too, which saves and ends by itself: dying here would lose its exit code and record.
+    signal.signal(signal.SIGINT, lambda number, frame: None)
+    signal.signal(signal.SIGTERM, forward)
+    _, status, usage = os.wait4(process.pid, 0)
+    code = os.waitstatus_to_exitcode(status)
+    # Linux counts in KiB, macOS in bytes. It is the peak of the largest process, not a sum over worker processes.
+    peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    entry = {"phase": name, "seconds": round(time.monotonic() - start, 1), "peak_bytes": peak, "exit": code}
+    with open(record, "a", encoding="utf-8") as file:
+        file.write(json.dumps(entry) + "\n")
+    return code if code >= 0 else 128 - code
+
+
+def report(record: Path, scores: list[str]) -> None:
+    """Prints a table of the phases, those of earlier calls included, and the scores.
+
+    Args:
+        record: what `run` wrote; a phase that ran several times is shown by its longest run that succeeded.
+        scores: ``label=per-problem file``; files that are absent are left out.
+    """
+    best: dict[str, dict[str, float]] = {}
+    for line in record.read_text(encoding="utf-8").splitlines():
+        entry = json.loads(line)
+        # A phase that finds its work done takes seconds: the run that did the work is the one to show.
+        if entry["exit"] == 0 and entry["seconds"] >= best.get(entry["phase"], entry)["seconds"]:
+            best[entry["phase"]] = entry
+    width = max([len(name) for name in best] + [5])
+    print(f"{'phase':<{width}}  {'wall time':>9}  {'peak memory':>11}")
+    for name, entry in best.items():
+        minutes, seconds = divmod(round(entry["seconds"]), 60)
+        print(f"{name:<{width}}  {minutes:>5}m{seconds:02}s  {entry['peak_bytes'] / 2**30:>7.2f} GiB")
+    total = sum(entry["seconds"] for entry in best.values())
+    print(f"{'all':<{width}}  {int(total) // 60:>5}m{round(total) % 60:02}s")
+    print()
+    for label, _, name in (score.partition("=") for score in scores):
+        path = Path(name)
+        if path.exists():
+            verdicts = [json.loads(line)["correct"] for line in path.read_text(encoding="utf-8").splitlines() if line]
+            share = sum(verdicts) / max(len(verdicts), 1)
+            print(f"Pass@1 {label}: {share:6.1%} ({sum(verdicts)} of {len(verdicts)})")
+
+
+def main(arguments: list[str]) -> int:
+    """The two commands of this file.
+
+    Returns:
+        An exit code.
+    """
+    match arguments:
+        case ["run", record, name, *command] if command:
+            return run(Path(record), name, command)
+        case ["report", record, *scores]:
+            report(Path(record), scores)
+            return 0
+    print(__doc__, file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,122 @@
+#!/usr/bin/env bash
+# From nothing to a fine-tuned, scored and exported diffusion LM: launch/quickstart.sh [--control] [--out FOLDER]
+set -euo pipefail
+# shellcheck source=launch/environment.sh
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+usage() {
+    cat <<'HELP'
+usage: launch/quickstart.sh [--control] [--out FOLDER]
+
+Installs jaxblock into .venv, then: prepares the built-in arithmetic word problems; pre-trains a small diffusion LM the
+classical way; scores it on held-out problems; fine-tunes it with Blockwise SFT; scores it again; exports it as a Hugging
+Face checkpoint. What is done already is skipped, and a training run that was interrupted goes on where it stopped.
+
+  --control      also spend the fine-tuning's FLOPs on more classical training from the same start, and score that
+  --out FOLDER   where everything goes (default: runs/quickstart in the repository)
+
+Environment:
+  PYTHON         interpreter to make .venv from (3.11 or newer)
+HELP
+}
+
+control=no
+out="$root/runs/quickstart"
+while [ $# -gt 0 ]; do
+    case "$1" in
+        --control) control=yes ;;
+        --out)
+            [ $# -ge 2 ] || fail "--out needs a folder"
+            out="$2"
+            shift
+            ;;
+        --out=*) out="${1#--out=}" ;;
+        -h | --help)
+            usage
+            exit 0
+            ;;
+        *)
+            usage >&2
+            fail "unknown argument: $1"
+            ;;
+    esac
+    shift
+done
+
+install_environment ""
+mkdir -p "$out" || fail "cannot make the folder $out: choose another with --out"
+out="$(cd "$out" && pwd)"
+record="$out/phases.jsonl"
+classical="$root/configs/quickstart_classical.yaml"
+blockwise="$root/configs/quickstart_blockwise.yaml"
+prepared=(--data.prepared "$out/prepared")
+
+# phase NAME VERB ARGUMENTS...: one verb, measured.
+phase() {
+    local name="$1" code=0
+    shift
+    say "" "== $name"
+    "$venv_python" "$root/launch/phases.py" run "$record" "$name" "$venv_python" -m jaxblock "$@" || code=$?
+    if [ "$code" -ne 0 ]; then
+        say "" "quickstart: '$name' ended with exit code $code. The same command goes on from here: $0" >&2
+        exit "$code"
+    fi
+}
+
+# score NAME RUN FOLDER ARGUMENTS...: always with the same decoder, so that the numbers compare.
+score() {
+    local name="$1" run="$2" folder="$3"
+    shift 3
+    if [ -f "$folder/summary.json" ] && [ -z "$(find "$run" -type f -newer "$folder/summary.json" | head -n 1)" ]; then
+        say "" "== $name" "done already: $folder"
+        return
+    fi
+    # Left by an interrupted call, or older than the run that it scored.
+    rm -f "$folder/summary.json" "$folder/problems.jsonl"
+    phase "$name" evaluate --config "$blockwise" --checkpoint "$run" --out "$folder" "${prepared[@]}" "$@"
+}
+
+phase prepare prepare --config "$classical" "${prepared[@]}"
+phase "train, classical" train --config "$classical" "${prepared[@]}" --train.out "$out/classical"
+score "score before" "$out/classical" "$out/score_before"
+phase "train, blockwise" train --config "$blockwise" "${prepared[@]}" --train.out "$out/blockwise" \
+    --model.init_from "$out/classical"
+score "score after" "$out/blockwise" "$out/score_after" --evaluate.compare "$out/score_before/problems.jsonl"
+if [ "$control" = yes ]; then
+    phase "train, control" train --config "$root/configs/quickstart_control.yaml" "${prepared[@]}" \
+        --train.out "$out/control" --model.init_from "$out/classical"
+    score "score control" "$out/control" "$out/score_control" --evaluate.compare "$out/score_after/problems.jsonl"
+fi
+if [ ! -f "$out/export/config.json" ]; then
+    phase export export --checkpoint "$out/blockwise" --out "$out/export"
+elif [ -n "$(find "$out/blockwise" -type f -newer "$out/export/config.json" | head -n 1)" ]; then
+    say "" "== export" "note: $out/export is older than the run; it is kept. Move it away to export again"
+else
+    say "" "== export" "done already: $out/export"
+fi
+
+say "" "== result"
+"$venv_python" "$root/launch/phases.py" report "$record" \
+    "before (classical)          =$out/score_before/problems.jsonl" \
+    "after (Blockwise SFT)       =$out/score_after/problems.jsonl" \
+    "control (as much classical) =$out/score_control/problems.jsonl"
+quoted() { printf '%q ' "$@"; }
+data="$(quoted "${prepared[@]}")"
+cat <<DONE
+
+Everything is in $out:
+  prepared/       tokens, tokenizer and manifest        classical/, blockwise/   runs: metrics, checkpoints, plots
+  score_*/        each problem's answer and verdict     export/                  Hugging Face checkpoint
+
+Try next:
+  source $(quoted "$venv/bin/activate")
+  # what the model sees, and what is supervised
+  jaxblock inspect --config $(quoted "$blockwise")$data
+  # watch it decode, block by block
+  jaxblock decode --config $(quoted "$blockwise")--checkpoint $(quoted "$out/blockwise")--watch $data
+  # every setting; your own JSONL goes in data.train
+  jaxblock train --help
+DONE
+if [ "$control" = no ]; then
+    say "  # would as much classical training have done as well?" "  launch/quickstart.sh --control"
+fi

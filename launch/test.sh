@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# The whole fast test suite, with its own environment: launch/test.sh [pytest arguments]
+set -euo pipefail
+# shellcheck source=launch/environment.sh
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+if [ "${1:-}" = "--help" ] || [ "${1:-}" = "-h" ]; then
+    cat <<'HELP'
+usage: launch/test.sh [PYTEST ARGUMENTS]
+
+Makes .venv (first call only), installs jaxblock and its development tools at tested versions, and runs every test that
+is not marked slow. Arguments go to pytest: launch/test.sh tests/diffusion -k quota
+
+Environment:
+  PYTHON                 interpreter to make .venv from (3.11 or newer)
+  JAXBLOCK_TEST_WORKERS  parallel test processes (default: 2; 0 for none)
+HELP
+    exit 0
+fi
+
+install_environment dev
+cd "$root"
+exec "$venv_python" -m pytest -m "not slow" -n "${JAXBLOCK_TEST_WORKERS:-2}" "$@"

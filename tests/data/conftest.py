@@ -1,0 +1,81 @@
+"""Small tokenizers and training files for the tests of the data room."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+
+import pytest
+import tokenizers as huggingface
+
+from jaxblock.config import DataConfig
+from jaxblock.data import corpus, tokenizers
+from jaxblock.data.pieces import SentencePieceTokenizer
+
+LLADA_TEMPLATE = (
+    "{% set rows = messages %}{% for m in rows %}"
+    "{% set text = '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' %}{% if loop.first %}{% set text = bos_token + text %}{% endif %}"
+    "{{ text }}{% endfor %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+)
+"""The behaviour of LLaDA's own template: the assistant's header comes at the end whether or not it is asked for."""
+
+SPECIALS = (
+    "<|startoftext|>",
+    "<|endoftext|>",
+    "<|mdm_mask|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+)
+
+
+@pytest.fixture(scope="session")
+def pieces() -> SentencePieceTokenizer:
+    """A SentencePiece tokenizer trained on a few built-in problems."""
+    texts = [f"{record['question']}\nuser assistant\n{record['answer']}" for record in corpus.generate("train", 300)]
+    return tokenizers.train(texts, DataConfig(vocab_size=700), SPECIALS)
+
+
+@pytest.fixture
+def tokenizer_folder(tmp_path: pathlib.Path) -> Callable[..., str]:
+    """Makes a Hugging Face tokenizer folder (byte-level BPE) with LLaDA's special tokens and template."""
+
+    def make(without: str = "", template: str | None = LLADA_TEMPLATE) -> str:
+        tokenizer = huggingface.Tokenizer(huggingface.models.BPE())
+        tokenizer.pre_tokenizer = huggingface.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = huggingface.decoders.ByteLevel()
+        trainer = huggingface.trainers.BpeTrainer(
+            vocab_size=600,
+            special_tokens=[text for text in SPECIALS if text != without],
+            initial_alphabet=huggingface.pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        texts = [f"{record['question']}\n{record['answer']}" for record in corpus.generate("train", 100)]
+        tokenizer.train_from_iterator(texts, trainer)
+        folder = tmp_path / "tokenizer"
+        folder.mkdir(exist_ok=True)
+        tokenizer.save(str(folder / "tokenizer.json"))
+        settings: dict[str, object] = {
+            "bos_token": "<|startoftext|>",
+            "eos_token": "<|endoftext|>",
+            "pad_token": {"content": "<|endoftext|>", "lstrip": False},
+        }
+        if template is not None:
+            settings["chat_template"] = template
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        return str(folder)
+
+    return make
+
+
+@pytest.fixture
+def jsonl(tmp_path: pathlib.Path) -> Callable[..., str]:
+    """Writes records, given as (question, answer), to a file."""
+
+    def make(name: str, rows: Sequence[tuple[str, str]]) -> str:
+        path = tmp_path / name
+        path.write_text("".join(json.dumps({"question": q, "answer": a}) + "\n" for q, a in rows))
+        return str(path)
+
+    return make

@@ -1,0 +1,172 @@
+"""Records survive their files, and every batch is a pure function of seed and step."""
+
+from __future__ import annotations
+
+import itertools
+import pathlib
+import pickle
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxblock.config import CanvasConfig
+from jaxblock.data import loader, records
+from jaxblock.data.loader import Batch, BatchAt
+from jaxblock.data.records import Record
+from jaxblock.errors import UserError
+
+CANVAS = CanvasConfig(prompt_len=8, response_len=12, block=4)
+
+
+def _record(index: int, n_prompt: int, n_response: int) -> Record:
+    prompt = np.arange(100 * index, 100 * index + n_prompt, dtype=np.int32)
+    return Record(
+        prompt, -1 - prompt[:1].repeat(n_response), f"q{index}", f"à{index}", f"some.jsonl:{index + 1}", index
+    )
+
+
+RECORDS = [_record(i, 1 + i % 8, 1 + (5 * i) % 12) for i in range(23)]
+
+
+def _same(a: Batch, b: Batch) -> bool:
+    return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> records.Records:
+    folder = tmp_path_factory.mktemp("records")
+    records.write(folder, "train", RECORDS)
+    return records.read(folder, "train")
+
+
+ids = st.lists(st.integers(0, 2**31 - 1), max_size=6).map(lambda values: np.array(values, np.int32))
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+
+
+@settings(deadline=None)
+@given(st.builds(Record, ids, ids, texts, texts, texts, st.integers(0, 2**32 - 1)))
+def test_a_record_round_trips(record: Record) -> None:
+    again = records.decode(records.encode(record))
+    np.testing.assert_array_equal(again.prompt_ids, record.prompt_ids)
+    np.testing.assert_array_equal(again.response_ids, record.response_ids)
+    assert again.prompt_ids.dtype == again.response_ids.dtype == np.int32
+    assert (again.prompt, again.response, again.source, again.index) == (
+        record.prompt,
+        record.response,
+        record.source,
+        record.index,
+    )
+    with pytest.raises(ValueError, match="hold no record"):
+        records.decode(records.encode(record) + b"x")
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_file_is_read_at_random(source: records.Records, in_memory: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not in_memory:
+        monkeypatch.setattr(records, "_KEEP_IN_MEMORY", 0)
+    again = pickle.loads(pickle.dumps(source))
+    assert (again._memory is not None) == in_memory
+    assert [record.prompt for record in again] == [f"q{i}" for i in range(23)]
+    assert [record.index for record in again[-2:]] == [21, 22]
+    assert again[-1].index == 22
+    np.testing.assert_array_equal(again.lengths(), [[1 + i % 8, 1 + (5 * i) % 12] for i in range(23)])
+    with pytest.raises(IndexError):
+        again[23]
+
+
+def test_bad_files_are_named(source: records.Records, tmp_path: pathlib.Path) -> None:
+    with pytest.raises(UserError, match="no split 'test'"):
+        records.read(tmp_path, "test")
+    content = pathlib.Path(source.path).read_bytes()
+    (tmp_path / "test.array_record").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match=r"test\.array_record is damaged"):
+        records.read(tmp_path, "test")
+    with pytest.raises(UserError, match="cannot write .*none"):
+        records.write(tmp_path / "none", "train", RECORDS)
+
+
+def test_rows_are_flush_left_and_named() -> None:
+    batch = loader.pad_rows([_record(3, 2, 3), _record(1, 8, 12)], CANVAS)
+    assert batch.prompt_ids.tolist()[0] == [300, 301, 0, 0, 0, 0, 0, 0]
+    assert batch.response_ids.tolist()[0] == [-301] * 3 + [0] * 9
+    for name, expected in [
+        ("prompt_len", [2, 8]),
+        ("text_len", [3, 12]),
+        ("block", [-1, -1]),
+        ("index", [3, 1]),
+        ("row_id", [0, 1]),
+    ]:
+        assert getattr(batch, name).tolist() == expected
+    assert {array.dtype for array in batch} == {np.dtype(np.int32)}
+    with pytest.raises(
+        UserError, match=r"some.jsonl:1: the response has 13 tokens, more than canvas.response_len = 12"
+    ):
+        loader.pad_rows([_record(0, 1, 13)], CANVAS)
+
+
+def test_every_pair_is_listed_once() -> None:
+    lengths = [4, 5, 1, 12]
+    pairs = loader.pairs_of([_record(i, 1, n) for i, n in enumerate(lengths)], block=4)
+    assert pairs.tolist() == [[0, 0], [1, 0], [1, 1], [2, 0], [3, 0], [3, 1], [3, 2]]
+
+
+@pytest.mark.parametrize("kind", ["per_sequence", "pairs"])
+def test_an_epoch_visits_everything_once_and_each_epoch_is_shuffled_anew(kind: str) -> None:
+    at = BatchAt(RECORDS, canvas=CANVAS, seed=3, batch_size=1, kind=kind)  # type: ignore[arg-type]
+    n = at.rows_per_epoch
+    expected = [(i, -1) for i in range(23)]
+    if kind == "pairs":
+        expected = [(i, k) for i, record in enumerate(RECORDS) for k in range(-(-len(record.response_ids) // 4))]
+    epochs = []
+    for epoch in range(3):
+        rows = [at(step) for step in range(epoch * n, (epoch + 1) * n)]
+        epochs.append([(int(row.index[0]), int(row.block[0])) for row in rows])
+        assert Counter(epochs[-1]) == Counter(expected)
+    assert all(a != b for a, b in itertools.combinations([*epochs, sorted(epochs[0])], 2))
+    # neighbouring seeds are not each other's epochs
+    other = BatchAt(RECORDS, canvas=CANVAS, seed=2, batch_size=1, kind=kind)  # type: ignore[arg-type]
+    assert [(int(b.index[0]), int(b.block[0])) for b in map(other, range(n, 2 * n))] not in epochs
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 2**40),
+    step=st.integers(0, 10**9),
+    kind=st.sampled_from(["per_sequence", "pairs"]),
+    n=st.sampled_from([2, 3, 6]),
+)
+def test_slices_of_processes_make_up_the_batch(seed: int, step: int, kind: loader.Kind, n: int) -> None:
+    def at(index: int, count: int) -> Batch:
+        settings = {"canvas": CANVAS, "seed": seed, "batch_size": 12, "kind": kind}
+        return BatchAt(RECORDS, **settings, process_index=index, process_count=count)(step)  # type: ignore[arg-type]
+
+    whole = at(0, 1)
+    assert whole.row_id.tolist() == list(range(12))
+    assert _same(Batch(*map(np.concatenate, zip(*(at(i, n) for i in range(n)), strict=True))), whole)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_start_at_any_step_and_any_worker_count_give_the_same_batches(source: records.Records, workers: int) -> None:
+    at = BatchAt(RECORDS, canvas=CANVAS, seed=1, batch_size=6, kind="pairs")
+    for start in (0, 13):
+        batches = loader.batches(
+            source, canvas=CANVAS, seed=1, batch_size=6, kind="pairs", start_step=start, workers=workers
+        )
+        for step, batch in zip(range(start, start + 9), batches, strict=False):
+            assert isinstance(batch, Batch)
+            assert _same(batch, at(step))
+        batches.close()  # type: ignore[attr-defined]
+
+
+def test_what_cannot_be_batched() -> None:
+    for settings_, complaint in [
+        ({"batch_size": 5, "process_count": 2}, "train.batch_size = 5 does not split over 2 processes"),
+        ({"batch_size": 0}, "train.batch_size = 0"),
+    ]:
+        with pytest.raises(UserError, match=complaint):
+            loader.batches(RECORDS, canvas=CANVAS, seed=0, **settings_)
+    with pytest.raises(UserError, match="no records"):
+        loader.batches([], canvas=CANVAS, seed=0, batch_size=1)

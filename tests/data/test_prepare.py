@@ -1,0 +1,234 @@
+"""`prepare`: whole or not at all, counted, and never silent about what it drops."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from jaxblock.config import CanvasConfig, Config, DataConfig
+from jaxblock.data import lengths, manifest, prepare, prepared
+from jaxblock.data.manifest import Manifest
+from jaxblock.errors import UserError
+
+Jsonl = Callable[..., str]
+
+
+def _config(folder: pathlib.Path, canvas: dict[str, Any] | None = None, **data: Any) -> Config:
+    defaults = {"prepared": str(folder / "out"), "builtin_train": 60, "builtin_test": 6, "validation_records": 4}
+    return Config(
+        data=DataConfig(**{**defaults, "vocab_size": 450, **data}),
+        canvas=CanvasConfig(**{"prompt_len": 200, "response_len": 80, "block": 8, **(canvas or {})}),
+    )
+
+
+def _left(folder: pathlib.Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+def test_the_builtin_corpus_from_text_to_records(tmp_path: pathlib.Path) -> None:
+    config = _config(tmp_path)
+    made = prepare.prepare(config)
+    opened = prepared.open_prepared(tmp_path / "out")
+    assert opened.manifest == made == manifest.read(config.data.prepared)
+    assert _left(tmp_path) == ["out"]
+    assert {split: entry["kept"] for split, entry in made.splits.items()} == {"train": 60, "validation": 4, "test": 6}
+    assert made.overlaps == {"train and validation": 0, "train and test": 0, "validation and test": 0}
+    assert made.vocab_size == opened.tokenizer.vocab_size <= 450
+    assert made.data_config == dataclasses.replace(config.data, prepared=DataConfig().prepared)
+    assert made.canvas_config == config.canvas
+
+    records = opened.records("test")
+    stats = made.splits["test"]
+    sizes = sorted(len(record.response_ids) for record in records)
+    assert stats["tokens"]["response"]["min"] == sizes[0]
+    assert stats["tokens"]["response"]["max"] == sizes[-1]
+    assert stats["tokens"]["response"]["mean"] == round(sum(sizes) / 6, 2)
+    assert stats["tokens"]["response"]["median"] == (sizes[2] + sizes[3]) / 2
+    assert sum(int(n) * count for n, count in stats["blocks"].items()) == sum(-(-size // 8) for size in sizes)
+    for number, record in enumerate(records):
+        assert (record.index, record.source) == (number, f"builtin:test:{number + 1}")
+        assert record.response_ids[-1] == opened.special.eot
+        assert opened.tokenizer.decode(record.response_ids) == record.response
+        assert opened.encoder.prompt(record.prompt) == record.prompt_ids.tolist()
+    with pytest.raises(UserError, match="holds no 'dev' records"):
+        opened.records("dev")
+
+
+def test_a_second_call_finds_it_and_a_different_one_is_refused(tmp_path: pathlib.Path, jsonl: Jsonl) -> None:
+    rows = [(f"What is {n}?", f"It is {n}.") for n in range(20)]
+    config = _config(tmp_path, train=jsonl("train.jsonl", rows), test=None)
+    said: list[str] = []
+    made = prepare.prepare(config, said.append)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    assert not any("already prepared" in line for line in said)
+    assert prepare.prepare(config, said.append) == made
+    assert "already prepared" in said[-1]
+
+    other = dataclasses.replace(config, canvas=dataclasses.replace(config.canvas, block=16))
+    with pytest.raises(UserError, match=r"canvas.block = 8 there, 16 here\). Set data.overwrite"):
+        prepare.prepare(other)
+    jsonl("train.jsonl", [*rows, ("And?", "Yes.")])
+    with pytest.raises(UserError, match="the content of its input, tokenizer or template files"):
+        prepare.prepare(config)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
+
+    replaced = prepare.prepare(dataclasses.replace(config, data=dataclasses.replace(config.data, overwrite=True)))
+    assert replaced.splits["train"]["kept"] == made.splits["train"]["kept"] + 1
+    assert _left(tmp_path) == ["out", "train.jsonl"]
+
+
+def test_a_foreign_folder_is_never_replaced(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("")
+    with pytest.raises(UserError, match=r"holds no manifest\.json"):
+        prepare.prepare(_config(tmp_path, overwrite=True))
+    assert _left(tmp_path / "out") == ["thesis.tex"]
+    with pytest.raises(UserError, match="holds no prepared data"):
+        prepared.open_prepared(tmp_path / "out")
+
+
+def _long(jsonl: Jsonl) -> str:
+    """Line 1 fits; 2 has a long response, 3 a long prompt, 4 both, with one token a word."""
+    rows = [("a " * n, "b " * m) for n, m in ((4, 4), (4, 12), (12, 4), (12, 14))]
+    return jsonl("train.jsonl", rows)
+
+
+def _long_config(folder: pathlib.Path, jsonl: Jsonl, overlong: str) -> Config:
+    # plain: "Question:" + words + "\n" + "Answer:" + end of turn, then words + end of turn
+    template = folder / "short.jinja"
+    template.write_text("{% for m in messages %}{{ m.content | trim }}{{ eot_token }}{% endfor %}")
+    settings = {"test": None, "validation_records": 0, "tokenizer_type": "word", "template": str(template)}
+    canvas = {"prompt_len": 8, "response_len": 8, "block": 4}
+    return _config(folder, canvas, train=_long(jsonl), overlong=overlong, vocab_size=280, **settings)
+
+
+def test_too_long_is_an_error_by_default(tmp_path: pathlib.Path, jsonl: Jsonl) -> None:
+    with pytest.raises(UserError) as caught:
+        prepare.prepare(_long_config(tmp_path, jsonl, "error"))
+    message = str(caught.value)
+    for part in (
+        "train.jsonl:2: the response is 13 tokens long, 5 more than canvas.response_len = 8.",
+        "3 of 4 records are too long (2 prompts, 2 responses)",
+        "set canvas.prompt_len = 13 and canvas.response_len = 16",
+    ):
+        assert part in message
+    assert _left(tmp_path) == ["short.jinja", "train.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("overlong", "kept", "dropped", "cut"),
+    [
+        ("drop", 1, {"response too long": 1, "prompt too long": 1, "prompt and response too long": 1}, {}),
+        ("truncate", 2, {"prompt too long": 1, "prompt and response too long": 1}, {"response too long": 1}),
+    ],
+)
+def test_too_long_may_be_dropped_or_cut(
+    tmp_path: pathlib.Path, jsonl: Jsonl, overlong: str, kept: int, dropped: dict[str, int], cut: dict[str, int]
+) -> None:
+    made = prepare.prepare(_long_config(tmp_path, jsonl, overlong))
+    train = made.splits["train"]
+    assert (train["kept"], train["dropped"], train["cut"]) == (kept, dropped, cut)
+    records = prepared.open_prepared(tmp_path / "out").records("train")
+    assert [record.source for record in records] == ["train.jsonl:1", "train.jsonl:2"][:kept]
+    assert [record.index for record in records] == list(range(kept))
+    assert records[0].response_ids[-1] == made.special.eot
+    if kept == 2:
+        assert len(records[1].response_ids) == 8
+        assert made.special.eot not in records[1].response_ids
+
+
+def test_nothing_that_fits_is_an_error(tmp_path: pathlib.Path, jsonl: Jsonl) -> None:
+    config = _long_config(tmp_path, jsonl, "drop")
+    config = dataclasses.replace(config, canvas=dataclasses.replace(config.canvas, prompt_len=2))
+    with pytest.raises(UserError, match="no train record fits the canvas .2 . 8 tokens.; the longest prompt has 13"):
+        prepare.prepare(config)
+
+
+@pytest.mark.parametrize(
+    ("canvas", "complaint"),
+    [
+        (
+            {"response_len": 32, "block": 12},
+            "set canvas.block = 8 ?16?|canvas.block = (8|16), or canvas.response_len = 36",
+        ),
+        ({"response_len": 30, "block": 8}, "canvas.block = 10, or canvas.response_len = 32"),
+        ({"block": 0}, "canvas.block = 0: it must be 1 or more"),
+        ({"prompt_len": -1}, "canvas.prompt_len = -1"),
+    ],
+)
+def test_a_block_that_does_not_divide_the_canvas(canvas: dict[str, int], complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint):
+        lengths.check_canvas(CanvasConfig(**canvas))
+
+
+def test_bad_records_stop_it_before_anything_is_written(tmp_path: pathlib.Path, jsonl: Jsonl) -> None:
+    train = jsonl("train.jsonl", [("q", "a"), ("the <|mdm_mask|> token", "a")])
+    with pytest.raises(UserError, match=r"train\.jsonl:2: the user's text contains the special token '<\|mdm_mask\|>'"):
+        prepare.prepare(_config(tmp_path, train=train, test=None, validation_records=0))
+    assert _left(tmp_path) == ["train.jsonl"]
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(source: str, target: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)  # the manifest's last step
+    with pytest.raises(UserError, match="the disk is full"):
+        prepare.prepare(_config(tmp_path))
+    assert _left(tmp_path) == []
+
+
+def test_shared_questions_are_counted(tmp_path: pathlib.Path, jsonl: Jsonl) -> None:
+    train = jsonl("train.jsonl", [("one", "1"), ("two", "2"), ("three", "3")])
+    test = jsonl("test.jsonl", [("Two ", "2"), ("four", "4"), ("two", "2")])
+    made = prepare.prepare(_config(tmp_path, train=train, test=test, validation_records=0))
+    assert made.overlaps == {"train and test": 2}
+
+
+def test_a_hugging_face_tokenizer_and_its_own_template(
+    tmp_path: pathlib.Path, tokenizer_folder: Callable[..., str]
+) -> None:
+    made = prepare.prepare(_config(tmp_path, tokenizer=tokenizer_folder(), template="tokenizer", system="Be brief."))
+    opened = prepared.open_prepared(tmp_path / "out")
+    record = opened.records("train")[0]
+    assert opened.encoder.prompt(record.prompt) == record.prompt_ids.tolist()
+    text = opened.tokenizer.decode(record.prompt_ids, skip_special=False)
+    assert text.startswith("<|startoftext|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>")
+    assert sorted(made.tokenizer["files"]) == ["tokenizer.json", "tokenizer_config.json"]
+    assert prepare.prepare(
+        _config(tmp_path, tokenizer=made.data["tokenizer"], template="tokenizer", system="Be brief.")
+    )
+
+
+def test_another_versions_folder_is_named(tmp_path: pathlib.Path) -> None:
+    prepare.prepare(_config(tmp_path))
+    path = tmp_path / "out" / "manifest.json"
+    content = json.loads(path.read_text())
+    for changed, complaint in [({"format": 99}, "format 99"), ({"colour": "red"}, "not a manifest of this version")]:
+        path.write_text(json.dumps({**content, **changed}))
+        with pytest.raises(UserError, match=complaint):
+            prepared.open_prepared(tmp_path / "out")
+
+
+def test_gsm8k_is_prepared(tmp_path: pathlib.Path, shared: pathlib.Path) -> None:
+    files = {split: str(shared / f"data/gsm8k/{split}.jsonl") for split in ("train", "test")}
+    canvas = {"prompt_len": 192, "response_len": 256, "block": 32}
+    made: Manifest = prepare.prepare(
+        _config(tmp_path, canvas, **files, vocab_size=2000, validation_records=128, overlong="drop")
+    )
+    opened = prepared.open_prepared(tmp_path / "out")
+    for split, n in (("train", 7473 - 128), ("validation", 128), ("test", 1319)):
+        report = made.splits[split]
+        assert report["kept"] + sum(report["dropped"].values()) == n
+        assert report["kept"] > 0.97 * n
+    assert made.overlaps["train and test"] == 0
+    records = opened.records("test")
+    for record in records[:100]:
+        assert opened.tokenizer.decode(record.response_ids) == record.response.strip()

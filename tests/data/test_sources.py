@@ -1,0 +1,141 @@
+"""Every kind of bad record is refused with its file and line."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import pytest
+
+from jaxblock.config import DataConfig
+from jaxblock.data import sources, splits
+from jaxblock.errors import UserError
+
+GOOD = b'{"question": "q", "answer": "a"}\n'
+
+
+def _chat(*turns: tuple[str, object]) -> bytes:
+    return json.dumps({"messages": [{"role": role, "content": content} for role, content in turns]}).encode()
+
+
+def _read(folder: pathlib.Path, content: bytes, **settings: str) -> list[sources.Example]:
+    path = folder / "some.jsonl"
+    path.write_bytes(content)
+    return sources.read_jsonl(str(path), DataConfig(**settings))
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        (b'{"question": "q", "answer": }', r":2: not JSON at column 29"),
+        (b'{"question": "q"', r":2: not JSON"),
+        (b'["q", "a"]', r":2: a JSON object is expected, not a list; .* split into lines"),
+        (b"null", r":2: a JSON object is expected, not null"),
+        (b'{"question": "q"}', r":2: no field 'answer'; set data.response_field to one of 'question'"),
+        (b'{"questoin": "q", "answer": "a"}', r":2: no field 'question' .did you mean 'questoin'\?"),
+        (b"{}", r":2: no field 'question'; .* it is empty"),
+        (b'{"question": " \\n", "answer": "a"}', r":2: field 'question' is empty"),
+        (b'{"question": "q", "answer": ""}', r":2: field 'answer' is empty"),
+        (b'{"question": "q", "answer": 18}', r":2: field 'answer' must be a string, not a number"),
+        (b'{"question": null, "answer": "a"}', r":2: field 'question' must be a string, not null"),
+        (b'{"question": "\\ud800", "answer": "a"}', r":2: field 'question' holds half of a surrogate pair"),
+        ('{"question": "é", "answer": "a"}'.encode("latin-1"), r":2: not UTF-8: byte 0xe9 at offset 47 of the file"),
+        (b'{"question": "q", "answer": "a"}'.decode().encode("utf-16"), r":2: not UTF-8: byte 0xff at offset 33"),
+        (b'{"question": "q", "answer": ' + b"9" * 5000 + b"}", r":2: not usable JSON"),
+        (b"[" * 100_000, r":2: not usable JSON"),
+        (b'{"messages": []}', r":2: field 'messages' must be a list .* not an empty list"),
+        (b'{"messages": "hello"}', r":2: field 'messages' must be a list .* not a string"),
+        (b'{"messages": [{"role": "user"}]}', r":2: messages\[0\] must be an object with"),
+        (_chat(("user", "q"), ("assistant", ["a"])), r":2: messages\[1\].content must be a string, not a list"),
+        (_chat(("user", ""), ("assistant", "a")), r":2: messages\[0\].content is empty"),
+        (_chat(("human", "q"), ("assistant", "a")), r":2: messages\[0\] has the role 'human'; known are"),
+        (_chat(("user", "q"), ("system", "s"), ("assistant", "a")), r":2: messages\[1\] is a system message"),
+        (_chat(("user", "q"), ("assistant", "a"), ("user", "q")), r":2: the last message must be the assistant's"),
+        (_chat(("system", "s"), ("assistant", "a")), r":2: no user message"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path: pathlib.Path, line: bytes, complaint: str) -> None:
+    with pytest.raises(UserError, match=r"some\.jsonl" + complaint):
+        _read(tmp_path, GOOD + line + b"\n" + GOOD)
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n", b"\xef\xbb\xbf"])
+def test_an_empty_file_is_named(tmp_path: pathlib.Path, content: bytes) -> None:
+    with pytest.raises(UserError, match=r"some\.jsonl: the file is empty"):
+        _read(tmp_path, content)
+
+
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(UserError, match="cannot read none.jsonl: there is no such file"):
+        sources.read_jsonl("none.jsonl", DataConfig())
+
+
+def test_what_is_accepted(tmp_path: pathlib.Path) -> None:
+    content = (
+        b"\xef\xbb\xbf"
+        + '{"q": "Où?", "a": "là\\n"}\r\n\n'.encode()
+        + _chat(("system", "s"), ("user", "one"), ("assistant", "two"), ("user", "three"), ("assistant", "four"))
+    )
+    first, second = _read(tmp_path, content, prompt_field="q", response_field="a")
+    assert (first.prompt, first.response, first.source) == ("Où?", "là\n", "some.jsonl:1")
+    assert [m["role"] for m in first.messages] == ["user", "assistant"]
+    assert (second.prompt, second.response) == ("user: one\nassistant: two\nuser: three", "four")
+    assert second.where == f"{tmp_path}/some.jsonl:3"
+    assert len(second.messages) == 5
+
+
+def test_gsm8k_is_read_whole(shared: pathlib.Path) -> None:
+    examples = sources.read_jsonl(str(shared / "data/gsm8k/test.jsonl"), DataConfig())
+    assert len(examples) == 1319
+    assert examples[0].prompt.startswith("Janet")
+    assert examples[-1].source == "test.jsonl:1319"
+    assert all("\n#### " in example.response for example in examples)
+
+
+def _write(path: pathlib.Path, n: int) -> str:
+    path.write_text("".join(f'{{"question": "q{i}", "answer": "a{i}"}}\n' for i in range(n)))
+    return str(path)
+
+
+def test_validation_is_set_apart_by_the_seed_alone(tmp_path: pathlib.Path) -> None:
+    train = _write(tmp_path / "train.jsonl", 50)
+
+    def split(seed: int) -> dict[str, list[str]]:
+        loaded = splits.load(DataConfig(train=train, test=None, validation_records=8, seed=seed))
+        assert {name: entry["records"] for name, entry in loaded.inputs.items()} == {"train": 42, "validation": 8}
+        return {name: [example.prompt for example in some] for name, some in loaded.examples.items()}
+
+    first = split(0)
+    assert sorted(first["train"] + first["validation"]) == sorted(f"q{i}" for i in range(50))
+    assert split(0) == first
+    assert split(1)["validation"] != first["validation"]
+
+
+def test_settings_that_fit_no_split(tmp_path: pathlib.Path) -> None:
+    train = _write(tmp_path / "train.jsonl", 8)
+    for settings, complaint in [
+        ({"train": train}, "data.test is `builtin`"),
+        ({"train": train, "test": None, "validation": "builtin"}, "data.validation is `builtin`"),
+        ({"train": train, "test": None, "validation_records": 8}, "leaves nothing of the 8 records"),
+        ({"builtin_train": 0}, "leaves nothing to train on"),
+        ({"builtin_test": -1}, "cannot be below 0"),
+        ({"level": "impossible"}, "unknown level 'impossible'"),
+    ]:
+        with pytest.raises(UserError, match=complaint):
+            splits.load(DataConfig(**settings))
+
+
+def test_the_builtin_corpus_holds_validation_beyond_test() -> None:
+    loaded = splits.load(DataConfig(builtin_train=200, builtin_test=10, validation_records=4))
+    assert {name: len(some) for name, some in loaded.examples.items()} == {"train": 200, "validation": 4, "test": 10}
+    assert loaded.examples["test"][9].source == "builtin:test:10"
+    assert loaded.examples["validation"][0].source == "builtin:test:11"
+    prompts = [example.prompt for some in loaded.examples.values() for example in some]
+    assert len(set(prompts)) == len(prompts)
+
+
+def test_a_corpus_that_leaks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    generate = splits.corpus.generate
+    monkeypatch.setattr(splits.corpus, "generate", lambda split, n, **settings: generate("test", n, **settings))
+    with pytest.raises(UserError, match="repeat those of another split"):
+        splits.load(DataConfig(builtin_train=20, builtin_test=5, validation_records=2))

@@ -1,0 +1,164 @@
+"""Templates and the boundary between prompt and response, in tokens."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Callable
+
+import pytest
+
+from jaxblock.config import DataConfig
+from jaxblock.data import templates, tokenizers
+from jaxblock.data.encoding import Encoder
+from jaxblock.data.pieces import SentencePieceTokenizer
+from jaxblock.data.sources import Example
+from jaxblock.data.templates import Template
+from jaxblock.data.tokenizers import Tokenizer
+from jaxblock.errors import UserError
+
+TOKENS = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "eot_token": "<|eot_id|>"}
+
+
+def _example(prompt: str = "How many?", response: str = "5 + 7 = 12\n#### 12") -> Example:
+    messages = ({"role": "user", "content": prompt}, {"role": "assistant", "content": response})
+    return Example(messages, prompt, response, "some.jsonl:3", "some.jsonl:3")
+
+
+def _encoder(tokenizer: Tokenizer, source: str, **settings: str) -> Encoder:
+    config = DataConfig(**settings)
+    return Encoder(tokenizer, Template("mine", source, TOKENS), tokenizers.special_ids(tokenizer, config), config)
+
+
+def _show(encoder: Encoder, ids: list[int]) -> str:
+    return encoder.tokenizer.decode(ids, skip_special=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "system", "prompt"),
+    [
+        (
+            "chat",
+            None,
+            "<|startoftext|><|start_header_id|>user<|end_header_id|>\n\nHow many?<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        ),
+        (
+            "chat",
+            "Be brief.",
+            "<|startoftext|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+            "<|start_header_id|>user<|end_header_id|>\n\nHow many?<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        ),
+        ("plain", None, "Question: How many?\nAnswer:<|eot_id|>"),
+        ("plain", "Be brief.", "Be brief.\n\nQuestion: How many?\nAnswer:<|eot_id|>"),
+    ],
+)
+def test_named_templates(pieces: SentencePieceTokenizer, name: str, system: str | None, prompt: str) -> None:
+    encoder = _encoder(pieces, templates.find(name), **({"system": system} if system else {}))
+    prompt_ids, response_ids = encoder.pair(_example(response=" 5 + 7 = 12\n#### 12 \n"))
+    assert _show(encoder, prompt_ids) == prompt
+    assert _show(encoder, response_ids) == "5 + 7 = 12\n#### 12<|eot_id|>"
+    assert encoder.prompt("How many?") == prompt_ids
+
+
+def test_a_records_own_system_message_wins(pieces: SentencePieceTokenizer) -> None:
+    encoder = _encoder(pieces, templates.find("plain"), system="Be brief.")
+    messages = [{"role": "system", "content": "Be long."}, {"role": "user", "content": "Why?"}]
+    assert _show(encoder, encoder.prompt(messages)).startswith("Be long.\n\nQuestion: Why?")
+
+
+def test_turns_before_the_last_are_prompt(pieces: SentencePieceTokenizer) -> None:
+    encoder = _encoder(pieces, templates.find("plain"))
+    turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    messages = tuple({"role": role, "content": content} for role, content in turns)
+    prompt_ids, response_ids = encoder.pair(Example(messages, "", "", "x:1", "x:1"))
+    assert _show(encoder, prompt_ids) == "Question: a\nAnswer:<|eot_id|>b<|eot_id|>Question: c\nAnswer:<|eot_id|>"
+    assert _show(encoder, response_ids) == "d<|eot_id|>"
+
+
+def test_the_header_that_lladas_template_always_appends_is_dropped(tokenizer_folder: Callable[..., str]) -> None:
+    tokenizer = tokenizers.load(tokenizer_folder())
+    source = templates.find("tokenizer", tokenizer_template=tokenizer.settings["chat_template"])
+    theirs = _encoder(tokenizer, source)
+    assert theirs.text(_example()).endswith("<|start_header_id|>assistant<|end_header_id|>\n\n")
+    assert theirs.pair(_example()) == _encoder(tokenizer, templates.find("chat")).pair(_example())
+
+
+@pytest.mark.parametrize(
+    ("source", "complaint"),
+    [
+        # no boundary: the prompt's "1" and the response's "2" become one token
+        (
+            "{{ messages[0].content }}{% if messages[1] %}{{ messages[1].content }}{{ eot_token }}{% endif %}",
+            r"changes the prompt's tokens: token 7 is '.1' \(id \d+\) in the prompt alone and '.12' \(id \d+\) once",
+        ),
+        (
+            "{{ bos_token if add_generation_prompt }}{% for m in messages %}{{ m.content }}{{ eot_token }}{% endfor %}",
+            r"changes the prompt's tokens: token 0 is '<\|startoftext\|>'",
+        ),
+        (
+            "{{ messages[0].content }}{{ eot_token }}{{ messages[1].content if messages[1] }}",
+            "does not end the response",
+        ),
+        ("{{ messages[0].content }}{{ eot_token }}{{ eot_token if messages[1] }}", "leaves nothing of the response"),
+        (
+            "{% for m in messages %}{{ m.content }}{{ eot_token }}{% endfor %}{{ 'Bye' if messages[1] }}",
+            "writes more after the response's end: 'Bye'",
+        ),
+        ("{{ '<|mdm_mask|>' }}{% for m in messages %}{{ m.content }}{{ eot_token }}{% endfor %}", "the mask token"),
+        ("{{ raise_exception('no such role') }}", "template 'mine' fails on it: no such role"),
+        ("{{ messages[0].content + 1 }}", "template 'mine' fails on it"),
+        ("{{ messages.__class__.__mro__ }}", "template 'mine' fails on it: .*unsafe"),
+        ("{% for m in messages %}\n{{ m.content }}", "template 'mine', line 2"),
+    ],
+)
+def test_bad_templates(pieces: SentencePieceTokenizer, source: str, complaint: str) -> None:
+    tokenizer: Tokenizer = pieces
+    if "alone and" in complaint:
+        tokenizer = tokenizers.train(["1234 12 34 1"] * 50, DataConfig(vocab_size=400))
+    with pytest.raises(UserError, match=complaint) as caught:
+        _encoder(tokenizer, source).pair(_example("What is 1", "234"))
+    assert "some.jsonl:3" in str(caught.value) or "line 2" in complaint
+
+
+def test_a_newline_after_the_terminator_is_dropped(pieces: SentencePieceTokenizer) -> None:
+    source = "{% for m in messages %}{{ m.role + '\\n' + m.content + eot_token + '\\n' }}{% endfor %}"
+    source += "{{ 'assistant\\n' if add_generation_prompt }}"
+    encoder = _encoder(pieces, source)
+    prompt_ids, response_ids = encoder.pair(_example("q", "a"))
+    assert _show(encoder, prompt_ids) == "user\nq<|eot_id|>\nassistant\n"
+    assert _show(encoder, response_ids) == "a<|eot_id|>"
+
+
+@pytest.mark.parametrize("token", ["<|mdm_mask|>", "<|eot_id|>", "<|endoftext|>", "<|start_header_id|>"])
+@pytest.mark.parametrize("side", ["prompt", "response"])
+def test_special_tokens_in_a_records_text_are_refused(pieces: SentencePieceTokenizer, token: str, side: str) -> None:
+    encoder = _encoder(pieces, templates.find("chat"))
+    role = {"prompt": "user", "response": "assistant"}[side]
+    with pytest.raises(UserError) as caught:
+        encoder.pair(_example(**{side: f"take {token} out"}))
+    assert f"some.jsonl:3: the {role}'s text contains the special token '{token}' at character 5" in str(caught.value)
+
+
+def test_finding_templates(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "mine.jinja"
+    path.write_text("{{ bos_token }}<|im_start|> <|im_start|>")
+    source = templates.find(str(path))
+    assert Template("mine", source).control_tokens() == ("<|im_start|>",)
+    assert templates.find("tokenizer", tokenizer_template=[{"name": "default", "template": "x"}]) == "x"
+    for name, complaint in [("chatt", "neither one of chat, plain, tokenizer nor a file"), ("tokenizer", "no chat")]:
+        with pytest.raises(UserError, match=complaint):
+            templates.find(name)
+    path.write_bytes(b"\xff")
+    with pytest.raises(UserError, match="not UTF-8"):
+        templates.find(str(path))
+
+
+def test_gsm8k_keeps_the_boundary(shared: pathlib.Path, pieces: SentencePieceTokenizer) -> None:
+    encoder = _encoder(pieces, templates.find("chat"))
+    with open(shared / "data/gsm8k/test.jsonl") as file:
+        records = [json.loads(line) for line in file][:200]
+    for record in records:
+        _, response_ids = encoder.pair(_example(record["question"], record["answer"]))
+        assert _show(encoder, response_ids) == record["answer"].strip() + "<|eot_id|>"

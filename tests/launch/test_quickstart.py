@@ -1,0 +1,198 @@
+"""The two commands' scripts, with a stand-in interpreter in .venv: what they run, skip, record and say when it fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PHASES = REPOSITORY / "launch" / "phases.py"
+
+# Records pip and jaxblock calls; `evaluate` and `export` leave what they would leave; all else is the real Python.
+INTERPRETER = f"""#!{sys.executable}
+import json, os, pathlib, sys
+arguments = sys.argv[1:]
+if arguments[:1] != ["-m"] or arguments[1] not in ("pip", "jaxblock", "pytest"):
+    os.execv({sys.executable!r}, [{sys.executable!r}, *arguments])
+if arguments == ["-m", "pip", "--version"]:
+    sys.exit(0)
+with open(pathlib.Path(__file__).parents[2] / "calls.jsonl", "a") as calls:
+    calls.write(json.dumps(arguments[1:]) + "\\n")
+if os.environ.get("FAIL_AT") in arguments:
+    sys.exit(3)
+if arguments[1] == "jaxblock":
+    flags = dict(zip(arguments[3::2], arguments[4::2]))
+    folder = pathlib.Path(flags.get("--train.out") or flags.get("--out") or flags["--data.prepared"])
+    folder.mkdir(parents=True, exist_ok=True)
+    result = dict(train="metrics.jsonl", evaluate="problems.jsonl", export="config.json", prepare="manifest.json")
+    if not (folder / result[arguments[2]]).exists():
+        (folder / result[arguments[2]]).write_text('{{"correct": true}}\\n{{"correct": false}}\\n')
+    if arguments[2] == "evaluate":
+        (folder / "summary.json").write_text("{{}}")
+"""
+
+
+class Checkout:
+    """A copy of the scripts with a stand-in .venv, in a folder whose name needs quoting."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root = folder / "a checkout"
+        self.out = self.root / "runs" / "quickstart"
+        shutil.copytree(REPOSITORY / "launch", self.root / "launch")
+        for name in ("requirements.txt", "pyproject.toml"):
+            shutil.copy(REPOSITORY / name, self.root)
+        interpreter = self.root / ".venv" / "bin" / "python"
+        interpreter.parent.mkdir(parents=True)
+        interpreter.write_text(INTERPRETER)
+        interpreter.chmod(0o755)
+
+    def start(self, script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        environment = os.environ | variables
+        return subprocess.run(
+            [self.root / "launch" / script, *arguments], cwd="/", env=environment, capture_output=True, text=True
+        )
+
+    def calls(self) -> list[list[str]]:
+        """The calls since the last look."""
+        record = self.root / "calls.jsonl"
+        lines = record.read_text().splitlines() if record.exists() else []
+        record.unlink(missing_ok=True)
+        return [json.loads(line) for line in lines]
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Checkout:
+    return Checkout(tmp_path)
+
+
+def flags(call: list[str]) -> Mapping[str, str]:
+    return dict(zip(call[2::2], call[3::2], strict=True))
+
+
+def test_the_phases_in_order_and_a_second_call_does_nothing_twice(checkout: Checkout) -> None:
+    out, configs = str(checkout.out), str(checkout.root / "configs")
+    done = checkout.start("quickstart.sh", "--control")
+    assert done.returncode == 0, done.stderr
+    pip, *verbs = checkout.calls()
+    assert pip[:2] == ["pip", "install"] and pip[-2:] == ["--editable", str(checkout.root)]
+    assert [call[1] for call in verbs] == ["prepare", *("train", "evaluate") * 3, "export"]
+    _, classical, before, blockwise, after, control, score, export = map(flags, verbs)
+    assert classical["--train.out"] == before["--checkpoint"] == blockwise["--model.init_from"] == f"{out}/classical"
+    assert (
+        control["--model.init_from"] == f"{out}/classical"
+        and control["--config"] == f"{configs}/quickstart_control.yaml"
+    )
+    # One decoder for all scores, each compared with what it must beat.
+    assert {f["--config"] for f in (before, after, score)} == {f"{configs}/quickstart_blockwise.yaml"}
+    assert after["--evaluate.compare"] == f"{before['--out']}/problems.jsonl"
+    assert score["--evaluate.compare"] == f"{after['--out']}/problems.jsonl"
+    assert export == {"--checkpoint": f"{out}/blockwise", "--out": f"{out}/export"}
+    assert {f["--data.prepared"] for f in map(flags, verbs[:-1])} == {f"{out}/prepared"}
+    assert len(re.findall(r"Pass@1 .*50\.0% \(1 of 2\)", done.stdout)) == 3
+    assert re.search(r"train, blockwise +0m0\ds +0\.0\d GiB", done.stdout)
+
+    again = checkout.start("quickstart.sh", "--control")
+    assert again.returncode == 0 and again.stdout.count("done already") == 4
+    assert [call[:2] for call in checkout.calls()] == [
+        ["jaxblock", verb] for verb in ("prepare", "train", "train", "train")
+    ]
+
+
+def test_a_score_older_than_its_run_is_made_anew(checkout: Checkout) -> None:
+    assert checkout.start("quickstart.sh").returncode == 0
+    checkout.calls()
+    metrics = checkout.out / "blockwise" / "metrics.jsonl"
+    later = metrics.stat().st_mtime + 100
+    os.utime(metrics, (later, later))
+    done = checkout.start("quickstart.sh")
+    assert [call[1] for call in checkout.calls()] == ["prepare", "train", "train", "evaluate"]
+    assert "older than the run" in done.stdout
+
+
+def test_a_failing_phase_ends_it_with_its_exit_code(checkout: Checkout) -> None:
+    done = checkout.start("quickstart.sh", "--out", str(checkout.out), FAIL_AT="evaluate")
+    assert done.returncode == 3 and "'score before' ended with exit code 3" in done.stderr
+    assert [call[1] for call in checkout.calls()][-1] == "evaluate"
+    records = [json.loads(line) for line in (checkout.out / "phases.jsonl").read_text().splitlines()]
+    assert [r["exit"] for r in records] == [0, 0, 3]
+
+
+def test_installation_happens_again_only_when_its_inputs_change(checkout: Checkout) -> None:
+    assert checkout.start("test.sh", "-k", "two words").returncode == 0
+    pip, pytest_call = checkout.calls()
+    assert pip[-1] == f"{checkout.root}[dev]" and pytest_call == [
+        "pytest",
+        "-m",
+        "not slow",
+        "-n",
+        "2",
+        "-k",
+        "two words",
+    ]
+    assert checkout.start("test.sh").returncode == checkout.start("quickstart.sh").returncode == 0
+    assert not any(call[0] == "pip" for call in checkout.calls())
+    with open(checkout.root / "requirements.txt", "a") as file:
+        file.write("# another line\n")
+    assert checkout.start("test.sh", FAIL_AT="pip").returncode == 2
+    assert checkout.start("test.sh", PIN="").returncode == 0
+    assert [call[0] for call in checkout.calls()] == ["pip", "pip", "pytest"]
+
+
+def test_pins_of_this_python_are_used(checkout: Checkout) -> None:
+    pins = checkout.root / f"constraints-py{sys.version_info.major}{sys.version_info.minor}.txt"
+    pins.write_text("")
+    checkout.start("test.sh")
+    assert checkout.calls()[0][-4:-2] == ["--constraint", str(pins)]
+
+
+@pytest.mark.parametrize("script", ["quickstart.sh", "test.sh"])
+def test_too_old_a_python_is_told_plainly(checkout: Checkout, script: str, tmp_path: Path) -> None:
+    shutil.rmtree(checkout.root / ".venv")
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("bash", "dirname", "env", "cat"):
+        (tools / name).symlink_to(shutil.which(name) or "")
+    old = tools / "python3"
+    old.write_text('#!/bin/sh\nif [ "$1" = --version ]; then echo "Python 3.10.12"; else exit 1; fi\n')
+    old.chmod(0o755)
+    named = checkout.start(script, PYTHON=str(old))
+    assert named.returncode == 2 and f"PYTHON={old} is not a Python 3.11" in named.stderr
+    found = checkout.start(script, PATH=str(tools), PYTHON="")
+    assert found.returncode == 2 and "no Python 3.11 or newer" in found.stderr and "Python 3.10.12" in found.stderr
+    assert checkout.start(script, "--help").returncode == 0
+
+
+def test_a_signal_reaches_the_phase_and_its_exit_code_comes_back(tmp_path: Path) -> None:
+    code = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); print('ready', flush=True); signal.pause()"
+    record = tmp_path / "record.jsonl"
+    command = [sys.executable, PHASES, "run", record, "train", sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)  # a terminal sends it to the phase as well; the wrapper must outlive it
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 75
+    assert json.loads(record.read_text())["exit"] == 75
+
+
+def test_every_imported_package_is_a_requirement() -> None:
+    text = (REPOSITORY / "requirements.txt").read_text() + (REPOSITORY / "pyproject.toml").read_text()
+    declared = {
+        name.lower().replace("_", "-") for name in re.findall(r"^\s*\"?([A-Za-z0-9_-]+)(?:\[\w+\])?>=", text, re.M)
+    }
+    declared |= {name.lower() for name in re.findall(r'\["([A-Za-z0-9_-]+)>=', text)}
+    sources = "\n".join(file.read_text() for file in (REPOSITORY / "jaxblock").rglob("*.py"))
+    imported = set(re.findall(r"^\s*(?:from|import) (\w+)", sources, re.M)) - sys.stdlib_module_names - {"jaxblock"}
+    owners = packages_distributions()
+    for module in imported:
+        names = {name.lower().replace("_", "-") for name in owners.get(module, [module])}
+        assert names & declared, f"jaxblock imports {module}, which is in neither requirements.txt nor an extra"

@@ -1,0 +1,225 @@
+"""launch/tpu.sh against a stand-in gcloud: what it runs, and that arguments reach the workers as typed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import tarfile
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "tpu.sh"
+SLICE = ["--name", "pod", "--zone", "us-east5-a"]
+BASE = ["compute", "tpus", "tpu-vm"]
+HARD = [
+    "--text",
+    "two words",
+    "it's",
+    '"quoted"',
+    "$HOME `id` $(id)",
+    "a\\b",
+    "semi;colon & pipe | *",
+    "",
+    "line\nbreak",
+    "--x=é",
+]
+
+GCLOUD = """#!/usr/bin/env bash
+python3 - "$GCLOUD_RECORD" "$@" <<'PY'
+import json, sys
+with open(sys.argv[1], "a") as record:
+    record.write(json.dumps(sys.argv[2:]) + "\\n")
+PY
+for argument in "$@"; do
+    if [ "$argument" = "${GCLOUD_FAILS:-nothing}" ]; then echo "ERROR: no capacity" >&2; exit 7; fi
+done
+if [ "$4" = scp ] && [ -n "${GCLOUD_KEEP:-}" ]; then cp "$5" "$GCLOUD_KEEP"; fi
+exit 0
+"""
+
+
+class Desk:
+    """A machine with a stand-in gcloud on PATH."""
+
+    def __init__(self, folder: Path) -> None:
+        self.record = folder / "record.jsonl"
+        binaries = folder / "bin"
+        binaries.mkdir()
+        (binaries / "gcloud").write_text(GCLOUD)
+        (binaries / "gcloud").chmod(0o755)
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith("JAXBLOCK_")}
+        self.environment = inherited | {
+            "PATH": f"{binaries}:{os.environ['PATH']}",
+            "GCLOUD_RECORD": str(self.record),
+            "TMPDIR": str(folder),
+        }
+
+    def tpu(self, *arguments: str, typed: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [SCRIPT, *arguments], input=typed, capture_output=True, text=True, env=self.environment | variables
+        )
+
+    @property
+    def calls(self) -> list[list[str]]:
+        return [json.loads(line) for line in self.record.read_text().splitlines()] if self.record.exists() else []
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Desk:
+    return Desk(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--type", "v6e-8"], ["--accelerator-type=v6e-8", "--version=v2-alpha-tpuv6e"]),
+        (
+            ["--type", "v5e-16", "--spot"],
+            ["--accelerator-type=v5litepod-16", "--version=v2-alpha-tpuv5-lite", "--spot"],
+        ),
+        (["--type", "v4-8", "--version", "mine"], ["--accelerator-type=v4-8", "--version=mine"]),
+    ],
+)
+def test_create(desk: Desk, options: list[str], expected: list[str]) -> None:
+    assert desk.tpu("create", *SLICE, *options).returncode == 0
+    assert desk.calls == [[*BASE, "create", "pod", *expected, "--zone=us-east5-a"]]
+
+
+def test_names_come_from_the_environment_and_flags_win(desk: Desk) -> None:
+    variables = {"JAXBLOCK_TPU_NAME": "env", "JAXBLOCK_TPU_ZONE": "z", "JAXBLOCK_TPU_PROJECT": "my project"}
+    assert desk.tpu("delete", "--yes", "--name", "flag", **variables).returncode == 0
+    assert desk.calls == [[*BASE, "delete", "flag", "--quiet", "--zone=z", "--project=my project"]]
+
+
+def worker(desk: Desk, home: Path) -> dict[str, str]:
+    """A worker's home with a `jaxblock` that writes down its arguments and its environment, then waits for a file."""
+    program = home / "jaxblock" / ".venv" / "bin" / "jaxblock"
+    program.parent.mkdir(parents=True)
+    (home / "jaxblock" / "logs").mkdir()
+    program.write_text(
+        "#!/usr/bin/env python3\nimport json, os, sys\n"
+        "print(json.dumps([sys.argv[1:], os.environ['JAXBLOCK_DISTRIBUTED'], os.getcwd()]), flush=True)\n"
+        "open(os.environ['HOME'] + '/end').read()\n"
+    )
+    program.chmod(0o755)
+    os.mkfifo(home / "end")
+    return desk.environment | {"HOME": str(home)}
+
+
+def test_arguments_reach_the_worker_as_typed_and_one_run_holds_the_tpu(desk: Desk, tmp_path: Path) -> None:
+    assert desk.tpu("run", *SLICE, "--", "jaxblock", *HARD).returncode == 0
+    call = desk.calls[0]
+    assert call[:6] == [*BASE, "ssh", "pod", "--worker=all"] and call[7:] == ["--zone=us-east5-a"]
+    # gcloud splits the command at spaces, and ssh joins it again.
+    remote = " ".join(call[6].removeprefix("--command=").split(" "))
+    home = tmp_path / "home"
+    environment = worker(desk, home)
+
+    def ssh(command: str) -> subprocess.CompletedProcess[str]:
+        # sh as well as bash may be the worker's login shell.
+        return subprocess.run(["sh", "-c", command], env=environment, cwd=home, capture_output=True, text=True)
+
+    started = ssh(remote)
+    assert started.returncode == 0 and "started process" in started.stdout, started.stderr
+    second = ssh(remote)
+    assert second.returncode == 1 and "still going" in second.stderr
+    (home / "end").write_text("")  # opening the pipe lets the first run go on, and returns once it has
+    pid = int((home / "jaxblock" / "logs" / "pid").read_text())
+    assert f"process {pid}" in started.stdout and f"process {pid}" in second.stderr
+
+    desk.tpu("logs", *SLICE, "--lines", "5")
+    tail = desk.calls[-1]
+    assert tail[:6] == [*BASE, "ssh", "pod", "--worker=0"]
+    arguments, switch, folder = json.loads(ssh(tail[6].removeprefix("--command=")).stdout.splitlines()[-1])
+    assert arguments == HARD and switch == "1" and folder == str(home / "jaxblock")
+
+
+def test_setup_sends_the_working_tree_and_makes_an_environment(desk: Desk, tmp_path: Path) -> None:
+    repository = tmp_path / "repository"
+    (repository / "launch").mkdir(parents=True)
+    shutil.copy(SCRIPT, repository / "launch" / "tpu.sh")
+    for name in (".gitignore", "kept.py", "deleted.py", "with space.txt", ".venv"):
+        (repository / name).write_text(".venv\n")
+    subprocess.run(["git", "init", "-q"], cwd=repository, check=True)
+    subprocess.run(["git", "add", "--all", "."], cwd=repository, check=True)
+    (repository / "deleted.py").unlink()
+    (repository / "new.py").write_text("")
+    kept = tmp_path / "kept.tar.gz"
+    done = subprocess.run(
+        [repository / "launch" / "tpu.sh", "setup", *SLICE],
+        env=desk.environment | {"GCLOUD_KEEP": str(kept)},
+        check=True,
+    )
+    assert done.returncode == 0
+    copy, remote = desk.calls
+    assert copy[:4] == [*BASE, "scp"] and copy[5:] == ["pod:jaxblock.tar.gz", "--worker=all", "--zone=us-east5-a"]
+    assert not Path(copy[4]).exists()
+    with tarfile.open(kept) as archive:
+        assert sorted(archive.getnames()) == [".gitignore", "kept.py", "launch/tpu.sh", "new.py", "with space.txt"]
+    steps = remote[6]
+    for needed in (
+        "tar -xzf jaxblock.tar.gz -C jaxblock",
+        "uv venv",
+        "--python 3.12",
+        "jax[tpu]",
+        "constraints-py312.txt",
+    ):
+        assert needed in steps.replace('"$uv" venv', "uv venv")
+    subprocess.run(["sh", "-n", "-c", steps.removeprefix("--command=")], check=True)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["create", "--type", "v6e-8"], ["setup"], ["run", "--", "jaxblock", *HARD], ["logs", "--follow"], ["delete"]],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_dry_run_prints_exactly_what_a_run_would_do(desk: Desk, arguments: list[str]) -> None:
+    verb, rest = arguments[0], arguments[1:]
+    dry = desk.tpu(verb, *SLICE, "--project", "my project", "--dry-run", *rest)
+    assert dry.returncode == 0 and desk.calls == []
+    assert (
+        desk.tpu(verb, *SLICE, "--project", "my project", *(["--yes"] if verb == "delete" else []), *rest).returncode
+        == 0
+    )
+    printed = shlex.split(dry.stdout)
+    # The log's name is the time.
+    undated = [[a if "nohup" not in a else a[: a.index(">logs/2")] for a in call] for call in desk.calls]
+    printed = [a if "nohup" not in a else a[: a.index(">logs/2")] for a in printed]
+    for call in undated:
+        assert any(printed[i : i + len(call)] == call for i in range(len(printed)))
+    assert printed.count("gcloud") == len(undated) > 0
+
+
+@pytest.mark.parametrize(("typed", "deleted"), [("pod\n", True), ("y\n", False), ("", False)])
+def test_delete_asks(desk: Desk, typed: str, deleted: bool) -> None:
+    done = desk.tpu("delete", *SLICE, typed=typed)
+    assert (done.returncode == 0) == deleted == bool(desk.calls)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "usage"),
+        (["launch"], "unknown verb 'launch'"),
+        (["create", "--zone", "z", "--type", "v6e-8"], "--name"),
+        (["create", "--name", "n", "--type", "v6e-8"], "--zone"),
+        (["create", *SLICE], "--type"),
+        (["run", *SLICE], "needs a command"),
+        (["run", *SLICE, "jaxblock"], "after --"),
+        (["logs", *SLICE, "--lines", "5; rm -rf /"], "must be a number"),
+        (["delete", *SLICE, "--name"], "--name needs a value"),
+    ],
+)
+def test_mistakes(desk: Desk, arguments: list[str], message: str) -> None:
+    done = desk.tpu(*arguments)
+    assert done.returncode == 2 and message in done.stderr and desk.calls == []
+
+
+def test_a_failing_gcloud_stops_the_rest(desk: Desk) -> None:
+    done = desk.tpu("setup", *SLICE, GCLOUD_FAILS="scp")
+    assert done.returncode == 2 and "no capacity" in done.stderr and "scp failed" in done.stderr
+    assert [call[3] for call in desk.calls] == ["scp"]

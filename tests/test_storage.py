@@ -1,0 +1,168 @@
+"""Files and folders are whole or absent; errors name the path and the cause."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pathlib
+
+import pytest
+from etils import epath
+
+from jaxblock import storage
+from jaxblock.errors import UserError
+
+
+def _names(folder: pathlib.Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+def _fill(folder: pathlib.Path, text: str = "new") -> None:
+    (folder / "sub").mkdir()
+    (folder / "sub" / "data").write_text(text)
+    (folder / "MARK").write_text("")
+
+
+def test_a_file_is_replaced_only_when_asked(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "a" / "file"
+    storage.write_text(path, "one")
+    with pytest.raises(UserError, match="exists already"):
+        storage.write_text(path, "two")
+    assert path.read_text() == "one"
+    storage.write_text(path, "two", overwrite=True)
+    assert path.read_text() == "two"
+    assert _names(path.parent) == ["file"]
+    assert storage.sha256(path) == "3fc4ccfe745870e2c0d99f71f30ff0656c8dedd41cc1d7d3d376b0dbe685e2f3"
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    storage.write_text(path, "old")
+
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=f"cannot write {path}: the disk is full"):
+        storage.write_text(path, "new", overwrite=True)
+    assert path.read_text() == "old"
+    assert _names(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("action", "cause"),
+    [
+        (lambda root: storage.read_bytes(root / "none"), "no such file"),
+        (lambda root: storage.read_bytes(root), "folder, not a file"),
+        (lambda root: storage.write_text(root / "file" / "x", ""), "a file stands where a folder"),
+        (lambda root: storage.check_writable(root / "file" / "x"), "a file, not a folder"),
+        (lambda root: storage.check_writable(root / "sub", need_bytes=1 << 60), "bytes needed"),
+        (lambda root: storage.read_json(root / "file"), "not a JSON file"),
+        (lambda root: storage.as_path("ftp://x"), "unknown kind of address"),
+    ],
+)
+def test_errors_name_the_cause(tmp_path: pathlib.Path, action, cause: str) -> None:
+    (tmp_path / "file").write_text("{")
+    with pytest.raises(UserError, match=cause):
+        action(tmp_path)
+
+
+def test_an_unwritable_path_is_named() -> None:
+    with pytest.raises(UserError, match="cannot write to /proc/jaxblock"):
+        storage.check_writable("/proc/jaxblock")
+
+
+def test_a_folder_appears_whole(tmp_path: pathlib.Path) -> None:
+    target = tmp_path / "made"
+    with storage.new_folder(target, marker="MARK") as folder:
+        _fill(folder)
+        assert not target.exists()
+    assert (target / "sub" / "data").read_text() == "new"
+    assert _names(tmp_path) == ["made"]
+
+
+@pytest.mark.parametrize("error", [ValueError("broken"), KeyboardInterrupt(), OSError(errno.ENOSPC, "full"), None])
+def test_a_failed_folder_leaves_nothing(tmp_path: pathlib.Path, error: BaseException | None) -> None:
+    expected = UserError if error is None or isinstance(error, OSError) else type(error)
+    with pytest.raises(expected), storage.new_folder(tmp_path / "made", marker="MARK") as folder:
+        (folder / "data").write_text("half")  # and without an error: no marker
+        if error is not None:
+            raise error
+    assert _names(tmp_path) == []
+
+
+def test_what_may_be_replaced(tmp_path: pathlib.Path) -> None:
+    whole, foreign, empty, file = (tmp_path / name for name in ("whole", "foreign", "empty", "file"))
+    for folder in (whole, foreign, empty):
+        folder.mkdir()
+    _fill(whole, "old")
+    (foreign / "thesis.tex").write_text("years of work")
+    file.write_text("")
+    with pytest.raises(UserError, match="overwrite"):
+        storage.check_vacant(whole, marker="MARK")
+    for overwrite in (False, True):
+        storage.check_vacant(empty, marker="MARK", overwrite=overwrite)
+        storage.check_vacant(tmp_path / "absent", marker="MARK", overwrite=overwrite)
+        for target in (foreign, file):
+            with pytest.raises(UserError, match="choose another path"):
+                storage.check_vacant(target, marker="MARK", overwrite=overwrite)
+    for target in (whole, empty):
+        with storage.new_folder(target, marker="MARK", overwrite=True) as folder:
+            _fill(folder)
+        assert (target / "sub" / "data").read_text() == "new"
+    assert _names(tmp_path) == ["empty", "file", "foreign", "whole"]
+
+
+def test_a_failed_swap_brings_the_old_folder_back(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "made"
+    target.mkdir()
+    _fill(target, "old")
+    rename = os.rename
+
+    def fails_into_place(source: os.PathLike[str], to: os.PathLike[str]) -> None:
+        if pathlib.Path(to).name == "made" and not (pathlib.Path(source) / "sub" / "data").read_text() == "old":
+            raise OSError(errno.EACCES, "denied")
+        rename(source, to)
+
+    monkeypatch.setattr(os, "rename", fails_into_place)
+    with (
+        pytest.raises(UserError, match="permission denied"),
+        storage.new_folder(target, marker="MARK", overwrite=True) as folder,
+    ):
+        _fill(folder)
+    assert (target / "sub" / "data").read_text() == "old"
+    assert _names(tmp_path) == ["made"]
+
+
+@pytest.fixture
+def bucket(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """An object store, played by a local folder; the list logs its writes and removals."""
+    log: list[str] = []
+    root, real = tmp_path / "store", epath.Path
+
+    class Logged(type(real("/"))):  # type: ignore[misc]
+        def write_bytes(self, data: bytes) -> int:
+            log.append(f"write {self.name}")
+            return super().write_bytes(data)
+
+        def unlink(self, missing_ok: bool = False) -> None:
+            log.append(f"remove {self.name}")
+            super().unlink(missing_ok)
+
+    def stand_in(path: os.PathLike[str] | str) -> epath.Path:
+        text = os.fspath(path)
+        return Logged(str(root / text.removeprefix("gs://"))) if text.startswith("gs://") else real(text)
+
+    monkeypatch.setattr(storage, "as_path", stand_in)
+    return log
+
+
+def test_an_object_store_gets_its_marker_last_and_loses_it_first(bucket: list[str]) -> None:
+    for text in ("old", "new"):
+        with storage.new_folder("gs://bucket/made", marker="MARK", overwrite=True) as folder:
+            _fill(folder, text)
+    assert bucket == ["write data", "write MARK", "remove MARK", "write data", "write MARK"]
+    assert storage.read_bytes("gs://bucket/made/sub/data") == b"new"
+    assert storage.localize("gs://bucket/made/sub/data").read_text() == "new"
+    with pytest.raises(UserError, match="gs://bucket/none"):
+        storage.read_bytes("gs://bucket/none")
