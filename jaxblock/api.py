@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +16,7 @@ from jaxblock import storage, wiring
 from jaxblock.config import CanvasConfig, DecodeConfig
 from jaxblock.data import tokenizers
 from jaxblock.data.encoding import Encoder
+from jaxblock.data.prepared import TURN_ENDS, encoder_of
 from jaxblock.data.tokenizers import Tokenizer
 from jaxblock.diffusion import canvas as canvases
 from jaxblock.diffusion import decoder, likelihood
@@ -31,10 +32,8 @@ Ids = Sequence[Sequence[int]] | np.ndarray | Array
 
 _logits = jax.jit(Transformer.all_logits, static_argnums=0)
 _decode = jax.jit(decoder.decode, static_argnums=(0, 1, 2))
+_decode_block = jax.jit(decoder.decode_block, static_argnums=(0, 1, 2))
 _nelbo = jax.jit(likelihood.nelbo, static_argnums=(0, 1, 2))
-
-# End-of-turn tokens by the families' own names: a folder without prepared data says only what its end of sequence is.
-_TURN_ENDS = ("<|eot_id|>", "<|im_end|>")
 
 
 class Decoded(NamedTuple):
@@ -62,7 +61,7 @@ class Model:
         stop_ids: the tokens that end a response.
         decode_defaults: the decoder's options where a call names none.
         tokenizer: None where the folder holds none.
-        encoder: tokenizer and template together; for run folders.
+        encoder: tokenizer and chat template together; None where the folder lacks either.
         origin: the folder it came from.
     """
 
@@ -116,7 +115,13 @@ class Model:
         return dataclasses.replace(self.decode_defaults, **fields)
 
     def decode(
-        self, prompt_ids: Ids, attention_mask: Ids | None = None, *, return_steps: bool = False, **options: Any
+        self,
+        prompt_ids: Ids,
+        attention_mask: Ids | None = None,
+        *,
+        return_steps: bool = False,
+        first_index: int = 0,
+        **options: Any,
     ) -> np.ndarray | Decoded:
         """Decodes responses block by block.
 
@@ -124,6 +129,7 @@ class Model:
             prompt_ids: prompts [B, P] (padded on either side where ``attention_mask`` says), or a list of lists.
             attention_mask: [B, P], 1 = real.
             return_steps: return ``Decoded``: also the canvas after every step, and the forward passes.
+            first_index: index of the first prompt; a prompt's random key comes from its index.
             **options: any field of ``DecodeConfig``, by name.
 
         Returns:
@@ -135,7 +141,7 @@ class Model:
         chosen = self.options(**options)
         layout = self.layout(chosen)
         rows, lengths = self.prompts(prompt_ids, attention_mask, layout)
-        index = np.arange(len(rows), dtype=np.int32)
+        index = np.arange(first_index, first_index + len(rows), dtype=np.int32)
         canvas = canvases.for_decoding(layout, jnp.asarray(rows), jnp.asarray(lengths), jnp.asarray(index))
         found = _decode(self.net, layout, wiring.decoding(chosen, layout), self.params, canvas, chosen.seed, index)
         if not return_steps:
@@ -144,6 +150,40 @@ class Model:
         return Decoded(
             np.asarray(found.response), np.asarray(decoder.canvases(layout, found, steps)), np.asarray(found.nfe)
         )
+
+    def stream(self, prompt_ids: Sequence[int], *, index: int = 0, **options: Any) -> Iterator[tuple[np.ndarray, int]]:
+        """Decodes one prompt and yields as it goes, block by block; the result is ``decode``'s.
+
+        Args:
+            prompt_ids: one prompt.
+            index: its index (its random key).
+            **options: any field of ``DecodeConfig``.
+
+        Yields:
+            (the response so far [R], mask ids where nothing is committed; forward passes so far), one per decode step.
+        """
+        chosen = self.options(**options)
+        layout = self.layout(chosen)
+        settings = wiring.decoding(chosen, layout)
+        rows, lengths = self.prompts([prompt_ids], None, layout)
+        row = jnp.asarray([index], jnp.int32)
+        canvas = canvases.for_decoding(layout, jnp.asarray(rows), jnp.asarray(lengths), row)
+        carry = decoder.start(layout, canvas, chosen.seed, row)
+        shown = 0
+        for block in range(layout.n_blocks):
+            if bool(carry.done.all()):
+                break
+            carry = _decode_block(self.net, layout, settings, self.params, canvas, carry, jnp.int32(block))
+            steps = int(carry.nfe[0]) // settings.passes
+            states = np.asarray(decoder.canvases(layout, decoder.finish(layout, canvas, carry), steps))
+            for step in range(shown + 1, steps + 1):
+                yield states[step, 0], step * settings.passes
+            shown = steps
+
+    def text_ids(self, response: np.ndarray) -> list[int]:
+        """A response up to its first stop token."""
+        stops = np.flatnonzero(np.isin(response, self.stop_ids))
+        return np.asarray(response[: stops[0]] if len(stops) else response).tolist()
 
     def prompts(
         self, prompt_ids: Ids, attention_mask: Ids | None, layout: Layout, width: int | None = None
@@ -246,7 +286,8 @@ def load(folder: storage.PathLike, *, dtype: str | None = None) -> Model:
     arch, params = huggingface_load.load(folder, dtype=dtype)
     compute = dtype or jax.tree.leaves(params)[0].dtype.name
     tokenizer = _tokenizer_of(folder)
-    ends = [tokenizer.id_of(text) for text in _TURN_ENDS] if tokenizer is not None else []
+    encoder = encoder_of(folder, tokenizer, arch.mask_id, arch.eos_id) if tokenizer is not None else None
+    ends = [tokenizer.id_of(text) for text in TURN_ENDS] if tokenizer is not None else []
     stop_ids = tuple(dict.fromkeys([*(i for i in ends if i is not None), arch.eos_id]))
     return Model(
         net=Transformer(arch, dtype=compute),
@@ -254,6 +295,7 @@ def load(folder: storage.PathLike, *, dtype: str | None = None) -> Model:
         canvas=CanvasConfig(),
         stop_ids=stop_ids,
         tokenizer=tokenizer,
+        encoder=encoder,
         origin=str(folder),
     )
 

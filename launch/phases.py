@@ -28,13 +28,13 @@ def run(record: Path, name: str, command: list[str]) -> int:
         The exit code, as a shell gives it (128 + signal number).
     """
     start = time.monotonic()
+    # Ctrl-C reaches the command too, which saves and ends by itself: dying here would lose its exit code and record.
+    signal.signal(signal.SIGINT, lambda number, frame: None)
     process = subprocess.Popen(command)
 
     def forward(number: int, frame: FrameType | None) -> None:
         process.send_signal(number)
 
-    # Ctrl-C reaches the command too, which saves and ends by itself: dying here would lose its exit code and record.
-    signal.signal(signal.SIGINT, lambda number, frame: None)
     signal.signal(signal.SIGTERM, forward)
     _, status, usage = os.wait4(process.pid, 0)
     code = os.waitstatus_to_exitcode(status)

@@ -6,7 +6,7 @@ import io
 import pathlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import sentencepiece
 
@@ -139,14 +139,14 @@ class SentencePieceTokenizer:
                 ids += self._with_real_spaces(self._model.encode(part))
         return ids
 
-    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+    def decode(self, ids: Iterable[SupportsIndex], skip_special: bool = True) -> str:
         wanted = [int(i) for i in ids if not (skip_special and int(i) in self._special_ids)]
         return str(self._model.decode(wanted))
 
     def id_of(self, token_text: str) -> int | None:
         return self._ids.get(token_text)
 
-    def piece(self, token_id: int) -> str:
+    def piece(self, token_id: SupportsIndex) -> str:
         return str(self._model.id_to_piece(int(token_id)))
 
     def save(self, folder: pathlib.Path) -> None:

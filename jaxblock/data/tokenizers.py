@@ -7,7 +7,7 @@ import os
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, SupportsIndex, runtime_checkable
 
 import tokenizers as huggingface
 
@@ -48,7 +48,7 @@ class Tokenizer(Protocol):
         """Ids of a text; a special token's text becomes its id, and nothing is added."""
         ...
 
-    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+    def decode(self, ids: Iterable[SupportsIndex], skip_special: bool = True) -> str:
         """Text of ids, with or without that of special tokens."""
         ...
 
@@ -56,7 +56,7 @@ class Tokenizer(Protocol):
         """The id of exactly this token, or None."""
         ...
 
-    def piece(self, token_id: int) -> str:
+    def piece(self, token_id: SupportsIndex) -> str:
         """How one token is written in the vocabulary, for display."""
         ...
 
@@ -104,13 +104,13 @@ class HuggingFaceTokenizer:
     def encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
-    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+    def decode(self, ids: Iterable[SupportsIndex], skip_special: bool = True) -> str:
         return str(self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special))
 
     def id_of(self, token_text: str) -> int | None:
         return self._tokenizer.token_to_id(token_text)
 
-    def piece(self, token_id: int) -> str:
+    def piece(self, token_id: SupportsIndex) -> str:
         return self._tokenizer.id_to_token(int(token_id)) or f"<{int(token_id)}>"
 
     def save(self, folder: pathlib.Path) -> None:

@@ -72,7 +72,7 @@ class _Loop(NamedTuple):
     nfe: Array
 
 
-def start(layout: Layout, canvas: Canvas, seed: int, prompt_index: Int[Array, " B"]) -> Carry:
+def start(layout: Layout, canvas: Canvas, seed: int | Int[Array, ""], prompt_index: Int[Array, " B"]) -> Carry:
     """The state before the first block.
 
     Args:
@@ -226,7 +226,7 @@ def decode(
     options: Decoding,
     params: Params,
     canvas: Canvas,
-    seed: int,
+    seed: int | Int[Array, ""],
     prompt_index: Int[Array, " B"],
 ) -> Decoded:
     """Decodes every block, left to right, by ``lax.scan``; blocks after which every row is done are skipped.

@@ -15,7 +15,8 @@ from jaxblock.data.pieces import SentencePieceTokenizer
 
 LLADA_TEMPLATE = (
     "{% set rows = messages %}{% for m in rows %}"
-    "{% set text = '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' %}{% if loop.first %}{% set text = bos_token + text %}{% endif %}"
+    "{% set text = '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' %}"
+    "{% if loop.first %}{% set text = bos_token + text %}{% endif %}"
     "{{ text }}{% endfor %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
 )
 """The behaviour of LLaDA's own template: the assistant's header comes at the end whether or not it is asked for."""

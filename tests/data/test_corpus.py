@@ -24,7 +24,9 @@ def _all_chains(level):
     bound, found = corpus.LEVELS[level], []
     frontier = [(start,) for start in range(2, bound.max_total + 1)]
     for steps in range(1, bound.steps[1] + 1):
-        frontier = [chain + ((op, n),) for chain in frontier for op in bound.operations for n in range(2, bound.max_operand + 1)]
+        moves = [(op, n) for op in bound.operations for n in range(2, bound.max_operand + 1)]
+        # Nothing times a factor is no step of a story.
+        frontier = [chain + (move,) for chain in frontier for move in moves if move[0] != "*" or _replay(chain)[-1] > 0]
         frontier = [chain for chain in frontier if 0 <= _replay(chain)[-1] <= bound.max_total]
         found += frontier if steps >= bound.steps[0] else []
     return found
@@ -58,7 +60,7 @@ def test_every_level_needs_at_least_two_dependent_steps():
 
 @EVERY_LEVEL
 def test_splits_are_disjoint_whatever_the_seeds(level):
-    train, test = corpus.generate("train", 2_000, level=level, seed=0), corpus.generate("test", 500, level=level, seed=7)
+    train, test = corpus.generate("train", 1_000, level=level, seed=0), corpus.generate("test", 300, level=level, seed=7)
     train_chains, test_chains = ({corpus.chain_of(record) for record in records} for records in (train, test))
     assert len(train_chains) == len(train) and len(test_chains) == len(test)
     assert not train_chains & test_chains
@@ -66,7 +68,7 @@ def test_splits_are_disjoint_whatever_the_seeds(level):
 
 
 def test_the_split_does_not_depend_on_the_seed_or_on_how_many_are_asked_for():
-    everything = [corpus.generate(split, n) for split, n in (("train", 5_000), ("test", 1_000))]
+    everything = [corpus.generate(split, n) for split, n in (("train", 1_000), ("test", 200))]
     for split, records in zip(("train", "test"), everything):
         assert {corpus.split_of(corpus.chain_of(record)) for record in records} == {split}
 
@@ -86,13 +88,14 @@ def test_the_same_in_another_process_with_another_hash_seed():
     assert outputs[0] == outputs[1] == f"{corpus.generate('test', 20, level='hard', seed=3)}\n"
 
 
-def test_asking_for_too_many_says_how_many_exist_and_exactly_that_many_can_be_had():
-    chains = _all_chains("easy")
+def test_asking_for_too_many_says_how_many_exist_and_exactly_that_many_can_be_had(monkeypatch):
+    monkeypatch.setitem(corpus.LEVELS, "tiny", corpus.Level(steps=(2, 3), max_operand=4, max_total=9, operations="+-*"))
+    chains = _all_chains("tiny")
     for split in ("train", "test"):
         exist = sum(corpus.split_of(chain) == split for chain in chains)
         with pytest.raises(ValueError, match=f"only {exist:,} distinct ones exist"):
-            corpus.generate(split, exist + 1)
-        records = corpus.generate(split, exist)
+            corpus.generate(split, exist + 1, level="tiny")
+        records = corpus.generate(split, exist, level="tiny")
         assert {corpus.chain_of(record) for record in records} == {chain for chain in chains if corpus.split_of(chain) == split}
     with pytest.raises(ValueError, match="distinct ones exist"):
         corpus.generate("train", 10**15, level="hard")
@@ -104,7 +107,7 @@ def test_asking_for_too_many_says_how_many_exist_and_exactly_that_many_can_be_ha
 )
 def test_bad_arguments_are_named(arguments, message):
     split, n, *level = arguments
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):  # a TypeError where the annotation is checked first
         corpus.generate(split, n, **({"level": level[0]} if level else {}))
 
 

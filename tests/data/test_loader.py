@@ -151,7 +151,7 @@ def test_slices_of_processes_make_up_the_batch(seed: int, step: int, kind: loade
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_start_at_any_step_and_any_worker_count_give_the_same_batches(source: records.Records, workers: int) -> None:
     at = BatchAt(RECORDS, canvas=CANVAS, seed=1, batch_size=6, kind="pairs")
-    for start in (0, 13):
+    for start in (13,) if workers else (0, 13):  # starting workers takes seconds
         batches = loader.batches(
             source, canvas=CANVAS, seed=1, batch_size=6, kind="pairs", start_step=start, workers=workers
         )

@@ -89,7 +89,9 @@ def test_gsm8k_is_read_whole(shared: pathlib.Path) -> None:
     assert len(examples) == 1319
     assert examples[0].prompt.startswith("Janet")
     assert examples[-1].source == "test.jsonl:1319"
-    assert all("\n#### " in example.response for example in examples)
+    train = sources.read_jsonl(str(shared / "data/gsm8k/train.jsonl"), DataConfig())
+    assert len(train) == 7473
+    assert all("\n#### " in example.response for example in examples + train)
 
 
 def _write(path: pathlib.Path, n: int) -> str:

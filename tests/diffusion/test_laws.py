@@ -286,6 +286,9 @@ def test_losses_are_the_tables_combination(truths, name):
         assert float(out.loss.weight) == data[normalize]
         np.testing.assert_allclose(np.stack(out.by_block, -1), by_block, rtol=1e-10)
         np.testing.assert_allclose(np.stack(out.by_count, -1), by_count, rtol=1e-10)
+        if not pairs and how.law == "exact_count":
+            live = [set(np.asarray(draw.block)[np.asarray(draw.weight)[:, i] > 0, i]) for i in range(rows)]
+            assert [len(blocks) for blocks in live] == [3, 2], "K draws are distinct blocks, K_i at most"
         if context == "shifted":
             broken = jax.jit(lambda p, d: total(_shift_forgotten(net), p, d)[0])(params, draw)
             assert abs(broken / want - 1) > 1e-3, "a shift off by one"

@@ -1,7 +1,8 @@
-"""The two commands' scripts, with a stand-in interpreter in .venv: what they run, skip, record and say when it fails."""
+"""The two commands' scripts, with a stand-in interpreter in .venv: what they run, skip, record, and say on failure."""
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -173,7 +174,10 @@ def test_too_old_a_python_is_told_plainly(checkout: Checkout, script: str, tmp_p
 
 
 def test_a_signal_reaches_the_phase_and_its_exit_code_comes_back(tmp_path: Path) -> None:
-    code = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); print('ready', flush=True); signal.pause()"
+    code = (
+        "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); print('ready', flush=True); "
+        "signal.pause()"
+    )
     record = tmp_path / "record.jsonl"
     command = [sys.executable, PHASES, "run", record, "train", sys.executable, "-c", code]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -186,13 +190,15 @@ def test_a_signal_reaches_the_phase_and_its_exit_code_comes_back(tmp_path: Path)
 
 def test_every_imported_package_is_a_requirement() -> None:
     text = (REPOSITORY / "requirements.txt").read_text() + (REPOSITORY / "pyproject.toml").read_text()
-    declared = {
-        name.lower().replace("_", "-") for name in re.findall(r"^\s*\"?([A-Za-z0-9_-]+)(?:\[\w+\])?>=", text, re.M)
-    }
-    declared |= {name.lower() for name in re.findall(r'\["([A-Za-z0-9_-]+)>=', text)}
-    sources = "\n".join(file.read_text() for file in (REPOSITORY / "jaxblock").rglob("*.py"))
-    imported = set(re.findall(r"^\s*(?:from|import) (\w+)", sources, re.M)) - sys.stdlib_module_names - {"jaxblock"}
+    declared = {name.lower().replace("_", "-") for name in re.findall(r"([A-Za-z0-9_-]+)(?:\[\w+\])?>=", text)}
+    imported = set()
+    for file in (REPOSITORY / "jaxblock").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                imported.add(node.module.split(".")[0])
     owners = packages_distributions()
-    for module in imported:
+    for module in imported - sys.stdlib_module_names - {"jaxblock"}:
         names = {name.lower().replace("_", "-") for name in owners.get(module, [module])}
         assert names & declared, f"jaxblock imports {module}, which is in neither requirements.txt nor an extra"

@@ -1,0 +1,8 @@
+"""``python -m jaxblock`` is the same as ``jaxblock``."""
+
+import sys
+
+from jaxblock.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,255 @@
+"""The command line: parse, call, print. ``jaxblock VERB --config FILE --section.field value``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from jaxblock import config_io
+from jaxblock.config import (
+    CanvasConfig,
+    Config,
+    DataConfig,
+    DecodeConfig,
+    EvaluateConfig,
+    MethodConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+from jaxblock.errors import UserError
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Turns text records into token records: tokenizer, chat template, length checks, ArrayRecord, manifest."""
+
+    config: str | None = None
+    """YAML file of sections; flags override it."""
+    data: DataConfig = field(default_factory=DataConfig)
+    canvas: CanvasConfig = field(default_factory=CanvasConfig)
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Shows what training feeds the model: token kinds, the block grid, masks, and which tokens carry loss."""
+
+    config: str | None = None
+    """YAML file of sections; flags override it."""
+    split: Literal["train", "validation", "test"] = "train"
+    """Which prepared records."""
+    records: tuple[int, ...] = (0, 1)
+    """Indices of the records to show."""
+    steps: int = 2
+    """How many training steps' draws to show for each."""
+    html: str | None = None
+    """Also write one self-contained HTML file here."""
+    data: DataConfig = field(default_factory=DataConfig)
+    canvas: CanvasConfig = field(default_factory=CanvasConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+@dataclass(frozen=True)
+class Train:
+    """Trains: Blockwise SFT or classical SFT, from random weights, a run or a Hugging Face folder; resumes exactly."""
+
+    config: str | None = None
+    """YAML file of sections; flags override it."""
+    data: DataConfig = field(default_factory=DataConfig)
+    canvas: CanvasConfig = field(default_factory=CanvasConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+
+@dataclass(frozen=True)
+class Decode:
+    """Decodes prompts block by block: from the command line, a file, or standard input (one prompt a line)."""
+
+    checkpoint: str
+    """A run folder or a Hugging Face folder."""
+    prompts: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Prompts; without any (and without `file`) they are read from standard input."""
+    config: str | None = None
+    """YAML file of sections; without one the run's own config is used. Flags override it."""
+    file: str | None = None
+    """Prompts: a text file (one a line), or .jsonl whose `data.prompt_field` is read."""
+    out: str | None = None
+    """Write JSON lines here instead of to standard output; an existing file is refused."""
+    watch: bool = False
+    """Show the canvas as it is filled, block by block."""
+    data: DataConfig = field(default_factory=DataConfig)
+    canvas: CanvasConfig = field(default_factory=CanvasConfig)
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Scores a checkpoint: Pass@1 with its interval, costs, NELBO; compares it with an earlier evaluation."""
+
+    checkpoint: str
+    """A run folder or a Hugging Face folder."""
+    out: str
+    """Folder for problems.jsonl and summary.json; an existing one is refused."""
+    config: str | None = None
+    """YAML file of sections; without one the run's own config is used. Flags override it."""
+    data: DataConfig = field(default_factory=DataConfig)
+    canvas: CanvasConfig = field(default_factory=CanvasConfig)
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+
+@dataclass(frozen=True)
+class Export:
+    """Writes a checkpoint as a Hugging Face folder, reads it back and compares logits."""
+
+    checkpoint: str
+    """A run folder or a Hugging Face folder."""
+    out: str
+    """The folder to make; an existing one is refused."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Type of the tensors; None keeps each one's own."""
+
+
+VERBS: dict[str, type] = {
+    "prepare": Prepare,
+    "inspect": Inspect,
+    "train": Train,
+    "decode": Decode,
+    "evaluate": Evaluate,
+    "export": Export,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one verb.
+
+    Args:
+        arguments: the command line without the program's name; None for the process's own.
+
+    Returns:
+        The exit code: 0; 2 for a mistake that the user can mend; 130 for a run that was told to stop.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    traceback = "--traceback" in given
+    given = [argument for argument in given if argument != "--traceback"]
+    if not given or given[0] in ("-h", "--help"):
+        print(_overview())
+        return 0 if given else 2
+    if given[0] == "--version":
+        import jaxblock
+
+        print(jaxblock.__version__)
+        return 0
+    try:
+        verb = given[0]
+        if verb not in VERBS:
+            raise UserError(f"unknown verb {verb!r}{_nearest_verb(verb)}")
+        return _run(verb, parse(verb, given[1:]))
+    except UserError as error:
+        if traceback:
+            raise
+        print(f"jaxblock: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output has gone: nothing is left to say
+        return 1
+    except KeyboardInterrupt:
+        print("jaxblock: stopped", file=sys.stderr)
+        return 130
+
+
+def parse(verb: str, arguments: Sequence[str]) -> Any:
+    """A verb's settings: flag > YAML file > default.
+
+    Args:
+        verb: key of ``VERBS``.
+        arguments: its flags.
+
+    Returns:
+        An instance of the verb's class.
+
+    Raises:
+        UserError: the YAML file is wrong. (Wrong flags end the process with tyro's message and code 2.)
+    """
+    kind = VERBS[verb]
+    path = _value_of("--config", arguments)
+    if path is None and (checkpoint := _value_of("--checkpoint", arguments)) and verb in ("decode", "evaluate"):
+        path = _config_of(checkpoint)
+    base = config_io.load(path)
+    sections = {f.name: getattr(base, f.name) for f in fields(Config)}
+    # Where a verb needs values that no YAML gives, tyro must know that they are missing.
+    defaults = {
+        f.name: sections[f.name] if f.name in sections else _default(f) for f in fields(kind)
+    }
+    return tyro.cli(
+        kind,
+        prog=f"jaxblock {verb}",
+        description=(kind.__doc__ or "") + " Precedence: flag > YAML file > default.",
+        default=kind(**defaults),
+        args=list(arguments),
+        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands),
+        use_underscores=True,
+    )
+
+
+def _default(entry: Any) -> Any:
+    from dataclasses import MISSING
+
+    if entry.default is not MISSING:
+        return entry.default
+    return tyro.MISSING
+
+
+def config_of(options: Any) -> Config:
+    """The sections of a verb's settings, checked; sections that the verb does not have keep their defaults."""
+    names = {f.name for f in fields(Config)}
+    given = {f.name: getattr(options, f.name) for f in fields(options) if f.name in names}
+    return config_io.validate(replace(Config(), **{k: v for k, v in given.items() if is_dataclass(v)}))
+
+
+def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
+    for at, argument in enumerate(arguments):
+        if argument == flag and at + 1 < len(arguments):
+            return arguments[at + 1]
+        if argument.startswith(flag + "="):
+            return argument.split("=", 1)[1]
+    return None
+
+
+def _config_of(checkpoint: str) -> str | None:
+    from jaxblock import storage
+
+    path = storage.as_path(checkpoint) / "config.yaml"
+    return str(path) if path.exists() else None
+
+
+def _nearest_verb(verb: str) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(verb, VERBS, n=1)
+    return f"; did you mean {close[0]}?" if close else f"; verbs: {', '.join(VERBS)}"
+
+
+def _overview() -> str:
+    lines = ["usage: jaxblock VERB [--config FILE] [--section.field VALUE ...] [--traceback]", ""]
+    lines += [f"  {name:10} {(kind.__doc__ or '').splitlines()[0]}" for name, kind in VERBS.items()]
+    return "\n".join([*lines, "", "jaxblock VERB --help shows every field, its default and what it does."])
+
+
+def _run(verb: str, options: Any) -> int:
+    from jaxblock import verbs
+
+    return int(getattr(verbs, verb)(options, config_of(options)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,238 @@
+"""The host side of a run: set-up, the loop, evaluation, checkpoints, and what happens when it is interrupted.
+
+The loop never waits for the device: metrics of a step are read after later steps have been dispatched, when a line is
+logged.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from jaxblock.config import Config
+from jaxblock.data.loader import Batch, batches
+from jaxblock.errors import UserError
+from jaxblock.evaluation.runner import Bound, Evaluator, Solved
+from jaxblock.reporting import plots
+from jaxblock.reporting.progress import TrainProgress
+from jaxblock.training import optimizer as optimizers
+from jaxblock.training.debug import NanFinder
+from jaxblock.training.interrupt import Interrupt
+from jaxblock.training.metrics import MetricsLog, summarise
+from jaxblock.training.setup import Session, meta, set_up
+from jaxblock.training.step import StepMetrics, compile_step, train_step
+
+INTERRUPTED = 130
+"""Exit code of a run that was told to stop and has saved."""
+
+
+@dataclass
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        step: updates done.
+        interrupted: it was told to stop, has saved, and can go on.
+        finished_before: there was nothing to do.
+        last: the last evaluation's row of metrics.
+    """
+
+    step: int
+    interrupted: bool = False
+    finished_before: bool = False
+    last: dict[str, Any] = field(default_factory=dict)
+
+
+def train(config: Config, console: Console) -> Outcome:
+    """Trains, or goes on training, as the config says.
+
+    Args:
+        config: resolved and valid.
+        console: where people are told things.
+
+    Returns:
+        How it ended.
+
+    Raises:
+        UserError: bad settings or data, an existing run that this config does not continue, or a loss that is not a
+            number.
+    """
+    session = set_up(config, console)
+    with jax.set_mesh(session.mesh):
+        if session.step >= config.train.steps:
+            console.print(f"{config.train.out} is finished ({session.step:,} steps); nothing to do", highlight=False)
+            session.checkpoints.close()
+            return Outcome(session.step, finished_before=True)
+        try:
+            return _Loop(session, console).run()
+        finally:
+            session.checkpoints.close()
+
+
+@dataclass
+class _Window:
+    """The steps since the last line of metrics; nothing of theirs has been read off the device."""
+
+    since: float
+    metrics: list[StepMetrics] = field(default_factory=list)
+    step: int = 0
+    rows: int = 0
+    prompt_tokens: int = 0
+    due: bool = False
+
+    def add(self, step: int, metrics: StepMetrics, batch: Batch) -> None:
+        self.step = step
+        self.metrics.append(metrics)
+        self.rows += len(batch.index)
+        self.prompt_tokens += int(batch.prompt_len.sum())
+
+    def empty(self) -> None:
+        self.metrics, self.rows, self.prompt_tokens, self.due = [], 0, 0, False
+        self.begin()
+
+    def begin(self) -> None:
+        """Starts the clock again, after a pause that is not training."""
+        self.since = time.perf_counter()
+
+
+class _Loop:
+    """One process's run, from ``session.step`` to the last step."""
+
+    def __init__(self, session: Session, console: Console) -> None:
+        self.session, self.config, self.console = session, session.config, console
+        self.run_folder = Path(self.config.train.out)
+        self.lr = optimizers.schedule(self.config.optimizer, self.config.train.steps)
+        self.log = MetricsLog(self.run_folder, self.config.train.tensorboard)
+        self.nans = session.nans
+        self.evaluated: dict[str, Any] = {}
+        self.saved = session.step if session.resumed else -1
+        self.evaluator = Evaluator(
+            net=session.net,
+            canvas=self.config.canvas,
+            encoder=session.prepared.encoder,
+            decode=self.config.decode,
+            grader=self.config.evaluate.grader,
+            nelbo_samples=self.config.evaluate.nelbo_samples,
+        )
+
+    def run(self) -> Outcome:
+        train, session = self.config.train, self.session
+        data = self._data()
+        step_fn = self._step()
+        state, step = session.state, session.step
+        window = _Window(time.perf_counter())
+        bar = TrainProgress(train.steps, start=step, every=train.log_every, console=self.console)
+        with Interrupt() as stop, bar as progress:
+            if not session.resumed:
+                self._evaluate(state.params, step, progress)
+            else:
+                self.log.write({"step": step, "kind": "resume"})
+            window.begin()
+            while step < train.steps and not stop.asked:
+                batch = next(data)
+                state, metrics = step_fn(state, batch)
+                if window.due:
+                    # The step just dispatched keeps the device busy while the host reads those before it.
+                    self._report(window, progress)
+                step += 1
+                window.add(step, metrics, batch)
+                if self.nans is not None:
+                    self.nans.check(step, metrics, batch)
+                last = step == train.steps
+                window.due = last or step % train.log_every == 0
+                evaluate = last or bool(train.eval_every and step % train.eval_every == 0)
+                if window.due and (evaluate or stop.asked):
+                    self._report(window, progress)
+                if evaluate:
+                    self._evaluate(state.params, step, progress)
+                    window.begin()
+                if last or step % train.save_every == 0:
+                    self._save(state, step)
+            if stop.asked:
+                self._save(state, step)
+        session.checkpoints.close()
+        return self._end(step)
+
+    def _data(self) -> Iterator[Batch]:
+        train, method = self.config.train, self.config.method
+        stream = batches(
+            self.session.prepared.records("train"),
+            canvas=self.config.canvas,
+            seed=train.seed,
+            batch_size=train.batch_size,
+            start_step=0 if train.overfit_one_batch else self.session.step,
+            kind=method.blocks if method.objective == "blockwise" else "per_sequence",
+            process_index=self.session.process_index,
+            process_count=self.session.process_count,
+            workers=train.loader_workers,
+        )
+        if train.overfit_one_batch:
+            first = next(stream)
+            while True:
+                yield first
+        yield from stream
+
+    def _step(self) -> Any:
+        session = self.session
+        if self.config.train.debug:
+            return lambda state, batch: train_step(session.objective, session.optimizer, state, batch)
+        compiled = compile_step(session.objective, session.optimizer, session.state, session.mesh, session.net.table)
+        return lambda state, batch: compiled(state, session.on_mesh(batch))
+
+    def _report(self, window: _Window, progress: TrainProgress) -> None:
+        step, count = window.step, len(window.metrics)
+        row = summarise(jax.device_get(window.metrics))
+        if not np.isfinite(row["loss"]):
+            raise UserError(
+                f"the loss is {row['loss']} between steps {step - count} and {step}; the last checkpoint is from "
+                f"before. Lower optimizer.lr, or find the layer with --train.debug on the same config"
+            )
+        positions = window.prompt_tokens + window.rows * self.config.canvas.response_len
+        speed = positions * self.config.method.draws / (time.perf_counter() - window.since)
+        lr = float(self.lr(step - 1))
+        self.log.write({"step": step, "kind": "train", **row, "lr": lr, "tokens_per_second": speed})
+        progress.train(step, row["loss"], speed)
+        window.empty()
+
+    def _evaluate(self, params: Any, step: int, progress: TrainProgress) -> None:
+        train = self.config.train
+        held_out = self.session.validation
+        row: dict[str, Any] = {"step": step, "kind": "eval"}
+        bound: Bound | None = None
+        solved: Solved | None = None
+        if train.eval_nelbo_rows and held_out:
+            bound = self.evaluator.bound(params, held_out[: train.eval_nelbo_rows])
+            row["nelbo_per_token"] = bound.per_text_token._asdict()
+            row["nelbo_per_sequence"] = bound.per_sequence._asdict()
+        if train.eval_problems and held_out:
+            solved = self.evaluator.solve(params, held_out[: train.eval_problems])
+            row["pass_at_1"] = solved.pass_at_1._asdict()
+            row["grader"] = self.config.evaluate.grader
+        if bound is None and solved is None:
+            return
+        self.log.write(row)
+        self.evaluated = row
+        progress.evaluation(
+            step,
+            nelbo=None if bound is None else float(bound.per_text_token.mean),
+            pass_at_1=None if solved is None else (solved.pass_at_1.correct, solved.pass_at_1.n),
+        )
+
+    def _save(self, state: Any, step: int) -> None:
+        if step > self.saved:
+            self.session.checkpoints.save(state, step, meta(self.session))
+            self.saved = step
+
+    def _end(self, step: int) -> Outcome:
+        self.log.close()
+        interrupted = step < self.config.train.steps
+        if jax.process_index() == 0:
+            plots.plot_run(self.log.path, self.run_folder / "plots")
+        return Outcome(step, interrupted, last=self.evaluated)

@@ -1,0 +1,267 @@
+"""What each verb does once its settings are known. Results go to standard output, everything else to standard error."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from jaxblock import api, storage, wiring
+from jaxblock.config import Config
+from jaxblock.data import prepare as preparing
+from jaxblock.data.loader import pad_rows
+from jaxblock.data.prepared import Prepared, open_prepared
+from jaxblock.errors import UserError
+from jaxblock.evaluation import problems, runner, statistics
+from jaxblock.reporting import inspect_html, inspect_terminal
+from jaxblock.reporting.inspect import Examined, draw_steps, examine
+from jaxblock.reporting.watch import Watch
+from jaxblock.training import setup
+from jaxblock.training.loop import INTERRUPTED
+from jaxblock.training.loop import train as run_training
+
+if TYPE_CHECKING:
+    from jaxblock.cli import Decode, Evaluate, Export, Inspect, Prepare, Train
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def prepare(options: Prepare, config: Config) -> int:
+    """Prepares data and prints what became of every record."""
+    manifest = preparing.prepare(config, _say)
+    for split, report in manifest.splits.items():
+        dropped = sum(report["dropped"].values())
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in report["dropped"].items())
+        print(f"{split}: {report['kept']:,} kept, {dropped:,} dropped{f' ({reasons})' if reasons else ''}")
+    for pair, count in manifest.overlaps.items():
+        if count:
+            print(f"warning: {count:,} prompts are in both {pair}")
+    print(f"{config.data.prepared}: {manifest.vocab_size:,} tokens in the vocabulary; see manifest.json")
+    return 0
+
+
+def inspect(options: Inspect, config: Config) -> int:
+    """Shows records as training feeds them."""
+    prepared = open_prepared(config.data.prepared)
+    examined, layout = examine_records(config, prepared, options.split, options.records, options.steps)
+    about = (
+        f"{config.method.objective}, law {config.method.law}, {config.method.weighting} weights, "
+        f"normalised by {config.method.normalize}, blocks {config.method.blocks}"
+    )
+    inspect_terminal.show(Console(), layout, examined, prepared.tokenizer.piece, about)
+    if options.html:
+        storage.write_text(options.html, inspect_html.page(layout, examined, prepared.tokenizer.piece, about=about))
+        _say(f"wrote {options.html}")
+    return 0
+
+
+def examine_records(
+    config: Config, prepared: Prepared, split: str, indices: tuple[int, ...], steps: int
+) -> tuple[list[Examined], Any]:
+    """The given records with the draws of the first ``steps`` training steps of a batch made of them.
+
+    Raises:
+        UserError: an index outside the split.
+    """
+    source = prepared.records(split)
+    for index in indices:
+        if not 0 <= index < len(source):
+            raise UserError(f"records: {split} has records 0 to {len(source) - 1}, not {index}")
+    records = [source[index] for index in indices]
+    block = None
+    if config.method.blocks == "pairs" and config.method.objective == "blockwise":
+        block = np.zeros(len(records), np.int32)
+    batch = pad_rows(records, config.canvas, block=block)
+    sized = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=len(records)))
+    special, manifest = prepared.special, prepared.manifest
+    arch = wiring.architecture(
+        config.model, vocab_size=manifest.vocab_size, mask_id=special.mask, eos_id=special.eos
+    )
+    objective = setup.objective(sized, wiring.network(arch, config.model), prepared)
+    canvas = objective.canvas(batch)
+    draws, noise = draw_steps(lambda step: objective.draw(batch, canvas, step), range(steps))
+    found = examine(
+        objective.layout,
+        canvas,
+        draws,
+        normalize=objective.normalize,
+        ablation=objective.ablation,
+        noise=noise,
+        drawn_blocks=batch.block if block is not None else None,
+        labels=[f"{split} {record.index} ({record.source})" for record in records],
+    )
+    return found, objective.layout
+
+
+def train(options: Train, config: Config) -> int:
+    """Trains; says where everything is, or how to go on."""
+    console = Console(stderr=True)
+    if config.train.debug:
+        config = wiring.debug(config)
+        prepared = open_prepared(config.data.prepared)
+        count = min(2, len(prepared.records("train")))
+        examined, layout = examine_records(config, prepared, "train", tuple(range(count)), 1)
+        inspect_terminal.show(console, layout, examined, prepared.tokenizer.piece)
+        with jax.disable_jit():
+            outcome = run_training(config, console)
+    else:
+        outcome = run_training(config, console)
+    if outcome.interrupted:
+        _say(
+            f"stopped after step {outcome.step:,} of {config.train.steps:,} and saved. To go on, run the same command "
+            f"again (train.resume auto finds {config.train.out})"
+        )
+        return INTERRUPTED
+    if not outcome.finished_before:
+        _say(f"done: {outcome.step:,} steps; checkpoints, metrics.jsonl and plots are in {config.train.out}")
+    return 0
+
+
+def decode(options: Decode, config: Config) -> int:
+    """Decodes prompts."""
+    model = dataclasses.replace(api.load(options.checkpoint), canvas=config.canvas, decode_defaults=config.decode)
+    if model.encoder is None:
+        raise UserError(
+            f"{options.checkpoint} has no tokenizer with a chat template, so text cannot become tokens; use "
+            "jaxblock.load(folder).decode(ids) from Python"
+        )
+    prompts = list(_prompts(options, config))
+    if not prompts:
+        raise UserError("no prompts: give some on the command line, by --file, or on standard input")
+    ids = [model.encoder.prompt(text, where=where) for where, text in prompts]
+    if options.watch:
+        for row, (_, text) in enumerate(prompts):
+            _watch(model, text, ids[row], row)
+        return 0
+    lines = "".join(_decoded_lines(model, prompts, ids, config.decode.batch_size))
+    if options.out:
+        storage.write_text(options.out, lines)
+        _say(f"wrote {options.out}")
+    else:
+        print(lines, end="")
+    return 0
+
+
+def _watch(model: api.Model, text: str, ids: list[int], index: int) -> None:
+    assert model.tokenizer is not None
+    layout = model.layout(model.decode_defaults)
+    shown = Watch(
+        text, model.tokenizer.piece, mask_id=layout.mask_id, block=layout.block, stop_ids=layout.stop_ids, pause=0.05
+    )
+    with shown:
+        for response, nfe in model.stream(ids, index=index):
+            shown.step(response.tolist(), nfe)
+
+
+def _prompts(options: Decode, config: Config) -> Iterator[tuple[str, str]]:
+    """(where, text) of every prompt."""
+    if options.prompts:
+        yield from ((f"prompt {at}", text) for at, text in enumerate(options.prompts, 1))
+        return
+    if options.file is None and sys.stdin.isatty():
+        _say("reading prompts from standard input, one a line; end with Ctrl-D")
+    name = options.file or "standard input"
+    text = sys.stdin.read() if options.file is None else storage.read_bytes(options.file).decode()
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        if name.endswith(".jsonl"):
+            try:
+                line = json.loads(line)[config.data.prompt_field]
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise UserError(
+                    f"{name}:{number}: no JSON object with a field {config.data.prompt_field!r} ({error}); "
+                    "set data.prompt_field"
+                ) from error
+        yield f"{name}:{number}", str(line)
+
+
+def _decoded_lines(
+    model: api.Model, prompts: list[tuple[str, str]], ids: list[list[int]], size: int
+) -> Iterator[str]:
+    assert model.tokenizer is not None
+    for at in range(0, len(ids), size):
+        part = ids[at : at + size]
+        found = model.decode(part, return_steps=True, first_index=at)
+        assert isinstance(found, api.Decoded)
+        for row in range(len(part)):
+            text_ids = model.text_ids(found.ids[row])
+            answer = {
+                "prompt": prompts[at + row][1],
+                "response": model.tokenizer.decode(text_ids),
+                "tokens": len(text_ids),
+                "nfe": int(found.nfe[row]),
+            }
+            yield json.dumps(answer, ensure_ascii=False) + "\n"
+
+
+def evaluate(options: Evaluate, config: Config) -> int:
+    """Scores a checkpoint and writes problems.jsonl and summary.json."""
+    storage.check_vacant(options.out, marker="summary.json")
+    model = api.load(options.checkpoint)
+    prepared = open_prepared(config.data.prepared)
+    settings = config.evaluate
+    source = prepared.records(settings.split)
+    count = len(source) if settings.problems is None else min(settings.problems, len(source))
+    records = [source[index] for index in range(count)]
+    evaluator = runner.Evaluator(
+        model.net, config.canvas, prepared.encoder, config.decode, settings.grader, settings.nelbo_samples
+    )
+    begin = time.perf_counter()
+    solved = evaluator.solve(model.params, records, lambda done: _say(f"decoded {done:,} of {count:,}"))
+    bound = None
+    if settings.nelbo:
+        bound = evaluator.bound(model.params, records[: settings.nelbo_rows])
+    about = {
+        "checkpoint": options.checkpoint,
+        "split": settings.split,
+        "problems": count,
+        "grader": settings.grader,
+        "decode": dataclasses.asdict(config.decode),
+        "canvas": dataclasses.asdict(config.canvas),
+        "devices": [str(device) for device in jax.devices()],
+    }
+    result = runner.summary(solved, bound, about)
+    with storage.new_folder(options.out, marker="summary.json") as folder:
+        (folder / "problems.jsonl").write_text(problems.dump(solved.rows), encoding="utf-8")
+        if settings.compare:
+            test = statistics.compare(settings.compare, folder / "problems.jsonl")
+            result["compared_with"] = {"file": settings.compare, **test._asdict()}
+        (folder / "summary.json").write_text(json.dumps(result, indent=1) + "\n")
+    _print_evaluation(options, solved, bound, settings.grader, time.perf_counter() - begin)
+    if settings.compare:
+        print(f"against {settings.compare}: {test}")
+    return 0
+
+
+def _print_evaluation(
+    options: Evaluate, solved: runner.Solved, bound: runner.Bound | None, grader: str, seconds: float
+) -> None:
+    print(f"{options.checkpoint}: Pass@1 {solved.pass_at_1}, grader {grader}")
+    print(
+        f"  {solved.nfe:.1f} forward passes a problem, {solved.tokens_per_forward:.2f} tokens per forward, "
+        f"{solved.tokens_per_second:,.0f} text tokens/s (prompts not counted); {seconds:.1f} s in all"
+    )
+    if bound is not None:
+        how = "exact" if bound.exact else "Monte Carlo"
+        print(f"  NELBO ({how}): {bound.per_text_token} nats per text token, {bound.per_sequence} per sequence")
+    print(f"  problems and summary in {options.out}")
+
+
+def export(options: Export, config: Config) -> int:
+    """Exports, re-imports and compares."""
+    model = api.load(options.checkpoint)
+    difference = model.save(options.out, options.dtype)
+    size = sum(path.stat().st_size for path in Path(options.out).rglob("*") if path.is_file())
+    print(f"wrote {options.out} ({size / 1e6:.1f} MB); read back: largest difference of any logit {difference:.3g}")
+    return 0

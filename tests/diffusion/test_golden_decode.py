@@ -1,0 +1,61 @@
+"""The peers' decoders, token for token and step for step, through ``jaxblock.load(folder).decode``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import jaxblock
+
+GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden"
+
+
+def _cases():
+    for folder in ("decode_llada", "decode_fast"):
+        file = GOLDEN / folder / "cases.json"
+        for name, case in (json.loads(file.read_text()) if file.exists() else {}).items():
+            if case.get("cache", "none") == "none" and not name.endswith("_v1"):
+                yield pytest.param(folder, name, case, id=f"{folder}-{name}")
+
+
+@pytest.fixture(scope="module")
+def models(shared):
+    return {name: jaxblock.load(shared / "golden" / "forward" / name) for name in ("llada_mha", "llada_gqa_tied")}
+
+
+def _options(case):
+    options = {
+        "response_len": case["gen_length"],
+        "block": case["block_length"],
+        "steps_per_block": case["steps"] * case["block_length"] // case["gen_length"],
+        "early_stop": False,
+        "cfg_scale": case.get("cfg_scale") or 0.0,
+    }
+    for field, rule in (("threshold", "confidence_threshold"), ("factor", "factor")):
+        if case.get(field):
+            options |= {"rule": rule, field: case[field]}
+    if case.get("logits_eos_inf"):
+        options |= {"eos_suppression": "logits", "fill_id": case["eos_id"]}
+    if case.get("confidence_eos_eot_inf"):
+        options |= {"eos_suppression": "confidence", "fill_id": case["eos_id"], "stop_ids": (case["eot_id"], case["eos_id"])}
+    return options
+
+
+@pytest.mark.parametrize("folder, name, case", list(_cases()))
+def test_decodes_as_published(models, folder, name, case):
+    with np.load(GOLDEN / folder / f"{name}.npz") as arrays:
+        z = dict(arrays)
+    width = z["prompt_ids"].shape[1]
+    got = models[case["model"]].decode(z["prompt_ids"], z.get("attention_mask"), return_steps=True, **_options(case))
+    np.testing.assert_array_equal(got.ids, z["output_ids"][:, width:])
+    np.testing.assert_array_equal(got.canvases, z["canvases"][:, :, width:])
+    committed = (got.canvases != case["mask_id"]).sum(-1)
+    np.testing.assert_array_equal(np.diff(committed, axis=0), z["committed_per_step"])
+    passes = 2 if case.get("cfg_scale") else 1
+    steps = int(case.get("nfe") or case["steps"])
+    assert got.nfe.tolist() == [passes * steps] * len(got.ids)
+    if "output_ids_without_option" in z:
+        assert (z["output_ids_without_option"] != z["output_ids"]).any()

@@ -1,0 +1,163 @@
+"""Losses, masks and gradient norms of the published training scripts, replayed from their stored uniforms."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxblock.diffusion import canvas as canvases
+from jaxblock.diffusion import corruption, objective, sampling
+from jaxblock.diffusion.corruption import Ablation
+from jaxblock.diffusion.sampling import Sampling, Uniforms
+from jaxblock.models import params as parameters
+from jaxblock.types import Layout
+
+SUFFIX_PREFIX = [(1.0, 0.0), (1.0, 0.3), (0.0, 0.0), (0.0, 0.3), (0.5, 0.0), (0.5, 0.3)]
+FULL = {
+    "llada_sft": ("nelbo", "sequence_mean"),
+    "llada_pretrain": ("nelbo", "canvas_tokens"),
+    "d1": ("nelbo", "supervised_tokens"),
+    "dllm_scheduler_token": ("nelbo", "supervised_tokens"),
+    "dllm_scheduler_sequence": ("nelbo", "sequence_mean"),
+    "dllm_scheduler_batch": ("nelbo", "sequences"),
+    "dllm_uniform_token": ("uniform", "supervised_tokens"),
+    "dllm_uniform_sequence": ("uniform", "sequence_mean"),
+    "dllm_uniform_batch": ("uniform", "sequences"),
+}
+NORMALIZE = sorted({normalize for _, normalize in FULL.values()})
+
+
+@pytest.fixture(scope="module")
+def golden(shared):
+    folder = shared / "golden" / "loss"
+    return folder, json.loads((folder / "cases.json").read_text()), json.loads((folder / "grad_norms.json").read_text())
+
+
+def _load(folder, name):
+    with np.load(folder / f"{name}.npz") as arrays:
+        return dict(arrays)
+
+
+def _canvas(layout, ids, prompt_len, end):
+    """The script's rows of a fixed total length, padding visible: a ``paper`` canvas cut to that length."""
+    rows, width = ids.shape
+    text_len = end - prompt_len
+    text = np.zeros((rows, layout.response_len), np.int32)
+    for row in range(rows):
+        text[row, : text_len[row]] = ids[row, prompt_len[row] : end[row]]
+    ints = (jnp.asarray(x, jnp.int32) for x in (ids[:, : prompt_len.max()], prompt_len, text, text_len, np.arange(rows)))
+    canvas = canvases.from_rows(layout, *ints)
+    canvas = canvas._replace(ids=canvas.ids[:, :width], length=jnp.full(rows, width, jnp.int32))
+    np.testing.assert_array_equal(canvas.ids, ids)
+    return canvas
+
+
+def _replay(uniforms, rates, prompt_len, block, layout):
+    """The stored uniforms by position of a row, as ours by position of the response and of the block."""
+    rows = len(uniforms)
+    padded = np.concatenate([uniforms, np.full((rows, layout.response_len), np.nan)], axis=1)
+    response = np.stack([u[p : p + layout.response_len] for u, p in zip(padded, prompt_len, strict=True)])
+    start = np.maximum(block, 0) * layout.block
+    inside = np.stack([r[s : s + layout.block] for r, s in zip(response, start, strict=True)])
+    count = np.nan_to_num((rates - sampling.RATE_FLOOR) / (1 - sampling.RATE_FLOOR))
+    return Uniforms(
+        block=np.zeros((rows, layout.n_blocks)),
+        count=count[:, None],
+        stratum=np.zeros((rows, 1)),
+        position=inside[:, None],
+        noise=response[:, None],
+    )
+
+
+def _check_norms(grad, want, spec_table, n_layers):
+    """Gradient norms by the checkpoint's names, and over all."""
+    flat = parameters.flatten(grad)
+    got = {}
+    for path, spec in spec_table.items():
+        for layer in range(n_layers if spec.stacked else 1):
+            leaf = flat[path][layer] if spec.stacked else flat[path]
+            got[spec.hf_name.format(layer=layer)] = np.linalg.norm(np.asarray(leaf, np.float64))
+    got["__global__"] = np.sqrt(sum(v**2 for v in got.values()))
+    assert got.keys() == want.keys()
+    for name, value in got.items():
+        np.testing.assert_allclose(value, want[name], rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("suffix, prefix", SUFFIX_PREFIX)
+def test_blockwise(golden, golden_model, suffix, prefix):
+    folder, cases, norms = golden
+    name = f"blockwise_suffix{suffix}_prefix{prefix}"
+    case, z = cases[name], _load(folder, name)
+    net, params = golden_model(case["model"])
+    layout = Layout(40, case["block_size"], "same_position", "paper", None, case["mask_id"], case["pad_id"], (case["pad_id"],))
+    canvas = _canvas(layout, z["input_ids"], z["prompt_len"], z["length"])
+    block = jnp.asarray(z["block_index"], jnp.int32)
+    with jax.enable_x64(True):  # the stored uniforms and rates are float64
+        uniforms = jax.tree.map(jnp.asarray, _replay(z["uniforms"], z["p"], z["prompt_len"], z["block_index"], layout))
+        draws = sampling.draw(Sampling("floored_bernoulli", "pairs", 1, "masked_mean"), layout, canvas, uniforms, block)
+        draw = jax.tree.map(lambda x: x[0], draws)
+        ablation, noise = Ablation(prefix, suffix), uniforms.noise[:, 0]
+        view, targets = corruption.corrupt(layout, canvas, draw, ablation, noise)
+    flags = np.zeros(z["mask_flags"].shape, bool)
+    for row, (at, masked, ok) in enumerate(zip(*map(np.asarray, (view.active, draw.masked, view.valid)), strict=True)):
+        flags[row, at[masked & ok]] = True
+    np.testing.assert_array_equal(flags, z["mask_flags"])
+    np.testing.assert_array_equal(view.ids, z["noisy_ids"])
+    assert np.asarray(view.length).tolist() == [40] * len(flags)
+
+    draw = draw._replace(weight=draw.weight.astype(jnp.float32))
+    draws = jax.tree.map(lambda x: x[None], draw)
+    # float64 uniforms in float32 would move a mask that lies within rounding: where they lie does not matter below.
+    noise = jnp.asarray(np.where(np.isnan(noise), np.nan, noise), jnp.float32)
+
+    def loss(params):
+        tokens = objective.token_losses(net, params, layout, canvas, draw, ablation, noise)
+        out = objective.losses(net, params, layout, canvas, draws, "sequences", ablation, noise[None], drawn_blocks=block)
+        return out.loss.total / out.loss.weight, tokens
+
+    (value, tokens), grad = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    np.testing.assert_allclose(tokens[draw.masked], z["token_ce"][flags], rtol=2e-5, atol=2e-4)
+    np.testing.assert_allclose((tokens * draw.weight[:, None]).sum(-1), z["row_loss"], rtol=2e-5)
+    np.testing.assert_allclose(value, case["loss"], rtol=2e-5)
+    _check_norms(grad, norms[name], net.table, net.arch.n_layers)
+
+
+@pytest.mark.parametrize("model", ["llada_mha", "llada_gqa_tied"])
+def test_full_sequence(golden, golden_model, model):
+    """LLaDA's, d1's and dllm's losses are one law under the fields weighting and normalize."""
+    folder, cases, norms = golden
+    name = f"fullseq_{model}"
+    case, z = cases[name], _load(folder, name)
+    net, params = golden_model(model)
+    rows, width = z["input_ids"].shape
+    layout = Layout(int(z["answer_len"].max()), int(z["answer_len"].max()), "same_position", "paper", None, 127, 1, (1,))
+    canvas = _canvas(layout, z["input_ids"], z["prompt_len"], np.full(rows, width))
+    block = jnp.zeros(rows, jnp.int32)
+
+    @jax.jit
+    def losses(params, draws):
+        def each(params):
+            every = [objective.losses(net, params, layout, canvas, draws, n, drawn_blocks=block).loss for n in NORMALIZE]
+            return jnp.stack([s.total / s.weight for s in every])
+
+        return each(params), jax.jacrev(each)(params)
+
+    for weighting in ("nelbo", "uniform"):
+        with jax.enable_x64(True):
+            uniforms = _replay(z["uniforms"].astype(float), z["p_mask"].astype(float), z["prompt_len"], np.zeros(rows, int), layout)
+            how = Sampling("floored_bernoulli", "pairs", 1, weighting)
+            draws = sampling.draw(how, layout, canvas, jax.tree.map(jnp.asarray, uniforms), block)
+            view, _ = corruption.corrupt(layout, canvas, jax.tree.map(lambda x: x[0], draws))
+        np.testing.assert_array_equal(view.ids, z["noisy_ids"])
+        values, grads = losses(params, draws._replace(weight=draws.weight.astype(jnp.float32)))
+        for loss, (asked, normalize) in FULL.items():
+            if asked != weighting:
+                continue
+            at = NORMALIZE.index(normalize)
+            np.testing.assert_allclose(values[at], case["losses"][loss]["loss"], rtol=2e-5, err_msg=loss)
+            grad = jax.tree.map(lambda x, at=at: x[at], grads)
+            _check_norms(grad, norms[f"{name}/{loss}"], net.table, net.arch.n_layers)

@@ -1,0 +1,131 @@
+"""The NELBO bounds the decoder's own likelihood under the random rule, and equals it where the order cannot matter."""
+
+from __future__ import annotations
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxblock.diffusion import canvas as canvases
+from jaxblock.diffusion import decoder, likelihood
+
+TEXTS = ([1, 0, 6, 2, 2, 10, 7], [5, 3, 1, 7])
+
+
+def log_likelihood(truth):
+    """log p of each block [row, block]: the mean over all commit orders of the product of conditionals, one token a step."""
+    out = np.zeros(truth.nll.shape[:2])
+    for i, sizes in enumerate(truth.n):
+        for k, n in enumerate(sizes):
+            paths = []
+            for order in itertools.permutations(range(n)):
+                left, surprise = 2**n - 1, 0.0
+                for position in order:
+                    surprise += truth.nll[i, k, left, position]
+                    left ^= 1 << position
+                paths.append(np.exp(-surprise))
+            out[i, k] = np.log(np.mean(paths))
+    return out
+
+
+@pytest.mark.parametrize(
+    "context, block, order_free, tight",
+    [("aligned", 3, False, False), ("paper", 3, False, False), ("aligned", 1, False, True), ("aligned", 3, True, True)],
+)
+def test_nelbo_bounds_the_decoders_likelihood(x64, tiny, truth_of, context, block, order_free, tight):
+    make_net, make_layout = tiny
+    net, params = make_net()
+    if order_free:
+        params["blocks"]["o"] = jnp.zeros_like(params["blocks"]["o"])
+    truth = truth_of(net, params, make_layout(context, block=block), TEXTS)
+    gap = truth.nelbo() + log_likelihood(truth)
+    exists = np.arange(gap.shape[1]) < np.array([[len(sizes)] for sizes in truth.n])
+    several = np.array([[n > 1 for n in sizes] + [False] * (gap.shape[1] - len(sizes)) for sizes in truth.n])
+    if tight:
+        assert np.abs(gap[exists]).max() < 1e-10
+    else:
+        assert (gap[exists & several] > 1e-3).all()
+        assert np.abs(gap[~several]).max() < 1e-10, "a block of one token has one order"
+
+
+@pytest.mark.parametrize("context", ["aligned", "paper"])
+def test_exact_mode_is_the_enumeration(x64, tiny, truths, context):
+    net, params, made = truths
+    truth = made[context]
+    got = jax.jit(likelihood.nelbo, static_argnums=(0, 1, 2))(net, truth.layout, 7, params, truth.canvas, jax.random.key(0))
+    np.testing.assert_allclose(got.per_block, truth.nelbo(), rtol=1e-10)
+    np.testing.assert_allclose(likelihood.per_row(got)[0], truth.nelbo().sum(1), rtol=1e-10)
+    assert not np.asarray(got.variance).any()
+    size = np.array([s.bit_count() for s in range(8)])
+    sums = np.nansum(truth.nll, axis=(0, 1, 3))
+    sets = (~np.isnan(truth.nll[..., 0])).sum((0, 1))
+    np.testing.assert_allclose(got.by_count.total, [sums[size == m].sum() for m in (1, 2, 3)], rtol=1e-10)
+    np.testing.assert_allclose(got.by_count.weight, [m * sets[size == m].sum() for m in (1, 2, 3)])
+
+
+def test_monte_carlo_agrees_with_the_exact_mode(x64, truths):
+    net, params, made = truths
+    truth, samples = made["paper"], 5  # fewer than the 7 sets of a block
+    assert not likelihood.is_exact(truth.layout, samples)
+    keys = jax.random.split(jax.random.key(1), 400)
+    estimate = jax.jit(
+        jax.vmap(likelihood.nelbo, (None, None, None, None, None, 0)), static_argnums=(0, 1, 2)
+    )(net, truth.layout, samples, params, truth.canvas, keys)
+    want = truth.nelbo()
+    values, variance = np.asarray(estimate.per_block), np.asarray(estimate.variance)
+    error = values.std(0) / np.sqrt(len(keys))
+    assert (np.abs(values.mean(0) - want) <= 4 * error + 1e-12).all()
+    several = np.array([[True, True, True], [True, False, False]])
+    assert (values[:, several].std(0) > 0).all()
+    # A variance of 400 values is itself 10% uncertain.
+    assert (variance.mean(0)[several] > 0.75 * values.var(0)[several]).all(), "the reported error is not too small"
+    row, deviation = (np.asarray(x) for x in jax.vmap(likelihood.per_row)(estimate))
+    assert np.mean(np.abs(row - want.sum(1)) <= 4 * deviation) > 0.999
+
+
+def test_a_rows_estimate_does_not_depend_on_its_batch(x64, truths):
+    net, params, made = truths
+    truth = made["aligned"]
+    run = jax.jit(likelihood.nelbo, static_argnums=(0, 1, 2))
+    both = run(net, truth.layout, 5, params, truth.canvas, jax.random.key(3))
+    second = jax.tree.map(lambda x: x[1:], truth.canvas)
+    alone = run(net, truth.layout, 5, params, second, jax.random.key(3))
+    np.testing.assert_allclose(alone.per_block[0], both.per_block[1], rtol=1e-12)
+    np.testing.assert_allclose(alone.variance[0], both.variance[1], rtol=1e-9)
+    other = run(net, truth.layout, 5, params, second._replace(row_id=second.row_id + 5), jax.random.key(3))
+    assert not np.allclose(other.per_block[0], both.per_block[1])
+
+
+def test_the_decoder_samples_from_that_likelihood(x64, tiny, truth_of):
+    """Frequencies of many decoded pairs against the enumerated distribution; the mask token never occurs.
+
+    The decoder excludes the mask token, so each conditional is renormalised without it: more likely than the
+    likelihood, never less.
+    """
+    make_net, make_layout = tiny
+    net, params = make_net(vocab_size=5, mask_id=4, eos_id=3, pad_id=3, n_layers=1)
+    layout = make_layout(block=2, response_len=2)._replace(mask_id=4, fill_id=3, stop_ids=(3,))
+    draws, prompt = 20_000, jnp.array([1, 2], jnp.int32)
+    many = jnp.arange(draws, dtype=jnp.int32)
+    canvas = canvases.for_decoding(layout, jnp.tile(prompt, (draws, 1)), jnp.full(draws, 2, jnp.int32), many)
+    options = decoder.Decoding(steps_per_block=2, rule="random", temperature=1.0)
+    out = jax.jit(decoder.decode, static_argnums=(0, 1, 2))(net, layout, options, params, canvas, 0, many)
+    response = np.asarray(out.response)
+    assert response.max() < 4
+    seen = np.bincount(response @ [4, 1], minlength=16)
+
+    logits = jax.jit(lambda ids: net.all_logits(params, ids, jnp.tile(jnp.arange(4), (len(ids), 1)), jnp.full(len(ids), 4)))
+    fed = [[1, 2, a, b] for a in range(5) for b in range(5)]
+    table = np.asarray(logits(jnp.array(fed)))[:, 2:, :4].reshape(5, 5, 2, 4)
+    table = np.exp(table) / np.exp(table).sum(-1, keepdims=True)
+    first, second = table[4, 4]
+    chance = [(first[a] * table[a, 4, 1, b] + second[b] * table[4, b, 0, a]) / 2 for a in range(4) for b in range(4)]
+    expected = draws * np.array(chance)
+    assert abs(expected.sum() / draws - 1) < 1e-9
+    assert ((seen - expected) ** 2 / expected).sum() < 37.7, "chi-square of 15 degrees of freedom at 0.001"
+    early = np.asarray(out.commit_step)
+    assert set(map(tuple, early)) == {(0, 1), (1, 0)}
+    assert abs((early[:, 0] == 0).mean() - 0.5) < 4 * 0.5 / np.sqrt(draws)

@@ -1,0 +1,97 @@
+"""Transfer rules against the peers' vectors, and what must hold of any vector."""
+
+from __future__ import annotations
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxblock.diffusion import transfer
+from jaxblock.types import Scores, StepInfo
+
+WIDTH = 8
+
+
+@pytest.fixture(scope="module")
+def vectors(shared):
+    return json.loads((shared / "golden" / "quota" / "vectors.json").read_text())
+
+
+@pytest.mark.parametrize("schedule, key", [("even", "llada"), ("dllm_linear", "dllm_linear"), ("dream", "dream")])
+def test_schedules(vectors, schedule, key):
+    for case in vectors[key]:
+        row = transfer.quota_table(schedule, case["n"], case["steps"])[case["n"]].tolist()
+        assert row == case["counts"] + [0] * (case["steps"] - len(case["counts"])), case
+
+
+@pytest.mark.parametrize("schedule", ["even", "dllm_linear", "dream"])
+def test_a_schedule_commits_every_mask(schedule):
+    for steps in (1, 3, 8, 32):
+        table = transfer.quota_table(schedule, 32, steps)
+        assert table.min() >= 0
+        assert table.sum(1).tolist() == list(range(33))
+
+
+def _accepted(rule, confidence, eligible=None):
+    """Which positions a rule commits; padded with ineligible ones, so that all cases share their compiled code."""
+    n = len(confidence)
+    eligible = np.pad([True] * n if eligible is None else eligible, (0, WIDTH - n))
+    surprise = -np.log(np.pad(np.array(confidence, np.float32), (0, WIDTH - n), constant_values=1.0))
+    scores = Scores(jnp.zeros((1, WIDTH), jnp.int32), jnp.asarray(surprise[None]), jnp.asarray(eligible[None]))
+    chosen = np.asarray(rule(scores, StepInfo(jnp.int32(0), jnp.asarray([n], jnp.int32))))[0]
+    assert not chosen[n:].any()
+    return chosen[:n].astype(int).tolist()
+
+
+def test_factor_is_the_strict_rule(vectors):
+    for case in vectors["factor"]:
+        rule = transfer.by_factor(case["factor"], WIDTH)
+        assert _accepted(rule, case["confidence"]) == case["mask_strict"], case
+
+
+def test_threshold(vectors):
+    for case in vectors["threshold"]:
+        assert _accepted(transfer.by_threshold(case["threshold"]), case["confidence"]) == case["mask"], case
+
+
+RULES = {
+    "quota": transfer.by_quota(transfer.quota_table("even", WIDTH, 2)),
+    "threshold": transfer.by_threshold(0.9),
+    "factor": transfer.by_factor(1.0, WIDTH),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_any_rule_commits_the_best_and_only_what_is_eligible(name, data):
+    """So every step of every rule makes progress, and a decoder of at most B steps a block ends."""
+    confidence = data.draw(st.lists(st.sampled_from([0.0, 0.1, 0.5, 0.95, 1.0]), min_size=6, max_size=6))
+    eligible = data.draw(st.lists(st.booleans(), min_size=6, max_size=6))
+    chosen = _accepted(RULES[name], confidence, eligible)
+    assert all(e for c, e in zip(chosen, eligible, strict=True) if c)
+    if any(eligible):
+        best = max(range(6), key=lambda i: (eligible[i], confidence[i], -i))  # ties go to the lowest index
+        assert chosen[best]
+    worst_chosen = min((confidence[i] for i in range(6) if chosen[i]), default=1)
+    assert all(confidence[i] <= worst_chosen for i in range(6) if eligible[i] and not chosen[i])
+
+
+def test_ties_go_to_the_lowest_index():
+    for rule in RULES.values():
+        assert _accepted(rule, [0.3, 0.5, 0.5, 0.5])[:2] == [0, 1]
+    assert _accepted(RULES["quota"], [0.3, 0.5, 0.5, 0.5]) == [0, 1, 1, 0]
+
+
+def test_surprise_separates_what_float32_probabilities_tie():
+    logits = jnp.asarray([[0.0, 20.0, 1.0], [0.0, 22.0, 1.0], [0.0, 20.0, 40.0]], jnp.float32)
+    token = jnp.asarray([1, 1, 1])
+    got = np.asarray(transfer.surprise(logits, token), np.float64)
+    wide = np.asarray(logits, np.float64)
+    want = np.log(np.exp(wide).sum(-1)) - wide[:, 1]
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    assert got[0] > got[1] > 0
