@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
-from jaxblock import storage, wiring
+from jaxblock import config_io, storage, wiring
 from jaxblock.config import CanvasConfig, DecodeConfig
 from jaxblock.data import tokenizers
 from jaxblock.data.encoding import Encoder
@@ -108,11 +108,9 @@ class Model:
         Raises:
             UserError: a field that the decoder does not have, or a value it cannot take.
         """
-        known = {field.name for field in dataclasses.fields(DecodeConfig)}
-        for name in fields:
-            if name not in known:
-                raise UserError(f"decode has no option {name!r}; it has {', '.join(sorted(known))}")
-        return dataclasses.replace(self.decode_defaults, **fields)
+        chosen: DecodeConfig = config_io.with_fields(self.decode_defaults, fields, "decode")
+        config_io.check_decode(chosen)
+        return chosen
 
     def decode(
         self,
@@ -180,21 +178,26 @@ class Model:
                 yield states[step, 0], step * settings.passes
             shown = steps
 
-    def text_ids(self, response: np.ndarray) -> list[int]:
-        """A response up to its first stop token."""
-        stops = np.flatnonzero(np.isin(response, self.stop_ids))
+    def text_ids(self, response: np.ndarray, **options: Any) -> list[int]:
+        """A response up to its first stop token (``options`` as for ``decode``: it may name other stop tokens)."""
+        stops = np.flatnonzero(np.isin(response, self.layout(self.options(**options)).stop_ids))
         return np.asarray(response[: stops[0]] if len(stops) else response).tolist()
 
     def prompts(
-        self, prompt_ids: Ids, attention_mask: Ids | None, layout: Layout, width: int | None = None
+        self, prompt_ids: Ids, attention_mask: Ids | None, layout: Layout
     ) -> tuple[np.ndarray, np.ndarray]:
         """Prompts as the decoder takes them: flush left, padded to a width that few programs share.
+
+        The width is the canvas's, or for a longer prompt the next multiple of 16: so a prompt is computed in the same
+        shape whatever its neighbours are.
 
         Returns:
             (ids [B, P], lengths [B]).
         """
         if attention_mask is None and not isinstance(prompt_ids, np.ndarray | Array):
             lists = [np.asarray(row, np.int32) for row in prompt_ids]
+            if any(row.ndim != 1 for row in lists):
+                raise UserError("prompts are a batch: a list of lists of ids, or an array [B, P]; put one prompt in [ ]")
             lengths = np.array([len(row) for row in lists], np.int32)
             rows = np.zeros((len(lists), max(lengths, default=0)), np.int32)
             for at, row in enumerate(lists):
@@ -203,7 +206,7 @@ class Model:
             rows, lengths, _ = _flush_left(np.asarray(prompt_ids, np.int32), attention_mask)
         for at, (row, length) in enumerate(zip(rows, lengths, strict=True)):
             _check_prompt(row[:length], at, layout, self.arch)
-        width = max(width or 0, -(-rows.shape[1] // 16) * 16)
+        width = -(-max(self.canvas.prompt_len, rows.shape[1]) // 16) * 16
         return np.pad(rows, ((0, 0), (0, width - rows.shape[1]))), lengths
 
     def nelbo(
@@ -233,6 +236,8 @@ class Model:
             UserError: a response that does not fit, or a row that holds the mask token.
         """
         layout = self.layout(self.options(response_len=response_len, block=block))
+        if len(prompt_ids) != len(response_ids):
+            raise UserError(f"{len(prompt_ids)} prompts, but {len(response_ids)} responses: one of each per row")
         rows, lengths = self.prompts(prompt_ids, None, layout)
         responses = np.zeros((len(rows), layout.response_len), np.int32)
         for at, response in enumerate(response_ids):
@@ -240,6 +245,8 @@ class Model:
                 raise UserError(f"row {at}: a response of {len(response)} tokens; response_len is {layout.response_len}")
             if layout.mask_id in response:
                 raise UserError(f"row {at}: the response holds the mask token {layout.mask_id}")
+            if min(response) < 0 or max(response) >= self.arch.vocab_size:
+                raise UserError(f"row {at}: the response holds an id outside the vocabulary of {self.arch.vocab_size}")
             responses[at, : len(response)] = response
         text = np.array([len(response) for response in response_ids], np.int32)
         index = np.arange(len(rows), dtype=np.int32)
@@ -325,6 +332,8 @@ def _tokenizer_of(folder: storage.PathLike) -> Tokenizer | None:
 
 def _flush_left(ids: np.ndarray, attention_mask: Ids | None) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
     """Moves each row's real tokens to the left. Returns (ids, lengths, the source positions of each row's tokens)."""
+    if ids.ndim != 2:
+        raise UserError(f"ids are a batch [B, T], but these have the shape {ids.shape}")
     if attention_mask is None:
         everything = [np.arange(ids.shape[1]) for _ in ids]
         return ids, np.full(len(ids), ids.shape[1], np.int32), everything

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
+import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -153,15 +155,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         verb = given[0]
         if verb not in VERBS:
             raise UserError(f"unknown verb {verb!r}{_nearest_verb(verb)}")
-        return _run(verb, parse(verb, given[1:]))
-    except UserError as error:
+        code = _run(verb, parse(verb, given[1:]))
+        sys.stdout.flush()  # a closed pipe shows here, not while the interpreter ends
+        return code
+    except BrokenPipeError:
+        # The reader of our output has gone (`| head`): what is still buffered goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (UserError, OSError) as error:
         if traceback:
             raise
         print(f"jaxblock: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output has gone: nothing is left to say
-        return 1
     except KeyboardInterrupt:
         print("jaxblock: stopped", file=sys.stderr)
         return 130
@@ -202,8 +207,6 @@ def parse(verb: str, arguments: Sequence[str]) -> Any:
 
 
 def _default(entry: Any) -> Any:
-    from dataclasses import MISSING
-
     if entry.default is not MISSING:
         return entry.default
     return tyro.MISSING
@@ -213,7 +216,7 @@ def config_of(options: Any) -> Config:
     """The sections of a verb's settings, checked; sections that the verb does not have keep their defaults."""
     names = {f.name for f in fields(Config)}
     given = {f.name: getattr(options, f.name) for f in fields(options) if f.name in names}
-    return config_io.validate(replace(Config(), **{k: v for k, v in given.items() if is_dataclass(v)}))
+    return config_io.validate(replace(Config(), **given), given)
 
 
 def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
@@ -233,8 +236,6 @@ def _config_of(checkpoint: str) -> str | None:
 
 
 def _nearest_verb(verb: str) -> str:
-    import difflib
-
     close = difflib.get_close_matches(verb, VERBS, n=1)
     return f"; did you mean {close[0]}?" if close else f"; verbs: {', '.join(VERBS)}"
 

@@ -8,16 +8,33 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import numbers
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 
 from jaxblock import storage
-from jaxblock.config import Config
+from jaxblock.config import Config, DecodeConfig
 from jaxblock.errors import UserError
+
+
+class _OnceOnly(yaml.SafeLoader):
+    """A key given twice is an error: YAML would silently take the last."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """The mapping of a node."""
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key_node.value!r} is there twice", key_node.start_mark
+                )
+            if isinstance(key_node.value, str):
+                seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
 
 
 def load(path: str | None) -> Config:
@@ -29,10 +46,10 @@ def load(path: str | None) -> Config:
     if path is None:
         return Config()
     try:
-        tree = yaml.safe_load(storage.read_bytes(path).decode())
+        tree = yaml.load(storage.read_bytes(path).decode(), _OnceOnly)  # noqa: S506 (a SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML: {error}") from error
-    return from_tree(tree or {}, path)
+    return from_tree({} if tree is None else tree, path)
 
 
 def from_tree(tree: Any, where: str) -> Config:
@@ -40,12 +57,23 @@ def from_tree(tree: Any, where: str) -> Config:
     return _build(Config, tree, where, "")
 
 
+def with_fields(section: Any, fields: Mapping[str, Any], where: str) -> Any:
+    """A section with some of its fields replaced, checked as those of a file are.
+
+    Args:
+        section: a section of ``Config``.
+        fields: values by name.
+        where: what to name in errors.
+
+    Raises:
+        UserError: a field that the section does not have, or a value of the wrong type.
+    """
+    return _build(type(section), {**to_tree(section), **fields}, where, "")
+
+
 def to_tree(config: Any) -> dict[str, Any]:
     """Nested plain values, ready for YAML or JSON."""
-    return {
-        key: list(value) if isinstance(value, tuple) else value if not isinstance(value, dict) else value
-        for key, value in ((f.name, _plain(getattr(config, f.name))) for f in dataclasses.fields(config))
-    }
+    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
 
 
 def dump(config: Config) -> str:
@@ -54,7 +82,9 @@ def dump(config: Config) -> str:
 
 
 def _plain(value: Any) -> Any:
-    return to_tree(value) if dataclasses.is_dataclass(value) else value
+    if dataclasses.is_dataclass(value):
+        return to_tree(value)
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _build(kind: Any, tree: Any, where: str, prefix: str) -> Any:
@@ -68,7 +98,8 @@ def _build(kind: Any, tree: Any, where: str, prefix: str) -> Any:
             raise UserError(f"{where}: unknown key {prefix}{key}{_nearest(str(key), known)}")
         hint = known[key]
         if dataclasses.is_dataclass(hint):
-            values[key] = _build(hint, value or {}, where, f"{prefix}{key}.")
+            # A section's name with nothing under it is an empty section.
+            values[key] = _build(hint, {} if value is None else value, where, f"{prefix}{key}.")
         else:
             values[key] = _convert(hint, value, where, prefix + key)
     return kind(**values)
@@ -82,7 +113,8 @@ def _nearest(key: str, known: Mapping[str, Any]) -> str:
 def _convert(hint: Any, value: Any, where: str, name: str) -> Any:
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
-        if value is None and type(None) in get_args(hint):
+        # YAML's null and, as on the command line, None.
+        if value in (None, "None") and type(None) in get_args(hint):
             return None
         return _convert(next(a for a in get_args(hint) if a is not type(None)), value, where, name)
     if origin is Literal:
@@ -93,27 +125,42 @@ def _convert(hint: Any, value: Any, where: str, name: str) -> Any:
     if origin is tuple:
         if isinstance(value, list | tuple):
             return tuple(_convert(get_args(hint)[0], item, where, name) for item in value)
-    elif hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+    elif hint is int and isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return int(value)
+    elif hint is float and isinstance(value, numbers.Real | str) and not isinstance(value, bool):
         try:
             return float(value)  # YAML reads 1e-3 as text
         except ValueError:
             pass
-    elif isinstance(value, hint) and (hint is not int or not isinstance(value, bool)):
+    elif hint in (str, bool) and isinstance(value, hint):
         return value
     wanted = getattr(hint, "__name__", str(hint))
     raise UserError(f"{where}: {name} must be {wanted}, not {value!r}")
 
 
-def validate(config: Config) -> Config:
-    """Checks what spans several fields; returns the config.
+def validate(config: Config, sections: Collection[str] | None = None) -> Config:
+    """Checks values, and what spans several fields; returns the config.
+
+    Args:
+        config: what to check.
+        sections: those that a verb uses; None for all. What is not used is not checked.
 
     Raises:
         UserError: names the fields and what to set instead.
     """
-    _check_canvas(config)
-    _check_method(config)
-    _check_model(config)
-    _check_run(config)
+    used = {f.name for f in dataclasses.fields(config)} if sections is None else set(sections)
+    checks: dict[tuple[str, ...], Callable[[Config], None]] = {
+        ("canvas",): _check_canvas,
+        ("method", "canvas"): _check_method,
+        ("model", "canvas"): _check_model,
+        ("train",): _check_train,
+        ("optimizer", "train"): _check_optimizer,
+        ("decode",): lambda config: check_decode(config.decode),
+        ("evaluate",): _check_evaluate,
+    }
+    for needed, check in checks.items():
+        if used.issuperset(needed):
+            check(config)
     return config
 
 
@@ -122,10 +169,23 @@ def _require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def _at_least(section: Any, name: str, least: float, *fields: str) -> None:
+    """Raises UserError unless the fields are None or at least so much."""
+    for field in fields:
+        value = getattr(section, field)
+        _require(
+            value is None or value >= least,
+            f"{name}.{field} is {value}: it must be {'0 or more' if least == 0 else f'at least {least}'}",
+        )
+
+
 def _check_canvas(config: Config) -> None:
     canvas = config.canvas
-    for name in ("prompt_len", "response_len", "block"):
-        _require(getattr(canvas, name) >= 1, f"canvas.{name} is {getattr(canvas, name)}: it must be at least 1")
+    _at_least(canvas, "canvas", 1, "prompt_len", "response_len", "block")
+    _require(
+        canvas.block <= canvas.response_len,
+        f"canvas.block {canvas.block} is longer than canvas.response_len {canvas.response_len}",
+    )
     if canvas.context == "aligned":
         check_blocks(canvas.response_len, canvas.block, "canvas")
 
@@ -145,14 +205,14 @@ def check_blocks(response_len: int, block: int, section: str) -> None:
 
 def _check_method(config: Config) -> None:
     method, canvas = config.method, config.canvas
-    _require(method.draws >= 1, f"method.draws is {method.draws}: it must be at least 1")
+    _at_least(method, "method", 1, "draws")
     if method.law == "antithetic":
         _require(method.draws % 2 == 0, f"method.law antithetic draws in pairs: set method.draws to {method.draws + 1}")
     for name in ("prefix_mask_rate", "suffix_mask_prob"):
         rate = getattr(method, name)
         _require(0 <= rate <= 1, f"method.{name} is {rate}: it is a probability, from 0 to 1")
     if method.suffix_window is not None:
-        _require(method.suffix_window >= 0, f"method.suffix_window is {method.suffix_window}: it must be 0 or more")
+        _at_least(method, "method", 0, "suffix_window")
         _require(
             canvas.context == "aligned",
             "method.suffix_window hides what the paper context shows after the response: "
@@ -164,6 +224,7 @@ def _check_model(config: Config) -> None:
     model = config.model
     if model.init_from is not None:
         return
+    _at_least(model, "model", 1, "d_model", "n_layers", "n_heads", "n_kv_heads", "mlp_dim", "max_len")
     _require(
         model.d_model % model.n_heads == 0 and (model.d_model // model.n_heads) % 2 == 0,
         f"model.d_model {model.d_model} must split into model.n_heads {model.n_heads} heads of an even size",
@@ -179,18 +240,37 @@ def _check_model(config: Config) -> None:
     )
 
 
-def _check_run(config: Config) -> None:
-    train, optimizer, decode = config.train, config.optimizer, config.decode
-    for name in ("steps", "batch_size", "log_every", "save_every", "keep"):
-        _require(getattr(train, name) >= 1, f"train.{name} is {getattr(train, name)}: it must be at least 1")
-    for name in ("seed", "eval_every", "eval_problems", "eval_nelbo_rows", "loader_workers"):
-        _require(getattr(train, name) >= 0, f"train.{name} is {getattr(train, name)}: it must be 0 or more")
+def _check_train(config: Config) -> None:
+    train = config.train
+    _at_least(train, "train", 1, "steps", "batch_size", "log_every", "save_every", "keep", "fsdp")
+    _at_least(train, "train", 0, "seed", "eval_every", "eval_problems", "eval_nelbo_rows", "loader_workers")
+    _require(
+        train.data_parallel == -1 or train.data_parallel >= 1,
+        f"train.data_parallel is {train.data_parallel}: it must be at least 1, or -1 for all devices that remain",
+    )
+
+
+def _check_optimizer(config: Config) -> None:
+    optimizer, train = config.optimizer, config.train
     _require(optimizer.lr > 0, f"optimizer.lr is {optimizer.lr}: it must be above 0")
+    _require(optimizer.eps > 0, f"optimizer.eps is {optimizer.eps}: it must be above 0")
+    _at_least(optimizer, "optimizer", 0, "warmup_steps", "weight_decay", "clip_norm", "final_ratio")
+    for name in ("b1", "b2"):
+        value = getattr(optimizer, name)
+        _require(0 <= value < 1, f"optimizer.{name} is {value}: it must be at least 0 and below 1")
     _require(
         optimizer.warmup_steps <= train.steps,
-        f"optimizer.warmup_steps {optimizer.warmup_steps} is more than train.steps {train.steps}",
+        f"optimizer.warmup_steps {optimizer.warmup_steps} is more than train.steps {train.steps}: set it lower",
     )
-    _require(decode.temperature >= 0, f"decode.temperature is {decode.temperature}: it must be 0 or more")
+
+
+def check_decode(decode: DecodeConfig) -> None:
+    """Raises UserError where a field of the ``decode`` section has a value it cannot take."""
+    _at_least(decode, "decode", 1, "response_len", "block", "steps_per_block", "batch_size")
+    _at_least(decode, "decode", 0, "temperature", "cfg_scale", "seed", "fill_id")
     _require(0 < decode.threshold <= 1, f"decode.threshold is {decode.threshold}: it must be above 0 and at most 1")
     _require(decode.factor > 0, f"decode.factor is {decode.factor}: it must be above 0")
-    _require(decode.batch_size >= 1, f"decode.batch_size is {decode.batch_size}: it must be at least 1")
+
+
+def _check_evaluate(config: Config) -> None:
+    _at_least(config.evaluate, "evaluate", 1, "problems", "nelbo_samples", "nelbo_rows")

@@ -222,10 +222,12 @@ def evaluate(options: Evaluate, config: Config) -> int:
     bound = None
     if settings.nelbo:
         bound = evaluator.bound(model.params, records[: settings.nelbo_rows])
+    dropped = sum(prepared.manifest.splits[settings.split]["dropped"].values())
     about = {
         "checkpoint": options.checkpoint,
         "split": settings.split,
         "problems": count,
+        "dropped_in_preparation": dropped,
         "grader": settings.grader,
         "decode": dataclasses.asdict(config.decode),
         "canvas": dataclasses.asdict(config.canvas),
@@ -239,6 +241,8 @@ def evaluate(options: Evaluate, config: Config) -> int:
             result["compared_with"] = {"file": settings.compare, **test._asdict()}
         (folder / "summary.json").write_text(json.dumps(result, indent=1) + "\n")
     _print_evaluation(options, solved, bound, settings.grader, time.perf_counter() - begin)
+    if dropped:
+        print(f"  note: {dropped:,} {settings.split} records were dropped in preparation and are not among the problems")
     if settings.compare:
         print(f"against {settings.compare}: {test}")
     return 0

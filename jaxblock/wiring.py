@@ -109,6 +109,18 @@ def decoding(decode: DecodeConfig, layout: Layout) -> Decoding:
     return Decoding(steps_per_block=steps, **shared)
 
 
+def check_decoding(canvas: CanvasConfig, decode: DecodeConfig, arch: Architecture) -> None:
+    """Raises UserError where decoding on this canvas cannot work: before hours of other work, not after them."""
+    layout = decoding_layout(canvas, decode, arch, ())
+    decoding(decode, layout)
+    width = canvas.prompt_len + max(canvas.response_len, layout.response_len)
+    if width > arch.max_len:
+        raise UserError(
+            f"canvas.prompt_len and the response make {width} positions, but the model was made for {arch.max_len}: "
+            "set canvas.prompt_len, canvas.response_len or decode.response_len lower"
+        )
+
+
 def sampling(method: MethodConfig) -> Sampling:
     """Law, block choice, K and weighting."""
     return Sampling(method.law, method.blocks, method.draws, method.weighting)

@@ -1,7 +1,7 @@
 """Runs the phases of a launch script, with their wall time and peak memory on record. Standard library only.
 
 phases.py run RECORD NAME COMMAND...    runs a command, appends a JSON line to RECORD, ends with the command's exit code
-phases.py report RECORD [LABEL=FILE...] prints the phases, and the score in each per-problem file
+phases.py report RECORD [LABEL=FILE...] prints the phases, and the scores in each summary.json of `evaluate`
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 
 def run(record: Path, name: str, command: list[str]) -> int:
@@ -51,7 +52,7 @@ def report(record: Path, scores: list[str]) -> None:
 
     Args:
         record: what `run` wrote; a phase that ran several times is shown by its longest run that succeeded.
-        scores: ``label=per-problem file``; files that are absent are left out.
+        scores: ``label=summary.json``; files that are absent are left out.
     """
     best: dict[str, dict[str, float]] = {}
     for line in record.read_text(encoding="utf-8").splitlines():
@@ -68,11 +69,22 @@ def report(record: Path, scores: list[str]) -> None:
     print(f"{'all':<{width}}  {int(total) // 60:>5}m{round(total) % 60:02}s")
     print()
     for label, _, name in (score.partition("=") for score in scores):
-        path = Path(name)
-        if path.exists():
-            verdicts = [json.loads(line)["correct"] for line in path.read_text(encoding="utf-8").splitlines() if line]
-            share = sum(verdicts) / max(len(verdicts), 1)
-            print(f"Pass@1 {label}: {share:6.1%} ({sum(verdicts)} of {len(verdicts)})")
+        if Path(name).exists():
+            print(f"{label}  {score_text(json.loads(Path(name).read_text(encoding='utf-8')))}")
+
+
+def score_text(summary: dict[str, Any]) -> str:
+    """One evaluation in a line or two: Pass@1 with its 95% interval, the NELBO, and the paired test if there is one."""
+    rate = summary["pass_at_1"]
+    share = rate["correct"] / rate["n"]
+    text = f"Pass@1 {share:.1%} [{rate['low']:.1%}, {rate['high']:.1%}] ({rate['correct']} of {rate['n']})"
+    if bound := summary.get("nelbo_per_token"):
+        text += f", NELBO {bound['mean']:.4f} (standard error {bound['se']:.4f}) nats per text token"
+    if test := summary.get("compared_with"):
+        name = Path(test["file"]).parent.name
+        text += f"\n  against {name}: {test['only_b']} problems right here alone, {test['only_a']} right there alone"
+        text += f" (McNemar, exact: p = {test['p_value']:.2g})"
+    return text
 
 
 def main(arguments: list[str]) -> int:

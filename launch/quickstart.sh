@@ -13,7 +13,8 @@ classical way; scores it on held-out problems; fine-tunes it with Blockwise SFT;
 Face checkpoint. What is done already is skipped, and a training run that was interrupted goes on where it stopped.
 
   --control      also spend the fine-tuning's FLOPs on more classical training from the same start, and score that
-  --out FOLDER   where everything goes (default: runs/quickstart in the repository)
+  --out FOLDER   where everything goes (default, in the repository: data in prepared/quickstart, all else in
+                 runs/quickstart, as the configs have it)
 
 Environment:
   PYTHON         interpreter to make .venv from (3.11 or newer)
@@ -22,15 +23,16 @@ HELP
 
 control=no
 out="$root/runs/quickstart"
+data="$root/prepared/quickstart"
 while [ $# -gt 0 ]; do
     case "$1" in
         --control) control=yes ;;
         --out)
             [ $# -ge 2 ] || fail "--out needs a folder"
-            out="$2"
+            out="$2" data="$2/prepared"
             shift
             ;;
-        --out=*) out="${1#--out=}" ;;
+        --out=*) out="${1#--out=}" data="${1#--out=}/prepared" ;;
         -h | --help)
             usage
             exit 0
@@ -44,12 +46,14 @@ while [ $# -gt 0 ]; do
 done
 
 install_environment ""
-mkdir -p "$out" || fail "cannot make the folder $out: choose another with --out"
+mkdir -p "$out" "$data" 2>/dev/null || fail "cannot make the folders $out and $data: choose another with --out"
 out="$(cd "$out" && pwd)"
+data="$(cd "$data" && pwd)"
+rmdir "$data" 2>/dev/null || true # where it was empty: it was made only to resolve its name
 record="$out/phases.jsonl"
 classical="$root/configs/quickstart_classical.yaml"
 blockwise="$root/configs/quickstart_blockwise.yaml"
-prepared=(--data.prepared "$out/prepared")
+prepared=(--data.prepared "$data")
 
 # phase NAME VERB ARGUMENTS...: one verb, measured.
 phase() {
@@ -97,23 +101,25 @@ fi
 
 say "" "== result"
 "$venv_python" "$root/launch/phases.py" report "$record" \
-    "before (classical)          =$out/score_before/problems.jsonl" \
-    "after (Blockwise SFT)       =$out/score_after/problems.jsonl" \
-    "control (as much classical) =$out/score_control/problems.jsonl"
+    "before (classical):         =$out/score_before/summary.json" \
+    "after (Blockwise SFT):      =$out/score_after/summary.json" \
+    "control (more classical):   =$out/score_control/summary.json"
 quoted() { printf '%q ' "$@"; }
-data="$(quoted "${prepared[@]}")"
 cat <<DONE
 
-Everything is in $out:
-  prepared/       tokens, tokenizer and manifest        classical/, blockwise/   runs: metrics, checkpoints, plots
-  score_*/        each problem's answer and verdict     export/                  Hugging Face checkpoint
+$data: the data as tokens, the tokenizer, a manifest of what was kept
+$out:
+  classical/, blockwise/   the runs: checkpoints, metrics.jsonl, plots/
+  score_*/                 each problem's answer and verdict, and a summary
+  export/                  the Hugging Face checkpoint
+  phases.jsonl             time and memory of every phase
 
 Try next:
-  source $(quoted "$venv/bin/activate")
-  # what the model sees, and what is supervised
-  jaxblock inspect --config $(quoted "$blockwise")$data
+  source $(printf %q "$venv/bin/activate")
+  # what the model sees in training, and which tokens carry loss
+  jaxblock inspect --config $(quoted "$blockwise" "${prepared[@]}")
   # watch it decode, block by block
-  jaxblock decode --config $(quoted "$blockwise")--checkpoint $(quoted "$out/blockwise")--watch $data
+  jaxblock decode --checkpoint $(quoted "$out/blockwise")--watch "Zoe keeps 9 keys. Zoe buys 5 more. Diego borrows 6 keys. How many keys are there now?"
   # every setting; your own JSONL goes in data.train
   jaxblock train --help
 DONE

@@ -112,7 +112,7 @@ def view(layout: Layout, canvas: Canvas, block: Int[Array, " B"], block_ids: Int
     Args:
         layout: the canvas's static part.
         canvas: true tokens in training, committed tokens in decoding.
-        block: the active block of each row.
+        block: the active block of each row; -1 for none (the published script's exhausted rows): the canvas as it is.
         block_ids: the block's tokens; those outside the supervised text are ignored.
 
     Returns:
@@ -122,7 +122,7 @@ def view(layout: Layout, canvas: Canvas, block: Int[Array, " B"], block_ids: Int
     active, valid = active_positions(layout, canvas, block)
     at = jnp.arange(canvas.ids.shape[1], dtype=jnp.int32)[None, :]
     masks_end = canvas.length if layout.context == "aligned" else canvas.prompt_len + canvas.text_len
-    suffix = (at >= (start + layout.block)[:, None]) & (at < masks_end[:, None])
+    suffix = (block >= 0)[:, None] & (at >= (start + layout.block)[:, None]) & (at < masks_end[:, None])
     ids = jnp.where(suffix, layout.mask_id, canvas.ids)
 
     inside = at - start[:, None]

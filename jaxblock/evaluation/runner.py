@@ -22,7 +22,7 @@ from jaxblock.diffusion import decoder, likelihood
 from jaxblock.evaluation.graders import grader
 from jaxblock.evaluation.statistics import Estimate, Proportion, mean_se, ratio_se, wilson
 from jaxblock.models.transformer import Transformer
-from jaxblock.types import Params
+from jaxblock.types import Layout, Params
 
 
 class Solved(NamedTuple):
@@ -94,6 +94,15 @@ class Evaluator:
     grader: str
     nelbo_samples: int | None = None
 
+    @property
+    def layout(self) -> Layout:
+        """The decoder's canvas.
+
+        Raises:
+            UserError: the block does not divide the response.
+        """
+        return wiring.decoding_layout(self.canvas, self.decode, self.net.arch, self.encoder.special.stop_ids)
+
     def solve(
         self, params: Params, records: Sequence[Record], progress: Callable[[int], None] = lambda done: None
     ) -> Solved:
@@ -107,7 +116,7 @@ class Evaluator:
         Returns:
             Verdicts and costs.
         """
-        layout = wiring.decoding_layout(self.canvas, self.decode, self.net.arch, self.encoder.special.stop_ids)
+        layout = self.layout
         options = wiring.decoding(self.decode, layout)
         size = min(self.decode.batch_size, max(len(records), 1))
         batches = [records[at : at + size] for at in range(0, len(records), size)]
@@ -124,7 +133,7 @@ class Evaluator:
             found = jax.device_get(run(params, *arrays))
             spent += time.perf_counter() - begin
             for at, record in enumerate(batch):
-                rows.append(self._graded(record, found.response[at], int(found.nfe[at])))
+                rows.append(self._graded(record, found.response[at], int(found.nfe[at]), layout.stop_ids))
                 tokens += rows[-1]["tokens"]
             progress(len(rows))
         correct = sum(row["correct"] for row in rows)
@@ -140,8 +149,8 @@ class Evaluator:
         lengths = np.array([len(record.prompt_ids) for record in filled], np.int32)
         return rows, lengths, np.array([record.index for record in filled], np.int32)
 
-    def _graded(self, record: Record, response: np.ndarray, nfe: int) -> dict[str, Any]:
-        stops = np.flatnonzero(np.isin(response, self.encoder.special.stop_ids))
+    def _graded(self, record: Record, response: np.ndarray, nfe: int, stop_ids: tuple[int, ...]) -> dict[str, Any]:
+        stops = np.flatnonzero(np.isin(response, stop_ids))
         text_ids = response[: stops[0]] if len(stops) else response
         text = self.encoder.tokenizer.decode(text_ids.tolist())
         verdict = grader(self.grader)(text, record.response)

@@ -95,8 +95,15 @@ class Checkpoints:
         return params
 
     def meta(self, step: int) -> dict[str, Any]:
-        """The plain values saved with a checkpoint."""
-        found = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
+        """The plain values saved with a checkpoint.
+
+        Raises:
+            UserError: they cannot be read.
+        """
+        try:
+            found = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise UserError(f"{self.folder}/{step} is damaged: its meta cannot be read ({_first_line(error)})") from error
         meta: dict[str, Any] = found.meta
         return meta
 

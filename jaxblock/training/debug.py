@@ -52,5 +52,12 @@ class NanFinder:
 
 
 def not_finite(params: Params) -> list[str]:
-    """Paths of the parameters that hold NaN or infinity."""
-    return [path for path, leaf in flatten(params).items() if not bool(jnp.all(jnp.isfinite(leaf)))]
+    """The parameters that hold NaN or infinity, as ``blocks/q (layer 1)``; layers are counted from 0."""
+    found = []
+    for path, leaf in flatten(params).items():
+        if path.startswith("blocks/"):
+            finite = np.asarray(jnp.all(jnp.isfinite(leaf), axis=tuple(range(1, leaf.ndim))))
+            found += [f"{path} (layer {layer})" for layer in np.flatnonzero(~finite)]
+        elif not bool(jnp.all(jnp.isfinite(leaf))):
+            found.append(path)
+    return found

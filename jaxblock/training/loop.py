@@ -102,6 +102,17 @@ class _Window:
         self.since = time.perf_counter()
 
 
+def _check_finite(found: list[StepMetrics], before: int) -> None:
+    """Raises UserError at the first step whose loss or gradient is not a number; ``before``: the step before them."""
+    for step, metrics in enumerate(found, before + 1):
+        loss, norm = float(metrics.losses.loss.total), float(metrics.grad_norm)
+        if not (np.isfinite(loss) and np.isfinite(norm)):
+            raise UserError(
+                f"step {step}: the loss is {loss}, the gradient's norm {norm}; the last checkpoint is from before. Lower "
+                "optimizer.lr in a new run, or run the same command with --train.debug to find the layer"
+            )
+
+
 class _Loop:
     """One process's run, from ``session.step`` to the last step."""
 
@@ -109,7 +120,7 @@ class _Loop:
         self.session, self.config, self.console = session, session.config, console
         self.run_folder = Path(self.config.train.out)
         self.lr = optimizers.schedule(self.config.optimizer, self.config.train.steps)
-        self.log = MetricsLog(self.run_folder, self.config.train.tensorboard)
+        self.log = MetricsLog(self.run_folder, self.config.train.tensorboard, session.step if session.resumed else -1)
         self.nans = session.nans
         self.evaluated: dict[str, Any] = {}
         self.saved = session.step if session.resumed else -1
@@ -148,15 +159,16 @@ class _Loop:
                 last = step == train.steps
                 window.due = last or step % train.log_every == 0
                 evaluate = last or bool(train.eval_every and step % train.eval_every == 0)
-                if window.due and (evaluate or stop.asked):
+                save = last or step % train.save_every == 0
+                if (window.due and (evaluate or save)) or stop.asked:
                     self._report(window, progress)
                 if evaluate:
                     self._evaluate(state.params, step, progress)
                     window.begin()
-                if last or step % train.save_every == 0:
-                    self._save(state, step)
+                if save:
+                    self._save(state, step, window)
             if stop.asked:
-                self._save(state, step)
+                self._save(state, step, window)
         session.checkpoints.close()
         return self._end(step)
 
@@ -188,12 +200,9 @@ class _Loop:
 
     def _report(self, window: _Window, progress: TrainProgress) -> None:
         step, count = window.step, len(window.metrics)
-        row = summarise(jax.device_get(window.metrics))
-        if not np.isfinite(row["loss"]):
-            raise UserError(
-                f"the loss is {row['loss']} between steps {step - count} and {step}; the last checkpoint is from "
-                f"before. Lower optimizer.lr, or find the layer with --train.debug on the same config"
-            )
+        found = jax.device_get(window.metrics)
+        _check_finite(found, step - count)
+        row = summarise(found)
         positions = window.prompt_tokens + window.rows * self.config.canvas.response_len
         speed = positions * self.config.method.draws / (time.perf_counter() - window.since)
         lr = float(self.lr(step - 1))
@@ -225,8 +234,10 @@ class _Loop:
             pass_at_1=None if solved is None else (solved.pass_at_1.correct, solved.pass_at_1.n),
         )
 
-    def _save(self, state: Any, step: int) -> None:
+    def _save(self, state: Any, step: int, window: _Window) -> None:
         if step > self.saved:
+            # A checkpoint with NaNs must never push out a good one.
+            _check_finite(jax.device_get(window.metrics), step - len(window.metrics))
             self.session.checkpoints.save(state, step, meta(self.session))
             self.saved = step
 

@@ -18,20 +18,22 @@ FILE = "metrics.jsonl"
 
 
 class MetricsLog:
-    """Appends rows to ``metrics.jsonl``; a resumed run appends to the rows of the first."""
+    """Appends rows to ``metrics.jsonl``; a resumed run appends to the rows up to its checkpoint."""
 
-    def __init__(self, run: Path, tensorboard: bool) -> None:
-        """Opens the files.
+    def __init__(self, run: Path, tensorboard: bool, step: int) -> None:
+        """Opens the files. Rows of later steps than ``step``, which the run makes again, are taken out.
 
         Args:
             run: the run folder, which exists.
             tensorboard: also write event files into ``run/tensorboard``.
+            step: the step the run goes on from; -1 if it begins.
 
         Raises:
             UserError: the folder cannot be written, or tensorboardX is not installed.
         """
         self.path = run / FILE
         with storage.explained("write metrics", self.path):
+            _keep_up_to(self.path, step)
             self._file = self.path.open("a", encoding="utf-8")
         self._events: Any = None
         if tensorboard:
@@ -39,7 +41,7 @@ class MetricsLog:
                 from tensorboardX import SummaryWriter
             except ImportError:
                 raise UserError("train.tensorboard needs tensorboardX: pip install tensorboardX") from None
-            self._events = SummaryWriter(str(run / "tensorboard"))
+            self._events = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
     def write(self, row: dict[str, Any]) -> None:
         """Appends one row with at least ``step`` and ``kind``; flushed, so that a kill loses at most a cut last line."""
@@ -79,6 +81,16 @@ def summarise(window: list[StepMetrics]) -> dict[str, Any]:
         "loss_by_block": np.stack(by_block, -1).round(4).tolist(),
         "loss_by_count": np.stack(by_count, -1).round(4).tolist(),
     }
+
+
+def _keep_up_to(path: Path, step: int) -> None:
+    """Drops the rows of later steps, and a last line that a kill has cut."""
+    if not path.exists():
+        return
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step]
+    if kept != lines:
+        storage.write_bytes(path, b"".join(kept), overwrite=True)
 
 
 def _finite(value: Any) -> Any:

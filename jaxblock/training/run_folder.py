@@ -14,6 +14,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -56,7 +57,7 @@ def is_run(folder: storage.PathLike) -> bool:
 
 
 def begin(folder: Path, config: Config, arch: Architecture, prepared: Prepared) -> None:
-    """Writes all but metrics and checkpoints; ``config.yaml`` last, so that its presence means the rest is there.
+    """Makes the folder with all but metrics and checkpoints in it, whole or not at all.
 
     Args:
         folder: the run folder; it may exist if it is empty.
@@ -67,13 +68,11 @@ def begin(folder: Path, config: Config, arch: Architecture, prepared: Prepared) 
     Raises:
         UserError: the folder holds something else, or cannot be written.
     """
-    storage.check_vacant(folder, marker=CONFIG)
-    with storage.explained("begin a run", folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(Path(prepared.folder) / TOKENIZER, folder / TOKENIZER, dirs_exist_ok=True)
-    manifests.write(folder, prepared.manifest)
-    storage.write_json(folder / MODEL, families.to_hf(arch, config.model.param_dtype))
-    storage.write_text(folder / CONFIG, config_io.dump(config))
+    with storage.new_folder(folder, marker=CONFIG) as scratch:
+        shutil.copytree(Path(prepared.folder) / TOKENIZER, scratch / TOKENIZER)
+        manifests.write(scratch, prepared.manifest)
+        storage.write_json(scratch / MODEL, families.to_hf(arch, config.model.param_dtype))
+        storage.write_text(scratch / CONFIG, config_io.dump(config))
 
 
 def open_run(folder: storage.PathLike) -> Run:
@@ -87,6 +86,29 @@ def open_run(folder: storage.PathLike) -> Run:
         raise UserError(f"{path} is not the folder of a training run (no {CONFIG} and {MODEL})")
     arch = families.from_hf(storage.read_json(path / MODEL), str(path / MODEL))
     return Run(path, config_io.load(str(path / CONFIG)), arch, open_prepared(path))
+
+
+def check_model(run: Run, saved: dict[str, Any]) -> None:
+    """Compares model.json with what was written when a checkpoint was saved.
+
+    Args:
+        run: the run.
+        saved: the checkpoint's plain values.
+
+    Raises:
+        UserError: model.json was changed, or is another run's; names the fields and both values.
+    """
+    now = families.to_hf(run.arch, run.config.model.param_dtype)
+    before = saved.get("model", now)
+    changed = [
+        f"{name} = {before.get(name)!r} then, {now.get(name)!r} now"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    ]
+    if changed:
+        raise UserError(
+            f"{run.folder / MODEL} does not describe the network that was trained: {'; '.join(changed)}. Put it back"
+        )
 
 
 def load_params(run: Run, mesh: Mesh | None = None, dtype: str | None = None) -> tuple[Params, int]:
@@ -107,6 +129,7 @@ def load_params(run: Run, mesh: Mesh | None = None, dtype: str | None = None) ->
     step = checkpoints.latest()
     if step is None:
         raise UserError(f"{run.folder} has no whole checkpoint yet; train until the first save (train.save_every)")
+    check_model(run, checkpoints.meta(step))
     mesh = mesh or axes.make_mesh(1, 1, jax.local_devices()[:1])
     table = families.table(run.arch)
     placed = axes.param_shardings(mesh, table)

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,14 +91,17 @@ def set_up(config: Config, console: Console) -> Session:
     train = config.train
     folder = Path(train.out)
     prepared = open_prepared(config.data.prepared)
-    _check_data(config, prepared)
+    check_data(config, prepared)
     checkpoints, step = _checkpoints(config, folder)
+    if checkpoints is not None:
+        _check_resume(config, folder, checkpoints, step, prepared)
     mesh = axes.make_mesh(train.data_parallel, train.fsdp)
     ways = mesh.size
     if train.batch_size % ways:
         raise UserError(f"train.batch_size {train.batch_size} does not split over {ways} devices: use a multiple of {ways}")
     nans = NanFinder() if train.debug else None
     arch, params = _weights(config, prepared, mesh, folder if step is not None else None, console)
+    wiring.check_decoding(config.canvas, config.decode, arch)
     net = wiring.network(arch, config.model, nans.layer if nans else None)
     optimizer = optimizers.make(config.optimizer, train.steps, net.table)
     with jax.set_mesh(mesh):
@@ -107,10 +110,8 @@ def set_up(config: Config, console: Console) -> Session:
         run_folder.begin(folder, config, arch, prepared)
         checkpoints = Checkpoints(folder, train.keep)
     elif step is None:
-        _check_same(config, folder, config_io.to_tree(run_folder.open_run(folder).config))
         console.print(f"{train.out} ended before its first checkpoint: beginning again", highlight=False)
     else:
-        _check_resume(config, folder, checkpoints.meta(step), prepared)
         state = checkpoints.restore(step, state)
         console.print(f"going on from step {step:,} of {train.out}", highlight=False)
     bad = not_finite(state.params) if train.debug else []
@@ -153,7 +154,11 @@ def objective(config: Config, net: Transformer, prepared: Prepared) -> Objective
 
 def meta(session: Session) -> dict[str, Any]:
     """What is saved with a checkpoint besides the arrays: what a resume must agree on."""
-    return {"data": session.prepared.manifest.fingerprint, "config": config_io.to_tree(session.config)}
+    return {
+        "data": session.prepared.manifest.fingerprint,
+        "config": config_io.to_tree(session.config),
+        "model": families.to_hf(session.net.arch, session.config.model.param_dtype),
+    }
 
 
 def _checkpoints(config: Config, folder: Path) -> tuple[Checkpoints | None, int | None]:
@@ -168,7 +173,8 @@ def _checkpoints(config: Config, folder: Path) -> tuple[Checkpoints | None, int 
     return checkpoints, step
 
 
-def _check_data(config: Config, prepared: Prepared) -> None:
+def check_data(config: Config, prepared: Prepared) -> None:
+    """Raises UserError where the canvas may be too small for the prepared records."""
     canvas, there = config.canvas, prepared.manifest.canvas_config
     for name in ("prompt_len", "response_len"):
         if getattr(canvas, name) < getattr(there, name):
@@ -193,13 +199,13 @@ def _weights(
         )
     elif run_folder.is_run(source):
         run = run_folder.open_run(source)
-        _check_vocabulary(run.arch, prepared, source)
+        check_vocabulary(run.arch, prepared, source)
         params, step = run_folder.load_params(run, mesh, dtype)
         console.print(f"starting from step {step:,} of {source}", highlight=False)
         return run.arch, params
     else:
         arch = huggingface.architecture(source)
-        _check_vocabulary(arch, prepared, source)
+        check_vocabulary(arch, prepared, source)
         placed = axes.param_shardings(mesh, families.table(arch))
         console.print(f"starting from {source}", highlight=False)
         return huggingface.load(source, dtype=dtype, shardings=placed)
@@ -211,8 +217,8 @@ def _weights(
     return arch, make()
 
 
-def _check_vocabulary(arch: Architecture, prepared: Prepared, source: str) -> None:
-    """The checkpoint and the tokenizer must mean the same by an id. Padding rows beyond the tokenizer are fine."""
+def check_vocabulary(arch: Architecture, prepared: Prepared, source: str) -> None:
+    """Raises UserError where checkpoint and tokenizer differ about an id. Padding rows beyond the tokenizer are fine."""
     manifest, special = prepared.manifest, prepared.special
     if manifest.vocab_size > arch.vocab_size:
         raise UserError(
@@ -227,22 +233,32 @@ def _check_vocabulary(arch: Architecture, prepared: Prepared, source: str) -> No
             )
 
 
-def _check_resume(config: Config, folder: Path, saved: dict[str, Any], prepared: Prepared) -> None:
+def _check_resume(
+    config: Config, folder: Path, checkpoints: Checkpoints, step: int | None, prepared: Prepared
+) -> None:
+    """What an existing run was begun with must be what this config says."""
+    run = run_folder.open_run(folder)
+    if step is None:
+        # Without a checkpoint the start is made again: it must be the same start.
+        saved = {"data": run.manifest.fingerprint, "config": config_io.to_tree(run.config)}
+        may_change = {**MAY_CHANGE, "model": MAY_CHANGE["model"] - {"init_from"}}
+    else:
+        saved, may_change = checkpoints.meta(step), MAY_CHANGE
+        run_folder.check_model(run, saved)
+    _check_same(config, folder, saved["config"], may_change)
     if saved["data"] != prepared.manifest.fingerprint:
         raise UserError(
             f"{folder} was trained on other data than {config.data.prepared} holds now: a resumed run would not be "
             "exact. Prepare the same data, or begin a run with model.init_from"
         )
-    _check_same(config, folder, saved["config"])
 
 
-def _check_same(config: Config, folder: Path, before: dict[str, Any]) -> None:
-    now = config_io.to_tree(config)
+def _check_same(config: Config, folder: Path, before: dict[str, Any], may_change: Mapping[str, set[str]]) -> None:
     changed = [
-        f"{section}.{name} = {before[section].get(name)!r} then, {value!r} now"
-        for section, values in now.items()
+        f"{section}.{name} = {before.get(section, {}).get(name)!r} then, {value!r} now"
+        for section, values in config_io.to_tree(config).items()
         for name, value in values.items()
-        if name not in MAY_CHANGE.get(section, set()) and before[section].get(name) != value
+        if name not in may_change.get(section, set()) and before.get(section, {}).get(name) != value
     ]
     if changed:
         raise UserError(

@@ -28,6 +28,9 @@ FULL = {
     "dllm_uniform_sequence": ("uniform", "sequence_mean"),
     "dllm_uniform_batch": ("uniform", "sequences"),
 }
+_draw = jax.jit(sampling.draw, static_argnums=(0, 1))
+_corrupt = jax.jit(corruption.corrupt, static_argnums=(0, 3))
+_from_rows = jax.jit(canvases.from_rows, static_argnums=0)
 NORMALIZE = sorted({normalize for _, normalize in FULL.values()})
 
 
@@ -50,7 +53,7 @@ def _canvas(layout, ids, prompt_len, end):
     for row in range(rows):
         text[row, : text_len[row]] = ids[row, prompt_len[row] : end[row]]
     ints = (jnp.asarray(x, jnp.int32) for x in (ids[:, : prompt_len.max()], prompt_len, text, text_len, np.arange(rows)))
-    canvas = canvases.from_rows(layout, *ints)
+    canvas = _from_rows(layout, *ints)
     canvas = canvas._replace(ids=canvas.ids[:, :width], length=jnp.full(rows, width, jnp.int32))
     np.testing.assert_array_equal(canvas.ids, ids)
     return canvas
@@ -98,10 +101,10 @@ def test_blockwise(golden, golden_model, suffix, prefix):
     block = jnp.asarray(z["block_index"], jnp.int32)
     with jax.enable_x64(True):  # the stored uniforms and rates are float64
         uniforms = jax.tree.map(jnp.asarray, _replay(z["uniforms"], z["p"], z["prompt_len"], z["block_index"], layout))
-        draws = sampling.draw(Sampling("floored_bernoulli", "pairs", 1, "masked_mean"), layout, canvas, uniforms, block)
+        draws = _draw(Sampling("floored_bernoulli", "pairs", 1, "masked_mean"), layout, canvas, uniforms, block)
         draw = jax.tree.map(lambda x: x[0], draws)
         ablation, noise = Ablation(prefix, suffix), uniforms.noise[:, 0]
-        view, targets = corruption.corrupt(layout, canvas, draw, ablation, noise)
+        view, targets = _corrupt(layout, canvas, draw, ablation, noise)
     flags = np.zeros(z["mask_flags"].shape, bool)
     for row, (at, masked, ok) in enumerate(zip(*map(np.asarray, (view.active, draw.masked, view.valid)), strict=True)):
         flags[row, at[masked & ok]] = True
@@ -109,19 +112,20 @@ def test_blockwise(golden, golden_model, suffix, prefix):
     np.testing.assert_array_equal(view.ids, z["noisy_ids"])
     assert np.asarray(view.length).tolist() == [40] * len(flags)
 
-    draw = draw._replace(weight=draw.weight.astype(jnp.float32))
-    draws = jax.tree.map(lambda x: x[None], draw)
-    # float64 uniforms in float32 would move a mask that lies within rounding: where they lie does not matter below.
-    noise = jnp.asarray(np.where(np.isnan(noise), np.nan, noise), jnp.float32)
+    draws, noise = draws._replace(weight=draws.weight.astype(jnp.float32)), noise.astype(jnp.float32)
 
     def loss(params):
-        tokens = objective.token_losses(net, params, layout, canvas, draw, ablation, noise)
-        out = objective.losses(net, params, layout, canvas, draws, "sequences", ablation, noise[None], drawn_blocks=block)
-        return out.loss.total / out.loss.weight, tokens
+        def one(canvas, draws, noise, block):
+            canvas, block = jax.tree.map(lambda x: x[None], (canvas, block))
+            draws, noise = jax.tree.map(lambda x: x[:, None], (draws, noise))
+            out = objective.losses(net, params, layout, canvas, draws, "sequences", ablation, noise, drawn_blocks=block)
+            return out.loss.total / out.loss.weight
 
-    (value, tokens), grad = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
-    np.testing.assert_allclose(tokens[draw.masked], z["token_ce"][flags], rtol=2e-5, atol=2e-4)
-    np.testing.assert_allclose((tokens * draw.weight[:, None]).sum(-1), z["row_loss"], rtol=2e-5)
+        rows = jax.vmap(one, (0, 1, 1, 0))(canvas, draws, noise[None], block)
+        return rows.mean(), rows
+
+    (value, row_losses), grad = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    np.testing.assert_allclose(row_losses, z["row_loss"], rtol=2e-5)
     np.testing.assert_allclose(value, case["loss"], rtol=2e-5)
     _check_norms(grad, norms[name], net.table, net.arch.n_layers)
 
@@ -138,26 +142,33 @@ def test_full_sequence(golden, golden_model, model):
     canvas = _canvas(layout, z["input_ids"], z["prompt_len"], np.full(rows, width))
     block = jnp.zeros(rows, jnp.int32)
 
-    @jax.jit
-    def losses(params, draws):
-        def each(params):
-            every = [objective.losses(net, params, layout, canvas, draws, n, drawn_blocks=block).loss for n in NORMALIZE]
-            return jnp.stack([s.total / s.weight for s in every])
+    def total(params, canvas, draws, normalize):
+        return objective.losses(net, params, layout, canvas, draws, normalize, drawn_blocks=canvas.n_blocks * 0).loss
 
-        return each(params), jax.jacrev(each)(params)
+    def by_row(params, draws):
+        rows = jax.tree.map(lambda x: x[:, None], canvas), jax.tree.map(lambda x: x.T[:, None], draws._replace(masked=()))
+        masked = jnp.moveaxis(draws.masked, 1, 0)[:, :, None]
+        return jax.vmap(lambda c, d, m: total(params, c, d._replace(masked=m), "sequences").total)(*rows, masked)
+
+    values = jax.jit(lambda params, draws: {n: total(params, canvas, draws, n) for n in NORMALIZE})
+    # What is divided by what differs from loss to loss; the gradient of a row's own loss does not.
+    row_gradients = jax.jit(jax.jacrev(by_row))
 
     for weighting in ("nelbo", "uniform"):
         with jax.enable_x64(True):
             uniforms = _replay(z["uniforms"].astype(float), z["p_mask"].astype(float), z["prompt_len"], np.zeros(rows, int), layout)
             how = Sampling("floored_bernoulli", "pairs", 1, weighting)
-            draws = sampling.draw(how, layout, canvas, jax.tree.map(jnp.asarray, uniforms), block)
-            view, _ = corruption.corrupt(layout, canvas, jax.tree.map(lambda x: x[0], draws))
+            draws = _draw(how, layout, canvas, jax.tree.map(jnp.asarray, uniforms), block)
+            view, _ = _corrupt(layout, canvas, jax.tree.map(lambda x: x[0], draws), Ablation())
         np.testing.assert_array_equal(view.ids, z["noisy_ids"])
-        values, grads = losses(params, draws._replace(weight=draws.weight.astype(jnp.float32)))
+        draws = draws._replace(weight=draws.weight.astype(jnp.float32))
+        sums = values(params, draws)
+        grads = jax.device_get(row_gradients(params, draws))
         for loss, (asked, normalize) in FULL.items():
             if asked != weighting:
                 continue
-            at = NORMALIZE.index(normalize)
-            np.testing.assert_allclose(values[at], case["losses"][loss]["loss"], rtol=2e-5, err_msg=loss)
-            grad = jax.tree.map(lambda x, at=at: x[at], grads)
+            value, weight = sums[normalize]
+            np.testing.assert_allclose(value / weight, case["losses"][loss]["loss"], rtol=2e-5, err_msg=loss)
+            share = np.asarray(objective.normaliser(layout, canvas, normalize)[0] / weight)
+            grad = jax.tree.map(lambda x, share=share: np.tensordot(share, x, 1), grads)
             _check_norms(grad, norms[f"{name}/{loss}"], net.table, net.arch.n_layers)

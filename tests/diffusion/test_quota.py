@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jaxblock.diffusion import transfer
 from jaxblock.types import Scores, StepInfo
 
-WIDTH = 8
+WIDTH = 12
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,8 @@ def _accepted(rule, confidence, eligible=None):
     """Which positions a rule commits; padded with ineligible ones, so that all cases share their compiled code."""
     n = len(confidence)
     eligible = np.pad([True] * n if eligible is None else eligible, (0, WIDTH - n))
-    surprise = -np.log(np.pad(np.array(confidence, np.float32), (0, WIDTH - n), constant_values=1.0))
+    with np.errstate(divide="ignore"):
+        surprise = -np.log(np.pad(np.array(confidence, np.float32), (0, WIDTH - n), constant_values=1.0))
     scores = Scores(jnp.zeros((1, WIDTH), jnp.int32), jnp.asarray(surprise[None]), jnp.asarray(eligible[None]))
     chosen = np.asarray(rule(scores, StepInfo(jnp.int32(0), jnp.asarray([n], jnp.int32))))[0]
     assert not chosen[n:].any()

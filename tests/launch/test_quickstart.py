@@ -37,9 +37,12 @@ if arguments[1] == "jaxblock":
     folder.mkdir(parents=True, exist_ok=True)
     result = dict(train="metrics.jsonl", evaluate="problems.jsonl", export="config.json", prepare="manifest.json")
     if not (folder / result[arguments[2]]).exists():
-        (folder / result[arguments[2]]).write_text('{{"correct": true}}\\n{{"correct": false}}\\n')
+        (folder / result[arguments[2]]).write_text("")
     if arguments[2] == "evaluate":
-        (folder / "summary.json").write_text("{{}}")
+        summary = dict(pass_at_1=dict(correct=1, n=2, low=0.1, high=0.9), nelbo_per_token=dict(mean=1.5, se=0.25, n=2))
+        if compare := flags.get("--evaluate.compare"):
+            summary["compared_with"] = dict(file=compare, only_a=3, only_b=4, p_value=0.5)
+        (folder / "summary.json").write_text(json.dumps(summary))
 """
 
 
@@ -98,8 +101,9 @@ def test_the_phases_in_order_and_a_second_call_does_nothing_twice(checkout: Chec
     assert after["--evaluate.compare"] == f"{before['--out']}/problems.jsonl"
     assert score["--evaluate.compare"] == f"{after['--out']}/problems.jsonl"
     assert export == {"--checkpoint": f"{out}/blockwise", "--out": f"{out}/export"}
-    assert {f["--data.prepared"] for f in map(flags, verbs[:-1])} == {f"{out}/prepared"}
-    assert len(re.findall(r"Pass@1 .*50\.0% \(1 of 2\)", done.stdout)) == 3
+    assert {f["--data.prepared"] for f in map(flags, verbs[:-1])} == {f"{checkout.root}/prepared/quickstart"}
+    assert len(re.findall(r"Pass@1 50\.0% \[10\.0%, 90\.0%\] \(1 of 2\), NELBO 1\.5", done.stdout)) == 3
+    assert "against score_after: 4 problems right here alone, 3 right there alone" in done.stdout
     assert re.search(r"train, blockwise +0m0\ds +0\.0\d GiB", done.stdout)
 
     again = checkout.start("quickstart.sh", "--control")
@@ -121,10 +125,12 @@ def test_a_score_older_than_its_run_is_made_anew(checkout: Checkout) -> None:
 
 
 def test_a_failing_phase_ends_it_with_its_exit_code(checkout: Checkout) -> None:
-    done = checkout.start("quickstart.sh", "--out", str(checkout.out), FAIL_AT="evaluate")
+    elsewhere = checkout.root / "else where"
+    done = checkout.start("quickstart.sh", "--out", str(elsewhere), FAIL_AT="evaluate")
     assert done.returncode == 3 and "'score before' ended with exit code 3" in done.stderr
-    assert [call[1] for call in checkout.calls()][-1] == "evaluate"
-    records = [json.loads(line) for line in (checkout.out / "phases.jsonl").read_text().splitlines()]
+    *_, last = checkout.calls()
+    assert last[1] == "evaluate" and flags(last)["--data.prepared"] == f"{elsewhere}/prepared"
+    records = [json.loads(line) for line in (elsewhere / "phases.jsonl").read_text().splitlines()]
     assert [r["exit"] for r in records] == [0, 0, 3]
 
 

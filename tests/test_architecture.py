@@ -1,0 +1,429 @@
+"""Holds the lines of the house: which room may import which, what may be written where. Reads sources, runs nothing.
+
+Every rule is a function of ``{module name: source}`` to a list of complaints. Each is fed the whole package, which must
+be clean, and then a snippet that breaks it, which must not be.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+PACKAGE = "jaxblock"
+ROOT = Path(__file__).resolve().parents[1] / PACKAGE
+Sources = Mapping[str, str]
+Rule = Callable[[Sources], list[str]]
+Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+
+BINDERS = {
+    "api", "cli", "verbs", "wiring", "training.loop", "training.setup", "training.run_folder", "evaluation.runner",
+}  # fmt: skip
+"""The modules that bring rooms together. Even they may not make a circle."""
+
+MAY_IMPORT = {
+    "types": set(),
+    "errors": set(),
+    "config": {"types"},
+    "storage": {"errors"},
+    "config_io": {"config", "errors", "storage"},
+    "diffusion": {"types"},
+    "parallel": {"types", "errors"},
+    "models": {"types", "errors", "parallel"},
+    "data": {"types", "errors", "config", "storage"},
+    "huggingface": {"types", "errors", "storage", "models", "parallel"},
+    "evaluation": {"types", "errors", "storage", "data", "diffusion"},
+    "reporting": {"types", "errors", "storage", "data", "diffusion"},
+    "training": {"types", "errors", "config", "storage", "diffusion", "models", "parallel"},
+    "training.step": {"types", "errors", "diffusion", "models", "parallel"},
+    "training.state": {"types", "errors", "models", "parallel"},
+    "__init__": {"api", "errors"},
+    "__main__": {"cli"},
+}
+"""What a room (or a module with a rule of its own) may import of ours when the program runs; itself always."""
+
+NO_FILES = {"storage", "config_io", "data", "huggingface", "evaluation", "reporting", "api", "cli", "verbs"}
+"""Rooms that the method, the network and the train step must not reach, however indirectly."""
+
+TRANSFORMS = ("jit", "grad", "value_and_grad", "scan", "vmap", "remat", "pmap", "cond", "Optimizer")
+PURE = ("diffusion", "models", "parallel", "training.step")
+MOST_LINES, MOST_LINES_OF_A_FUNCTION = 450, 70
+
+
+class Import(NamedTuple):
+    """One imported thing: ``package.module`` or ``package.module.name``."""
+
+    target: str
+    line: int
+    for_types_only: bool
+
+
+def _imports(source: str) -> Iterator[Import]:
+    def visit(node: ast.AST, types_only: bool) -> Iterator[Import]:
+        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+            for statement in node.body:
+                yield from visit(statement, True)
+            for statement in node.orelse:
+                yield from visit(statement, types_only)
+            return
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield Import(alias.name, node.lineno, types_only)
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            for alias in node.names:
+                yield Import(f"{base}.{alias.name}", node.lineno, types_only)
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child, types_only)
+
+    yield from visit(ast.parse(source), False)
+
+
+def _ours(sources: Sources, target: str) -> str | None:
+    """The module of ours that an imported name lives in; None for somebody else's."""
+    if target.split(".")[0] != PACKAGE:
+        return None
+    parts = target.split(".")[1:]
+    for end in range(len(parts), 0, -1):
+        if ".".join(parts[:end]) in sources:
+            return ".".join(parts[:end])
+    return ".".join(parts[:2]) or "__init__"
+
+
+def _edges(sources: Sources, types_too: bool = False) -> Iterator[tuple[str, str, int]]:
+    """(importing module, imported module, line)."""
+    for module, source in sources.items():
+        for found in _imports(source):
+            target = _ours(sources, found.target)
+            if target is not None and target != module and (types_too or not found.for_types_only):
+                yield module, target, found.line
+
+
+def _room(module: str) -> str:
+    return module.split(".")[0]
+
+
+def imports_are_absolute(sources: Sources) -> list[str]:
+    """A relative import would slip past the other rules."""
+    return [
+        f"{module}:{found.line}: relative import"
+        for module, source in sources.items()
+        for found in _imports(source)
+        if found.target.startswith(".")
+    ]
+
+
+def rooms_import_what_they_may(sources: Sources) -> list[str]:
+    """The table above. For the method and the network an import for types alone counts too."""
+    complaints, at_run_time = [], set(_edges(sources))
+    for edge in _edges(sources, types_too=True):
+        module, target, line = edge
+        strict = _room(module) in ("diffusion", "models", "parallel")
+        if module in BINDERS or _room(target) == _room(module) or not (strict or edge in at_run_time):
+            continue
+        allowed = MAY_IMPORT.get(module, MAY_IMPORT.get(_room(module)))
+        if allowed is None:
+            complaints.append(f"{module}: a new room: say in MAY_IMPORT what it may import")
+        elif _room(target) not in allowed:
+            complaints.append(f"{module}:{line}: imports {target}; {_room(module)} may import {sorted(allowed)}")
+    return complaints
+
+
+def rooms_make_no_circle(sources: Sources) -> list[str]:
+    """Imports point down: neither rooms nor modules import each other in a circle."""
+    complaints = []
+    for name in (_room, str):
+        graph: dict[str, set[str]] = {}
+        for module, target, _ in _edges(sources):
+            if name(module) != name(target):
+                graph.setdefault(name(module), set()).add(name(target))
+        try:
+            TopologicalSorter(graph).prepare()
+        except CycleError as error:
+            complaints.append("imports in a circle: " + " <- ".join(error.args[1]))
+    return complaints
+
+
+def pure_rooms_reach_no_files(sources: Sources) -> list[str]:
+    """No chain of run-time imports leads from the method, the network or the train step to a room that does I/O."""
+    graph: dict[str, set[str]] = {}
+    for module, target, _ in _edges(sources):
+        graph.setdefault(module, set()).add(target)
+    complaints = []
+    for begin in sources:
+        if begin not in PURE and _room(begin) not in PURE:
+            continue
+        paths: list[tuple[str, ...]] = [(begin,)]
+        seen = {begin}
+        while paths:
+            path = paths.pop()
+            for target in sorted(graph.get(path[-1], ())):
+                if _room(target) in NO_FILES:
+                    complaints.append(" -> ".join((*path, target)))
+                elif target not in seen:
+                    seen.add(target)
+                    paths.append((*path, target))
+    return complaints
+
+
+def no_torch(sources: Sources) -> list[str]:
+    """torch and transformers belong to tests and benchmarks."""
+    return [
+        f"{module}:{found.line}: imports {found.target}"
+        for module, source in sources.items()
+        for found in _imports(source)
+        if {"torch", "transformers"} & set(found.target.split("."))
+    ]
+
+
+def _names(source: str) -> Iterator[tuple[str, int]]:
+    """Every dotted name that is used, with import aliases undone: ``nnx.jit`` -> ``flax.nnx.jit``."""
+    tree = ast.parse(source)
+    known = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                known[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+                yield f"{node.module}.{alias.name}", node.lineno
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.asname:
+                    known[alias.asname] = alias.name
+                yield alias.name, node.lineno
+    for node in ast.walk(tree):
+        parts, at = [], node
+        while isinstance(at, ast.Attribute):
+            parts.append(at.attr)
+            at = at.value
+        if isinstance(at, ast.Name):
+            yield ".".join([known.get(at.id, at.id), *reversed(parts)]), node.lineno  # type: ignore[attr-defined]
+
+
+def _used(sources: Sources, wanted: set[str], allowed: Callable[[str], bool]) -> list[str]:
+    return sorted({
+        f"{module}:{line}: {name}"
+        for module, source in sources.items()
+        if not allowed(module)
+        for name, line in _names(source)
+        if name in wanted
+    })  # fmt: skip
+
+
+def partition_specs_stay_in_parallel(sources: Sources) -> list[str]:
+    """Elsewhere there are logical names only."""
+    spec = {f"{where}{name}" for where in ("jax.", "jax.sharding.") for name in ("PartitionSpec", "P")}
+    return _used(sources, spec | {"jax.interpreters.pxla.PartitionSpec"}, lambda module: _room(module) == "parallel")
+
+
+def nnx_defines_and_jax_runs(sources: Sources) -> list[str]:
+    """Flax's own transforms are nowhere, and ``nnx.merge`` is in one file."""
+    transforms = {f"flax.nnx.{name}" for name in TRANSFORMS}
+    merge = _used(sources, {"flax.nnx.merge"}, lambda module: module == "models.transformer")
+    return merge + _used(sources, transforms, lambda module: False)
+
+
+def files_and_functions_are_short(sources: Sources) -> list[str]:
+    """A file is read in one sitting, a function on one screen."""
+    complaints = []
+    for module, source in sources.items():
+        lines = len(source.splitlines())
+        if lines > MOST_LINES:
+            complaints.append(f"{module}: {lines} lines, at most {MOST_LINES}")
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = (node.end_lineno or node.lineno) - node.lineno + 1
+                if lines > MOST_LINES_OF_A_FUNCTION:
+                    complaints.append(f"{module}:{node.lineno}: {node.name} has {lines} lines")
+    return complaints
+
+
+def _public(sources: Sources) -> Iterator[tuple[str, ast.ClassDef | None, Definition]]:
+    """(module, class or None, definition) of all that has no underscore in front, not inside a function."""
+    for module, source in sources.items():
+        waiting: list[tuple[ast.ClassDef | None, ast.AST]] = [(None, ast.parse(source))]
+        while waiting:
+            owner, node = waiting.pop()
+            for child in ast.iter_child_nodes(node):
+                if isinstance(child, Definition) and not child.name.startswith("_"):
+                    yield module, owner, child
+                if isinstance(child, ast.ClassDef) and not child.name.startswith("_"):
+                    waiting.append((child, child))
+                elif isinstance(child, ast.If | ast.Try):
+                    waiting.append((owner, child))
+
+
+def the_public_is_documented(sources: Sources) -> list[str]:
+    """A docstring on every public class, function and method; a protocol's serves those who implement it."""
+    promised = {
+        node.name
+        for _, owner, node in _public(sources)
+        if owner is not None and any(ast.unparse(base).endswith("Protocol") for base in owner.bases)
+        if ast.get_docstring(node)
+    }
+    return [
+        f"{module}:{node.lineno}: {f'{owner.name}.' if owner else ''}{node.name} has no docstring"
+        for module, owner, node in _public(sources)
+        if not ast.get_docstring(node) and not (owner and node.name in promised)
+    ]
+
+
+def modules_say_what_they_are(sources: Sources) -> list[str]:
+    """A docstring on every file that is not an empty ``__init__``."""
+    return [m for m, source in sources.items() if source.strip() and not ast.get_docstring(ast.parse(source))]
+
+
+def no_stubs(sources: Sources) -> list[str]:
+    """What is not built is not there."""
+    return _used(sources, {"NotImplementedError"}, lambda module: False)
+
+
+def names_say_what_a_thing_is(sources: Sources) -> list[str]:
+    """No drawers for odds and ends."""
+    drawers = {"util", "utils", "helper", "helpers", "misc", "common"}
+    return [module for module in sources if drawers & set(module.split("."))]
+
+
+BROKEN: dict[Rule, list[dict[str, str]]] = {
+    imports_are_absolute: [
+        {"diffusion.canvas": "from ..storage import read_json"},
+        {"data.loader": "from . import records"},
+    ],
+    rooms_import_what_they_may: [
+        {"diffusion.canvas": "from jaxblock.errors import UserError"},
+        {"diffusion.canvas": "from jaxblock.models.params import Table"},
+        {"diffusion.canvas": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from jaxblock import config"},
+        {"diffusion.canvas": "def f():\n    import jaxblock.storage"},
+        {"models.llada": "from jaxblock import storage", "storage": ""},
+        {"models.llada": "from jaxblock.diffusion import canvas", "diffusion.canvas": ""},
+        {"parallel.axes": "from jaxblock.models.params import Table"},
+        {"training.step": "from jaxblock.data.loader import Batch"},
+        {"training.optimizer": "from jaxblock.huggingface.load import load"},
+        {"data.loader": "import jaxblock.models.params as params", "models.params": ""},
+        {"evaluation.graders": "from jaxblock import config", "config": ""},
+        {"cellar.wine": "from jaxblock import config", "config": ""},
+    ],
+    rooms_make_no_circle: [
+        {
+            "wiring": "from jaxblock.evaluation.runner import x",
+            "evaluation.runner": "from jaxblock import wiring",
+        },
+        {"data.a": "from jaxblock.data import b", "data.b": "def f():\n    from jaxblock.data.a import x"},
+        {
+            "training.loop": "from jaxblock.evaluation.runner import x",
+            "evaluation.runner": "from jaxblock.api import y",
+            "api": "from jaxblock.training import run_folder",
+            "training.run_folder": "",
+        },
+    ],
+    pure_rooms_reach_no_files: [
+        {"training.step": "import jaxblock.training.state", "training.state": "from jaxblock import storage"},
+        {"models.llada": "from jaxblock.models.names import x", "models.names": "import jaxblock.data.records as r"},
+    ],
+    no_torch: [
+        {"models.llada": "import torch.nn as nn"},
+        {"api": "def f():\n    from transformers import AutoModel"},
+        {"huggingface.load": "from safetensors.torch import load_file"},
+        {"api": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch"},
+    ],
+    partition_specs_stay_in_parallel: [
+        {"training.step": "from jax.sharding import PartitionSpec as S\nS('data')"},
+        {"models.llada": "import jax\nx = jax.sharding.PartitionSpec()"},
+        {"models.llada": "from jax import P\nP('data')"},
+        {"models.llada": "import jax.sharding as sh\nsh.PartitionSpec()"},
+    ],
+    nnx_defines_and_jax_runs: [
+        {"training.step": "from flax import nnx\nnnx.merge(a, b)"},
+        {"training.step": "from flax.nnx import merge as m\nm(a, b)"},
+        {"models.transformer": "from flax import nnx\n@nnx.jit\ndef f(): ..."},
+        {"models.transformer": "import flax.nnx as n\nn.scan(f)"},
+        {"training.optimizer": "import flax\nflax.nnx.Optimizer(m, t)"},
+        {"training.step": "from flax import nnx\nnnx.value_and_grad(f)"},
+    ],
+    files_and_functions_are_short: [
+        {"api": "x = 1\n" * 451},
+        {"api": "def f():\n" + "    x = 1\n" * 70},
+        {"api": "class A:\n    def f(self):\n" + "        x = 1\n" * 70},
+    ],
+    the_public_is_documented: [
+        {"api": "def f():\n    return 1"},
+        {"api": "class A:\n    '''Said.'''\n    def f(self):\n        return 1"},
+        {"api": "class A:\n    def _f(self):\n        return 1"},
+        {"api": "if x:\n    def f():\n        return 1"},
+    ],
+    modules_say_what_they_are: [{"api": "import jax"}],
+    no_stubs: [{"api": "def f():\n    raise NotImplementedError('later')"}, {"api": "raise NotImplementedError"}],
+    names_say_what_a_thing_is: [{"data.utils": ""}],
+}
+
+FINE = {
+    "types": '"""Ours."""',
+    "models.transformer": """'''Ours.'''
+from flax import nnx
+from jaxblock.types import View
+
+nnx.merge(nnx.split(module)[0], params)
+""",
+    "parallel.axes": """'''Ours.'''
+from jax.sharding import PartitionSpec
+
+PartitionSpec()
+""",
+    "training.step": """'''Ours.'''
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jaxblock.data.loader import Batch
+""",
+    "data.loader": """'''Ours.'''
+from typing import Protocol
+
+class Source(Protocol):
+    '''Promises.'''
+    def read(self):
+        '''Said once.'''
+
+class File:
+    '''Implements.'''
+    def read(self):
+        def inner():
+            return 1
+        return inner
+""",
+}
+"""What looks close to a breach and is none."""
+
+
+@pytest.fixture(scope="module")
+def package() -> dict[str, str]:
+    """Every source file by its name inside the package."""
+    files = {}
+    for path in sorted(ROOT.rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+        files[name] = path.read_text(encoding="utf-8")
+    assert {"diffusion.canvas", "training.step", "models.transformer", "cli"} <= files.keys()
+    return files
+
+
+@pytest.mark.parametrize("rule", BROKEN, ids=lambda rule: rule.__name__)
+def test_the_package_keeps_the_rule(rule: Rule, package: Sources) -> None:
+    assert rule(package) == []
+
+
+@pytest.mark.parametrize("rule", BROKEN, ids=lambda rule: rule.__name__)
+def test_a_breach_is_caught(rule: Rule) -> None:
+    for breach in BROKEN[rule]:
+        assert rule(breach), f"not caught: {breach}"
+    assert rule(FINE) == []
+
+
+def test_binders_and_special_rules_name_real_modules(package: Sources) -> None:
+    """A rule for a module that has been renamed would hold nothing."""
+    rooms = {_room(module) for module in package}
+    assert package.keys() >= BINDERS
+    assert all(name in package or name in rooms for name in MAY_IMPORT)
+    assert rooms >= NO_FILES
