@@ -205,9 +205,24 @@ class Model:
         else:
             rows, lengths, _ = _flush_left(np.asarray(prompt_ids, np.int32), attention_mask)
         for at, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-            _check_prompt(row[:length], at, layout, self.arch)
+            self.check_prompt(row[:length], f"prompt {at}", layout)
         width = -(-max(self.canvas.prompt_len, rows.shape[1]) // 16) * 16
         return np.pad(rows, ((0, 0), (0, width - rows.shape[1]))), lengths
+
+    def check_prompt(self, prompt: Sequence[int] | np.ndarray, name: str, layout: Layout) -> None:
+        """Raises UserError, naming the prompt, where it is empty, holds what no prompt may hold, or is too long."""
+        ids, arch = np.asarray(prompt), self.arch
+        if not ids.size:
+            raise UserError(f"{name} is empty: it needs at least one token")
+        if (ids == layout.mask_id).any():
+            raise UserError(f"{name} holds the mask token {layout.mask_id}: take it out")
+        if ids.min() < 0 or ids.max() >= arch.vocab_size:
+            raise UserError(f"{name} holds an id outside the vocabulary of {arch.vocab_size}")
+        if ids.size + layout.response_len > arch.max_len:
+            raise UserError(
+                f"{name} has {ids.size} tokens; with {layout.response_len} for the response it is longer than the "
+                f"model's {arch.max_len}"
+            )
 
     def nelbo(
         self,
@@ -347,16 +362,4 @@ def _flush_left(ids: np.ndarray, attention_mask: Ids | None) -> tuple[np.ndarray
     return rows, np.array([len(source) for source in sources], np.int32), sources
 
 
-def _check_prompt(prompt: np.ndarray, row: int, layout: Layout, arch: Architecture) -> None:
-    if not len(prompt):
-        raise UserError(f"prompt {row} is empty: it needs at least one token")
-    if (prompt == layout.mask_id).any():
-        raise UserError(f"prompt {row} holds the mask token {layout.mask_id}: take it out")
-    if prompt.min() < 0 or prompt.max() >= arch.vocab_size:
-        raise UserError(f"prompt {row} holds an id outside the vocabulary of {arch.vocab_size}")
-    if len(prompt) + layout.response_len > arch.max_len:
-        raise UserError(
-            f"prompt {row} has {len(prompt)} tokens; with {layout.response_len} for the response it is longer than the "
-            f"model's {arch.max_len}"
-        )
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Annotated, Any, Literal
@@ -138,10 +140,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the command line without the program's name; None for the process's own.
 
     Returns:
-        The exit code: 0; 2 for a mistake that the user can mend; 130 for a run that was told to stop.
+        The exit code: 0; 2 for a mistake that the user can mend; 130 for a run that was told to stop; 1 for a bug of
+        ours, or a reader of our output that has gone.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    traceback = "--traceback" in given
+    traces = "--traceback" in given
+    if arguments is None and not traces:
+        _hush()
     given = [argument for argument in given if argument != "--traceback"]
     if not given or given[0] in ("-h", "--help"):
         print(_overview())
@@ -163,13 +168,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (UserError, OSError) as error:
-        if traceback:
+        if traces:
             raise
         print(f"jaxblock: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("jaxblock: stopped", file=sys.stderr)
         return 130
+    except Exception:
+        # Not the user's mistake but ours: here the traceback is the message.
+        traceback.print_exc()
+        print("jaxblock: this is a bug; please report it with the lines above", file=sys.stderr)
+        return 1
+
+
+def _hush() -> None:
+    """Threads of libraries print tracebacks of errors that we report ourselves, in one line: they are silenced."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    sys.excepthook = sys.unraisablehook = lambda *_: None  # only C++ threads get there: main lets nothing through
 
 
 def parse(verb: str, arguments: Sequence[str]) -> Any:

@@ -218,6 +218,20 @@ def check_vacant(path: PathLike, *, marker: str, overwrite: bool = False) -> Non
         )
 
 
+def check_absent(path: PathLike) -> None:
+    """Checks that a file may be made at `path` (the rule of `write_bytes`), before long work.
+
+    Raises:
+        UserError: If something is there, or its folder cannot be written.
+    """
+    target = as_path(path)
+    with explained("look at", path):
+        there = target.exists()
+    if there:
+        raise UserError(f"{os.fspath(path)} exists already and is not overwritten: choose another path or move it away")
+    check_writable(target.parent)
+
+
 def check_writable(folder: PathLike, *, need_bytes: int = 0) -> None:
     """Checks, before long work, that files can be made in a folder (which is made if absent).
 

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from jaxblock.config import Config
 from jaxblock.data import prepare as preparing
 from jaxblock.data.loader import pad_rows
 from jaxblock.data.prepared import Prepared, open_prepared
+from jaxblock.data.records import Record
 from jaxblock.errors import UserError
 from jaxblock.evaluation import problems, runner, statistics
 from jaxblock.reporting import inspect_html, inspect_terminal
@@ -74,6 +75,8 @@ def examine_records(
         UserError: an index outside the split.
     """
     source = prepared.records(split)
+    if not indices or steps < 1:
+        raise UserError("inspect needs at least one of `records` and at least 1 of `steps`")
     for index in indices:
         if not 0 <= index < len(source):
             raise UserError(f"records: {split} has records 0 to {len(source) - 1}, not {index}")
@@ -129,6 +132,10 @@ def train(options: Train, config: Config) -> int:
 
 def decode(options: Decode, config: Config) -> int:
     """Decodes prompts."""
+    if options.out:
+        if options.watch:
+            raise UserError("watch shows the canvas and writes no file: leave out either --watch or --out")
+        storage.check_absent(options.out)
     model = dataclasses.replace(api.load(options.checkpoint), canvas=config.canvas, decode_defaults=config.decode)
     if model.encoder is None:
         raise UserError(
@@ -139,16 +146,20 @@ def decode(options: Decode, config: Config) -> int:
     if not prompts:
         raise UserError("no prompts: give some on the command line, by --file, or on standard input")
     ids = [model.encoder.prompt(text, where=where) for where, text in prompts]
+    layout = model.layout(config.decode)
+    for (where, _), row in zip(prompts, ids, strict=True):
+        model.check_prompt(row, where, layout)
     if options.watch:
         for row, (_, text) in enumerate(prompts):
             _watch(model, text, ids[row], row)
         return 0
-    lines = "".join(_decoded_lines(model, prompts, ids, config.decode.batch_size))
+    lines = _decoded_lines(model, prompts, ids, config.decode.batch_size)
     if options.out:
-        storage.write_text(options.out, lines)
+        storage.write_text(options.out, "".join(lines))
         _say(f"wrote {options.out}")
     else:
-        print(lines, end="")
+        for line in lines:
+            print(line, end="", flush=True)
     return 0
 
 
@@ -171,19 +182,31 @@ def _prompts(options: Decode, config: Config) -> Iterator[tuple[str, str]]:
     if options.file is None and sys.stdin.isatty():
         _say("reading prompts from standard input, one a line; end with Ctrl-D")
     name = options.file or "standard input"
-    text = sys.stdin.read() if options.file is None else storage.read_bytes(options.file).decode()
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        if name.endswith(".jsonl"):
-            try:
-                line = json.loads(line)[config.data.prompt_field]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise UserError(
-                    f"{name}:{number}: no JSON object with a field {config.data.prompt_field!r} ({error}); "
-                    "set data.prompt_field"
-                ) from error
-        yield f"{name}:{number}", str(line)
+    content = sys.stdin.buffer.read() if options.file is None else storage.read_bytes(options.file)
+    # Not splitlines: a prompt may hold other line separators (U+2028, form feed).
+    for number, raw in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        where = f"{name}:{number}"
+        try:
+            line = raw.decode().removesuffix("\r")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{where}: not UTF-8 text ({error}); convert the file to UTF-8") from error
+        if line.strip():
+            yield where, _prompt_of(line, where, config.data.prompt_field) if name.endswith(".jsonl") else line
+
+
+def _prompt_of(line: str, where: str, name: str) -> str:
+    """The prompt field of a line of JSON."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not JSON ({error})") from error
+    if not isinstance(row, dict) or name not in row:
+        has = f"its fields are {', '.join(row)}" if isinstance(row, dict) else f"it is a {type(row).__name__}"
+        raise UserError(f"{where}: no field {name!r} ({has}); set data.prompt_field")
+    if not isinstance(row[name], str) or not row[name].strip():
+        raise UserError(f"{where}: field {name!r} must be text, not {row[name]!r}")
+    prompt: str = row[name]
+    return prompt
 
 
 def _decoded_lines(
@@ -208,12 +231,20 @@ def _decoded_lines(
 def evaluate(options: Evaluate, config: Config) -> int:
     """Scores a checkpoint and writes problems.jsonl and summary.json."""
     storage.check_vacant(options.out, marker="summary.json")
+    storage.check_writable(storage.as_path(options.out).parent)
     model = api.load(options.checkpoint)
     prepared = open_prepared(config.data.prepared)
+    setup.check_data(config, prepared)
+    setup.check_vocabulary(model.arch, prepared, options.checkpoint)
+    wiring.check_decoding(config.canvas, config.decode, model.arch)
     settings = config.evaluate
     source = prepared.records(settings.split)
     count = len(source) if settings.problems is None else min(settings.problems, len(source))
+    if not count:
+        raise UserError(f"{config.data.prepared} has no {settings.split} records to score")
     records = [source[index] for index in range(count)]
+    if settings.compare:
+        _check_comparable(settings.compare, records, settings.grader)
     evaluator = runner.Evaluator(
         model.net, config.canvas, prepared.encoder, config.decode, settings.grader, settings.nelbo_samples
     )
@@ -246,6 +277,22 @@ def evaluate(options: Evaluate, config: Config) -> int:
     if settings.compare:
         print(f"against {settings.compare}: {test}")
     return 0
+
+
+def _check_comparable(path: str, records: Sequence[Record], grader: str) -> None:
+    """What ``statistics.compare`` would refuse, said before the work and not after it."""
+    earlier = problems.read(path)
+    index = {record.index: record for record in records}
+    if earlier.keys() != index.keys():
+        raise UserError(
+            f"evaluate.compare: {path} holds {len(earlier)} problems, this evaluation has {len(index)}, and they are "
+            "not the same ones: set evaluate.split and evaluate.problems as they were"
+        )
+    for at, problem in earlier.items():
+        if problem.grader != grader:
+            raise UserError(f"evaluate.compare: {problem.where} was graded by {problem.grader}: set evaluate.grader to it")
+        if problem.prompt not in (None, index[at].prompt):
+            raise UserError(f"evaluate.compare: {problem.where} asks another question than this data's problem {at}")
 
 
 def _print_evaluation(

@@ -51,7 +51,7 @@ class Uniforms(NamedTuple):
     """
 
     block: Float[Array, "B blocks"]
-    count: Float[Array, "B K"]
+    count: Float[Array, "B K"]  # type: ignore[assignment]  # tuple.count is never meant
     stratum: Float[Array, "B K"]
     position: Float[Array, "B K A"]
     noise: Float[Array, "B K R"]

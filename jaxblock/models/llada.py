@@ -29,6 +29,9 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "input_emb_norm": (False,),
 }
 
+# transformers has no LLaDA of its own: an export without model code beside it names the repository that has it.
+_CODE = "GSAI-ML/LLaDA-8B-Instruct--"
+
 
 def table(arch: Architecture) -> Table:
     """Every tensor of the network.
@@ -133,9 +136,9 @@ def to_hf(arch: Architecture, dtype: str) -> dict[str, Any]:
         "attention_dropout": 0.0,
         "attention_layer_norm": False,
         "auto_map": {
-            "AutoConfig": "configuration_llada.LLaDAConfig",
-            "AutoModel": "modeling_llada.LLaDAModelLM",
-            "AutoModelForCausalLM": "modeling_llada.LLaDAModelLM",
+            "AutoConfig": _CODE + "configuration_llada.LLaDAConfig",
+            "AutoModel": _CODE + "modeling_llada.LLaDAModelLM",
+            "AutoModelForCausalLM": _CODE + "modeling_llada.LLaDAModelLM",
         },
         "block_type": "llama",
         "embedding_dropout": 0.0,

@@ -62,6 +62,16 @@ def rotate(x: Float[Array, "B T N H"], cos: Array, sin: Array) -> Float[Array, "
 class Block(nnx.Module):
     """One layer. Its parameters are those of the table, under the table's names."""
 
+    attn_norm: nnx.Param[Array]
+    q: nnx.Param[Array]
+    k: nnx.Param[Array]
+    v: nnx.Param[Array]
+    o: nnx.Param[Array]
+    mlp_norm: nnx.Param[Array]
+    gate: nnx.Param[Array]
+    up: nnx.Param[Array]
+    down: nnx.Param[Array]
+
     def __init__(self, specs: dict[str, ParamSpec], arch: Architecture, attention: Backend):
         self.arch, self.attention = arch, attention
         for name, spec in specs.items():

@@ -5,7 +5,9 @@ The data's only state is the step, so a restore may change the number of devices
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -49,7 +51,7 @@ class Checkpoints:
         """
         if step in self._manager.all_steps():
             return
-        with storage.explained("save a checkpoint", self.folder):
+        with self._explained():
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -109,9 +111,25 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for saves under way. An error of a background save is raised here."""
-        with storage.explained("save a checkpoint", self.folder):
-            self._manager.wait_until_finished()
-            self._manager.close()
+        with self._explained():
+            try:
+                self._manager.wait_until_finished()
+            finally:
+                self._manager.close()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """An error of a save, perhaps of one that was begun earlier, as a UserError."""
+        try:
+            with storage.explained("save a checkpoint in", self.folder):
+                yield
+        except (ValueError, RuntimeError) as error:  # what TensorStore and Orbax raise
+            full = "RESOURCE_EXHAUSTED" in str(error) or "No space left" in str(error)
+            cause = "the disk is full: free some space" if full else _first_line(error)
+            raise UserError(
+                f"cannot save a checkpoint in {self.folder}: {cause}. Checkpoints saved before are whole: the same "
+                "command goes on from the last of them"
+            ) from error
 
 
 def _first_line(error: Exception) -> str:

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any
+
+
+@contextlib.contextmanager
+def shielded() -> Iterator[None]:
+    """Processes started in this block never see Ctrl-C, which a terminal sends to the whole group: we end them."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # a Ctrl-C of meanwhile arrives now
 
 
 class Interrupt:

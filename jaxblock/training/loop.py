@@ -24,7 +24,7 @@ from jaxblock.reporting import plots
 from jaxblock.reporting.progress import TrainProgress
 from jaxblock.training import optimizer as optimizers
 from jaxblock.training.debug import NanFinder
-from jaxblock.training.interrupt import Interrupt
+from jaxblock.training.interrupt import Interrupt, shielded
 from jaxblock.training.metrics import MetricsLog, summarise
 from jaxblock.training.setup import Session, meta, set_up
 from jaxblock.training.step import StepMetrics, compile_step, train_step
@@ -160,7 +160,7 @@ class _Loop:
                 window.due = last or step % train.log_every == 0
                 evaluate = last or bool(train.eval_every and step % train.eval_every == 0)
                 save = last or step % train.save_every == 0
-                if (window.due and (evaluate or save)) or stop.asked:
+                if window.due and (evaluate or save):
                     self._report(window, progress)
                 if evaluate:
                     self._evaluate(state.params, step, progress)
@@ -168,6 +168,8 @@ class _Loop:
                 if save:
                     self._save(state, step, window)
             if stop.asked:
+                if window.metrics:
+                    self._report(window, progress)
                 self._save(state, step, window)
         session.checkpoints.close()
         return self._end(step)
@@ -185,10 +187,11 @@ class _Loop:
             process_count=self.session.process_count,
             workers=train.loader_workers,
         )
-        if train.overfit_one_batch:
+        with shielded():  # worker processes start with the first batch
             first = next(stream)
-            while True:
-                yield first
+        yield first
+        while train.overfit_one_batch:
+            yield first
         yield from stream
 
     def _step(self) -> Any:

@@ -70,7 +70,10 @@ def summarise(window: list[StepMetrics]) -> dict[str, Any]:
     """
 
     def pooled(parts: list[Sum]) -> tuple[np.ndarray, np.ndarray]:
-        return np.sum([p.total for p in parts], 0, np.float64), np.sum([p.weight for p in parts], 0, np.float64)
+        return (
+            np.asarray([p.total for p in parts], np.float64).sum(0),
+            np.asarray([p.weight for p in parts], np.float64).sum(0),
+        )
 
     total, weight = pooled([m.losses.loss for m in window])
     by_block = pooled([m.losses.by_block for m in window])

@@ -31,13 +31,16 @@ def create(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh, 
     return TrainState(params, opt_state, jax.device_put(jnp.zeros((), jnp.int32), placed.step))
 
 
-def shardings(abstract_opt_state: Any, mesh: Mesh, table: Table) -> TrainState:
+def shardings(abstract_opt_state: Any, mesh: Mesh, table: Table) -> Any:
     """The sharding of every leaf of a state; the optimizer's follow their parameters, found by path.
 
     Args:
         abstract_opt_state: the optimizer's state, or its shapes.
         mesh: the mesh.
         table: the parameters' specs.
+
+    Returns:
+        A ``TrainState`` of shardings.
     """
     params = axes.param_shardings(mesh, table)
     by_path = traverse_util.flatten_dict(params, sep="/")
@@ -48,4 +51,5 @@ def shardings(abstract_opt_state: Any, mesh: Mesh, table: Table) -> TrainState:
         return by_path.get("/".join(keys), whole)
 
     opt_state = jax.tree_util.tree_map_with_path(place, abstract_opt_state)
-    return TrainState(params, opt_state, whole)
+    placed: Any = TrainState(params, opt_state, whole)  # type: ignore[arg-type]
+    return placed

@@ -57,25 +57,27 @@ class Objective:
 
     def canvas(self, batch: Batch) -> Canvas:
         """The batch's rows, laid out."""
-        return canvases.from_rows(
-            self.layout, batch.prompt_ids, batch.prompt_len, batch.response_ids, batch.text_len, batch.row_id
-        )
+        rows = (batch.prompt_ids, batch.prompt_len, batch.response_ids, batch.text_len, batch.row_id)
+        return canvases.from_rows(self.layout, *map(jnp.asarray, rows))
 
-    def draw(self, batch: Batch, canvas: Canvas, step: Array) -> tuple[Draw, Array]:
+    def draw(self, batch: Batch, canvas: Canvas, step: Array | int) -> tuple[Draw, Array]:
         """The step's draws [K, B, ...] and the ablations' noise [K, B, R]: functions of (seed, step) and row alone."""
         key = jax.random.fold_in(jax.random.key(self.seed), step)
         uniforms = sampling.draw_uniforms(
             key, self.rows, self.sampling.draws, self.layout, noise=self.ablation.needs_noise
         )
-        block = batch.block if self.sampling.blocks == "pairs" else None
-        draws = sampling.draw(self.sampling, self.layout, canvas, uniforms, block)
+        draws = sampling.draw(self.sampling, self.layout, canvas, uniforms, self.drawn_blocks(batch))
         return draws, jnp.moveaxis(uniforms.noise[canvas.row_id], 1, 0)
+
+    def drawn_blocks(self, batch: Batch) -> Array | None:
+        """The data's own blocks [B] under ``pairs``; None where a row stands for its whole sequence."""
+        return jnp.asarray(batch.block) if self.sampling.blocks == "pairs" else None
 
     def __call__(self, params: Params, batch: Batch, step: Array) -> Losses:
         """The objective's sums and weights."""
         canvas = self.canvas(batch)
         draws, noise = self.draw(batch, canvas, step)
-        drawn = batch.block if self.sampling.blocks == "pairs" else None
+        drawn = self.drawn_blocks(batch)
         return losses(
             self.net, params, self.layout, canvas, draws, self.normalize, self.ablation, noise, drawn_blocks=drawn
         )

@@ -1,0 +1,238 @@
+"""Whatever training shows the network under ``aligned``, a decoder can arrive at, position for position.
+
+The decoder here is NumPy, written from the published algorithm, one row at a time, with the transfer rule's and the
+sampler's dice replaced by a script. Every state that it passes through is logged. It knows nothing of ``canvas.view``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxblock.diffusion import canvas as canvases
+from jaxblock.diffusion import decoder, sampling
+from jaxblock.diffusion.corruption import Ablation, corrupt
+from jaxblock.diffusion.sampling import Sampling
+from jaxblock.types import Layout
+
+VOCAB, EOT, FILL, MASK = 11, 7, 8, 9
+P = 4
+
+
+class State(NamedTuple):
+    """What a decoder feeds its network, and what it may commit next. All of it is visible; nothing else is."""
+
+    ids: tuple
+    positions: tuple
+    open: tuple
+    read: tuple
+
+
+class Impossible(Exception):
+    """The script asks for what no dice can give."""
+
+
+def replay(prompt, layout, script):
+    """LLaDA's generate with the random rule at one token a step, for one row.
+
+    Args:
+        prompt: its tokens.
+        layout: R, B, alignment and the mask id.
+        script: (response position, token) in the order in which they are committed; may end anywhere.
+
+    Returns:
+        The state before each commit, and the one after the last.
+    """
+    x = np.array(list(prompt) + [layout.mask_id] * layout.response_len)
+    logits_index = np.arange(len(x))  # stands for the logits: row i of them
+    if layout.alignment == "shifted":
+        logits_index = np.concatenate([logits_index[:1], logits_index[:-1]])
+    script, states = list(script), []
+    for block in range(layout.response_len // layout.block):
+        begin = len(prompt) + block * layout.block
+        end = begin + layout.block
+        for _ in range(layout.block):
+            candidates = [i for i in range(begin, end) if x[i] == layout.mask_id]
+            reads = [int(logits_index[i]) for i in range(begin, end)]
+            states.append(State(tuple(x.tolist()), tuple(range(len(x))), tuple(candidates), tuple(reads)))
+            if not script:
+                return states
+            at, token = script.pop(0)
+            # Random confidence may rank any open position first; Gumbel noise may pick any token but the mask.
+            if at + len(prompt) not in candidates or token == layout.mask_id or not 0 <= token < VOCAB:
+                raise Impossible
+            x[at + len(prompt)] = token
+    return states
+
+
+def reachable(prompt, layout, seen, masked):
+    """Whether a decoder passes through what ``seen`` (one row of a view) shows, with ``masked`` open.
+
+    The script is read off the row itself: what it shows of earlier blocks, then the unmasked part of its block.
+    """
+    ids, length, active, at = (np.asarray(x) for x in (seen.ids, seen.length, seen.active, seen.at))
+    response = ids[len(prompt) : len(prompt) + layout.response_len]
+    start = int(active[0]) - len(prompt)
+    script = [(i, int(response[i])) for i in range(start)]
+    script += [(int(i) - len(prompt), int(ids[i])) for i, m in zip(active, masked, strict=True) if not m]
+    try:
+        state = replay(prompt, layout, script)[-1]
+    except Impossible:
+        return False
+    shown = State(
+        ids=tuple(ids[:length].tolist()),
+        positions=tuple(np.asarray(seen.positions)[:length].tolist()),
+        open=tuple(active[np.asarray(masked)].tolist()),
+        read=tuple(at.tolist()),
+    )
+    # The state with no position open is the next block's: training never has it (an empty set has no loss).
+    return bool(np.asarray(seen.valid).all()) and any(masked) and state == shown
+
+
+def _layout(alignment="same_position", block=3, context="aligned"):
+    return Layout(12, block, alignment, context, None, MASK, FILL, (EOT, FILL))
+
+
+ROWS, DRAWS = 3, 2
+
+
+def _train(layout, law, ablation, rows, key):
+    """What a training step feeds: views [K, B, ...] and draws of rows with prompts of unequal length."""
+    canvas = canvases.from_rows(layout, *rows)
+    how = Sampling(law, "per_sequence", DRAWS, "nelbo")
+    uniforms = sampling.draw_uniforms(key, ROWS, DRAWS, layout, noise=ablation.needs_noise)
+    draws = sampling.draw(how, layout, canvas, uniforms)
+    noise = jnp.moveaxis(uniforms.noise, 1, 0)
+    views = jax.vmap(lambda d, u: corrupt(layout, canvas, d, ablation, u if ablation.needs_noise else None)[0])(draws, noise)
+    return views, draws
+
+
+_train_jit = jax.jit(_train, static_argnums=(0, 1, 2))
+
+
+def _arrays(prompts, texts, layout):
+    pad = lambda rows, n: np.array([r + [0] * (n - len(r)) for r in rows], np.int32)  # noqa: E731
+    lengths = [np.array([len(r) for r in rows], np.int32) for rows in (prompts, texts)]
+    arrays = (pad(prompts, P), lengths[0], pad(texts, layout.response_len), lengths[1], np.arange(ROWS, dtype=np.int32))
+    return tuple(map(jnp.asarray, arrays))
+
+
+def _verdicts(prompts, texts, layout, law="exact_count", ablation=Ablation(), seed=0, spoil=lambda view: view):
+    """``reachable`` of every draw that carries loss."""
+    views, draws = _train_jit(layout, law, ablation, _arrays(prompts, texts, layout), jax.random.key(seed))
+    views, draws = jax.device_get((spoil(views), draws))
+    for k in range(DRAWS):
+        for row in range(ROWS):
+            if draws.weight[k, row] > 0:
+                seen = jax.tree.map(lambda x, k=k, row=row: x[k, row], views)
+                yield reachable(prompts[row], layout, seen, draws.masked[k, row])
+
+
+tokens = st.integers(0, 6)
+prompts_of = st.lists(st.lists(tokens, min_size=1, max_size=P), min_size=ROWS, max_size=ROWS)
+texts_of = st.lists(st.lists(tokens, max_size=11).map(lambda text: [*text, EOT]), min_size=ROWS, max_size=ROWS)
+
+
+@pytest.mark.parametrize(
+    "alignment, block, law",
+    [
+        ("same_position", 1, "exact_count"),
+        ("same_position", 3, "bernoulli"),
+        ("same_position", 4, "antithetic"),
+        ("shifted", 3, "stratified_count"),
+        ("shifted", 4, "exact_count"),
+    ],
+)
+@settings(max_examples=40, deadline=None)
+@given(prompts=prompts_of, texts=texts_of, seed=st.integers(0, 2**16))
+def test_training_shows_only_what_a_decoder_reaches(alignment, block, law, prompts, texts, seed):
+    assert all(_verdicts(prompts, texts, _layout(alignment, block), law, seed=seed))
+
+
+@pytest.mark.parametrize("alignment", ["same_position", "shifted"])
+def test_every_masked_set_of_every_block_is_reached(alignment):
+    """Exhaustively, for one text of every length."""
+    layout = _layout(alignment)
+    sets = np.array([[s >> j & 1 for j in range(3)] for s in range(1, 8)], bool)
+    prompt = [5, 6]
+    run = jax.jit(lambda canvas, block, masked: corrupt(layout, canvas, sampling.Draw(block, masked, jnp.ones(7)))[0])
+    lay = jax.jit(canvases.from_rows, static_argnums=0)
+    for length in range(1, 13):
+        text = list(range(length - 1)) + [EOT] if length < 8 else [1] * (length - 1) + [EOT]
+        prompt_ids = np.tile(np.array(prompt + [0, 0], np.int32), (7, 1))
+        text_ids = np.tile(np.array(text + [0] * (12 - length), np.int32), (7, 1))
+        ints = (prompt_ids, np.full(7, 2, np.int32), text_ids, np.full(7, length, np.int32), np.arange(7, dtype=np.int32))
+        canvas = lay(layout, *map(jnp.asarray, ints))
+        for block in range(int(canvas.n_blocks[0])):
+            views = jax.device_get(run(canvas, jnp.full(7, block, jnp.int32), jnp.asarray(sets)))
+            assert all(reachable(prompt, layout, jax.tree.map(lambda x, i=i: x[i], views), sets[i]) for i in range(7))
+
+
+BROKEN = {
+    "true suffix visible": dict(ablation=Ablation(suffix_mask_prob=0.0)),
+    "noisy prefix": dict(ablation=Ablation(prefix_mask_rate=1.0)),
+    "paper context": dict(layout=_layout(context="paper")),
+    "suffix too long": dict(spoil=lambda v: v._replace(length=v.length + 1)),
+    "suffix too short": dict(spoil=lambda v: v._replace(length=v.length - 1)),
+    "shift in one place only": dict(layout=_layout("shifted"), spoil=lambda v: v._replace(at=v.active)),
+    "positions counted from the response": dict(spoil=lambda v: v._replace(positions=v.positions + 1)),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_the_replay_refuses_what_no_decoder_shows(name):
+    """Two blocks of text in a row of four, and draws whose block has something before or after it."""
+    prompts, texts = [[1], [2, 3], [4, 5, 6]], [[1, 2, 3, 4, EOT], [6, 5, 4, 3, 2, EOT], [1, 1, 2, EOT]]
+    options = dict(layout=_layout()) | BROKEN[name]
+    verdicts = [v for seed in range(3) for v in _verdicts(prompts, texts, seed=seed, **options)]
+    assert not all(verdicts)
+
+
+class Recorder:
+    """A network of random logits that writes down every view it is fed, inside the jitted decoder."""
+
+    def __init__(self):
+        self.views = []
+
+    def hidden(self, params, view, cache=None):
+        jax.debug.callback(lambda *fields: self.views.append(type(view)(*map(np.asarray, fields))), *view, ordered=True)
+        noise = jnp.sin(params["scale"] * (1.0 + view.ids[:, :, None] * jnp.arange(1, 6)))
+        return jnp.take_along_axis(noise.cumsum(1), view.at[..., None], axis=1), cache
+
+    def logits(self, params, hidden):
+        return hidden @ params["head"]
+
+    def nll(self, params, hidden, targets):
+        raise AssertionError("a decoder knows no targets")
+
+
+@pytest.mark.parametrize("alignment", ["same_position", "shifted"])
+def test_the_real_decoder_passes_through_the_replays_states(alignment):
+    """Views recorded inside the jitted decoder, and canvases rebuilt from commit_step, against the replay's log."""
+    layout, net = _layout(alignment), Recorder()
+    params = {"scale": jnp.float32(3.7), "head": jnp.asarray(np.random.default_rng(0).normal(size=(5, VOCAB)), jnp.float32)}
+    prompts = [[1], [2, 3], [4, 5, 6, 0]]
+    prompt_ids, prompt_len, _, _, index = _arrays(prompts, [[EOT]] * ROWS, layout)
+    canvas = canvases.for_decoding(layout, prompt_ids, prompt_len, index)
+    options = decoder.Decoding(steps_per_block=layout.block, rule="random", temperature=1.0)
+    out = jax.device_get(jax.jit(decoder.decode, static_argnums=(0, 1, 2))(net, layout, options, params, canvas, 5, index))
+    jax.effects_barrier()
+    rebuilt = np.asarray(decoder.canvases(layout, decoder.Decoded(*map(jnp.asarray, out)), layout.response_len))
+    assert len(net.views) == layout.response_len and out.nfe.tolist() == [layout.response_len] * ROWS
+    for row, prompt in enumerate(prompts):
+        order = np.argsort(out.commit_step[row])
+        states = replay(prompt, layout, [(int(i), int(out.response[row, i])) for i in order])
+        for step, (state, seen) in enumerate(zip(states, net.views, strict=True)):
+            length = seen.length[row]
+            assert tuple(seen.ids[row, :length].tolist()) == state.ids
+            assert tuple(seen.positions[row, :length].tolist()) == state.positions
+            assert tuple(seen.at[row].tolist()) == state.read
+            assert rebuilt[step, row].tolist() == list(state.ids[len(prompt) :])
+        assert rebuilt[-1, row].tolist() == out.response[row].tolist()
+    assert len({tuple(np.argsort(steps)) for steps in out.commit_step}) == ROWS, "each row has its own order"

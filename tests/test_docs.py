@@ -1,0 +1,119 @@
+"""What docs/ names must exist, and the numbers that docs/method.md states must come out again."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from fractions import Fraction
+from math import comb, factorial, log
+from pathlib import Path
+
+import pytest
+
+from jaxblock.config import Config
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FILES = {"json", "jsonl", "array_record"}  # `train.jsonl` is no setting
+SECTIONS = {
+    section.name: {entry.name for entry in dataclasses.fields(getattr(Config(), section.name))}
+    for section in dataclasses.fields(Config)
+}
+
+
+def _unknown_fields(text: str) -> list[str]:
+    """Settings in code marks, such as `canvas.block`, that the config does not have."""
+    found = re.findall(rf"`(?:--)?({'|'.join(SECTIONS)})\.([a-z_]+)(?=[ :`])[^`]*`", text)
+    return [f"{section}.{name}" for section, name in found if name not in SECTIONS[section] | FILES]
+
+
+def _missing_tests(text: str) -> list[str]:
+    """Tests in code marks, such as `room/test_thing.py::test_it`, that do not exist."""
+    missing, file = [], ""
+    for path, test in re.findall(r"`((?:\w+/)?test_\w+\.py)?(?:::(test_\w+))?`", text):
+        file = path or file
+        target = ROOT / "tests" / file
+        if file and (not target.exists() or f"def {test}" not in target.read_text(encoding="utf-8")):
+            missing.append(f"{file}::{test}")
+    return missing
+
+
+def _dead_links(page: Path, text: str) -> list[str]:
+    headings = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.*)$", text, re.M)}
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    return [
+        link
+        for link in links
+        if not link.startswith("http")
+        and (link[1:] not in headings if link[0] == "#" else not (page.parent / link).exists())
+    ]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_page_names_exists(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert _unknown_fields(text) == []
+    assert _missing_tests(text) == []
+    assert _dead_links(page, text) == []
+
+
+def test_names_that_do_not_exist_are_seen() -> None:
+    assert _unknown_fields("`canvas.block` `--canvas.blok 3` `train.step`") == ["canvas.blok", "train.step"]
+    assert _missing_tests("`test_docs.py::test_no_such_thing` `nowhere/test_x.py`") == [
+        "test_docs.py::test_no_such_thing",
+        "nowhere/test_x.py::",
+    ]
+    text = "# Here\n[a](#here) [b](#there) [c](nothing.md) [d](https://x.y)"
+    assert _dead_links(PAGES[0], text) == ["#there", "nothing.md"]
+
+
+def _beta(a: int, b: int) -> Fraction:
+    return Fraction(factorial(a - 1) * factorial(b - 1), factorial(a + b - 1))
+
+
+def _above_floor(powers_of_p: int, n: int, size: int, eps: Fraction) -> Fraction:
+    """C(n, l) / (1 - eps) * integral from eps to 1 of p^powers (1 - p)^(n - l)."""
+    total = Fraction(0)
+    for j in range(n - size + 1):
+        k = powers_of_p + j + 1
+        total += comb(n - size, j) * (-1) ** j * (1 - eps**k) / k
+    return comb(n, size) * total / (1 - eps)
+
+
+def _against_exact_count(n: int) -> Iterator[Fraction]:
+    """rho of docs/method.md: the second moment of bernoulli over that of exact_count, by count."""
+    yield sum((Fraction(1, k) for k in range(n, 2 * n)), Fraction(0))
+    for size in range(2, n + 1):
+        tail = _beta(size - 1, n - size + 1) - _beta(size - 1, 2 * n - size + 1)
+        yield Fraction(size * size, n) * comb(n, size) * tail
+
+
+def test_numbers_of_the_floor() -> None:
+    eps = Fraction(1, 1000)
+    kept = [float(s * _above_floor(s - 1, n, s, eps)) for n, s in ((32, 1), (256, 1), (256, 2), (32, 32))]
+    assert [round(value, 3) for value in kept] == [0.969, 0.775, 0.973, 1.001]
+    rows = [[round(float((n + 1) * _above_floor(s, n, s, eps)), 4) for s in (1, 2, 3, n)] for n in (8, 32, 256)]
+    assert rows == [[1.001, 1.001, 1.001, 1.001], [1.0005, 1.001, 1.001, 1.001], [0.9732, 0.9987, 1.0009, 1.001]]
+
+
+def test_numbers_of_bernoulli_against_exact_count() -> None:
+    tables = {n: [float(x) for x in _against_exact_count(n)] for n in (2, 8, 32, 128)}
+    for first, *others in tables.values():
+        assert first < 1 <= min(others)
+    assert [round(tables[n][0], 2) for n in (2, 8, 32)] == [0.83, 0.73, 0.70]
+    assert [round(sum(tables[n]) / n, 2) for n in (2, 8, 32)] == [1.08, 1.12, 1.07]
+
+
+def test_numbers_of_one_over_t_with_redraw() -> None:
+    def factor(n: int, size: int, floor: float) -> float:
+        """l C(n, l) / (1 - floor) * integral of t^(l-1) (1-t)^(n-l) / (1 - (1-t)^n), on a grid in log t."""
+        steps, total = 20_000, 0.0
+        for i in range(steps):
+            t = floor ** ((i + 0.5) / steps)
+            total += t**size * (1 - t) ** (n - size) / (1 - (1 - t) ** n)
+        return size * comb(n, size) * total * -log(floor) / steps / (1 - floor)
+
+    assert round(factor(2, 2, 1e-12), 2) == 1.39
+    assert [round(factor(n, 1, 1e-3), 1) for n in (8, 32)] == [4.8, 3.5]
+    assert [round(factor(n, 2, 1e-3), 1) for n in (8, 32)] == [1.6, 1.6]
