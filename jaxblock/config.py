@@ -75,7 +75,9 @@ class CanvasConfig:
     block: int = 8
     """B: response positions of a block."""
     context: Context = "aligned"
-    """What surrounds the active block: the decoder's own view, or the published training script's."""
+    """What surrounds the active block in training: the decoder's own view, or the published training script's."""
+    suffix_window: int | None = None
+    """Ablation: visible positions after the active block, in training and decoding alike; None for all."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,6 @@ class MethodConfig:
     """Ablation: chance that a response token before the active block is masked (never the prompt)."""
     suffix_mask_prob: float = 1.0
     """Ablation: chance that a response token after the active block is masked."""
-    suffix_window: int | None = None
-    """Ablation: visible positions after the active block; None for all."""
 
 
 @dataclass(frozen=True)

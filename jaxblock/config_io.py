@@ -186,8 +186,14 @@ def _check_canvas(config: Config) -> None:
         canvas.block <= canvas.response_len,
         f"canvas.block {canvas.block} is longer than canvas.response_len {canvas.response_len}",
     )
-    if canvas.context == "aligned":
-        check_blocks(canvas.response_len, canvas.block, "canvas")
+    check_blocks(canvas.response_len, canvas.block, "canvas")
+    if canvas.suffix_window is not None:
+        _at_least(canvas, "canvas", 0, "suffix_window")
+        _require(
+            canvas.context == "aligned",
+            "canvas.suffix_window hides what the paper context shows after the response: "
+            "set canvas.context to aligned, or suffix_window to null",
+        )
 
 
 def check_blocks(response_len: int, block: int, section: str) -> None:
@@ -204,20 +210,13 @@ def check_blocks(response_len: int, block: int, section: str) -> None:
 
 
 def _check_method(config: Config) -> None:
-    method, canvas = config.method, config.canvas
+    method = config.method
     _at_least(method, "method", 1, "draws")
     if method.law == "antithetic":
         _require(method.draws % 2 == 0, f"method.law antithetic draws in pairs: set method.draws to {method.draws + 1}")
     for name in ("prefix_mask_rate", "suffix_mask_prob"):
         rate = getattr(method, name)
         _require(0 <= rate <= 1, f"method.{name} is {rate}: it is a probability, from 0 to 1")
-    if method.suffix_window is not None:
-        _at_least(method, "method", 0, "suffix_window")
-        _require(
-            canvas.context == "aligned",
-            "method.suffix_window hides what the paper context shows after the response: "
-            "set canvas.context to aligned, or suffix_window to null",
-        )
 
 
 def _check_model(config: Config) -> None:

@@ -62,7 +62,7 @@ def training_layout(
         block=canvas.response_len if method.objective == "classical" else canvas.block,
         alignment=arch.alignment,
         context=canvas.context,
-        suffix_window=method.suffix_window,
+        suffix_window=canvas.suffix_window,
         mask_id=arch.mask_id,
         fill_id=arch.eos_id,
         stop_ids=stop_ids,
@@ -70,14 +70,16 @@ def training_layout(
 
 
 def scoring_layout(canvas: CanvasConfig, arch: Architecture, stop_ids: tuple[int, ...]) -> Layout:
-    """The canvas of NELBO and inspection: blocks as the decoder has them, whatever the objective was."""
-    return training_layout(canvas, MethodConfig(), arch, stop_ids)
+    """The canvas of the NELBO: the decoder's, whatever the objective and its context were, so that runs compare."""
+    return decoding_layout(canvas, DecodeConfig(), arch, stop_ids)
 
 
 def decoding_layout(
-    canvas: CanvasConfig, decode: DecodeConfig, arch: Architecture, stop_ids: tuple[int, ...], window: int | None = None
+    canvas: CanvasConfig, decode: DecodeConfig, arch: Architecture, stop_ids: tuple[int, ...]
 ) -> Layout:
     """The canvas of the decoder; ``decode`` overrides the canvas's sizes.
+
+    Always ``aligned``: the view of the ``paper`` context shows where the answer ends, which a decoder cannot know.
 
     Raises:
         UserError: the block does not divide the response.
@@ -86,8 +88,8 @@ def decoding_layout(
         response_len=decode.response_len or canvas.response_len,
         block=decode.block or canvas.block,
         alignment=arch.alignment,
-        context=canvas.context,
-        suffix_window=window,
+        context="aligned",
+        suffix_window=canvas.suffix_window,
         mask_id=arch.mask_id,
         fill_id=arch.eos_id if decode.fill_id is None else decode.fill_id,
         stop_ids=stop_ids if decode.stop_ids is None else decode.stop_ids,

@@ -18,6 +18,7 @@ from jaxblock.errors import UserError
 FILE = "manifest.json"
 FORMAT = 1
 _ELSEWHERE = ("prepared", "overwrite")  # fields that do not change what is prepared
+_SEEN_LATER = ("context", "suffix_window")  # what training shows of the same records
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,8 @@ def read(folder: storage.PathLike) -> Manifest:
 def settings(config: Config) -> dict[str, dict[str, Any]]:
     """The settings that decide what is prepared, and which a manifest records."""
     data = {key: value for key, value in dataclasses.asdict(config.data).items() if key not in _ELSEWHERE}
-    return {"data": data, "canvas": dataclasses.asdict(config.canvas)}
+    canvas = {key: value for key, value in dataclasses.asdict(config.canvas).items() if key not in _SEEN_LATER}
+    return {"data": data, "canvas": canvas}
 
 
 def fingerprint(

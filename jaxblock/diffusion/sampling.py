@@ -87,7 +87,7 @@ def smallest(u: Float[Array, "*n A"], count: Int[Array, "*n"], valid: Bool[Array
 
 
 def exact_count(count: Array, position: Array, valid: Array) -> tuple[Array, Array]:
-    """l uniform on 1..n, S uniform given l, weight n / l: the Rao-Blackwell form of ``bernoulli``.
+    """l uniform on 1..n, S uniform given l, weight n / l: the Rao-Blackwell form of the 1/t estimator.
 
     Args:
         count: uniforms [...].

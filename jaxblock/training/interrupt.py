@@ -6,6 +6,7 @@ import contextlib
 import signal
 import threading
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -13,6 +14,7 @@ from typing import Any
 @contextlib.contextmanager
 def shielded() -> Iterator[None]:
     """Processes started in this block never see Ctrl-C, which a terminal sends to the whole group: we end them."""
+    resource_tracker.ensure_running()  # else it starts in the block, and unblocks the signal for its own ends
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

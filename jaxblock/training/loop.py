@@ -6,6 +6,7 @@ logged.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -187,7 +188,8 @@ class _Loop:
             process_count=self.session.process_count,
             workers=train.loader_workers,
         )
-        with shielded():  # worker processes start with the first batch
+        # Worker processes start with the first batch.
+        with shielded() if train.loader_workers else contextlib.nullcontext():
             first = next(stream)
         yield first
         while train.overfit_one_batch:

@@ -38,7 +38,6 @@ def _run(net, layout, options, rows, width=4, seed=3):
 
 
 OPTIONS = {
-    "greedy": Decoding(3),
     "sampled": Decoding(3, temperature=0.8),
     "random": Decoding(2, rule="random", temperature=1.0),
     "threshold": Decoding(3, rule="confidence_threshold", threshold=0.5, early_stop=True),
@@ -60,10 +59,7 @@ def test_a_result_does_not_depend_on_the_batch(net, layout, name):
 
 
 class Fixed:
-    """A network that says the same whatever it sees: ``table[visible length - R, response position]`` are its logits."""
-
-    def __init__(self, prompt_room=4):
-        self.room = prompt_room
+    """A network that says the same whatever it sees: ``table[prompt length, response position]`` are its logits."""
 
     def hidden(self, params, view, cache=None):
         prompt_len = view.length - params["table"].shape[1]

@@ -1,0 +1,188 @@
+"""The network: its backends, remat policies and layouts agree, and it is what its table says it is."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.flatten_util import ravel_pytree
+
+from jaxblock.models import families
+from jaxblock.models import params as parameters
+from jaxblock.models.attention import attend
+from jaxblock.models.params import Architecture
+from jaxblock.models.transformer import Block, Transformer
+from jaxblock.types import View
+
+B, T, A = 2, 9, 3
+SIZES = dict(vocab_size=13, d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=4, mlp_dim=24)
+REST = dict(norm_eps=1e-5, rope_theta=100.0, max_len=64, mask_id=11, eos_id=10, pad_id=10)
+
+
+def make_arch(tied=False, **changes):
+    return Architecture("llada", tie_embeddings=tied, **{**SIZES, **REST, **changes})
+
+
+def make_view(seed=0):
+    draw = np.random.default_rng(seed)
+    active = jnp.asarray([[3, 4, 5], [2, 3, 4]], jnp.int32)
+    return View(
+        ids=jnp.asarray(draw.integers(0, 13, (B, T)), jnp.int32),
+        positions=jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T)),
+        length=jnp.asarray([9, 7], jnp.int32),
+        active=active,
+        at=active - 1,
+        valid=jnp.ones((B, A), bool),
+    )
+
+
+def value_and_grad(net, params, view):
+    targets = view.ids[:, :A]
+
+    def loss(params):
+        hidden, _ = net.hidden(params, view)
+        return net.nll(params, hidden, targets).sum(), hidden
+
+    (value, hidden), grad = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    return value, hidden, ravel_pytree(grad)[0]
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def plain(request):
+    """The slow, obvious way: reference attention, layers unrolled, nothing recomputed."""
+    net = Transformer(make_arch(request.param), attention="reference", scan_layers=False)
+    params = parameters.init(net.table, 0, "float32")
+    return net, params, value_and_grad(net, params, make_view())
+
+
+VARIANTS = {
+    "xla attention": dict(attention="xla", scan_layers=False),
+    "scanned": dict(scan_layers=True),
+    "scanned, dots": dict(attention="xla", scan_layers=True, remat="dots"),
+    "unrolled, full": dict(scan_layers=False, remat="full"),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_agree_in_value_and_gradient(plain, name):
+    net, params, want = plain
+    got = value_and_grad(dataclasses.replace(net, **VARIANTS[name]), params, make_view())
+    for ours, theirs in zip(got, want, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=2e-5)
+
+
+def test_head_on_the_active_block_is_a_slice_of_all_logits(plain):
+    net, params, (value, hidden, _) = plain
+    view = make_view()
+    whole = jax.jit(net.all_logits)(params, view.ids, view.positions, view.length)
+    block = jnp.take_along_axis(whole, view.at[..., None], axis=1)
+    np.testing.assert_allclose(net.logits(params, hidden), block, rtol=1e-5, atol=1e-5)
+    chosen = jnp.take_along_axis(jax.nn.log_softmax(block), view.ids[:, :A, None], axis=-1)
+    np.testing.assert_allclose(-chosen.sum(), value, rtol=1e-5)
+
+
+def test_what_is_not_visible_does_not_matter_and_what_is_does(plain):
+    """Bidirectional over the visible keys: the last visible token reaches the first hidden state."""
+    net, params, _ = plain
+    view = make_view()
+    net = dataclasses.replace(net, attention="xla")
+    run = jax.jit(lambda view: net.hidden(params, view)[0])
+    hidden = run(view)
+    beyond = run(view._replace(ids=view.ids.at[1, 7:].set(3)))
+    np.testing.assert_array_equal(hidden, beyond)
+    last = run(view._replace(ids=view.ids.at[1, 6].set((view.ids[1, 6] + 1) % 13)))
+    assert (np.abs(last - hidden)[1].max(-1) > 1e-4).all()
+    moved = run(view._replace(positions=view.positions + 5))
+    np.testing.assert_allclose(moved, hidden, atol=1e-5)  # rotary positions are relative
+
+
+@pytest.mark.parametrize("heads, groups", [(4, 4), (4, 2), (4, 1)])
+def test_attention_backends_agree(heads, groups):
+    """Against a loop over rows and heads in NumPy, for every grouping of keys and values."""
+    draw = np.random.default_rng(0)
+    q, k, v = (draw.normal(size=(B, T, n, 8)).astype(np.float32) for n in (heads, groups, groups))
+    length = np.array([9, 4], np.int32)
+    want = np.zeros_like(q)
+    for b in range(B):
+        for n in range(heads):
+            g, seen = n * groups // heads, length[b]
+            score = np.exp(q[b, :, n] @ k[b, :seen, g].T / np.sqrt(8))
+            want[b, :, n] = score / score.sum(-1, keepdims=True) @ v[b, :seen, g]
+    for backend in ("xla", "reference"):
+        got = attend(*map(jnp.asarray, (q, k, v, length)), backend)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5, err_msg=backend)
+
+
+def test_the_table_is_the_modules_parameters():
+    for arch in (make_arch(), make_arch(tied=True), make_arch(n_kv_heads=4)):
+        table = families.table(arch)
+        layer = {p.removeprefix("blocks/"): s for p, s in table.items() if s.stacked}
+        module = nnx.eval_shape(lambda layer=layer, arch=arch: Block(layer, arch, "xla"))
+        state = {path[0]: leaf.shape for path, leaf in nnx.to_flat_state(nnx.state(module))}
+        assert state == {name: spec.shape[1:] for name, spec in layer.items()}
+        params = parameters.init(table, 0, "float32")
+        flat = parameters.flatten(params)
+        assert {p: x.shape for p, x in flat.items()} == {p: s.shape for p, s in table.items()}
+        assert jax.tree.map(jnp.shape, params) == jax.tree.map(lambda s: s.shape, parameters.abstract(table, "float32"))
+        assert parameters.count(table) == sum(x.size for x in flat.values())
+        assert all(len(spec.axes) == len(spec.shape) for spec in table.values())
+        assert len({spec.hf_name for spec in table.values()}) == len(table)
+        assert {p for p, s in table.items() if not s.is_matrix} == {"final_norm", "blocks/attn_norm", "blocks/mlp_norm"}
+        # Every parameter is used: each has a gradient.
+        net = Transformer(arch)
+        view = make_view()
+        grad = jax.eval_shape(jax.grad(lambda p, net=net: net.hidden(p, view)[0].sum()), params)
+        assert jax.tree.structure(grad) == jax.tree.structure(params)
+
+
+def test_initialisation_follows_the_table():
+    arch = make_arch(d_model=64, n_heads=8, head_dim=8, n_kv_heads=8, mlp_dim=128, vocab_size=512)
+    table = families.table(arch)
+    flat = parameters.flatten(parameters.init(table, 0, "float32"))
+    for path, spec in table.items():
+        values = np.asarray(flat[path], np.float64)
+        if spec.std is None:
+            assert (values == 1).all()
+            continue
+        depth = np.sqrt(np.arange(1, arch.n_layers + 1)) if spec.depth_scaled else np.ones(len(values))
+        for layer in range(len(values)) if spec.stacked else [slice(None)]:
+            scale = spec.std / (depth[layer] if spec.stacked else 1.0)
+            # Cut at three deviations, a normal keeps 0.9866 of its deviation.
+            assert abs(values[layer].std() / scale / 0.9866 - 1) < 0.05, path
+            assert np.abs(values[layer]).max() <= 3.001 * scale
+    assert (flat["embed"] == parameters.init(table, 0, "float32")["embed"]).all()
+    assert (flat["embed"] != parameters.init(table, 1, "float32")["embed"]).any()
+
+
+def test_both_modes_of_nnx(plain):
+    """flax keeps two ways to walk modules; ours hold no shared references, so either will do."""
+    if not hasattr(nnx, "set_graph_mode"):
+        pytest.skip("this flax has one mode only")
+    net, params, want = plain
+    for mode in (True, False):
+        with nnx.set_graph_mode(mode):
+            got = value_and_grad(dataclasses.replace(net), params, make_view())
+        np.testing.assert_array_equal(got[2], want[2])
+
+
+def test_bfloat16_compute_keeps_float32_outputs(plain):
+    net, params, want = plain
+    low = dataclasses.replace(net, dtype="bfloat16", attention="xla")
+    hidden = jax.jit(lambda p: low.hidden(p, make_view())[0])(jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
+    assert hidden.dtype == jnp.bfloat16
+    assert low.logits(params, hidden).dtype == jnp.float32
+    assert low.nll(params, hidden, make_view().ids[:, :A]).dtype == jnp.float32
+    np.testing.assert_allclose(hidden.astype(jnp.float32), want[1], atol=0.15)
+
+
+def test_flops_count_the_matrices_and_attention():
+    arch = make_arch()
+    table = families.table(arch)
+    per_layer = 16 * 16 + 2 * 16 * 8 + 16 * 16 + 3 * 16 * 24
+    forward = parameters.matmul_flops_per_token(table, arch, context=T)
+    assert forward == 2 * (2 * per_layer + 13 * 16 + 2 * 2 * T * 16)
+    assert parameters.matmul_flops_per_token(table, arch, T, head=False) == forward - 2 * 13 * 16
