@@ -34,7 +34,7 @@ class DataConfig:
     """JSON field of chat records ({"messages": [{"role": ..., "content": ...}]}); the last assistant turn is supervised."""
     level: str = "easy"
     """Difficulty of the built-in corpus."""
-    builtin_train: int = 20_000
+    builtin_train: int = 6_000
     """Built-in training problems."""
     builtin_test: int = 512
     """Built-in held-out problems."""
@@ -128,6 +128,8 @@ class ModelConfig:
     """Added to the mean square in RMSNorm."""
     tie_embeddings: bool = False
     """The head is the transposed embedding."""
+    init_std: float | None = None
+    """Standard deviation of random weights (outputs into the residual stream: over sqrt(2 layers)); None for Mitchell's."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute and activation type (softmax, norms and loss are float32 in any case)."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"

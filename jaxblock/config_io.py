@@ -169,7 +169,7 @@ def _require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-def _at_least(section: Any, name: str, least: float, *fields: str) -> None:
+def _at_least(section: Any, name: str, least: int, *fields: str) -> None:
     """Raises UserError unless the fields are None or at least so much."""
     for field in fields:
         value = getattr(section, field)

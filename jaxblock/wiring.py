@@ -36,6 +36,7 @@ def architecture(model: ModelConfig, *, vocab_size: int, mask_id: int, eos_id: i
         mask_id=mask_id,
         eos_id=eos_id,
         pad_id=eos_id,
+        init_std=model.init_std,
     )
 
 

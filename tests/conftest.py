@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -28,3 +29,40 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"no reference data at {SHARED}")
     return SHARED
+
+
+TINY = """\
+data: {{prepared: {folder}/prepared, train: {folder}/train.jsonl, test: {folder}/test.jsonl, validation_records: 8,
+       template: plain, tokenizer_type: char, vocab_size: 300}}
+canvas: {{prompt_len: 24, response_len: 16, block: 4}}
+model: {{d_model: 16, n_layers: 2, n_heads: 2, mlp_dim: 32, tie_embeddings: true, scan_layers: false}}
+optimizer: {{lr: 1.0e-2, warmup_steps: 2}}
+train: {{out: {folder}/run, steps: 120, batch_size: 8, log_every: 1, eval_every: 60, eval_problems: 8, eval_nelbo_rows: 8,
+        save_every: 100}}
+decode: {{batch_size: 4}}
+evaluate: {{nelbo_rows: 8}}
+"""
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A config file of the smallest experiment (one-digit sums, 10,000 parameters) whose data are prepared."""
+    from jaxblock.cli import main
+
+    folder = tmp_path_factory.mktemp("tiny")
+    sums = [(a, b) for a in range(10) for b in range(10)]
+    rows = [json.dumps({"question": f"{a}+{b}?", "answer": f"{a}+{b}={a + b}\n#### {a + b}"}) + "\n" for a, b in sums]
+    (folder / "train.jsonl").write_text("".join(row for at, row in enumerate(rows) if at % 7))
+    (folder / "test.jsonl").write_text("".join(row for at, row in enumerate(rows) if not at % 7))
+    (folder / "tiny.yaml").write_text(TINY.format(folder=folder))
+    assert main(["prepare", "--config", str(folder / "tiny.yaml")]) == 0
+    return folder / "tiny.yaml"
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_config: Path) -> Path:
+    """The run folder of that experiment, trained without interruption. To be read, never changed."""
+    from jaxblock.cli import main
+
+    assert main(["train", "--config", str(tiny_config)]) == 0
+    return tiny_config.parent / "run"

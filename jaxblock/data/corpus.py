@@ -43,9 +43,10 @@ class Level:
 
 
 LEVELS: dict[str, Level] = {
-    "easy": Level(steps=(2, 3), max_operand=9, max_total=20),
-    "medium": Level(steps=(2, 4), max_operand=20, max_total=100),
-    "hard": Level(steps=(3, 5), max_operand=50, max_total=500, operations="+-*"),
+    "easy": Level(steps=(2, 3), max_operand=6, max_total=15),
+    "medium": Level(steps=(2, 3), max_operand=9, max_total=20),
+    "hard": Level(steps=(2, 4), max_operand=20, max_total=100),
+    "harder": Level(steps=(3, 5), max_operand=50, max_total=500, operations="+-*"),
 }
 DEFAULT_LEVEL = "easy"
 
@@ -57,6 +58,7 @@ _THINGS = tuple(
     "apples badges balloons beads books bottles buttons candles cards carrots coins cookies crayons cups eggs flowers keys lemons "
     "letters marbles muffins pears pencils plums postcards ribbons shells spoons stamps stickers tickets tulips".split()
 )
+# A number is never followed by a full stop: a tokenizer would make one token of the two, and another number of it.
 # Short sentences on purpose: a prompt token costs as much compute as a response token, and the quickstart runs on two cores.
 _OPENINGS = (
     "{name} has {n} {things}.",
@@ -79,12 +81,12 @@ _SENTENCES = {
     "-": (
         "{other} takes {n} of them.",
         "{name} gives {n} to {other}.",
-        "Then {name} loses {n}.",
+        "Then {name} loses {n} {things}.",
         "{name} sells {n} {things}.",
         "{other} borrows {n} {things}.",
         "{n} of them go missing.",
         "Later {name} mislays {n} {things}.",
-        "{name} throws away {n}.",
+        "{name} throws away {n} {things}.",
     ),
     "*": (
         "A lucky trade makes it {n} times as many.",

@@ -47,16 +47,20 @@ def table(arch: Architecture) -> Table:
     prefix = "model.transformer.blocks.{layer}."
 
     def matrix(name: str, n_in: int, n_out: int, axes: tuple[str, str], residual: bool = False) -> ParamSpec:
+        shape, hf_name = (n_layers, n_in, n_out), prefix + name + ".weight"
+        if arch.init_std is not None:
+            std = arch.init_std * ((2 * n_layers) ** -0.5 if residual else 1.0)
+            return ParamSpec(shape, ("layers", *axes), std, hf_name, transpose=True)
         # Mitchell initialisation: 1/sqrt(fan in), outputs into the residual stream smaller with depth.
         std = (2 * n_in) ** -0.5 if residual else n_in**-0.5
-        shape = (n_layers, n_in, n_out)
-        return ParamSpec(shape, ("layers", *axes), std, prefix + name + ".weight", True, residual)
+        return ParamSpec(shape, ("layers", *axes), std, hf_name, transpose=True, depth_scaled=residual)
 
     def norm(name: str) -> ParamSpec:
         return ParamSpec((n_layers, d), ("layers", "embed"), None, prefix + name + ".weight")
 
+    vector_std = d**-0.5 if arch.init_std is None else arch.init_std
     specs = {
-        "embed": ParamSpec((arch.vocab_size, d), ("vocab", "embed"), d**-0.5, "model.transformer.wte.weight"),
+        "embed": ParamSpec((arch.vocab_size, d), ("vocab", "embed"), vector_std, "model.transformer.wte.weight"),
         "blocks/attn_norm": norm("attn_norm"),
         "blocks/q": matrix("q_proj", d, q_dim, ("embed", "heads")),
         "blocks/k": matrix("k_proj", d, kv_dim, ("embed", "kv_heads")),
@@ -70,7 +74,7 @@ def table(arch: Architecture) -> Table:
     }
     if not arch.tie_embeddings:
         shape, axes = (d, arch.vocab_size), ("embed", "vocab")
-        specs["head"] = ParamSpec(shape, axes, d**-0.5, "model.transformer.ff_out.weight", transpose=True)
+        specs["head"] = ParamSpec(shape, axes, vector_std, "model.transformer.ff_out.weight", transpose=True)
     return specs
 
 
@@ -115,6 +119,7 @@ def from_hf(config: Mapping[str, Any], where: str) -> Architecture:
         mask_id=need("mask_token_id"),
         eos_id=need("eos_token_id"),
         pad_id=config.get("pad_token_id", need("eos_token_id")),
+        init_std=config.get("init_std") if config.get("init_fn") == "normal" else None,
         extra=tuple(sorted((k, json.dumps(v)) for k, v in config.items())),
     )
 
@@ -144,7 +149,7 @@ def to_hf(arch: Architecture, dtype: str) -> dict[str, Any]:
         "embedding_dropout": 0.0,
         "include_bias": False,
         "include_qkv_bias": False,
-        "init_fn": "mitchell",
+        "init_fn": "mitchell" if arch.init_std is None else "normal",
         "input_emb_norm": False,
         "layer_norm_type": "rms",
         "mlp_ratio": 4,
@@ -173,6 +178,8 @@ def to_hf(arch: Architecture, dtype: str) -> dict[str, Any]:
         "vocab_size": arch.vocab_size,
         "weight_tying": arch.tie_embeddings,
     }
+    if arch.init_std is not None:
+        config["init_std"] = arch.init_std
     if "dtype" in config:
         config["dtype"] = dtype
     return config

@@ -28,6 +28,7 @@ class Architecture:
         family: key of ``models.families.FAMILIES``.
         alignment: which hidden state predicts a token (see ``Layout``).
         eos_id: end of sequence; fills the rest of the terminator's block.
+        init_std: standard deviation of random weights; None for Mitchell's initialisation.
         extra: the config.json this was read from, kept so that export writes back what it does not understand.
     """
 
@@ -47,6 +48,7 @@ class Architecture:
     eos_id: int
     pad_id: int
     alignment: Alignment = "same_position"
+    init_std: float | None = None
     extra: tuple[tuple[str, str], ...] = ()
 
     def with_vocabulary(self, vocab_size: int, mask_id: int, eos_id: int, pad_id: int) -> Architecture:

@@ -59,6 +59,11 @@ def rotate(x: Float[Array, "B T N H"], cos: Array, sin: Array) -> Float[Array, "
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
+def pick(x: Float[Array, "B T *rest"], at: Int[Array, "B A"]) -> Float[Array, "B A *rest"]:
+    """Each row's entries at some positions."""
+    return jnp.take_along_axis(x, at.reshape(at.shape + (1,) * (x.ndim - 2)), axis=1)
+
+
 class Block(nnx.Module):
     """One layer. Its parameters are those of the table, under the table's names."""
 
@@ -77,15 +82,30 @@ class Block(nnx.Module):
         for name, spec in specs.items():
             setattr(self, name, nnx.Param(jnp.zeros(spec.shape[1:])))
 
-    def __call__(self, x: Float[Array, "B T D"], cos: Array, sin: Array, length: Int[Array, " B"]) -> Array:
-        """Attention, then the feed-forward layer, each added to the residual stream [B, T, D]."""
+    def __call__(
+        self, x: Float[Array, "B T D"], cos: Array, sin: Array, length: Int[Array, " B"], at: Array | None = None
+    ) -> Array:
+        """Attention, then the feed-forward layer, each added to the residual stream.
+
+        Args:
+            x: the residual stream [B, T, D].
+            cos: of the rotary positions [B, T, 1, H/2].
+            sin: likewise.
+            length: visible keys of each row.
+            at: positions [B, A] whose output is wanted; None for all.
+
+        Returns:
+            The residual stream [B, T, D], or [B, A, D] at the wanted positions.
+        """
         arch, (rows, width, _) = self.arch, x.shape
         h = rms_norm(x, self.attn_norm[...], arch.norm_eps)
-        q = dense(h, self.q[...]).reshape(rows, width, arch.n_heads, arch.head_dim)
         k = dense(h, self.k[...]).reshape(rows, width, arch.n_kv_heads, arch.head_dim)
         v = dense(h, self.v[...]).reshape(rows, width, arch.n_kv_heads, arch.head_dim)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        h = attend(q, k, v, length, self.attention).reshape(rows, width, -1)
+        k = rotate(k, cos, sin)
+        if at is not None:
+            x, h, cos, sin = (pick(a, at) for a in (x, h, cos, sin))
+        q = rotate(dense(h, self.q[...]).reshape(rows, -1, arch.n_heads, arch.head_dim), cos, sin)
+        h = attend(q, k, v, length, self.attention).reshape(rows, x.shape[1], -1)
         x = x + dense(h, self.o[...])
         h = rms_norm(x, self.mlp_norm[...], arch.norm_eps)
         h = jax.nn.silu(dense(h, self.gate[...])) * dense(h, self.up[...])
@@ -134,27 +154,37 @@ class Transformer:
         Returns:
             ([B, A, D], the cache).
         """
-        x = self.trunk(params, view.ids, view.positions, view.length)
-        x = jnp.take_along_axis(x, view.at[..., None], axis=1)
+        x = self.trunk(params, view.ids, view.positions, view.length, view.at)
         return rms_norm(x, params["final_norm"], self.arch.norm_eps), cache
 
     def trunk(
-        self, params: Params, ids: Int[Array, "B T"], positions: Int[Array, "B T"], length: Int[Array, " B"]
-    ) -> Float[Array, "B T D"]:
-        """The residual stream of every position, before the last norm."""
+        self,
+        params: Params,
+        ids: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        length: Int[Array, " B"],
+        at: Int[Array, "B A"] | None = None,
+    ) -> Float[Array, "B wanted D"]:
+        """The residual stream before the last norm, of every position or at ``at`` alone.
+
+        Unrolled, the last layer computes no more than is wanted (a third of a small network's work). Scanned layers are
+        all alike: splitting the last off would copy the stack of the others.
+        """
         x = constrain(params["embed"].astype(self.dtype)[ids], "batch", None, None)
         cos, sin = rotary(positions, self.arch.head_dim, self.arch.rope_theta, self.dtype)
 
-        def layer(x: Array, block_params: Params) -> Array:
+        def layer(x: Array, block_params: Params, at: Array | None = None) -> Array:
             block = nnx.merge(self._graph, block_params)
-            return constrain(block(x, cos, sin, length), "batch", None, None)
+            return constrain(block(x, cos, sin, length, at), "batch", None, None)
 
         if self.remat != "none":
             layer = jax.checkpoint(layer, policy=_POLICIES[self.remat], prevent_cse=not self.scan_layers)
         if self.scan_layers:
-            return jax.lax.scan(lambda x, p: (layer(x, p), None), x, params["blocks"])[0]
+            x = jax.lax.scan(lambda x, p: (layer(x, p), None), x, params["blocks"])[0]
+            return x if at is None else pick(x, at)
         for index in range(self.arch.n_layers):
-            x = layer(x, jax.tree.map(lambda leaf, i=index: leaf[i], params["blocks"]))
+            own = jax.tree.map(lambda leaf, i=index: leaf[i], params["blocks"])
+            x = layer(x, own, at if index == self.arch.n_layers - 1 else None)
             if self.check_layer is not None:
                 self.check_layer(index, x)
         return x

@@ -161,7 +161,7 @@ class _Loop:
                 window.due = last or step % train.log_every == 0
                 evaluate = last or bool(train.eval_every and step % train.eval_every == 0)
                 save = last or step % train.save_every == 0
-                if window.due and (evaluate or save):
+                if window.due and (evaluate or save or train.debug):
                     self._report(window, progress)
                 if evaluate:
                     self._evaluate(state.params, step, progress)
@@ -221,14 +221,15 @@ class _Loop:
         row: dict[str, Any] = {"step": step, "kind": "eval"}
         bound: Bound | None = None
         solved: Solved | None = None
-        if train.eval_nelbo_rows and held_out:
-            bound = self.evaluator.bound(params, held_out[: train.eval_nelbo_rows])
-            row["nelbo_per_token"] = bound.per_text_token._asdict()
-            row["nelbo_per_sequence"] = bound.per_sequence._asdict()
-        if train.eval_problems and held_out:
-            solved = self.evaluator.solve(params, held_out[: train.eval_problems])
-            row["pass_at_1"] = solved.pass_at_1._asdict()
-            row["grader"] = self.config.evaluate.grader
+        with jax.disable_jit(False):  # debug mode is for training steps: decoding without jit would take minutes
+            if train.eval_nelbo_rows and held_out:
+                bound = self.evaluator.bound(params, held_out[: train.eval_nelbo_rows])
+                row["nelbo_per_token"] = bound.per_text_token._asdict()
+                row["nelbo_per_sequence"] = bound.per_sequence._asdict()
+            if train.eval_problems and held_out:
+                solved = self.evaluator.solve(params, held_out[: train.eval_problems])
+                row["pass_at_1"] = solved.pass_at_1._asdict()
+                row["grader"] = self.config.evaluate.grader
         if bound is None and solved is None:
             return
         self.log.write(row)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import traverse_util
 
@@ -49,11 +50,23 @@ def make(config: OptimizerConfig, steps: int, table: Table) -> optax.GradientTra
         return traverse_util.unflatten_dict(mask, sep="/")
 
     parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm > 0 else []
-    parts.append(optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=jax.numpy.float32))
+    parts.append(optax.scale_by_adam(config.b1, config.b2, config.eps))
     if config.weight_decay:
         parts.append(optax.add_decayed_weights(config.weight_decay, mask=decays))
     parts.append(optax.scale_by_learning_rate(schedule(config, steps)))
-    return optax.chain(*parts)
+    return _in_float32(optax.chain(*parts))
+
+
+def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Gradients and parameters are cast before ``inner`` sees them: Adam's moments take their type from both."""
+
+    def wide(tree: Params) -> Params:
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)), tree)
+
+    def update(grads: Params, state: optax.OptState, params: Params) -> tuple[Params, optax.OptState]:
+        return inner.update(wide(grads), state, wide(params))
+
+    return optax.GradientTransformation(lambda params: inner.init(wide(params)), update)
 
 
 def _paths(params: Params) -> list[str]:

@@ -110,7 +110,7 @@ def train_step(
     found, grads = gradients(objective, state.params, batch, state.step)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    return TrainState(params, opt_state, state.step + 1), StepMetrics(found, optax.global_norm(grads))
+    return TrainState(params, opt_state, state.step + 1), StepMetrics(found, optax.tree.norm(grads))
 
 
 def compile_step(

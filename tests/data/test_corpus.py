@@ -103,7 +103,7 @@ def test_asking_for_too_many_says_how_many_exist_and_exactly_that_many_can_be_ha
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(("valid", 1), "train"), (("train", -1), "-1"), (("train", 1, "trivial"), "easy, medium, hard")],
+    [(("valid", 1), "train"), (("train", -1), "-1"), (("train", 1, "trivial"), "easy, medium, hard, harder")],
 )
 def test_bad_arguments_are_named(arguments, message):
     split, n, *level = arguments

@@ -132,11 +132,13 @@ def test_the_table_is_the_modules_parameters():
         assert all(len(spec.axes) == len(spec.shape) for spec in table.values())
         assert len({spec.hf_name for spec in table.values()}) == len(table)
         assert {p for p, s in table.items() if not s.is_matrix} == {"final_norm", "blocks/attn_norm", "blocks/mlp_norm"}
-        # Every parameter is used: each has a gradient.
-        net = Transformer(arch)
-        view = make_view()
-        grad = jax.eval_shape(jax.grad(lambda p, net=net: net.hidden(p, view)[0].sum()), params)
-        assert jax.tree.structure(grad) == jax.tree.structure(params)
+
+
+def test_every_parameter_is_used(plain):
+    _, params, (_, _, flat) = plain
+    for path, grad in parameters.flatten(ravel_pytree(params)[1](flat)).items():
+        assert (np.abs(grad).reshape(len(grad), -1).max(-1) > 0).all() or path in ("embed", "final_norm"), path
+        assert np.abs(grad).max() > 0, path
 
 
 def test_initialisation_follows_the_table():
