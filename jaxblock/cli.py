@@ -208,15 +208,16 @@ def parse(verb: str, arguments: Sequence[str]) -> Any:
         path = _config_of(checkpoint)
     base = config_io.load(path)
     sections = {f.name: getattr(base, f.name) for f in fields(Config)}
-    # Where a verb needs values that no YAML gives, tyro must know that they are missing.
-    defaults = {
-        f.name: sections[f.name] if f.name in sections else _default(f) for f in fields(kind)
-    }
+    # Not kind(...): where a verb needs a value that no YAML gives, tyro must know that it is missing, and MISSING is
+    # not of the field's type.
+    default = object.__new__(kind)
+    for entry in fields(kind):
+        object.__setattr__(default, entry.name, sections[entry.name] if entry.name in sections else _default(entry))
     return tyro.cli(
         kind,
         prog=f"jaxblock {verb}",
         description=(kind.__doc__ or "") + " Precedence: flag > YAML file > default.",
-        default=kind(**defaults),
+        default=default,
         args=list(arguments),
         config=(tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands),
         use_underscores=True,

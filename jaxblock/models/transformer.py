@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import jax
@@ -34,8 +34,34 @@ _POLICIES: dict[str, Any] = {
 
 def dense(x: Float[Array, "*rows I"], w: Float[Array, "I O"]) -> Float[Array, "*rows O"]:
     """``x @ w`` in x's type. float32 means float32 on every platform: no TF32, no bfloat16 passes."""
-    precision = "highest" if x.dtype == jnp.float32 else "default"
-    return jnp.matmul(x, w.astype(x.dtype), precision=precision)
+    return _matmul(x, w, x.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _matmul(x: Array, w: Array, out: DTypeLike) -> Array:
+    return jnp.matmul(x, w.astype(x.dtype), precision=_precision(x), preferred_element_type=out)
+
+
+def _matmul_forward(x: Array, w: Array, out: DTypeLike) -> tuple[Array, tuple[Array, Array]]:
+    return _matmul(x, w, out), (x, w)
+
+
+def _matmul_backward(out: DTypeLike, saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
+    # JAX's own gradient of w is (grad^T x)^T. XLA's CPU backend then writes grad transposed from inside the loop that
+    # computes it, which took a quarter of a train step (half of one with scanned layers); x^T grad needs none of that.
+    x, w = saved
+    grad = grad.astype(x.dtype)
+    rows = tuple(range(x.ndim - 1))
+    dx = jnp.matmul(grad, w.T.astype(x.dtype), precision=_precision(x))
+    dw = jax.lax.dot_general(x, grad, ((rows, rows), ((), ())), precision=_precision(x))
+    return dx, dw.astype(w.dtype)
+
+
+_matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+def _precision(x: Array) -> str:
+    return "highest" if x.dtype == jnp.float32 else "default"
 
 
 def rms_norm(x: Array, scale: Array, eps: float) -> Array:

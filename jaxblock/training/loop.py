@@ -68,7 +68,7 @@ def train(config: Config, console: Console) -> Outcome:
     session = set_up(config, console)
     with jax.set_mesh(session.mesh):
         if session.step >= config.train.steps:
-            console.print(f"{config.train.out} is finished ({session.step:,} steps); nothing to do", highlight=False)
+            console.out(f"{config.train.out} is finished ({session.step:,} steps); nothing to do", highlight=False)
             session.checkpoints.close()
             return Outcome(session.step, finished_before=True)
         try:

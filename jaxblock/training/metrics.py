@@ -70,10 +70,8 @@ def summarise(window: list[StepMetrics]) -> dict[str, Any]:
     """
 
     def pooled(parts: list[Sum]) -> tuple[np.ndarray, np.ndarray]:
-        return (
-            np.asarray([p.total for p in parts], np.float64).sum(0),
-            np.asarray([p.weight for p in parts], np.float64).sum(0),
-        )
+        both = np.asarray([[p.total for p in parts], [p.weight for p in parts]], np.float64).sum(1)
+        return both[0, ...], both[1, ...]
 
     total, weight = pooled([m.losses.loss for m in window])
     by_block = pooled([m.losses.by_block for m in window])

@@ -110,10 +110,10 @@ def set_up(config: Config, console: Console) -> Session:
         run_folder.begin(folder, config, arch, prepared)
         checkpoints = Checkpoints(folder, train.keep)
     elif step is None:
-        console.print(f"{train.out} ended before its first checkpoint: beginning again", highlight=False)
+        console.out(f"{train.out} ended before its first checkpoint: beginning again", highlight=False)
     else:
         state = checkpoints.restore(step, state)
-        console.print(f"going on from step {step:,} of {train.out}", highlight=False)
+        console.out(f"going on from step {step:,} of {train.out}", highlight=False)
     bad = not_finite(state.params) if train.debug else []
     if bad:
         raise UserError(f"these weights hold NaN or infinity before the first step: {', '.join(bad)}")
@@ -201,19 +201,19 @@ def _weights(
         run = run_folder.open_run(source)
         check_vocabulary(run.arch, prepared, source)
         params, step = run_folder.load_params(run, mesh, dtype)
-        console.print(f"starting from step {step:,} of {source}", highlight=False)
+        console.out(f"starting from step {step:,} of {source}", highlight=False)
         return run.arch, params
     else:
         arch = huggingface.architecture(source)
         check_vocabulary(arch, prepared, source)
         placed = axes.param_shardings(mesh, families.table(arch))
-        console.print(f"starting from {source}", highlight=False)
+        console.out(f"starting from {source}", highlight=False)
         return huggingface.load(source, dtype=dtype, shardings=placed)
     table = families.table(arch)
     placed = axes.param_shardings(mesh, table)
     make = jax.jit(lambda: parameters.init(table, config.train.seed, dtype), out_shardings=placed)
     if resumed is None:
-        console.print(f"random weights: {parameters.count(table):,} parameters", highlight=False)
+        console.out(f"random weights: {parameters.count(table):,} parameters", highlight=False)
     return arch, make()
 
 

@@ -37,7 +37,7 @@ def make_net(dtype="float64", seed=0, **changes):
     ids = dict(mask_id=MASK, eos_id=FILL, pad_id=FILL)
     rest = dict(norm_eps=1e-5, rope_theta=100.0, max_len=64, tie_embeddings=False)
     net = Transformer(Architecture("llada", **{**sizes, **rest, **ids, **changes}), dtype=dtype)
-    return net, jax.tree.map(lambda x: 2.5 * x, parameters.init(net.table, seed, dtype))
+    return net, jax.jit(lambda: jax.tree.map(lambda x: 2.5 * x, parameters.init(net.table, seed, dtype)))()
 
 
 def make_layout(context="aligned", alignment="same_position", block=3, response_len=R):
@@ -135,19 +135,20 @@ def build_truth(net, params, layout, texts, gradient=False, most=64):
                     continue
                 at = len(prompt) + k * size + np.arange(size)
                 read = np.clip(at - (layout.alignment == "shifted"), 0, len(ids) - 1)
-                pictures.append((ids, length, read, np.pad(targets, (0, size - len(targets))), [j in masked for j in range(size)]))
+                padded = np.pad(targets, (0, size - len(targets)))
+                pictures.append((ids, length, read, padded, [j in masked for j in range(size)]))
                 where.append((i, k, s))
             n[-1].append(len(targets))
     pictures += pictures[:1] * (most - len(pictures))
     batch = [jnp.asarray(np.array(column)) for column in zip(*pictures, strict=True)]
     out = (_gradients if gradient else lambda *a: (_forward(*a), None))(net, params, *batch)
-    index = tuple(np.array(where).T)
+    entries = tuple(np.array(where).T)
     shape = (len(rows), layout.n_blocks, 2**size)
 
     def table(values):
         values = np.asarray(values)[: len(where)]
         whole = np.full(shape + values.shape[1:], np.nan)
-        whole[index] = values
+        whole[entries] = values
         return whole
 
     arrays = [np.array([x + [0] * (m - len(x)) for x in xs]) for xs, m in ((PROMPTS, P), (texts, R))]
@@ -155,8 +156,9 @@ def build_truth(net, params, layout, texts, gradient=False, most=64):
     prompt_ids, prompt_len, text_ids, text_len = (
         jnp.asarray(x, jnp.int32) for pair in zip(arrays, lengths, strict=True) for x in pair
     )
-    rows_of = canvases.from_rows(layout, prompt_ids, prompt_len, text_ids, text_len, jnp.arange(len(rows), dtype=jnp.int32))
-    return Truth(layout, rows_of, rows, n, table(out[0]), None if out[1] is None else table(out[1]))
+    index = jnp.arange(len(rows), dtype=jnp.int32)
+    canvas = canvases.from_rows(layout, prompt_ids, prompt_len, text_ids, text_len, index)
+    return Truth(layout, canvas, rows, n, table(out[0]), None if out[1] is None else table(out[1]))
 
 
 @pytest.fixture(scope="session")

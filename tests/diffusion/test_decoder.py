@@ -1,4 +1,4 @@
-"""What the decoder promises whatever the weights: batches do not matter, it ends, and no mask token is ever committed."""
+"""What the decoder promises whatever the weights: batches do not matter, it ends, no mask token is committed."""
 
 from __future__ import annotations
 

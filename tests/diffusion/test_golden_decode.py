@@ -40,7 +40,8 @@ def _options(case):
     if case.get("logits_eos_inf"):
         options |= {"eos_suppression": "logits", "fill_id": case["eos_id"]}
     if case.get("confidence_eos_eot_inf"):
-        options |= {"eos_suppression": "confidence", "fill_id": case["eos_id"], "stop_ids": (case["eot_id"], case["eos_id"])}
+        stops = (case["eot_id"], case["eos_id"])
+        options |= {"eos_suppression": "confidence", "fill_id": case["eos_id"], "stop_ids": stops}
     return options
 
 

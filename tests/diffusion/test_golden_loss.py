@@ -52,8 +52,8 @@ def _canvas(layout, ids, prompt_len, end):
     text = np.zeros((rows, layout.response_len), np.int32)
     for row in range(rows):
         text[row, : text_len[row]] = ids[row, prompt_len[row] : end[row]]
-    ints = (jnp.asarray(x, jnp.int32) for x in (ids[:, : prompt_len.max()], prompt_len, text, text_len, np.arange(rows)))
-    canvas = _from_rows(layout, *ints)
+    arrays = ids[:, : prompt_len.max()], prompt_len, text, text_len, np.arange(rows)
+    canvas = _from_rows(layout, *(jnp.asarray(x, jnp.int32) for x in arrays))
     canvas = canvas._replace(ids=canvas.ids[:, :width], length=jnp.full(rows, width, jnp.int32))
     np.testing.assert_array_equal(canvas.ids, ids)
     return canvas
@@ -96,7 +96,8 @@ def test_blockwise(golden, golden_model, suffix, prefix):
     name = f"blockwise_suffix{suffix}_prefix{prefix}"
     case, z = cases[name], _load(folder, name)
     net, params = golden_model(case["model"])
-    layout = Layout(40, case["block_size"], "same_position", "paper", None, case["mask_id"], case["pad_id"], (case["pad_id"],))
+    mask, pad = case["mask_id"], case["pad_id"]
+    layout = Layout(40, case["block_size"], "same_position", "paper", None, mask, pad, (pad,))
     canvas = _canvas(layout, z["input_ids"], z["prompt_len"], z["length"])
     block = jnp.asarray(z["block_index"], jnp.int32)
     with jax.enable_x64(True):  # the stored uniforms and rates are float64
@@ -138,7 +139,8 @@ def test_full_sequence(golden, golden_model, model):
     case, z = cases[name], _load(folder, name)
     net, params = golden_model(model)
     rows, width = z["input_ids"].shape
-    layout = Layout(int(z["answer_len"].max()), int(z["answer_len"].max()), "same_position", "paper", None, 127, 1, (1,))
+    longest = int(z["answer_len"].max())
+    layout = Layout(longest, longest, "same_position", "paper", None, case["mask_id"], 1, (1,))
     canvas = _canvas(layout, z["input_ids"], z["prompt_len"], np.full(rows, width))
     block = jnp.zeros(rows, jnp.int32)
 
@@ -146,9 +148,9 @@ def test_full_sequence(golden, golden_model, model):
         return objective.losses(net, params, layout, canvas, draws, normalize, drawn_blocks=canvas.n_blocks * 0).loss
 
     def by_row(params, draws):
-        rows = jax.tree.map(lambda x: x[:, None], canvas), jax.tree.map(lambda x: x.T[:, None], draws._replace(masked=()))
-        masked = jnp.moveaxis(draws.masked, 1, 0)[:, :, None]
-        return jax.vmap(lambda c, d, m: total(params, c, d._replace(masked=m), "sequences").total)(*rows, masked)
+        canvases_of_one = jax.tree.map(lambda x: x[:, None], canvas)
+        draws_of_one = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0)[:, :, None], draws)
+        return jax.vmap(lambda c, d: total(params, c, d, "sequences").total)(canvases_of_one, draws_of_one)
 
     values = jax.jit(lambda params, draws: {n: total(params, canvas, draws, n) for n in NORMALIZE})
     # What is divided by what differs from loss to loss; the gradient of a row's own loss does not.
@@ -156,7 +158,8 @@ def test_full_sequence(golden, golden_model, model):
 
     for weighting in ("nelbo", "uniform"):
         with jax.enable_x64(True):
-            uniforms = _replay(z["uniforms"].astype(float), z["p_mask"].astype(float), z["prompt_len"], np.zeros(rows, int), layout)
+            stored = z["uniforms"].astype(float), z["p_mask"].astype(float), z["prompt_len"]
+            uniforms = _replay(*stored, np.zeros(rows, int), layout)
             how = Sampling("floored_bernoulli", "pairs", 1, weighting)
             draws = _draw(how, layout, canvas, jax.tree.map(jnp.asarray, uniforms), block)
             view, _ = _corrupt(layout, canvas, jax.tree.map(lambda x: x[0], draws), Ablation())

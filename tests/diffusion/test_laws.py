@@ -262,13 +262,17 @@ def test_losses_are_the_tables_combination(truths, name):
         out = objective.losses(net, params, truth.layout, canvas, draw, normalize, drawn_blocks=block)
         return out.loss.total, out
 
+    @jax.jit
+    def real(key):
+        uniforms = sampling.draw_uniforms(key, rows, how.draws, truth.layout, noise=False)
+        return sampling.draw(how, truth.layout, canvas, uniforms, block)
+
     compiled = jax.jit(jax.value_and_grad(total, argnums=1, has_aux=True), static_argnums=0)
     supervised = [sum(sizes) for sizes in truth.n]
     data = {"text_tokens": sum(len(text) for _, text in truth.rows), "sequence_mean": rows, "blocks": rows}
     share = [1 / supervised[i] if normalize == "sequence_mean" else 1 for i in origin]
     for seed in range(3):
-        uniforms = sampling.draw_uniforms(jax.random.key(seed), rows, how.draws, truth.layout, noise=False)
-        draw = sampling.draw(how, truth.layout, canvas, uniforms, block)
+        draw = real(jax.random.key(seed))
         (value, out), grad = compiled(net, params, draw)
         want, want_grad, by_block, by_count = 0.0, 0.0, np.zeros((BLOCKS, 2)), np.zeros((SIZE, 2))
         for k, i in itertools.product(range(how.draws), range(rows)):

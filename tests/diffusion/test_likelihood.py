@@ -12,11 +12,12 @@ import pytest
 from jaxblock.diffusion import canvas as canvases
 from jaxblock.diffusion import decoder, likelihood
 
+_nelbo = jax.jit(likelihood.nelbo, static_argnums=(0, 1, 2))
 TEXTS = ([1, 0, 6, 2, 2, 10, 7], [5, 3, 1, 7])
 
 
 def log_likelihood(truth):
-    """log p of each block [row, block]: the mean over all commit orders of the product of conditionals, one token a step."""
+    """log p of each block [row, block]: the mean over commit orders of the product of conditionals, a token a step."""
     out = np.zeros(truth.nll.shape[:2])
     for i, sizes in enumerate(truth.n):
         for k, n in enumerate(sizes):
@@ -55,7 +56,7 @@ def test_nelbo_bounds_the_decoders_likelihood(x64, tiny, truth_of, context, bloc
 def test_exact_mode_is_the_enumeration(x64, tiny, truths, context):
     net, params, made = truths
     truth = made[context]
-    got = jax.jit(likelihood.nelbo, static_argnums=(0, 1, 2))(net, truth.layout, 7, params, truth.canvas, jax.random.key(0))
+    got = _nelbo(net, truth.layout, 7, params, truth.canvas, jax.random.key(0))
     np.testing.assert_allclose(got.per_block, truth.nelbo(), rtol=1e-10)
     np.testing.assert_allclose(likelihood.per_row(got)[0], truth.nelbo().sum(1), rtol=1e-10)
     assert not np.asarray(got.variance).any()
@@ -89,8 +90,7 @@ def test_reported_errors_cover_the_exact_value(x64, tiny, truths):
     net, params, made = truths
     layout = tiny[1](block=9)
     canvas = made["aligned"].canvas._replace(n_blocks=jnp.ones(2, jnp.int32))
-    run = jax.jit(likelihood.nelbo, static_argnums=(0, 1, 2))
-    exact = likelihood.per_row(run(net, layout, 511, params, canvas, jax.random.key(0)))[0]
+    exact = likelihood.per_row(_nelbo(net, layout, 511, params, canvas, jax.random.key(0)))[0]
     sample = jax.jit(jax.vmap(lambda key: likelihood.per_row(likelihood.nelbo(net, layout, 64, params, canvas, key))))
     value, error = sample(jax.random.split(jax.random.key(2), 60))
     assert (np.abs(value - exact) <= 4 * error).all()
@@ -100,13 +100,12 @@ def test_reported_errors_cover_the_exact_value(x64, tiny, truths):
 def test_a_rows_estimate_does_not_depend_on_its_batch(x64, truths):
     net, params, made = truths
     truth = made["aligned"]
-    run = jax.jit(likelihood.nelbo, static_argnums=(0, 1, 2))
-    both = run(net, truth.layout, 5, params, truth.canvas, jax.random.key(3))
+    both = _nelbo(net, truth.layout, 5, params, truth.canvas, jax.random.key(3))
     second = jax.tree.map(lambda x: x[1:], truth.canvas)
-    alone = run(net, truth.layout, 5, params, second, jax.random.key(3))
+    alone = _nelbo(net, truth.layout, 5, params, second, jax.random.key(3))
     np.testing.assert_allclose(alone.per_block[0], both.per_block[1], rtol=1e-12)
     np.testing.assert_allclose(alone.variance[0], both.variance[1], rtol=1e-9)
-    other = run(net, truth.layout, 5, params, second._replace(row_id=second.row_id + 5), jax.random.key(3))
+    other = _nelbo(net, truth.layout, 5, params, second._replace(row_id=second.row_id + 5), jax.random.key(3))
     assert not np.allclose(other.per_block[0], both.per_block[1])
 
 
@@ -128,9 +127,9 @@ def test_the_decoder_samples_from_that_likelihood(x64, tiny, truth_of):
     assert response.max() < 4
     seen = np.bincount(response @ [4, 1], minlength=16)
 
-    logits = jax.jit(lambda ids: net.all_logits(params, ids, jnp.tile(jnp.arange(4), (len(ids), 1)), jnp.full(len(ids), 4)))
-    fed = [[1, 2, a, b] for a in range(5) for b in range(5)]
-    table = np.asarray(logits(jnp.array(fed)))[:, 2:, :4].reshape(5, 5, 2, 4)
+    fed = jnp.array([[1, 2, a, b] for a in range(5) for b in range(5)])
+    table = jax.jit(net.all_logits)(params, fed, jnp.tile(jnp.arange(4), (25, 1)), jnp.full(25, 4))
+    table = np.asarray(table)[:, 2:, :4].reshape(5, 5, 2, 4)
     table = np.exp(table) / np.exp(table).sum(-1, keepdims=True)
     first, second = table[4, 4]
     chance = [(first[a] * table[a, 4, 1, b] + second[b] * table[4, b, 0, a]) / 2 for a in range(4) for b in range(4)]

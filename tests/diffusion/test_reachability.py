@@ -100,6 +100,7 @@ def _layout(alignment="same_position", block=3, context="aligned"):
 
 
 ROWS, DRAWS = 3, 2
+NO_ABLATION = Ablation()
 
 
 def _train(layout, law, ablation, rows, key):
@@ -108,9 +109,8 @@ def _train(layout, law, ablation, rows, key):
     how = Sampling(law, "per_sequence", DRAWS, "nelbo")
     uniforms = sampling.draw_uniforms(key, ROWS, DRAWS, layout, noise=ablation.needs_noise)
     draws = sampling.draw(how, layout, canvas, uniforms)
-    noise = jnp.moveaxis(uniforms.noise, 1, 0)
-    views = jax.vmap(lambda d, u: corrupt(layout, canvas, d, ablation, u if ablation.needs_noise else None)[0])(draws, noise)
-    return views, draws
+    noise = jnp.moveaxis(uniforms.noise, 1, 0) if ablation.needs_noise else None
+    return jax.vmap(lambda d, u: corrupt(layout, canvas, d, ablation, u)[0])(draws, noise), draws
 
 
 _train_jit = jax.jit(_train, static_argnums=(0, 1, 2))
@@ -123,7 +123,7 @@ def _arrays(prompts, texts, layout):
     return tuple(map(jnp.asarray, arrays))
 
 
-def _verdicts(prompts, texts, layout, law="exact_count", ablation=Ablation(), seed=0, spoil=lambda view: view):
+def _verdicts(prompts, texts, layout, law="exact_count", ablation=NO_ABLATION, seed=0, spoil=lambda view: view):
     """``reachable`` of every draw that carries loss."""
     views, draws = _train_jit(layout, law, ablation, _arrays(prompts, texts, layout), jax.random.key(seed))
     views, draws = jax.device_get((spoil(views), draws))
@@ -167,8 +167,9 @@ def test_every_masked_set_of_every_block_is_reached(alignment):
         text = list(range(length - 1)) + [EOT] if length < 8 else [1] * (length - 1) + [EOT]
         prompt_ids = np.tile(np.array(prompt + [0, 0], np.int32), (7, 1))
         text_ids = np.tile(np.array(text + [0] * (12 - length), np.int32), (7, 1))
-        ints = (prompt_ids, np.full(7, 2, np.int32), text_ids, np.full(7, length, np.int32), np.arange(7, dtype=np.int32))
-        canvas = lay(layout, *map(jnp.asarray, ints))
+        lengths = np.full(7, 2, np.int32), np.full(7, length, np.int32)
+        arrays = prompt_ids, lengths[0], text_ids, lengths[1], np.arange(7, dtype=np.int32)
+        canvas = lay(layout, *map(jnp.asarray, arrays))
         for block in range(int(canvas.n_blocks[0])):
             views = jax.device_get(run(canvas, jnp.full(7, block, jnp.int32), jnp.asarray(sets)))
             assert all(reachable(prompt, layout, jax.tree.map(lambda x, i=i: x[i], views), sets[i]) for i in range(7))
@@ -216,12 +217,14 @@ class Recorder:
 def test_the_real_decoder_passes_through_the_replays_states(alignment):
     """Views recorded inside the jitted decoder, and canvases rebuilt from commit_step, against the replay's log."""
     layout, net = _layout(alignment), Recorder()
-    params = {"scale": jnp.float32(3.7), "head": jnp.asarray(np.random.default_rng(0).normal(size=(5, VOCAB)), jnp.float32)}
+    head = np.random.default_rng(0).normal(size=(5, VOCAB))
+    params = {"scale": jnp.float32(3.7), "head": jnp.asarray(head, jnp.float32)}
     prompts = [[1], [2, 3], [4, 5, 6, 0]]
     prompt_ids, prompt_len, _, _, index = _arrays(prompts, [[EOT]] * ROWS, layout)
     canvas = canvases.for_decoding(layout, prompt_ids, prompt_len, index)
     options = decoder.Decoding(steps_per_block=layout.block, rule="random", temperature=1.0)
-    out = jax.device_get(jax.jit(decoder.decode, static_argnums=(0, 1, 2))(net, layout, options, params, canvas, 5, index))
+    run = jax.jit(decoder.decode, static_argnums=(0, 1, 2))
+    out = jax.device_get(run(net, layout, options, params, canvas, 5, index))
     jax.effects_barrier()
     rebuilt = np.asarray(decoder.canvases(layout, decoder.Decoded(*map(jnp.asarray, out)), layout.response_len))
     assert len(net.views) == layout.response_len and out.nfe.tolist() == [layout.response_len] * ROWS

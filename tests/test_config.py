@@ -1,0 +1,145 @@
+"""Config files: what is mistyped, of the wrong type or impossible gets an error that says what to set."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+from pathlib import Path
+
+import pytest
+
+from jaxblock import config as sections
+from jaxblock import config_io
+from jaxblock.config import Config, DecodeConfig
+from jaxblock.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("trian: {steps: 3}", "unknown key trian; did you mean train?"),
+        ("train: {step: 3}", "unknown key train.step; did you mean steps?"),
+        ("train: {batchsize: 3}", "unknown key train.batchsize; did you mean batch_size?"),
+        ("canvas: {zzz: 3}", "unknown key canvas.zzz; known keys: prompt_len, response_len, block"),
+        ("method: {law: exact_counts}", "method.law is 'exact_counts'; did you mean exact_count?; choose from exact_count,"),
+        ("train: {resume: no}", "train.resume is False"),  # YAML 1.1's no
+        ("train: {steps: many}", "train.steps must be int, not 'many'"),
+        ("train: {steps: 3.5}", "train.steps must be int, not 3.5"),
+        ("train: {steps: true}", "train.steps must be int, not True"),
+        ("train: {debug: 1}", "train.debug must be bool, not 1"),
+        ("optimizer: {lr: fast}", "optimizer.lr must be float, not 'fast'"),
+        ("decode: {stop_ids: 3}", "decode.stop_ids must be tuple[int, ...], not 3"),
+        ("decode: {stop_ids: [a]}", "decode.stop_ids must be int, not 'a'"),
+        ("train: 3", "train must be a mapping of keys, not 3"),
+        ("train: 0", "train must be a mapping of keys, not 0"),
+        ("- train", "the file must be a mapping of keys"),
+        ("train: {steps: 1, steps: 2}", "the key 'steps' is there twice"),
+        ("train: {steps: 1}\ntrain: {seed: 2}", "the key 'train' is there twice"),
+        ("train: {steps: 1", "not valid YAML"),
+        ("train:\n\tsteps: 1", "not valid YAML"),
+    ],
+)
+def test_mistakes_in_a_file_are_named(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        config_io.load(str(path))
+    assert message in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere.yaml"):
+        config_io.load(str(tmp_path / "nowhere.yaml"))
+    (tmp_path / "latin.yaml").write_bytes(b"data: {train: caf\xe9}")
+    with pytest.raises(UserError, match="latin.yaml: not valid YAML"):
+        config_io.load(str(tmp_path / "latin.yaml"))
+
+
+def test_values_as_people_write_them(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "optimizer: {lr: 1e-3, b1: 0, clip_norm: 2}\n"  # YAML reads 1e-3 as text, 0 and 2 as integers
+        "evaluate: {problems: None, nelbo_rows: null}\n"
+        "decode: {stop_ids: [1, 2]}\n"
+        "train:\n"
+    )
+    found = config_io.load(str(path))
+    assert (found.optimizer.lr, found.optimizer.b1, found.optimizer.clip_norm) == (1e-3, 0.0, 2.0)
+    assert isinstance(found.optimizer.clip_norm, float)
+    assert (found.evaluate.problems, found.evaluate.nelbo_rows, found.decode.stop_ids) == (None, None, (1, 2))
+    assert found.train == Config().train
+    (tmp_path / "empty.yaml").write_text("# nothing yet\n")
+    assert config_io.load(str(tmp_path / "empty.yaml")) == Config() == config_io.load(None)
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    config = config_io.from_tree({"decode": {"stop_ids": [4, 5]}, "data": {"system": "Be: brief"}}, "here")
+    (tmp_path / "config.yaml").write_text(config_io.dump(config))
+    assert config_io.load(str(tmp_path / "config.yaml")) == config
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"canvas": {"block": 7}}, "canvas.block 7 does not divide canvas.response_len 32: set block to 8 or response_len to 35"),
+        ({"canvas": {"block": 64}}, "canvas.block 64 is longer than canvas.response_len 32"),
+        ({"canvas": {"block": 0}}, "canvas.block is 0: it must be at least 1"),
+        ({"canvas": {"prompt_len": 4090}}, "is longer than model.max_len 4096"),
+        ({"canvas": {"suffix_window": 4, "context": "paper"}}, "canvas.context"),
+        ({"method": {"law": "antithetic"}}, "set method.draws to 2"),
+        ({"method": {"draws": 0}}, "method.draws is 0"),
+        ({"method": {"prefix_mask_rate": 1.5}}, "method.prefix_mask_rate is 1.5: it is a probability"),
+        ({"model": {"d_model": 30}}, "model.d_model 30 must split into model.n_heads 4 heads of an even size"),
+        ({"model": {"n_heads": 0}}, "model.n_heads is 0"),
+        ({"model": {"n_kv_heads": 3}}, "must be a multiple of model.n_kv_heads 3"),
+        ({"model": {"n_layers": 0}}, "model.n_layers is 0"),
+        ({"optimizer": {"lr": 0}}, "optimizer.lr is 0.0: it must be above 0"),
+        ({"optimizer": {"b2": 1}}, "optimizer.b2 is 1.0"),
+        ({"optimizer": {"warmup_steps": 2000}}, "optimizer.warmup_steps 2000 is more than train.steps 1000"),
+        ({"optimizer": {"warmup_steps": -1}}, "optimizer.warmup_steps is -1: it must be 0 or more"),
+        ({"train": {"steps": 0}}, "train.steps is 0"),
+        ({"train": {"fsdp": 0}}, "train.fsdp is 0"),
+        ({"train": {"data_parallel": 0}}, "train.data_parallel is 0"),
+        ({"train": {"seed": -1}}, "train.seed is -1"),
+        ({"decode": {"block": -8}}, "decode.block is -8"),
+        ({"decode": {"temperature": -0.1}}, "decode.temperature is -0.1"),
+        ({"decode": {"threshold": 0}}, "decode.threshold is 0.0"),
+        ({"decode": {"steps_per_block": 0}}, "decode.steps_per_block is 0"),
+        ({"evaluate": {"problems": 0}}, "evaluate.problems is 0"),
+        ({"evaluate": {"nelbo_rows": 0}}, "evaluate.nelbo_rows is 0"),
+    ],
+)
+def test_impossible_values_are_refused(tree: dict[str, dict[str, object]], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        config_io.validate(config_io.from_tree(tree, "here"))
+    assert message in str(caught.value)
+
+
+def test_only_the_sections_that_a_verb_uses_are_checked() -> None:
+    config = config_io.from_tree({"train": {"steps": 10}, "canvas": {"prompt_len": 8000}}, "here")
+    assert config_io.validate(config, ["train", "canvas", "method"]) is config
+    with pytest.raises(UserError, match="warmup_steps"):
+        config_io.validate(config, ["train", "optimizer"])
+
+
+def test_fields_can_be_replaced_by_name() -> None:
+    found = config_io.with_fields(DecodeConfig(seed=3), {"stop_ids": [1], "temperature": 1}, "decode")
+    assert found == DecodeConfig(seed=3, stop_ids=(1,), temperature=1.0)
+    with pytest.raises(UserError, match="unknown key temprature; did you mean temperature?"):
+        config_io.with_fields(DecodeConfig(), {"temprature": 1}, "decode")
+
+
+def test_every_field_has_a_sentence() -> None:
+    """``--help`` shows these sentences."""
+    tree = ast.parse(inspect.getsource(sections))
+    for node in [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name != "Config"]:
+        names = {field.name for field in dataclasses.fields(getattr(sections, node.name))}
+        said = {
+            before.target.id
+            for before, after in zip(node.body, node.body[1:], strict=False)
+            if isinstance(before, ast.AnnAssign) and isinstance(before.target, ast.Name)
+            if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and len(str(after.value.value)) > 8
+        }
+        assert said == names, node.name

@@ -1,0 +1,70 @@
+"""Debug mode, and the check that a model can learn one batch by heart."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxblock import wiring
+from jaxblock.cli import main
+from jaxblock.config import ModelConfig
+from jaxblock.models.params import init
+from jaxblock.training.debug import NanFinder, not_finite
+
+
+def test_nan_finder_names_the_first_bad_layer_under_grad_and_vmap() -> None:
+    model = ModelConfig(d_model=8, n_layers=3, n_heads=2, mlp_dim=8)
+    arch = wiring.architecture(model, vocab_size=9, mask_id=8, eos_id=1)
+    finder = NanFinder()
+    net = wiring.network(arch, model, finder.layer)
+    params = init(net.table, 0, "float32")
+    params["blocks"]["gate"] = params["blocks"]["gate"].at[1, 0, 0].set(jnp.nan)
+    assert not_finite(params) == ["blocks/gate (layer 1)"]
+    ids = jnp.ones((2, 2, 4), jnp.int32)
+
+    def loss(params: dict, ids: jax.Array) -> jax.Array:
+        return net.all_logits(params, ids, jnp.arange(4)[None].repeat(2, 0), jnp.array([4, 4])).sum()
+
+    jax.jit(jax.vmap(jax.grad(loss), in_axes=(None, 0)))(params, ids)
+    jax.effects_barrier()
+    assert min(finder._layers) == 1
+
+
+@pytest.mark.slow
+def test_debug_mode_compiles_no_step_and_shows_the_batch(
+    tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from jaxblock.training import loop
+
+    def never(*arguments: object) -> None:
+        raise AssertionError("a step was compiled")
+
+    monkeypatch.setattr(loop, "compile_step", never)
+    command = ["train", "--config", str(tiny_config), "--train.steps", "2", "--train.debug"]
+    command += ["--train.eval_problems", "0", "--train.eval_nelbo_rows", "0"]
+    assert main([*command, "--train.out", str(tmp_path / "run")]) == 0
+    shown = capsys.readouterr().err
+    assert "block 0" in shown and "masked, weight" in shown
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2]
+    # The same steps, jitted.
+    monkeypatch.undo()
+    command.remove("--train.debug")
+    assert main([*command, "--train.out", str(tmp_path / "jitted")]) == 0
+    again = [json.loads(line) for line in (tmp_path / "jitted" / "metrics.jsonl").read_text().splitlines()]
+    np.testing.assert_allclose([r["loss"] for r in again], [r["loss"] for r in rows], rtol=1e-5)
+
+
+def test_one_batch_can_be_learnt_by_heart(tiny_config: Path, tmp_path: Path) -> None:
+    flags = ["--train.overfit_one_batch", "--train.out", str(tmp_path / "run"), "--train.log_every", "20"]
+    flags += ["--train.eval_problems", "0", "--train.eval_nelbo_rows", "0", "--train.steps", "300"]
+    flags += ["--method.draws", "4", "--optimizer.lr", "0.02", "--model.d_model", "32"]
+    assert main(["train", "--config", str(tiny_config), *flags]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if row["kind"] == "train"]
+    assert losses[0] > 1 and losses[-1] < 0.3, losses
