@@ -134,7 +134,7 @@ def _convert(hint: Any, value: Any, where: str, name: str) -> Any:
             pass
     elif hint in (str, bool) and isinstance(value, hint):
         return value
-    wanted = getattr(hint, "__name__", str(hint))
+    wanted = f"a list of {get_args(hint)[0].__name__}" if origin is tuple else getattr(hint, "__name__", str(hint))
     raise UserError(f"{where}: {name} must be {wanted}, not {value!r}")
 
 

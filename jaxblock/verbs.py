@@ -53,6 +53,8 @@ def prepare(options: Prepare, config: Config) -> int:
 
 def inspect(options: Inspect, config: Config) -> int:
     """Shows records as training feeds them."""
+    if options.html:
+        storage.check_absent(options.html)
     prepared = open_prepared(config.data.prepared)
     examined, layout = examine_records(config, prepared, options.split, options.records, options.steps)
     about = (
@@ -213,9 +215,11 @@ def _decoded_lines(
     model: api.Model, prompts: list[tuple[str, str]], ids: list[list[int]], size: int
 ) -> Iterator[str]:
     assert model.tokenizer is not None
+    size = min(size, len(ids))
     for at in range(0, len(ids), size):
         part = ids[at : at + size]
-        found = model.decode(part, return_steps=True, first_index=at)
+        # A short last batch is filled up, so that it compiles no more.
+        found = model.decode([*part, *part[:1] * (size - len(part))], return_steps=True, first_index=at)
         assert isinstance(found, api.Decoded)
         for row in range(len(part)):
             text_ids = model.text_ids(found.ids[row])

@@ -217,10 +217,8 @@ class Transformer:
 
     def logits(self, params: Params, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
         """float32 (or wider) logits of hidden states."""
-        wide = jnp.promote_types(hidden.dtype, jnp.float32)
-        precision = "highest" if hidden.dtype == jnp.float32 else "default"
         head = params["embed"].T if self.arch.tie_embeddings else params["head"]
-        return jnp.matmul(hidden, head.astype(hidden.dtype), precision=precision, preferred_element_type=wide)
+        return _matmul(hidden, head, jnp.promote_types(hidden.dtype, jnp.float32))
 
     def nll(
         self, params: Params, hidden: Float[Array, "*rows D"], targets: Int[Array, "*rows"]

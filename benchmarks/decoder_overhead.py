@@ -1,0 +1,80 @@
+"""What the decode loop costs: forwards per second inside the decoder over those of a bare forward of the same shape.
+
+Both run in one process, in turns; the ratio is the median of the pairs' ratios. The bare forward is a jitted call of
+hidden states and logits at the active block, with nothing around it.
+
+    python -m benchmarks.decoder_overhead
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxblock import wiring
+from jaxblock.config import ModelConfig
+from jaxblock.diffusion import canvas as canvases
+from jaxblock.diffusion import decoder
+from jaxblock.models import params as parameters
+from jaxblock.types import Layout
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    """Wall time of a call, its result waited for."""
+    begin = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - begin
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+    """Prints forwards per second of both and the ratio."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sizes = {"d": 512, "layers": 8, "batch": 4, "prompt": 128, "response": 128, "block": 32, "vocab": 32_000, "repeat": 5}
+    for name, default in sizes.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    args = parser.parse_args(argv)
+    settings = ModelConfig(d_model=args.d, n_layers=args.layers, n_heads=8, mlp_dim=args.d * 8 // 3 // 8 * 8)
+    arch = wiring.architecture(settings, vocab_size=args.vocab, mask_id=args.vocab - 1, eos_id=1)
+    net = wiring.network(arch, settings)
+    params = parameters.init(net.table, 0, "float32")
+    layout = Layout(args.response, args.block, "same_position", "aligned", None, arch.mask_id, 1, (1,))
+    options = decoder.Decoding(steps_per_block=args.block)
+    key = jax.random.key(0)
+    prompt = jax.random.randint(key, (args.batch, args.prompt), 2, args.vocab - 1)
+    row = jnp.arange(args.batch, dtype=jnp.int32)
+    canvas = canvases.for_decoding(layout, prompt, jnp.full(args.batch, args.prompt, jnp.int32), row)
+    seen = canvases.view(layout, canvas, jnp.zeros_like(row), jnp.full((args.batch, args.block), arch.mask_id))
+
+    whole = jax.jit(decoder.decode, static_argnums=(0, 1, 2))
+    bare = jax.jit(lambda params, seen: net.logits(params, net.hidden(params, seen)[0]))
+    steps = args.response
+    few = max(4, steps // 8)
+
+    def loop() -> Any:
+        return whole(net, layout, options, params, canvas, 0, row)
+
+    def forwards() -> Any:
+        for _ in range(few):
+            out = bare(params, seen)
+        return out
+
+    assert int(loop().nfe[0]) == steps
+    jax.block_until_ready(forwards())
+    pairs = [(steps / seconds(loop), few / seconds(forwards)) for _ in range(args.repeat)]
+    inside, outside = (statistics.median(column) for column in zip(*pairs, strict=True))
+    ratio = statistics.median(a / b for a, b in pairs)
+    spread = ", ".join(f"{a / b:.3f}" for a, b in pairs)
+    print(f"d {args.d}, {args.layers} layers, batch {args.batch}, canvas {args.prompt + args.response}, block {args.block}")
+    print(f"decoder {inside:8.2f} forwards/s\nbare    {outside:8.2f} forwards/s")
+    print(f"ratio   {ratio:8.3f}  (at least 0.9 wanted; each pair: {spread})")
+    return {"decoder": inside, "bare": outside, "ratio": ratio}
+
+
+if __name__ == "__main__":
+    main()

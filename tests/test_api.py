@@ -1,0 +1,170 @@
+"""The Python interface: what the verbs do, by the same functions."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import jaxblock
+from jaxblock import api
+from jaxblock.config import DecodeConfig
+from jaxblock.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def model(tiny_run: Path) -> api.Model:
+    return api.load(tiny_run)
+
+
+@pytest.fixture(scope="module")
+def prompts(model: api.Model) -> list[list[int]]:
+    assert model.encoder is not None
+    return [model.encoder.prompt(text) for text in ("1+2?", "12 and 7?", "9?")]
+
+
+def test_the_package_gives_the_interface(tiny_run: Path) -> None:
+    assert jaxblock.load is api.load
+    assert jaxblock.load(str(tiny_run)).arch == api.load(tiny_run).arch
+
+
+def test_load_sets_the_type(tiny_run: Path) -> None:
+    found = api.load(tiny_run, dtype="bfloat16")
+    assert found.params["embed"].dtype == "bfloat16" and found.net.dtype == "bfloat16"
+    assert found.logits([[3, 4]]).dtype == np.float32
+
+
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+def test_padding_on_either_side_changes_nothing(model: api.Model, prompts: list[list[int]], side: str) -> None:
+    width = max(map(len, prompts)) + 3
+    ids, mask = np.full((3, width), 5), np.zeros((3, width), int)
+    for row, prompt in enumerate(prompts):
+        start = {"left": width - len(prompt), "right": 0, "both": 1}[side]
+        ids[row, start : start + len(prompt)] = prompt
+        mask[row, start : start + len(prompt)] = 1
+    np.testing.assert_array_equal(model.decode(ids, mask), model.decode(prompts))
+    # Logits come back where their tokens are; positions are counted from the first real token.
+    logits = model.logits(ids, mask)
+    assert logits.shape == (3, width, model.arch.vocab_size) and not logits[mask == 0].any()
+    alone = model.logits([prompts[0]])
+    np.testing.assert_allclose(logits[0][mask[0] == 1], alone[0], atol=3e-5)
+
+
+def test_stream_ends_as_decode_does(model: api.Model, prompts: list[list[int]]) -> None:
+    options: dict[str, Any] = {"temperature": 0.7, "seed": 4, "steps_per_block": 2}
+    whole = model.decode(prompts, return_steps=True, **options)
+    assert isinstance(whole, api.Decoded)
+    for row, prompt in enumerate(prompts):
+        states = list(model.stream(prompt, index=row, **options))
+        assert [nfe for _, nfe in states] == list(range(1, int(whole.nfe[row]) + 1))
+        for step, (state, _) in enumerate(states, 1):
+            np.testing.assert_array_equal(state, whole.canvases[step, row])
+        stop = int(whole.nfe[row]) // 2 * 4
+        np.testing.assert_array_equal(states[-1][0][:stop], whole.ids[row, :stop])
+    # A prompt's result comes from its index, not from its place in a batch.
+    np.testing.assert_array_equal(model.decode(prompts[1:], first_index=1, **options), whole.ids[1:])
+
+
+def test_steps_and_canvases(model: api.Model, prompts: list[list[int]]) -> None:
+    found = model.decode(prompts, return_steps=True, early_stop=False, cfg_scale=0.5)
+    assert isinstance(found, api.Decoded)
+    assert found.canvases.shape == (17, 3, 16) and found.ids.shape == (3, 16)
+    assert (found.canvases[0] == model.arch.mask_id).all()
+    np.testing.assert_array_equal(found.canvases[-1], found.ids)
+    assert (found.nfe == 32).all()  # guidance takes two passes a step
+    assert not (found.ids == model.arch.mask_id).any()
+
+
+def test_options_by_name(model: api.Model, prompts: list[list[int]]) -> None:
+    other = model.decode(prompts[:1], response_len=8, block=8, stop_ids=[3], seed=np.int64(1))
+    assert isinstance(other, np.ndarray) and other.shape == (1, 8)
+    own = dataclasses.replace(model, decode_defaults=DecodeConfig(response_len=8, block=8))
+    np.testing.assert_array_equal(own.decode(prompts[:1]), model.decode(prompts[:1], response_len=8, block=8))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temprature": 1.0}, "unknown key temprature; did you mean temperature?"),
+        ({"rule": "low_confidense"}, "rule is 'low_confidense'; did you mean low_confidence?"),
+        ({"temperature": "hot"}, "temperature must be float"),
+        ({"temperature": -1}, "decode.temperature is -1.0"),
+        ({"block": 5}, "decode.block 5 does not divide"),
+        ({"steps_per_block": 0}, "decode.steps_per_block is 0"),
+        ({"response_len": 5000, "block": 8}, "it is longer than the model's 4096"),
+    ],
+)
+def test_options_that_make_no_sense(
+    model: api.Model, prompts: list[list[int]], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        model.decode(prompts, **options)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("ids", "mask", "message"),
+    [
+        ([[3, 1, 4]], None, "prompt 0 holds the mask token 1"),
+        ([[3], []], None, "prompt 1 is empty"),
+        (np.array([[3, 4]]), [[0, 0]], "prompt 0 is empty"),
+        ([[3, 9999]], None, "prompt 0 holds an id outside the vocabulary of"),
+        ([[-1]], None, "prompt 0 holds an id outside the vocabulary of"),
+        ([[3] * 4090], None, "prompt 0 has 4090 tokens; with 16 for the response it is longer than the model's 4096"),
+        ([3, 4], None, "put one prompt in [ ]"),
+        (np.array([3, 4]), None, "ids are a batch [B, T], but these have the shape (2,)"),
+        (np.array([[3, 4]]), [[1]], "attention_mask has the shape (1, 1), the ids (1, 2)"),
+    ],
+)
+def test_prompts_that_make_no_sense(model: api.Model, ids: Any, mask: Any, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        model.decode(ids, mask)
+    assert message in str(caught.value)
+
+
+def test_a_padded_mask_token_is_no_mask_token(model: api.Model, prompts: list[list[int]]) -> None:
+    padded = np.array([[1, 1, *prompts[0]]])
+    mask = np.array([[0, 0, *([1] * len(prompts[0]))]])
+    np.testing.assert_array_equal(model.decode(padded, mask), model.decode(prompts[:1]))
+
+
+def test_nelbo(model: api.Model, prompts: list[list[int]]) -> None:
+    assert model.tokenizer is not None
+    responses = [[*model.tokenizer.encode("1+2=3"), 3], [4, 5, 3], [6, 3]]
+    # Blocks of 4 hold 15 sets: with that many samples they are enumerated.
+    exact, zero = model.nelbo(prompts, responses, samples=15)
+    assert exact.shape == (3,) and (exact > 0).all() and not zero.any()
+    drawn, error = model.nelbo(prompts, responses, samples=4, seed=3)
+    assert (error > 0).all() and (np.abs(drawn - exact) < 6 * error).all()
+    alone, _ = model.nelbo(prompts[1:2], responses[1:2], samples=15)
+    np.testing.assert_allclose(alone, exact[1:2], rtol=1e-5)
+    for bad, message in [
+        ([[1]], "holds the mask token 1"),
+        ([[9999]], "outside the vocabulary"),
+        ([[]], "a response of 0 tokens"),
+        ([[4] * 17], "a response of 17 tokens; response_len is 16"),
+        ([[4], [4]], "1 prompts, but 2 responses"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            model.nelbo(prompts[:1], bad)
+
+
+def test_text_ends_at_its_first_stop(model: api.Model) -> None:
+    assert model.stop_ids == (3, 2)
+    assert model.text_ids(np.array([7, 8, 3, 2, 2])) == [7, 8]
+    assert model.text_ids(np.array([7, 8, 3, 2, 2]), stop_ids=[8]) == [7]
+    assert model.text_ids(np.array([7, 8])) == [7, 8]
+
+
+def test_saved_and_loaded_is_the_same(model: api.Model, prompts: list[list[int]], tmp_path: Path) -> None:
+    assert model.save(tmp_path / "hf") == 0
+    again = dataclasses.replace(api.load(tmp_path / "hf"), canvas=model.canvas)
+    np.testing.assert_array_equal(again.decode(prompts), model.decode(prompts))
+    assert again.encoder is not None and model.encoder is not None
+    assert again.encoder.prompt("1+2?") == model.encoder.prompt("1+2?")
+    assert 0 < model.save(tmp_path / "half", "bfloat16") < 1
+    with pytest.raises(UserError, match="is not overwritten"):
+        model.save(tmp_path / "hf")

@@ -1,0 +1,441 @@
+"""The verbs, as people use and misuse them."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jaxblock import api, cli
+from jaxblock.cli import main
+from jaxblock.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+
+
+def _flags(kind: Any, default: Any, prefix: str = "") -> dict[str, Any]:
+    """Every flag of a verb with its default."""
+    found = {}
+    for field in fields(kind):
+        value = getattr(default, field.name) if default is not None else field.default
+        if value is MISSING and field.default_factory is not MISSING:
+            value = field.default_factory()
+        if is_dataclass(value):
+            found |= _flags(type(value), value, f"{prefix}{field.name}.")
+        elif field.name != "prompts":
+            found[f"--{prefix}{field.name}"] = value
+    return found
+
+
+def _sentences(kind: type) -> list[str]:
+    """What follows each field in the source, without line breaks."""
+    import inspect
+
+    return [" ".join(text.split()) for text in re.findall(r'"""(.+?)"""', inspect.getsource(kind), re.S)[1:]]
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_help_shows_every_field_with_default_and_sentence(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([verb, "--help"])
+    assert ended.value.code == 0
+    # Boxes and line breaks out; words that a line break cut stay cut, so spaces go as well.
+    shown = re.sub(r"[\s│╭╮╰╯─'\"]", "", capsys.readouterr().out)
+    kind = cli.VERBS[verb]
+    for flag, default in _flags(kind, None).items():
+        assert flag in shown, flag
+        after = shown.split(flag, 1)[1]
+        if isinstance(default, int | float | str) and not isinstance(default, bool) and default != "":
+            assert f"default:{default}".replace(" ", "") in after, (flag, default)
+        elif default is MISSING:
+            assert "(required)" in after
+    sections = [field.default_factory for field in fields(kind) if field.default_factory is not MISSING]
+    for section in [kind, *sections]:
+        for sentence in _sentences(section):
+            assert re.sub(r"[\s'\"]", "", sentence) in shown, sentence
+
+
+def test_overview_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"\n  {verb} " in shown for verb in cli.VERBS)
+    assert main([]) == 2
+    assert main(["--version"]) == 0
+
+
+def test_the_module_is_the_script() -> None:
+    told = subprocess.run([sys.executable, "-m", "jaxblock", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert (told.returncode, told.stdout.split()[:2]) == (0, ["usage:", "jaxblock"])
+    script = 'jaxblock = "jaxblock.cli:main"'
+    assert script in (ROOT / "pyproject.toml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], "unknown verb 'trian'; did you mean train?"),
+        (["xyz"], "verbs: prepare, inspect, train"),
+        (["train", "--config", "nowhere.yaml"], "cannot read nowhere.yaml"),
+        (["train", "--config", "{config}", "--canvas.block", "3"], "canvas.block 3 does not divide canvas.response_len 16"),
+        (["train", "--config", "{config}", "--data.prepared", "{new}"], "{new} holds no prepared data"),
+        (["train", "--config", "{config}", "--train.out", "{new}", "--canvas.response_len", "8"], "prepared with 16"),
+        (["train", "--config", "{config}", "--train.out", "{new}", "--decode.block", "3"], "decode.block 3 does not divide"),
+        (["train", "--config", "{config}", "--train.out", "{new}", "--decode.response_len", "9000"], "the model was made for 4096"),
+        (["train", "--config", "{config}", "--train.out", "/proc/run"], "/proc/run"),
+        (["train", "--config", "{config}", "--train.out", "{file}/run"], "a file stands where a folder is needed"),
+        (["train", "--config", "{config}", "--train.out", "{new}", "--model.init_from", "{file}"], "{file}"),
+        (["inspect", "--config", "{config}", "--records", "9999"], "records: train has records 0 to"),
+        (["inspect", "--config", "{config}", "--steps", "0"], "at least 1 of `steps`"),
+        (["inspect", "--config", "{config}", "--html", "{file}"], "{file} exists already"),
+        (["decode", "--checkpoint", "{new}", "1+1?"], "{new}: no such folder"),
+        (["decode", "--checkpoint", "{run}", "--file", "{new}"], "cannot read {new}"),
+        (["decode", "--checkpoint", "{run}", "--file", "{latin}"], "{latin}:2: not UTF-8 text"),
+        (["decode", "--checkpoint", "{run}", "--file", "{jsonl}"], "{jsonl}:2: no field 'question' (its fields are quest)"),
+        (["decode", "--checkpoint", "{run}", "1+1?", "--out", "{file}"], "{file} exists already"),
+        (["decode", "--checkpoint", "{run}", "1+1?", "--out", "/proc/x/y"], "/proc/x"),
+        (["decode", "--checkpoint", "{run}", "1+1?", "--watch", "--out", "{new}"], "leave out either"),
+        (["decode", "--checkpoint", "{run}", "a <|mdm_mask|>"], "prompt 1: the user's text contains the special token"),
+        (["decode", "--checkpoint", "{run}", "1+1?", "1" * 5000], "prompt 2 has"),
+        (["decode", "--checkpoint", "{run}", "1+1?", "--decode.block", "5"], "set block to 4 or response_len to 20"),
+        (["evaluate", "--checkpoint", "{run}", "--out", "{folder}"], "so it is not replaced"),
+        (["evaluate", "--checkpoint", "{run}", "--out", "/proc/x/y"], "/proc/x"),
+        (["evaluate", "--checkpoint", "{run}", "--out", "{new}", "--evaluate.compare", "{file}"], "{file}:1: not JSON"),
+        (["evaluate", "--checkpoint", "{run}", "--out", "{new}", "--canvas.prompt_len", "8"], "canvas.prompt_len is 8"),
+        (["evaluate", "--checkpoint", "{run}", "--out", "{new}", "--data.prepared", "{folder}"], "holds no prepared data"),
+        (["export", "--checkpoint", "{run}", "--out", "{folder}"], "so it is not replaced"),
+        (["export", "--checkpoint", "{run}", "--out", "{run}"], "so it is not replaced"),
+        (["export", "--checkpoint", "{run}", "--out", "/proc/x/y"], "/proc/x"),
+        (["export", "--checkpoint", "{folder}", "--out", "{new}"], "no config.json"),
+    ],
+)
+def test_mistakes_get_one_clear_line(
+    tiny_config: Path,
+    tiny_run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "thesis.tex").write_text("all my work")
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "latin").write_bytes(b"1+1?\ncaf\xe9?\n")
+    (tmp_path / "q.jsonl").write_text('{"question": "1+1?"}\n{"quest": "2+2?"}\n')
+    places = {name: tmp_path / name for name in ("new", "folder", "file", "latin")}
+    names = {**places, "jsonl": tmp_path / "q.jsonl", "config": tiny_config, "run": tiny_run}
+    assert main([argument.format(**names) for argument in arguments]) == 2
+    told = capsys.readouterr()
+    assert message.format(**names) in told.err
+    assert "Traceback" not in told.err and told.out == ""
+    assert told.err.rstrip().splitlines()[-1].startswith("jaxblock: ")
+    # Nothing that was there is touched, nothing half-made is left.
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file", "folder", "latin", "q.jsonl"]
+    assert (tmp_path / "file").read_text() == "precious"
+    assert [entry.name for entry in (tmp_path / "folder").iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--train.step", "3"], "--train.steps"),
+        (["--train.steps", "many"], "invalid literal for int"),
+        (["--method.law", "exact"], "exact_count"),
+        (["--optimizer.lr"], "--optimizer.lr"),
+    ],
+)
+def test_mistyped_flags_are_explained(
+    tiny_config: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--config", str(tiny_config), *flags])
+    told = capsys.readouterr()
+    assert ended.value.code == 2
+    assert message in told.out + told.err
+
+
+def test_traceback_on_request(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match="nowhere.yaml"):
+        main(["train", "--config", "nowhere.yaml", "--traceback"])
+
+
+def test_a_bug_shows_its_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from jaxblock import verbs
+
+    monkeypatch.setattr(verbs, "inspect", lambda options, config: 1 / 0)
+    assert main(["inspect"]) == 1
+    told = capsys.readouterr().err
+    assert "ZeroDivisionError" in told and "this is a bug" in told
+
+
+def test_flags_come_before_the_file_and_the_file_before_defaults(tiny_config: Path) -> None:
+    options = cli.parse("train", ["--config", str(tiny_config), "--train.seed", "5", "--model.n-layers", "1"])
+    assert (options.train.seed, options.model.n_layers) == (5, 1)
+    assert (options.train.steps, options.optimizer.lr) == (120, 0.01)
+    assert options.optimizer.b1 == 0.9
+
+
+def test_a_checkpoint_brings_its_own_settings(tiny_run: Path) -> None:
+    options = cli.parse("decode", ["--checkpoint", str(tiny_run), "--decode.temperature", "0.5", "1+1?", "2+2?"])
+    assert options.prompts == ("1+1?", "2+2?")
+    assert (options.canvas.block, options.decode.batch_size, options.decode.temperature) == (4, 4, 0.5)
+
+
+def test_a_closed_pipe_is_no_error(tiny_run: Path) -> None:
+    command = [sys.executable, "-m", "jaxblock", "decode", "--checkpoint", str(tiny_run), "1+1?", "2+2?"]
+    read, write = os.pipe()
+    os.close(read)
+    ended = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, cwd=ROOT, check=False)
+    os.close(write)
+    assert (ended.returncode, ended.stderr) == (1, b"")
+
+
+def _full(*arguments: Any, **options: Any) -> Any:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_leaves_nothing_that_looks_whole(
+    tiny_config: Path, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The disk is full at the first write inside each folder that a verb makes."""
+    run, config = ["--checkpoint", str(tiny_run)], ["--config", str(tiny_config)]
+    out = tmp_path / "out"
+    verbs = {
+        "prepare": [*config, "--data.prepared", str(out)],
+        "train": [*config, "--train.out", str(out)],
+        "decode": [*run, "1+1?", "--out", str(out)],
+        "evaluate": [*run, "--out", str(out), "--evaluate.problems", "4"],
+        "export": [*run, "--out", str(out)],
+    }
+    places = {"train": (shutil, "copytree"), "decode": (os, "fsync"), "export": (shutil, "copyfile")}
+    for verb, arguments in verbs.items():
+        with monkeypatch.context() as patch:
+            if verb in places:
+                patch.setattr(*places[verb], _full)
+            elif verb == "prepare":
+                from jaxblock.data import records
+
+                patch.setattr(records, "write", _full)
+            else:
+                real = Path.write_text
+                patch.setattr(
+                    Path, "write_text", lambda at, *a, real=real, **k: _full() if "problems" in at.name else real(at, *a, **k)
+                )
+            assert main([verb, *arguments]) == 2, verb
+        assert "the disk is full" in capsys.readouterr().err, verb
+        assert list(tmp_path.iterdir()) == [], verb
+
+
+def test_a_full_disk_under_a_checkpoint_keeps_the_one_before(
+    tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from orbax.checkpoint import CheckpointManager
+
+    run = tmp_path / "run"
+    command = ["train", "--config", str(tiny_config), "--train.out", str(run), "--train.save_every", "20"]
+    command += ["--train.eval_every", "0", "--train.log_every", "20"]
+    real = CheckpointManager.save
+
+    def save(manager: CheckpointManager, step: int, *arguments: Any, **options: Any) -> bool:
+        if step > 20:
+            raise ValueError("RESOURCE_EXHAUSTED: Error writing local file: No space left on device")
+        return real(manager, step, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointManager, "save", save)
+        assert main(command) == 2
+    assert "the disk is full" in capsys.readouterr().err
+    assert [entry.name for entry in (run / "checkpoints").iterdir()] == ["20"]
+    assert main(command) == 0
+    assert f"going on from step 20 of {run}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("temperature", ["0", "0.7"])
+def test_decode_takes_prompts_from_everywhere_and_its_batches_do_not_matter(
+    tiny_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    temperature: str,
+) -> None:
+    prompts = ["1+2?", "Ada has 3 pens and finds 12 more?", "7+5?", "café\u2028 2?", "9+9?", "0+1?"]
+    command = ["decode", "--checkpoint", str(tiny_run), "--decode.temperature", temperature]
+
+    def answers() -> list[dict[str, Any]]:
+        return [json.loads(line) for line in capsys.readouterr().out.split("\n") if line]
+
+    assert main([*command, *prompts]) == 0
+    expected = answers()
+    assert [answer["prompt"] for answer in expected] == prompts
+    assert set(expected[0]) == {"prompt", "response", "tokens", "nfe"}
+    assert all(answer["nfe"] >= answer["tokens"] > 0 for answer in expected)
+
+    assert main([*command, *prompts, "--decode.batch_size", "1"]) == 0
+    assert answers() == expected
+    (tmp_path / "p.txt").write_text("\r\n".join(prompts) + "\r\n\r\n", encoding="utf-8-sig", newline="")
+    assert main([*command, "--file", str(tmp_path / "p.txt")]) == 0
+    assert answers() == expected
+    rows = [json.dumps({"q": prompt}) + "\n" for prompt in prompts]
+    (tmp_path / "p.jsonl").write_text("".join(rows))
+    out = tmp_path / "out.jsonl"
+    assert main([*command, "--file", str(tmp_path / "p.jsonl"), "--data.prompt_field", "q", "--out", str(out)]) == 0
+    assert [json.loads(line) for line in out.read_text().split("\n") if line] == expected
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(prompts).encode())))
+    assert main(command) == 0
+    assert answers() == expected
+
+
+def test_decode_without_prompts_says_so(
+    tiny_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n  \n")))
+    assert main(["decode", "--checkpoint", str(tiny_run)]) == 2
+    assert "no prompts" in capsys.readouterr().err
+
+
+def test_watch_shows_blocks_where_there_is_no_terminal(tiny_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["decode", "--checkpoint", str(tiny_run), "1+2?", "3+4?"]
+    assert main([*command, "--watch"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("prompt: ") == 2 and "block 1/4" in shown and "NFE" in shown
+    assert main(command) == 0
+    first = json.loads(capsys.readouterr().out.splitlines()[0])
+    assert f"NFE {first['nfe']}" in shown
+
+
+def test_other_stop_tokens_end_the_text(tiny_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = api.load(tiny_run)
+    assert model.tokenizer is not None
+    stop = model.tokenizer.encode("1+2=")[-1]
+    assert main(["decode", "--checkpoint", str(tiny_run), "1+2?", "--decode.stop_ids", str(stop)]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert model.tokenizer.piece(stop) not in answer["response"]
+
+
+@pytest.fixture(scope="module")
+def scored(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("scored") / "scores"
+    assert main(["evaluate", "--checkpoint", str(tiny_run), "--out", str(out)]) == 0
+    return out
+
+
+def test_evaluate_writes_summary_and_problems(scored: Path, tiny_run: Path) -> None:
+    assert sorted(entry.name for entry in scored.iterdir()) == ["problems.jsonl", "summary.json"]
+    summary = json.loads((scored / "summary.json").read_text())
+    problems = [json.loads(line) for line in (scored / "problems.jsonl").read_text().splitlines()]
+    assert summary["checkpoint"] == str(tiny_run) and summary["grader"] == "gsm8k_strict"
+    assert [problem["index"] for problem in problems] == list(range(15))
+    right = sum(problem["correct"] for problem in problems)
+    assert (summary["pass_at_1"]["correct"], summary["pass_at_1"]["n"]) == (right, 15)
+    assert summary["pass_at_1"]["low"] <= right / 15 <= summary["pass_at_1"]["high"]
+    assert summary["nfe"] == pytest.approx(np.mean([problem["nfe"] for problem in problems]))
+    spent = sum(problem["nfe"] for problem in problems)
+    assert summary["tokens_per_forward"] == pytest.approx(sum(p["tokens"] for p in problems) / spent)
+    assert summary["tokens_per_second"] > 0
+    for name in ("nelbo_per_sequence", "nelbo_per_token"):
+        assert summary[name]["n"] == 8 and summary[name]["se"] > 0
+    assert len(summary["nelbo_by_block"]) == 4 and len(summary["nll_by_masked_count"]) == 4
+    for problem in problems:
+        assert {"prompt", "response", "reference", "extracted", "expected", "grader", "stopped"} < set(problem)
+
+
+def test_a_run_compared_with_itself(
+    scored: Path, tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--out", str(tmp_path / "again"), "--evaluate.compare", str(scored / "problems.jsonl"), "--decode.batch_size", "7"]
+    assert main(["evaluate", "--checkpoint", str(tiny_run), *flags]) == 0
+    assert "McNemar exact p = 1" in capsys.readouterr().out
+    compared = json.loads((tmp_path / "again" / "summary.json").read_text())["compared_with"]
+    assert (compared["p_value"], compared["only_a"], compared["only_b"], compared["n"]) == (1.0, 0, 0, 15)
+    assert (tmp_path / "again" / "problems.jsonl").read_text() == (scored / "problems.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--evaluate.problems", "4"], "holds 15 problems, this evaluation has 4"),
+        (["--evaluate.grader", "exact"], "was graded by gsm8k_strict: set evaluate.grader to it"),
+        (["--evaluate.split", "validation"], "not the same ones"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_before_the_work(
+    scored: Path,
+    tiny_run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    message: str,
+) -> None:
+    compare = ["--evaluate.compare", str(scored / "problems.jsonl")]
+    assert main(["evaluate", "--checkpoint", str(tiny_run), "--out", str(tmp_path / "out"), *compare, *flags]) == 2
+    told = capsys.readouterr().err
+    assert message in told and "decoded" not in told
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_is_the_run(
+    tiny_run: Path, tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "hf"
+    assert main(["export", "--checkpoint", str(tiny_run), "--out", str(folder)]) == 0
+    assert "largest difference of any logit 0" in capsys.readouterr().out
+    assert {"config.json", "tokenizer.model", "chat_template.jinja"} < {entry.name for entry in folder.iterdir()}
+    run, export = api.load(tiny_run), api.load(folder)
+    ids = np.random.default_rng(0).integers(0, run.arch.vocab_size, (3, 20))
+    np.testing.assert_array_equal(export.logits(ids), run.logits(ids))
+    assert export.stop_ids == run.stop_ids
+    # Decoding its text needs the canvas, which a Hugging Face folder does not tell.
+    flags = ["--config", str(tiny_config), "1+2?", "6+7?"]
+    assert main(["decode", "--checkpoint", str(folder), *flags]) == 0
+    exported = capsys.readouterr().out
+    assert main(["decode", "--checkpoint", str(tiny_run), *flags]) == 0
+    assert capsys.readouterr().out == exported
+    assert main(["export", "--checkpoint", str(folder), "--out", str(folder)]) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("d_model", 32), ("n_layers", 1), ("n_heads", 1), ("mask_token_id", 7), ("rope_theta", 1e4)]
+)
+def test_a_run_whose_model_file_disagrees_is_refused(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, value: float
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    model = json.loads((run / "model.json").read_text())
+    before = model[name]
+    (run / "model.json").write_text(json.dumps({**model, name: value}))
+    assert main(["decode", "--checkpoint", str(run), "1+1?"]) == 2
+    told = capsys.readouterr().err
+    assert f"model.json does not describe the network that was trained: {name} = {before!r} then, {value!r} now" in told
+
+
+@pytest.mark.parametrize("damage", ["config", "model", "manifest", "tokenizer", "checkpoint"])
+def test_a_damaged_run_is_named(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    changes: dict[str, Callable[[], object]] = {
+        "config": lambda: (run / "config.yaml").write_text("train: {steps: 1"),
+        "model": lambda: (run / "model.json").write_text("{"),
+        "manifest": lambda: (run / "manifest.json").unlink(),
+        "tokenizer": lambda: shutil.rmtree(run / "tokenizer"),
+        "checkpoint": lambda: shutil.rmtree(run / "checkpoints" / "120" / "params"),
+    }
+    changes[damage]()
+    assert main(["export", "--checkpoint", str(run), "--out", str(tmp_path / "hf")]) == 2
+    told = capsys.readouterr().err
+    assert str(run) in told and "Traceback" not in told
+    assert not (tmp_path / "hf").exists()
