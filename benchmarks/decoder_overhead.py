@@ -35,7 +35,16 @@ def seconds(call: Callable[[], Any]) -> float:
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Prints forwards per second of both and the ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sizes = {"d": 512, "layers": 8, "batch": 4, "prompt": 128, "response": 128, "block": 32, "vocab": 32_000, "repeat": 5}
+    sizes = {
+        "d": 512,
+        "layers": 8,
+        "batch": 4,
+        "prompt": 128,
+        "response": 128,
+        "block": 32,
+        "vocab": 32_000,
+        "repeat": 5,
+    }
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args(argv)
@@ -70,7 +79,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     inside, outside = (statistics.median(column) for column in zip(*pairs, strict=True))
     ratio = statistics.median(a / b for a, b in pairs)
     spread = ", ".join(f"{a / b:.3f}" for a, b in pairs)
-    print(f"d {args.d}, {args.layers} layers, batch {args.batch}, canvas {args.prompt + args.response}, block {args.block}")
+    print(
+        f"d {args.d}, {args.layers} layers, batch {args.batch}, canvas {args.prompt + args.response}, block {args.block}"
+    )
     print(f"decoder {inside:8.2f} forwards/s\nbare    {outside:8.2f} forwards/s")
     print(f"ratio   {ratio:8.3f}  (at least 0.9 wanted; each pair: {spread})")
     return {"decoder": inside, "bare": outside, "ratio": ratio}

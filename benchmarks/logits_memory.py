@@ -33,7 +33,9 @@ def full_head(hidden: Array, head: Array, at: Array, targets: Array, weights: Ar
     """The same loss from logits of every position."""
     everywhere = jnp.zeros(hidden.shape[:2], targets.dtype)
     rows = jnp.arange(hidden.shape[0])[:, None]
-    return loss(hidden, head, everywhere.at[rows, at].set(targets), jnp.zeros(hidden.shape[:2]).at[rows, at].set(weights))
+    return loss(
+        hidden, head, everywhere.at[rows, at].set(targets), jnp.zeros(hidden.shape[:2]).at[rows, at].set(weights)
+    )
 
 
 def temporary_bytes(program: Callable[..., Array], batch: int, width: int, block: int, d: int, vocab: int) -> int:

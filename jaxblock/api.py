@@ -183,9 +183,7 @@ class Model:
         stops = np.flatnonzero(np.isin(response, self.layout(self.options(**options)).stop_ids))
         return np.asarray(response[: stops[0]] if len(stops) else response).tolist()
 
-    def prompts(
-        self, prompt_ids: Ids, attention_mask: Ids | None, layout: Layout
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def prompts(self, prompt_ids: Ids, attention_mask: Ids | None, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
         """Prompts as the decoder takes them: flush left, padded to a width that few programs share.
 
         The width is the canvas's, or for a longer prompt the next multiple of 16: so a prompt is computed in the same
@@ -197,7 +195,9 @@ class Model:
         if attention_mask is None and not isinstance(prompt_ids, np.ndarray | Array):
             lists = [np.asarray(row, np.int32) for row in prompt_ids]
             if any(row.ndim != 1 for row in lists):
-                raise UserError("prompts are a batch: a list of lists of ids, or an array [B, P]; put one prompt in [ ]")
+                raise UserError(
+                    "prompts are a batch: a list of lists of ids, or an array [B, P]; put one prompt in [ ]"
+                )
             lengths = np.array([len(row) for row in lists], np.int32)
             rows = np.zeros((len(lists), max(lengths, default=0)), np.int32)
             for at, row in enumerate(lists):
@@ -257,7 +257,9 @@ class Model:
         responses = np.zeros((len(rows), layout.response_len), np.int32)
         for at, response in enumerate(response_ids):
             if not 1 <= len(response) <= layout.response_len:
-                raise UserError(f"row {at}: a response of {len(response)} tokens; response_len is {layout.response_len}")
+                raise UserError(
+                    f"row {at}: a response of {len(response)} tokens; response_len is {layout.response_len}"
+                )
             if layout.mask_id in response:
                 raise UserError(f"row {at}: the response holds the mask token {layout.mask_id}")
             if min(response) < 0 or max(response) >= self.arch.vocab_size:
@@ -325,9 +327,9 @@ def load(folder: storage.PathLike, *, dtype: str | None = None) -> Model:
 def _from_run(folder: storage.PathLike, dtype: str | None) -> Model:
     run = run_folder.open_run(folder)
     params, _ = run_folder.load_params(run, dtype=dtype)
-    settings = dataclasses.replace(run.config.model, dtype=dtype or run.config.model.dtype)
+    net = wiring.network(run.arch, run.config.model)
     return Model(
-        net=wiring.network(run.arch, settings),
+        net=net if dtype is None else dataclasses.replace(net, dtype=dtype),
         params=params,
         canvas=run.config.canvas,
         stop_ids=run.prepared.special.stop_ids,
@@ -360,6 +362,3 @@ def _flush_left(ids: np.ndarray, attention_mask: Ids | None) -> tuple[np.ndarray
     for at, source in enumerate(sources):
         rows[at, : len(source)] = ids[at, source]
     return rows, np.array([len(source) for source in sources], np.int32), sources
-
-
-

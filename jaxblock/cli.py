@@ -186,7 +186,8 @@ def _hush() -> None:
     """Threads of libraries print tracebacks of errors that we report ourselves, in one line: they are silenced."""
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    sys.excepthook = sys.unraisablehook = lambda *_: None  # only C++ threads get there: main lets nothing through
+    sys.excepthook = lambda *_: None
+    sys.unraisablehook = lambda _: None  # only C++ threads get there: main lets nothing through
 
 
 def parse(verb: str, arguments: Sequence[str]) -> Any:
@@ -210,7 +211,7 @@ def parse(verb: str, arguments: Sequence[str]) -> Any:
     sections = {f.name: getattr(base, f.name) for f in fields(Config)}
     # Not kind(...): where a verb needs a value that no YAML gives, tyro must know that it is missing, and MISSING is
     # not of the field's type.
-    default = object.__new__(kind)
+    default: Any = object.__new__(kind)
     for entry in fields(kind):
         object.__setattr__(default, entry.name, sections[entry.name] if entry.name in sections else _default(entry))
     return tyro.cli(
@@ -219,7 +220,7 @@ def parse(verb: str, arguments: Sequence[str]) -> Any:
         description=(kind.__doc__ or "") + " Precedence: flag > YAML file > default.",
         default=default,
         args=list(arguments),
-        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands),
+        config=(tyro.conf.AvoidSubcommands,),
         use_underscores=True,
     )
 

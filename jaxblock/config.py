@@ -31,7 +31,7 @@ class DataConfig:
     response_field: str = "answer"
     """JSON field that holds the response."""
     messages_field: str = "messages"
-    """JSON field of chat records ({"messages": [{"role": ..., "content": ...}]}); the last assistant turn is supervised."""
+    """JSON field of chat records ({"messages": [{"role": ..., "content": ...}]}); the last assistant turn counts."""
     level: str = "easy"
     """Difficulty of the built-in corpus."""
     builtin_train: int = 6_000
@@ -41,7 +41,7 @@ class DataConfig:
     seed: int = 0
     """Seed of the built-in corpus and of the validation split."""
     template: str = "chat"
-    """Chat template: `chat` (LLaDA's header layout), `plain` (Question/Answer), `tokenizer` (the tokenizer's own), or a Jinja file's path."""
+    """Chat template: `chat` (LLaDA's header layout), `plain` (Question/Answer), `tokenizer` (the checkpoint's own), or a Jinja file."""
     system: str | None = None
     """System message put before every conversation that has none of its own."""
     tokenizer: str = "train"
@@ -59,7 +59,8 @@ class DataConfig:
     eot_token: str = "<|eot_id|>"
     """Ends a response."""
     overlong: Literal["error", "drop", "truncate"] = "error"
-    """A prompt or response longer than the canvas: stop; drop and count it; or cut the response, which then has no terminator (an over-long prompt is dropped even so)."""
+    """A prompt or response longer than the canvas: stop; drop and count it; or cut the response, which then has no
+    terminator (an over-long prompt is dropped even so)."""
     overwrite: bool = False
     """Replace an existing prepared folder."""
 

@@ -121,7 +121,9 @@ def _convert(hint: Any, value: Any, where: str, name: str) -> Any:
         if value in get_args(hint):
             return value
         choices = ", ".join(str(choice) for choice in get_args(hint))
-        raise UserError(f"{where}: {name} is {value!r}{_nearest(str(value), dict.fromkeys(get_args(hint)))}; choose from {choices}")
+        raise UserError(
+            f"{where}: {name} is {value!r}{_nearest(str(value), dict.fromkeys(get_args(hint)))}; choose from {choices}"
+        )
     if origin is tuple:
         if isinstance(value, list | tuple):
             return tuple(_convert(get_args(hint)[0], item, where, name) for item in value)
@@ -230,7 +232,8 @@ def _check_model(config: Config) -> None:
     )
     kv_heads = model.n_kv_heads or model.n_heads
     _require(
-        model.n_heads % kv_heads == 0, f"model.n_heads {model.n_heads} must be a multiple of model.n_kv_heads {kv_heads}"
+        model.n_heads % kv_heads == 0,
+        f"model.n_heads {model.n_heads} must be a multiple of model.n_kv_heads {kv_heads}",
     )
     width = config.canvas.prompt_len + config.canvas.response_len
     _require(

@@ -169,8 +169,6 @@ class Network(Protocol):
         """float32 logits of hidden states."""
         ...
 
-    def nll(
-        self, params: Params, hidden: Float[Array, "B A D"], targets: Int[Array, "B A"]
-    ) -> Float[Array, "B A"]:
+    def nll(self, params: Params, hidden: Float[Array, "B A D"], targets: Int[Array, "B A"]) -> Float[Array, "B A"]:
         """float32 negative log-likelihoods of targets, in nats; the mask token stays in the normaliser."""
         ...

@@ -89,9 +89,7 @@ def examine_records(
     batch = pad_rows(records, config.canvas, block=block)
     sized = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=len(records)))
     special, manifest = prepared.special, prepared.manifest
-    arch = wiring.architecture(
-        config.model, vocab_size=manifest.vocab_size, mask_id=special.mask, eos_id=special.eos
-    )
+    arch = wiring.architecture(config.model, vocab_size=manifest.vocab_size, mask_id=special.mask, eos_id=special.eos)
     objective = setup.objective(sized, wiring.network(arch, config.model), prepared)
     canvas = objective.canvas(batch)
     draws, noise = draw_steps(lambda step: objective.draw(batch, canvas, step), range(steps))
@@ -102,7 +100,7 @@ def examine_records(
         normalize=objective.normalize,
         ablation=objective.ablation,
         noise=noise,
-        drawn_blocks=batch.block if block is not None else None,
+        drawn_blocks=objective.drawn_blocks(batch),
         labels=[f"{split} {record.index} ({record.source})" for record in records],
     )
     return found, objective.layout
@@ -152,8 +150,8 @@ def decode(options: Decode, config: Config) -> int:
     for (where, _), row in zip(prompts, ids, strict=True):
         model.check_prompt(row, where, layout)
     if options.watch:
-        for row, (_, text) in enumerate(prompts):
-            _watch(model, text, ids[row], row)
+        for index, (_, text) in enumerate(prompts):
+            _watch(model, text, ids[index], index)
         return 0
     lines = _decoded_lines(model, prompts, ids, config.decode.batch_size)
     if options.out:
@@ -211,9 +209,7 @@ def _prompt_of(line: str, where: str, name: str) -> str:
     return prompt
 
 
-def _decoded_lines(
-    model: api.Model, prompts: list[tuple[str, str]], ids: list[list[int]], size: int
-) -> Iterator[str]:
+def _decoded_lines(model: api.Model, prompts: list[tuple[str, str]], ids: list[list[int]], size: int) -> Iterator[str]:
     assert model.tokenizer is not None
     size = min(size, len(ids))
     for at in range(0, len(ids), size):
@@ -277,7 +273,9 @@ def evaluate(options: Evaluate, config: Config) -> int:
         (folder / "summary.json").write_text(json.dumps(result, indent=1) + "\n")
     _print_evaluation(options, solved, bound, settings.grader, time.perf_counter() - begin)
     if dropped:
-        print(f"  note: {dropped:,} {settings.split} records were dropped in preparation and are not among the problems")
+        print(
+            f"  note: {dropped:,} {settings.split} records were dropped in preparation and are not among the problems"
+        )
     if settings.compare:
         print(f"against {settings.compare}: {test}")
     return 0
@@ -294,7 +292,9 @@ def _check_comparable(path: str, records: Sequence[Record], grader: str) -> None
         )
     for at, problem in earlier.items():
         if problem.grader != grader:
-            raise UserError(f"evaluate.compare: {problem.where} was graded by {problem.grader}: set evaluate.grader to it")
+            raise UserError(
+                f"evaluate.compare: {problem.where} was graded by {problem.grader}: set evaluate.grader to it"
+            )
         if problem.prompt not in (None, index[at].prompt):
             raise UserError(f"evaluate.compare: {problem.where} asks another question than this data's problem {at}")
 

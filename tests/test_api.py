@@ -114,7 +114,6 @@ def test_options_that_make_no_sense(
         ([[3, 9999]], None, "prompt 0 holds an id outside the vocabulary of"),
         ([[-1]], None, "prompt 0 holds an id outside the vocabulary of"),
         ([[3] * 4090], None, "prompt 0 has 4090 tokens; with 16 for the response it is longer than the model's 4096"),
-        ([3, 4], None, "put one prompt in [ ]"),
         (np.array([3, 4]), None, "ids are a batch [B, T], but these have the shape (2,)"),
         (np.array([[3, 4]]), [[1]], "attention_mask has the shape (1, 1), the ids (1, 2)"),
     ],

@@ -88,11 +88,20 @@ def test_the_module_is_the_script() -> None:
         (["trian"], "unknown verb 'trian'; did you mean train?"),
         (["xyz"], "verbs: prepare, inspect, train"),
         (["train", "--config", "nowhere.yaml"], "cannot read nowhere.yaml"),
-        (["train", "--config", "{config}", "--canvas.block", "3"], "canvas.block 3 does not divide canvas.response_len 16"),
+        (
+            ["train", "--config", "{config}", "--canvas.block", "3"],
+            "canvas.block 3 does not divide canvas.response_len 16",
+        ),
         (["train", "--config", "{config}", "--data.prepared", "{new}"], "{new} holds no prepared data"),
         (["train", "--config", "{config}", "--train.out", "{new}", "--canvas.response_len", "8"], "prepared with 16"),
-        (["train", "--config", "{config}", "--train.out", "{new}", "--decode.block", "3"], "decode.block 3 does not divide"),
-        (["train", "--config", "{config}", "--train.out", "{new}", "--decode.response_len", "9000"], "the model was made for 4096"),
+        (
+            ["train", "--config", "{config}", "--train.out", "{new}", "--decode.block", "3"],
+            "decode.block 3 does not divide",
+        ),
+        (
+            ["train", "--config", "{config}", "--train.out", "{new}", "--decode.response_len", "9000"],
+            "the model was made for 4096",
+        ),
         (["train", "--config", "{config}", "--train.out", "/proc/run"], "/proc/run"),
         (["train", "--config", "{config}", "--train.out", "{file}/run"], "a file stands where a folder is needed"),
         (["train", "--config", "{config}", "--train.out", "{new}", "--model.init_from", "{file}"], "{file}"),
@@ -102,7 +111,10 @@ def test_the_module_is_the_script() -> None:
         (["decode", "--checkpoint", "{new}", "1+1?"], "{new}: no such folder"),
         (["decode", "--checkpoint", "{run}", "--file", "{new}"], "cannot read {new}"),
         (["decode", "--checkpoint", "{run}", "--file", "{latin}"], "{latin}:2: not UTF-8 text"),
-        (["decode", "--checkpoint", "{run}", "--file", "{jsonl}"], "{jsonl}:2: no field 'question' (its fields are quest)"),
+        (
+            ["decode", "--checkpoint", "{run}", "--file", "{jsonl}"],
+            "{jsonl}:2: no field 'question' (its fields are quest)",
+        ),
         (["decode", "--checkpoint", "{run}", "1+1?", "--out", "{file}"], "{file} exists already"),
         (["decode", "--checkpoint", "{run}", "1+1?", "--out", "/proc/x/y"], "/proc/x"),
         (["decode", "--checkpoint", "{run}", "1+1?", "--watch", "--out", "{new}"], "leave out either"),
@@ -113,7 +125,10 @@ def test_the_module_is_the_script() -> None:
         (["evaluate", "--checkpoint", "{run}", "--out", "/proc/x/y"], "/proc/x"),
         (["evaluate", "--checkpoint", "{run}", "--out", "{new}", "--evaluate.compare", "{file}"], "{file}:1: not JSON"),
         (["evaluate", "--checkpoint", "{run}", "--out", "{new}", "--canvas.prompt_len", "8"], "canvas.prompt_len is 8"),
-        (["evaluate", "--checkpoint", "{run}", "--out", "{new}", "--data.prepared", "{folder}"], "holds no prepared data"),
+        (
+            ["evaluate", "--checkpoint", "{run}", "--out", "{new}", "--data.prepared", "{folder}"],
+            "holds no prepared data",
+        ),
         (["export", "--checkpoint", "{run}", "--out", "{folder}"], "so it is not replaced"),
         (["export", "--checkpoint", "{run}", "--out", "{run}"], "so it is not replaced"),
         (["export", "--checkpoint", "{run}", "--out", "/proc/x/y"], "/proc/x"),
@@ -206,7 +221,11 @@ def _full(*arguments: Any, **options: Any) -> Any:
 
 
 def test_a_full_disk_leaves_nothing_that_looks_whole(
-    tiny_config: Path, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_config: Path,
+    tiny_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The disk is full at the first write inside each folder that a verb makes."""
     run, config = ["--checkpoint", str(tiny_run)], ["--config", str(tiny_config)]
@@ -230,7 +249,9 @@ def test_a_full_disk_leaves_nothing_that_looks_whole(
             else:
                 real = Path.write_text
                 patch.setattr(
-                    Path, "write_text", lambda at, *a, real=real, **k: _full() if "problems" in at.name else real(at, *a, **k)
+                    Path,
+                    "write_text",
+                    lambda at, *a, real=real, **k: _full() if "problems" in at.name else real(at, *a, **k),
                 )
             assert main([verb, *arguments]) == 2, verb
         assert "the disk is full" in capsys.readouterr().err, verb
@@ -354,7 +375,14 @@ def test_evaluate_writes_summary_and_problems(scored: Path, tiny_run: Path) -> N
 def test_a_run_compared_with_itself(
     scored: Path, tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ["--out", str(tmp_path / "again"), "--evaluate.compare", str(scored / "problems.jsonl"), "--decode.batch_size", "7"]
+    flags = [
+        "--out",
+        str(tmp_path / "again"),
+        "--evaluate.compare",
+        str(scored / "problems.jsonl"),
+        "--decode.batch_size",
+        "7",
+    ]
     assert main(["evaluate", "--checkpoint", str(tiny_run), *flags]) == 0
     assert "McNemar exact p = 1" in capsys.readouterr().out
     compared = json.loads((tmp_path / "again" / "summary.json").read_text())["compared_with"]

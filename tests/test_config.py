@@ -22,7 +22,10 @@ from jaxblock.errors import UserError
         ("train: {step: 3}", "unknown key train.step; did you mean steps?"),
         ("train: {batchsize: 3}", "unknown key train.batchsize; did you mean batch_size?"),
         ("canvas: {zzz: 3}", "unknown key canvas.zzz; known keys: prompt_len, response_len, block"),
-        ("method: {law: exact_counts}", "method.law is 'exact_counts'; did you mean exact_count?; choose from exact_count,"),
+        (
+            "method: {law: exact_counts}",
+            "method.law is 'exact_counts'; did you mean exact_count?; choose from exact_count,",
+        ),
         ("train: {resume: no}", "train.resume is False"),  # YAML 1.1's no
         ("train: {steps: many}", "train.steps must be int, not 'many'"),
         ("train: {steps: 3.5}", "train.steps must be int, not 3.5"),
@@ -83,7 +86,10 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tree", "message"),
     [
-        ({"canvas": {"block": 7}}, "canvas.block 7 does not divide canvas.response_len 32: set block to 8 or response_len to 35"),
+        (
+            {"canvas": {"block": 7}},
+            "canvas.block 7 does not divide canvas.response_len 32: set block to 8 or response_len to 35",
+        ),
         ({"canvas": {"block": 64}}, "canvas.block 64 is longer than canvas.response_len 32"),
         ({"canvas": {"block": 0}}, "canvas.block is 0: it must be at least 1"),
         ({"canvas": {"prompt_len": 4090}}, "is longer than model.max_len 4096"),

@@ -14,10 +14,10 @@ import operator
 import random
 import re
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 Split = Literal["train", "test"]
-Chain = tuple[int | tuple[str, int], ...]  # (start, (operation, operand), ...)
+Chain = tuple[Any, ...]  # (start, (operation, operand), ...)
 
 TEST_SHARE = 1 / 8
 _OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
@@ -51,12 +51,82 @@ LEVELS: dict[str, Level] = {
 DEFAULT_LEVEL = "easy"
 
 _NAMES = tuple(
-    "Ada Amir Bea Boris Chloe Dana Diego Elif Emeka Farah Finn Greta Hana Hugo Ines Ivan Jun Kofi Lena Luca Maya Mina Nils Noor "
-    "Olga Omar Petra Quinn Rosa Sami Tara Theo Uma Viktor Wanda Yuki Zane Zoe".split()
+    [
+        "Ada",
+        "Amir",
+        "Bea",
+        "Boris",
+        "Chloe",
+        "Dana",
+        "Diego",
+        "Elif",
+        "Emeka",
+        "Farah",
+        "Finn",
+        "Greta",
+        "Hana",
+        "Hugo",
+        "Ines",
+        "Ivan",
+        "Jun",
+        "Kofi",
+        "Lena",
+        "Luca",
+        "Maya",
+        "Mina",
+        "Nils",
+        "Noor",
+        "Olga",
+        "Omar",
+        "Petra",
+        "Quinn",
+        "Rosa",
+        "Sami",
+        "Tara",
+        "Theo",
+        "Uma",
+        "Viktor",
+        "Wanda",
+        "Yuki",
+        "Zane",
+        "Zoe",
+    ]
 )
 _THINGS = tuple(
-    "apples badges balloons beads books bottles buttons candles cards carrots coins cookies crayons cups eggs flowers keys lemons "
-    "letters marbles muffins pears pencils plums postcards ribbons shells spoons stamps stickers tickets tulips".split()
+    [
+        "apples",
+        "badges",
+        "balloons",
+        "beads",
+        "books",
+        "bottles",
+        "buttons",
+        "candles",
+        "cards",
+        "carrots",
+        "coins",
+        "cookies",
+        "crayons",
+        "cups",
+        "eggs",
+        "flowers",
+        "keys",
+        "lemons",
+        "letters",
+        "marbles",
+        "muffins",
+        "pears",
+        "pencils",
+        "plums",
+        "postcards",
+        "ribbons",
+        "shells",
+        "spoons",
+        "stamps",
+        "stickers",
+        "tickets",
+        "tulips",
+    ]
 )
 # A number is never followed by a full stop: a tokenizer would make one token of the two, and another number of it.
 # Short sentences on purpose: a prompt token costs as much compute as a response token, and the quickstart runs on two cores.
@@ -130,7 +200,9 @@ def generate(split: Split, n: int, *, level: str = DEFAULT_LEVEL, seed: int = 0)
     rng = random.Random(f"jaxblock corpus/{split}/{level}/{seed}")
     total, records = _heads(LEVELS[level])[1][-1], []
     if n > total > _COUNTABLE:
-        raise ValueError(f"{n:,} problems of level {level!r} asked for; only {total:,} distinct ones exist, train and test together")
+        raise ValueError(
+            f"{n:,} problems of level {level!r} asked for; only {total:,} distinct ones exist, train and test together"
+        )
     for index in _shuffled(total, rng) if n else ():
         chain = _unrank(LEVELS[level], index)
         if split_of(chain) == split:
@@ -158,7 +230,8 @@ def chain_of(record: dict[str, str]) -> Chain:
         ValueError: If a line is not a step, does not continue from the one before, or is wrong.
     """
     *lines, last = record["answer"].split("\n")
-    chain, running = [], None
+    chain: list[Any] = []
+    running: int | None = None
     for line in lines:
         match = _STEP.fullmatch(line)
         if match is None:
@@ -198,17 +271,19 @@ def _ways(level: Level, total: int, steps: int) -> tuple[int, ...]:
 @functools.cache
 def _heads(level: Level) -> tuple[list[tuple[int, int]], list[int]]:
     """Every (steps, start), and the running count, from 0, of the chains over them."""
-    heads = [(steps, start) for steps in range(level.steps[0], level.steps[1] + 1) for start in range(2, level.max_total + 1)]
+    heads = [
+        (steps, start) for steps in range(level.steps[0], level.steps[1] + 1) for start in range(2, level.max_total + 1)
+    ]
     return heads, list(itertools.accumulate((_ways(level, start, steps)[-1] for steps, start in heads), initial=0))
 
 
 def _unrank(level: Level, index: int) -> Chain:
     """The chain at `index` in the order: number of steps, start, first operation and so on."""
-    heads, ways = _heads(level)
-    at = bisect.bisect(ways, index) - 1
-    index -= ways[at]  # from here on, an index among the chains that share this beginning
+    heads, begins = _heads(level)
+    at = bisect.bisect(begins, index) - 1
+    index -= begins[at]  # from here on, an index among the chains that share this beginning
     steps, total = heads[at]
-    chain = [total]
+    chain: list[Any] = [total]
     for left in range(steps, 0, -1):
         ways = _ways(level, total, left)
         at = bisect.bisect(ways, index) - 1
@@ -220,7 +295,7 @@ def _unrank(level: Level, index: int) -> Chain:
 
 def _shuffled(total: int, rng: random.Random) -> Iterator[int]:
     """A random permutation of range(total), made lazily: Fisher and Yates's shuffle on a sparse array."""
-    moved = {}
+    moved: dict[int, int] = {}
     for i in range(total):
         j = rng.randrange(i, total)
         picked, moved[j] = moved.get(j, j), moved.get(i, i)

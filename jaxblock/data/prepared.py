@@ -15,7 +15,6 @@ from jaxblock.data.templates import Template
 from jaxblock.data.tokenizers import SpecialIds, Tokenizer
 from jaxblock.errors import UserError
 
-
 TURN_ENDS = ("<|eot_id|>", "<|im_end|>")
 """End-of-turn tokens by the families' own names: config.json says only what the end of sequence is."""
 

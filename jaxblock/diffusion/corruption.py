@@ -29,11 +29,14 @@ class Ablation(NamedTuple):
         return self.prefix_mask_rate > 0 or self.suffix_mask_prob < 1
 
 
+NO_ABLATION = Ablation()
+
+
 def corrupt(
     layout: Layout,
     canvas: Canvas,
     draw: Draw,
-    ablation: Ablation = Ablation(),
+    ablation: Ablation = NO_ABLATION,
     noise: Float[Array, "B R"] | None = None,
 ) -> tuple[View, Int[Array, "B A"]]:
     """What the model sees under one draw per row, and the true tokens of the active block.

@@ -24,7 +24,6 @@ from jaxblock.types import (
     Network,
     Params,
     Quota,
-    Rule,
     RuleName,
     Scores,
     StepInfo,
@@ -186,9 +185,7 @@ def _logits(
     return unconditional + (options.cfg_scale + 1) * (conditional - unconditional)
 
 
-def score(
-    layout: Layout, options: Decoding, logits: Float[Array, "B A V"], eligible: Array, keys: Array
-) -> Scores:
+def score(layout: Layout, options: Decoding, logits: Float[Array, "B A V"], eligible: Array, keys: Array) -> Scores:
     """Each position's token and its surprise.
 
     The token is the argmax of the (noised) logits, the mask token excluded; its confidence is that of the un-noised

@@ -107,8 +107,10 @@ def _enumerated(layout: Layout, valid: Array, index: Array) -> tuple[Array, Arra
     bits = ((index + 1) >> jnp.arange(layout.block)) & 1
     masked = jnp.broadcast_to(bits.astype(bool), valid.shape)
     fits = jnp.all(valid | ~masked, axis=-1)
-    sizes = [[0.0] + [1.0 / (m * math.comb(n, m)) if m <= n else 0.0 for m in range(1, layout.block + 1)]
-             for n in range(layout.block + 1)]
+    sizes = [
+        [0.0] + [1.0 / (m * math.comb(n, m)) if m <= n else 0.0 for m in range(1, layout.block + 1)]
+        for n in range(layout.block + 1)
+    ]
     weight = jnp.asarray(np.array(sizes), float)[valid.sum(-1), masked.sum(-1)]
     return masked & valid, jnp.where(fits, weight, 0.0)
 

@@ -14,7 +14,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from jaxblock.diffusion.canvas import supervised_end
-from jaxblock.diffusion.corruption import Ablation, corrupt
+from jaxblock.diffusion.corruption import NO_ABLATION, Ablation, corrupt
 from jaxblock.types import Canvas, Draw, Layout, Network, Normalize, Params, Sum
 
 
@@ -38,7 +38,7 @@ def token_losses(
     layout: Layout,
     canvas: Canvas,
     draw: Draw,
-    ablation: Ablation = Ablation(),
+    ablation: Ablation = NO_ABLATION,
     noise: Float[Array, "B R"] | None = None,
 ) -> Float[Array, "B A"]:
     """-log p of the masked tokens of one draw per row, unweighted, in nats; 0 where nothing is masked."""
@@ -54,7 +54,7 @@ def losses(
     canvas: Canvas,
     draws: Draw,
     normalize: Normalize,
-    ablation: Ablation = Ablation(),
+    ablation: Ablation = NO_ABLATION,
     noise: Float[Array, "K B R"] | None = None,
     *,
     drawn_blocks: Int[Array, " B"] | None = None,
@@ -79,10 +79,7 @@ def losses(
     def one(draw: Draw, noise: Array | None) -> Array:
         return token_losses(net, params, layout, canvas, draw, ablation, noise)
 
-    if noise is None or not ablation.needs_noise:
-        nll = jax.vmap(lambda d: one(d, None))(draws)
-    else:
-        nll = jax.vmap(one)(draws, noise)
+    nll = jax.vmap(one)(draws, noise if ablation.needs_noise else None)
     share, weight = normaliser(layout, canvas, normalize, drawn_blocks)
     total = jnp.sum(nll.sum(-1) * draws.weight * share)
 

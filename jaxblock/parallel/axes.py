@@ -94,7 +94,9 @@ def param_shardings(mesh: Mesh, table: Mapping[str, NamedAxes]) -> Params:
         for size, name in zip(entry.shape, entry.axes, strict=True):
             ways = _ways(mesh, name)
             if size % ways:
-                raise UserError(f"parameter {path}: {name} of size {size} does not divide by {ways}; set train.fsdp lower")
+                raise UserError(
+                    f"parameter {path}: {name} of size {size} does not divide by {ways}; set train.fsdp lower"
+                )
         flat[path] = sharding(mesh, *entry.axes)
     return traverse_util.unflatten_dict(flat, sep="/")
 

@@ -76,9 +76,7 @@ def page(
 
 def _legend(examined: Sequence[Examined]) -> str:
     kinds = {p.kind for record in examined for p in record.positions}
-    rows = [
-        (f'<span class="t {kind}">{kind}</span>', meaning) for kind, meaning in MEANING.items() if kind in kinds
-    ]
+    rows = [(f'<span class="t {kind}">{kind}</span>', meaning) for kind, meaning in MEANING.items() if kind in kinds]
     rows.append(('<span class="t loss">░x░</span>', "fed as a mask, has loss: must become x"))
     rows.append(('<span class="t mask">░░</span>', "fed as a mask, no loss"))
     return "<dl>" + "".join(f"<dt>{mark}</dt><dd>{escape(meaning)}</dd>" for mark, meaning in rows) + "</dl>"

@@ -105,7 +105,9 @@ class Checkpoints:
         try:
             found = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
         except (ValueError, KeyError, TypeError, OSError) as error:
-            raise UserError(f"{self.folder}/{step} is damaged: its meta cannot be read ({_first_line(error)})") from error
+            raise UserError(
+                f"{self.folder}/{step} is damaged: its meta cannot be read ({_first_line(error)})"
+            ) from error
         meta: dict[str, Any] = found.meta
         return meta
 

@@ -48,7 +48,9 @@ class NanFinder:
             )
         for name, value in (("loss", metrics.losses.loss.total), ("gradient norm", metrics.grad_norm)):
             if not np.isfinite(float(value)):
-                raise UserError(f"step {step}: every layer is finite but the {name} is {float(value)} (train records: {rows})")
+                raise UserError(
+                    f"step {step}: every layer is finite but the {name} is {float(value)} (train records: {rows})"
+                )
 
 
 def not_finite(params: Params) -> list[str]:

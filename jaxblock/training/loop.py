@@ -24,7 +24,6 @@ from jaxblock.evaluation.runner import Bound, Evaluator, Solved
 from jaxblock.reporting import plots
 from jaxblock.reporting.progress import TrainProgress
 from jaxblock.training import optimizer as optimizers
-from jaxblock.training.debug import NanFinder
 from jaxblock.training.interrupt import Interrupt, shielded
 from jaxblock.training.metrics import MetricsLog, summarise
 from jaxblock.training.setup import Session, meta, set_up

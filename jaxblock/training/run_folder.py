@@ -1,12 +1,12 @@
 """A run folder: what ``train`` leaves, and what every later verb needs of it.
 
-    config.yaml     the resolved config
-    model.json      the architecture, as config.json would give it
-    manifest.json   the prepared data's manifest
-    tokenizer/      tokenizer and template
-    metrics.jsonl   one row per log line and evaluation
-    checkpoints/    Orbax
-    plots/          PNG
+config.yaml     the resolved config
+model.json      the architecture, as config.json would give it
+manifest.json   the prepared data's manifest
+tokenizer/      tokenizer and template
+metrics.jsonl   one row per log line and evaluation
+checkpoints/    Orbax
+plots/          PNG
 """
 
 from __future__ import annotations

@@ -98,7 +98,9 @@ def set_up(config: Config, console: Console) -> Session:
     mesh = axes.make_mesh(train.data_parallel, train.fsdp)
     ways = mesh.size
     if train.batch_size % ways:
-        raise UserError(f"train.batch_size {train.batch_size} does not split over {ways} devices: use a multiple of {ways}")
+        raise UserError(
+            f"train.batch_size {train.batch_size} does not split over {ways} devices: use a multiple of {ways}"
+        )
     nans = NanFinder() if train.debug else None
     arch, params = _weights(config, prepared, mesh, folder if step is not None else None, console)
     wiring.check_decoding(config.canvas, config.decode, arch)
@@ -233,14 +235,12 @@ def check_vocabulary(arch: Architecture, prepared: Prepared, source: str) -> Non
             )
 
 
-def _check_resume(
-    config: Config, folder: Path, checkpoints: Checkpoints, step: int | None, prepared: Prepared
-) -> None:
+def _check_resume(config: Config, folder: Path, checkpoints: Checkpoints, step: int | None, prepared: Prepared) -> None:
     """What an existing run was begun with must be what this config says."""
     run = run_folder.open_run(folder)
     if step is None:
         # Without a checkpoint the start is made again: it must be the same start.
-        saved = {"data": run.manifest.fingerprint, "config": config_io.to_tree(run.config)}
+        saved: dict[str, Any] = {"data": run.manifest.fingerprint, "config": config_io.to_tree(run.config)}
         may_change = {**MAY_CHANGE, "model": MAY_CHANGE["model"] - {"init_from"}}
     else:
         saved, may_change = checkpoints.meta(step), MAY_CHANGE

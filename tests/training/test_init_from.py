@@ -49,7 +49,10 @@ def test_a_checkpoint_with_other_ids_is_refused(
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | changed))
         out = tmp_path / "out"
-        assert main(["train", "--config", str(tiny_config), "--model.init_from", str(folder), "--train.out", str(out)]) == 2
+        assert (
+            main(["train", "--config", str(tiny_config), "--model.init_from", str(folder), "--train.out", str(out)])
+            == 2
+        )
         assert not out.exists()
         return capsys.readouterr().err
 
@@ -92,7 +95,15 @@ def poisoned(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
 def test_debug_finds_the_layer_of_a_bad_weight(
     tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], poisoned: Callable[[str, float], Path]
 ) -> None:
-    command = ["train", "--config", str(tiny_config), "--train.out", str(tmp_path / "out"), "--train.eval_problems", "0"]
+    command = [
+        "train",
+        "--config",
+        str(tiny_config),
+        "--train.out",
+        str(tmp_path / "out"),
+        "--train.eval_problems",
+        "0",
+    ]
     command += ["--train.eval_nelbo_rows", "0"]
     source = poisoned("up", float("nan"))
     assert main([*command, "--model.init_from", str(source), "--train.debug"]) == 2
@@ -104,7 +115,15 @@ def test_debug_finds_the_layer_and_the_step_of_a_nan(
     tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], poisoned: Callable[[str, float], Path]
 ) -> None:
     """Every weight is finite, but layer 1's products are not."""
-    command = ["train", "--config", str(tiny_config), "--train.out", str(tmp_path / "out"), "--train.eval_problems", "0"]
+    command = [
+        "train",
+        "--config",
+        str(tiny_config),
+        "--train.out",
+        str(tmp_path / "out"),
+        "--train.eval_problems",
+        "0",
+    ]
     command += ["--train.eval_nelbo_rows", "0"]
     source = poisoned("attn_norm", 3e38)
     assert main([*command, "--model.init_from", str(source), "--train.debug"]) == 2

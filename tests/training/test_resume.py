@@ -125,7 +125,10 @@ def test_a_finished_run_says_so(tiny_config: Path, tiny_run: Path, capsys: pytes
         (["--optimizer.lr", "0.5"], "optimizer.lr = 0.01 then, 0.5 now"),
         (["--train.seed", "1"], "train.seed = 0 then, 1 now"),
         (["--train.steps", "130"], "train.steps = 120 then, 130 now"),
-        (["--method.law", "bernoulli", "--canvas.block", "8"], "canvas.block = 4 then, 8 now; method.law = 'exact_count'"),
+        (
+            ["--method.law", "bernoulli", "--canvas.block", "8"],
+            "canvas.block = 4 then, 8 now; method.law = 'exact_count'",
+        ),
         (["--model.d_model", "32"], "model.d_model = 16 then, 32 now"),
         (["--train.resume", "never"], "already holds a run"),
         (["--train.resume", "must", "--train.out", "{new}"], "train.resume is must, but {new} has no whole checkpoint"),

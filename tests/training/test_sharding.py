@@ -72,9 +72,7 @@ def train() -> Callable[[tuple[int, int] | None], Result]:
         with jax.set_mesh(mesh):
             draw = jax.jit(lambda b, s: objective.draw(b, objective.canvas(b), s), in_shardings=(rows, None))
             draws = [jax.device_get(draw(batch, jnp.int32(step))) for step in range(3)]
-            state = create(
-                jax.device_put(start, axes.param_shardings(mesh, net.table)), optimizer, mesh, net.table
-            )
+            state = create(jax.device_put(start, axes.param_shardings(mesh, net.table)), optimizer, mesh, net.table)
             step_fn = compile_step(objective, optimizer, state, mesh, net.table)
             losses = []
             for _ in range(3):
@@ -99,7 +97,9 @@ def test_eight_devices_do_what_one_does(train: Callable[..., Result], shape: tup
 
 def test_optimizer_state_lies_where_its_parameters_lie(train: Callable[..., Result]) -> None:
     state = train((2, 4)).state
-    adam = next(part for part in jax.tree.leaves(state.opt_state, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(part, "mu"))
+    adam = next(
+        part for part in jax.tree.leaves(state.opt_state, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(part, "mu")
+    )
     for moments in (adam.mu, adam.nu):
         for path, moment in parameters.flatten(moments).items():
             parameter = parameters.flatten(state.params)[path]

@@ -1,0 +1,95 @@
+"""Every config that ships is loaded, valid, and runs for three steps (on little data, and with a small network)."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from jaxblock import config_io
+from jaxblock.cli import main
+from jaxblock.config import Config
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+
+LITTLE = {
+    "data.builtin_train": 3000,
+    "data.builtin_test": 16,
+    "data.validation_records": 16,
+    "data.overwrite": True,
+    "train.steps": 3,
+    "train.eval_problems": 8,
+    "train.eval_nelbo_rows": 8,
+    "train.log_every": 1,
+    "optimizer.warmup_steps": 1,
+    "decode.batch_size": 8,
+    "decode.steps_per_block": 2,
+    "model.d_model": 32,
+    "model.n_layers": 1,
+    "model.mlp_dim": 32,
+}
+
+
+def _flags(verb: str, config: Config) -> list[str]:
+    little = LITTLE if config.data.train == "builtin" else LITTLE | {"data.vocab_size": 600}  # few lines have few words
+    sections = ("data",) if verb == "prepare" else ("data", "train", "optimizer", "decode", "model")
+    chosen = {name: value for name, value in little.items() if name.split(".")[0] in sections}
+    found = []
+    for name, value in chosen.items():
+        found += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return found
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, Config], Path]:
+    """Prepares and trains what a config says in a working folder of its own, and first what it starts from."""
+    work = tmp_path_factory.mktemp("work")
+
+    def run(path: Path, config: Config) -> Path:
+        out = work / config.train.out
+        if out.exists():
+            return out
+        if config.model.init_from is not None:
+            starts = {config_io.load(str(other)).train.out: other for other in CONFIGS}
+            start = starts[config.model.init_from]
+            run(start, config_io.load(str(start)))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(work)
+            for verb in ("prepare", "train"):
+                assert main([verb, "--config", str(path), *_flags(verb, config)]) == 0
+        return out
+
+    return run
+
+
+def test_there_are_configs() -> None:
+    assert {"quickstart_classical.yaml", "quickstart_blockwise.yaml"} <= {path.name for path in CONFIGS}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
+def test_a_config_runs(
+    path: Path,
+    train: Callable[[Path, Config], Path],
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    config = config_io.validate(config_io.load(str(path)))
+    if config.data.train != "builtin":
+        # The file's first lines, where the config looks for it.
+        shared: Path = request.getfixturevalue("shared")
+        for name in (config.data.train, config.data.test):
+            assert name is not None
+            there = tmp_path_factory.getbasetemp() / "work0" / name
+            there.parent.mkdir(parents=True, exist_ok=True)
+            lines = (shared / name).read_text(encoding="utf-8").splitlines(keepends=True)
+            there.write_text("".join(lines[:150]), encoding="utf-8")
+    run = train(path, config)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["kind"] == "train"] == [1, 2, 3]
+    assert all(math.isfinite(row["loss"]) for row in rows if row["kind"] == "train")
+    evaluations = [row for row in rows if row["kind"] == "eval"]
+    assert [row["step"] for row in evaluations] == [0, 3]
+    assert all(row["pass_at_1"]["n"] == 8 and math.isfinite(row["nelbo_per_token"]["mean"]) for row in evaluations)
