@@ -305,6 +305,8 @@ def load(folder: storage.PathLike, *, dtype: str | None = None) -> Model:
     Raises:
         UserError: the folder is neither, or is damaged; says what is missing.
     """
+    if dtype not in (None, "float32", "bfloat16"):
+        raise UserError(f"dtype is {dtype!r}: choose float32 or bfloat16, or None for what is stored")
     if run_folder.is_run(folder):
         return _from_run(folder, dtype)
     arch, params = huggingface_load.load(folder, dtype=dtype)

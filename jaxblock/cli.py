@@ -26,6 +26,7 @@ from jaxblock.config import (
     TrainConfig,
 )
 from jaxblock.errors import UserError
+from jaxblock.parallel import host_memory
 
 
 @dataclass(frozen=True)
@@ -145,8 +146,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     traces = "--traceback" in given
-    if arguments is None and not traces:
-        _hush()
+    if arguments is None:
+        host_memory.keep_freed_memory()
+        if not traces:
+            _hush()
     given = [argument for argument in given if argument != "--traceback"]
     if not given or given[0] in ("-h", "--help"):
         print(_overview())

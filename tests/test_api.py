@@ -35,6 +35,8 @@ def test_load_sets_the_type(tiny_run: Path) -> None:
     found = api.load(tiny_run, dtype="bfloat16")
     assert found.params["embed"].dtype == "bfloat16" and found.net.dtype == "bfloat16"
     assert found.logits([[3, 4]]).dtype == np.float32
+    with pytest.raises(UserError, match="choose float32 or bfloat16"):
+        api.load(tiny_run, dtype="float15")
 
 
 @pytest.mark.parametrize("side", ["left", "right", "both"])

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from jaxblock import wiring
 from jaxblock.config import CanvasConfig, DecodeConfig
@@ -22,6 +23,7 @@ from jaxblock.diffusion import decoder, likelihood
 from jaxblock.evaluation.graders import grader
 from jaxblock.evaluation.statistics import Estimate, Proportion, mean_se, ratio_se, wilson
 from jaxblock.models.transformer import Transformer
+from jaxblock.parallel import axes
 from jaxblock.types import Layout, Params
 
 
@@ -126,7 +128,7 @@ class Evaluator:
         spent, tokens = 0.0, 0
         if inputs:
             # Compiled ahead, so that the time of decoding is the time of decoding.
-            make = jax.jit(_decode_prompts, static_argnums=(0, 1, 2, 4))
+            make = jax.jit(_decode_prompts, static_argnums=(0, 1, 2, 4), out_shardings=_everywhere(params))
             run = make.lower(self.net, layout, options, params, seed, *inputs[0]).compile()
         for batch, arrays in zip(batches, inputs, strict=True):
             begin = time.perf_counter()
@@ -183,7 +185,7 @@ class Evaluator:
         layout = wiring.scoring_layout(self.canvas, self.net.arch, self.encoder.special.stop_ids)
         samples = self.nelbo_samples or layout.block
         size = min(64, len(records))
-        run = jax.jit(_nelbo_of_rows, static_argnums=(0, 1, 2))
+        run = jax.jit(_nelbo_of_rows, static_argnums=(0, 1, 2), out_shardings=_everywhere(params))
         values, errors, blocks, lengths, counts = [], [], [], [], []
         for at in range(0, len(records), size):
             part = list(records[at : at + size])
@@ -211,6 +213,12 @@ class Evaluator:
             ],
             by_count=[(float(s / w) if w else float("nan"), int(w)) for s, w in by_count],
         )
+
+
+def _everywhere(params: Params) -> Any:
+    """The results' place: whole on every device, so that each process of a group can read them."""
+    place = jax.tree.leaves(params)[0].sharding
+    return axes.replicated(place.mesh) if isinstance(place, NamedSharding) else None
 
 
 def _decode_prompts(net, layout, options, params, seed, prompt_ids, prompt_len, index):  # type: ignore[no-untyped-def]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, Literal
 
 import jax
@@ -37,13 +37,16 @@ def dense(x: Float[Array, "*rows I"], w: Float[Array, "I O"]) -> Float[Array, "*
     return _matmul(x, w, x.dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _matmul(x: Array, w: Array, out: DTypeLike) -> Array:
+def _plain_matmul(x: Array, w: Array, out: DTypeLike) -> Array:
     return jnp.matmul(x, w.astype(x.dtype), precision=_precision(x), preferred_element_type=out)
 
 
+_matmul = jax.custom_vjp(_plain_matmul, nondiff_argnums=(2,))
+
+
 def _matmul_forward(x: Array, w: Array, out: DTypeLike) -> tuple[Array, tuple[Array, Array]]:
-    return _matmul(x, w, out), (x, w)
+    # Not _matmul: remat policies look for matmuls, and would not see one inside a function with a gradient of its own.
+    return _plain_matmul(x, w, out), (x, w)
 
 
 def _matmul_backward(out: DTypeLike, saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:

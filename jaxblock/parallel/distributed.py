@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from jaxblock.errors import UserError
 
@@ -38,6 +40,19 @@ def start() -> tuple[int, int]:
             return 0, 1
         _initialize(arguments)
     return jax.process_index(), jax.process_count()
+
+
+def wait(name: str) -> None:
+    """Waits until every process of the group is at this point."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def any_of(flag: bool) -> bool:
+    """Whether the flag is set in any process of the group. Every process must ask."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
 
 
 def from_environment(variables: Mapping[str, str]) -> dict[str, Any] | None:

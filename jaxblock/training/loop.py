@@ -21,6 +21,7 @@ from jaxblock.config import Config
 from jaxblock.data.loader import Batch, batches
 from jaxblock.errors import UserError
 from jaxblock.evaluation.runner import Bound, Evaluator, Solved
+from jaxblock.parallel import distributed
 from jaxblock.reporting import plots
 from jaxblock.reporting.progress import TrainProgress
 from jaxblock.training import optimizer as optimizers
@@ -120,7 +121,10 @@ class _Loop:
         self.session, self.config, self.console = session, session.config, console
         self.run_folder = Path(self.config.train.out)
         self.lr = optimizers.schedule(self.config.optimizer, self.config.train.steps)
-        self.log = MetricsLog(self.run_folder, self.config.train.tensorboard, session.step if session.resumed else -1)
+        self.log: MetricsLog | None = None
+        if session.process_index == 0:
+            begin = session.step if session.resumed else -1
+            self.log = MetricsLog(self.run_folder, self.config.train.tensorboard, begin)
         self.nans = session.nans
         self.evaluated: dict[str, Any] = {}
         self.saved = session.step if session.resumed else -1
@@ -144,9 +148,10 @@ class _Loop:
             if not session.resumed:
                 self._evaluate(state.params, step, progress)
             else:
-                self.log.write({"step": step, "kind": "resume"})
+                self._write({"step": step, "kind": "resume"})
             window.begin()
-            while step < train.steps and not stop.asked:
+            stopping = distributed.any_of(stop.asked)
+            while step < train.steps and not stopping:
                 batch = next(data)
                 state, metrics = step_fn(state, batch)
                 if window.due:
@@ -167,7 +172,9 @@ class _Loop:
                     window.begin()
                 if save:
                     self._save(state, step, window)
-            if stop.asked:
+                if session.process_count == 1 or step % train.log_every == 0:
+                    stopping = distributed.any_of(stop.asked)  # a group stops together; asking waits for the device
+            if stopping:
                 if window.metrics:
                     self._report(window, progress)
                 self._save(state, step, window)
@@ -208,9 +215,10 @@ class _Loop:
         _check_finite(found, step - count)
         row = summarise(found)
         positions = window.prompt_tokens + window.rows * self.config.canvas.response_len
-        speed = positions * self.config.method.draws / (time.perf_counter() - window.since)
+        everywhere = self.session.process_count * self.config.method.draws
+        speed = positions * everywhere / (time.perf_counter() - window.since)
         lr = float(self.lr(step - 1))
-        self.log.write({"step": step, "kind": "train", **row, "lr": lr, "tokens_per_second": speed})
+        self._write({"step": step, "kind": "train", **row, "lr": lr, "tokens_per_second": speed})
         progress.train(step, row["loss"], speed)
         window.empty()
 
@@ -231,13 +239,17 @@ class _Loop:
                 row["grader"] = self.config.evaluate.grader
         if bound is None and solved is None:
             return
-        self.log.write(row)
+        self._write(row)
         self.evaluated = row
         progress.evaluation(
             step,
             nelbo=None if bound is None else float(bound.per_text_token.mean),
             pass_at_1=None if solved is None else (solved.pass_at_1.correct, solved.pass_at_1.n),
         )
+
+    def _write(self, row: dict[str, Any]) -> None:
+        if self.log is not None:
+            self.log.write(row)
 
     def _save(self, state: Any, step: int, window: _Window) -> None:
         if step > self.saved:
@@ -247,8 +259,8 @@ class _Loop:
             self.saved = step
 
     def _end(self, step: int) -> Outcome:
-        self.log.close()
         interrupted = step < self.config.train.steps
-        if jax.process_index() == 0:
+        if self.log is not None:
+            self.log.close()
             plots.plot_run(self.log.path, self.run_folder / "plots")
         return Outcome(step, interrupted, last=self.evaluated)

@@ -88,6 +88,7 @@ def set_up(config: Config, console: Console) -> Session:
         UserError: anything that would make the run wrong or lose something.
     """
     process_index, process_count = distributed.start()
+    console.quiet = process_index > 0  # one process speaks for all
     train = config.train
     folder = Path(train.out)
     prepared = open_prepared(config.data.prepared)
@@ -109,7 +110,10 @@ def set_up(config: Config, console: Console) -> Session:
     with jax.set_mesh(mesh):
         state = create(params, optimizer, mesh, net.table)
     if checkpoints is None:
-        run_folder.begin(folder, config, arch, prepared)
+        distributed.wait("every process has looked at the run folder")
+        if process_index == 0:
+            run_folder.begin(folder, config, arch, prepared)
+        distributed.wait("the run folder is there")
         checkpoints = Checkpoints(folder, train.keep)
     elif step is None:
         console.out(f"{train.out} ended before its first checkpoint: beginning again", highlight=False)

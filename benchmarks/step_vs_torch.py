@@ -1,0 +1,224 @@
+"""A train step against PyTorch: the paper's step written with transformers' Llama, and ours doing the same job.
+
+The job: context ``paper``, one active block a row, masks at a rate of U(1e-3, 1), masked mean per row, mean over rows;
+gradient clipped to norm 1, AdamW, float32. The PyTorch side computes logits at every position, as the published script
+does. Both start from the same weights and see the same noised batch; the script first checks that they compute the same
+loss, and that the Llama is bidirectional. They then take turns; the ratio is the median of the pairs' ratios.
+
+    pip install -r benchmarks/requirements.txt
+    python -m benchmarks.step_vs_torch
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from jaxblock import wiring
+from jaxblock.config import CanvasConfig, MethodConfig, ModelConfig, OptimizerConfig
+from jaxblock.data.loader import Batch
+from jaxblock.diffusion.corruption import corrupt
+from jaxblock.models import params as parameters
+from jaxblock.models.transformer import Transformer
+from jaxblock.parallel import axes
+from jaxblock.training import optimizer as optimizers
+from jaxblock.training import state as states
+from jaxblock.training.step import Objective, compile_step
+
+NAMES = {
+    "blocks/attn_norm": "model.layers.{layer}.input_layernorm.weight",
+    "blocks/q": "model.layers.{layer}.self_attn.q_proj.weight",
+    "blocks/k": "model.layers.{layer}.self_attn.k_proj.weight",
+    "blocks/v": "model.layers.{layer}.self_attn.v_proj.weight",
+    "blocks/o": "model.layers.{layer}.self_attn.o_proj.weight",
+    "blocks/mlp_norm": "model.layers.{layer}.post_attention_layernorm.weight",
+    "blocks/gate": "model.layers.{layer}.mlp.gate_proj.weight",
+    "blocks/up": "model.layers.{layer}.mlp.up_proj.weight",
+    "blocks/down": "model.layers.{layer}.mlp.down_proj.weight",
+    "embed": "model.embed_tokens.weight",
+    "final_norm": "model.norm.weight",
+    "head": "lm_head.weight",
+}
+"""Our parameters by the names of transformers' Llama."""
+
+PAPER = MethodConfig(
+    law="floored_bernoulli", weighting="masked_mean", normalize="sequences", blocks="pairs", objective="blockwise"
+)
+
+
+def llama(net: Transformer, params: Any) -> LlamaForCausalLM:
+    """transformers' Llama with our weights; bidirectional when it is given an all-visible 4-d mask."""
+    arch = net.arch
+    config = LlamaConfig(
+        hidden_size=arch.d_model,
+        num_hidden_layers=arch.n_layers,
+        num_attention_heads=arch.n_heads,
+        num_key_value_heads=arch.n_kv_heads,
+        intermediate_size=arch.mlp_dim,
+        vocab_size=arch.vocab_size,
+        rms_norm_eps=arch.norm_eps,
+        rope_theta=arch.rope_theta,
+        tie_word_embeddings=False,
+        use_cache=False,
+    )
+    model = LlamaForCausalLM(config).float()
+    tensors = {}
+    for path, leaf in parameters.flatten(params).items():
+        spec, array = net.table[path], np.array(leaf)
+        for layer, part in enumerate(array) if spec.stacked else [(0, array)]:
+            tensors[NAMES[path].format(layer=layer)] = torch.from_numpy(part.T.copy() if spec.transpose else part.copy())
+    model.load_state_dict(tensors, strict=True)
+    return model
+
+
+def check_bidirectional(model: LlamaForCausalLM, width: int) -> None:
+    """Changing the last token must change the first position's logits."""
+    ids = torch.randint(0, model.config.vocab_size, (1, width))
+    other = ids.clone()
+    other[0, -1] = (other[0, -1] + 1) % model.config.vocab_size
+    with torch.no_grad():
+        first, second = (model(i, attention_mask=visible(1, width)).logits[0, 0] for i in (ids, other))
+    assert not torch.equal(first, second), "the mask left the model causal"
+
+
+def visible(batch: int, width: int) -> torch.Tensor:
+    """An additive mask that hides nothing."""
+    return torch.zeros(batch, 1, width, width)
+
+
+def torch_loss(model: LlamaForCausalLM, noisy: torch.Tensor, clean: torch.Tensor, flags: torch.Tensor) -> torch.Tensor:
+    """The published script's loss: cross-entropy at every position, masked mean per row, mean over rows."""
+    logits = model(noisy, attention_mask=visible(*noisy.shape)).logits
+    each = torch.nn.functional.cross_entropy(logits.flatten(0, 1), clean.flatten(), reduction="none").view(clean.shape)
+    return ((each * flags).sum(1) / flags.sum(1).clamp(min=1)).mean()
+
+
+def random_batch(batch: int, canvas: CanvasConfig, vocab: int) -> Batch:
+    """Prompts and responses that fill the canvas, each with one of its blocks."""
+    rng = np.random.default_rng(0)
+    prompt = rng.integers(2, vocab - 1, (batch, canvas.prompt_len), dtype=np.int32)
+    response = rng.integers(2, vocab - 1, (batch, canvas.response_len), dtype=np.int32)
+    full = np.full(batch, canvas.prompt_len, np.int32), np.full(batch, canvas.response_len, np.int32)
+    block = rng.integers(0, canvas.response_len // canvas.block, batch).astype(np.int32)
+    rows = np.arange(batch, dtype=np.int32)
+    return Batch(prompt, full[0], response, full[1], block, rows, rows)
+
+
+def flops(net: Transformer, batch: int, width: int) -> float:
+    """Analytic matmul FLOPs of forward and backward with the head at every position: the job's size for both sides."""
+    return 3 * batch * width * parameters.matmul_flops_per_token(net.table, net.arch, width)
+
+
+def matmul_peaks(size: int) -> dict[str, float]:
+    """FLOP/s of each library's own best large square product."""
+    ours = jax.jit(lambda a: jnp.matmul(a, a, precision="highest"))
+    a, b = jnp.ones((size, size)), torch.ones(size, size)
+    ours(a).block_until_ready()
+    best = {
+        "jaxblock": min(timed(lambda: ours(a).block_until_ready()) for _ in range(5)),
+        "PyTorch": min(timed(lambda: torch.matmul(b, b)) for _ in range(5)),
+    }
+    return {name: 2 * size**3 / seconds for name, seconds in best.items()}
+
+
+def timed(call: Callable[[], Any]) -> float:
+    """Wall time of a call."""
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
+def compare(batch: int, args: argparse.Namespace) -> dict[str, float]:
+    """Checks that both do the same job, then times them in turns."""
+    canvas = CanvasConfig(args.canvas // 2, args.canvas // 2, args.block, "paper")
+    settings = ModelConfig(d_model=args.d, n_layers=args.layers, n_heads=8, mlp_dim=args.d * 8 // 3 // 8 * 8)
+    arch = wiring.architecture(settings, vocab_size=args.vocab, mask_id=args.vocab - 1, eos_id=1)
+    net = wiring.network(arch, settings)
+    layout = wiring.training_layout(canvas, PAPER, arch, (1,))
+    objective = Objective(net, layout, wiring.sampling(PAPER), "sequences", wiring.ablation(PAPER), 0, batch)
+    rows = random_batch(batch, canvas, args.vocab)
+    start = parameters.init(net.table, 0, "float32")
+
+    laid = objective.canvas(rows)
+    draws, _ = objective.draw(rows, laid, 0)
+    draw = jax.tree.map(lambda leaf: leaf[0], draws)
+    seen, _ = corrupt(layout, laid, draw)
+    at = np.asarray(seen.active)
+    flags = np.zeros(seen.ids.shape, np.float32)
+    np.put_along_axis(flags, at, np.asarray(draw.masked, np.float32), 1)
+    noisy, clean = (torch.from_numpy(np.array(x)).long() for x in (seen.ids, laid.ids))
+    model = llama(net, start)
+    check_bidirectional(model, args.canvas)
+
+    found = objective(start, rows, jnp.int32(0)).loss
+    ours_loss, theirs_loss = float(found.total / found.weight), float(torch_loss(model, noisy, clean, torch.tensor(flags)).detach())
+    assert abs(ours_loss - theirs_loss) <= 2e-5 * abs(theirs_loss), (ours_loss, theirs_loss)
+
+    optimizer = optimizers.make(OptimizerConfig(lr=1e-5, schedule="constant", warmup_steps=0), 1000, net.table)
+    mesh = axes.make_mesh(1, 1, jax.devices()[:1])
+    adam = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0)
+    with jax.set_mesh(mesh):
+        state = states.create(start, optimizer, mesh, net.table)
+        step_fn = compile_step(objective, optimizer, state, mesh, net.table)
+
+        def ours() -> None:
+            nonlocal state
+            state, metrics = step_fn(state, rows)
+            jax.block_until_ready(metrics)
+
+        def theirs() -> None:
+            adam.zero_grad()
+            torch_loss(model, noisy, clean, torch.tensor(flags)).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            adam.step()
+
+        ours(), theirs()
+        pairs = [(timed(ours), timed(theirs)) for _ in range(args.repeat)]
+    mine, other = (statistics.median(column) for column in zip(*pairs, strict=True))
+    return {
+        "loss": ours_loss,
+        "ours": mine,
+        "torch": other,
+        "speedup": statistics.median(b / a for a, b in pairs),
+        "flops": flops(net, batch, args.canvas),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> list[dict[str, float]]:
+    """Prints steps per second, FLOP/s and the matmul peak of both."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sizes = {"d": 512, "layers": 8, "canvas": 256, "block": 32, "vocab": 32_000, "repeat": 3, "threads": 2, "peak": 2048}
+    for name, default in sizes.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--batch", type=int, nargs="+", default=[4, 16])
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    peak = matmul_peaks(args.peak)
+    print(f"d {args.d}, {args.layers} layers, canvas {args.canvas}, block {args.block}, vocabulary {args.vocab:,}")
+    print(f"matmul peak GFLOP/s: PyTorch {peak['PyTorch'] / 1e9:.0f}, jaxblock {peak['jaxblock'] / 1e9:.0f}")
+    results = []
+    for batch in args.batch:
+        row = compare(batch, args)
+        for name, key in (("PyTorch", "torch"), ("jaxblock", "ours")):
+            rate = row["flops"] / row[key]
+            print(
+                f"batch {batch:3} {name:9} {1 / row[key]:8.3f} steps/s {rate / 1e9:8.1f} GFLOP/s of the job "
+                f"({rate / peak[name]:.0%} of its peak)"
+            )
+        print(f"batch {batch:3} PyTorch's time over jaxblock's: {row['speedup']:.2f}; same loss {row['loss']:.5f}")
+        results.append(row)
+    return results
+
+
+if __name__ == "__main__":
+    main()

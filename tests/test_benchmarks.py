@@ -1,0 +1,47 @@
+"""Each benchmark runs at a tiny size and measures what it says; its bars are for the real sizes."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks import decoder_overhead, host_time, logits_memory
+
+
+def test_logits_of_the_active_block_take_its_share_of_the_canvas():
+    found = logits_memory.main("--batch 4 --response 64 --block 8 --d 16 --vocab 512".split())
+    assert found["ratio"] < 1.5 * 8 / 64
+
+
+def test_both_heads_compute_the_same_loss():
+    import jax
+    import numpy as np
+
+    key = jax.random.split(jax.random.key(0), 3)
+    hidden, head = jax.random.normal(key[0], (2, 12, 4)), jax.random.normal(key[1], (4, 9))
+    at = np.array([[3, 4, 5], [7, 8, 9]])
+    targets, weights = np.array([[1, 2, 3], [4, 5, 6]]), np.array([[1.0, 0.0, 2.0], [0.5, 0.0, 0.0]])
+    both = [f(hidden, head, at, targets, weights) for f in (logits_memory.active_head, logits_memory.full_head)]
+    np.testing.assert_allclose(*both, rtol=1e-6)
+
+
+def test_the_decoder_is_timed_over_every_forward():
+    sizes = "--d 16 --layers 1 --batch 2 --prompt 8 --response 8 --block 4 --vocab 32 --repeat 1"
+    found = decoder_overhead.main(sizes.split())
+    assert found["ratio"] == pytest.approx(found["decoder"] / found["bare"])
+
+
+def test_host_time_is_a_share_of_the_step():
+    found = host_time.main("--d 16 --layers 1 --batch 8 --steps 20".split())
+    parts = sum(found[name] for name in ("batch", "place", "dispatch", "metrics"))
+    assert found["share"] == pytest.approx(parts / found["step"])
+
+
+@pytest.mark.slow
+def test_pytorch_computes_the_same_loss():
+    pytest.importorskip("torch", reason="benchmarks/requirements.txt is not installed")
+    pytest.importorskip("transformers", reason="benchmarks/requirements.txt is not installed")
+    from benchmarks import step_vs_torch
+
+    sizes = "--d 32 --layers 2 --canvas 32 --block 8 --vocab 100 --batch 2 --repeat 1 --peak 64"
+    (found,) = step_vs_torch.main(sizes.split())  # refuses to time two different jobs
+    assert found["ours"] > 0 and found["torch"] > 0
