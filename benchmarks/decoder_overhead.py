@@ -22,6 +22,7 @@ from jaxblock.config import ModelConfig
 from jaxblock.diffusion import canvas as canvases
 from jaxblock.diffusion import decoder
 from jaxblock.models import params as parameters
+from jaxblock.parallel.host_memory import keep_freed_memory
 from jaxblock.types import Layout
 
 
@@ -88,4 +89,5 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # as the command line does
     main()

@@ -22,6 +22,7 @@ from rich.console import Console
 from jaxblock.config import CanvasConfig, Config, DataConfig, MethodConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxblock.data.loader import batches
 from jaxblock.data.prepare import prepare
+from jaxblock.parallel.host_memory import keep_freed_memory
 from jaxblock.training.metrics import summarise
 from jaxblock.training.setup import set_up
 from jaxblock.training.step import compile_step
@@ -94,4 +95,5 @@ def measure(session, config: Config, steps: int) -> dict[str, float]:  # type: i
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # as the command line does
     main()

@@ -31,7 +31,7 @@ def active_head(hidden: Array, head: Array, at: Array, targets: Array, weights: 
 
 def full_head(hidden: Array, head: Array, at: Array, targets: Array, weights: Array) -> Array:
     """The same loss from logits of every position."""
-    everywhere = jnp.zeros(hidden.shape[:2], targets.dtype)
+    everywhere = jnp.zeros(hidden.shape[:2], jnp.int32)
     rows = jnp.arange(hidden.shape[0])[:, None]
     return loss(
         hidden, head, everywhere.at[rows, at].set(targets), jnp.zeros(hidden.shape[:2]).at[rows, at].set(weights)

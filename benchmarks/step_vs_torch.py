@@ -30,6 +30,7 @@ from jaxblock.diffusion.corruption import corrupt
 from jaxblock.models import params as parameters
 from jaxblock.models.transformer import Transformer
 from jaxblock.parallel import axes
+from jaxblock.parallel.host_memory import keep_freed_memory
 from jaxblock.training import optimizer as optimizers
 from jaxblock.training import state as states
 from jaxblock.training.step import Objective, compile_step
@@ -75,7 +76,9 @@ def llama(net: Transformer, params: Any) -> LlamaForCausalLM:
     for path, leaf in parameters.flatten(params).items():
         spec, array = net.table[path], np.array(leaf)
         for layer, part in enumerate(array) if spec.stacked else [(0, array)]:
-            tensors[NAMES[path].format(layer=layer)] = torch.from_numpy(part.T.copy() if spec.transpose else part.copy())
+            tensors[NAMES[path].format(layer=layer)] = torch.from_numpy(
+                part.T.copy() if spec.transpose else part.copy()
+            )
     model.load_state_dict(tensors, strict=True)
     return model
 
@@ -160,7 +163,10 @@ def compare(batch: int, args: argparse.Namespace) -> dict[str, float]:
     check_bidirectional(model, args.canvas)
 
     found = objective(start, rows, jnp.int32(0)).loss
-    ours_loss, theirs_loss = float(found.total / found.weight), float(torch_loss(model, noisy, clean, torch.tensor(flags)).detach())
+    ours_loss, theirs_loss = (
+        float(found.total / found.weight),
+        float(torch_loss(model, noisy, clean, torch.tensor(flags)).detach()),
+    )
     assert abs(ours_loss - theirs_loss) <= 2e-5 * abs(theirs_loss), (ours_loss, theirs_loss)
 
     optimizer = optimizers.make(OptimizerConfig(lr=1e-5, schedule="constant", warmup_steps=0), 1000, net.table)
@@ -196,7 +202,16 @@ def compare(batch: int, args: argparse.Namespace) -> dict[str, float]:
 def main(argv: Sequence[str] | None = None) -> list[dict[str, float]]:
     """Prints steps per second, FLOP/s and the matmul peak of both."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sizes = {"d": 512, "layers": 8, "canvas": 256, "block": 32, "vocab": 32_000, "repeat": 3, "threads": 2, "peak": 2048}
+    sizes = {
+        "d": 512,
+        "layers": 8,
+        "canvas": 256,
+        "block": 32,
+        "vocab": 32_000,
+        "repeat": 3,
+        "threads": 2,
+        "peak": 2048,
+    }
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--batch", type=int, nargs="+", default=[4, 16])
@@ -221,4 +236,5 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, float]]:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # as the command line does
     main()

@@ -178,7 +178,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("jaxblock: stopped", file=sys.stderr)
         return 130
-    except Exception:
+    except Exception as error:
+        if not traces and (isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)):
+            print(
+                f"jaxblock: out of memory ({str(error).splitlines()[0][:200] if str(error) else 'on the host'}). Lower "
+                "train.batch_size or decode.batch_size, or set model.remat to full",
+                file=sys.stderr,
+            )
+            return 2
         # Not the user's mistake but ours: here the traceback is the message.
         traceback.print_exc()
         print("jaxblock: this is a bug; please report it with the lines above", file=sys.stderr)

@@ -119,6 +119,8 @@ def train(options: Train, config: Config) -> int:
             outcome = run_training(config, console)
     else:
         outcome = run_training(config, console)
+    if jax.process_index() > 0:  # one process speaks for all
+        return INTERRUPTED if outcome.interrupted else 0
     if outcome.interrupted:
         _say(
             f"stopped after step {outcome.step:,} of {config.train.steps:,} and saved. To go on, run the same command "

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from benchmarks import decoder_overhead, host_time, logits_memory
+from benchmarks import decoder_overhead, host_time, logits_memory, quickstart_summary
 
 
 def test_logits_of_the_active_block_take_its_share_of_the_canvas():
-    found = logits_memory.main("--batch 4 --response 64 --block 8 --d 16 --vocab 512".split())
+    found = logits_memory.main(["--batch", "4", "--response", "64", "--block", "8", "--d", "16", "--vocab", "512"])
     assert found["ratio"] < 1.5 * 8 / 64
 
 
@@ -31,9 +33,30 @@ def test_the_decoder_is_timed_over_every_forward():
 
 
 def test_host_time_is_a_share_of_the_step():
-    found = host_time.main("--d 16 --layers 1 --batch 8 --steps 20".split())
+    found = host_time.main(["--d", "16", "--layers", "1", "--batch", "8", "--steps", "20"])
     parts = sum(found[name] for name in ("batch", "place", "dispatch", "metrics"))
     assert found["share"] == pytest.approx(parts / found["step"])
+
+
+def test_the_quickstart_is_summed_up_from_what_it_left(tmp_path):
+    def phase(name, seconds, code=0):
+        return json.dumps({"phase": name, "seconds": seconds, "peak_bytes": 2**30, "exit": code}) + "\n"
+
+    record = phase("train", 70.0) + phase("score", 9.0) + phase("train", 300.0, code=1) + phase("train", 2.0)
+    (tmp_path / "phases.jsonl").write_text(record)
+    for name, verdicts in (("score_before", (True, False, False)), ("score_after", (True, True, True))):
+        folder = tmp_path / name
+        folder.mkdir()
+        rows = [{"index": i, "grader": "exact", "correct": right} for i, right in enumerate(verdicts)]
+        (folder / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        solved = {"rate": sum(verdicts) / 3, "correct": sum(verdicts), "n": 3, "low": 0.1, "high": 0.9}
+        bound = {"mean": 0.5, "se": 0.01, "n": 3}
+        summary = {"pass_at_1": solved, "nelbo_per_token": bound, "nfe": 16.0, "tokens_per_forward": 0.9}
+        (folder / "summary.json").write_text(json.dumps(summary))
+    found = quickstart_summary.main([str(tmp_path)])
+    assert [row[:2] for row in found["phases"]] == [["train", "1m10s"], ["score", "0m09s"], ["all", "1m19s"]]
+    assert [row[1] for row in found["scores"]] == ["33.3% (1 of 3)", "100.0% (3 of 3)"]
+    assert found["paired"] == [["before, after", "0", "2", "0.5"]]
 
 
 @pytest.mark.slow

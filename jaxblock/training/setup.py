@@ -19,7 +19,7 @@ import optax
 from jax.sharding import Mesh
 from rich.console import Console
 
-from jaxblock import config_io, wiring
+from jaxblock import config_io, storage, wiring
 from jaxblock.config import Config
 from jaxblock.data.loader import Batch
 from jaxblock.data.prepared import Prepared, open_prepared
@@ -94,6 +94,9 @@ def set_up(config: Config, console: Console) -> Session:
     prepared = open_prepared(config.data.prepared)
     check_data(config, prepared)
     checkpoints, step = _checkpoints(config, folder)
+    if checkpoints is None and process_index == 0:
+        storage.check_vacant(folder, marker=run_folder.CONFIG)
+        storage.check_writable(folder.absolute().parent)
     if checkpoints is not None:
         _check_resume(config, folder, checkpoints, step, prepared)
     mesh = axes.make_mesh(train.data_parallel, train.fsdp)

@@ -60,7 +60,10 @@ def test_every_level_needs_at_least_two_dependent_steps():
 
 @EVERY_LEVEL
 def test_splits_are_disjoint_whatever_the_seeds(level):
-    train, test = corpus.generate("train", 1_000, level=level, seed=0), corpus.generate("test", 300, level=level, seed=7)
+    train, test = (
+        corpus.generate("train", 1_000, level=level, seed=0),
+        corpus.generate("test", 300, level=level, seed=7),
+    )
     train_chains, test_chains = ({corpus.chain_of(record) for record in records} for records in (train, test))
     assert len(train_chains) == len(train) and len(test_chains) == len(test)
     assert not train_chains & test_chains
@@ -69,7 +72,7 @@ def test_splits_are_disjoint_whatever_the_seeds(level):
 
 def test_the_split_does_not_depend_on_the_seed_or_on_how_many_are_asked_for():
     everything = [corpus.generate(split, n) for split, n in (("train", 1_000), ("test", 200))]
-    for split, records in zip(("train", "test"), everything):
+    for split, records in zip(("train", "test"), everything, strict=True):
         assert {corpus.split_of(corpus.chain_of(record)) for record in records} == {split}
 
 
@@ -82,7 +85,13 @@ def test_fewer_problems_are_a_prefix_of_more_and_another_seed_gives_others():
 def test_the_same_in_another_process_with_another_hash_seed():
     code = "from jaxblock.data import corpus; print(corpus.generate('test', 20, level='hard', seed=3))"
     outputs = [
-        subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True).stdout
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
         for seed in ("1", "2")
     ]
     assert outputs[0] == outputs[1] == f"{corpus.generate('test', 20, level='hard', seed=3)}\n"
@@ -96,7 +105,9 @@ def test_asking_for_too_many_says_how_many_exist_and_exactly_that_many_can_be_ha
         with pytest.raises(ValueError, match=f"only {exist:,} distinct ones exist"):
             corpus.generate(split, exist + 1, level="tiny")
         records = corpus.generate(split, exist, level="tiny")
-        assert {corpus.chain_of(record) for record in records} == {chain for chain in chains if corpus.split_of(chain) == split}
+        assert {corpus.chain_of(record) for record in records} == {
+            chain for chain in chains if corpus.split_of(chain) == split
+        }
     with pytest.raises(ValueError, match="distinct ones exist"):
         corpus.generate("train", 10**15, level="hard")
 

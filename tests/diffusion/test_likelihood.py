@@ -72,9 +72,9 @@ def test_monte_carlo_agrees_with_the_exact_mode(x64, truths):
     truth, samples = made["paper"], 5  # fewer than the 7 sets of a block
     assert not likelihood.is_exact(truth.layout, samples)
     keys = jax.random.split(jax.random.key(1), 400)
-    estimate = jax.jit(
-        jax.vmap(likelihood.nelbo, (None, None, None, None, None, 0)), static_argnums=(0, 1, 2)
-    )(net, truth.layout, samples, params, truth.canvas, keys)
+    estimate = jax.jit(jax.vmap(likelihood.nelbo, (None, None, None, None, None, 0)), static_argnums=(0, 1, 2))(
+        net, truth.layout, samples, params, truth.canvas, keys
+    )
     want = truth.nelbo()
     values, variance = np.asarray(estimate.per_block), np.asarray(estimate.variance)
     error = values.std(0) / np.sqrt(len(keys))

@@ -15,7 +15,7 @@ from jaxblock.models import families
 from jaxblock.models import params as parameters
 from jaxblock.models.attention import attend
 from jaxblock.models.params import Architecture
-from jaxblock.models.transformer import Block, Transformer
+from jaxblock.models.transformer import Block, Transformer, _matmul, _plain_matmul
 from jaxblock.types import View
 
 B, T, A = 2, 9, 3
@@ -172,6 +172,42 @@ def test_initialisation_follows_the_table():
             assert np.abs(values[layer]).max() <= 3.001 * scale
     assert (flat["embed"] == parameters.init(table, 0, "float32")["embed"]).all()
     assert (flat["embed"] != parameters.init(table, 1, "float32")["embed"]).any()
+
+
+@pytest.mark.parametrize("draws", [0, 3])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_gradient_of_a_product_is_that_of_plain_matmul(dtype, draws):
+    keys = jax.random.split(jax.random.key(0), 3)
+    lead = (draws, B, T) if draws else (B, T)
+    x, weight = jax.random.normal(keys[0], (*lead, 5), dtype), jax.random.normal(keys[1], (5, 7))
+    cotangent = jax.random.normal(keys[2], (*lead, 7), dtype)
+
+    def gradients(product):
+        def loss(x, w):
+            over = (
+                jax.vmap(lambda part: product(part, w, x.dtype)) if draws else lambda whole: product(whole, w, x.dtype)
+            )
+            return jnp.vdot(cotangent, over(x), precision="highest").astype(jnp.float32)
+
+        return jax.grad(loss, argnums=(0, 1))(x, weight)
+
+    for got, want in zip(gradients(_matmul), gradients(_plain_matmul), strict=True):
+        assert got.dtype == want.dtype
+        np.testing.assert_allclose(
+            got.astype(jnp.float32), want.astype(jnp.float32), rtol=1e-6 if dtype == "float32" else 0.05, atol=1e-5
+        )
+
+
+def test_remat_still_sees_the_products():
+    """``dots`` saves what matmuls gave: it must recompute fewer of them than ``full``."""
+
+    def products(remat):
+        net = Transformer(make_arch(), remat=remat)
+        params = parameters.init(net.table, 0, "float32")
+        loss = lambda p: net.nll(p, net.hidden(p, make_view())[0], make_view().ids[:, :A]).sum()  # noqa: E731
+        return str(jax.make_jaxpr(jax.grad(loss))(params)).count("dot_general")
+
+    assert products("none") <= products("dots") < products("full")
 
 
 def test_both_modes_of_nnx(plain):

@@ -1,0 +1,48 @@
+"""Memory that a step frees stays in the process, where the device is a CPU and nobody said otherwise."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from jaxblock.parallel.host_memory import keep_freed_memory
+
+# Allocates and frees 64 MiB in a fresh process; prints how many pages the second time faults in.
+AGAIN = """
+import ctypes, resource, sys
+from jaxblock.parallel.host_memory import keep_freed_memory
+if sys.argv[1] == "keep" and not keep_freed_memory({"JAX_PLATFORMS": "cpu"}):
+    sys.exit(3)
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    block = libc.malloc(2**26)
+    ctypes.memset(block, 1, 2**26)
+    libc.free(block)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(faults())
+"""
+
+
+def _faults(mode):
+    done = subprocess.run([sys.executable, "-c", AGAIN, mode], capture_output=True, text=True)
+    if done.returncode == 3:
+        pytest.skip("this C library has no mallopt")
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc only")
+def test_a_freed_block_is_used_again_without_faults():
+    assert _faults("keep") < 100 < _faults("leave")
+
+
+@pytest.mark.parametrize(
+    "variables", [{"JAX_PLATFORMS": "tpu,cpu"}, {"JAX_PLATFORMS": "cpu", "MALLOC_ARENA_MAX": "2"}], ids=str
+)
+def test_accelerators_and_own_settings_are_left_alone(variables):
+    assert not keep_freed_memory(variables)
