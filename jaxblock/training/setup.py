@@ -96,7 +96,10 @@ def set_up(config: Config, console: Console) -> Session:
     checkpoints, step = _checkpoints(config, folder)
     if checkpoints is None and process_index == 0:
         storage.check_vacant(folder, marker=run_folder.CONFIG)
-        storage.check_writable(folder.absolute().parent)
+        try:
+            storage.check_writable(folder.absolute().parent)
+        except UserError as error:
+            raise UserError(f"train.out {train.out}: {error}") from error
     if checkpoints is not None:
         _check_resume(config, folder, checkpoints, step, prepared)
     mesh = axes.make_mesh(train.data_parallel, train.fsdp)
