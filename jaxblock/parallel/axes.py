@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 import jax
 from flax import traverse_util
 from jax import Array
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxblock.errors import UserError
 from jaxblock.types import Params
@@ -78,7 +78,7 @@ def sharding(mesh: Mesh, *names: str | None) -> NamedSharding:
     return NamedSharding(mesh, spec(*names))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Every device has the whole array."""
     return NamedSharding(mesh, PartitionSpec())
 
