@@ -74,6 +74,8 @@ class Session:
     def on_mesh(self, batch: Batch) -> Batch:
         """This process's rows as its part of the global batch."""
         where = axes.sharding(self.mesh, "batch")
+        if self.process_count == 1:
+            return jax.device_put(batch, where)  # one call for all arrays: a third of the host time
         return Batch(*(jax.make_array_from_process_local_data(where, leaf) for leaf in batch))
 
 

@@ -27,6 +27,10 @@ def make_arch(tied=False, **changes):
     return Architecture("llada", tie_embeddings=tied, **{**SIZES, **REST, **changes})
 
 
+# One program a table, where op by op would be dozens.
+init = jax.jit(lambda arch, seed: parameters.init(families.table(arch), seed, "float32"), static_argnums=(0, 1))
+
+
 def make_view(seed=0):
     draw = np.random.default_rng(seed)
     active = jnp.asarray([[3, 4, 5], [2, 3, 4]], jnp.int32)
@@ -55,7 +59,7 @@ def value_and_grad(net, params, view):
 def plain():
     """The slow, obvious way: reference attention, layers unrolled, nothing recomputed."""
     net = Transformer(make_arch(), attention="reference", scan_layers=False)
-    params = parameters.init(net.table, 0, "float32")
+    params = init(net.arch, 0)
     return net, params, value_and_grad(net, params, make_view())
 
 
@@ -127,7 +131,7 @@ def test_attention_backends_agree(heads, groups):
             score = np.exp(q[b, :, n] @ k[b, :seen, g].T / np.sqrt(8))
             want[b, :, n] = score / score.sum(-1, keepdims=True) @ v[b, :seen, g]
     for backend in ("xla", "reference"):
-        got = attend(*map(jnp.asarray, (q, k, v, length)), backend)
+        got = jax.jit(attend, static_argnums=4)(q, k, v, length, backend)
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5, err_msg=backend)
 
 
@@ -138,7 +142,7 @@ def test_the_table_is_the_modules_parameters():
         module = nnx.eval_shape(lambda layer=layer, arch=arch: Block(layer, arch, "xla"))
         state = {path[0]: leaf.shape for path, leaf in nnx.to_flat_state(nnx.state(module))}
         assert state == {name: spec.shape[1:] for name, spec in layer.items()}
-        params = parameters.init(table, 0, "float32")
+        params = init(arch, 0)
         flat = parameters.flatten(params)
         assert {p: x.shape for p, x in flat.items()} == {p: s.shape for p, s in table.items()}
         assert jax.tree.map(jnp.shape, params) == jax.tree.map(lambda s: s.shape, parameters.abstract(table, "float32"))
@@ -158,7 +162,7 @@ def test_every_parameter_is_used(plain):
 def test_initialisation_follows_the_table():
     arch = make_arch(d_model=64, n_heads=8, head_dim=8, n_kv_heads=8, mlp_dim=128, vocab_size=512)
     table = families.table(arch)
-    flat = parameters.flatten(parameters.init(table, 0, "float32"))
+    flat = parameters.flatten(init(arch, 0))
     for path, spec in table.items():
         values = np.asarray(flat[path], np.float64)
         if spec.std is None:
@@ -170,8 +174,8 @@ def test_initialisation_follows_the_table():
             # Cut at three deviations, a normal keeps 0.9866 of its deviation.
             assert abs(values[layer].std() / scale / 0.9866 - 1) < 0.05, path
             assert np.abs(values[layer]).max() <= 3.001 * scale
-    assert (flat["embed"] == parameters.init(table, 0, "float32")["embed"]).all()
-    assert (flat["embed"] != parameters.init(table, 1, "float32")["embed"]).any()
+    assert (flat["embed"] == init(arch, 0)["embed"]).all()
+    assert (flat["embed"] != init(arch, 1)["embed"]).any()
 
 
 @pytest.mark.parametrize("draws", [0, 3])
@@ -203,7 +207,7 @@ def test_remat_still_sees_the_products():
 
     def products(remat):
         net = Transformer(make_arch(), remat=remat)
-        params = parameters.init(net.table, 0, "float32")
+        params = init(net.arch, 0)
         loss = lambda p: net.nll(p, net.hidden(p, make_view())[0], make_view().ids[:, :A]).sum()  # noqa: E731
         return str(jax.make_jaxpr(jax.grad(loss))(params)).count("dot_general")
 
