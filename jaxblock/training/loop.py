@@ -138,6 +138,7 @@ class _Loop:
         )
 
     def run(self) -> Outcome:
+        """Trains to the last step, or to an interruption; evaluates, logs and saves on the way."""
         train, session = self.config.train, self.session
         data = self._data()
         step_fn = self._step()
