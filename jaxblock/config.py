@@ -9,7 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from jaxblock.types import Blocks, Context, EosSuppression, Law, Normalize, Quota, RuleName, Weighting
+from jaxblock.types import Blocks, Context, EosSuppression, FactorRule, Law, Normalize, Quota, RuleName, Weighting
+
+RecipeName = Literal["metamathqa", "gsm8k", "math"]
+"""Data sets that `prepare` knows by name (jaxblock/data/recipes.py)."""
 
 
 @dataclass(frozen=True)
@@ -19,19 +22,38 @@ class DataConfig:
     prepared: str = "prepared"
     """Folder of prepared data: `prepare` writes it, every other verb reads it."""
     train: str = "builtin"
-    """Training records: a .jsonl file, or `builtin` for the generated arithmetic word problems."""
+    """Training records: a .jsonl, .json or .parquet file, `hf:NAME[@REVISION][:CONFIG][#SPLIT]` (the `datasets` library),
+    or `builtin`: the recipe's own source, else generated arithmetic word problems."""
     validation: str | None = None
-    """Records scored during training; None takes `validation_records` of them from the training file (for `builtin`: held-out ones)."""
+    """Records scored during training; None takes `validation_records` of them from the training records (for generated
+    ones: held-out problems)."""
     test: str | None = "builtin"
     """Records for `decode` and `evaluate`, never trained on and never scored during training; None for none."""
     validation_records: int = 128
-    """How many validation records to set apart when `validation` is None."""
-    prompt_field: str = "question"
-    """JSON field that holds the prompt."""
-    response_field: str = "answer"
-    """JSON field that holds the response."""
+    """How many validation records to set apart when `validation` is None; a conversation counts as one, and is never split."""
+    recipe: RecipeName | None = None
+    """Field names, prompt, length rule and filter of a data set that the paper uses (docs/data.md); a field set here wins."""
+    test_recipe: RecipeName | None = None
+    """Recipe whose field names (and source, where `test` is `builtin`) the test records have; None for the training records'."""
+    prompt_field: str | None = None
+    """Field that holds the prompt; None for the recipe's, else `question`."""
+    response_field: str | None = None
+    """Field that holds the response; None for the recipe's, else `answer`."""
     messages_field: str = "messages"
-    """JSON field of chat records ({"messages": [{"role": ..., "content": ...}]}); the last assistant turn counts."""
+    """Field of chat records ({"messages": [{"role": ..., "content": ...}]})."""
+    turns: Literal["last", "all"] = "last"
+    """Which assistant turns of a chat record are supervised: the last, or all, one row each (later turns absent)."""
+    prompt_template: str | None = None
+    """What a prompt is put into, at `{prompt}` (chat records are left alone); None for the recipe's, else the prompt itself."""
+    type_field: str = "type"
+    """Field that `exclude_types` looks at."""
+    exclude_types: tuple[str, ...] | None = None
+    """Training records whose type contains one of these texts are dropped and counted; None for the recipe's, else none."""
+    max_total_len: int | None = None
+    """Training records with more prompt and response tokens together are dropped and counted; None for the recipe's, else 0:
+    no such rule."""
+    max_records: int | None = None
+    """Keep the first so many training records that pass; None for the recipe's, else 0: all."""
     level: str = "easy"
     """Difficulty of the built-in corpus."""
     builtin_train: int = 6_000
@@ -52,12 +74,15 @@ class DataConfig:
     """Largest vocabulary of a trained tokenizer, special tokens and 256 bytes included."""
     split_digits: bool = False
     """Trained tokenizer: every digit is its own token."""
-    mask_token: str = "<|mdm_mask|>"
-    """The mask token's text in the tokenizer."""
-    eos_token: str = "<|endoftext|>"
-    """End of sequence: fills the rest of the terminator's block."""
-    eot_token: str = "<|eot_id|>"
-    """Ends a response."""
+    mask_token: str | None = None
+    """The mask token's text; None for the checkpoint's own (a trained tokenizer: <|mdm_mask|>). A start that has none may name
+    an unused token here."""
+    add_mask_token: bool = False
+    """Add `mask_token` to the vocabulary of a tokenizer.json that lacks it, as the next id."""
+    eos_token: str | None = None
+    """End of sequence, fills the rest of the terminator's block; None for the checkpoint's own (trained: <|endoftext|>)."""
+    eot_token: str | None = None
+    """Ends a response; None for the token that the template writes there (trained: <|eot_id|>)."""
     overlong: Literal["error", "drop", "truncate"] = "error"
     """A prompt or response longer than the canvas: stop; drop and count it; or cut the response, which then has no
     terminator (an over-long prompt is dropped even so)."""
@@ -145,14 +170,22 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with a schedule and clipping."""
+    """AdamW or Adafactor with a schedule and clipping (docs/optimizer.md)."""
 
+    name: Literal["adamw", "adafactor"] = "adamw"
+    """`adafactor` keeps one number per row and column of a matrix instead of a second moment per weight."""
     lr: float = 1e-3
     """Peak learning rate."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Decay after the warm-up, to `final_ratio` of the peak at the last step."""
+    schedule: Literal["cosine", "linear", "constant", "deepspeed_cosine"] = "cosine"
+    """Decay after the warm-up, to `final_ratio` of the peak at the last step; `deepspeed_cosine` is DeepSpeed's WarmupCosineLR."""
     warmup_steps: int = 50
-    """Updates of linear warm-up; update 0 has a learning rate above 0."""
+    """Updates of linear warm-up; update 0 has a learning rate above 0. (`deepspeed_cosine`: from `warmup_floor`, at least 2.)"""
+    warmup: Literal["linear", "log"] = "linear"
+    """`deepspeed_cosine`: shape of the warm-up. DeepSpeed's own default is `log`."""
+    warmup_floor: float = 0.0
+    """`deepspeed_cosine`: learning rate at the start of the warm-up, as a share of the peak."""
+    scheduler_steps: Literal["before_update", "after_update"] = "before_update"
+    """`deepspeed_cosine`: `after_update` is the order of DeepSpeed's engine: one update late, the first with a learning rate of 0."""
     final_ratio: float = 0.0
     """Learning rate at the end, as a share of the peak."""
     weight_decay: float = 0.0
@@ -160,13 +193,17 @@ class OptimizerConfig:
     decay: Literal["matrices", "all"] = "matrices"
     """Which parameters decay; `all` includes norms, as the peers' AdamW does."""
     b1: float = 0.9
-    """First-moment decay."""
+    """First-moment decay; 0 keeps no first moment under `adafactor`."""
     b2: float = 0.95
     """Second-moment decay."""
     eps: float = 1e-8
     """Added to the root of the second moment."""
     clip_norm: float = 1.0
     """Clip the gradient's global norm; 0 for never."""
+    moments: Literal["float32", "bfloat16", "int8"] = "float32"
+    """Storage of the moments: 8, 4 or 2 bytes a weight for AdamW's two."""
+    rounding: Literal["stochastic", "nearest"] = "stochastic"
+    """How updated bfloat16 weights are rounded (float32 ones are not); to the nearest, small updates are lost."""
 
 
 @dataclass(frozen=True)
@@ -178,17 +215,30 @@ class DecodeConfig:
     block: int | None = None
     """B; None for the canvas's."""
     steps_per_block: int | None = None
-    """Decode steps of a block; None for one token a step."""
+    """Decode steps of a block; None for one token a step. `confidence_threshold` and `factor` take as many as they need."""
     rule: RuleName = "low_confidence"
-    """Transfer rule: quota by confidence, quota at random, all above a threshold, or the factor rule."""
+    """Transfer rule. A quota of positions: the most confident ones by LLaDA's `low_confidence` or Dream's `maskgit_plus`,
+    `topk_margin` or `entropy`, or `random` ones. No quota: `confidence_threshold`, `factor`, or Dream's `origin` (each
+    position by chance)."""
     quota: Quota = "even"
     """How a block's masks are split over its steps: LLaDA's `even`, dllm's linear rounding, or Dream's time grid."""
+    eps: float = 1e-3
+    """End of Dream's time grid, for `quota` dream and `rule` origin."""
     threshold: float = 0.9
     """`confidence_threshold`: commit every token at least this confident (always the best one)."""
     factor: float = 1.0
     """`factor`: accept rank n while (n + 1)(1 - confidence) <= factor."""
+    factor_rule: FactorRule = "strict"
+    """`factor`: `strict` stops at the first failure; `v1` (Fast-dLLM's later code) accepts it where it is the last rank."""
     temperature: float = 0.0
     """Sampling temperature (Gumbel noise); 0 is greedy."""
+    top_p: float | None = None
+    """Draw from the most probable tokens up to the one that takes their sum above this; None for all. Dream's rules also
+    measure confidence on what is left."""
+    top_k: int | None = None
+    """Draw from so many most probable tokens (after `top_p`); None for all."""
+    alg_temp: float = 0.0
+    """Draw the quota's positions without replacement from softmax(confidence / alg_temp); 0 takes the most confident."""
     cfg_scale: float = 0.0
     """Classifier-free guidance: un + (scale + 1)(cond - un); 0 for none."""
     eos_suppression: EosSuppression = "none"

@@ -19,6 +19,7 @@ import yaml
 from jaxblock import storage
 from jaxblock.config import Config, DecodeConfig
 from jaxblock.errors import UserError
+from jaxblock.types import DREAM_MEASURES, RANKED_BY_QUOTA, TAKE_A_QUOTA
 
 
 class _OnceOnly(yaml.SafeLoader):
@@ -152,6 +153,7 @@ def validate(config: Config, sections: Collection[str] | None = None) -> Config:
     """
     used = {f.name for f in dataclasses.fields(config)} if sections is None else set(sections)
     checks: dict[tuple[str, ...], Callable[[Config], None]] = {
+        ("data",): _check_data,
         ("canvas",): _check_canvas,
         ("method", "canvas"): _check_method,
         ("model", "canvas"): _check_model,
@@ -179,6 +181,23 @@ def _at_least(section: Any, name: str, least: int, *fields: str) -> None:
             value is None or value >= least,
             f"{name}.{field} is {value}: it must be {'0 or more' if least == 0 else f'at least {least}'}",
         )
+
+
+def _check_data(config: Config) -> None:
+    data = config.data
+    _at_least(data, "data", 0, "validation_records", "builtin_train", "builtin_test", "max_total_len", "max_records")
+    _require(
+        data.prompt_template is None or "{prompt}" in data.prompt_template,
+        f"data.prompt_template {data.prompt_template!r} has no {{prompt}}: every record would ask the same",
+    )
+    _require(
+        "" not in (data.exclude_types or ()),
+        "data.exclude_types holds an empty text, which every type contains: take it out",
+    )
+    _require(
+        not data.add_mask_token or data.tokenizer != "train",
+        "data.add_mask_token is for a given tokenizer; one that is trained here has the mask token: leave it false",
+    )
 
 
 def _check_canvas(config: Config) -> None:
@@ -256,7 +275,20 @@ def _check_optimizer(config: Config) -> None:
     optimizer, train = config.optimizer, config.train
     _require(optimizer.lr > 0, f"optimizer.lr is {optimizer.lr}: it must be above 0")
     _require(optimizer.eps > 0, f"optimizer.eps is {optimizer.eps}: it must be above 0")
-    _at_least(optimizer, "optimizer", 0, "warmup_steps", "weight_decay", "clip_norm", "final_ratio")
+    _at_least(optimizer, "optimizer", 0, "warmup_steps", "weight_decay", "clip_norm", "final_ratio", "warmup_floor")
+    if optimizer.schedule != "deepspeed_cosine":
+        for name, only in (("warmup", "linear"), ("warmup_floor", 0.0), ("scheduler_steps", "before_update")):
+            value = getattr(optimizer, name)
+            _require(
+                value == only,
+                f"optimizer.{name} is {value}, which only the schedule deepspeed_cosine knows: set it to {only}, or "
+                f"optimizer.schedule ({optimizer.schedule} now) to deepspeed_cosine",
+            )
+    _require(
+        optimizer.name == "adamw" or optimizer.b1 > 0 or optimizer.moments == "float32",
+        f"optimizer.moments is {optimizer.moments}, but adafactor with b1 0 keeps no moments that it could apply to: "
+        "set it to float32, or optimizer.b1 above 0",
+    )
     for name in ("b1", "b2"):
         value = getattr(optimizer, name)
         _require(0 <= value < 1, f"optimizer.{name} is {value}: it must be at least 0 and below 1")
@@ -267,11 +299,57 @@ def _check_optimizer(config: Config) -> None:
 
 
 def check_decode(decode: DecodeConfig) -> None:
-    """Raises UserError where a field of the ``decode`` section has a value it cannot take."""
-    _at_least(decode, "decode", 1, "response_len", "block", "steps_per_block", "batch_size")
-    _at_least(decode, "decode", 0, "temperature", "cfg_scale", "seed", "fill_id")
+    """Raises UserError where a field of the ``decode`` section has a value it cannot take, or one without effect."""
+    _at_least(decode, "decode", 1, "response_len", "block", "steps_per_block", "batch_size", "top_k")
+    _at_least(decode, "decode", 0, "temperature", "alg_temp", "cfg_scale", "seed", "fill_id")
     _require(0 < decode.threshold <= 1, f"decode.threshold is {decode.threshold}: it must be above 0 and at most 1")
     _require(decode.factor > 0, f"decode.factor is {decode.factor}: it must be above 0")
+    _require(
+        decode.top_p is None or 0 < decode.top_p <= 1, f"decode.top_p is {decode.top_p}: it must be above 0, at most 1"
+    )
+    _require(0 < decode.eps < 1, f"decode.eps is {decode.eps}: it must be above 0 and below 1")
+    _check_rule(decode)
+
+
+_KEEPS_ALL = (("top_p", None), ("top_p", 1), ("top_k", None))
+"""Filters that are off."""
+
+
+def _check_rule(decode: DecodeConfig) -> None:
+    """Raises UserError where a field is set that the rule does not look at: nothing is ignored silently."""
+    used_by: dict[str, Collection[str]] = {
+        "quota": TAKE_A_QUOTA,
+        "alg_temp": RANKED_BY_QUOTA,
+        "threshold": ("confidence_threshold",),
+        "factor": ("factor",),
+        "factor_rule": ("factor",),
+    }
+    plain = DecodeConfig()
+    for name, rules in used_by.items():
+        value, default = getattr(decode, name), getattr(plain, name)
+        _require(
+            decode.rule in rules or value == default,
+            f"decode.{name} {value} has no effect under decode.rule {decode.rule}: set {name} to {default}, "
+            f"or rule to {' or '.join(rules)}",
+        )
+    on_the_grid = decode.rule == "origin" or (decode.quota == "dream" and decode.rule in TAKE_A_QUOTA)
+    _require(
+        on_the_grid or decode.eps == plain.eps,
+        f"decode.eps {decode.eps} has no effect without Dream's time grid: set eps to {plain.eps}, quota to dream "
+        "(and a rule that takes a quota), or rule to origin",
+    )
+    filtered = [name for name in ("top_p", "top_k") if (name, getattr(decode, name)) not in _KEEPS_ALL]
+    _require(
+        not filtered or decode.temperature > 0 or decode.rule in DREAM_MEASURES,
+        f"decode.{' and decode.'.join(filtered)} cannot change the best token, and decode.rule {decode.rule} does not "
+        f"measure confidence on what is left: set decode.temperature above 0, {' and '.join(filtered)} to null, or "
+        f"rule to {' or '.join(DREAM_MEASURES)}",
+    )
+    _require(
+        decode.eos_suppression != "confidence" or decode.rule not in ("random", "origin"),
+        f"decode.eos_suppression confidence has no effect under decode.rule {decode.rule}, which looks at no "
+        "confidence: set eos_suppression to none or logits",
+    )
 
 
 def _check_evaluate(config: Config) -> None:

@@ -22,9 +22,19 @@ Law = Literal["exact_count", "bernoulli", "stratified_count", "antithetic", "flo
 Weighting = Literal["nelbo", "masked_mean", "uniform"]
 Normalize = Literal["text_tokens", "supervised_tokens", "sequences", "sequence_mean", "blocks", "canvas_tokens"]
 Blocks = Literal["per_sequence", "pairs"]
-RuleName = Literal["low_confidence", "random", "confidence_threshold", "factor"]
+RuleName = Literal[
+    "low_confidence", "random", "confidence_threshold", "factor", "maskgit_plus", "topk_margin", "entropy", "origin"
+]
 Quota = Literal["even", "dllm_linear", "dream"]
+FactorRule = Literal["strict", "v1"]
 EosSuppression = Literal["none", "logits", "confidence"]
+
+DREAM_MEASURES = ("maskgit_plus", "topk_margin", "entropy")
+"""Rules whose confidence is that of the distribution the token is drawn from: tempered, top-p and top-k applied."""
+RANKED_BY_QUOTA = ("low_confidence", *DREAM_MEASURES)
+"""Rules that commit the quota's number of most confident positions."""
+TAKE_A_QUOTA = (*RANKED_BY_QUOTA, "random")
+"""Rules that commit the quota's number of positions."""
 
 
 class Layout(NamedTuple):
@@ -104,13 +114,37 @@ class View(NamedTuple):
     valid: Bool[Array, "B A"]
 
 
+class Decoding(NamedTuple):
+    """The decoder's options. Static. Meanings as in ``config.DecodeConfig``."""
+
+    steps_per_block: int
+    rule: RuleName = "low_confidence"
+    quota: Quota = "even"
+    eps: float = 1e-3
+    threshold: float = 0.9
+    factor: float = 1.0
+    factor_rule: FactorRule = "strict"
+    temperature: float = 0.0
+    top_p: float | None = None
+    top_k: int | None = None
+    alg_temp: float = 0.0
+    cfg_scale: float = 0.0
+    eos_suppression: EosSuppression = "none"
+    early_stop: bool = False
+
+    @property
+    def passes(self) -> int:
+        """Forward passes of a step."""
+        return 2 if self.cfg_scale else 1
+
+
 class Scores(NamedTuple):
     """What a transfer rule chooses from.
 
     Attributes:
         token: the token each position would be given.
-        surprise: -log of the token's confidence, in nats: smaller is more confident. (Probabilities near 1 tie in
-            float32; this does not.)
+        surprise: smaller is more confident: -log of the rule's confidence, in nats (probabilities near 1 tie in
+            float32; this does not), or what the rule ranks by in its place (``scoring.score``).
         eligible: still a mask, inside the active block.
     """
 

@@ -10,12 +10,11 @@ from jax import Array
 from jaxblock import config_io
 from jaxblock.config import CanvasConfig, Config, DecodeConfig, MethodConfig, ModelConfig
 from jaxblock.diffusion.corruption import Ablation
-from jaxblock.diffusion.decoder import Decoding
 from jaxblock.diffusion.sampling import Sampling
 from jaxblock.errors import UserError
 from jaxblock.models.params import Architecture
 from jaxblock.models.transformer import Transformer
-from jaxblock.types import Layout
+from jaxblock.types import Decoding, Layout
 
 
 def architecture(model: ModelConfig, *, vocab_size: int, mask_id: int, eos_id: int) -> Architecture:

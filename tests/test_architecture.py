@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "errors": set(),
     "config": {"types"},
     "storage": {"errors"},
-    "config_io": {"config", "errors", "storage"},
+    "config_io": {"config", "types", "errors", "storage"},
     "diffusion": {"types"},
     "parallel": {"types", "errors"},
     "models": {"types", "errors", "parallel"},

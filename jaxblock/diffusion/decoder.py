@@ -16,38 +16,8 @@ from jaxtyping import Float, Int
 
 from jaxblock.diffusion import transfer
 from jaxblock.diffusion.canvas import active_positions, block_tokens, view
-from jaxblock.types import (
-    Canvas,
-    Carry,
-    EosSuppression,
-    Layout,
-    Network,
-    Params,
-    Quota,
-    RuleName,
-    Scores,
-    StepInfo,
-    View,
-)
-
-
-class Decoding(NamedTuple):
-    """The decoder's options. Static. Meanings as in ``config.DecodeConfig``."""
-
-    steps_per_block: int
-    rule: RuleName = "low_confidence"
-    quota: Quota = "even"
-    threshold: float = 0.9
-    factor: float = 1.0
-    temperature: float = 0.0
-    cfg_scale: float = 0.0
-    eos_suppression: EosSuppression = "none"
-    early_stop: bool = False
-
-    @property
-    def passes(self) -> int:
-        """Forward passes of a step."""
-        return 2 if self.cfg_scale else 1
+from jaxblock.diffusion.scoring import score
+from jaxblock.types import Canvas, Carry, Decoding, Layout, Network, Params, StepInfo, View
 
 
 class Decoded(NamedTuple):
@@ -115,16 +85,8 @@ def decode_block(
     Returns:
         The state after this block.
     """
-    rule = transfer.make_rule(
-        options.rule,
-        quota=options.quota,
-        steps=options.steps_per_block,
-        block=layout.block,
-        threshold=options.threshold,
-        factor=options.factor,
-    )
-    counted = options.rule in ("low_confidence", "random")
-    most_steps = options.steps_per_block if counted else layout.block
+    rule = transfer.make_rule(options, layout.block)
+    most_steps = layout.block if transfer.sets_its_own_pace(options.rule) else options.steps_per_block
     canvas = canvas._replace(ids=carry.ids)
     blocks = jnp.full_like(canvas.prompt_len, block)
     active, valid = active_positions(layout, canvas, blocks)
@@ -183,38 +145,6 @@ def _logits(
     blind = seen._replace(ids=jnp.where(in_prompt, layout.mask_id, seen.ids))
     unconditional = net.logits(params, net.hidden(params, blind)[0])
     return unconditional + (options.cfg_scale + 1) * (conditional - unconditional)
-
-
-def score(layout: Layout, options: Decoding, logits: Float[Array, "B A V"], eligible: Array, keys: Array) -> Scores:
-    """Each position's token and its surprise.
-
-    The token is the argmax of the (noised) logits, the mask token excluded; its confidence is that of the un-noised
-    softmax, in whose normaliser the mask token stays.
-
-    Args:
-        layout: special ids.
-        options: temperature, suppression, and whether confidence is random.
-        logits: float32 or wider.
-        eligible: positions that may be committed.
-        keys: one random key a row.
-    """
-    ids = jnp.arange(logits.shape[-1])
-    if options.eos_suppression == "logits":
-        logits = jnp.where(ids == layout.fill_id, -jnp.inf, logits)
-    pick = jnp.where(ids == layout.mask_id, -jnp.inf, logits)
-    if options.temperature > 0:
-        # exp(l) / (-log U)^T has the argmax of l + T * Gumbel; float32 noise or wider (LLaDA notes that less is biased).
-        noise = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, 0), pick.shape[1:], pick.dtype))(keys)
-        pick = pick + options.temperature * noise
-    token = jnp.argmax(pick, axis=-1).astype(jnp.int32)
-    if options.rule == "random":
-        surprise = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 1), token.shape[1:]))(keys)
-    else:
-        if options.eos_suppression == "confidence":
-            stops = jnp.isin(ids, jnp.asarray((*layout.stop_ids, layout.fill_id)))
-            logits = jnp.where(stops, -jnp.inf, logits)
-        surprise = transfer.surprise(logits, token)
-    return Scores(token, surprise, eligible)
 
 
 def decode(

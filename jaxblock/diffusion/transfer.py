@@ -1,6 +1,6 @@
 """Transfer rules: which masked positions of the active block a decode step commits. Pure functions.
 
-Confidence is ranked by -log p (``Scores.surprise``): probabilities near 1 tie in float32, this does not. A threshold
+Confidence is ranked by ``Scores.surprise`` (-log p: probabilities near 1 tie in float32, this does not). A threshold
 tau becomes -log tau. Ties go to the lowest index.
 """
 
@@ -11,27 +11,9 @@ import math
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 
-from jaxblock.types import Quota, Rule, RuleName, Scores, StepInfo
-
-
-def surprise(logits: Float[Array, "*rows V"], token: Int[Array, "*rows"]) -> Float[Array, "*rows"]:
-    """-log softmax(logits)[token] as a sum that keeps its precision when the token is nearly certain.
-
-    Args:
-        logits: float32 or wider; the mask token's logit included (it stays in the normaliser).
-        token: the token of each row.
-
-    Returns:
-        Nats; infinite where the token's logit is -inf.
-    """
-    best = jnp.argmax(logits, axis=-1)
-    top = jnp.max(logits, axis=-1)
-    others = jnp.where(jnp.arange(logits.shape[-1]) == best[..., None], -jnp.inf, logits)
-    rest = jnp.sum(jnp.exp(others - top[..., None]), axis=-1)
-    chosen = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
-    return (top - chosen) + jnp.log1p(rest)
+from jaxblock.types import TAKE_A_QUOTA, Decoding, FactorRule, Quota, Rule, RuleName, Scores, StepInfo
 
 
 def rank(scores: Scores) -> Int[Array, "B A"]:
@@ -40,7 +22,7 @@ def rank(scores: Scores) -> Int[Array, "B A"]:
     return jnp.argsort(order, axis=-1)
 
 
-def quota_table(schedule: Quota, most: int, steps: int) -> np.ndarray:
+def quota_table(schedule: Quota, most: int, steps: int, eps: float = 1e-3) -> np.ndarray:
     """How many tokens each step commits, for every number of masks a block may begin with.
 
     Args:
@@ -48,12 +30,31 @@ def quota_table(schedule: Quota, most: int, steps: int) -> np.ndarray:
             each step; idle steps dropped), ``dream`` (truncation on Dream's float32 time grid, the rest at the end).
         most: the largest number of masks.
         steps: steps of a block.
+        eps: where Dream's time grid ends.
 
     Returns:
         int32 [most + 1, steps]; row n sums to n.
     """
-    make = {"even": _even, "dllm_linear": _linear, "dream": _dream}[schedule]
-    return np.array([make(n, steps) for n in range(most + 1)], np.int32)
+    make = {"even": _even, "dllm_linear": _linear, "dream": lambda n, steps: _dream(n, dream_chances(steps, eps))}
+    return np.array([make[schedule](n, steps) for n in range(most + 1)], np.int32)
+
+
+def dream_grid(steps: int, eps: float) -> np.ndarray:
+    """Dream's times, 1 down to ``eps`` in equal steps: float32 [steps + 1], the bits of ``torch.linspace``.
+
+    That function walks from both ends and rounds once per point (a fused multiply-add), and a count may turn on the
+    last bit.
+    """
+    first, last = np.float32(1), np.float32(eps)
+    size = float((last - first) / np.float32(steps))
+    at = np.arange(steps + 1)
+    return np.where(at < (steps + 1) // 2, first + size * at, last - size * (steps - at)).astype(np.float32)
+
+
+def dream_chances(steps: int, eps: float) -> np.ndarray:
+    """Chance that a mask is lifted in each step, 1 - s / t on Dream's time grid, and 1 in the last: float32 [steps]."""
+    grid = dream_grid(steps, eps)
+    return np.append(np.float32(1) - grid[1:-1] / grid[:-2], np.float32(1))
 
 
 def _even(n: int, steps: int) -> list[int]:
@@ -74,14 +75,13 @@ def _linear(n: int, steps: int) -> list[int]:
     return counts + [0] * (steps - len(counts))
 
 
-def _dream(n: int, steps: int, eps: float = 1e-3) -> list[int]:
-    grid = np.linspace(1, eps, steps + 1, dtype=np.float32)
+def _dream(n: int, chances: np.ndarray) -> list[int]:
+    # Dream takes the mean count of a batch's rows. Its rows always begin with equally many masks and commit equally
+    # many, so that mean is each row's own count, and a row's result does not depend on its batch.
     counts, left = [], n
-    for i in range(steps):
-        survive = np.float32(1) - grid[i + 1] / grid[i]
-        count = left if i == steps - 1 else int(np.float32(left) * survive)
-        counts.append(count)
-        left -= count
+    for chance in chances:
+        counts.append(int(np.float32(left) * chance))
+        left -= counts[-1]
     return counts
 
 
@@ -110,12 +110,14 @@ def by_threshold(threshold: float) -> Rule:
     return rule
 
 
-def by_factor(factor: float, most: int) -> Rule:
-    """Accepts ranks n = 1, 2, ... while (n + 1)(1 - confidence) <= factor, rank 1 always (Fast-dLLM's, strict).
+def by_factor(factor: float, most: int, variant: FactorRule = "strict") -> Rule:
+    """Accepts ranks n = 1, 2, ... while (n + 1)(1 - confidence) <= factor, rank 1 always (Fast-dLLM's).
 
     Args:
         factor: f.
         most: positions of a block.
+        variant: ``strict`` stops at the first failure; ``v1`` (Fast-dLLM's later code) accepts even that one where it
+            is the last rank there is.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         level = 1.0 - factor / np.arange(2.0, most + 2)
@@ -124,16 +126,46 @@ def by_factor(factor: float, most: int) -> Rule:
     def rule(scores: Scores, info: StepInfo) -> Bool[Array, "B A"]:
         ranks = rank(scores)
         fails = scores.eligible & ~(scores.surprise <= bounds[ranks]) & (ranks > 0)
+        if variant == "v1":
+            fails = fails & (ranks < jnp.sum(scores.eligible, axis=-1, keepdims=True) - 1)
         first_failure = jnp.min(jnp.where(fails, ranks, most), axis=-1, keepdims=True)
         return (ranks < first_failure) & scores.eligible
 
     return rule
 
 
-def make_rule(name: RuleName, *, quota: Quota, steps: int, block: int, threshold: float, factor: float) -> Rule:
-    """The rule of a name; ``random`` is the quota rule over random confidences, which the decoder supplies."""
-    if name == "confidence_threshold":
-        return by_threshold(threshold)
-    if name == "factor":
-        return by_factor(factor, block)
-    return by_quota(quota_table(quota, block, steps))
+def by_chance(chances: np.ndarray) -> Rule:
+    """Commits each position independently with the step's chance (Dream's ``origin``).
+
+    The scores carry a uniform number from [0, 1) of each position in place of a surprise.
+
+    Args:
+        chances: one a step; the last must be 1, so that a block ends.
+    """
+    levels = jnp.asarray(chances)
+
+    def rule(scores: Scores, info: StepInfo) -> Bool[Array, "B A"]:
+        return (scores.surprise < levels[info.step]) & scores.eligible
+
+    return rule
+
+
+def sets_its_own_pace(name: RuleName) -> bool:
+    """Whether a rule needs no number of steps: it commits what it is sure of, and at least one position a step."""
+    return name in ("confidence_threshold", "factor")
+
+
+def make_rule(options: Decoding, block: int) -> Rule:
+    """The rule that the options name. What ``Scores.surprise`` holds for it is ``scoring.score``'s business.
+
+    Args:
+        options: the decoder's options.
+        block: positions of a block.
+    """
+    if options.rule in TAKE_A_QUOTA:
+        return by_quota(quota_table(options.quota, block, options.steps_per_block, options.eps))
+    if options.rule == "origin":
+        return by_chance(dream_chances(options.steps_per_block, options.eps))
+    if options.rule == "factor":
+        return by_factor(options.factor, block, options.factor_rule)
+    return by_threshold(options.threshold)

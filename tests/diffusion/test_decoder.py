@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from jaxblock.diffusion import canvas as canvases
-from jaxblock.diffusion import decoder
-from jaxblock.diffusion.decoder import Decoding
-from jaxblock.types import Layout
+from jaxblock.diffusion import decoder, scoring
+from jaxblock.types import Decoding, Layout
 
 MASK, FILL, EOT = 9, 8, 7
 PROMPTS = [[1], [2, 3], [4, 5, 6], [0, 1]]
@@ -142,7 +141,7 @@ def test_gumbel_noise_samples_the_softmax_at_its_temperature():
     wide = jnp.broadcast_to(jnp.asarray(logits), (many, 1, 6))
     for temperature in (0.5, 1.0, 2.0):
         options = Decoding(1, temperature=temperature)
-        run = jax.jit(decoder.score, static_argnums=(0, 1))
+        run = jax.jit(scoring.score, static_argnums=(0, 1))
         token = np.asarray(run(layout, options, wide, jnp.ones((many, 1), bool), keys).token)[:, 0]
         weights = np.exp(logits[:5] / temperature)
         expected = many * weights / weights.sum()

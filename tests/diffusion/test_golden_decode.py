@@ -1,4 +1,4 @@
-"""The peers' decoders, token for token and step for step, through ``jaxblock.load(folder).decode``."""
+"""The peers' decoders without a cache, token for token and step for step, through ``jaxblock.load(folder).decode``."""
 
 from __future__ import annotations
 
@@ -14,19 +14,34 @@ GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden"
 
 
 def _cases():
-    for folder in ("decode_llada", "decode_fast"):
+    for folder in ("decode_llada", "decode_fast", "decode_dream"):
         file = GOLDEN / folder / "cases.json"
         for name, case in (json.loads(file.read_text()) if file.exists() else {}).items():
-            if case.get("cache", "none") == "none" and not name.endswith("_v1"):
+            if case.get("cache", "none") == "none":
                 yield pytest.param(folder, name, case, id=f"{folder}-{name}")
 
 
 @pytest.fixture(scope="module")
 def models(shared):
-    return {name: jaxblock.load(shared / "golden" / "forward" / name) for name in ("llada_mha", "llada_gqa_tied")}
+    names = ("llada_mha", "llada_gqa_tied", "dream")
+    return {name: jaxblock.load(shared / "golden" / "forward" / name) for name in names}
 
 
-def _options(case):
+def _options(name, case):
+    if "alg" in case:  # Dream's generate knows no blocks: one block, as long as the response
+        return {
+            "response_len": case["max_new_tokens"],
+            "block": case["max_new_tokens"],
+            "steps_per_block": case["steps"],
+            "rule": case["alg"],
+            "quota": "dream",
+            "eps": case["eps"],
+            "temperature": case["temperature"],
+            "alg_temp": case["alg_temp"],
+            "top_p": case["top_p"],
+            "top_k": case["top_k"],
+            "early_stop": False,
+        }
     options = {
         "response_len": case["gen_length"],
         "block": case["block_length"],
@@ -37,6 +52,8 @@ def _options(case):
     for field, rule in (("threshold", "confidence_threshold"), ("factor", "factor")):
         if case.get(field):
             options |= {"rule": rule, field: case[field]}
+    if name.endswith("_v1"):
+        options["factor_rule"] = "v1"
     if case.get("logits_eos_inf"):
         options |= {"eos_suppression": "logits", "fill_id": case["eos_id"]}
     if case.get("confidence_eos_eot_inf"):
@@ -50,7 +67,9 @@ def test_decodes_as_published(models, folder, name, case):
     with np.load(GOLDEN / folder / f"{name}.npz") as arrays:
         z = dict(arrays)
     width = z["prompt_ids"].shape[1]
-    got = models[case["model"]].decode(z["prompt_ids"], z.get("attention_mask"), return_steps=True, **_options(case))
+    got = models[case["model"]].decode(
+        z["prompt_ids"], z.get("attention_mask"), return_steps=True, **_options(name, case)
+    )
     np.testing.assert_array_equal(got.ids, z["output_ids"][:, width:])
     np.testing.assert_array_equal(got.canvases, z["canvases"][:, :, width:])
     committed = (got.canvases != case["mask_id"]).sum(-1)

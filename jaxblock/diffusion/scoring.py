@@ -1,0 +1,172 @@
+"""What a decode step thinks of each masked position: the token it would be given, and how sure that is.
+
+Two conventions exist. LLaDA's family draws the token from the tempered distribution and is as confident as the un-noised
+softmax of the raw logits says. Dream's (``types.DREAM_MEASURES``) filters the tempered distribution (top-p, then top-k)
+and measures confidence on exactly what the token is drawn from. In both the mask token is never the token, and stays in
+the confidence's normaliser.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+from jaxblock.types import DREAM_MEASURES, Decoding, Layout, RuleName, Scores
+
+_TOKEN, _CHANCE, _POSITION = 0, 1, 2
+"""What a row's key of a step is folded with, for each thing that is drawn."""
+
+
+def surprise(logits: Float[Array, "*rows V"], token: Int[Array, "*rows"]) -> Float[Array, "*rows"]:
+    """-log softmax(logits)[token] as a sum that keeps its precision when the token is nearly certain.
+
+    Args:
+        logits: float32 or wider; the mask token's logit included (it stays in the normaliser).
+        token: the token of each row.
+
+    Returns:
+        Nats; infinite where the token's logit is -inf.
+    """
+    best = jnp.argmax(logits, axis=-1)
+    top = jnp.max(logits, axis=-1)
+    others = jnp.where(jnp.arange(logits.shape[-1]) == best[..., None], -jnp.inf, logits)
+    rest = jnp.sum(jnp.exp(others - top[..., None]), axis=-1)
+    return (top - _at(logits, token)) + jnp.log1p(rest)
+
+
+def margin_surprise(logits: Float[Array, "*rows V"], mask_id: int) -> Float[Array, "*rows"]:
+    """-log(p1 - p2): the best token's lead over the best other one (Dream's ``topk_margin``), as a log.
+
+    The mask token may be the runner-up, never the leader: where it is the most probable token there is no lead.
+
+    Args:
+        logits: float32 or wider; -inf for what was filtered out.
+        mask_id: the mask token.
+
+    Returns:
+        Nats; infinite where there is no lead.
+    """
+    ids = jnp.arange(logits.shape[-1])
+    best = jnp.argmax(jnp.where(ids == mask_id, -jnp.inf, logits), axis=-1)
+    runner_up = jnp.max(jnp.where(ids == best[..., None], -jnp.inf, logits), axis=-1)
+    # p1 - p2 = p1 (1 - e^(l2 - l1)), so a lead near 1 does not tie in float32 as the difference itself would.
+    behind = jnp.minimum(runner_up - _at(logits, best), 0.0)
+    return surprise(logits, best) - jnp.log(-jnp.expm1(behind))
+
+
+def entropy(logits: Float[Array, "*rows V"]) -> Float[Array, "*rows"]:
+    """-sum p log(p + 1e-10) of softmax(logits), in nats: Dream's ``entropy`` ranks by it, smallest first.
+
+    Args:
+        logits: float32 or wider; -inf for what was filtered out.
+    """
+    p = jax.nn.softmax(logits, axis=-1)
+    return -jnp.sum(p * jnp.log(p + 1e-10), axis=-1)
+
+
+def keep_top_p(logits: Float[Array, "*rows V"], top_p: float) -> Bool[Array, "*rows V"]:
+    """The most probable tokens up to and including the one that takes their sum above ``top_p``; ties by lowest index.
+
+    Args:
+        logits: already divided by the temperature.
+        top_p: from 0 to 1.
+    """
+    order = jnp.argsort(-logits, axis=-1, stable=True)
+    mass = jnp.cumsum(jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1), axis=-1)
+    # The best token stays; any other stays while those before it do not yet exceed the level.
+    kept = jnp.concatenate([jnp.ones_like(mass[..., :1], bool), mass[..., :-1] <= top_p], axis=-1)
+    return jnp.take_along_axis(kept, jnp.argsort(order, axis=-1), axis=-1)
+
+
+def keep_top_k(logits: Float[Array, "*rows V"], top_k: int) -> Bool[Array, "*rows V"]:
+    """The ``top_k`` most probable tokens; all that tie with the last of them stay, as in Dream.
+
+    Args:
+        logits: -inf for what was filtered out before.
+        top_k: at least 1.
+    """
+    last = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][..., -1:]
+    return logits >= last
+
+
+def candidates(options: Decoding, mask_id: int, logits: Float[Array, "*rows V"]) -> Float[Array, "*rows V"]:
+    """What the token is drawn from: divided by the temperature, then top-p, then top-k; -inf for what they cut.
+
+    The filters see the mask token, as in Dream. They always leave the best other token: the mask token itself is never
+    drawn, and where it alone would pass there would be nothing left.
+
+    Args:
+        options: temperature (0: as it is, and the argmax is taken), top_p, top_k.
+        mask_id: the mask token.
+        logits: float32 or wider.
+    """
+    ids = jnp.arange(logits.shape[-1])
+    if options.temperature > 0:
+        logits = logits / options.temperature
+    best = ids == jnp.argmax(jnp.where(ids == mask_id, -jnp.inf, logits), axis=-1)[..., None]
+    left = logits
+    if options.top_p is not None and options.top_p < 1:
+        left = jnp.where(keep_top_p(left, options.top_p), left, -jnp.inf)
+    if options.top_k is not None:
+        left = jnp.where(keep_top_k(left, options.top_k), left, -jnp.inf)
+    return jnp.where(best, logits, left)
+
+
+def score(
+    layout: Layout, options: Decoding, logits: Float[Array, "B A V"], eligible: Bool[Array, "B A"], keys: Array
+) -> Scores:
+    """Each position's token, and the surprise that the transfer rule ranks it by.
+
+    ``random`` and ``origin`` get a uniform number in place of a surprise. With ``alg_temp`` the surprise is
+    -(confidence / alg_temp + Gumbel noise): taking the smallest ones draws positions without replacement from
+    softmax(confidence / alg_temp).
+
+    Args:
+        layout: special ids.
+        options: rule, temperatures, filters, suppression.
+        logits: float32 or wider.
+        eligible: positions that may be committed.
+        keys: one random key a row.
+    """
+    ids = jnp.arange(logits.shape[-1])
+    if options.eos_suppression == "logits":
+        logits = jnp.where(ids == layout.fill_id, -jnp.inf, logits)
+    drawn_from = candidates(options, layout.mask_id, logits)
+    pick = jnp.where(ids == layout.mask_id, -jnp.inf, drawn_from)
+    if options.temperature > 0:
+        # exp(l) / (-log U)^T has the argmax of l / T + Gumbel; float32 noise or wider (LLaDA notes that less is biased).
+        pick = pick + _gumbel(keys, _TOKEN, pick)
+    token = jnp.argmax(pick, axis=-1).astype(jnp.int32)
+    if options.rule in ("random", "origin"):
+        chance = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, _CHANCE), token.shape[1:]))(keys)
+        return Scores(token, chance, eligible)
+    measured = drawn_from if options.rule in DREAM_MEASURES else logits
+    stop = jnp.asarray((*layout.stop_ids, layout.fill_id))
+    if options.eos_suppression == "confidence":
+        measured = jnp.where(jnp.isin(ids, stop), -jnp.inf, measured)
+    found = _measure(options.rule, measured, token, layout.mask_id)
+    if options.alg_temp > 0:
+        confidence = -found if options.rule == "entropy" else jnp.exp(-found)
+        found = -(confidence / options.alg_temp + _gumbel(keys, _POSITION, found))
+    if options.eos_suppression == "confidence":
+        found = jnp.where(jnp.isin(token, stop), jnp.inf, found)
+    return Scores(token, found, eligible)
+
+
+def _measure(rule: RuleName, logits: Array, token: Array, mask_id: int) -> Array:
+    if rule == "topk_margin":
+        return margin_surprise(logits, mask_id)
+    if rule == "entropy":
+        return entropy(logits)
+    return surprise(logits, token)
+
+
+def _gumbel(keys: Array, purpose: int, like: Array) -> Array:
+    """Gumbel noise for every entry, each row's from its own key."""
+    return jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, purpose), like.shape[1:], like.dtype))(keys)
+
+
+def _at(logits: Array, token: Array) -> Array:
+    return jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
