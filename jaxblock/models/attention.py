@@ -21,6 +21,8 @@ def attend(
     v: Float[Array, "B S G H"],
     length: Int[Array, " B"],
     backend: Backend,
+    *,
+    causal: bool = False,
 ) -> Float[Array, "B T N H"]:
     """Scaled dot-product attention; keys at or after ``length`` are hidden.
 
@@ -30,29 +32,35 @@ def attend(
         v: values.
         length: visible keys of each row, at least 1.
         backend: ``xla`` leaves the layout to JAX; ``reference`` is the plain float32 softmax, the oracle.
+        causal: hide keys after each query too (T = S): for comparing with an autoregressive origin.
 
     Returns:
         The attended values, in the queries' type.
     """
     # JAX's own takes its softmax in float32 whatever the type, so float64 (proofs) is left to the oracle.
     if backend == "xla" and q.dtype != jnp.float64:
-        return _xla(q, k, v, length)
-    return _reference(q, k, v, length)
+        return _xla(q, k, v, length, causal)
+    return _reference(q, k, v, length, causal)
 
 
-def _reference(q: Array, k: Array, v: Array, length: Array) -> Array:
+def _reference(q: Array, k: Array, v: Array, length: Array, causal: bool) -> Array:
     groups = q.shape[2] // k.shape[2]
     wide = jnp.promote_types(q.dtype, jnp.float32)
     k, v = jnp.repeat(k, groups, axis=2), jnp.repeat(v, groups, axis=2)
     scores = jnp.einsum("btnh,bsnh->bnts", q.astype(wide), k.astype(wide), precision="highest") * q.shape[-1] ** -0.5
     visible = jnp.arange(k.shape[1]) < length[:, None]
-    scores = jnp.where(visible[:, None, None, :], scores, -jnp.inf)
+    visible = visible[:, None, None, :]
+    if causal:
+        visible = visible & jnp.tril(jnp.ones(scores.shape[-2:], bool))
+    scores = jnp.where(visible, scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1)
     return jnp.einsum("bnts,bsnh->btnh", weights, v.astype(wide), precision="highest").astype(q.dtype)
 
 
-def _xla(q: Array, k: Array, v: Array, length: Array) -> Array:
+def _xla(q: Array, k: Array, v: Array, length: Array, causal: bool) -> Array:
     precision = "highest" if q.dtype == jnp.float32 else "default"
     with jax.default_matmul_precision(precision):
         length = length.astype(jnp.int32)  # the only type it takes; 64-bit mode makes int64
-        return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=length, implementation="xla")
+        return jax.nn.dot_product_attention(
+            q, k, v, is_causal=causal, key_value_seq_lengths=length, implementation="xla"
+        )

@@ -1,4 +1,4 @@
-"""The families we know. Adding one is adding a module with ``table``, ``from_hf``, ``to_hf`` and ``MODEL_TYPES``."""
+"""The families we know. Adding one is adding a module: ``MODEL_TYPES``, ``TRAITS``, ``table``, ``from_hf``, ``to_hf``."""
 
 from __future__ import annotations
 
@@ -7,10 +7,31 @@ from types import ModuleType
 from typing import Any
 
 from jaxblock.errors import UserError
-from jaxblock.models import llada
+from jaxblock.models import dream, llada, llama, qwen2, qwen3
 from jaxblock.models.params import Architecture, Table
+from jaxblock.types import Alignment
 
-FAMILIES: dict[str, ModuleType] = {"llada": llada}
+FAMILIES: dict[str, ModuleType] = {"llada": llada, "dream": dream, "llama": llama, "qwen2": qwen2, "qwen3": qwen3}
+
+
+def traits(family: str, alignment: Alignment | None = None) -> dict[str, Any]:
+    """What a family's networks have in common: fields of ``Architecture``.
+
+    Args:
+        family: key of ``FAMILIES``.
+        alignment: of an autoregressive family; None for ``shifted``.
+
+    Raises:
+        UserError: the alignment of a diffusion family cannot be chosen.
+    """
+    fixed: dict[str, Any] = FAMILIES[family].TRAITS
+    if "alignment" not in fixed:
+        return {**fixed, "alignment": alignment or "shifted"}
+    if alignment not in (None, fixed["alignment"]):
+        raise UserError(
+            f"model.alignment is {alignment}, but a {family} network's logits are {fixed['alignment']}: leave it unset"
+        )
+    return fixed
 
 
 def table(arch: Architecture) -> Table:

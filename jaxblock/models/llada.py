@@ -10,10 +10,14 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from jaxblock.errors import UserError
-from jaxblock.models.params import Architecture, ParamSpec, Table
+from jaxblock.models import gated
+from jaxblock.models.hf_config import Fields, with_rope_and_dtype
+from jaxblock.models.params import Architecture, Table
 
 MODEL_TYPES = ("llada",)
+
+TRAITS: dict[str, Any] = {"alignment": "same_position"}
+"""Fields of ``Architecture`` that all networks of the family share."""
 
 # What the network computes and we do not: a checkpoint that says otherwise would load and be wrong.
 _FIXED: dict[str, tuple[Any, ...]] = {
@@ -29,53 +33,29 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "input_emb_norm": (False,),
 }
 
+_BLOCK = "model.transformer.blocks.{layer}."
+_NAMES = {
+    "embed": "model.transformer.wte",
+    "attn_norm": _BLOCK + "attn_norm",
+    "q": _BLOCK + "q_proj",
+    "k": _BLOCK + "k_proj",
+    "v": _BLOCK + "v_proj",
+    "o": _BLOCK + "attn_out",
+    "mlp_norm": _BLOCK + "ff_norm",
+    "gate": _BLOCK + "ff_proj",
+    "up": _BLOCK + "up_proj",
+    "down": _BLOCK + "ff_out",
+    "final_norm": "model.transformer.ln_f",
+    "head": "model.transformer.ff_out",
+}
+
 # transformers has no LLaDA of its own: an export without model code beside it names the repository that has it.
 _CODE = "GSAI-ML/LLaDA-8B-Instruct--"
 
 
 def table(arch: Architecture) -> Table:
-    """Every tensor of the network.
-
-    Args:
-        arch: sizes.
-
-    Returns:
-        Specs by path. Matrices are [in, out]; q, k and v are flat over (heads, head_dim).
-    """
-    d, f, n_layers = arch.d_model, arch.mlp_dim, arch.n_layers
-    q_dim, kv_dim = arch.n_heads * arch.head_dim, arch.n_kv_heads * arch.head_dim
-    prefix = "model.transformer.blocks.{layer}."
-
-    def matrix(name: str, n_in: int, n_out: int, axes: tuple[str, str], residual: bool = False) -> ParamSpec:
-        shape, hf_name = (n_layers, n_in, n_out), prefix + name + ".weight"
-        if arch.init_std is not None:
-            std = arch.init_std * ((2 * n_layers) ** -0.5 if residual else 1.0)
-            return ParamSpec(shape, ("layers", *axes), std, hf_name, transpose=True)
-        # Mitchell initialisation: 1/sqrt(fan in), outputs into the residual stream smaller with depth.
-        std = (2 * n_in) ** -0.5 if residual else n_in**-0.5
-        return ParamSpec(shape, ("layers", *axes), std, hf_name, transpose=True, depth_scaled=residual)
-
-    def norm(name: str) -> ParamSpec:
-        return ParamSpec((n_layers, d), ("layers", "embed"), None, prefix + name + ".weight")
-
-    vector_std = d**-0.5 if arch.init_std is None else arch.init_std
-    specs = {
-        "embed": ParamSpec((arch.vocab_size, d), ("vocab", "embed"), vector_std, "model.transformer.wte.weight"),
-        "blocks/attn_norm": norm("attn_norm"),
-        "blocks/q": matrix("q_proj", d, q_dim, ("embed", "heads")),
-        "blocks/k": matrix("k_proj", d, kv_dim, ("embed", "kv_heads")),
-        "blocks/v": matrix("v_proj", d, kv_dim, ("embed", "kv_heads")),
-        "blocks/o": matrix("attn_out", q_dim, d, ("heads", "embed"), residual=True),
-        "blocks/mlp_norm": norm("ff_norm"),
-        "blocks/gate": matrix("ff_proj", d, f, ("embed", "mlp")),
-        "blocks/up": matrix("up_proj", d, f, ("embed", "mlp")),
-        "blocks/down": matrix("ff_out", f, d, ("mlp", "embed"), residual=True),
-        "final_norm": ParamSpec((d,), ("embed",), None, "model.transformer.ln_f.weight"),
-    }
-    if not arch.tie_embeddings:
-        shape, axes = (d, arch.vocab_size), ("embed", "vocab")
-        specs["head"] = ParamSpec(shape, axes, vector_std, "model.transformer.ff_out.weight", transpose=True)
-    return specs
+    """Every tensor of the network (see ``gated.table``), under the published checkpoints' names."""
+    return gated.table(arch, _NAMES)
 
 
 def from_hf(config: Mapping[str, Any], where: str) -> Architecture:
@@ -91,36 +71,31 @@ def from_hf(config: Mapping[str, Any], where: str) -> Architecture:
     Raises:
         UserError: a field is missing, or asks for something that the network does not do.
     """
-    for field, allowed in _FIXED.items():
-        if field in config and config[field] not in allowed:
-            raise UserError(f"{where}: {field} is {config[field]!r}; this LLaDA reader supports {allowed[0]!r} only")
-
-    def need(field: str) -> Any:
-        if config.get(field) is None:
-            raise UserError(f"{where}: field {field!r} is missing; a LLaDA config must have it")
-        return config[field]
-
-    d_model, n_heads = need("d_model"), need("n_heads")
-    rope = config.get("rope_theta") or (config.get("rope_parameters") or {}).get("rope_theta") or 10_000.0
-    vocab = config.get("embedding_size") or need("vocab_size")
+    fields = Fields(config, where, "LLaDA")
+    fields.check_fixed(_FIXED)
+    d_model, n_heads = fields.size("d_model"), fields.size("n_heads")
+    vocab = fields.get("embedding_size") or fields.size("vocab_size")
+    eos_id = fields.need_token("eos_token_id", vocab)
     return Architecture(
+        **TRAITS,
         family="llada",
         vocab_size=vocab,
         d_model=d_model,
-        n_layers=need("n_layers"),
+        n_layers=fields.size("n_layers"),
         n_heads=n_heads,
-        n_kv_heads=config.get("n_kv_heads") or n_heads,
+        n_kv_heads=fields.size("n_kv_heads", n_heads),
         head_dim=d_model // n_heads,
-        mlp_dim=config.get("mlp_hidden_size") or config.get("mlp_ratio", 4) * d_model,
-        norm_eps=config.get("rms_norm_eps", 1e-5),
-        rope_theta=float(rope),
-        max_len=config.get("max_sequence_length", 4096),
-        tie_embeddings=bool(config.get("weight_tying", False)),
-        mask_id=need("mask_token_id"),
-        eos_id=need("eos_token_id"),
-        pad_id=config.get("pad_token_id", need("eos_token_id")),
-        init_std=config.get("init_std") if config.get("init_fn") == "normal" else None,
-        extra=tuple(sorted((k, json.dumps(v)) for k, v in config.items())),
+        mlp_dim=fields.size("mlp_hidden_size", fields.get("mlp_ratio", 4) * d_model),
+        norm_eps=fields.get("rms_norm_eps", 1e-5),
+        rope_theta=fields.rope_theta(),
+        max_len=fields.size("max_sequence_length", 4096),
+        tie_embeddings=bool(fields.get("weight_tying", False)),
+        mask_id=fields.need_token("mask_token_id", vocab),
+        eos_id=eos_id,
+        pad_id=fields.token("pad_token_id", vocab, eos_id) or 0,
+        end_ids=fields.tokens("eos_token_id", vocab)[1:],
+        init_std=fields.get("init_std") if fields.get("init_fn") == "normal" else None,
+        extra=fields.kept(),
     )
 
 
@@ -164,7 +139,7 @@ def to_hf(arch: Architecture, dtype: str) -> dict[str, Any]:
     config |= {
         "d_model": arch.d_model,
         "embedding_size": arch.vocab_size,
-        "eos_token_id": arch.eos_id,
+        "eos_token_id": [arch.eos_id, *arch.end_ids] if arch.end_ids else arch.eos_id,
         "mask_token_id": arch.mask_id,
         "max_sequence_length": arch.max_len,
         "mlp_hidden_size": arch.mlp_dim,
@@ -173,13 +148,9 @@ def to_hf(arch: Architecture, dtype: str) -> dict[str, Any]:
         "n_layers": arch.n_layers,
         "pad_token_id": arch.pad_id,
         "rms_norm_eps": arch.norm_eps,
-        "rope_theta": arch.rope_theta,
-        "torch_dtype": dtype,
         "vocab_size": arch.vocab_size,
         "weight_tying": arch.tie_embeddings,
     }
     if arch.init_std is not None:
         config["init_std"] = arch.init_std
-    if "dtype" in config:
-        config["dtype"] = dtype
-    return config
+    return with_rope_and_dtype(config, arch, dtype)

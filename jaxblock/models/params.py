@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,26 @@ import numpy as np
 from flax import traverse_util
 from jax.typing import DTypeLike
 
+from jaxblock.errors import UserError
 from jaxblock.types import Alignment, Params
+
+
+class RopeScaling(NamedTuple):
+    """How rotary frequencies are stretched for longer contexts (``rope_scaling`` of config.json).
+
+    Attributes:
+        kind: ``linear`` divides every frequency; ``llama3`` only those slower than ``original_len`` asks for.
+        factor: the stretch.
+        low_freq_factor: ``llama3``: wavelengths above original_len / this are stretched in full.
+        high_freq_factor: ``llama3``: wavelengths below original_len / this are left alone.
+        original_len: ``llama3``: the length the model was first trained for.
+    """
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_len: int = 8192
 
 
 @dataclass(frozen=True)
@@ -26,8 +45,12 @@ class Architecture:
 
     Attributes:
         family: key of ``models.families.FAMILIES``.
+        mask_id: the mask token; None for an autoregressive checkpoint that has none yet.
         alignment: which hidden state predicts a token (see ``Layout``).
         eos_id: end of sequence; fills the rest of the terminator's block.
+        end_ids: further ids that config.json counts as ends of a response.
+        qkv_bias: queries, keys and values have biases.
+        qk_norm: queries and keys are normalised by head before they are rotated.
         init_std: standard deviation of random weights; None for Mitchell's initialisation.
         extra: the config.json this was read from, kept so that export writes back what it does not understand.
     """
@@ -44,16 +67,29 @@ class Architecture:
     rope_theta: float
     max_len: int
     tie_embeddings: bool
-    mask_id: int
+    mask_id: int | None
     eos_id: int
     pad_id: int
     alignment: Alignment = "same_position"
+    end_ids: tuple[int, ...] = ()
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    rope_scaling: RopeScaling | None = None
     init_std: float | None = None
     extra: tuple[tuple[str, str], ...] = ()
 
-    def with_vocabulary(self, vocab_size: int, mask_id: int, eos_id: int, pad_id: int) -> Architecture:
-        """The same network over another vocabulary."""
-        return replace(self, vocab_size=vocab_size, mask_id=mask_id, eos_id=eos_id, pad_id=pad_id)
+    def need_mask_id(self) -> int:
+        """The mask token.
+
+        Raises:
+            UserError: there is none: the checkpoint is autoregressive.
+        """
+        if self.mask_id is None:
+            raise UserError(
+                f"this {self.family} checkpoint is autoregressive: its config.json names no mask_token_id. Train it from "
+                "prepared data (which name a mask token), or load it with mask_id set to an id that its text never uses"
+            )
+        return self.mask_id
 
 
 @dataclass(frozen=True)
@@ -63,10 +99,11 @@ class ParamSpec:
     Attributes:
         shape: the stacked shape: ``[L, ...]`` for a layer's tensor.
         axes: a logical axis name per dimension; ``layers`` first where stacked.
-        std: standard deviation of a normal initialisation; None initialises to ones (norms).
+        std: standard deviation of a normal initialisation; None initialises to ones (norms), 0 to zeros.
         depth_scaled: divide the standard deviation by sqrt(layer + 1) (outputs into the residual stream).
         hf_name: the checkpoint's name; ``{layer}`` stands for the layer's index.
         transpose: torch keeps [out, in], we keep [in, out].
+        dtype: storage type where it is the tensor's own (int8); None for the type of the whole network.
     """
 
     shape: tuple[int, ...]
@@ -75,6 +112,7 @@ class ParamSpec:
     hf_name: str
     transpose: bool = False
     depth_scaled: bool = False
+    dtype: str | None = None
 
     @property
     def stacked(self) -> bool:
@@ -109,6 +147,8 @@ def init(table: Table, seed: int, dtype: DTypeLike) -> Params:
 def _draw(spec: ParamSpec, seed: int, path: str, dtype: DTypeLike) -> jax.Array:
     if spec.std is None:
         return jnp.ones(spec.shape, dtype)
+    if spec.std == 0:
+        return jnp.zeros(spec.shape, dtype)
     key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode()))
     # Three standard deviations are the customary cut: no weight starts as an outlier.
     values = spec.std * jax.random.truncated_normal(key, -3.0, 3.0, spec.shape, jnp.float32)
@@ -120,7 +160,7 @@ def _draw(spec: ParamSpec, seed: int, path: str, dtype: DTypeLike) -> jax.Array:
 
 def abstract(table: Table, dtype: DTypeLike) -> Params:
     """Shapes and types of the parameters, nothing allocated."""
-    return nest({path: jax.ShapeDtypeStruct(spec.shape, dtype) for path, spec in table.items()})
+    return nest({path: jax.ShapeDtypeStruct(spec.shape, spec.dtype or dtype) for path, spec in table.items()})
 
 
 def nest(flat: Mapping[str, Any]) -> Params:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,53 +18,31 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
-from jaxblock.models import families
+from jaxblock.models import families, int8, lora
 from jaxblock.models.attention import Backend, attend
-from jaxblock.models.params import Architecture, ParamSpec, Table
+from jaxblock.models.dense import LowRank, dense, matmul
+from jaxblock.models.lora import Lora
+from jaxblock.models.params import Architecture, ParamSpec, RopeScaling, Table
 from jaxblock.parallel.axes import constrain
 from jaxblock.types import Params, View
 
 Remat = Literal["none", "dots", "full"]
 
+Branches = dict[str, LowRank]
+"""A layer's adapters by the name of their matrix."""
+
+
+class Attention(NamedTuple):
+    """How a layer attends. Static."""
+
+    backend: Backend
+    causal: bool
+
+
 _POLICIES: dict[str, Any] = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-
-
-def dense(x: Float[Array, "*rows I"], w: Float[Array, "I O"]) -> Float[Array, "*rows O"]:
-    """``x @ w`` in x's type. float32 means float32 on every platform: no TF32, no bfloat16 passes."""
-    return _matmul(x, w, x.dtype)
-
-
-def _plain_matmul(x: Array, w: Array, out: DTypeLike) -> Array:
-    return jnp.matmul(x, w.astype(x.dtype), precision=_precision(x), preferred_element_type=out)
-
-
-_matmul = jax.custom_vjp(_plain_matmul, nondiff_argnums=(2,))
-
-
-def _matmul_forward(x: Array, w: Array, out: DTypeLike) -> tuple[Array, tuple[Array, Array]]:
-    # Not _matmul: remat policies look for matmuls, and would not see one inside a function with a gradient of its own.
-    return _plain_matmul(x, w, out), (x, w)
-
-
-def _matmul_backward(out: DTypeLike, saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
-    # JAX's own gradient of w is (grad^T x)^T. XLA's CPU backend then writes grad transposed from inside the loop that
-    # computes it, which took a quarter of a train step (half of one with scanned layers); x^T grad needs none of that.
-    x, w = saved
-    grad = grad.astype(x.dtype)
-    rows = tuple(range(x.ndim - 1))
-    dx = jnp.matmul(grad, w.T.astype(x.dtype), precision=_precision(x))
-    dw = jax.lax.dot_general(x, grad, ((rows, rows), ((), ())), precision=_precision(x))
-    return dx, dw.astype(w.dtype)
-
-
-_matmul.defvjp(_matmul_forward, _matmul_backward)
-
-
-def _precision(x: Array) -> str:
-    return "highest" if x.dtype == jnp.float32 else "default"
 
 
 def rms_norm(x: Array, scale: Array, eps: float) -> Array:
@@ -74,12 +52,24 @@ def rms_norm(x: Array, scale: Array, eps: float) -> Array:
     return normed.astype(x.dtype) * scale.astype(x.dtype)
 
 
-def rotary(positions: Int[Array, "B T"], head_dim: int, theta: float, dtype: DTypeLike) -> tuple[Array, Array]:
+def rotary(positions: Int[Array, "B T"], arch: Architecture, dtype: DTypeLike) -> tuple[Array, Array]:
     """Cosines and sines [B, T, 1, H/2] of rotary positions, in float32 or wider."""
     wide = jnp.promote_types(dtype, jnp.float32)
-    rate = theta ** (-jnp.arange(0, head_dim, 2, dtype=wide) / head_dim)
+    rate = arch.rope_theta ** (-jnp.arange(0, arch.head_dim, 2, dtype=wide) / arch.head_dim)
+    if arch.rope_scaling is not None:
+        rate = _stretched(rate, arch.rope_scaling)
     angle = positions[..., None, None].astype(wide) * rate
     return jnp.cos(angle), jnp.sin(angle)
+
+
+def _stretched(rate: Array, scaling: RopeScaling) -> Array:
+    """Rotary frequencies for a longer context (transformers' ``linear`` and ``llama3``)."""
+    if scaling.kind == "linear":
+        return rate / scaling.factor
+    turns = scaling.original_len * rate / (2 * jnp.pi)  # full turns within the first training length
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)  # 1: fast enough to be left alone
+    return (1 - kept) * rate / scaling.factor + kept * rate
 
 
 def rotate(x: Float[Array, "B T N H"], cos: Array, sin: Array) -> Float[Array, "B T N H"]:
@@ -94,25 +84,21 @@ def pick(x: Float[Array, "B T *rest"], at: Int[Array, "B A"]) -> Float[Array, "B
 
 
 class Block(nnx.Module):
-    """One layer. Its parameters are those of the table, under the table's names."""
+    """One layer. Its parameters are those of the table, under the table's names; some families lack some of them."""
 
-    attn_norm: nnx.Param[Array]
-    q: nnx.Param[Array]
-    k: nnx.Param[Array]
-    v: nnx.Param[Array]
-    o: nnx.Param[Array]
-    mlp_norm: nnx.Param[Array]
-    gate: nnx.Param[Array]
-    up: nnx.Param[Array]
-    down: nnx.Param[Array]
-
-    def __init__(self, specs: dict[str, ParamSpec], arch: Architecture, attention: Backend):
+    def __init__(self, specs: dict[str, ParamSpec], arch: Architecture, attention: Attention):
         self.arch, self.attention = arch, attention
         for name, spec in specs.items():
             setattr(self, name, nnx.Param(jnp.zeros(spec.shape[1:])))
 
     def __call__(
-        self, x: Float[Array, "B T D"], cos: Array, sin: Array, length: Int[Array, " B"], at: Array | None = None
+        self,
+        x: Float[Array, "B T D"],
+        cos: Array,
+        sin: Array,
+        length: Int[Array, " B"],
+        at: Array | None = None,
+        branches: Branches | None = None,
     ) -> Array:
         """Attention, then the feed-forward layer, each added to the residual stream.
 
@@ -122,23 +108,38 @@ class Block(nnx.Module):
             sin: likewise.
             length: visible keys of each row.
             at: positions [B, A] whose output is wanted; None for all.
+            branches: the adapters of this layer's matrices.
 
         Returns:
             The residual stream [B, T, D], or [B, A, D] at the wanted positions.
         """
         arch, (rows, width, _) = self.arch, x.shape
-        h = rms_norm(x, self.attn_norm[...], arch.norm_eps)
-        k = dense(h, self.k[...]).reshape(rows, width, arch.n_kv_heads, arch.head_dim)
-        v = dense(h, self.v[...]).reshape(rows, width, arch.n_kv_heads, arch.head_dim)
-        k = rotate(k, cos, sin)
+        branches = branches or {}
+
+        def project(name: str, h: Array) -> Array:
+            weights = (self._own(name), self._own(name + int8.SCALE), self._own(name + "_bias"))
+            return dense(h, weights[0], scale=weights[1], bias=weights[2], lora=branches.get(name))
+
+        def heads(name: str, h: Array, count: int) -> Array:
+            split = project(name, h).reshape(rows, -1, count, arch.head_dim)
+            norm = self._own(name + "_norm")
+            return split if norm is None else rms_norm(split, norm, arch.norm_eps)
+
+        h = rms_norm(x, self._own("attn_norm"), arch.norm_eps)
+        k = rotate(heads("k", h, arch.n_kv_heads), cos, sin)
+        v = heads("v", h, arch.n_kv_heads)
         if at is not None:
             x, h, cos, sin = (pick(a, at) for a in (x, h, cos, sin))
-        q = rotate(dense(h, self.q[...]).reshape(rows, -1, arch.n_heads, arch.head_dim), cos, sin)
-        h = attend(q, k, v, length, self.attention).reshape(rows, x.shape[1], -1)
-        x = x + dense(h, self.o[...])
-        h = rms_norm(x, self.mlp_norm[...], arch.norm_eps)
-        h = jax.nn.silu(dense(h, self.gate[...])) * dense(h, self.up[...])
-        return x + dense(h, self.down[...])
+        q = rotate(heads("q", h, arch.n_heads), cos, sin)
+        h = attend(q, k, v, length, self.attention.backend, causal=self.attention.causal)
+        x = x + project("o", h.reshape(rows, x.shape[1], -1))
+        h = rms_norm(x, self._own("mlp_norm"), arch.norm_eps)
+        h = jax.nn.silu(project("gate", h)) * project("up", h)
+        return x + project("down", h)
+
+    def _own(self, name: str) -> Any:
+        param = getattr(self, name, None)
+        return None if param is None else param[...]
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,9 @@ class Transformer:
         remat: what the backward pass recomputes.
         attention: attention backend.
         scan_layers: run layers by ``lax.scan``; False unrolls them.
+        lora: adapters beside the weights, under ``params["lora"]``; None for none.
+        int8: the layers' matrices are int8 (``models.int8``).
+        causal: hide later keys, as an autoregressive checkpoint was trained: for comparing with its origin alone.
         check_layer: called with (layer, hidden) after each unrolled layer; locates NaNs in debug mode.
     """
 
@@ -159,31 +163,44 @@ class Transformer:
     remat: Remat = "none"
     attention: Backend = "xla"
     scan_layers: bool = True
+    lora: Lora | None = None
+    int8: bool = False
+    causal: bool = False
     check_layer: Callable[[int, Array], None] | None = None
 
     @cached_property
     def table(self) -> Table:
-        """The family's parameter specs."""
-        return families.table(self.arch)
+        """The specs of the weights, adapters not among them."""
+        table = families.table(self.arch)
+        return int8.table(table) if self.int8 else table
+
+    @cached_property
+    def trainable(self) -> Table:
+        """The specs of what is trained: the adapters where there are any, else the weights."""
+        return self.table if self.lora is None else lora.table(families.table(self.arch), self.lora)
 
     @cached_property
     def _graph(self) -> nnx.GraphDef:
         specs = {p.removeprefix("blocks/"): s for p, s in self.table.items() if s.stacked}
-        module = nnx.eval_shape(lambda: Block(specs, self.arch, self.attention))
+        attention = Attention(self.attention, self.causal)
+        module = nnx.eval_shape(lambda: Block(specs, self.arch, attention))
         return nnx.split(module)[0]
 
-    def hidden(self, params: Params, view: View, cache: None = None) -> tuple[Float[Array, "B A D"], None]:
+    def hidden(
+        self, params: Params, view: View, cache: None = None, row_keys: Array | None = None
+    ) -> tuple[Float[Array, "B A D"], None]:
         """Hidden states at ``view.at`` after the last norm.
 
         Args:
             params: the table's nested dict.
             view: what the network sees.
             cache: the seam for cache policies; without one every position is computed.
+            row_keys: one random key a row [B], for the adapters' dropout; None for no dropout.
 
         Returns:
             ([B, A, D], the cache).
         """
-        x = self.trunk(params, view.ids, view.positions, view.length, view.at)
+        x = self.trunk(params, view.ids, view.positions, view.length, view.at, row_keys)
         return rms_norm(x, params["final_norm"], self.arch.norm_eps), cache
 
     def trunk(
@@ -193,35 +210,56 @@ class Transformer:
         positions: Int[Array, "B T"],
         length: Int[Array, " B"],
         at: Int[Array, "B A"] | None = None,
+        row_keys: Array | None = None,
     ) -> Float[Array, "B wanted D"]:
         """The residual stream before the last norm, of every position or at ``at`` alone.
 
         Unrolled, the last layer computes no more than is wanted (a third of a small network's work). Scanned layers are
-        all alike: splitting the last off would copy the stack of the others.
+        all alike: splitting the last off would copy the stack of the others. Nor is it trimmed where a trimmed layer
+        would be another function: under dropout, whose draws are by position, and under a causal mask.
         """
         x = constrain(params["embed"].astype(self.dtype)[ids], "batch", None, None)
-        cos, sin = rotary(positions, self.arch.head_dim, self.arch.rope_theta, self.dtype)
+        cos, sin = rotary(positions, self.arch, self.dtype)
+        drops = self.lora is not None and self.lora.dropout > 0 and row_keys is not None
 
-        def layer(x: Array, block_params: Params, at: Array | None = None) -> Array:
-            block = nnx.merge(self._graph, block_params)
-            return constrain(block(x, cos, sin, length, at), "batch", None, None)
+        def layer(x: Array, own: Params, adapters: Params, index: Array | int, at: Array | None = None) -> Array:
+            block = nnx.merge(self._graph, own)
+            branches = self._branches(adapters, index, row_keys if drops else None)
+            return constrain(block(x, cos, sin, length, at, branches), "batch", None, None)
 
         if self.remat != "none":
             layer = jax.checkpoint(layer, policy=_POLICIES[self.remat], prevent_cse=not self.scan_layers)
+        stacks = (params["blocks"], params[lora.KEY]["blocks"] if self.lora else {})
         if self.scan_layers:
-            x = jax.lax.scan(lambda x, p: (layer(x, p), None), x, params["blocks"])[0]
+            xs = (*stacks, jnp.arange(self.arch.n_layers))
+            x = jax.lax.scan(lambda x, own: (layer(x, *own), None), x, xs)[0]
             return x if at is None else pick(x, at)
+        trimmed = None if drops or self.causal else at
         for index in range(self.arch.n_layers):
-            own = jax.tree.map(lambda leaf, i=index: leaf[i], params["blocks"])
-            x = layer(x, own, at if index == self.arch.n_layers - 1 else None)
+            own, adapters = jax.tree.map(lambda leaf, i=index: leaf[i], stacks)
+            x = layer(x, own, adapters, index, trimmed if index == self.arch.n_layers - 1 else None)
             if self.check_layer is not None:
                 self.check_layer(index, x)
-        return x
+        return x if at is None or trimmed is not None else pick(x, at)
+
+    def _branches(self, adapters: Params, layer: Array | int, row_keys: Array | None) -> Branches:
+        """One layer's low-rank branches; each has dropout keys of its own, made of the row's, the layer and its place."""
+        if self.lora is None:
+            return {}
+        branches = {}
+        for place, path in enumerate(self.lora.targets):
+            name, keys = path.removeprefix("blocks/"), None
+            if row_keys is not None:
+                fold = jax.vmap(lambda key, place=place: jax.random.fold_in(jax.random.fold_in(key, layer), place))
+                keys = fold(row_keys)
+            pair = adapters[name]
+            branches[name] = LowRank(pair["a"], pair["b"], self.lora.scale, self.lora.dropout, keys)
+        return branches
 
     def logits(self, params: Params, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
         """float32 (or wider) logits of hidden states."""
         head = params["embed"].T if self.arch.tie_embeddings else params["head"]
-        return _matmul(hidden, head, jnp.promote_types(hidden.dtype, jnp.float32))
+        return matmul(hidden, head, jnp.promote_types(hidden.dtype, jnp.float32))
 
     def nll(
         self, params: Params, hidden: Float[Array, "*rows D"], targets: Int[Array, "*rows"]

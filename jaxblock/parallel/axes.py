@@ -33,22 +33,28 @@ class NamedAxes(Protocol):
         ...
 
 
-MESH_AXES = ("data", "fsdp")
+MESH_AXES = ("data", "fsdp", "tensor")
 
 RULES: dict[str, tuple[str, ...]] = {
     # Rows are split over both axes: under FSDP every device has its own rows.
     "batch": ("data", "fsdp"),
     # Parameters and their optimizer state are split along the model's width.
     "embed": ("fsdp",),
+    # Devices of a tensor group compute different heads, feed-forward columns and words of the same rows.
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
 }
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A (data, fsdp) mesh.
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A (data, fsdp, tensor) mesh.
 
     Args:
-        data: devices along ``data``; -1 for all that ``fsdp`` leaves.
+        data: devices along ``data``; -1 for all that the others leave.
         fsdp: devices along ``fsdp``.
+        tensor: devices along ``tensor``; neighbours in the order of ``devices``, since they talk the most.
         devices: which devices; None for all of the process group.
 
     Returns:
@@ -59,13 +65,13 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | Non
     """
     devices = list(jax.devices() if devices is None else devices)
     if data == -1:
-        data = max(len(devices) // fsdp, 1)
-    if data * fsdp != len(devices):
+        data = max(len(devices) // (fsdp * tensor), 1)
+    if (product := data * fsdp * tensor) != len(devices):
         raise UserError(
-            f"train.data_parallel {data} x train.fsdp {fsdp} = {data * fsdp} devices, but there are {len(devices)}: "
-            "set them so that their product is the number of devices (-1 takes what is left)"
+            f"train.data_parallel {data} x train.fsdp {fsdp} x train.tensor {tensor} = {product} devices, but there are "
+            f"{len(devices)}: set them so that their product is the number of devices (-1 takes what is left)"
         )
-    return jax.make_mesh((data, fsdp), MESH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+    return jax.make_mesh((data, fsdp, tensor), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 def spec(*names: str | None) -> PartitionSpec:
@@ -95,7 +101,8 @@ def param_shardings(mesh: Mesh, table: Mapping[str, NamedAxes]) -> Params:
             ways = _ways(mesh, name)
             if size % ways:
                 raise UserError(
-                    f"parameter {path}: {name} of size {size} does not divide by {ways}; set train.fsdp lower"
+                    f"parameter {path}: {name} of size {size} does not divide by {ways}; set "
+                    f"train.{RULES[name or ''][0]} lower"
                 )
         flat[path] = sharding(mesh, *entry.axes)
     return traverse_util.unflatten_dict(flat, sep="/")

@@ -15,7 +15,8 @@ from jaxblock.models import families
 from jaxblock.models import params as parameters
 from jaxblock.models.attention import attend
 from jaxblock.models.params import Architecture
-from jaxblock.models.transformer import Block, Transformer, _matmul, _plain_matmul
+from jaxblock.models.dense import _plain_matmul, matmul
+from jaxblock.models.transformer import Attention, Block, Transformer
 from jaxblock.types import View
 
 B, T, A = 2, 9, 3
@@ -139,7 +140,7 @@ def test_the_table_is_the_modules_parameters():
     for arch in (make_arch(), make_arch(tied=True), make_arch(n_kv_heads=4)):
         table = families.table(arch)
         layer = {p.removeprefix("blocks/"): s for p, s in table.items() if s.stacked}
-        module = nnx.eval_shape(lambda layer=layer, arch=arch: Block(layer, arch, "xla"))
+        module = nnx.eval_shape(lambda layer=layer, arch=arch: Block(layer, arch, Attention("xla", False)))
         state = {path[0]: leaf.shape for path, leaf in nnx.to_flat_state(nnx.state(module))}
         assert state == {name: spec.shape[1:] for name, spec in layer.items()}
         params = init(arch, 0)
@@ -195,7 +196,7 @@ def test_the_gradient_of_a_product_is_that_of_plain_matmul(dtype, draws):
 
         return jax.grad(loss, argnums=(0, 1))(x, weight)
 
-    for got, want in zip(gradients(_matmul), gradients(_plain_matmul), strict=True):
+    for got, want in zip(gradients(matmul), gradients(_plain_matmul), strict=True):
         assert got.dtype == want.dtype
         np.testing.assert_allclose(
             got.astype(jnp.float32), want.astype(jnp.float32), rtol=1e-6 if dtype == "float32" else 0.05, atol=1e-5
