@@ -113,6 +113,23 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
         ({"decode": {"temperature": -0.1}}, "decode.temperature is -0.1"),
         ({"decode": {"threshold": 0}}, "decode.threshold is 0.0"),
         ({"decode": {"steps_per_block": 0}}, "decode.steps_per_block is 0"),
+        ({"decode": {"top_p": 0}}, "decode.top_p is 0.0: it must be above 0, at most 1"),
+        ({"decode": {"top_k": 0}}, "decode.top_k is 0"),
+        ({"decode": {"eps": 1}}, "decode.eps is 1.0: it must be above 0 and below 1"),
+        (
+            {"decode": {"rule": "factor", "quota": "dream"}},
+            "decode.quota dream has no effect under decode.rule factor: set quota to even, or rule to low_confidence or",
+        ),
+        ({"decode": {"rule": "random", "alg_temp": 1}}, "decode.alg_temp 1.0 has no effect under decode.rule random"),
+        ({"decode": {"threshold": 0.5}}, "set threshold to 0.9, or rule to confidence_threshold"),
+        ({"decode": {"factor_rule": "v1"}}, "decode.factor_rule v1 has no effect under decode.rule low_confidence"),
+        ({"decode": {"rule": "entropy", "eps": 0.01}}, "decode.eps 0.01 has no effect without Dream's time grid"),
+        ({"decode": {"top_p": 0.9, "top_k": 5}}, "decode.top_p and decode.top_k cannot change the best token"),
+        ({"decode": {"rule": "origin", "top_k": 5}}, "set decode.temperature above 0, top_k to null"),
+        (
+            {"decode": {"rule": "origin", "eos_suppression": "confidence"}},
+            "decode.eos_suppression confidence has no effect under decode.rule origin",
+        ),
         ({"evaluate": {"problems": 0}}, "evaluate.problems is 0"),
         ({"evaluate": {"nelbo_rows": 0}}, "evaluate.nelbo_rows is 0"),
     ],
@@ -121,6 +138,17 @@ def test_impossible_values_are_refused(tree: dict[str, dict[str, object]], messa
     with pytest.raises(UserError) as caught:
         config_io.validate(config_io.from_tree(tree, "here"))
     assert message in str(caught.value)
+
+
+def test_decoding_options_that_fit_together_are_accepted() -> None:
+    for options in (
+        {"rule": "confidence_threshold", "threshold": 0.5, "temperature": 1, "top_p": 0.9},
+        {"rule": "factor", "factor": 2, "factor_rule": "v1", "eos_suppression": "confidence"},
+        {"rule": "entropy", "quota": "dream", "eps": 0.01, "alg_temp": 0.5, "top_p": 0.9, "top_k": 5},
+        {"rule": "origin", "eps": 0.01, "temperature": 1, "top_k": 5, "eos_suppression": "logits"},
+        {"rule": "low_confidence", "alg_temp": 0.5, "quota": "dllm_linear", "top_p": 1},
+    ):
+        config_io.validate(config_io.from_tree({"decode": options}, "here"), ["decode"])
 
 
 def test_only_the_sections_that_a_verb_uses_are_checked() -> None:

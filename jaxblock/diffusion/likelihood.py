@@ -2,7 +2,7 @@
 
 For a block of n supervised tokens, NELBO_block = sum over l of E[c_S / l given |S| = l]. It bounds from above the
 negative log-likelihood of the decoder that commits one token a step in an order drawn independently of the tokens, at
-temperature 1, without guidance or suppression, on the same R.
+temperature 1, without top-p, top-k, guidance or suppression, on the same R.
 """
 
 from __future__ import annotations

@@ -40,10 +40,11 @@ def token_losses(
     draw: Draw,
     ablation: Ablation = NO_ABLATION,
     noise: Float[Array, "B R"] | None = None,
+    row_keys: Array | None = None,
 ) -> Float[Array, "B A"]:
     """-log p of the masked tokens of one draw per row, unweighted, in nats; 0 where nothing is masked."""
     seen, targets = corrupt(layout, canvas, draw, ablation, noise)
-    hidden, _ = net.hidden(params, seen)
+    hidden, _ = net.hidden(params, seen, None, row_keys)
     return jnp.where(draw.masked, net.nll(params, hidden, targets), 0.0)
 
 
@@ -57,6 +58,7 @@ def losses(
     ablation: Ablation = NO_ABLATION,
     noise: Float[Array, "K B R"] | None = None,
     *,
+    row_keys: Array | None = None,
     drawn_blocks: Int[Array, " B"] | None = None,
 ) -> Losses:
     """The objective over K draws per row, mapped by ``jax.vmap``.
@@ -70,16 +72,17 @@ def losses(
         normalize: what the sum is divided by (``normaliser``).
         ablation: noise outside the block.
         noise: its uniforms.
+        row_keys: keys of the network's dropout [K, B]; None for no dropout.
         drawn_blocks: the data's own blocks under ``pairs``; None where a row stands for its whole sequence.
 
     Returns:
         Sums and weights, float32 or wider.
     """
 
-    def one(draw: Draw, noise: Array | None) -> Array:
-        return token_losses(net, params, layout, canvas, draw, ablation, noise)
+    def one(draw: Draw, noise: Array | None, row_keys: Array | None) -> Array:
+        return token_losses(net, params, layout, canvas, draw, ablation, noise, row_keys)
 
-    nll = jax.vmap(one)(draws, noise if ablation.needs_noise else None)
+    nll = jax.vmap(one)(draws, noise if ablation.needs_noise else None, row_keys)
     share, weight = normaliser(layout, canvas, normalize, drawn_blocks)
     total = jnp.sum(nll.sum(-1) * draws.weight * share)
 

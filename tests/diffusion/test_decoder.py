@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 
 from jaxblock.diffusion import canvas as canvases
 from jaxblock.diffusion import decoder, scoring
-from jaxblock.types import Decoding, Layout
+from jaxblock.types import Decoding, Layout, RuleName
 
 MASK, FILL, EOT = 9, 8, 7
 PROMPTS = [[1], [2, 3], [4, 5, 6], [0, 1]]
@@ -41,6 +43,8 @@ OPTIONS = {
     "random": Decoding(2, rule="random", temperature=1.0),
     "threshold": Decoding(3, rule="confidence_threshold", threshold=0.5, early_stop=True),
     "guided": Decoding(2, temperature=0.5, cfg_scale=1.5),
+    "dream": Decoding(2, rule="entropy", quota="dream", temperature=1.2, top_p=0.9, alg_temp=0.3, early_stop=True),
+    "origin": Decoding(3, rule="origin", temperature=1.0, top_k=4, cfg_scale=0.5),
 }
 
 
@@ -60,7 +64,7 @@ def test_a_result_does_not_depend_on_the_batch(net, layout, name):
 class Fixed:
     """A network that says the same whatever it sees: ``table[prompt length, response position]`` are its logits."""
 
-    def hidden(self, params, view, cache=None):
+    def hidden(self, params, view, cache=None, row_keys=None):
         prompt_len = view.length - params["table"].shape[1]
         at = view.active - prompt_len[:, None]
         return params["table"][prompt_len[:, None], at], cache
@@ -85,14 +89,17 @@ def _fixed(rows, vocab=11):
     return {"table": jnp.asarray(table)}
 
 
-@pytest.mark.parametrize("rule", ["low_confidence", "random", "confidence_threshold", "factor"])
+@pytest.mark.parametrize("rule", get_args(RuleName))
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_the_mask_token_is_never_committed_and_every_rule_ends(layout, rule, temperature):
     """Its logit is the largest everywhere: threshold and factor accept nothing but the best, one step a token."""
     params = _fixed({n: {i: {MASK: 30.0} for i in range(9)} for n in range(1, 5)})
     out = _run((FIXED, params), layout, Decoding(3, rule=rule, temperature=temperature), [0, 1, 2])
     assert (out.response != MASK).all() and (out.commit_step >= 0).all()
-    assert out.nfe.tolist() == [9, 9, 9]
+    if rule == "origin":  # a block may be full before its last step
+        assert (out.nfe >= 3).all() and (out.nfe <= 9).all()
+    else:
+        assert out.nfe.tolist() == [9, 9, 9]
 
 
 def test_early_stop_freezes_finished_rows_and_saves_forwards(layout):
@@ -110,15 +117,19 @@ def test_early_stop_freezes_finished_rows_and_saves_forwards(layout):
     assert two.nfe.tolist() == [2, 4, 6], "guidance costs two forwards a step"
 
 
-def test_steps_quota_and_commit_order(layout):
+@pytest.mark.parametrize("rule", ["low_confidence", "maskgit_plus", "topk_margin", "entropy"])
+def test_steps_quota_and_commit_order(layout, rule):
     """Most confident first, ties to the lowest index, the remainder of the quota to the first step."""
     params = _fixed({1: {0: {1: 3.0}, 1: {1: 5.0}, 2: {1: 3.0}}})
-    out = _run((FIXED, params), layout, Decoding(2), [0])
+    out = _run((FIXED, params), layout, Decoding(2, rule=rule), [0])
     assert out.commit_step[0].tolist() == [0, 0, 1, 2, 2, 3, 4, 4, 5]
     assert out.response[0].tolist() == [1, 1, 1] + [0] * 6, "equal logits give the lowest token"
     assert out.nfe.tolist() == [6]
-    idle = _run((FIXED, params), layout, Decoding(5), [0])
+    idle = _run((FIXED, params), layout, Decoding(5, rule=rule), [0])
     assert idle.nfe.tolist() == [9], "a finished block takes no further steps"
+    late = _run((FIXED, params), layout, Decoding(3, rule=rule, quota="dream"), [0])
+    assert late.commit_step[0].tolist() == [2, 1, 2, 4, 5, 5, 7, 8, 8], "Dream's first step commits nothing here"
+    assert late.nfe.tolist() == [9]
 
 
 def test_eos_suppression(layout):

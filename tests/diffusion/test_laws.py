@@ -235,7 +235,7 @@ def _shift_forgotten(net):
     class Wrong:
         logits, nll = net.logits, net.nll
 
-        def hidden(self, params, view, cache=None):
+        def hidden(self, params, view, cache=None, row_keys=None):
             return net.hidden(params, view._replace(at=view.active), cache)
 
     return Wrong()

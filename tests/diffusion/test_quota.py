@@ -24,8 +24,15 @@ def vectors(shared):
 @pytest.mark.parametrize("schedule, key", [("even", "llada"), ("dllm_linear", "dllm_linear"), ("dream", "dream")])
 def test_schedules(vectors, schedule, key):
     for case in vectors[key]:
-        row = transfer.quota_table(schedule, case["n"], case["steps"])[case["n"]].tolist()
+        eps = case.get("eps", 1e-3)
+        row = transfer.quota_table(schedule, case["n"], case["steps"], eps)[case["n"]].tolist()
         assert row == case["counts"] + [0] * (case["steps"] - len(case["counts"])), case
+
+
+def test_dreams_time_grid_is_bit_exact(vectors):
+    for case in vectors["dream"]:
+        grid = transfer.dream_grid(case["steps"], case["eps"])
+        assert grid.dtype == np.float32 and grid.tolist() == case["timesteps"], case
 
 
 @pytest.mark.parametrize("schedule", ["even", "dllm_linear", "dream"])
@@ -48,10 +55,11 @@ def _accepted(rule, confidence, eligible=None):
     return chosen[:n].astype(int).tolist()
 
 
-def test_factor_is_the_strict_rule(vectors):
+@pytest.mark.parametrize("variant, key", [("strict", "mask_strict"), ("v1", "mask_fastdllm_v1")])
+def test_factor_rules(vectors, variant, key):
     for case in vectors["factor"]:
-        rule = transfer.by_factor(case["factor"], WIDTH)
-        assert _accepted(rule, case["confidence"]) == case["mask_strict"], case
+        rule = transfer.by_factor(case["factor"], WIDTH, variant)
+        assert _accepted(rule, case["confidence"]) == case[key], case
 
 
 def test_threshold(vectors):
@@ -63,6 +71,7 @@ RULES = {
     "quota": transfer.by_quota(transfer.quota_table("even", WIDTH, 2)),
     "threshold": transfer.by_threshold(0.9),
     "factor": transfer.by_factor(1.0, WIDTH),
+    "factor_v1": transfer.by_factor(1.0, WIDTH, "v1"),
 }
 
 

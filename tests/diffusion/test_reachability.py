@@ -201,7 +201,7 @@ class Recorder:
     def __init__(self):
         self.views = []
 
-    def hidden(self, params, view, cache=None):
+    def hidden(self, params, view, cache=None, row_keys=None):
         jax.debug.callback(lambda *fields: self.views.append(type(view)(*map(np.asarray, fields))), *view, ordered=True)
         noise = jnp.sin(params["scale"] * (1.0 + view.ids[:, :, None] * jnp.arange(1, 6)))
         return jnp.take_along_axis(noise.cumsum(1), view.at[..., None], axis=1), cache
