@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -32,6 +33,42 @@ def traits(family: str, alignment: Alignment | None = None) -> dict[str, Any]:
             f"model.alignment is {alignment}, but a {family} network's logits are {fixed['alignment']}: leave it unset"
         )
     return fixed
+
+
+_ROWS = 64
+"""A vocabulary that takes a new token grows to a multiple of this: sizes that divide over devices."""
+
+
+def with_mask(arch: Architecture, mask_id: int, alignment: Alignment | None = None) -> Architecture:
+    """Gives an autoregressive network the mask token that makes a diffusion network of it.
+
+    Args:
+        arch: of any family; one that has a mask token keeps it.
+        mask_id: a token that its text never uses, or the first after the vocabulary, which then grows to a multiple of
+            64 rows.
+        alignment: which hidden state predicts a token; None keeps ``arch``'s.
+
+    Returns:
+        The architecture with both.
+
+    Raises:
+        UserError: it has another mask token or, as a diffusion family, another alignment; the id ends a response, or is
+            no id of the vocabulary nor the next one.
+    """
+    chosen = traits(arch.family, alignment or arch.alignment)["alignment"]
+    if arch.mask_id not in (None, mask_id):
+        raise UserError(
+            f"the mask token is to be {mask_id}, but this {arch.family} network was trained with {arch.mask_id}: use its own"
+        )
+    if mask_id in (arch.eos_id, *arch.end_ids):
+        raise UserError(f"mask token {mask_id} is the token that ends a response: choose one that no text uses")
+    if not 0 <= mask_id < arch.vocab_size + _ROWS:
+        raise UserError(
+            f"mask token {mask_id} is outside the vocabulary of {arch.vocab_size}: choose an unused id below that, or "
+            f"{arch.vocab_size} to add one"
+        )
+    rows = arch.vocab_size if mask_id < arch.vocab_size else -(-(mask_id + 1) // _ROWS) * _ROWS
+    return replace(arch, mask_id=mask_id, alignment=chosen, vocab_size=rows)
 
 
 def table(arch: Architecture) -> Table:

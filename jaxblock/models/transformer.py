@@ -113,7 +113,7 @@ class Block(nnx.Module):
         Returns:
             The residual stream [B, T, D], or [B, A, D] at the wanted positions.
         """
-        arch, (rows, width, _) = self.arch, x.shape
+        arch, rows = self.arch, x.shape[0]
         branches = branches or {}
 
         def project(name: str, h: Array) -> Array:
