@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from flax import traverse_util
 from jax import Array
 from jax.sharding import Mesh
 
@@ -34,6 +33,9 @@ def create(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh, 
 def shardings(abstract_opt_state: Any, mesh: Mesh, table: Table) -> Any:
     """The sharding of every leaf of a state; the optimizer's follow their parameters, found by path.
 
+    A leaf of a parameter's shape lies as the parameter. One of its rank (the scales of 8-bit moments) is split along
+    the axes that have the parameter's size; one of another rank (Adafactor's row and column means) is small, and whole.
+
     Args:
         abstract_opt_state: the optimizer's state, or its shapes.
         mesh: the mesh.
@@ -43,12 +45,18 @@ def shardings(abstract_opt_state: Any, mesh: Mesh, table: Table) -> Any:
         A ``TrainState`` of shardings.
     """
     params = axes.param_shardings(mesh, table)
-    by_path = traverse_util.flatten_dict(params, sep="/")
     whole = axes.replicated(mesh)
 
     def place(path: tuple[Any, ...], leaf: Any) -> Any:
         keys = [str(part.key) for part in path if isinstance(part, jax.tree_util.DictKey)]
-        return by_path.get("/".join(keys), whole)
+        spec = table.get("/".join(keys))
+        if spec is None or len(leaf.shape) != len(spec.shape):
+            return whole
+        # Statistics of rows keep an axis of size 1 where their parameter may be split.
+        names = (
+            name if size == full else None for name, size, full in zip(spec.axes, leaf.shape, spec.shape, strict=True)
+        )
+        return axes.sharding(mesh, *names)
 
     opt_state = jax.tree_util.tree_map_with_path(place, abstract_opt_state)
     placed: Any = TrainState(params, opt_state, whole)  # type: ignore[arg-type]

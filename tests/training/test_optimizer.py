@@ -1,19 +1,24 @@
-"""The optimizer's schedule, weight decay and clipping, against numbers worked out by hand."""
+"""The optimizer's schedule, weight decay and clipping, against numbers worked out by hand and DeepSpeed's schedule."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jaxblock import wiring
 from jaxblock.config import ModelConfig, OptimizerConfig
 from jaxblock.models import families
-from jaxblock.models.params import Table, flatten, init
+from jaxblock.models.params import ParamSpec, Table, flatten, init
 from jaxblock.training import optimizer as optimizers
+from jaxblock.training import schedules
+from jaxblock.types import Params
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +42,32 @@ def test_schedule_by_hand(
     schedule: Literal["cosine", "linear", "constant"], final: float, expected: dict[int, float]
 ) -> None:
     config = OptimizerConfig(lr=1.0, schedule=schedule, warmup_steps=4, final_ratio=final)
-    rate = optimizers.schedule(config, 12)
+    rate = schedules.schedule(config, 12)
     assert {step: float(rate(step)) for step in expected} == pytest.approx(expected, abs=1e-6)
 
 
 def test_without_warm_up_the_first_update_is_at_the_peak() -> None:
-    assert float(optimizers.schedule(OptimizerConfig(lr=0.3, warmup_steps=0), 10)(0)) == pytest.approx(0.3)
+    assert float(schedules.schedule(OptimizerConfig(lr=0.3, warmup_steps=0), 10)(0)) == pytest.approx(0.3)
+
+
+def test_deepspeeds_schedule(shared: Path) -> None:
+    """Every stored vector; and one update late, from 0, in the order of DeepSpeed's engine."""
+    cases = json.loads((shared / "golden" / "train" / "lr_schedules.json").read_text())
+    assert len(cases) == 12
+    for case in cases:
+        steps, wanted = case["total_steps"], np.asarray(case["ratio_by_iteration"])
+        for order, ratios in (("before_update", wanted), ("after_update", np.append(0.0, wanted[:-1]))):
+            config = OptimizerConfig(
+                lr=0.5,
+                schedule="deepspeed_cosine",
+                warmup_steps=case["warmup_num_steps"],
+                warmup=case["warmup_type"],
+                warmup_floor=case["warmup_min_ratio"],
+                scheduler_steps=order,
+                final_ratio=case["cos_min_ratio"],
+            )
+            found = jax.vmap(schedules.schedule(config, steps))(jnp.arange(steps))
+            np.testing.assert_allclose(found, 0.5 * ratios, rtol=1e-5, atol=1e-7, err_msg=str(case)[:150])
 
 
 @pytest.mark.parametrize("decay", ["matrices", "all"])
@@ -59,7 +84,7 @@ def test_weight_decay_alone_shrinks_what_it_should(table: Table, decay: Literal[
         np.testing.assert_allclose(update, -0.05 * flatten(params)[path] if shrinks else 0, rtol=1e-6, err_msg=path)
 
 
-@pytest.mark.parametrize("clip", [0.0, 1e-9])
+@pytest.mark.parametrize("clip", [0.0, 1e-9, 1e3])
 def test_clipping_bounds_the_gradient_before_adam(table: Table, clip: float) -> None:
     """With a large eps Adam's first update is lr * g / (|g| + eps), nearly linear in g: clipping shows."""
     config = OptimizerConfig(lr=1.0, schedule="constant", warmup_steps=0, eps=1e6, clip_norm=clip)
@@ -67,13 +92,74 @@ def test_clipping_bounds_the_gradient_before_adam(table: Table, clip: float) -> 
     grads = jax.tree.map(jnp.ones_like, params)
     optimizer = optimizers.make(config, 10, table)
     updates, _ = optimizer.update(grads, optimizer.init(params), params)
-    count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    expected = 1e-6 * (clip / count**0.5 if clip else 1.0)
+    norm = sum(leaf.size for leaf in jax.tree.leaves(params)) ** 0.5
+    assert 1e-9 < norm < 1e3
+    expected = 1e-6 * (clip / norm if clip == 1e-9 else 1.0)
     for update in jax.tree.leaves(updates):
         np.testing.assert_allclose(-update, expected, rtol=1e-5)
+
+
+def test_clipping_is_torchs() -> None:
+    """At the limit itself and near zero the 1e-6 shows: a gradient of norm 1e-6 clipped to 1e-6 is halved."""
+    clip = optimizers.clip_by_global_norm(1e-6)
+    grads = {"a": jnp.asarray([6e-7]), "b": jnp.asarray([8e-7])}
+    clipped, _ = clip.update(grads, clip.init(grads))
+    np.testing.assert_allclose([clipped["a"][0], clipped["b"][0]], [3e-7, 4e-7], rtol=1e-6)
+
+
+def test_adamw_is_torchs(table: Table) -> None:
+    """Five steps of torch.optim.AdamW with torch's clipping, from random gradients."""
+    torch = pytest.importorskip("torch")
+    config = OptimizerConfig(
+        lr=0.05, schedule="constant", warmup_steps=0, weight_decay=0.3, decay="all", b2=0.99, eps=1e-3, clip_norm=2.0
+    )
+    params = init(table, 0, "float32")
+    theirs = {path: torch.nn.Parameter(torch.tensor(np.asarray(value))) for path, value in flatten(params).items()}
+    adam = torch.optim.AdamW(theirs.values(), lr=0.05, betas=(0.9, 0.99), eps=1e-3, weight_decay=0.3)
+    optimizer = optimizers.make(config, 5, table)
+
+    @jax.jit
+    def step(params: Params, state: optax.OptState, grads: Params) -> tuple[Params, optax.OptState]:
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = optimizer.init(params)
+    for seed in range(5):
+        grads = init(table, seed + 1, "float32")
+        params, state = step(params, state, grads)
+        for path, grad in flatten(grads).items():
+            theirs[path].grad = torch.tensor(np.asarray(grad))
+        torch.nn.utils.clip_grad_norm_(theirs.values(), 2.0)
+        adam.step()
+    for path, value in flatten(params).items():
+        np.testing.assert_allclose(value, theirs[path].detach().numpy(), rtol=0, atol=2e-6, err_msg=path)
 
 
 def test_optimizer_state_is_float32_under_bfloat16_weights(table: Table) -> None:
     state = optimizers.make(OptimizerConfig(), 10, table).init(init(table, 0, "bfloat16"))
     moments = {leaf.dtype for leaf in jax.tree.leaves(state) if leaf.ndim}
     assert moments == {jnp.dtype("float32")}
+
+
+def test_adafactors_first_updates_by_hand() -> None:
+    """g = r c^T has a second moment of rank one: v = g^2 exactly, so the direction is the sign, as Adam's is."""
+    table = {"w": ParamSpec((128, 256), (None, None), 1.0, "w")}
+    fields = dict(name="adafactor", lr=0.1, schedule="constant", warmup_steps=0, clip_norm=0.0)
+    row, column = jnp.logspace(-3, 1, 128)[:, None], jnp.linspace(-1, 1, 256)[None]
+    params, grads = {"w": jnp.zeros((128, 256))}, {"w": row * column}
+    for b1 in (0.0, 0.9):
+        optimizer = optimizers.make(OptimizerConfig(b1=b1, **fields), 10, table)  # type: ignore[arg-type]
+        state = optimizer.init(params)
+        for _ in range(3):
+            updates, state = optimizer.update(grads, state, params)
+            np.testing.assert_allclose(updates["w"], -0.1 * jnp.sign(grads["w"]), rtol=1e-3)
+    # A gradient ten times the last one: the decay is b2 with Adam's correction, and the step is cut to an RMS of 1.
+    optimizer = optimizers.make(OptimizerConfig(b1=0.0, **fields), 10, table)  # type: ignore[arg-type]
+    _, state = optimizer.update(grads, optimizer.init(params), params)
+    share = 0.95 * 0.05 / (1 - 0.95**2)
+    assert 10 / (share + (1 - share) * 100) ** 0.5 > 1
+    updates, _ = optimizer.update({"w": 10 * grads["w"]}, state, params)
+    np.testing.assert_allclose(updates["w"], -0.1 * jnp.sign(grads["w"]), rtol=1e-3)
+    updates, _ = optimizer.update({"w": 0.1 * grads["w"]}, state, params)
+    wanted = 0.1 / (share + (1 - share) * 0.01) ** 0.5
+    np.testing.assert_allclose(updates["w"], -0.1 * wanted * jnp.sign(grads["w"]), rtol=1e-3)

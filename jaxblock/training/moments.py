@@ -1,0 +1,179 @@
+"""Adam's moments in few bits: float32 arithmetic on moments that are kept in bfloat16 or in 8 bits.
+
+8 bits follow Dettmers et al. (2022, "8-bit Optimizers via Block-wise Quantization") in idea: one scale per row (along
+the last axis) and codes with a wide range, here spaced by equal ratios, eight to a factor of two. The first moment has
+a sign and 127 magnitudes (a range of 2^16), the second 256 magnitudes (2^32, so that its root spans as much).
+Rounding is stochastic for both types. Rounded to the nearest, a second moment that changes by (1 - b2) a step would
+not change at all once that is below half a spacing: with b2 = 0.999 for bfloat16, with b2 = 0.95 for 8 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jaxtyping import Float, UInt
+
+from jaxblock.training.precision import path_name, random_bits, stochastic_bfloat16
+from jaxblock.types import Params
+
+Storage = Literal["float32", "bfloat16", "int8"]
+PER_OCTAVE = 8
+"""Codes to a factor of two: neighbours differ by 9%."""
+
+
+class Quantised(NamedTuple):
+    """A tensor in 8 bits.
+
+    Attributes:
+        codes: of the tensor's shape; int8 where values have a sign, uint8 where they have none.
+        scale: float32, the largest magnitude of each row; shape [..., 1].
+    """
+
+    codes: Array
+    scale: Array
+
+
+def quantise(x: Float[Array, "..."], bits: UInt[Array, "..."], *, signed: bool) -> Quantised:
+    """8 bits per element and a scale per row; unbiased, the largest of a row exact.
+
+    Args:
+        x: float32, at least one axis; not negative where ``signed`` is False.
+        bits: random; the low 16 bits of each are used.
+        signed: int8 codes with a zero, else uint8 codes without: what is below the smallest is kept as the smallest,
+            for a second moment that vanished would send the update to infinity.
+    """
+    top = 127 if signed else 255
+    scale = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+    share = jnp.abs(x) / jnp.where(scale > 0, scale, 1.0)
+    below = jnp.clip(jnp.floor(top + PER_OCTAVE * jnp.log2(share)), 0, top - 1)
+    low, high = _magnitude(below, top, signed), _magnitude(below + 1, top, signed)
+    chance = (share - low) / (high - low)
+    code = below + ((bits & 0xFFFF).astype(jnp.float32) * 2.0**-16 < chance)
+    if signed:
+        return Quantised((jnp.sign(x) * code).astype(jnp.int8), scale)
+    return Quantised(code.astype(jnp.uint8), scale)
+
+
+def dequantise(stored: Quantised) -> Float[Array, "..."]:
+    """The float32 values that codes and scales stand for."""
+    signed = stored.codes.dtype == jnp.int8
+    code = stored.codes.astype(jnp.float32)
+    sign = jnp.sign(code) if signed else 1.0
+    return sign * stored.scale * _magnitude(jnp.abs(code), 127 if signed else 255, signed)
+
+
+def _magnitude(code: Array, top: int, signed: bool) -> Array:
+    value = jnp.exp2((code - top) / PER_OCTAVE)
+    return jnp.where(code > 0, value, 0.0) if signed else value
+
+
+class _Kept(NamedTuple):
+    """How a moment is kept: its zeros for a parameter, its value in float32, and a value as it is kept."""
+
+    zeros: Callable[[Array], Any]
+    read: Callable[[Any], Array]
+    write: Callable[[Array, Array], Any]
+
+
+def _kept(storage: Storage, signed: bool) -> _Kept:
+    if storage == "int8":
+
+        def zeros(p: Array) -> Quantised:
+            codes = jnp.zeros(p.shape, jnp.int8 if signed else jnp.uint8)
+            return Quantised(codes, jnp.zeros((*p.shape[:-1], 1), jnp.float32))
+
+        return _Kept(zeros, dequantise, lambda x, bits: quantise(x, bits, signed=signed))
+    if storage == "bfloat16":
+        return _Kept(
+            lambda p: jnp.zeros(p.shape, jnp.bfloat16),
+            lambda kept: kept.astype(jnp.float32),
+            lambda x, bits: stochastic_bfloat16(x, bits).astype(jnp.bfloat16),
+        )
+    return _Kept(lambda p: jnp.zeros(p.shape, p.dtype), lambda kept: kept, lambda x, bits: x)
+
+
+class AdamState(NamedTuple):
+    """The moments, each a tree over the parameters' paths."""
+
+    step: Array
+    mu: Any
+    nu: Any
+
+
+def scale_by_adam(b1: float, b2: float, eps: float, storage: Storage, seed: int) -> optax.GradientTransformation:
+    """Adam's direction m_hat / (sqrt(v_hat) + eps), from moments kept as ``storage`` says.
+
+    ``optax.scale_by_adam`` is its oracle: with float32 storage the two agree.
+
+    Args:
+        b1: decay of the first moment.
+        b2: decay of the second.
+        eps: added to the root.
+        storage: of both moments. Gradients and parameters must be float32.
+        seed: of the rounding.
+    """
+    first, second = _kept(storage, signed=True), _kept(storage, signed=False)
+
+    def init(params: Params) -> AdamState:
+        zero = jnp.zeros((), jnp.int32)
+        return AdamState(zero, jax.tree.map(first.zeros, params), jax.tree.map(second.zeros, params))
+
+    def update(grads: Params, state: AdamState, params: Params | None = None) -> tuple[Params, AdamState]:
+        step = state.step + 1
+        unbias1, unbias2 = 1 - b1 ** step.astype(jnp.float32), 1 - b2 ** step.astype(jnp.float32)
+
+        def one(path: Any, g: Array, mu: Any, nu: Any) -> tuple[Array, Any, Any]:
+            m = b1 * first.read(mu) + (1 - b1) * g
+            v = b2 * second.read(nu) + (1 - b2) * g**2
+            bits = random_bits(seed, state.step, f"moments/{path_name(path)}", g.shape)
+            direction = (m / unbias1) / (jnp.sqrt(v / unbias2) + eps)
+            return direction, first.write(m, bits), second.write(v, bits >> 16)
+
+        updates, mu, nu = _map(one, grads, state.mu, state.nu)
+        return updates, AdamState(step, mu, nu)
+
+    return optax.GradientTransformation(init, update)
+
+
+class MomentumState(NamedTuple):
+    """A running mean over the parameters' paths."""
+
+    step: Array
+    mu: Any
+
+
+def momentum(b1: float, storage: Storage, seed: int) -> optax.GradientTransformation:
+    """The bias-corrected running mean of updates (what follows Adafactor's scaling).
+
+    Args:
+        b1: decay.
+        storage: of the mean. Updates must be float32.
+        seed: of the rounding.
+    """
+    kept = _kept(storage, signed=True)
+
+    def update(updates: Params, state: MomentumState, params: Params | None = None) -> tuple[Params, MomentumState]:
+        step = state.step + 1
+        unbias = 1 - b1 ** step.astype(jnp.float32)
+
+        def one(path: Any, u: Array, mu: Any) -> tuple[Array, Any]:
+            m = b1 * kept.read(mu) + (1 - b1) * u
+            return m / unbias, kept.write(m, random_bits(seed, state.step, f"momentum/{path_name(path)}", u.shape))
+
+        found, mu = _map(one, updates, state.mu)
+        return found, MomentumState(step, mu)
+
+    return optax.GradientTransformation(
+        lambda params: MomentumState(jnp.zeros((), jnp.int32), jax.tree.map(kept.zeros, params)), update
+    )
+
+
+def _map(one: Callable[..., tuple[Any, ...]], grads: Params, *kept: Any) -> list[Any]:
+    """``one`` over the leaves of grads and what is kept for each (perhaps itself a tree): a tree for each result."""
+    rows = jax.tree_util.tree_map_with_path(one, grads, *kept)
+    return [jax.tree.map(lambda g, row, at=at: row[at], grads, rows) for at in range(len(kept) + 1)]

@@ -1,0 +1,314 @@
+"""Optimizer state in few bits follows float32; bfloat16 weights move by what they should; all of it on any mesh."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxblock import wiring
+from jaxblock.config import ModelConfig, OptimizerConfig
+from jaxblock.models import families, params
+from jaxblock.models.params import Table, flatten
+from jaxblock.parallel import axes
+from jaxblock.training import moments, precision
+from jaxblock.training import optimizer as optimizers
+from jaxblock.training.checkpoint import Checkpoints
+from jaxblock.training.moments import dequantise, quantise
+from jaxblock.training.precision import random_bits, stochastic_bfloat16
+from jaxblock.training.state import TrainState, create, shardings
+
+Storage = Literal["float32", "bfloat16", "int8"]
+
+
+def _table(vocab_size: int, d_model: int, n_layers: int, n_heads: int, mlp_dim: int) -> Table:
+    model = ModelConfig(d_model=d_model, n_layers=n_layers, n_heads=n_heads, mlp_dim=mlp_dim)
+    return families.table(wiring.architecture(model, vocab_size=vocab_size, mask_id=31, eos_id=1))
+
+
+@pytest.fixture
+def nearest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The broken variant: every draw is one half, which rounds to the nearest."""
+
+    def half(seed: int, step: jax.Array, path: str, shape: tuple[int, ...]) -> jax.Array:
+        return jnp.full(shape, 0x7FFF7FFF, jnp.uint32)
+
+    monkeypatch.setattr(moments, "random_bits", half)
+    monkeypatch.setattr(precision, "random_bits", half)
+
+
+def _bits(shape: tuple[int, ...], step: int = 0) -> jax.Array:
+    return random_bits(0, jnp.int32(step), "x", shape)
+
+
+def test_random_bits_are_even_and_depend_on_seed_step_path_and_place() -> None:
+    bits = np.asarray(_bits((64, 3, 1024)))
+    share = np.unpackbits(bits.view(np.uint8)).reshape(-1, 32).mean(0)
+    assert np.abs(share - 0.5).max() < 5 * 0.5 / math.sqrt(bits.size)  # five standard deviations
+    uniform = bits / 2.0**32 - 0.5
+    for axis in range(3):  # neighbours are not alike
+        ahead, behind = (np.delete(uniform, end, axis) for end in (0, -1))
+        assert abs((ahead * behind).mean() * 12) < 5 / math.sqrt(ahead.size)
+    for other in (random_bits(1, jnp.int32(0), "x", (64,)), random_bits(0, jnp.int32(0), "y", (64,)), _bits((64,), 1)):
+        assert (np.asarray(other) != np.asarray(_bits((64,)))).all()
+
+
+def test_bfloat16_rounding_is_between_neighbours_and_unbiased() -> None:
+    x = jnp.asarray([1.0, 1.001, -1.001, 3e-5, 0.0, -7.77], jnp.float32)
+    drawn = np.asarray(stochastic_bfloat16(jnp.broadcast_to(x, (40_000, 6)), _bits((40_000, 6))))
+    np.testing.assert_array_equal(drawn, drawn.astype(jnp.bfloat16).astype(np.float32))
+    gap = np.asarray([0, 2**-7, 2**-7, 2**-23, 0, 2**-5])  # between bfloat16 neighbours; 0: held exactly
+    assert (np.abs(drawn - x) <= gap).all()
+    assert (np.abs(drawn.mean(0) - x) <= 5 * gap / 2 / 200).all()
+    # The NaN of a GPU is all ones: it must not be carried over to zero.
+    odd = np.asarray([0x7FFFFFFF, 0xFFFFFFFF, 0x7F800000], np.uint32).view(np.float32)
+    with np.errstate(invalid="ignore"):
+        np.testing.assert_array_equal(stochastic_bfloat16(jnp.asarray(odd), jnp.full(3, 0xFFFF, jnp.uint32)), odd)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_eight_bits_are_near_unbiased_and_keep_a_rows_largest(signed: bool) -> None:
+    """Within one spacing (9.05%) over the whole range, 2^16 or 2^32; rows are independent; what is 0 stays 0."""
+    reach = 15.7 if signed else 31.8
+    magnitudes = 2.0 ** -np.linspace(0, reach, 64)
+    x = np.outer([1.0, 1e-20, 0.0], magnitudes * (np.where(np.arange(64) % 2, -1, 1) if signed else 1))
+    many = jnp.broadcast_to(jnp.asarray(x, jnp.float32), (5000, 3, 64))
+    stored = jax.jit(quantise, static_argnames="signed")(many, _bits(many.shape), signed=signed)
+    assert (stored.codes.dtype, stored.codes.shape) == (jnp.int8 if signed else jnp.uint8, many.shape)
+    assert (stored.scale.dtype, stored.scale.shape) == (jnp.float32, (5000, 3, 1))
+    back = np.asarray(dequantise(stored), np.float64)
+    spacing = 2 ** (1 / moments.PER_OCTAVE) - 1
+    assert (np.abs(back - x) <= spacing * np.abs(x) * 1.001).all()
+    assert (np.abs(back.mean(0) - x) <= (5 * spacing / 2 / math.sqrt(5000) + 1e-5) * np.abs(x)).all()
+    np.testing.assert_array_equal(back[:, :, 0], np.broadcast_to(np.float32(x[:, 0]), (5000, 3)))
+
+
+def test_what_is_below_the_range_vanishes_or_does_not() -> None:
+    """A first moment below its range is 0 on most draws, and itself on average; a second moment is never 0."""
+    x = jnp.broadcast_to(jnp.asarray([1.0, 2.0**-20], jnp.float32), (50_000, 2))
+    first = np.asarray(dequantise(quantise(x, _bits(x.shape), signed=True)))[:, 1]
+    assert 0.9 < (first == 0).mean() < 1 and first.mean() == pytest.approx(2.0**-20, rel=0.1)
+    tiny = jnp.asarray([1.0, 2.0**-60, 0.0], jnp.float32)
+    np.testing.assert_allclose(dequantise(quantise(tiny, _bits((3,)), signed=False))[1:], 2 ** (-255 / 8), rtol=1e-5)
+
+
+def _gradients(step: int) -> dict[str, Any]:
+    """Noisy gradients whose sizes differ a thousandfold along a row."""
+    sizes = jnp.logspace(-3, 0, 64)
+    return {"w": sizes * (0.3 + jax.random.normal(jax.random.key(step), (16, 64)))}
+
+
+def _directions(optimizer: optax.GradientTransformation, steps: int = 100) -> np.ndarray:
+    start = {"w": jnp.zeros((16, 64))}
+
+    def one(state: Any, step: jax.Array) -> tuple[Any, Any]:
+        updates, state = optimizer.update(_gradients(step), state, start)
+        return state, updates["w"]
+
+    return np.asarray(jax.jit(lambda: jax.lax.scan(one, optimizer.init(start), jnp.arange(steps))[1])())
+
+
+@pytest.mark.parametrize("b2", [0.95, 0.999])
+def test_moments_follow_float32(b2: float) -> None:
+    """Root mean square of the error of Adam's direction, over 100 steps, relative to the direction itself."""
+    wanted = _directions(optax.scale_by_adam(0.9, b2))
+    bounds: dict[Storage, float] = {"float32": 1e-5, "bfloat16": 0.01, "int8": 0.12}
+    for storage, bound in bounds.items():
+        found = _directions(moments.scale_by_adam(0.9, b2, 1e-8, storage, seed=0))
+        error = np.sqrt(np.mean((found - wanted) ** 2) / np.mean(wanted**2))
+        assert error < bound, storage
+
+
+def _second_moment(storage: Storage, b2: float) -> float:
+    """The mean of v, from 1, after gradients of 0.5 for the half-life of b2. One of a row stays, and holds its scale."""
+    optimizer = moments.scale_by_adam(0.9, b2, 1e-8, storage, seed=0)
+    one = jnp.ones((4, 256))
+    grads = one.at[:, 1:].set(0.5)
+    kept: Any = quantise(one, _bits(one.shape), signed=False) if storage == "int8" else one.astype(storage)
+
+    def step(state: Any, _: None) -> tuple[Any, None]:
+        return optimizer.update({"w": grads}, state, {"w": one})[1], None
+
+    start = optimizer.init({"w": one})._replace(nu={"w": kept})
+    kept = jax.jit(lambda s: jax.lax.scan(step, s, None, _half_life(b2))[0])(start).nu["w"]
+    return float(jnp.mean((dequantise(kept) if storage == "int8" else kept.astype(jnp.float32))[:, 1:]))
+
+
+def _half_life(b2: float) -> int:
+    return round(math.log(2) / -math.log(b2))
+
+
+CASES: list[tuple[Storage, float]] = [("bfloat16", 0.95), ("bfloat16", 0.999), ("int8", 0.95), ("int8", 0.999)]
+
+
+@pytest.mark.parametrize(("storage", "b2"), CASES)
+def test_a_second_moment_falls_as_it_should(storage: Storage, b2: float) -> None:
+    assert _second_moment(storage, b2) == pytest.approx(0.25 + 0.75 * b2 ** _half_life(b2), rel=0.03)
+
+
+@pytest.mark.usefixtures("nearest")
+@pytest.mark.parametrize(("storage", "b2"), CASES[1:])
+def test_rounded_to_the_nearest_it_stays_where_it_was(storage: Storage, b2: float) -> None:
+    assert _second_moment(storage, b2) == 1.0
+
+
+def _fit(config: OptimizerConfig, dtype: str = "float32") -> float:
+    """The loss of a small noisy regression after 150 steps."""
+    key = jax.random.key(0)
+    inputs = jax.random.normal(key, (150, 32, 16)) * jnp.logspace(-1, 0.5, 16)
+    truth = jax.random.normal(jax.random.fold_in(key, 1), (16, 8))
+    noise = 0.1 * jax.random.normal(jax.random.fold_in(key, 2), (150, 32, 8))
+    optimizer = optimizers.make(config, 150, {"w": params.ParamSpec((16, 8), (None, None), 1.0, "w")})
+
+    def loss(w: Any, x: jax.Array, e: jax.Array) -> jax.Array:
+        return jnp.mean((x @ (w["w"].astype(jnp.float32) - truth) - e) ** 2)
+
+    def step(carry: Any, batch: Any) -> tuple[Any, None]:
+        w, state = carry
+        updates, state = optimizer.update(jax.grad(loss)(w, *batch), state, w)
+        return (optax.apply_updates(w, updates), state), None
+
+    w = {"w": jnp.zeros((16, 8), dtype)}
+    (w, _), _ = jax.jit(lambda c: jax.lax.scan(step, c, (inputs, noise)))((w, optimizer.init(w)))
+    return float(jnp.mean(jax.vmap(lambda x, e: loss(w, x, e))(inputs, noise)))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"moments": "bfloat16"},
+        {"moments": "int8"},
+        {"name": "adafactor"},
+        {"name": "adafactor", "moments": "int8"},
+        {"name": "adafactor", "b1": 0.0},
+    ],
+)
+def test_training_ends_as_low_as_with_float32(fields: dict[str, Any], full: float) -> None:
+    assert _fit(OptimizerConfig(lr=0.05, warmup_steps=10, **fields)) == pytest.approx(full, rel=0.03)
+
+
+def test_bfloat16_weights_end_nearly_as_low(full: float) -> None:
+    """Weights of 8 bits cannot fit more exactly: the bound is theirs."""
+    assert _fit(OptimizerConfig(lr=0.05, warmup_steps=10, moments="int8"), "bfloat16") == pytest.approx(full, rel=0.06)
+
+
+@pytest.fixture(scope="module")
+def full() -> float:
+    return _fit(OptimizerConfig(lr=0.05, warmup_steps=10))
+
+
+@pytest.mark.parametrize(("rounding", "moves"), [("nearest", False), ("stochastic", True)])
+def test_small_updates_of_bfloat16_weights(rounding: Literal["nearest", "stochastic"], moves: bool) -> None:
+    """200 updates of 1e-5 from 1, where bfloat16's neighbours are 1/256 below and 1/128 above."""
+    config = OptimizerConfig(lr=1e-5, schedule="constant", warmup_steps=0, rounding=rounding)
+    optimizer = optimizers.make(config, 200, {"w": params.ParamSpec((64, 512), (None, None), 1.0, "w")})
+    grads = {"w": jnp.ones((64, 512), jnp.bfloat16).at[:32].set(-1)}
+    start = {"w": jnp.ones((64, 512), jnp.bfloat16)}
+
+    def step(carry: Any, _: None) -> tuple[Any, None]:
+        w, state = carry
+        updates, state = optimizer.update(grads, state, w)
+        return (optax.apply_updates(w, updates), state), None
+
+    (w, _), _ = jax.jit(lambda c: jax.lax.scan(step, c, None, 200))((start, optimizer.init(start)))
+    assert w["w"].dtype == jnp.bfloat16
+    moved = np.asarray(w["w"], np.float64) - 1
+    if not moves:
+        assert (moved == 0).all()
+        return
+    for half, wanted in ((moved[:32], 0.002), (moved[32:], -0.002)):
+        assert half.mean() == pytest.approx(wanted, rel=0.1)
+
+
+BYTES: list[tuple[dict[str, Any], float, float]] = [
+    # (fields, bytes a weight at least, at most)
+    ({}, 8, 8.0001),
+    ({"moments": "bfloat16"}, 4, 4.0001),
+    ({"moments": "int8"}, 2, 2.003),
+    ({"name": "adafactor"}, 4, 4.005),
+    ({"name": "adafactor", "moments": "int8"}, 1, 1.005),
+    ({"name": "adafactor", "b1": 0.0}, 0, 0.003),
+]
+
+
+@pytest.mark.parametrize(("fields", "least", "most"), BYTES)
+def test_bytes_of_state_for_each_weight_of_8b(fields: dict[str, Any], least: float, most: float) -> None:
+    """Measured on the state's shapes; nothing is allocated."""
+    table = _table(126_464, 4096, 32, 32, 12_288)
+    optimizer = optimizers.make(OptimizerConfig(**fields), 10, table)
+    state = jax.eval_shape(optimizer.init, params.abstract(table, "bfloat16"))
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    assert params.count(table) == 8_015_581_184
+    assert least <= size / params.count(table) <= most
+
+
+Updated = tuple[TrainState, TrainState]
+
+
+@pytest.fixture(scope="module")
+def updated() -> Callable[[dict[str, Any]], Updated]:
+    """Three updates of bfloat16 weights on one device and on (2, 4). Without clipping nothing is summed over devices."""
+    whole = _table(256, 128, 2, 2, 256)
+    table = {path: whole[path] for path in ("embed", "blocks/q", "blocks/attn_norm")}  # fewer tensors compile faster
+    start = jax.device_get(params.init(table, 0, "bfloat16"))
+    grads = jax.device_get(params.init(table, 1, "bfloat16"))
+
+    def run(fields: dict[str, Any]) -> Updated:
+        optimizer = optimizers.make(OptimizerConfig(lr=1e-4, warmup_steps=0, clip_norm=0.0, **fields), 9, table)
+        states = []
+        for shape, devices in (((1, 1), jax.devices()[:1]), ((2, 4), None)):
+            mesh = axes.make_mesh(*shape, devices=devices)
+            with jax.set_mesh(mesh):
+                state = create(jax.device_put(start, axes.param_shardings(mesh, table)), optimizer, mesh, table)
+                placed = shardings(state.opt_state, mesh, table)
+
+                def step(state: TrainState, grads: Any) -> TrainState:
+                    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+                    return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1)
+
+                update = jax.jit(step, in_shardings=(placed, placed.params), out_shardings=placed)
+                for _ in range(3):
+                    state = update(state, grads)
+            states.append(state)
+        return states[0], states[1]
+
+    return run
+
+
+def test_eight_bit_moments_and_rounding_do_not_depend_on_the_mesh(
+    updated: Callable[..., Updated], tmp_path: Path
+) -> None:
+    one, many = updated({"moments": "int8", "weight_decay": 0.1})
+    for left, right in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True):
+        np.testing.assert_array_equal(left, right)
+    adam = many.opt_state[0][0]
+    for path, weight in flatten(many.params).items():
+        codes, scale = flatten(adam.mu)[path]
+        assert codes.sharding.is_equivalent_to(weight.sharding, weight.ndim), path
+        assert codes.addressable_shards[0].data.size == codes.size // 4, path
+        assert scale.sharding.shard_shape(scale.shape)[-1] == 1, path
+    # A checkpoint of the split state, read onto one device.
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(many, 3, {})
+    read = checkpoints.restore(3, one)
+    checkpoints.close()
+    for left, right in zip(jax.tree.leaves(read), jax.tree.leaves(many), strict=True):
+        assert left.dtype == right.dtype
+        np.testing.assert_array_equal(left, right)
+
+
+def test_adafactors_statistics_have_a_place_on_the_mesh(updated: Callable[..., Updated]) -> None:
+    one, many = updated({"name": "adafactor", "moments": "bfloat16"})
+    factored = many.opt_state[0][0]
+    assert factored.v_row["blocks"]["q"].shape == (2, 128) and factored.v["blocks"]["q"].shape == (1,)
+    for path, weight in flatten(one.params).items():
+        left, right = (np.asarray(x, np.float32) for x in (weight, flatten(many.params)[path]))
+        # Means are summed in another order: now and then a weight is rounded the other way.
+        assert (left == right).mean() > 0.99 and np.abs(left - right).max() <= 2**-7 * np.abs(left).max(), path

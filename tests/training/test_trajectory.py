@@ -1,0 +1,138 @@
+"""Twelve updates on the published script's batches: losses, gradient norms, learning rates and final weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import jaxblock
+from jaxblock.config import OptimizerConfig
+from jaxblock.diffusion.corruption import Ablation, corrupt
+from jaxblock.diffusion.objective import Losses, losses
+from jaxblock.diffusion.sampling import Sampling
+from jaxblock.models.params import flatten
+from jaxblock.training import optimizer as optimizers
+from jaxblock.training.schedules import schedule
+from jaxblock.training.state import TrainState
+from jaxblock.training.step import Objective, train_step
+from jaxblock.types import Canvas, Draw, Layout, Params
+
+STEPS, WIDTH = 12, 40
+
+
+class Golden(NamedTuple):
+    folder: Path
+    runs: dict[str, Any]
+    batches: dict[str, np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def golden(shared: Path) -> Golden:
+    folder = shared / "golden" / "train"
+    with np.load(folder / "batches.npz") as arrays:
+        return Golden(folder, json.loads((folder / "runs.json").read_text()), dict(arrays))
+
+
+@pytest.fixture(scope="module")
+def model(shared: Path) -> jaxblock.Model:
+    return jaxblock.load(shared / "golden" / "forward" / "llada_mha")
+
+
+def _layout(model: jaxblock.Model, block: int) -> Layout:
+    pad = model.arch.pad_id
+    return Layout(WIDTH, block, model.arch.alignment, "paper", None, model.arch.mask_id, pad, (pad,))
+
+
+def _batch(batches: dict[str, np.ndarray], step: int, block: int) -> tuple[Canvas, Draw]:
+    """The script's rows (padding visible) and masks, as a canvas and one draw a row."""
+    ids, prompt_len, end, active, flags = (
+        jnp.asarray(batches[name][step], bool if name == "mask_flags" else jnp.int32)
+        for name in ("input_ids", "prompt_len", "length", "block_index", "mask_flags")
+    )
+    rows = len(ids)
+    text = end - prompt_len
+    canvas = Canvas(ids, prompt_len, jnp.full(rows, WIDTH), text, -(-text // block), jnp.arange(rows))
+    at = (prompt_len + active * block)[:, None] + jnp.arange(block)
+    masked = jnp.take_along_axis(jnp.pad(flags, ((0, 0), (0, block))), at, axis=1)
+    return canvas, Draw(active, masked, 1.0 / jnp.maximum(masked.sum(-1), 1))
+
+
+class Replay(Objective):
+    """The objective on draws that come with the batch."""
+
+    def __call__(self, params: Params, batch: Any, step: jax.Array) -> Losses:
+        canvas, draw = batch
+        draws = jax.tree.map(lambda x: x[None], draw)
+        return losses(self.net, params, self.layout, canvas, draws, self.normalize, drawn_blocks=draw.block)
+
+
+def _replay(model: jaxblock.Model, run: dict[str, Any]) -> Replay:
+    how = Sampling("floored_bernoulli", "pairs", 1, "masked_mean")
+    return Replay(model.net, _layout(model, run["block_size"]), how, "sequences", Ablation(), 0, run["batch"])
+
+
+def _optimizer_config(run: dict[str, Any]) -> OptimizerConfig:
+    late = run["schedule"] == "log, engine order"
+    return OptimizerConfig(
+        lr=run["peak_lr"],
+        schedule="deepspeed_cosine",
+        warmup="log" if late else "linear",
+        warmup_floor=run["min_ratio"],
+        warmup_steps=run["warmup_steps"],
+        scheduler_steps="after_update" if late else "before_update",
+        final_ratio=run["cos_min_ratio"],
+        weight_decay=run["weight_decay"],
+        decay="all",
+        b1=run["betas"][0],
+        b2=run["betas"][1],
+        eps=run["eps"],
+        clip_norm=run["clip"],
+    )
+
+
+def _follow(golden: Golden, run: dict[str, Any], model: jaxblock.Model, params: Params) -> TrainState:
+    """Takes the run's steps, comparing what each reports; the state after the last."""
+    config = _optimizer_config(run)
+    optimizer = optimizers.make(config, run["total_steps"], model.net.table)
+    replay = _replay(model, run)
+    step_fn = jax.jit(lambda state, batch: train_step(replay, optimizer, state, batch))
+    state = TrainState(params, optimizer.init(params), jnp.int32(0))
+    for step in range(STEPS):
+        state, metrics = step_fn(state, _batch(golden.batches, step, run["block_size"]))
+        total, weight = metrics.losses.loss
+        np.testing.assert_allclose(total / weight, run["loss"][step], rtol=0, atol=1e-3, err_msg=f"step {step}")
+        np.testing.assert_allclose(metrics.grad_norm, run["grad_norm"][step], rtol=1e-3, err_msg=f"step {step}")
+    rates = [float(schedule(config, run["total_steps"])(step)) for step in range(STEPS)]
+    np.testing.assert_allclose(rates, run["lr"], rtol=1e-5, atol=1e-12)
+    return state
+
+
+def test_the_batches_are_what_the_paper_context_shows(golden: Golden, model: jaxblock.Model) -> None:
+    layout = _layout(model, 8)
+    show = jax.jit(lambda canvas, draw: corrupt(layout, canvas, draw)[0])
+    for step in range(STEPS):
+        view = show(*_batch(golden.batches, step, 8))
+        np.testing.assert_array_equal(view.ids, golden.batches["noisy_ids"][step])
+        assert np.asarray(view.length).tolist() == [WIDTH] * len(view.length)
+
+
+@pytest.mark.parametrize("name", ["full_wd0", "full_wd0.1", "full_engine_order_log_warmup"])
+def test_full_parameter_trajectory(golden: Golden, model: jaxblock.Model, name: str) -> None:
+    run = golden.runs[name]
+    found = flatten(jax.device_get(_follow(golden, run, model, model.params).params))
+    final = load_file(golden.folder / f"{name}.final.safetensors")
+    seen = set()
+    for path, spec in model.net.table.items():
+        for layer in range(spec.shape[0] if spec.stacked else 1):
+            ours = found[path][layer] if spec.stacked else found[path]
+            name = spec.hf_name.format(layer=layer)
+            np.testing.assert_allclose(ours.T if spec.transpose else ours, final[name], rtol=0, atol=5e-5, err_msg=name)
+            seen.add(name)
+    assert seen == set(final)
