@@ -9,7 +9,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from jaxblock.types import Blocks, Context, EosSuppression, FactorRule, Law, Normalize, Quota, RuleName, Weighting
+from jaxblock.types import (
+    Alignment,
+    Blocks,
+    Context,
+    EosSuppression,
+    FactorRule,
+    Law,
+    Normalize,
+    Quota,
+    RuleName,
+    Weighting,
+)
 
 RecipeName = Literal["metamathqa", "gsm8k", "math"]
 """Data sets that `prepare` knows by name (jaxblock/data/recipes.py)."""
@@ -133,8 +144,13 @@ class ModelConfig:
     """Where the network comes from and how it runs; the sizes matter for a random start only."""
 
     init_from: str | None = None
-    """A run folder or a Hugging Face folder to start from; None starts from random weights."""
-    family: Literal["llada"] = "llada"
+    """A run folder, a Hugging Face folder or a hub id (`org/name`) to start from; None starts from random weights."""
+    alignment: Alignment | None = None
+    """Logit alignment of an autoregressive start (Llama, Qwen): `shifted` keeps its next-token skill, `same_position` is
+    LLaDA's; None for `shifted`. The diffusion families have their own."""
+    quantize: Literal["none", "int8"] = "none"
+    """Keep the layers' matrices in int8: half of bfloat16's memory. For the frozen base of LoRA only."""
+    family: Literal["llada", "dream", "llama", "qwen2", "qwen3"] = "llada"
     """Architecture of a random start."""
     d_model: int = 128
     """Width."""
@@ -166,6 +182,23 @@ class ModelConfig:
     """Attention backend; `reference` is the plain oracle."""
     scan_layers: bool = True
     """Run layers by lax.scan (compiles once); False unrolls them (debugging, and faster on a CPU for few layers)."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters: the weights stay as they are, and only the adapters are trained, saved and exported."""
+
+    rank: int = 0
+    """Rank of the adapters; 0 trains the whole network."""
+    alpha: float = 16.0
+    """The adapters' output is multiplied by alpha / rank."""
+    dropout: float = 0.0
+    """Chance that an input of an adapter is dropped in training."""
+    targets: tuple[str, ...] = ("all",)
+    """Adapted matrices: `all`, or some of q, k, v, o, gate, up, down (the same names for every family), or the
+    checkpoint's own module names."""
+    unmatched: Literal["error", "ignore"] = "error"
+    """A target that matches no matrix: stop, or go on without it (the paper's names match 4 of 7 on LLaDA)."""
 
 
 @dataclass(frozen=True)
@@ -313,6 +346,8 @@ class TrainConfig:
     """Devices along the `data` mesh axis; -1 for all that remain."""
     fsdp: int = 1
     """Devices along the `fsdp` mesh axis (parameters and optimizer state are split)."""
+    tensor: int = 1
+    """Devices along the `tensor` mesh axis (heads, feed-forward columns and vocabulary are split)."""
 
 
 @dataclass(frozen=True)
@@ -323,6 +358,7 @@ class Config:
     canvas: CanvasConfig = field(default_factory=CanvasConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)

@@ -157,6 +157,7 @@ def validate(config: Config, sections: Collection[str] | None = None) -> Config:
         ("canvas",): _check_canvas,
         ("method", "canvas"): _check_method,
         ("model", "canvas"): _check_model,
+        ("lora", "model"): _check_lora,
         ("train",): _check_train,
         ("optimizer", "train"): _check_optimizer,
         ("decode",): lambda config: check_decode(config.decode),
@@ -261,9 +262,28 @@ def _check_model(config: Config) -> None:
     )
 
 
+def _check_lora(config: Config) -> None:
+    lora, model = config.lora, config.model
+    _at_least(lora, "lora", 0, "rank")
+    _require(0 <= lora.dropout < 1, f"lora.dropout is {lora.dropout}: it must be at least 0 and below 1")
+    if lora.rank:
+        _require(lora.alpha > 0, f"lora.alpha is {lora.alpha}: it must be above 0")
+        _require(bool(lora.targets), "lora.targets is empty: name at least one matrix, or set lora.rank to 0")
+        _require(
+            model.init_from is not None,
+            "lora.rank is above 0 but model.init_from is not set: adapters need trained weights beneath them",
+        )
+    else:
+        _require(
+            model.quantize == "none",
+            f"model.quantize is {model.quantize}, but lora.rank is 0: int8 weights cannot be trained; set lora.rank, or "
+            "model.quantize to none",
+        )
+
+
 def _check_train(config: Config) -> None:
     train = config.train
-    _at_least(train, "train", 1, "steps", "batch_size", "log_every", "save_every", "keep", "fsdp")
+    _at_least(train, "train", 1, "steps", "batch_size", "log_every", "save_every", "keep", "fsdp", "tensor")
     _at_least(train, "train", 0, "seed", "eval_every", "eval_problems", "eval_nelbo_rows", "loader_workers")
     _require(
         train.data_parallel == -1 or train.data_parallel >= 1,

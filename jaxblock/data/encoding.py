@@ -6,9 +6,10 @@ import re
 from collections.abc import Sequence
 
 from jaxblock.config import DataConfig
-from jaxblock.data.sources import Example
+from jaxblock.data.sources import Example, wrapped
+from jaxblock.data.special import SpecialIds
 from jaxblock.data.templates import Message, Template
-from jaxblock.data.tokenizers import SpecialIds, Tokenizer
+from jaxblock.data.tokenizers import Tokenizer
 from jaxblock.errors import UserError
 
 
@@ -17,22 +18,26 @@ class Encoder:
 
     def __init__(self, tokenizer: Tokenizer, template: Template, special: SpecialIds, config: DataConfig) -> None:
         self.tokenizer, self.template, self.special = tokenizer, template, special
-        self._system = config.system
-        forbidden = tokenizer.special_texts | {config.mask_token, config.eos_token, config.eot_token}
+        self._config = config
+        # A named unused token need not be marked as special in the tokenizer's files.
+        named = {tokenizer.piece(i) for i in (special.mask, special.eos, special.eot) if i < tokenizer.vocab_size}
+        forbidden = tokenizer.special_texts | named
         self._forbidden = re.compile("|".join(map(re.escape, sorted(forbidden, key=len, reverse=True))))
 
     def prompt(self, prompt: str | Sequence[Message], *, where: str = "the prompt") -> list[int]:
         """Ids of a prompt up to where the response begins.
 
         Args:
-            prompt: A user's text, or a conversation that ends with a user's turn.
+            prompt: A user's text, which is put into `data.prompt_template` as that of a record is; or a conversation that
+                ends with a user's turn, which is taken as it stands.
             where: What to name in an error.
 
         Raises:
             UserError: If the text holds a special token, or the template fails on it.
         """
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        text = self.template.render(self._checked(messages, where), True, where=where)
+        if isinstance(prompt, str):
+            prompt = [{"role": "user", "content": wrapped(prompt, self._config)}]
+        text = self.template.render(self._checked(prompt, where), True, where=where)
         ids = self.tokenizer.encode(text)
         if self.special.mask in ids:
             raise UserError(
@@ -92,8 +97,8 @@ class Encoder:
                     f"{found.start()}; "
                     "take it out, or the model would be shown it as a control token"
                 )
-        if self._system is not None and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": self._system}, *messages]
+        if self._config.system is not None and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self._config.system}, *messages]
         return list(messages)
 
     def _check_prefix(self, prompt_ids: list[int], ids: list[int], where: str) -> None:

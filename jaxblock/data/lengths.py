@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -34,22 +35,46 @@ def check_canvas(canvas: CanvasConfig) -> None:
 
 
 class LengthPolicy:
-    """What happens to records longer than the canvas (`data.overlong`), and the count of them."""
+    """What happens to records that are too long, and the count of them.
+
+    Training records pass the rule of `data.max_total_len` first, and only `data.max_records` of them are kept; then
+    every record meets the canvas (`data.overlong`).
+    """
 
     def __init__(self, config: Config) -> None:
-        self._policy, self._canvas = config.data.overlong, config.canvas
+        """Reads the rules of resolved settings (see `recipes.resolve`)."""
+        self._policy, self._canvas, self._data = config.data.overlong, config.canvas, config.data
         self._first = ""
         self._long: Counter[str] = Counter()
         self._longest = {"prompt": 0, "response": 0}
 
     def apply(
-        self, split: str, pairs: list[tuple[list[int], list[int]]], examples: list[Example]
+        self, split: str, pairs: Iterable[tuple[list[int], list[int]]], examples: list[Example]
     ) -> tuple[list[Record], dict[str, Any]]:
-        """Records that fit, and {"kept", "dropped", "cut"} with reasons. Nothing is ever cut off a prompt."""
+        """Applies the rules to a split.
+
+        Args:
+            split: Its name.
+            pairs: Ids of prompt and response of each example; not read beyond the last that is needed.
+            examples: The examples themselves.
+
+        Returns:
+            Records that fit, and {"kept", "dropped", "cut"} with reasons. Nothing is ever cut off a prompt.
+
+        Raises:
+            UserError: If none is left.
+        """
         kept: list[Record] = []
         dropped: Counter[str] = Counter()
         cut: Counter[str] = Counter()
-        for (prompt_ids, response_ids), example in zip(pairs, examples, strict=True):
+        # A validation split taken from the training records follows their rule.
+        ruled = split == "train" or split == "validation" and self._data.validation is None
+        most_tokens = self._data.max_total_len if ruled else None
+        most_records = self._data.max_records if split == "train" else None
+        for place, ((prompt_ids, response_ids), example) in enumerate(zip(pairs, examples, strict=True), 1):
+            if most_tokens and len(prompt_ids) + len(response_ids) > most_tokens:
+                dropped["longer than data.max_total_len"] += 1
+                continue
             long = self._too_long(prompt_ids, response_ids, example.where)
             if "response" in long and self._policy == "truncate" and "prompt" not in long:
                 response_ids = response_ids[: self._canvas.response_len]
@@ -59,6 +84,14 @@ class LengthPolicy:
                 continue
             ids = (np.array(prompt_ids, np.int32), np.array(response_ids, np.int32))
             kept.append(Record(*ids, example.prompt, example.response, example.source, len(kept)))
+            if len(kept) == most_records:
+                if place < len(examples):
+                    dropped["beyond data.max_records"] = len(examples) - place
+                break
+        if examples and dropped["longer than data.max_total_len"] == len(examples):
+            raise UserError(
+                f"all {len(examples)} {split} records have more than data.max_total_len = {most_tokens} tokens"
+            )
         if not kept and self._policy != "error":
             raise UserError(
                 f"no {split} record fits the canvas ({self._canvas.prompt_len} + {self._canvas.response_len} tokens); "

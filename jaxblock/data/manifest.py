@@ -12,7 +12,7 @@ from typing import Any
 
 from jaxblock import storage
 from jaxblock.config import CanvasConfig, Config, DataConfig
-from jaxblock.data.tokenizers import SpecialIds
+from jaxblock.data.special import SpecialIds
 from jaxblock.errors import UserError
 
 FILE = "manifest.json"
@@ -28,13 +28,13 @@ class Manifest:
     Attributes:
         format: The layout's version.
         fingerprint: SHA-256 of all that decides the content: settings, inputs, tokenizer, template.
-        data: The data settings.
+        data: The data settings, those of a recipe among them.
         canvas: The canvas settings.
-        inputs: For each split its source: {"path", "sha256", "records"}.
+        inputs: For each split its source: {"path", "sha256", "records", "conversations"}.
         tokenizer: {"kind", "files": name -> sha256}.
         template: {"name", "source", "tokens"}.
         special: The special ids.
-        vocab_size: Rows of the embedding.
+        vocab_size: Rows of the embedding that are needed: the largest id + 1.
         splits: For each split {"kept", "dropped" and "cut" by reason, "tokens", "blocks"} (see `statistics.describe`).
         overlaps: Prompts that two splits share, by name ("train and test").
     """
@@ -54,7 +54,8 @@ class Manifest:
     @property
     def data_config(self) -> DataConfig:
         """The settings the folder was prepared with."""
-        return DataConfig(**self.data)
+        settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in self.data.items()}
+        return DataConfig(**settings)
 
     @property
     def canvas_config(self) -> CanvasConfig:
@@ -89,8 +90,12 @@ def read(folder: storage.PathLike) -> Manifest:
 
 
 def settings(config: Config) -> dict[str, dict[str, Any]]:
-    """The settings that decide what is prepared, and which a manifest records."""
-    data = {key: value for key, value in dataclasses.asdict(config.data).items() if key not in _ELSEWHERE}
+    """The (resolved) settings that decide what is prepared, and which a manifest records."""
+    data = {
+        key: list(value) if isinstance(value, tuple) else value  # as JSON gives it back
+        for key, value in dataclasses.asdict(config.data).items()
+        if key not in _ELSEWHERE
+    }
     canvas = {key: value for key, value in dataclasses.asdict(config.canvas).items() if key not in _SEEN_LATER}
     return {"data": data, "canvas": canvas}
 

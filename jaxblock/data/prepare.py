@@ -6,12 +6,12 @@ import dataclasses
 import hashlib
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxblock import storage
-from jaxblock.config import Config
+from jaxblock.config import Config, DataConfig
 from jaxblock.data import manifest as manifests
-from jaxblock.data import records, splits, statistics, templates, tokenizers
+from jaxblock.data import recipes, records, special, splits, statistics, templates, tokenizers
 from jaxblock.data.encoding import Encoder
 from jaxblock.data.lengths import LengthPolicy, check_canvas
 from jaxblock.data.manifest import Manifest
@@ -45,12 +45,14 @@ def prepare(config: Config, progress: Progress = _silent) -> Manifest:
             written then.
     """
     check_canvas(config.canvas)
+    config = dataclasses.replace(config, data=recipes.resolve(config.data))
     loaded = splits.load(config.data)
-    given = None if config.data.tokenizer == "train" else tokenizers.load(config.data.tokenizer)
+    given = None if config.data.tokenizer == "train" else _given(config.data)
     source = templates.find(
-        config.data.template, tokenizer_template=given.settings.get("chat_template") if given else None
+        config.data.template, tokenizer_template=given.tokenizer.settings.get("chat_template") if given else None
     )
-    fingerprint = manifests.fingerprint(config, loaded.inputs, _hashes_of(given), source)
+    origin = {**_hashes_of(given.tokenizer), **given.ids} if given else {}
+    fingerprint = manifests.fingerprint(config, loaded.inputs, origin, source)
     there = _existing(config, fingerprint)
     if there is not None:
         progress(f"already prepared: {config.data.prepared} holds the same settings and inputs")
@@ -62,7 +64,8 @@ def prepare(config: Config, progress: Progress = _silent) -> Manifest:
     lengths = LengthPolicy(config)
     for split, examples in loaded.examples.items():
         progress(f"{split}: {len(examples):,} records")
-        made[split], report[split] = lengths.apply(split, [encoder.pair(example) for example in examples], examples)
+        made[split], report[split] = lengths.apply(split, map(encoder.pair, examples), examples)
+        report[split]["dropped"] |= loaded.dropped.get(split, {})
     lengths.check()
     for split, some in made.items():
         report[split] |= statistics.describe(some, config.canvas.block)
@@ -97,24 +100,32 @@ def _existing(config: Config, fingerprint: str) -> Manifest | None:
     return None
 
 
-def _encoder(config: Config, train: list[Example], given: Tokenizer | None, source: str, progress: Progress) -> Encoder:
+class _Given(NamedTuple):
+    """A tokenizer that was not trained here, and what its checkpoint calls its special tokens."""
+
+    tokenizer: Tokenizer
+    ids: dict[str, int]
+
+
+def _given(data: DataConfig) -> _Given:
+    tokenizer, ids = tokenizers.load(data.tokenizer), special.checkpoint_ids(data.tokenizer)
+    return _Given(special.add_mask(tokenizer, data, ids) if data.add_mask_token else tokenizer, ids)
+
+
+def _encoder(config: Config, train: list[Example], given: _Given | None, source: str, progress: Progress) -> Encoder:
     data = config.data
-    tokens = {"bos_token": "<|startoftext|>", "eos_token": data.eos_token, "eot_token": data.eot_token}
-    template = Template(data.template, source, tokens)
     if given is None:
         progress(f"training a {data.tokenizer_type} tokenizer on {len(train):,} records")
+        eos, eot = data.eos_token or tokenizers.EOS, data.eot_token or tokenizers.EOT
+        template = Template(data.template, source, {"bos_token": tokenizers.BOS, "eos_token": eos, "eot_token": eot})
         texts = (template.render(example.messages, False, where=example.where) for example in train)
-        tokenizer: Tokenizer = tokenizers.train(texts, data, template.control_tokens())
-    else:
-        tokenizer = given
-        template = dataclasses.replace(template, tokens={**tokens, "bos_token": tokenizers.bos_text(given)})
-    progress(f"tokenizer: {tokenizer.vocab_size:,} tokens")
-    return Encoder(tokenizer, template, tokenizers.special_ids(tokenizer, data), data)
+        given = _Given(tokenizers.train(texts, data, template.control_tokens()), {})
+    progress(f"tokenizer: {given.tokenizer.vocab_size:,} tokens")
+    template, ids = special.assemble(given.tokenizer, data.template, source, data, given.ids)
+    return Encoder(given.tokenizer, template, ids, data)
 
 
-def _hashes_of(tokenizer: Tokenizer | None) -> dict[str, str]:
-    if tokenizer is None:
-        return {}
+def _hashes_of(tokenizer: Tokenizer) -> dict[str, str]:
     return {name: hashlib.sha256(content).hexdigest() for name, content in tokenizer.files.items()}
 
 
@@ -144,7 +155,7 @@ def _write(
             "tokens": dict(encoder.template.tokens),
         },
         special=encoder.special,
-        vocab_size=encoder.tokenizer.vocab_size,
+        vocab_size=max(encoder.tokenizer.vocab_size, 1 + max(dataclasses.astuple(encoder.special))),
         splits={split: dict(entry) for split, entry in report.items()},
         overlaps=statistics.overlaps({split: [record.prompt for record in some] for split, some in made.items()}),
     )

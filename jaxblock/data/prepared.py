@@ -8,15 +8,13 @@ from dataclasses import dataclass
 from jaxblock import storage
 from jaxblock.config import DataConfig
 from jaxblock.data import manifest as manifests
-from jaxblock.data import records, templates, tokenizers
+from jaxblock.data import records, special, templates, tokenizers
 from jaxblock.data.encoding import Encoder
 from jaxblock.data.manifest import Manifest
+from jaxblock.data.special import SpecialIds
 from jaxblock.data.templates import Template
-from jaxblock.data.tokenizers import SpecialIds, Tokenizer
+from jaxblock.data.tokenizers import Tokenizer
 from jaxblock.errors import UserError
-
-TURN_ENDS = ("<|eot_id|>", "<|im_end|>")
-"""End-of-turn tokens by the families' own names: config.json says only what the end of sequence is."""
 
 
 @dataclass(frozen=True)
@@ -63,26 +61,26 @@ def open_prepared(folder: storage.PathLike) -> Prepared:
     )
 
 
-def encoder_of(folder: storage.PathLike, tokenizer: Tokenizer, mask_id: int, eos_id: int) -> Encoder | None:
+def encoder_of(folder: storage.PathLike, tokenizer: Tokenizer, mask_id: int | None, eos_id: int) -> Encoder | None:
     """Tokenizer and chat template of a checkpoint's folder, where no manifest says which belong together.
 
     Args:
         folder: holds template.jinja (written by an export), or the tokenizer brought its own chat template.
         tokenizer: the folder's tokenizer.
-        mask_id: from config.json.
+        mask_id: from config.json; None if it has none.
         eos_id: from config.json.
 
     Returns:
-        The encoder; None without a template.
+        The encoder; None without a template or a mask token.
     """
+    if mask_id is None:
+        return None
     own = storage.as_path(folder) / "template.jinja"
     source = storage.read_bytes(own).decode() if own.exists() else tokenizer.settings.get("chat_template")
     if source is None:
         return None
-    mask, eos = tokenizer.piece(mask_id), tokenizer.piece(eos_id)
-    eot = next((text for text in TURN_ENDS if tokenizer.id_of(text) is not None), eos)
-    tokens = {"bos_token": tokenizers.bos_text(tokenizer), "eos_token": eos, "eot_token": eot}
-    template = Template("template.jinja", templates.find("tokenizer", tokenizer_template=source), tokens)
-    eot_id = tokenizer.id_of(eot)
-    special = SpecialIds(mask=mask_id, eos=eos_id, eot=eos_id if eot_id is None else eot_id, pad=eos_id)
-    return Encoder(tokenizer, template, special, DataConfig(mask_token=mask, eos_token=eos, eot_token=eot))
+    found = templates.find("tokenizer", tokenizer_template=source)
+    config = DataConfig(tokenizer=os.fspath(folder))
+    name = "template.jinja" if own.exists() else "tokenizer"
+    template, ids = special.assemble(tokenizer, name, found, config, {"mask": mask_id, "eos": eos_id})
+    return Encoder(tokenizer, template, ids, config)

@@ -2,31 +2,43 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from jaxblock import storage
 from jaxblock.config import DataConfig
-from jaxblock.data import corpus, sources
-from jaxblock.data.sources import BUILTIN, Example
+from jaxblock.data import corpus, recipes, sources
+from jaxblock.data.recipes import BUILTIN
+from jaxblock.data.sources import Example, Source
 from jaxblock.errors import UserError
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Examples and a description of their source, by split ("train", "validation", "test"; absent if there is none)."""
+    """What each split ("train", "validation", "test") holds; absent if there is none.
+
+    Attributes:
+        examples: Its examples.
+        inputs: Where they came from: {"path", "sha256", "records", "conversations"}: "records" counts the examples, and
+            of a conversation there may be several.
+        dropped: Records left out already, by reason.
+    """
 
     examples: dict[str, list[Example]]
     inputs: dict[str, dict[str, Any]]
+    dropped: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 def load(config: DataConfig) -> Splits:
     """Reads every split.
 
     A validation split that no file gives is set apart: of a training file by a permutation seeded with `config.seed`,
-    of the built-in corpus from its held-out problems beyond the first `builtin_test`.
+    of the built-in corpus from its held-out problems beyond the first `builtin_test`. Rows of one conversation stay
+    together.
+
+    Args:
+        config: Resolved settings (see `recipes.resolve`).
 
     Raises:
         UserError: For what `sources` refuses, settings that fit no split, and a built-in corpus that is not disjoint.
@@ -56,9 +68,9 @@ def _builtin(config: DataConfig) -> Splits:
     for split in ("validation", "test"):
         path = getattr(config, split)
         if path not in (None, BUILTIN):
-            examples[split] = sources.read_jsonl(path, config)
-            inputs[split] = _described(path, storage.sha256(path), examples[split])
-    return _without_empty(examples, inputs)
+            source = _read(split, path, config)
+            examples[split], inputs[split] = source.examples, _described(path, source.sha256, source.examples)
+    return _without_empty(examples, inputs, {})
 
 
 def _files(config: DataConfig) -> Splits:
@@ -68,30 +80,51 @@ def _files(config: DataConfig) -> Splits:
             f"data.validation is `builtin` but data.train is {config.train!r}: set it to a file, or to null"
         )
     given = {split: path for split, path in paths.items() if path is not None}
-    examples = {split: sources.read_jsonl(path, config) for split, path in given.items()}
-    inputs = {split: _described(path, storage.sha256(path), examples[split]) for split, path in given.items()}
+    read = {split: _read(split, path, config) for split, path in given.items()}
+    examples = {split: source.examples for split, source in read.items()}
+    inputs = {split: _described(given[split], source.sha256, source.examples) for split, source in read.items()}
     if config.validation is None:
-        everything, n = examples["train"], config.validation_records
-        if n >= len(everything):
-            raise UserError(
-                f"data.validation_records = {n} leaves nothing of the {len(everything)} records of {config.train}; "
-                "set it lower, or give data.validation"
-            )
-        chosen = set(np.random.default_rng([config.seed, 0x5E7]).permutation(len(everything))[:n].tolist())
-        examples["train"] = [example for i, example in enumerate(everything) if i not in chosen]
-        examples["validation"] = [example for i, example in enumerate(everything) if i in chosen]
-        inputs["validation"] = {**inputs["train"], "records": n}
-        inputs["train"]["records"] -= n
-    return _without_empty(examples, inputs)
+        examples["train"], examples["validation"] = _set_apart(examples["train"], config)
+        inputs["validation"] = _described(config.train, read["train"].sha256, examples["validation"])
+        inputs["train"] = _described(config.train, read["train"].sha256, examples["train"])
+    return _without_empty(examples, inputs, {"train": read["train"].dropped})
 
 
-def _without_empty(examples: dict[str, list[Example]], inputs: dict[str, dict[str, Any]]) -> Splits:
+def _read(split: str, path: str, config: DataConfig) -> Source:
+    return sources.read(path, recipes.for_test(config) if split == "test" else config, split)
+
+
+def _set_apart(everything: list[Example], config: DataConfig) -> tuple[list[Example], list[Example]]:
+    """(training, validation) examples; whole conversations are drawn, so that none stands in both."""
+    conversations = list(dict.fromkeys(example.conversation for example in everything))
+    n = config.validation_records
+    if n >= len(conversations):
+        raise UserError(
+            f"data.validation_records = {n} leaves nothing of the {len(conversations)} records of {config.train}; "
+            "set it lower, or give data.validation"
+        )
+    order = np.random.default_rng([config.seed, 0x5E7]).permutation(len(conversations))
+    chosen = {conversations[i] for i in order[:n].tolist()}
+    return (
+        [example for example in everything if example.conversation not in chosen],
+        [example for example in everything if example.conversation in chosen],
+    )
+
+
+def _without_empty(
+    examples: dict[str, list[Example]], inputs: dict[str, dict[str, Any]], dropped: dict[str, dict[str, int]]
+) -> Splits:
     names = [split for split in ("train", "validation", "test") if examples.get(split)]
-    return Splits({split: examples[split] for split in names}, {split: inputs[split] for split in names})
+    return Splits({split: examples[split] for split in names}, {split: inputs[split] for split in names}, dropped)
 
 
 def _described(path: str, sha256: str, examples: list[Example]) -> dict[str, Any]:
-    return {"path": path, "sha256": sha256, "records": len(examples)}
+    return {
+        "path": path,
+        "sha256": sha256,
+        "records": len(examples),
+        "conversations": len({example.conversation for example in examples}),
+    }
 
 
 def _check_disjoint(examples: dict[str, list[Example]]) -> None:

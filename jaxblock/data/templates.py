@@ -1,8 +1,14 @@
-"""Chat templates: messages -> the text that is tokenised. Jinja, sandboxed, as in Hugging Face tokenizers."""
+"""Chat templates: messages -> the text that is tokenised. Jinja, sandboxed, as in Hugging Face tokenizers.
+
+What their renderer offers is offered here: `messages`, `add_generation_prompt`, `tools` and `documents` (none), the
+special tokens by name, `raise_exception`, `strftime_now`, `tojson`, loop controls and `{% generation %}`.
+"""
 
 from __future__ import annotations
 
+import datetime
 import functools
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -10,6 +16,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
 import jinja2.sandbox
 
 from jaxblock import storage
@@ -54,12 +63,12 @@ class Template:
     Attributes:
         name: As the config gives it.
         source: The Jinja text.
-        tokens: Its variables `bos_token`, `eos_token` and `eot_token`.
+        tokens: Its variables `bos_token`, `eos_token`, `eot_token` and whatever else the tokenizer names.
     """
 
     name: str
     source: str
-    tokens: Mapping[str, str] = field(default_factory=dict)
+    tokens: Mapping[str, Any] = field(default_factory=dict)
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool, *, where: str = "") -> str:
         """The conversation as text.
@@ -74,7 +83,11 @@ class Template:
         """
         try:
             return _compiled(self.source).render(
-                messages=messages, add_generation_prompt=add_generation_prompt, **self.tokens
+                messages=messages,
+                add_generation_prompt=add_generation_prompt,
+                tools=None,
+                documents=None,
+                **self.tokens,
             )
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"template {self.name!r}, line {error.lineno}: {error.message}") from error
@@ -82,7 +95,8 @@ class Template:
             jinja2.TemplateError,
             TypeError,
             ValueError,
-            KeyError,
+            LookupError,
+            RecursionError,
             AttributeError,
             ArithmeticError,
             OSError,
@@ -127,16 +141,48 @@ def find(name: str, *, tokenizer_template: Any = None) -> str:
         raise UserError(f"data.template: {name} is not UTF-8 at byte {error.start}") from error
 
 
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}` marks the assistant's words for other trainers' loss masks; here its body is just written."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        """The body in a scope of its own."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body, lineno=line)
+
+
 def _refuse(message: str) -> None:
     raise jinja2.TemplateError(message)
+
+
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    """Jinja's own filter would escape for HTML."""
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators and tuple(separators),
+        sort_keys=sort_keys,
+    )
+
+
+@functools.cache
+def _clock() -> datetime.datetime:
+    """One time for the whole process: a prompt and the conversation that begins with it must give the same date."""
+    return datetime.datetime.now()
 
 
 @functools.cache
 def _compiled(source: str) -> jinja2.Template:
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
     )
-    environment.globals["raise_exception"] = (
-        _refuse  # templates of Hugging Face models call it on roles they do not know
-    )
+    environment.filters["tojson"] = _to_json
+    # Templates of Hugging Face models call these: on roles they do not know, and to tell today's date.
+    environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = lambda form: _clock().strftime(form)
     return environment.from_string(source)

@@ -6,18 +6,26 @@ import json
 import os
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol, SupportsIndex, runtime_checkable
 
 import tokenizers as huggingface
 
 from jaxblock import storage
 from jaxblock.config import DataConfig
+from jaxblock.data import merges
 from jaxblock.data.pieces import SentencePieceTokenizer, train_model
 from jaxblock.errors import UserError
 
-_BOS = "<|startoftext|>"
-_COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+MASK, EOS, EOT, BOS = "<|mdm_mask|>", "<|endoftext|>", "<|eot_id|>", "<|startoftext|>"
+"""Special tokens of a tokenizer that is trained here, where the config gives them no other names; LLaDA's."""
+# The last three are the older files of the same tokenizer, which some of transformers' classes still read.
+_COMPANIONS = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "added_tokens.json",
+    *merges.FILES,
+)
 
 
 @runtime_checkable
@@ -116,66 +124,43 @@ class HuggingFaceTokenizer:
     def save(self, folder: pathlib.Path) -> None:
         storage.write_files(folder, self._files)
 
+    def with_special_token(self, text: str, name: str) -> HuggingFaceTokenizer:
+        """Another tokenizer with one more special token, whose id is this one's `vocab_size`.
 
-@dataclass(frozen=True)
-class SpecialIds:
-    """Ids of the tokens that the method needs.
+        Args:
+            text: The token.
+            name: What the tokenizer's settings call it ("mask_token"); its files say so too.
 
-    Attributes:
-        mask: The mask token.
-        eos: End of sequence: fills the rest of the terminator's block.
-        eot: End of turn: ends a response.
-        pad: Padding; the tokenizer's own, else `eos`. Nothing that the model sees is padded.
-    """
-
-    mask: int
-    eos: int
-    eot: int
-    pad: int
-
-    @property
-    def stop_ids(self) -> tuple[int, ...]:
-        """The ids that end a response, each once."""
-        return (self.eot,) if self.eot == self.eos else (self.eot, self.eos)
-
-
-def special_ids(tokenizer: Tokenizer, config: DataConfig) -> SpecialIds:
-    """Finds the special tokens that the config names.
-
-    Raises:
-        UserError: If one is missing (naming the field to set), or the mask is used for something else too.
-    """
-    found = {}
-    needs = {
-        "mask": "set it to the token the checkpoint was trained with (the one its config calls mask_token_id; the "
-        "model must know it)",
-        "eos": "set it to the tokenizer's end-of-sequence token (LLaDA pads with it too)",
-        "eot": "set it to the token that ends an assistant turn",
-    }
-    for name, advice in needs.items():
-        text = getattr(config, f"{name}_token")
-        token_id = tokenizer.id_of(text) if text else None
-        if token_id is None:
-            known = ", ".join(sorted(tokenizer.special_texts)[:20]) or "none"
+        Raises:
+            UserError: If ids of the vocabulary are missing, so that the library would give the token another id.
+        """
+        tokenizer = huggingface.Tokenizer.from_str(self._files["tokenizer.json"].decode())
+        entry = {"content": text, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+        tokenizer.add_special_tokens([huggingface.AddedToken(**entry, special=True)])
+        token_id = tokenizer.token_to_id(text)
+        if token_id != self.vocab_size:
             raise UserError(
-                f"data.{name}_token: the tokenizer {config.tokenizer!r} has no token {text!r}; {advice}. Its "
-                f"special tokens: {known}"
+                f"cannot add {text!r} to the tokenizer: its ids have gaps, and {token_id} is not the first free id, "
+                f"{self.vocab_size}; name an unused token instead"
             )
-        found[name] = token_id
-    if found["mask"] in (found["eos"], found["eot"]):
-        raise UserError(
-            f"data.mask_token: {config.mask_token!r} is also the end-of-sequence or end-of-turn token; the mask "
-            "must be a token of its own"
-        )
-    pad_text = text_of(tokenizer.settings.get("pad_token"))
-    pad = tokenizer.id_of(pad_text) if pad_text else None
-    return SpecialIds(**found, pad=found["eos"] if pad is None or pad == found["mask"] else pad)
+        files = {**self._files, "tokenizer.json": tokenizer.to_str(pretty=True).encode()}
+        for file in ("tokenizer_config.json", "special_tokens_map.json"):
+            if file in files:
+                settings = {**json.loads(files[file]), name: text}
+                if "added_tokens_decoder" in settings:
+                    added = {**settings["added_tokens_decoder"], str(token_id): {**entry, "special": True}}
+                    settings["added_tokens_decoder"] = added
+                files[file] = json.dumps(settings, indent=2, ensure_ascii=False).encode()
+        if "added_tokens.json" in files:
+            added = {**json.loads(files["added_tokens.json"]), text: token_id}
+            files["added_tokens.json"] = json.dumps(added, indent=2, ensure_ascii=False).encode()
+        return HuggingFaceTokenizer(files, f"the tokenizer with {text!r} added")
 
 
 def bos_text(tokenizer: Tokenizer) -> str:
     """The text that begins a conversation: the tokenizer's own, else LLaDA's if the vocabulary has it, else nothing."""
     named = text_of(tokenizer.settings.get("bos_token"))
-    return named or (_BOS if tokenizer.id_of(_BOS) is not None else "")
+    return named or (BOS if tokenizer.id_of(BOS) is not None else "")
 
 
 def text_of(token: Any) -> str | None:
@@ -195,7 +180,8 @@ def train(texts: Iterable[str], config: DataConfig, extra_symbols: Sequence[str]
     Raises:
         UserError: If the vocabulary is too small for the text's letters, bytes and special tokens.
     """
-    symbols = dict.fromkeys([config.mask_token, config.eos_token, config.eot_token, _BOS, *extra_symbols])
+    named = (config.mask_token or MASK, config.eos_token or EOS, config.eot_token or EOT)
+    symbols = dict.fromkeys([*named, BOS, *extra_symbols])
     return SentencePieceTokenizer(
         {
             "tokenizer.model": train_model(
@@ -211,10 +197,20 @@ def train(texts: Iterable[str], config: DataConfig, extra_symbols: Sequence[str]
     )
 
 
-def load(path: storage.PathLike) -> Tokenizer:
-    """Reads a tokenizer: a SentencePiece .model, a tokenizer.json, or a folder that holds either (tokenizer.json wins).
+def present(folder: storage.PathLike) -> bool:
+    """Whether a folder holds what `load` reads a tokenizer from."""
+    names = {entry.name for entry in storage.as_path(folder).iterdir()}
+    return "tokenizer.json" in names or "merges.txt" in names or any(name.endswith(".model") for name in names)
 
-    Files of these names beside it come along: tokenizer_config.json, special_tokens_map.json, chat_template.jinja.
+
+def load(path: storage.PathLike) -> Tokenizer:
+    """Reads a tokenizer: a SentencePiece .model, a tokenizer.json, or a folder that holds one.
+
+    In a folder tokenizer.json comes first, then vocab.json with merges.txt (of a Qwen2 tokenizer, as Dream ships it), then
+    a .model.
+
+    Files of these names beside it come along: tokenizer_config.json, special_tokens_map.json, chat_template.jinja,
+    added_tokens.json, vocab.json and merges.txt.
 
     Raises:
         UserError: If there is none or it cannot be read.
@@ -223,14 +219,13 @@ def load(path: storage.PathLike) -> Tokenizer:
     target = storage.as_path(path)
     with storage.explained("read the tokenizer", path):
         if target.is_dir():
-            names = [
-                "tokenizer.json",
-                *sorted(entry.name for entry in target.iterdir() if entry.name.endswith(".model")),
-            ]
+            models = sorted(entry.name for entry in target.iterdir() if entry.name.endswith(".model"))
+            names = ["tokenizer.json", "merges.txt", *models]
             main = next((target / entry for entry in names if (target / entry).exists()), None)
             if main is None:
                 raise UserError(
-                    f"data.tokenizer: the folder {name} holds neither tokenizer.json nor a SentencePiece .model"
+                    f"data.tokenizer: the folder {name} holds neither tokenizer.json, nor vocab.json with merges.txt, "
+                    "nor a SentencePiece .model"
                 )
         elif target.exists():
             main = target
@@ -240,6 +235,9 @@ def load(path: storage.PathLike) -> Tokenizer:
             )
         files = {entry: (main.parent / entry).read_bytes() for entry in _COMPANIONS if (main.parent / entry).exists()}
         content = main.read_bytes()
+    if main.name == "merges.txt":
+        made = merges.tokenizer_json(files, _settings(files, name), name)
+        return HuggingFaceTokenizer({**files, "tokenizer.json": made}, name)
     if main.suffix == ".json":
         return HuggingFaceTokenizer({**files, "tokenizer.json": content}, os.fspath(main))
     if main.suffix == ".model":
@@ -250,11 +248,12 @@ def load(path: storage.PathLike) -> Tokenizer:
 
 def _settings(files: Mapping[str, bytes], where: str) -> dict[str, Any]:
     try:
-        settings = json.loads(files.get("tokenizer_config.json", b"{}"))
+        older = json.loads(files.get("special_tokens_map.json", b"{}"))
+        settings = {**older, **json.loads(files.get("tokenizer_config.json", b"{}"))}
         if "chat_template.jinja" in files:
             settings["chat_template"] = files["chat_template.jinja"].decode()
     except (ValueError, TypeError) as error:
         raise UserError(
-            f"{where}: the tokenizer_config.json or chat_template.jinja beside it cannot be read ({error})"
+            f"{where}: the tokenizer_config.json, special_tokens_map.json or chat_template.jinja beside it cannot be read ({error})"
         ) from error
     return dict(settings)

@@ -60,7 +60,7 @@ def tokenizer_folder(tmp_path: pathlib.Path) -> Callable[..., str]:
         settings: dict[str, object] = {
             "bos_token": "<|startoftext|>",
             "eos_token": "<|endoftext|>",
-            "pad_token": {"content": "<|endoftext|>", "lstrip": False},
+            "pad_token": {"__type": "AddedToken", "content": "<|endoftext|>", "lstrip": False},
         }
         if template is not None:
             settings["chat_template"] = template

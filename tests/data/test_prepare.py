@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from jaxblock.config import CanvasConfig, Config, DataConfig
-from jaxblock.data import lengths, manifest, prepare, prepared
+from jaxblock.data import lengths, manifest, prepare, prepared, recipes
 from jaxblock.data.manifest import Manifest
 from jaxblock.errors import UserError
 
@@ -41,7 +41,7 @@ def test_the_builtin_corpus_from_text_to_records(tmp_path: pathlib.Path) -> None
     assert {split: entry["kept"] for split, entry in made.splits.items()} == {"train": 60, "validation": 4, "test": 6}
     assert made.overlaps == {"train and validation": 0, "train and test": 0, "validation and test": 0}
     assert made.vocab_size == opened.tokenizer.vocab_size <= 450
-    assert made.data_config == dataclasses.replace(config.data, prepared=DataConfig().prepared)
+    assert made.data_config == dataclasses.replace(recipes.resolve(config.data), prepared=DataConfig().prepared)
     assert made.canvas_config == config.canvas
 
     records = opened.records("test")

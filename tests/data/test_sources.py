@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import pathlib
+from typing import Any
 
 import pytest
 
 from jaxblock.config import DataConfig
-from jaxblock.data import sources, splits
+from jaxblock.data import recipes, sources, splits
 from jaxblock.errors import UserError
 
 GOOD = b'{"question": "q", "answer": "a"}\n'
@@ -18,10 +19,14 @@ def _chat(*turns: tuple[str, object]) -> bytes:
     return json.dumps({"messages": [{"role": role, "content": content} for role, content in turns]}).encode()
 
 
-def _read(folder: pathlib.Path, content: bytes, **settings: str) -> list[sources.Example]:
+def _config(**settings: Any) -> DataConfig:
+    return recipes.resolve(DataConfig(**settings))
+
+
+def _read(folder: pathlib.Path, content: bytes, **settings: Any) -> list[sources.Example]:
     path = folder / "some.jsonl"
     path.write_bytes(content)
-    return sources.read_jsonl(str(path), DataConfig(**settings))
+    return sources.read(str(path), _config(**settings), "train").examples
 
 
 @pytest.mark.parametrize(
@@ -29,7 +34,7 @@ def _read(folder: pathlib.Path, content: bytes, **settings: str) -> list[sources
     [
         (b'{"question": "q", "answer": }', r":2: not JSON at column 29"),
         (b'{"question": "q"', r":2: not JSON"),
-        (b'["q", "a"]', r":2: a JSON object is expected, not a list; .* split into lines"),
+        (b'["q", "a"]', r":2: a JSON object is expected, not a list; .* end in \.json"),
         (b"null", r":2: a JSON object is expected, not null"),
         (b'{"question": "q"}', r":2: no field 'answer'; set data.response_field to one of 'question'"),
         (b'{"questoin": "q", "answer": "a"}', r":2: no field 'question' .did you mean 'questoin'\?"),
@@ -67,7 +72,7 @@ def test_an_empty_file_is_named(tmp_path: pathlib.Path, content: bytes) -> None:
 
 def test_a_missing_file_is_named() -> None:
     with pytest.raises(UserError, match="cannot read none.jsonl: there is no such file"):
-        sources.read_jsonl("none.jsonl", DataConfig())
+        sources.read("none.jsonl", _config(), "train")
 
 
 def test_what_is_accepted(tmp_path: pathlib.Path) -> None:
@@ -85,11 +90,11 @@ def test_what_is_accepted(tmp_path: pathlib.Path) -> None:
 
 
 def test_gsm8k_is_read_whole(shared: pathlib.Path) -> None:
-    examples = sources.read_jsonl(str(shared / "data/gsm8k/test.jsonl"), DataConfig())
+    examples = sources.read(str(shared / "data/gsm8k/test.jsonl"), _config(), "test").examples
     assert len(examples) == 1319
     assert examples[0].prompt.startswith("Janet")
     assert examples[-1].source == "test.jsonl:1319"
-    train = sources.read_jsonl(str(shared / "data/gsm8k/train.jsonl"), DataConfig())
+    train = sources.read(str(shared / "data/gsm8k/train.jsonl"), _config(), "train").examples
     assert len(train) == 7473
     assert all("\n#### " in example.response for example in examples + train)
 
@@ -103,7 +108,7 @@ def test_validation_is_set_apart_by_the_seed_alone(tmp_path: pathlib.Path) -> No
     train = _write(tmp_path / "train.jsonl", 50)
 
     def split(seed: int) -> dict[str, list[str]]:
-        loaded = splits.load(DataConfig(train=train, test=None, validation_records=8, seed=seed))
+        loaded = splits.load(_config(train=train, test=None, validation_records=8, seed=seed))
         assert {name: entry["records"] for name, entry in loaded.inputs.items()} == {"train": 42, "validation": 8}
         return {name: [example.prompt for example in some] for name, some in loaded.examples.items()}
 
@@ -124,11 +129,11 @@ def test_settings_that_fit_no_split(tmp_path: pathlib.Path) -> None:
         ({"level": "impossible"}, "unknown level 'impossible'"),
     ]:
         with pytest.raises(UserError, match=complaint):
-            splits.load(DataConfig(**settings))
+            splits.load(_config(**settings))
 
 
 def test_the_builtin_corpus_holds_validation_beyond_test() -> None:
-    loaded = splits.load(DataConfig(builtin_train=200, builtin_test=10, validation_records=4))
+    loaded = splits.load(_config(builtin_train=200, builtin_test=10, validation_records=4))
     assert {name: len(some) for name, some in loaded.examples.items()} == {"train": 200, "validation": 4, "test": 10}
     assert loaded.examples["test"][9].source == "builtin:test:10"
     assert loaded.examples["validation"][0].source == "builtin:test:11"
@@ -140,4 +145,4 @@ def test_a_corpus_that_leaks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
     generate = splits.corpus.generate
     monkeypatch.setattr(splits.corpus, "generate", lambda split, n, **settings: generate("test", n, **settings))
     with pytest.raises(UserError, match="repeat those of another split"):
-        splits.load(DataConfig(builtin_train=20, builtin_test=5, validation_records=2))
+        splits.load(_config(builtin_train=20, builtin_test=5, validation_records=2))

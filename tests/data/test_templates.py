@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from jaxblock.config import DataConfig
-from jaxblock.data import templates, tokenizers
+from jaxblock.data import special, templates, tokenizers
 from jaxblock.data.encoding import Encoder
 from jaxblock.data.pieces import SentencePieceTokenizer
 from jaxblock.data.sources import Example
@@ -17,17 +17,16 @@ from jaxblock.data.templates import Template
 from jaxblock.data.tokenizers import Tokenizer
 from jaxblock.errors import UserError
 
-TOKENS = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "eot_token": "<|eot_id|>"}
-
 
 def _example(prompt: str = "How many?", response: str = "5 + 7 = 12\n#### 12") -> Example:
     messages = ({"role": "user", "content": prompt}, {"role": "assistant", "content": response})
-    return Example(messages, prompt, response, "some.jsonl:3", "some.jsonl:3")
+    return Example(messages, prompt, response, "some.jsonl:3", "some.jsonl:3", "some.jsonl:3")
 
 
 def _encoder(tokenizer: Tokenizer, source: str, **settings: str) -> Encoder:
     config = DataConfig(**settings)
-    return Encoder(tokenizer, Template("mine", source, TOKENS), tokenizers.special_ids(tokenizer, config), config)
+    template, ids = special.assemble(tokenizer, "mine", source, config, {})
+    return Encoder(tokenizer, template, ids, config)
 
 
 def _show(encoder: Encoder, ids: list[int]) -> str:
@@ -72,7 +71,7 @@ def test_turns_before_the_last_are_prompt(pieces: SentencePieceTokenizer) -> Non
     encoder = _encoder(pieces, templates.find("plain"))
     turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
     messages = tuple({"role": role, "content": content} for role, content in turns)
-    prompt_ids, response_ids = encoder.pair(Example(messages, "", "", "x:1", "x:1"))
+    prompt_ids, response_ids = encoder.pair(Example(messages, "", "", "x:1", "x:1", "x:1"))
     assert _show(encoder, prompt_ids) == "Question: a\nAnswer:<|eot_id|>b<|eot_id|>Question: c\nAnswer:<|eot_id|>"
     assert _show(encoder, response_ids) == "d<|eot_id|>"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Callable
@@ -11,9 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxblock.config import DataConfig
-from jaxblock.data import tokenizers
+from jaxblock.data import special, templates, tokenizers
 from jaxblock.data.pieces import SentencePieceTokenizer
+from jaxblock.data.special import SpecialIds
+from jaxblock.data.tokenizers import Tokenizer
 from jaxblock.errors import UserError
+
+
+def _special(tokenizer: Tokenizer, config: DataConfig, **checkpoint: int) -> SpecialIds:
+    return special.assemble(tokenizer, "chat", templates.find("chat"), config, checkpoint)[1]
+
 
 HARD_TEXTS = [
     "  two blanks first, one last ",
@@ -55,10 +63,10 @@ def test_special_tokens_are_single_and_can_be_skipped(pieces: SentencePieceToken
     ids = pieces.encode("a<|eot_id|><|mdm_mask|> b")
     assert pieces.decode(ids) == "a b"
     assert [pieces.piece(i) for i in ids if i < 10] == ["<|eot_id|>", "<|mdm_mask|>"]
-    special = tokenizers.special_ids(pieces, DataConfig())
-    assert (special.mask, special.eot) == (pieces.id_of("<|mdm_mask|>"), pieces.id_of("<|eot_id|>"))
-    assert special.pad == special.eos == pieces.id_of("<|endoftext|>")
-    assert special.stop_ids == (special.eot, special.eos)
+    ids = _special(pieces, DataConfig())
+    assert (ids.mask, ids.eot) == (pieces.id_of("<|mdm_mask|>"), pieces.id_of("<|eot_id|>"))
+    assert ids.pad == ids.eos == pieces.id_of("<|endoftext|>")
+    assert ids.stop_ids == (ids.eot, ids.eos)
 
 
 def test_digits_can_stand_alone() -> None:
@@ -84,17 +92,17 @@ def test_training_says_what_to_set(config: dict[str, object], texts: list[str], 
 
 @pytest.mark.parametrize("name", ["mask", "eos", "eot"])
 def test_a_missing_special_token_names_its_field(tokenizer_folder: Callable[..., str], name: str) -> None:
-    config = DataConfig()
-    tokenizer = tokenizers.load(tokenizer_folder(without=getattr(config, f"{name}_token")))
+    config, text = DataConfig(), {"mask": "<|mdm_mask|>", "eos": "<|endoftext|>", "eot": "<|eot_id|>"}[name]
+    tokenizer = tokenizers.load(tokenizer_folder(without=text))
     with pytest.raises(UserError, match=rf"data\.{name}_token: .* no token ") as caught:
-        tokenizers.special_ids(tokenizer, config)
+        _special(tokenizer, dataclasses.replace(config, **{f"{name}_token": text}))
     assert ("mask_token_id" in str(caught.value)) == (name == "mask")
 
 
 def test_the_mask_is_a_token_of_its_own(pieces: SentencePieceTokenizer) -> None:
     with pytest.raises(UserError, match="data.mask_token: '<|eot_id|>' is also"):
-        tokenizers.special_ids(pieces, DataConfig(mask_token="<|eot_id|>"))
-    same = tokenizers.special_ids(pieces, DataConfig(eos_token="<|eot_id|>"))
+        _special(pieces, DataConfig(mask_token="<|eot_id|>"))
+    same = _special(pieces, DataConfig(eos_token="<|eot_id|>"))
     assert same.stop_ids == (same.eot,)
 
 
@@ -123,7 +131,7 @@ def test_what_is_no_tokenizer_is_named(tmp_path: pathlib.Path) -> None:
     (tmp_path / "bad.txt").write_text("")
     for name, complaint in [
         ("none", "does not exist; give `train`"),
-        ("empty", "holds neither tokenizer.json nor"),
+        ("empty", "holds neither tokenizer.json, nor vocab.json with merges.txt, nor"),
         ("bad.json", "not a Hugging Face tokenizer.json"),
         ("bad.model", "not a SentencePiece model"),
         ("bad.txt", "neither a SentencePiece .model nor"),

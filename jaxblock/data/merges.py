@@ -1,0 +1,73 @@
+"""Dream's tokenizer files, vocab.json and merges.txt, as one ``tokenizer.json``: the model ships no such file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import tokenizers as huggingface
+
+from jaxblock.errors import UserError
+
+FILES = ("vocab.json", "merges.txt")
+QWEN2_CLASSES = ("DreamTokenizer", "Qwen2Tokenizer", "Qwen2TokenizerFast")
+"""Values of `tokenizer_class` in tokenizer_config.json whose text is cut up as Qwen2's."""
+
+# How Qwen2 cuts a text before its merges: contractions, words, single digits, punctuation, line ends, blanks.
+_QWEN2_PARTS = "|".join(
+    (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
+        r"[^\r\n\p{L}\p{N}]?\p{L}+",
+        r"\p{N}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    )
+)
+
+
+def tokenizer_json(files: Mapping[str, bytes], settings: Mapping[str, Any], where: str) -> bytes:
+    """Builds the file.
+
+    Args:
+        files: Contents of vocab.json and merges.txt by name.
+        settings: tokenizer_config.json: its class, and the added tokens with their ids.
+        where: What to name in errors.
+
+    Returns:
+        The bytes of a tokenizer.json.
+
+    Raises:
+        UserError: If the class is unknown, or the files do not make a tokenizer with these ids.
+    """
+    kind = settings.get("tokenizer_class")
+    if kind not in QWEN2_CLASSES:
+        raise UserError(
+            f"{where}: vocab.json and merges.txt of a {kind!r} (tokenizer_class in tokenizer_config.json) are not read, only "
+            f"those of {', '.join(QWEN2_CLASSES)}; make a tokenizer.json of them in transformers: "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+        )
+    try:
+        lines = files["merges.txt"].decode().split("\n")
+        pairs = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
+        model = huggingface.models.BPE(json.loads(files["vocab.json"]), pairs)
+        added = settings.get("added_tokens_decoder", {})
+        tokens = {int(i): huggingface.AddedToken(**entry) for i, entry in added.items()}
+    except Exception as error:  # the library raises plain Exception
+        raise UserError(f"{where}: vocab.json, merges.txt or tokenizer_config.json cannot be used ({error})") from error
+    tokenizer = huggingface.Tokenizer(model)
+    tokenizer.normalizer = huggingface.normalizers.NFC()
+    parts = huggingface.pre_tokenizers.Split(huggingface.Regex(_QWEN2_PARTS), behavior="isolated")
+    to_bytes = huggingface.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = huggingface.pre_tokenizers.Sequence([parts, to_bytes])
+    tokenizer.decoder = huggingface.decoders.ByteLevel()
+    for token_id, token in sorted(tokens.items()):
+        tokenizer.add_tokens([token])
+        if tokenizer.token_to_id(token.content) != token_id:
+            raise UserError(
+                f"{where}: tokenizer_config.json gives {token.content!r} the id {token_id}, but after vocab.json it would be "
+                f"{tokenizer.token_to_id(token.content)}: the files do not belong together"
+            )
+    return tokenizer.to_str().encode()
