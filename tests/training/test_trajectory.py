@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,14 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import jaxblock
 from jaxblock.config import OptimizerConfig
 from jaxblock.diffusion.corruption import Ablation, corrupt
 from jaxblock.diffusion.objective import Losses, losses
 from jaxblock.diffusion.sampling import Sampling
-from jaxblock.models.params import flatten
+from jaxblock.models import lora
+from jaxblock.models.params import Table, flatten
 from jaxblock.training import optimizer as optimizers
 from jaxblock.training.schedules import schedule
 from jaxblock.training.state import TrainState
@@ -25,6 +27,7 @@ from jaxblock.training.step import Objective, train_step
 from jaxblock.types import Canvas, Draw, Layout, Params
 
 STEPS, WIDTH = 12, 40
+PEFT = "base_model.model."
 
 
 class Golden(NamedTuple):
@@ -97,13 +100,15 @@ def _optimizer_config(run: dict[str, Any]) -> OptimizerConfig:
     )
 
 
-def _follow(golden: Golden, run: dict[str, Any], model: jaxblock.Model, params: Params) -> TrainState:
-    """Takes the run's steps, comparing what each reports; the state after the last."""
+def _follow(golden: Golden, run: dict[str, Any], model: jaxblock.Model) -> Params:
+    """Takes the run's steps on what the model trains, comparing what each reports; the values after the last."""
     config = _optimizer_config(run)
-    optimizer = optimizers.make(config, run["total_steps"], model.net.table)
+    optimizer = optimizers.make(config, run["total_steps"], model.net.trainable)
+    frozen = {} if model.net.lora is None else {path: x for path, x in model.params.items() if path != lora.KEY}
+    trained = model.params if model.net.lora is None else model.params[lora.KEY]
     replay = _replay(model, run)
-    step_fn = jax.jit(lambda state, batch: train_step(replay, optimizer, state, batch))
-    state = TrainState(params, optimizer.init(params), jnp.int32(0))
+    step_fn = jax.jit(lambda state, batch: train_step(replay, optimizer, state, batch, frozen))
+    state = TrainState(trained, optimizer.init(trained), jnp.int32(0))
     for step in range(STEPS):
         state, metrics = step_fn(state, _batch(golden.batches, step, run["block_size"]))
         total, weight = metrics.losses.loss
@@ -111,7 +116,20 @@ def _follow(golden: Golden, run: dict[str, Any], model: jaxblock.Model, params: 
         np.testing.assert_allclose(metrics.grad_norm, run["grad_norm"][step], rtol=1e-3, err_msg=f"step {step}")
     rates = [float(schedule(config, run["total_steps"])(step)) for step in range(STEPS)]
     np.testing.assert_allclose(rates, run["lr"], rtol=1e-5, atol=1e-12)
-    return state
+    return state.params
+
+
+def _assert_stored(params: Params, table: Table, stored: dict[str, np.ndarray], prefix: str = "") -> None:
+    """Every stored tensor is ours, by its checkpoint name, to the fixtures' tolerance; each of ``table`` is stored."""
+    flat = flatten(jax.device_get(params))
+    for path, spec in table.items():
+        for layer in range(spec.shape[0] if spec.stacked else 1):
+            ours = flat[path][layer] if spec.stacked else flat[path]
+            name = spec.hf_name.format(layer=layer).removeprefix(prefix)
+            np.testing.assert_allclose(
+                ours.T if spec.transpose else ours, stored.pop(name), rtol=0, atol=5e-5, err_msg=name
+            )
+    assert not stored
 
 
 def test_the_batches_are_what_the_paper_context_shows(golden: Golden, model: jaxblock.Model) -> None:
@@ -125,14 +143,28 @@ def test_the_batches_are_what_the_paper_context_shows(golden: Golden, model: jax
 
 @pytest.mark.parametrize("name", ["full_wd0", "full_wd0.1", "full_engine_order_log_warmup"])
 def test_full_parameter_trajectory(golden: Golden, model: jaxblock.Model, name: str) -> None:
-    run = golden.runs[name]
-    found = flatten(jax.device_get(_follow(golden, run, model, model.params).params))
-    final = load_file(golden.folder / f"{name}.final.safetensors")
-    seen = set()
-    for path, spec in model.net.table.items():
-        for layer in range(spec.shape[0] if spec.stacked else 1):
-            ours = found[path][layer] if spec.stacked else found[path]
-            name = spec.hf_name.format(layer=layer)
-            np.testing.assert_allclose(ours.T if spec.transpose else ours, final[name], rtol=0, atol=5e-5, err_msg=name)
-            seen.add(name)
-    assert seen == set(final)
+    params = _follow(golden, golden.runs[name], model)
+    _assert_stored(params, model.net.table, load_file(golden.folder / f"{name}.final.safetensors"))
+
+
+def test_lora_trajectory(golden: Golden, model: jaxblock.Model, tmp_path: Path) -> None:
+    """From PEFT's initial adapters to its final ones, the merged matrices, and the merged network's logits."""
+    run = golden.runs["lora"]
+    config = {"peft_type": "LORA", "r": run["r"], "lora_alpha": run["alpha"], "target_modules": run["targets"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    begun = load_file(golden.folder / "lora.init.safetensors")
+    save_file({PEFT + name: value for name, value in begun.items()}, tmp_path / "adapter_model.safetensors")
+    adapted = jaxblock.load(tmp_path, base=model.origin)
+    assert adapted.net.lora is not None
+    assert sum(x.size for x in jax.tree.leaves(adapted.params[lora.KEY])) == run["n_trainable"]
+
+    trained = _follow(golden, run, adapted)
+    _assert_stored(trained, adapted.net.trainable, load_file(golden.folder / "lora.final.safetensors"), PEFT)
+    params = lora.attach(model.params, trained)
+    merged = lora.merge(params, adapted.net.lora)
+    targets = {path: model.net.table[path] for path in adapted.net.lora.targets}
+    _assert_stored(merged, targets, load_file(golden.folder / "lora.merged.safetensors"))
+    with np.load(golden.folder / "lora.merged_logits.npz") as arrays:
+        ids, logits = arrays["noisy_ids"], arrays["logits"]
+    for whole in (dataclasses.replace(model, params=merged), dataclasses.replace(adapted, params=params)):
+        np.testing.assert_allclose(whole.logits(ids), logits, rtol=1e-4, atol=2e-4)
