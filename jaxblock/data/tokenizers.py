@@ -10,7 +10,7 @@ from typing import Any, Protocol, SupportsIndex, runtime_checkable
 
 import tokenizers as huggingface
 
-from jaxblock import storage
+from jaxblock import hub, storage
 from jaxblock.config import DataConfig
 from jaxblock.data import merges
 from jaxblock.data.pieces import SentencePieceTokenizer, train_model
@@ -204,7 +204,7 @@ def present(folder: storage.PathLike) -> bool:
 
 
 def load(path: storage.PathLike) -> Tokenizer:
-    """Reads a tokenizer: a SentencePiece .model, a tokenizer.json, or a folder that holds one.
+    """Reads a tokenizer: a SentencePiece .model, a tokenizer.json, or a folder (or hub name) that holds one.
 
     In a folder tokenizer.json comes first, then vocab.json with merges.txt (of a Qwen2 tokenizer, as Dream ships it), then
     a .model.
@@ -215,9 +215,9 @@ def load(path: storage.PathLike) -> Tokenizer:
     Raises:
         UserError: If there is none or it cannot be read.
     """
-    name = os.fspath(path)
-    target = storage.as_path(path)
-    with storage.explained("read the tokenizer", path):
+    name = hub.local(path)
+    target = storage.as_path(name)
+    with storage.explained("read the tokenizer", name):
         if target.is_dir():
             models = sorted(entry.name for entry in target.iterdir() if entry.name.endswith(".model"))
             names = ["tokenizer.json", "merges.txt", *models]

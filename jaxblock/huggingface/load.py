@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
-from functools import partial
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import Sharding, SingleDeviceSharding
+from jax.sharding import SingleDeviceSharding
 from jax.typing import DTypeLike
 
 from jaxblock import storage
 from jaxblock.errors import UserError
-from jaxblock.huggingface import shards
+from jaxblock.huggingface import fill, shards
+from jaxblock.huggingface.fill import stored_shape, tensor_names
 from jaxblock.huggingface.shards import Contents
 from jaxblock.models import families
+from jaxblock.models import int8 as quantisation
 from jaxblock.models.params import Architecture, ParamSpec, Table, flatten, nest
 from jaxblock.types import Params
-
-Bounds = tuple[tuple[int, int], ...]
 
 
 def architecture(folder: storage.PathLike) -> Architecture:
@@ -52,7 +49,12 @@ def architecture(folder: storage.PathLike) -> Architecture:
 
 
 def load(
-    folder: storage.PathLike, *, dtype: DTypeLike | None = None, shardings: Params | None = None
+    folder: storage.PathLike,
+    *,
+    dtype: DTypeLike | None = None,
+    shardings: Params | None = None,
+    arch: Architecture | None = None,
+    int8: bool = False,
 ) -> tuple[Architecture, Params]:
     """Reads a checkpoint. Nothing is executed, and every tensor is checked before the first is read.
 
@@ -63,34 +65,52 @@ def load(
         folder: a local folder with config.json and safetensors (one file, or shards with an index).
         dtype: cast to this type; None keeps each tensor's own.
         shardings: nested dict of shardings (``parallel.axes.param_shardings``); None puts all on one device.
+        arch: what the file is read as, None for what it says itself: special ids, an autoregressive file's alignment
+            and a longer vocabulary may differ (new rows of embedding and head are the mean of the file's).
+        int8: quantise the layers' matrices, each leaf as soon as it is filled; ``shardings`` are then those of
+            ``models.int8.table``.
 
     Returns:
-        (the architecture, parameters as its table describes them).
+        (the architecture, parameters as its table describes them, or ``models.int8.table``).
 
     Raises:
         UserError: not a checkpoint, a pickle, or tensors missing, extra, mis-shaped, of a type that we cannot keep, or
-            cut short: all of them named at once.
+            cut short: all of them named at once; or ``arch`` is of other sizes.
     """
-    arch = architecture(folder)
+    own = architecture(folder)
     path = Path(folder)
-    table = families.table(arch)
+    if arch is not None:
+        _check_same_network(path, own, arch)
     contents = shards.scan(path)
-    _check(path, arch, table, contents, dtype)
+    _check(path, own, families.table(own), contents, dtype)
+    wanted = own if arch is None else arch
     placed = flatten(shardings) if shardings is not None else {}
     default = SingleDeviceSharding(jax.local_devices()[0])
-    flat = {p: _leaf(spec, contents, dtype, placed.get(p) or default) for p, spec in table.items()}
-    return arch, nest(flat)
+    flat: dict[str, Array] = {}
+    for name, spec in families.table(wanted).items():
+        where = placed.get(name) or default
+        flat[name] = fill.leaf(spec, contents.stored, dtype, where)
+        if int8 and quantisation.quantised(spec):
+            scale = name + quantisation.SCALE
+            flat[name], flat[scale] = fill.quantised(flat.pop(name), where, placed.get(scale) or default)
+    return wanted, nest(flat)
 
 
-def tensor_names(spec: ParamSpec) -> list[str]:
-    """The checkpoint's names of a leaf's tensors: one per layer, or just one."""
-    return [spec.hf_name.format(layer=i) for i in range(spec.shape[0])] if spec.stacked else [spec.hf_name]
+_MAY_DIFFER = {"vocab_size", "mask_id", "eos_id", "pad_id", "end_ids", "init_std", "extra"}
 
 
-def stored_shape(spec: ParamSpec) -> tuple[int, ...]:
-    """The shape of one of a leaf's tensors as the checkpoint stores it."""
-    shape = spec.shape[1:] if spec.stacked else spec.shape
-    return shape[::-1] if spec.transpose else shape
+def _check_same_network(folder: Path, own: Architecture, wanted: Architecture) -> None:
+    """Raises UserError where a file cannot be read as another architecture."""
+    free = _MAY_DIFFER if "alignment" in families.FAMILIES[own.family].TRAITS else _MAY_DIFFER | {"alignment"}
+    pairs = [(f.name, getattr(own, f.name), getattr(wanted, f.name)) for f in fields(Architecture)]
+    differing = [f"{name} is {a}, not {b}" for name, a, b in pairs if name not in free and a != b]
+    if wanted.vocab_size < own.vocab_size:
+        differing.append(f"vocab_size is {own.vocab_size}, more than {wanted.vocab_size}")
+    if differing:
+        raise UserError(
+            f"{folder / 'config.json'}: this is another network than the one asked for: {'; '.join(differing)}. Give "
+            "the folder that it was started from"
+        )
 
 
 def _check(folder: Path, arch: Architecture, table: Table, contents: Contents, dtype: DTypeLike | None) -> None:
@@ -101,13 +121,13 @@ def _check(folder: Path, arch: Architecture, table: Table, contents: Contents, d
     if arch.tie_embeddings:
         extra, difference = _drop_tied_head(arch, table, contents, extra)
         problems += difference
-    problems += _listed("missing", [n for n in expected if n not in stored and n not in damaged])
-    problems += _listed("not expected", extra)
-    problems += _listed("damaged", [f"{name} ({why})" for name, why in damaged.items()])
+    problems += listed("missing", [n for n in expected if n not in stored and n not in damaged])
+    problems += listed("not expected", extra)
+    problems += listed("damaged", [f"{name} ({why})" for name, why in damaged.items()])
     shared = [(name, stored[name], spec) for name, spec in expected.items() if name in stored]
     wrong = [(n, s.shape, stored_shape(spec)) for n, s, spec in shared if s.shape != stored_shape(spec)]
-    problems += _listed("wrong shape", [f"{n} is {list(a)}, config.json asks for {list(b)}" for n, a, b in wrong])
-    problems += _listed("unsupported type", [f"{n} is {s.dtype}" for n, s, _ in shared if s.dtype not in shards.DTYPES])
+    problems += listed("wrong shape", [f"{n} is {list(a)}, config.json asks for {list(b)}" for n, a, b in wrong])
+    problems += listed("unsupported type", [f"{n} is {s.dtype}" for n, s, _ in shared if s.dtype not in shards.DTYPES])
     if dtype is None:
         problems += _unkeepable(table, contents)
     if problems:
@@ -116,7 +136,8 @@ def _check(folder: Path, arch: Architecture, table: Table, contents: Contents, d
         raise UserError(f"{lines}\nDownload the checkpoint again, or correct config.json")
 
 
-def _listed(what: str, items: Iterable[str]) -> list[str]:
+def listed(what: str, items: Iterable[str]) -> list[str]:
+    """One line that counts and names some things; no line where there are none."""
     items = list(items)
     return [f"{what} ({len(items)}): {', '.join(items)}"] if items else []
 
@@ -128,9 +149,9 @@ def _unkeepable(table: Table, contents: Contents) -> list[str]:
         types = {n: s.dtype for n in tensor_names(spec) if (s := contents.stored.get(n)) and s.dtype in shards.DTYPES}
         if len(set(types.values())) > 1:
             mixed = (f"{name} {dtype}" for name, dtype in types.items())
-            problems += _listed("layers of different types (set a type to cast to)", mixed)
+            problems += listed("layers of different types (set a type to cast to)", mixed)
         elif "F64" in types.values() and jax.dtypes.canonicalize_dtype(np.float64) != np.float64:
-            problems += _listed("float64 (set a type to cast to)", types)
+            problems += listed("float64 (set a type to cast to)", types)
     return problems
 
 
@@ -152,55 +173,6 @@ def _drop_tied_head(
     return [name for name in extra if name != head], [] if same else [problem]
 
 
-def _leaf(spec: ParamSpec, contents: Contents, dtype: DTypeLike | None, sharding: Sharding) -> Array:
-    """One leaf of the tree, each device's part read from the files by itself."""
-    names = tensor_names(spec)
-    target = np.dtype(dtype) if dtype is not None else shards.DTYPES[contents.stored[names[0]].dtype]
-    owners: dict[Bounds, list[jax.Device]] = {}
-    for device, index in sharding.addressable_devices_indices_map(spec.shape).items():
-        bounds = tuple(s.indices(size)[:2] for s, size in zip(index or (), spec.shape, strict=True))
-        owners.setdefault(bounds, []).append(device)
-    parts = []
-    for bounds, devices in owners.items():
-        parts += _parts(spec, names, contents, target, bounds, devices)
-    return jax.make_array_from_single_device_arrays(spec.shape, sharding, parts)
-
-
-def _parts(
-    spec: ParamSpec,
-    names: list[str],
-    contents: Contents,
-    dtype: np.dtype[Any],
-    bounds: Bounds,
-    devices: list[jax.Device],
-) -> list[Array]:
-    """The same part of a leaf on each of some devices: read once, sent to all."""
-    inner = bounds[1:] if spec.stacked else bounds
-    inner = inner[::-1] if spec.transpose else inner
-    if not spec.stacked:
-        host = shards.read(contents.stored[names[0]], names[0], inner)
-        return [_oriented(jax.device_put(host, d), spec.transpose, dtype).block_until_ready() for d in devices]
-    first, last = bounds[0]
-    parts = [jnp.zeros(tuple(stop - start for start, stop in bounds), dtype, device=d) for d in devices]
-    for layer in range(first, last):
-        host = shards.read(contents.stored[names[layer]], names[layer], inner)
-        sent = [jax.device_put(host, device) for device in devices]
-        parts = [_insert(p, x, layer - first, spec.transpose) for p, x in zip(parts, sent, strict=True)]
-        # Without the wait, transfers queue up and the host holds every layer that is still under way.
-        jax.block_until_ready(parts)
-    return parts
-
-
-@partial(jax.jit, static_argnames=("transpose", "dtype"))
-def _oriented(x: Array, transpose: bool, dtype: np.dtype[Any]) -> Array:
-    return (x.T if transpose else x).astype(dtype)
-
-
-@partial(jax.jit, static_argnames="transpose", donate_argnums=0)
-def _insert(stack: Array, x: Array, layer: Array | int, transpose: bool) -> Array:
-    return jax.lax.dynamic_update_index_in_dim(stack, _oriented(x, transpose, stack.dtype), layer, 0)
-
-
 def same_tree(params: Params, table: Mapping[str, ParamSpec]) -> list[str]:
     """What differs between a tree of arrays and the table: leaves missing, extra or mis-shaped.
 
@@ -212,7 +184,7 @@ def same_tree(params: Params, table: Mapping[str, ParamSpec]) -> list[str]:
         One line per difference.
     """
     flat = flatten(params)
-    problems = _listed("missing", [path for path in table if path not in flat])
-    problems += _listed("not expected", [path for path in flat if path not in table])
+    problems = listed("missing", [path for path in table if path not in flat])
+    problems += listed("not expected", [path for path in flat if path not in table])
     shared = [(path, flat[path].shape, spec.shape) for path, spec in table.items() if path in flat]
-    return problems + _listed("wrong shape", [f"{p} is {list(a)}, not {list(b)}" for p, a, b in shared if a != b])
+    return problems + listed("wrong shape", [f"{p} is {list(a)}, not {list(b)}" for p, a, b in shared if a != b])

@@ -81,7 +81,7 @@ def scan(folder: Path) -> Contents:
     promised = _read_index(folder)
     names = sorted(set(promised.values())) if promised else sorted(p.name for p in folder.glob("*.safetensors"))
     if not names:
-        raise _no_shards(folder)
+        raise _no_shards(folder, "*.safetensors file")
     contents = Contents()
     for name in names:
         _scan_file(folder / name, [t for t, file in promised.items() if file == name], contents)
@@ -106,13 +106,32 @@ def _read_index(folder: Path) -> dict[str, str]:
     return promised
 
 
-def _no_shards(folder: Path) -> UserError:
+def scan_file(path: Path) -> Contents:
+    """Lists one safetensors file's tensors; damage is collected, not raised.
+
+    Args:
+        path: a local file.
+
+    Returns:
+        Tensors, and all that is wrong.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    if not path.is_file():
+        raise _no_shards(path.parent, path.name)
+    contents = Contents()
+    _scan_file(path, [], contents)
+    return contents
+
+
+def _no_shards(folder: Path, wanted: str) -> UserError:
     pickles = sorted(p for p in folder.iterdir() if p.suffix in _PICKLES)
     if pickles:
         listed = ", ".join(p.name for p in pickles)
         advice = _CONVERT.format(name=pickles[0], stem=folder / pickles[0].stem)
         return UserError(f"{folder}: only pickled weights are here ({listed}), no safetensors. {advice}")
-    return UserError(f"{folder}: no *.safetensors file; give the folder that holds config.json and model.safetensors")
+    return UserError(f"{folder}: no {wanted}; give the folder that holds it beside its config")
 
 
 def _scan_file(path: Path, promised: list[str], contents: Contents) -> None:

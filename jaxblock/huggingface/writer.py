@@ -12,8 +12,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jax import Array
+from jax.typing import DTypeLike
 
+from jaxblock.errors import UserError
+from jaxblock.huggingface.fill import stored_shape, tensor_names
 from jaxblock.huggingface.shards import DTYPES
+from jaxblock.models.params import ParamSpec, Table
 
 
 class Pending(NamedTuple):
@@ -80,3 +85,46 @@ def write(path: Path, names: Iterable[str], tensors: Mapping[str, Pending]) -> N
             file.write(values.reshape(-1).view(np.uint8).data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def pending_tensors(table: Table, flat: Mapping[str, Any], dtype: DTypeLike | None) -> dict[str, Pending]:
+    """Every tensor of a table, in the order of the network: embedding, layer by layer, then what follows the layers.
+
+    Args:
+        table: the specs.
+        flat: arrays by path.
+        dtype: cast to this type; None keeps each tensor's own.
+
+    Returns:
+        Tensors by the checkpoint's names.
+
+    Raises:
+        UserError: one is of a type that safetensors' readers do not share, or spread over several processes.
+    """
+    n_layers = max((s.shape[0] for s in table.values() if s.stacked), default=0)
+    paths = list(table)
+    first_stacked = min((i for i, p in enumerate(paths) if table[p].stacked), default=len(paths))
+    order: list[tuple[str, int]] = [(p, 0) for p in paths[:first_stacked]]
+    order += [(p, layer) for layer in range(n_layers) for p in paths if table[p].stacked]
+    order += [(p, 0) for p in paths[first_stacked:] if not table[p].stacked]
+    tensors = {}
+    for path, layer in order:
+        spec, leaf = table[path], flat[path]
+        target = np.dtype(dtype if dtype is not None else leaf.dtype)
+        if target not in DTYPES.values():
+            raise UserError(f"parameter {path} is {target.name}; an export is float64, float32, float16 or bfloat16")
+        if isinstance(leaf, Array) and not leaf.is_fully_addressable:
+            raise UserError(
+                f"parameter {path} is spread over several processes; export from one: run `export` on the run folder"
+            )
+        tensors[tensor_names(spec)[layer]] = Pending(target, stored_shape(spec), _fetch(leaf, spec, layer, target))
+    return tensors
+
+
+def _fetch(leaf: Any, spec: ParamSpec, layer: int, dtype: np.dtype[Any]) -> Callable[[], np.ndarray]:
+    def fetch() -> np.ndarray:
+        one = leaf[layer] if spec.stacked else leaf
+        host = np.asarray(one).astype(dtype, copy=False)
+        return host.T if spec.transpose else host
+
+    return fetch

@@ -162,7 +162,7 @@ def test_companions_travel_and_weights_do_not(tmp_path: Path) -> None:
         "tokenizer.model",
     ]
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
-    assert generation == {"steps": 64, "eos_token_id": 1, "mask_token_id": 39, "pad_token_id": 2}
+    assert generation == {"steps": 64, "eos_token_id": [0, 1], "mask_token_id": 39, "pad_token_id": 2}
 
 
 def test_nothing_is_overwritten_and_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,75 @@
+"""The files that travel with weights: tokenizer, chat template, generation config, model code (copied, never run)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from jaxblock import storage
+from jaxblock.errors import UserError
+from jaxblock.models.params import Architecture
+
+GENERATION = "generation_config.json"
+
+_TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "template.jinja",
+    "chat_template.jinja",
+)
+_CODE = ("configuration_*.py", "modeling_*.py", "tokenization_*.py", "generation_*.py")
+
+
+def copy(source: storage.PathLike | None, target: Path, *, code: bool = True) -> None:
+    """Copies a tokenizer's files, its chat template and a checkpoint's model code.
+
+    Args:
+        source: the folder they are in; None copies nothing.
+        target: the folder that is being made.
+        code: copy Python files too. They are never run.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    if source is None:
+        return
+    folder = Path(source)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give the folder of the tokenizer's files")
+    for pattern in _TOKENIZER + (_CODE if code else ()):
+        for file in folder.glob(pattern):
+            shutil.copyfile(file, target / file.name)
+    # Readers of the checkpoint look for the chat template under this name.
+    if (target / "template.jinja").exists() and not (target / "chat_template.jinja").exists():
+        shutil.copyfile(target / "template.jinja", target / "chat_template.jinja")
+
+
+def generation_config(source: storage.PathLike | None, arch: Architecture) -> dict[str, Any]:
+    """What generation_config.json is to say: what the origin's says, and what it leaves unsaid.
+
+    Args:
+        source: the folder of the origin's; None for none.
+        arch: special ids. Its end of sequence ends a response whatever the origin says, and its mask is the mask.
+
+    Returns:
+        The dict to write.
+    """
+    origin: dict[str, Any] = {}
+    if source is not None and (Path(source) / GENERATION).exists():
+        origin = dict(storage.read_json(Path(source) / GENERATION))
+    bos = json.loads(dict(arch.extra).get("bos_token_id", "null"))
+    known = {"bos_token_id": bos, "pad_token_id": arch.pad_id, **origin, "mask_token_id": arch.mask_id}
+    ends = origin.get("eos_token_id")
+    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    ends = ends or [arch.eos_id, *arch.end_ids]
+    ends = ends if arch.eos_id in ends else [*ends, arch.eos_id]
+    known["eos_token_id"] = ends[0] if len(ends) == 1 else ends
+    return {name: value for name, value in known.items() if value is not None or name in origin}

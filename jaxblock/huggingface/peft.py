@@ -1,0 +1,233 @@
+"""Adapters in PEFT's format, in and out: ``adapter_config.json`` and ``adapter_model.safetensors``."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+from jax.typing import DTypeLike
+
+from jaxblock import storage
+from jaxblock.errors import UserError
+from jaxblock.huggingface import companions as beside
+from jaxblock.huggingface import fill, shards, writer
+from jaxblock.huggingface.load import listed, same_tree
+from jaxblock.huggingface.shards import Contents
+from jaxblock.models import families
+from jaxblock.models import lora as adaptation
+from jaxblock.models.lora import Lora
+from jaxblock.models.params import Architecture, Table, flatten, nest
+from jaxblock.types import Params
+
+CONFIG = "adapter_config.json"
+"""The file that says an exported folder is whole."""
+
+WEIGHTS = "adapter_model.safetensors"
+
+# What PEFT can do to a branch and we do not: an adapter that says otherwise would load and be wrong.
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "alpha_pattern": ({}, None),
+    "arrow_config": (None,),
+    "bias": ("none", None),
+    "fan_in_fan_out": (False, None),
+    "layer_replication": (None,),
+    "lora_bias": (False, None),
+    "modules_to_save": (None, []),
+    "rank_pattern": ({}, None),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None,),
+    "use_bdlora": (False, None),
+    "use_dora": (False, None),
+    "use_qalora": (False, None),
+    "use_rslora": (False, None),
+}
+
+
+def save_adapter(
+    folder: storage.PathLike,
+    arch: Architecture,
+    lora: Lora,
+    adapters: Params,
+    *,
+    base: str | None,
+    dtype: DTypeLike | None = None,
+    companions: storage.PathLike | None = None,
+) -> None:
+    """Writes adapters so that ``peft`` loads them onto their base. The folder appears whole or not at all.
+
+    Args:
+        folder: what to make; it must not exist (or be empty).
+        arch: the base's.
+        lora: what is adapted.
+        adapters: as ``models.lora.table`` describes them.
+        base: the base's folder or hub name, for ``base_model_name_or_path``.
+        dtype: cast to this type; None keeps float32.
+        companions: a folder whose tokenizer files are copied; None for none.
+
+    Raises:
+        UserError: the folder exists or cannot be written, the adapters are not those of the architecture, or the base's
+            vocabulary was extended, which an adapter cannot carry.
+    """
+    table = adaptation.table(families.table(arch), lora)
+    problems = same_tree(adapters, table)
+    if problems:
+        raise UserError(
+            f"cannot export to {folder}: these are not the adapters that were described: {'; '.join(problems)}"
+        )
+    rows = json.loads(dict(arch.extra).get("vocab_size", "null"))
+    if rows is not None and rows < arch.vocab_size:
+        raise UserError(
+            f"cannot export adapters alone to {folder}: the vocabulary grew from {rows} to {arch.vocab_size} rows for the "
+            "mask token, and the base that PEFT would load has no such rows: export the merged network"
+        )
+    pending = writer.pending_tensors(table, flatten(adapters), dtype)
+    storage.check_vacant(folder, marker=CONFIG)
+    with storage.new_folder(folder, marker=CONFIG) as scratch:
+        beside.copy(companions, scratch, code=False)
+        writer.write(scratch / WEIGHTS, pending, pending)
+        storage.write_json(scratch / CONFIG, _config(arch, lora, base))
+
+
+def _config(arch: Architecture, lora: Lora, base: str | None) -> dict[str, Any]:
+    autoregressive = "alignment" not in families.FAMILIES[arch.family].TRAITS
+    return {
+        "base_model_name_or_path": base,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
+        "lora_dropout": lora.dropout,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": lora.rank,
+        "target_modules": target_modules(families.table(arch), lora),
+        # PEFT's wrapper of this type asks the base for methods that the diffusion families' code may lack.
+        "task_type": "CAUSAL_LM" if autoregressive else None,
+        "use_dora": False,
+        "use_rslora": False,
+    }
+
+
+def target_modules(table: Table, lora: Lora) -> list[str] | str:
+    """The adapted modules as PEFT finds them.
+
+    PEFT matches plain names by the last component, so LLaDA's ``ff_out`` would adapt the head too: where a plain name
+    means more than is adapted, a regular expression of whole names is given.
+
+    Args:
+        table: the base's specs.
+        lora: what is adapted.
+
+    Returns:
+        Plain names, or one regular expression.
+    """
+    modules = {path: _module(spec.hf_name) for path, spec in table.items()}
+    short = {path: name.rsplit(".", 1)[-1] for path, name in modules.items()}
+    wanted = list(dict.fromkeys(short[path] for path in lora.targets))
+    if not any(short[path] in wanted for path, spec in table.items() if spec.is_matrix and path not in lora.targets):
+        return wanted
+    whole = (re.escape(modules[path]).replace(re.escape("{layer}"), r"\d+") for path in lora.targets)
+    return f"(?:{'|'.join(whole)})"
+
+
+def _module(hf_name: str) -> str:
+    return hf_name.removesuffix(".weight").removesuffix(".bias")
+
+
+def is_adapter(folder: storage.PathLike) -> bool:
+    """Whether a folder holds adapters in PEFT's format."""
+    return not storage.is_remote(folder) and (Path(folder) / CONFIG).is_file()
+
+
+def base_of(folder: storage.PathLike) -> str:
+    """The folder or hub name of the base that adapters say they belong to.
+
+    Raises:
+        UserError: they do not say.
+    """
+    config = storage.read_json(Path(folder) / CONFIG)
+    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    if not isinstance(base, str) or not base:
+        raise UserError(f"{Path(folder) / CONFIG}: no base_model_name_or_path: say where the base is (`base`)")
+    return base
+
+
+def load_adapter(folder: storage.PathLike, arch: Architecture) -> tuple[Lora, Params]:
+    """Reads adapters that ``save_adapter`` or PEFT wrote.
+
+    Args:
+        folder: a local folder.
+        arch: the base's.
+
+    Returns:
+        (what is adapted, the adapters in float32, as ``models.lora.table`` describes them).
+
+    Raises:
+        UserError: no adapters are there, they are of a kind that the network does not do, or their tensors are not
+            this base's: all of them named at once.
+    """
+    path = Path(folder)
+    if not (path / CONFIG).is_file():
+        raise UserError(f"{path}: no {CONFIG}, so these are no PEFT adapters; give the folder that holds it")
+    config = storage.read_json(path / CONFIG)
+    _check_kind(path / CONFIG, config)
+    contents = shards.scan_file(path / WEIGHTS)
+    base = families.table(arch)
+    lora = Lora(config.get("r", 8), float(config.get("lora_alpha", 8)), float(config.get("lora_dropout") or 0), ())
+    lora = replace(lora, targets=_targets(lora, base, contents))
+    table = adaptation.table(base, lora)
+    _check_tensors(path, arch, table, contents)
+    where = SingleDeviceSharding(jax.local_devices()[0])
+    return lora, nest({name: fill.leaf(spec, contents.stored, np.float32, where) for name, spec in table.items()})
+
+
+def _check_kind(where: Path, config: Any) -> None:
+    """Raises UserError where a config asks for more than low-rank branches of one rank."""
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        found = config.get("peft_type") if isinstance(config, dict) else None
+        raise UserError(f"{where}: peft_type is {found!r}; only LORA adapters are supported")
+    wrong = [f"{name} is {config[name]!r}" for name, allowed in _FIXED.items() if config.get(name) not in allowed]
+    if wrong:
+        raise UserError(
+            f"{where}: {'; '.join(wrong)}: not supported. Merge the adapters into their base with PEFT "
+            "(merge_and_unload), save that, and load it"
+        )
+    rank = config.get("r", 8)
+    if not isinstance(rank, int) or rank < 1:
+        raise UserError(f"{where}: r is {rank!r}; it must be a whole number above 0")
+
+
+def _targets(lora: Lora, base: Table, contents: Contents) -> tuple[str, ...]:
+    """The matrices that the file has tensors for."""
+    found = contents.stored.keys() | contents.damaged.keys()
+    matrices = tuple(path for path, spec in base.items() if spec.stacked and spec.is_matrix)
+    pairs = adaptation.table(base, replace(lora, targets=matrices))
+    adapted = {path.rsplit("/", 1)[0] for path, spec in pairs.items() if found & set(fill.tensor_names(spec))}
+    return tuple(path for path in matrices if path in adapted)
+
+
+def _check_tensors(folder: Path, arch: Architecture, table: Table, contents: Contents) -> None:
+    """Raises UserError where the tensors are not those of this base's adapters; all that is wrong is named."""
+    expected = {name: fill.stored_shape(spec) for spec in table.values() for name in fill.tensor_names(spec)}
+    stored, damaged = contents.stored, contents.damaged
+    problems = list(contents.notes)
+    problems += listed("missing", [name for name in expected if name not in stored and name not in damaged])
+    problems += listed("not of this base", [name for name in stored if name not in expected])
+    problems += listed("damaged", [f"{name} ({why})" for name, why in damaged.items()])
+    shared = [(name, stored[name].shape, shape) for name, shape in expected.items() if name in stored]
+    problems += listed("wrong shape", [f"{n} is {list(a)}, not {list(b)}" for n, a, b in shared if a != b])
+    odd = [f"{name} is {stored[name].dtype}" for name in expected if name in stored]
+    problems += listed("unsupported type", [text for text in odd if text.rsplit(" ", 1)[-1] not in shards.DTYPES])
+    if not expected:
+        problems.append("no matrix is adapted")
+    if problems:
+        sizes = f"{arch.family}, {arch.n_layers} layers, width {arch.d_model}"
+        lines = "\n  ".join([f"{folder}: these adapters do not fit their base ({sizes}):", *problems])
+        raise UserError(f"{lines}\nGive the base that they were trained on, or download the adapters again")
