@@ -1,0 +1,77 @@
+"""A file read as something else than it says: a mask token added, an int8 base, on any mesh."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxblock.errors import UserError
+from jaxblock.huggingface.load import architecture, load
+from jaxblock.huggingface.save import save
+from jaxblock.models import families, int8
+from jaxblock.parallel.axes import make_mesh, param_shardings
+
+MESHES: list[Any] = [None, (1, 4, 2), (4, 2, 1)]
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("tied", [False, True])
+def test_new_rows_are_the_mean_of_the_old(small: Any, tmp_path: Path, mesh: Any, tied: bool) -> None:
+    arch, params = small("llama", jnp.bfloat16, mask_id=None, tie_embeddings=tied)
+    save(tmp_path / "out", arch, params)
+    wanted = families.with_mask(architecture(tmp_path / "out"), 40, "same_position")
+    assert (wanted.vocab_size, wanted.mask_id, wanted.alignment) == (64, 40, "same_position")
+    shardings = None if mesh is None else param_shardings(make_mesh(*mesh), families.table(wanted))
+    found, loaded = load(tmp_path / "out", arch=wanted, shardings=shardings)
+    assert found == wanted
+    for name, axis in {"embed": 0, "head": 1}.items() if not tied else [("embed", 0)]:
+        old, new = np.asarray(params[name], np.float32), np.asarray(loaded[name], np.float32)
+        np.testing.assert_array_equal(np.take(new, np.arange(40), axis), old)
+        mean = np.broadcast_to(np.expand_dims(old.mean(axis), axis), np.take(new, np.arange(24), axis).shape)
+        np.testing.assert_allclose(np.take(new, np.arange(40, 64), axis), mean, rtol=2**-8)
+        assert loaded[name].dtype == jnp.bfloat16 and (shardings is None or loaded[name].sharding == shardings[name])
+    # What grew is written, and read again as it is.
+    save(tmp_path / "again", wanted, loaded)
+    arch_again, again = load(tmp_path / "again")
+    assert (arch_again.vocab_size, arch_again.mask_id, arch_again.alignment) == (64, 40, "same_position")
+    jax.tree.map(np.testing.assert_array_equal, again, loaded)
+
+
+def test_other_sizes_are_named(small: Any, tmp_path: Path) -> None:
+    arch, params = small("llada")
+    save(tmp_path / "out", arch, params)
+    wrong = dataclasses.replace(arch, d_model=32, alignment="shifted", vocab_size=24, rope_theta=5e5, eos_id=3)
+    with pytest.raises(UserError) as caught:
+        load(tmp_path / "out", arch=wrong)
+    for text in ("d_model is 16, not 32", "alignment is same_position, not shifted", "vocab_size is 40, more than 24"):
+        assert text in str(caught.value)
+    assert "rope_theta" in str(caught.value) and "eos_id" not in str(caught.value)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_an_int8_base_is_what_quantise_makes_of_each_leaf(small: Any, tmp_path: Path, mesh: Any) -> None:
+    arch, params = small("dream", jnp.bfloat16)
+    save(tmp_path / "out", arch, params)
+    table = int8.table(families.table(arch))
+    shardings = None if mesh is None else param_shardings(make_mesh(*mesh), table)
+    _, loaded = load(tmp_path / "out", int8=True, shardings=shardings)
+    plain = params["blocks"]
+    assert loaded["blocks"].keys() == {p.removeprefix("blocks/") for p in table if p.startswith("blocks/")}
+    for name, leaf in loaded["blocks"].items():
+        if shardings is not None:
+            assert leaf.sharding == shardings["blocks"][name]
+        if leaf.dtype != jnp.int8:
+            continue
+        numbers, scale = np.asarray(leaf, np.float32), np.asarray(loaded["blocks"][name + int8.SCALE])
+        assert scale.dtype == np.float32 and np.abs(numbers).max() == 127
+        error = np.abs(numbers * scale[:, None] - np.asarray(plain[name], np.float32))
+        assert (error <= scale[:, None] * 0.51).all()
+    np.testing.assert_array_equal(loaded["embed"], params["embed"])
+    with pytest.raises(UserError, match=r"int8 base is a rounded copy \(blocks/q.*without int8"):
+        save(tmp_path / "again", arch, loaded)
