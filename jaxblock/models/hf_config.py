@@ -115,18 +115,21 @@ class Fields:
         """How rotary frequencies are stretched, under ``rope_scaling`` or ``rope_parameters``.
 
         Raises:
-            UserError: a kind that the network does not do.
+            UserError: a kind that the network does not do, or one that lacks its numbers.
         """
         scaling = self.get("rope_scaling") or self.get("rope_parameters", {})
-        kind = scaling.get("rope_type") or scaling.get("type") or "default"
-        if kind == "default":
-            return None
-        if kind == "linear":
-            return RopeScaling("linear", float(scaling["factor"]))
-        if kind == "llama3":
-            low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
-            original = int(scaling["original_max_position_embeddings"])
-            return RopeScaling("llama3", float(scaling["factor"]), low, high, original)
+        try:
+            kind = scaling.get("rope_type") or scaling.get("type") or "default"
+            if kind == "default":
+                return None
+            if kind == "linear":
+                return RopeScaling("linear", float(scaling["factor"]))
+            if kind == "llama3":
+                low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
+                original = int(scaling["original_max_position_embeddings"])
+                return RopeScaling("llama3", float(scaling["factor"]), low, high, original)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise self.refuse(f"rope_scaling cannot be read: {scaling!r} ({type(error).__name__}: {error})") from error
         raise self.refuse(f"rope_scaling of type {kind!r} is not supported (only default, linear and llama3 are)")
 
     def kept(self) -> tuple[tuple[str, str], ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,10 @@ CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "cut in the header": (resize(-(10**9)), "not a whole safetensors file"),
     "too long": (resize(8), "not a whole safetensors file"),
+    "mask id outside": (config(mask_token_id=24), r"config\.json: mask_token_id is 24, outside the vocabulary of 24"),
+    "mask id no id": (config(mask_token_id="<mask>"), "mask_token_id is '<mask>'; it must be a token's id"),
+    "no mask id": (config(mask_token_id=None), "mask_token_id.*missing"),
+    "end outside": (config(eos_token_id=[1, 99]), "eos_token_id is 99, outside"),
     "no safetensors": (lambda f: (f / "model.safetensors").unlink(), r"no \*\.safetensors file"),
     "pickle": (pickled, r"pytorch_model\.bin.*never unpickles.*save_file"),
 }
@@ -142,6 +147,28 @@ def test_single_file(folder: Path, case: str) -> None:
     with pytest.raises(UserError, match="(?m)" + message) as caught:
         load(folder)
     assert str(folder) in str(caught.value)
+
+
+def test_code_in_a_checkpoint_is_carried_and_never_run(folder: Path, tmp_path: Path) -> None:
+    """config.json's auto_map names code that lies in the folder, as the published checkpoints' do."""
+    for name in ("modeling_llada.py", "configuration_llada.py", "tokenization_llada.py", "__init__.py", "setup.py"):
+        (folder / name).write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    config(auto_map={"AutoConfig": "configuration_llada.LLaDAConfig", "AutoModel": "modeling_llada.LLaDAModelLM"})(
+        folder
+    )
+    arch, params = load(folder)
+    save(tmp_path / "again", arch, params, tokenizer=folder)
+    load(tmp_path / "again")
+    assert (tmp_path / "again" / "modeling_llada.py").read_text() == (folder / "modeling_llada.py").read_text()
+    assert not (tmp_path / "again" / "setup.py").exists()
+    assert not (tmp_path / "ran").exists() and not any("llada" in name and "models" not in name for name in sys.modules)
+
+
+def test_adapters_are_not_exported_as_a_checkpoint(tmp_path: Path) -> None:
+    params = init(families.table(ARCH), 0, jnp.float32)
+    with pytest.raises(UserError, match=r"hold LoRA adapters.*merge them first \(jaxblock\.models\.lora\.merge\)"):
+        save(tmp_path / "out", ARCH, {**params, "lora": {"blocks": {}}})
+    assert not (tmp_path / "out").exists()
 
 
 def test_no_folder(tmp_path: Path) -> None:

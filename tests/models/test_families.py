@@ -1,0 +1,151 @@
+"""What each family reads from config.json, and what an autoregressive start becomes with a mask token."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from jaxblock.errors import UserError
+from jaxblock.models import families
+from jaxblock.models.params import Architecture, RopeScaling, count
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 100,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 24,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 64,
+    "eos_token_id": 2,
+    "rope_theta": 5e5,
+    "bos_token_id": 1,
+}
+STRETCH = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+
+def read(**changes: Any) -> Architecture:
+    return families.from_hf(LLAMA | changes, "config.json")
+
+
+def test_an_autoregressive_start_has_no_mask_and_predicts_the_next_token() -> None:
+    arch = read()
+    assert (arch.mask_id, arch.alignment, arch.head_dim, arch.pad_id) == (None, "shifted", 4, 2)
+    with pytest.raises(UserError, match="autoregressive.*mask_id"):
+        arch.need_mask_id()
+
+
+@pytest.mark.parametrize(
+    "mask, rows", [(0, 100), (99, 100), (100, 128), (127, 128), (128, 192), (163, 192)], ids=lambda value: str(value)
+)
+def test_the_vocabulary_grows_only_for_a_mask_beyond_it(mask: int, rows: int) -> None:
+    arch = families.with_mask(read(), mask)
+    assert (arch.mask_id, arch.vocab_size, arch.alignment) == (mask, rows, "shifted")
+    assert families.with_mask(read(), mask, "same_position").alignment == "same_position"
+
+
+@pytest.mark.parametrize(
+    "arch, arguments, message",
+    [
+        (read(), (164,), "164 is outside the vocabulary of 100: .*or 100 to add one"),
+        (read(), (-1,), "-1 is outside"),
+        (read(eos_token_id=[2, 7]), (7,), "7 is the token that ends a response"),
+        (read(mask_token_id=9), (8,), "is to be 8, but this llama network was trained with 9"),
+        (read(model_type="Dream", mask_token_id=9), (9, "same_position"), "a dream network's logits are shifted"),
+    ],
+)
+def test_a_mask_that_cannot_be_is_refused(arch: Architecture, arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        families.with_mask(arch, *arguments)
+
+
+def test_a_diffusion_family_keeps_what_it_has() -> None:
+    arch = read(model_type="Dream", mask_token_id=9)
+    assert families.with_mask(arch, 9, "shifted") == arch == families.with_mask(arch, 9)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
+def test_what_makes_it_a_diffusion_model_is_written_and_read_again(model_type: str) -> None:
+    arch = families.with_mask(read(model_type=model_type), 100, "same_position")
+    written = json.loads(json.dumps(families.to_hf(arch, "bfloat16")))
+    again = families.from_hf(written, "config.json")
+    assert (again.mask_id, again.alignment, again.vocab_size) == (100, "same_position", 128)
+    assert written["torch_dtype"] == "bfloat16" and written["bos_token_id"] == 1
+    # Without a mask token nothing of ours is in the file: it is an ordinary autoregressive checkpoint.
+    plain = families.to_hf(read(model_type=model_type), "bfloat16")
+    assert not {"mask_token_id", "logit_alignment"} & plain.keys()
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["top level", "rope_parameters"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "Dream"])
+def test_both_spellings_of_the_rotary_base(model_type: str, nested: bool) -> None:
+    changes: dict[str, Any] = {"model_type": model_type, "mask_token_id": 9}
+    if nested:
+        changes |= {"rope_theta": None, "rope_parameters": {"rope_theta": 7e4, "rope_type": "default"}}
+    arch = read(**changes)
+    assert arch.rope_theta == (7e4 if nested else 5e5) and arch.rope_scaling is None
+    assert families.from_hf(families.to_hf(arch, "float32"), "").rope_theta == arch.rope_theta
+
+
+def test_both_spellings_of_a_stretched_rotary_base() -> None:
+    want = RopeScaling("llama3", 8.0, 1.0, 4.0, 32)
+    old = read(rope_scaling={"rope_type": "llama3", **STRETCH})
+    new = read(rope_theta=None, rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, **STRETCH})
+    assert old.rope_scaling == new.rope_scaling == want and old.rope_theta == new.rope_theta
+    for arch in (old, new):
+        assert families.from_hf(families.to_hf(arch, "float32"), "").rope_scaling == want
+    assert read(rope_scaling={"type": "linear", "factor": 2}).rope_scaling == RopeScaling("linear", 2.0)
+    with pytest.raises(UserError, match="'yarn' is not supported"):
+        read(rope_scaling={"rope_type": "yarn", "factor": 4.0})
+
+
+def test_ends_are_a_token_or_a_list() -> None:
+    arch = read(eos_token_id=[2, 7, 9], pad_token_id=0)
+    assert (arch.eos_id, arch.end_ids, arch.pad_id) == (2, (7, 9), 0)
+    assert families.to_hf(arch, "float32")["eos_token_id"] == [2, 7, 9]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"mlp_bias": True}, "mlp_bias is True"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; this reader supports 'silu' only"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "full attention only"),
+        ({"logit_alignment": "twice"}, "logit_alignment is 'twice'"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling cannot be read: .*'factor'"),
+        ({"eos_token_id": None}, "eos_token_id is missing"),
+        ({"hidden_size": None}, "'hidden_size' is missing"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({"model_type": "Dream"}, "'mask_token_id' is missing"),
+        ({"model_type": "gpt2"}, "'gpt2'; known types: Dream, llada, llama, qwen2, qwen3"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
+)
+def test_what_would_load_and_be_wrong_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read(**changes)
+
+
+def test_real_sizes_have_their_published_number_of_parameters() -> None:
+    """Dream-v0 7B (Qwen2.5-7B's body), and Qwen3-0.6B, whose heads are wider than its stream."""
+    dream = read(
+        model_type="Dream", vocab_size=152064, hidden_size=3584, num_hidden_layers=28, num_attention_heads=28,
+        num_key_value_heads=4, intermediate_size=18944, mask_token_id=151666, eos_token_id=151643,
+    )  # fmt: skip
+    assert count(families.table(dream)) == 7_615_616_512
+    qwen3 = read(
+        model_type="qwen3", vocab_size=151936, hidden_size=1024, num_hidden_layers=28, num_attention_heads=16,
+        num_key_value_heads=8, head_dim=128, intermediate_size=3072, tie_word_embeddings=True,
+    )  # fmt: skip
+    assert count(families.table(qwen3)) == 596_049_920
