@@ -113,6 +113,8 @@ class CanvasConfig:
     """B: response positions of a block."""
     context: Context = "aligned"
     """What surrounds the active block in training: the decoder's own view, or the published training script's."""
+    total_len: int | None = None
+    """`paper` context: canvas positions of prompt and response together, filled to the end; None for the sum of both."""
     suffix_window: int | None = None
     """Ablation: visible positions after the active block, in training and decoding alike; None for all."""
 
@@ -296,7 +298,7 @@ class EvaluateConfig:
     """Which prepared records to score."""
     problems: int | None = None
     """Score only the first so many; None for all."""
-    grader: Literal["gsm8k_strict", "gsm8k_flexible", "exact"] = "gsm8k_strict"
+    grader: Literal["gsm8k_strict", "gsm8k_flexible", "math_boxed", "exact"] = "gsm8k_strict"
     """How an answer is read off a response (named with every number)."""
     nelbo: bool = True
     """Also estimate the NELBO."""

@@ -13,7 +13,7 @@ from jaxblock.errors import UserError
 
 HUB = "hf:"
 _HUB_NAME = re.compile(
-    r"hf:(?P<name>[^@:#]+)(@(?P<revision>[^@:#]+))?(:(?P<config>[^@:#]+))?(#(?P<split>[^@:#]+))?", re.ASCII
+    r"hf:(?P<name>[^@:#]+)(@(?P<revision>[^@:#]+))?(:(?P<config>[^@:#]+))?(#(?P<split>[^#]+))?", re.ASCII
 )
 _BLANK = re.compile(r"[ \t\r\n]*")
 

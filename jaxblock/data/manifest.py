@@ -18,7 +18,7 @@ from jaxblock.errors import UserError
 FILE = "manifest.json"
 FORMAT = 1
 _ELSEWHERE = ("prepared", "overwrite")  # fields that do not change what is prepared
-_SEEN_LATER = ("context", "suffix_window")  # what training shows of the same records
+_SEEN_LATER = ("context", "suffix_window", "total_len")  # what training shows of the same records
 
 
 @dataclass(frozen=True)

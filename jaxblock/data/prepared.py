@@ -81,6 +81,6 @@ def encoder_of(folder: storage.PathLike, tokenizer: Tokenizer, mask_id: int | No
         return None
     found = templates.find("tokenizer", tokenizer_template=source)
     config = DataConfig(tokenizer=os.fspath(folder))
-    name = "template.jinja" if own.exists() else "tokenizer"
+    name = "tokenizer" if source == tokenizer.settings.get("chat_template") else "template.jinja"
     template, ids = special.assemble(tokenizer, name, found, config, {"mask": mask_id, "eos": eos_id})
     return Encoder(tokenizer, template, ids, config)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from jaxblock.errors import UserError
+from jaxblock.evaluation import boxed
 
 _STRICT = re.compile(r"#### (-?[0-9.,]+)")
 _NUMBER = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
@@ -100,7 +101,29 @@ def exact(response: str, reference: str) -> Graded:
     return Graded(given == expected, given or None, expected)
 
 
-GRADERS: dict[str, Grader] = {"gsm8k_strict": gsm8k_strict, "gsm8k_flexible": gsm8k_flexible, "exact": exact}
+def math_boxed(response: str, reference: str) -> Graded:
+    r"""What stands in the last ``\boxed{}``, else behind the last "answer is"; compared as normalised text.
+
+    The extraction is OpenCompass's for MATH in zero-shot; the normalisation is our own (``boxed.normalise``).
+
+    Args:
+        response: decoded text, cut at its first stop token.
+        reference: a solution with its ``\boxed{}``, or the bare answer.
+
+    Returns:
+        The grade; ``extracted`` is None when the response gives no answer in either way.
+    """
+    extracted, given = boxed.answer(response), boxed.answer(reference)
+    expected = boxed.normalise(reference if given is None else given)
+    return Graded(extracted is not None and boxed.normalise(extracted) == expected, extracted, expected)
+
+
+GRADERS: dict[str, Grader] = {
+    "gsm8k_strict": gsm8k_strict,
+    "gsm8k_flexible": gsm8k_flexible,
+    "math_boxed": math_boxed,
+    "exact": exact,
+}
 """Graders by the name that is printed with every number."""
 
 

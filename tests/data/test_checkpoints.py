@@ -87,6 +87,28 @@ def test_llada_s_own_template_and_special_tokens(tmp_path: pathlib.Path, tokeniz
     ]
 
 
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_every_turn_is_asked_with_all_that_was_said_before_it(
+    tmp_path: pathlib.Path, tokenizer_folder: Callable[..., str], dream_folder: pathlib.Path, family: str
+) -> None:
+    folder = tokenizer_folder() if family == "llada" else str(dream_folder)
+    said = ["one?", "1", "two?", "2, surely", "three?", "3"]
+    turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
+    opened = _prepare(tmp_path, [{"messages": turns}], tokenizer=folder, turns="all")
+    rows = list(opened.records("train"))
+    assert [row.source for row in rows] == ["train.jsonl:1#1", "train.jsonl:1#2", "train.jsonl:1#3"]
+    assert opened.manifest.inputs["train"]["conversations"] == 1 and opened.manifest.splits["train"]["kept"] == 3
+    end = "<|eot_id|>" if family == "llada" else "<|im_end|>"
+    assert [_shown(opened, row.response_ids) for row in rows] == [f"{text}{end}" for text in said[1::2]]
+    for at, row in enumerate(rows):
+        asked = _shown(opened, row.prompt_ids)
+        assert [text for text in said if text in asked] == said[: 2 * at + 1]
+        if at:
+            before = rows[at - 1]
+            earlier = [*before.prompt_ids.tolist(), *before.response_ids.tolist()]
+            assert row.prompt_ids.tolist()[: len(earlier)] == earlier
+
+
 def test_dream_s_files_template_and_special_tokens(tmp_path: pathlib.Path, dream_folder: pathlib.Path) -> None:
     opened = _prepare(tmp_path, ROWS, tokenizer=str(dream_folder))
     (record,) = opened.records("train")

@@ -165,6 +165,26 @@ def test_a_block_that_does_not_divide_the_canvas(canvas: dict[str, int], complai
         lengths.check_canvas(CanvasConfig(**canvas))
 
 
+def test_training_rules_hold_for_validation_taken_from_training_alone(tmp_path: pathlib.Path, jsonl: Jsonl) -> None:
+    rows = [("a " * (1 + n % 4), "b") for n in range(24)]  # 2 to 5 tokens, and two ends of a turn
+    config = _long_config(tmp_path, jsonl, "error")
+    data = {"train": jsonl("some.jsonl", rows), "max_total_len": 6, "validation_records": 8}
+    made = prepare.prepare(dataclasses.replace(config, data=dataclasses.replace(config.data, **data)))
+    for split in ("train", "validation"):
+        report = made.splits[split]
+        assert report["tokens"]["total"]["max"] == 6 and report["dropped"]["longer than data.max_total_len"] > 0
+    assert (
+        sum(report["kept"] + report["dropped"]["longer than data.max_total_len"] for report in made.splits.values())
+        == 24
+    )
+
+    given = {"validation": jsonl("validation.jsonl", rows[:4]), "max_records": 5, "overwrite": True}
+    made = prepare.prepare(dataclasses.replace(config, data=dataclasses.replace(config.data, **data, **given)))
+    assert made.splits["validation"]["dropped"] == {} and made.splits["validation"]["kept"] == 4
+    assert made.splits["train"]["kept"] == 5
+    assert made.splits["train"]["dropped"] == {"longer than data.max_total_len": 1, "beyond data.max_records": 18}
+
+
 def test_bad_records_stop_it_before_anything_is_written(tmp_path: pathlib.Path, jsonl: Jsonl) -> None:
     train = jsonl("train.jsonl", [("q", "a"), ("the <|mdm_mask|> token", "a")])
     with pytest.raises(UserError, match=r"train\.jsonl:2: the user's text contains the special token '<\|mdm_mask\|>'"):

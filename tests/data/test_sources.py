@@ -89,6 +89,44 @@ def test_what_is_accepted(tmp_path: pathlib.Path) -> None:
     assert len(second.messages) == 5
 
 
+TALK = [("system", "s"), ("assistant", "hello"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+
+
+def test_every_turn_is_a_row_that_ends_there(tmp_path: pathlib.Path) -> None:
+    content = _chat(*TALK) + b"\n" + GOOD
+    last, _ = _read(tmp_path, content)
+    *turns, pair = _read(tmp_path, content, turns="all")
+    assert [(row.response, row.source, len(row.messages)) for row in turns] == [
+        ("b", "some.jsonl:1#2", 4),  # the greeting, #1, answers nothing
+        ("d", "some.jsonl:1#3", 6),
+    ]
+    assert [row.prompt for row in turns] == ["assistant: hello\nuser: a", last.prompt]
+    assert (last.source, last.messages, last.response) == ("some.jsonl:1", turns[1].messages, "d")
+    assert {row.conversation for row in turns} == {last.where} != {pair.conversation}
+    assert turns[1].where.endswith("some.jsonl:1, assistant turn 3")
+    assert pair.source == "some.jsonl:2"
+
+
+def test_a_conversation_is_never_split(tmp_path: pathlib.Path) -> None:
+    def chat(n: int) -> bytes:
+        turns = [(role, f"{n} {k} {role}") for k in range(1 + n % 3) for role in ("user", "assistant")]
+        return _chat(*turns) + b"\n"
+
+    path = tmp_path / "chats.jsonl"
+    path.write_bytes(b"".join(chat(n) for n in range(30)))
+    for seed in range(3):
+        settings = {"train": str(path), "test": None, "validation_records": 7, "turns": "all", "seed": seed}
+        loaded = splits.load(_config(**settings))
+        sides = [{example.conversation for example in loaded.examples[split]} for split in ("train", "validation")]
+        assert len(sides[1]) == 7 and len(sides[0]) == 23 and not sides[0] & sides[1]
+        assert sum(len(some) for some in loaded.examples.values()) == 60
+        for split, side in zip(("train", "validation"), sides, strict=True):
+            entry = loaded.inputs[split]
+            assert (entry["conversations"], entry["records"]) == (len(side), len(loaded.examples[split]))
+        last = splits.load(_config(**{**settings, "turns": "last"}))
+        assert [{e.conversation for e in last.examples[split]} for split in ("train", "validation")] == sides
+
+
 def test_gsm8k_is_read_whole(shared: pathlib.Path) -> None:
     examples = sources.read(str(shared / "data/gsm8k/test.jsonl"), _config(), "test").examples
     assert len(examples) == 1319

@@ -140,6 +140,49 @@ def test_special_tokens_in_a_records_text_are_refused(pieces: SentencePieceToken
     assert f"some.jsonl:3: the {role}'s text contains the special token '{token}' at character 5" in str(caught.value)
 
 
+FEATURES = [
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}\n"
+    "{% else %}{{ m.content }}{% endif %}{% endfor %}",
+    "{% set n = 1 %}{% generation %}{% set n = 2 %}{{ n }}{% endgeneration %}{{ n }}",
+    "{{ messages | tojson }}|{{ messages[0] | tojson(indent=2) }}|{{ {'b': 1, 'a': '<é>'} | tojson(sort_keys=true) }}",
+    "{%- if tools is not none %}{{ 'tools' }}{% endif %}{%- if documents %}{{ 'documents' }}{% endif %}{{ missing }}",
+    "{% for m in messages %}{% if loop.index0 == 1 %}{% break %}{% endif %}{{ m.content }}{% endfor %}",
+    "   {% set ns = namespace(found=false) %}\n  {% for m in messages %}\n{% set ns.found = true %}  {% endfor %}{{ ns.found }}",
+    "{{ bos_token }}{{ strftime_now('%Y') }}{{ messages[0]['content'].split('a')[-1].strip() }}{{ messages[-1:] | length }}",
+    "{% if strftime_now is defined and messages is iterable and messages is not mapping %}{{ 'yes' }}{% endif %}",
+    "{% macro shown(m) %}{{ m.role | upper }}: {{ m.content }}{% endmacro %}{{ shown(messages[0]) }}"
+    "{{ add_generation_prompt }}",
+]
+"""What templates of real checkpoints use."""
+
+
+@pytest.mark.parametrize("source", FEATURES)
+def test_templates_render_as_transformers_renders_them(source: str) -> None:
+    theirs = pytest.importorskip("transformers.utils.chat_template_utils")
+    messages = [{"role": "user", "content": "a “quoted” <b> a"}, {"role": "assistant", "content": "b\n"}]
+    for ask in (False, True):
+        expected, _ = theirs.render_jinja_template(
+            [messages], chat_template=source, add_generation_prompt=ask, bos_token="<s>"
+        )
+        assert Template("mine", source, {"bos_token": "<s>"}).render(messages, ask) == expected[0]
+
+
+@pytest.mark.parametrize(
+    ("source", "complaint"),
+    [
+        ("{{ documents[0].title }}", "fails on it: None has no element 0"),
+        ("{% generation %}{{ messages[0].content }}", "line 1: Unexpected end of template"),
+        ("{{ missing | tojson }}", "fails on it: .*Undefined"),
+        ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "fails on it: maximum recursion"),
+        ("{% include 'other' %}", "fails on it: no loader"),
+        ("{{ messages.append(1) }}", "fails on it: .*unsafe|not safely"),
+    ],
+)
+def test_what_a_template_cannot_do_is_said(source: str, complaint: str) -> None:
+    with pytest.raises(UserError, match=f"template 'mine'.*{complaint}"):
+        Template("mine", source).render([{"role": "user", "content": "q"}], False)
+
+
 def test_finding_templates(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "mine.jinja"
     path.write_text("{{ bos_token }}<|im_start|> <|im_start|>")

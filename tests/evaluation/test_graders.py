@@ -88,5 +88,5 @@ def test_every_gsm8k_reference_is_right_about_itself(shared: Path) -> None:
     lines = (shared / "data" / "gsm8k" / "test.jsonl").read_text(encoding="utf-8").splitlines()
     answers = [json.loads(line)["answer"] for line in lines]
     assert len(answers) == 1319
-    for name in GRADERS:
+    for name in GRADERS.keys() - {"math_boxed"}:  # these answers have no box
         assert all(GRADERS[name](answer, answer).correct for answer in answers), name
