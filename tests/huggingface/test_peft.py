@@ -1,0 +1,248 @@
+"""Adapters in PEFT's format: the fixture's, PEFT's own there and back, and what is no adapter of this base."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jaxblock.errors import UserError
+from jaxblock.huggingface import peft
+from jaxblock.huggingface.load import load
+from jaxblock.models import families
+from jaxblock.models import lora as adaptation
+from jaxblock.models import params as parameters
+from jaxblock.models.lora import Lora
+from jaxblock.models.transformer import Transformer
+from jaxblock.types import Params
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def random_adapters(arch: Any, lora: Lora) -> Params:
+    """Both matrices random: PEFT's (and our) beginning has b = 0, which hides everything."""
+    table = adaptation.table(families.table(arch), lora)
+    draw = np.random.default_rng(0)
+    flat = {path: jnp.asarray(draw.normal(0, 0.2, spec.shape), jnp.float32) for path, spec in table.items()}
+    return parameters.nest(flat)
+
+
+def logits(net: Transformer, params: Params, ids: np.ndarray) -> np.ndarray:
+    positions = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
+    length = np.full(len(ids), ids.shape[1], np.int32)
+    return np.asarray(jax.jit(net.all_logits)(params, np.asarray(ids, np.int32), positions, length))
+
+
+@pytest.fixture
+def golden(shared: Path, tmp_path: Path) -> Path:
+    """The fixture's adapters as PEFT stores them (the fixture leaves out the wrapper's prefix)."""
+    folder = tmp_path / "golden"
+    folder.mkdir()
+    stored = load_file(shared / "golden" / "train" / "lora.final.safetensors")
+    save_file({f"base_model.model.{name}": value for name, value in stored.items()}, folder / WEIGHTS)
+    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "bias": "none"}
+    config["target_modules"] = ["q_proj", "k_proj", "v_proj", "up_proj"]
+    (folder / CONFIG).write_text(json.dumps(config))
+    return folder
+
+
+def test_the_reference_adapters_unmerged_merged_and_written_back(shared: Path, golden: Path, tmp_path: Path) -> None:
+    arch, base = load(shared / "golden" / "forward" / "llada_mha")
+    lora, adapters = peft.load_adapter(golden, arch)
+    assert lora == Lora(8, 16.0, 0.0, ("blocks/q", "blocks/k", "blocks/v", "blocks/up"))
+    both = adaptation.attach(base, adapters)
+    oracle = np.load(shared / "golden" / "train" / "lora.merged_logits.npz")
+    merged = adaptation.merge(both, lora)
+    for net, params in ((Transformer(arch, lora=lora), both), (Transformer(arch), merged)):
+        got = logits(net, params, oracle["noisy_ids"])
+        assert np.abs(got - oracle["logits"]).max() <= 2e-5 * np.abs(oracle["logits"]).max()
+    for name, want in load_file(shared / "golden" / "train" / "lora.merged.safetensors").items():
+        path, layer = next(
+            (path, layer)
+            for path, spec in families.table(arch).items()
+            for layer in range(2)
+            if spec.hf_name.format(layer=layer) == name
+        )
+        np.testing.assert_allclose(parameters.flatten(merged)[path][layer].T, want, rtol=1e-6, atol=1e-7)
+
+    peft.save_adapter(tmp_path / "out", arch, lora, adapters, base="GSAI-ML/LLaDA-8B-Instruct")
+    before, after = load_file(golden / WEIGHTS), load_file(tmp_path / "out" / WEIGHTS)
+    assert before.keys() == after.keys()
+    assert all(before[name].tobytes() == after[name].tobytes() for name in before)
+    assert peft.is_adapter(tmp_path / "out") and peft.base_of(tmp_path / "out") == "GSAI-ML/LLaDA-8B-Instruct"
+    again = peft.load_adapter(tmp_path / "out", arch)
+    assert again[0] == lora
+    with pytest.raises(UserError, match="exists"):
+        peft.save_adapter(tmp_path / "out", arch, lora, adapters, base=None)
+
+
+def test_target_names_hit_the_adapted_modules_and_no_others(small: Any) -> None:
+    """By PEFT's own rule: a list matches last components, a string is a regular expression of the whole name."""
+    from re import fullmatch
+
+    for family, tied in (("llada", False), ("llada", True), ("dream", False)):
+        table = families.table(small(family, tie_embeddings=tied)[0])
+        modules = {
+            spec.hf_name.format(layer=layer).removesuffix(".weight"): path
+            for path, spec in table.items()
+            for layer in range(3)
+            if spec.hf_name.endswith(".weight")
+        }
+        for targets in (("blocks/q", "blocks/v"), ("blocks/down",), ("blocks/q", "blocks/o", "blocks/down")):
+            found = peft.target_modules(table, Lora(2, 4.0, 0.0, targets))
+            plain = isinstance(found, list)
+            assert plain == (family == "dream" or tied or "blocks/down" not in targets)
+            hits = {
+                name
+                for name in modules
+                if (name.rsplit(".", 1)[-1] in found if isinstance(found, list) else fullmatch(found, name))
+            }
+            assert hits == {name for name, path in modules.items() if path in targets}
+
+
+def tensors(edit: Callable[[dict[str, np.ndarray]], Any]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        held = load_file(folder / WEIGHTS)
+        edit(held)
+        save_file(held, folder / WEIGHTS)
+
+    return apply
+
+
+def config(**fields: Any) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        path = folder / CONFIG
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+    return apply
+
+
+def pickled(folder: Path) -> None:
+    (folder / WEIGHTS).unlink()
+    (folder / "adapter_model.bin").write_bytes(pickle.dumps({}))
+
+
+def cut(folder: Path) -> None:
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-1])
+
+
+PREFIX = "base_model.model.model.transformer."
+Q0A = PREFIX + "blocks.0.q_proj.lora_A.weight"
+
+
+def other_base(held: dict[str, np.ndarray]) -> None:
+    """Another width, a layer too many, one too few, and an adapted head: all at once."""
+    held[Q0A] = held[Q0A][:, :8].copy()
+    held[PREFIX + "blocks.9.q_proj.lora_A.weight"] = np.ones((4, 16), np.float32)
+    held[PREFIX + "ff_out.lora_A.weight"] = np.ones((4, 16), np.float32)
+    del held[PREFIX + "blocks.2.down_proj.lora_B.weight".replace("down_proj", "ff_out")]
+
+
+CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no config": (lambda f: (f / CONFIG).unlink(), "no adapter_config.json"),
+    "not lora": (config(peft_type="IA3"), "peft_type is 'IA3'"),
+    "rslora": (config(use_rslora=True), r"use_rslora is True: not supported.*merge_and_unload"),
+    "dora": (config(use_dora=True), "use_dora is True"),
+    "patterns": (config(alpha_pattern={"q": 2}, rank_pattern={"q": 2}), r"alpha_pattern.*rank_pattern"),
+    "bias": (config(bias="lora_only"), "bias is 'lora_only'"),
+    "whole modules": (config(modules_to_save=["lm_head"]), "modules_to_save"),
+    "no rank": (config(r=0), "r is 0"),
+    "another rank": (config(r=5), r"(?s)wrong shape.*is \[4, 16\], not \[5, 16\]"),
+    "another base": (
+        tensors(other_base),
+        r"(?s)do not fit their base \(llada, 3 layers, width 16\).*missing \(1\): .*blocks\.2\.ff_out\.lora_B.*"
+        r"not of this base \(2\): .*blocks\.9\.q_proj.*ff_out.*wrong shape \(1\): .*\[4, 8\], not \[4, 16\]",
+    ),
+    "names of another family": (
+        tensors(lambda t: [t.update({k.replace("transformer.blocks", "layers"): t.pop(k)}) for k in list(t)]),
+        r"(?s)not of this base \(12\).*no matrix is adapted",
+    ),
+    "pickle": (pickled, r"adapter_model\.bin.*never unpickles"),
+    "no weights": (lambda f: (f / WEIGHTS).unlink(), "no adapter_model.safetensors"),
+    "cut short": (cut, r"(?s)damaged.*cut short"),
+    "no numbers": (tensors(lambda t: t.update({Q0A: t[Q0A].astype(np.int32)})), "unsupported type.*I32"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_no_adapter_of_this_base(small: Any, tmp_path: Path, case: str) -> None:
+    break_it, message = CASES[case]
+    arch, _ = small("llada")
+    lora = Lora(4, 8.0, 0.1, ("blocks/q", "blocks/down"))
+    peft.save_adapter(tmp_path / "out", arch, lora, random_adapters(arch, lora), base=None)
+    with pytest.raises(UserError, match="say where the base is"):
+        peft.base_of(tmp_path / "out")
+    break_it(tmp_path / "out")
+    with pytest.raises(UserError, match=message) as caught:
+        peft.load_adapter(tmp_path / "out", arch)
+    assert str(tmp_path / "out") in str(caught.value)
+
+
+def test_adapters_cannot_carry_a_longer_vocabulary(small: Any, tmp_path: Path) -> None:
+    from jaxblock.huggingface.save import save
+
+    arch, params = small("llama", mask_id=None)
+    save(tmp_path / "base", arch, params)
+    grown = families.with_mask(load(tmp_path / "base")[0], 40)
+    lora = Lora(4, 8.0, 0.0, ("blocks/q",))
+    with pytest.raises(UserError, match="vocabulary grew from 40 to 64 rows.*export the merged network"):
+        peft.save_adapter(tmp_path / "out", grown, lora, random_adapters(grown, lora), base=None)
+
+
+def test_peft_agrees_on_what_a_name_hits(small: Any) -> None:
+    theirs = pytest.importorskip("peft", reason="benchmarks/requirements.txt is not installed")
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    found = peft.target_modules(families.table(small("llada")[0]), Lora(2, 4.0, 0.0, ("blocks/q", "blocks/down")))
+    modules = {"blocks.0.q_proj": 1, "blocks.11.ff_out": 1, "blocks.0.up_proj": 0, "blocks.0.ff_norm": 0, "ff_out": 0}
+    for name, hit in modules.items():
+        config = theirs.LoraConfig(target_modules=found)
+        assert bool(check_target_module_exists(config, f"model.transformer.{name}")) == bool(hit)
+
+
+MODELS = {
+    "Llama": ("q", "o", "gate", "down"),
+    "Qwen2": ("q", "k", "v", "o", "gate", "up", "down"),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_peft_itself_there_and_back(tmp_path: Path, name: str) -> None:
+    torch = pytest.importorskip("torch", reason="benchmarks/requirements.txt is not installed")
+    transformers = pytest.importorskip("transformers", reason="benchmarks/requirements.txt is not installed")
+    theirs = pytest.importorskip("peft", reason="benchmarks/requirements.txt is not installed")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 48, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "intermediate_size": 40, "initializer_range": 0.2, "eos_token_id": 2}
+    base = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**sizes)).eval()
+    base.save_pretrained(tmp_path / "base")
+    arch, params = load(tmp_path / "base")
+    lora = Lora(4, 6.0, 0.0, adaptation.resolve(families.table(arch), MODELS[name]))
+    adapters = random_adapters(arch, lora)
+    ids = np.random.default_rng(0).integers(3, 48, (2, 12))
+
+    def run(model: Any) -> np.ndarray:
+        with torch.no_grad():
+            return model.eval()(torch.tensor(ids)).logits.numpy()
+
+    plain = run(base)
+    want = logits(Transformer(arch, lora=lora, causal=True), adaptation.attach(params, adapters), ids)
+    peft.save_adapter(tmp_path / "ours", arch, lora, adapters, base=str(tmp_path / "base"))
+    loaded = theirs.PeftModel.from_pretrained(base, tmp_path / "ours")
+    got = run(loaded)
+    assert np.abs(got - want).max() <= 1e-4 and np.abs(got - plain).max() > 0.1
+    auto = theirs.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "ours")
+    np.testing.assert_array_equal(run(auto), got)
+
+    loaded.save_pretrained(tmp_path / "theirs")
+    again, values = peft.load_adapter(tmp_path / "theirs", arch)
+    assert again == lora
+    jax.tree.map(np.testing.assert_array_equal, values, adapters)
