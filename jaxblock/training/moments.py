@@ -72,72 +72,36 @@ def _magnitude(code: Array, top: int, signed: bool) -> Array:
     return jnp.where(code > 0, value, 0.0) if signed else value
 
 
-class _Kept(NamedTuple):
-    """How a moment is kept: its zeros for a parameter, its value in float32, and a value as it is kept."""
+class Kept(NamedTuple):
+    """How a moment is kept.
+
+    Attributes:
+        zeros: from a parameter in float32 to its first moment, as it is kept.
+        read: from what is kept to float32.
+        write: from float32 and random bits to what is kept.
+    """
 
     zeros: Callable[[Array], Any]
     read: Callable[[Any], Array]
     write: Callable[[Array, Array], Any]
 
 
-def _kept(storage: Storage, signed: bool) -> _Kept:
+def kept(storage: Storage, *, signed: bool) -> Kept:
+    """How a moment is kept under a storage; ``signed`` for the first, not for the second."""
     if storage == "int8":
 
         def zeros(p: Array) -> Quantised:
             codes = jnp.zeros(p.shape, jnp.int8 if signed else jnp.uint8)
             return Quantised(codes, jnp.zeros((*p.shape[:-1], 1), jnp.float32))
 
-        return _Kept(zeros, dequantise, lambda x, bits: quantise(x, bits, signed=signed))
+        return Kept(zeros, dequantise, lambda x, bits: quantise(x, bits, signed=signed))
     if storage == "bfloat16":
-        return _Kept(
+        return Kept(
             lambda p: jnp.zeros(p.shape, jnp.bfloat16),
             lambda kept: kept.astype(jnp.float32),
             lambda x, bits: stochastic_bfloat16(x, bits).astype(jnp.bfloat16),
         )
-    return _Kept(lambda p: jnp.zeros(p.shape, p.dtype), lambda kept: kept, lambda x, bits: x)
-
-
-class AdamState(NamedTuple):
-    """The moments, each a tree over the parameters' paths."""
-
-    step: Array
-    mu: Any
-    nu: Any
-
-
-def scale_by_adam(b1: float, b2: float, eps: float, storage: Storage, seed: int) -> optax.GradientTransformation:
-    """Adam's direction m_hat / (sqrt(v_hat) + eps), from moments kept as ``storage`` says.
-
-    ``optax.scale_by_adam`` is its oracle: with float32 storage the two agree.
-
-    Args:
-        b1: decay of the first moment.
-        b2: decay of the second.
-        eps: added to the root.
-        storage: of both moments. Gradients and parameters must be float32.
-        seed: of the rounding.
-    """
-    first, second = _kept(storage, signed=True), _kept(storage, signed=False)
-
-    def init(params: Params) -> AdamState:
-        zero = jnp.zeros((), jnp.int32)
-        return AdamState(zero, jax.tree.map(first.zeros, params), jax.tree.map(second.zeros, params))
-
-    def update(grads: Params, state: AdamState, params: Params | None = None) -> tuple[Params, AdamState]:
-        step = state.step + 1
-        unbias1, unbias2 = 1 - b1 ** step.astype(jnp.float32), 1 - b2 ** step.astype(jnp.float32)
-
-        def one(path: Any, g: Array, mu: Any, nu: Any) -> tuple[Array, Any, Any]:
-            m = b1 * first.read(mu) + (1 - b1) * g
-            v = b2 * second.read(nu) + (1 - b2) * g**2
-            bits = random_bits(seed, state.step, f"moments/{path_name(path)}", g.shape)
-            direction = (m / unbias1) / (jnp.sqrt(v / unbias2) + eps)
-            return direction, first.write(m, bits), second.write(v, bits >> 16)
-
-        updates, mu, nu = _map(one, grads, state.mu, state.nu)
-        return updates, AdamState(step, mu, nu)
-
-    return optax.GradientTransformation(init, update)
+    return Kept(lambda p: jnp.zeros(p.shape, p.dtype), lambda kept: kept, lambda x, bits: x)
 
 
 class MomentumState(NamedTuple):
@@ -155,25 +119,19 @@ def momentum(b1: float, storage: Storage, seed: int) -> optax.GradientTransforma
         storage: of the mean. Updates must be float32.
         seed: of the rounding.
     """
-    kept = _kept(storage, signed=True)
+    mean = kept(storage, signed=True)
 
     def update(updates: Params, state: MomentumState, params: Params | None = None) -> tuple[Params, MomentumState]:
         step = state.step + 1
+        found = jax.tree.map(lambda u, mu: b1 * mean.read(mu) + (1 - b1) * u, updates, state.mu)
+
+        def write(path: Any, m: Array) -> Any:
+            return mean.write(m, random_bits(seed, state.step, f"momentum/{path_name(path)}", m.shape))
+
         unbias = 1 - b1 ** step.astype(jnp.float32)
-
-        def one(path: Any, u: Array, mu: Any) -> tuple[Array, Any]:
-            m = b1 * kept.read(mu) + (1 - b1) * u
-            return m / unbias, kept.write(m, random_bits(seed, state.step, f"momentum/{path_name(path)}", u.shape))
-
-        found, mu = _map(one, updates, state.mu)
-        return found, MomentumState(step, mu)
+        mu = jax.tree_util.tree_map_with_path(write, found)
+        return jax.tree.map(lambda m: m / unbias, found), MomentumState(step, mu)
 
     return optax.GradientTransformation(
-        lambda params: MomentumState(jnp.zeros((), jnp.int32), jax.tree.map(kept.zeros, params)), update
+        lambda params: MomentumState(jnp.zeros((), jnp.int32), jax.tree.map(mean.zeros, params)), update
     )
-
-
-def _map(one: Callable[..., tuple[Any, ...]], grads: Params, *kept: Any) -> list[Any]:
-    """``one`` over the leaves of grads and what is kept for each (perhaps itself a tree): a tree for each result."""
-    rows = jax.tree_util.tree_map_with_path(one, grads, *kept)
-    return [jax.tree.map(lambda g, row, at=at: row[at], grads, rows) for at in range(len(kept) + 1)]

@@ -32,7 +32,14 @@ def global_norm(tree: Any) -> Array:
 _PURPOSE = zlib.crc32(b"rounding")  # the same seed draws masks and weights, from keys of their own
 
 
-def random_bits(seed: int, step: Array, path: str, shape: tuple[int, ...]) -> UInt[Array, "..."]:
+def clip_share(grads: Any, limit: float) -> Array | float:
+    """min(1, limit / (norm + 1e-6)), what ``torch.nn.utils.clip_grad_norm_`` multiplies gradients by; 0 never clips."""
+    return jnp.minimum(1.0, limit / (global_norm(grads) + 1e-6)) if limit > 0 else 1.0
+
+
+def random_bits(
+    seed: int, step: Array, path: str, shape: tuple[int, ...], layer: Array | None = None
+) -> UInt[Array, "..."]:
     """32 random bits per element: a function of (seed, step, path) and the element's indices alone.
 
     Each element's indices are hashed (the finaliser of MurmurHash3) under a key of jax.random. It costs a few integer
@@ -44,10 +51,13 @@ def random_bits(seed: int, step: Array, path: str, shape: tuple[int, ...]) -> UI
         step: the update.
         path: which tensor.
         shape: of the result.
+        layer: the result is this slice of axis 0 of a tensor with one more axis; None for the whole tensor.
     """
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _PURPOSE), step)
     first, last = jax.random.bits(key, (2,), jnp.uint32)
     mixed = jnp.broadcast_to(_mix(first ^ jnp.uint32(zlib.crc32(path.encode()))), (1,) * len(shape))
+    if layer is not None:
+        mixed = _mix(mixed ^ layer.astype(jnp.uint32))
     for axis, size in enumerate(shape):
         across = [1] * len(shape)
         across[axis] = size
@@ -77,6 +87,17 @@ def stochastic_bfloat16(x: Float[Array, "..."], bits: UInt[Array, "..."]) -> Flo
     return jnp.where(jnp.isfinite(x), rounded, x)
 
 
+def rounded_update(weight: Array, change: Array, bits: Array) -> Array:
+    """The change after which a bfloat16 weight is one of the two neighbours of weight + change, the nearer likelier.
+
+    Args:
+        weight: the bfloat16 weight, in float32.
+        change: float32.
+        bits: random.
+    """
+    return stochastic_bfloat16(weight + change, bits) - weight
+
+
 class RoundingState(NamedTuple):
     """How many updates were rounded: which random bits come next."""
 
@@ -97,9 +118,8 @@ def round_parameters(seed: int) -> optax.GradientTransformation:
         def one(path: Any, u: Array, p: Array) -> Array:
             if p.dtype != jnp.bfloat16:
                 return u
-            before = p.astype(jnp.float32)
             bits = random_bits(seed, state.step, f"weights/{path_name(path)}", p.shape)
-            return stochastic_bfloat16(before + u, bits) - before
+            return rounded_update(p.astype(jnp.float32), u, bits)
 
         return jax.tree_util.tree_map_with_path(one, updates, params), RoundingState(state.step + 1)
 
