@@ -68,7 +68,7 @@ class Encoder:
             raise UserError(
                 f"{where}: template {self.template.name!r} does not end the response; end an assistant's turn with "
                 f"{{{{ eot_token }}}} "
-                f"({self.tokenizer.piece(self.special.eot)})"
+                f"({self.tokenizer.piece(self.special.eot)}){self._unknown()}"
             )
         response_ids, surplus = rest[: end + 1], rest[end + 1 :]
         if end == 0:
@@ -87,6 +87,15 @@ class Encoder:
                 f"{self.tokenizer.decode(surplus, skip_special=False)!r}"
             )
         return prompt_ids, response_ids
+
+    def _unknown(self) -> str:
+        """What a template written for another tokenizer (an Instruct model's, used with the Base model's) fails by."""
+        unknown = [text for text in self.template.control_tokens() if self.tokenizer.id_of(text) is None]
+        return (
+            f". The template writes {', '.join(unknown)}, which the tokenizer does not have as tokens"
+            if unknown
+            else ""
+        )
 
     def _checked(self, messages: Sequence[Message], where: str) -> list[Message]:
         for message in messages:

@@ -6,7 +6,6 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from jaxblock import storage
 from jaxblock.config import DataConfig
@@ -119,10 +118,11 @@ def assemble(
     """
     eos = _end_of_sequence(tokenizer, config, checkpoint)
     known = next((text for text in TURN_ENDS if tokenizer.id_of(text) is not None), tokenizer.piece(eos))
-    tokens: dict[str, Any] = {name: text_of(tokenizer.settings.get(name)) or "" for name in _NAMED}
-    tokens |= {"bos_token": bos_text(tokenizer), "eot_token": config.eot_token or known}
-    if template != "tokenizer" or not tokens["eos_token"]:
-        tokens["eos_token"] = tokenizer.piece(eos)
+    texts = {name: text_of(tokenizer.settings.get(name)) for name in _NAMED}
+    texts |= {"bos_token": bos_text(tokenizer), "eot_token": config.eot_token or known}
+    if template != "tokenizer" or not texts["eos_token"]:
+        texts["eos_token"] = tokenizer.piece(eos)
+    tokens = {name: text for name, text in texts.items() if text}  # templates ask which of them are defined
     made = Template(template, source, tokens)
     eot = config.eot_token or turn_end(tokenizer, made, config.system) or known
     made = dataclasses.replace(made, tokens={**tokens, "eot_token": eot})

@@ -180,6 +180,14 @@ def start_folder(tokenizer_folder: Callable[..., str]) -> pathlib.Path:
     return folder
 
 
+def test_a_template_for_another_tokenizer_is_named(
+    tmp_path: pathlib.Path, tokenizer_folder: Callable[..., str]
+) -> None:
+    complaint = r"does not end the response; .* The template writes <\|eot_id\|>, which the tokenizer does not have"
+    with pytest.raises(UserError, match=complaint):
+        _prepare(tmp_path, ROWS, tokenizer=tokenizer_folder(without="<|eot_id|>"))
+
+
 def test_a_start_without_a_mask_names_candidates(tmp_path: pathlib.Path, start_folder: pathlib.Path) -> None:
     advice = (
         r"data.mask_token: .* name an unused token, or set data.add_mask_token. Candidates: <\|reserved_special_token_0"
