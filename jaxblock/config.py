@@ -78,7 +78,8 @@ class DataConfig:
     system: str | None = None
     """System message put before every conversation that has none of its own."""
     tokenizer: str = "train"
-    """`train` fits a SentencePiece model on the training text; else a path to a .model, a tokenizer.json, or a folder."""
+    """`train` fits a SentencePiece model on the training text; else a path to a .model, a tokenizer.json or a folder, or a
+    hub name."""
     tokenizer_type: Literal["bpe", "unigram", "word", "char"] = "bpe"
     """SentencePiece model type, when one is trained."""
     vocab_size: int = 1024

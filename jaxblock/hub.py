@@ -14,16 +14,18 @@ from jaxblock.errors import UserError
 _NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
 
 # Weights, configs, tokenizers and chat templates: no code and no pickles.
-_WANTED = ["*.safetensors", "*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt"]
+_WEIGHTS = ["*.safetensors"]
+_BESIDE = ["*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt"]
 _UNWANTED = ["*/*", "*.py", "*.bin", "*.pt", "*.pth"]  # subfolders hold the same weights in other formats
 _FILES = (".json", ".jsonl", ".model", ".yaml", ".safetensors")  # a mistyped path of a file is no hub name
 
 
-def local(name: storage.PathLike) -> str:
+def local(name: storage.PathLike, *, weights: bool = True) -> str:
     """The local folder of a model that is named by path or by hub name.
 
     Args:
         name: a path, returned as it is, or where nothing lies there ``org/name`` or ``org/name@revision``.
+        weights: download the weights too; a tokenizer does without.
 
     Returns:
         The path; whether it is of any use is its reader's to say.
@@ -36,11 +38,10 @@ def local(name: storage.PathLike) -> str:
     if match is None or text.endswith(_FILES) or os.path.exists(text):
         return text
     repo, revision = match["repo"], match["revision"]
+    wanted = _WEIGHTS + _BESIDE if weights else _BESIDE
     try:
         return str(
-            huggingface_hub.snapshot_download(
-                repo, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED
-            )
+            huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=wanted, ignore_patterns=_UNWANTED)
         )
     except Exception as error:  # the client's, and those of the several HTTP libraries beneath it
         raise UserError(f"{text} is no local folder, and {_why(error, repo, revision)}") from error

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from jaxblock import storage
+from jaxblock import hub, storage
 from jaxblock.config import DataConfig
 from jaxblock.data.templates import Template
 from jaxblock.data.tokenizers import EOS, EOT, MASK, HuggingFaceTokenizer, Tokenizer, bos_text, text_of
@@ -49,12 +49,12 @@ def checkpoint_ids(path: storage.PathLike) -> dict[str, int]:
     """What the config.json beside a tokenizer says: {"mask": id, "eos": id}, either absent if it does not say.
 
     Args:
-        path: A tokenizer's folder or file.
+        path: A tokenizer's folder, file or hub name.
 
     Raises:
         UserError: If there is a config.json that is no JSON object.
     """
-    target = storage.as_path(path)
+    target = storage.as_path(hub.local(path, weights=False))
     file = (target if target.is_dir() else target.parent) / "config.json"
     if not file.exists():
         return {}

@@ -215,7 +215,7 @@ def load(path: storage.PathLike) -> Tokenizer:
     Raises:
         UserError: If there is none or it cannot be read.
     """
-    name = hub.local(path)
+    name = hub.local(path, weights=False)
     target = storage.as_path(name)
     with storage.explained("read the tokenizer", name):
         if target.is_dir():

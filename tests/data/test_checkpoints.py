@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tokenizers as huggingface
 
+from jaxblock import hub
 from jaxblock.config import CanvasConfig, Config, DataConfig
 from jaxblock.data import prepare, prepared, tokenizers
 from jaxblock.data.pieces import SentencePieceTokenizer
@@ -134,6 +135,22 @@ def test_dream_s_files_cut_texts_as_transformers_does(dream_folder: pathlib.Path
     for text in ("It's 12 + 5 = 17!", "  a\n\n b\t\r\n", "they'LL said2apples", "Où? e\u0301 中文 😀", "\n \n1"):
         assert ours.encode(text) == theirs(text)["input_ids"]
         assert ours.decode(ours.encode(text)) == theirs.decode(theirs(text)["input_ids"])
+
+
+def test_a_hub_name_is_asked_for_its_tokenizer_not_its_weights(
+    tmp_path: pathlib.Path, dream_folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def download(repo: str, **options: Any) -> str:
+        asked.append([repo, *options["allow_patterns"]])
+        return str(dream_folder)
+
+    monkeypatch.setattr(hub.huggingface_hub, "snapshot_download", download)
+    opened = _prepare(tmp_path, ROWS, tokenizer="org/dream")
+    assert opened.tokenizer.piece(opened.special.mask) == "<|mask|>"
+    assert opened.special == _prepare(tmp_path, ROWS, tokenizer=str(dream_folder)).special
+    assert asked and all(repo == "org/dream" and "*.safetensors" not in patterns for repo, *patterns in asked)
 
 
 def test_files_that_make_no_tokenizer_are_named(dream_folder: pathlib.Path) -> None:
