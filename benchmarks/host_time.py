@@ -73,7 +73,7 @@ def measure(session, config: Config, steps: int) -> dict[str, float]:  # type: i
     step_fn = compile_step(session.objective, session.optimizer, session.state, session.mesh, session.net.table)
     state, window = session.state, []
     for _ in range(5):
-        state, metrics = step_fn(state, session.on_mesh(next(data)))
+        state, metrics = step_fn(state, session.on_mesh(next(data)), {})
     jax.block_until_ready(metrics)
     parts: dict[str, list[float]] = {"batch": [], "place": [], "dispatch": []}
     for _ in range(steps):
@@ -82,7 +82,7 @@ def measure(session, config: Config, steps: int) -> dict[str, float]:  # type: i
         marks.append(time.perf_counter())
         placed = session.on_mesh(batch)
         marks.append(time.perf_counter())
-        state, metrics = step_fn(state, placed)
+        state, metrics = step_fn(state, placed, {})
         marks.append(time.perf_counter())
         for part, (begin, end) in zip(parts.values(), zip(marks, marks[1:], strict=False), strict=True):
             part.append((end - begin) * 1e3)
@@ -93,12 +93,12 @@ def measure(session, config: Config, steps: int) -> dict[str, float]:  # type: i
     reading = (time.perf_counter() - begin) * 1e3 / config.train.log_every
     begin = time.perf_counter()
     for _ in range(steps):
-        state, metrics = step_fn(state, session.on_mesh(next(data)))
+        state, metrics = step_fn(state, session.on_mesh(next(data)), {})
     jax.block_until_ready(metrics)
     step = (time.perf_counter() - begin) * 1e3 / steps
     begin = time.perf_counter()
     for _ in range(steps):
-        state, metrics = step_fn(state, placed)
+        state, metrics = step_fn(state, placed, {})
     jax.block_until_ready(metrics)
     device = (time.perf_counter() - begin) * 1e3 / steps
     medians = {name: statistics.median(values) for name, values in parts.items()}

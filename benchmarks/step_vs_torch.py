@@ -172,7 +172,7 @@ def compare(batch: int, args: argparse.Namespace) -> dict[str, float]:
     assert abs(ours_loss - theirs_loss) <= 2e-5 * abs(theirs_loss), (ours_loss, theirs_loss)
 
     optimizer = optimizers.make(OptimizerConfig(lr=1e-5, schedule="constant", warmup_steps=0), 1000, net.table)
-    mesh = axes.make_mesh(1, 1, jax.devices()[:1])
+    mesh = axes.make_mesh(1, devices=jax.devices()[:1])
     adam = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0)
     with jax.set_mesh(mesh):
         state = states.create(start, optimizer, mesh, net.table)
@@ -180,7 +180,7 @@ def compare(batch: int, args: argparse.Namespace) -> dict[str, float]:
 
         def ours() -> None:
             nonlocal state
-            state, metrics = step_fn(state, rows)
+            state, metrics = step_fn(state, rows, {})
             jax.block_until_ready(metrics)
 
         def theirs() -> None:

@@ -8,16 +8,21 @@ __version__ = "0.1.0"
 __all__ = ["Model", "UserError", "__version__", "load"]
 
 if TYPE_CHECKING:
-    from jaxblock.api import Model, load
+    from jaxblock.api import Model
     from jaxblock.errors import UserError
+    from jaxblock.loading import load
 
 
 def __getattr__(name: str) -> Any:
     """Imports on first use, so that ``jaxblock --help`` does not wait for JAX."""
-    if name in ("Model", "load"):
-        from jaxblock import api
+    if name == "load":
+        from jaxblock.loading import load
 
-        return getattr(api, name)
+        return load
+    if name == "Model":
+        from jaxblock.api import Model
+
+        return Model
     if name == "UserError":
         from jaxblock.errors import UserError
 

@@ -1,4 +1,4 @@
-"""The Python interface: load, logits, decode, nelbo, save. A thin face over the pure functions; the verbs use it."""
+"""The Python interface: logits, decode, stream, nelbo, save. A thin face over the pure functions; the verbs use it."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ from jax.typing import DTypeLike
 
 from jaxblock import config_io, storage, wiring
 from jaxblock.config import CanvasConfig, DecodeConfig
-from jaxblock.data import tokenizers
 from jaxblock.data.encoding import Encoder
-from jaxblock.data.prepared import TURN_ENDS, encoder_of
 from jaxblock.data.tokenizers import Tokenizer
 from jaxblock.diffusion import canvas as canvases
 from jaxblock.diffusion import decoder, likelihood
 from jaxblock.errors import UserError
-from jaxblock.huggingface import load as huggingface_load
+from jaxblock.huggingface import peft
 from jaxblock.huggingface import save as huggingface_save
+from jaxblock.models import lora
 from jaxblock.models.params import Architecture
 from jaxblock.models.transformer import Transformer
 from jaxblock.training import run_folder
@@ -63,6 +62,7 @@ class Model:
         tokenizer: None where the folder holds none.
         encoder: tokenizer and chat template together; None where the folder lacks either.
         origin: the folder it came from.
+        base: the folder of the weights beneath adapters; None without adapters.
     """
 
     net: Transformer
@@ -73,6 +73,7 @@ class Model:
     tokenizer: Tokenizer | None = None
     encoder: Encoder | None = None
     origin: str | None = None
+    base: str | None = None
 
     @property
     def arch(self) -> Architecture:
@@ -273,80 +274,76 @@ class Model:
         return np.asarray(value), np.asarray(error)
 
     def save(self, folder: storage.PathLike, dtype: DTypeLike | None = None) -> float:
-        """Writes a Hugging Face folder, reads it back and compares logits.
+        """Writes a Hugging Face folder, reads it back and compares logits. Adapters are merged into their base.
 
         Args:
             folder: what to make; it must not exist.
             dtype: the tensors' type; None keeps each one's own.
 
         Returns:
-            The largest difference of any logit (0 where the type is kept).
+            The largest difference of any logit from the weights written (0 where the type is kept).
+
+        Raises:
+            UserError: the base is int8, or the folder exists or cannot be written.
         """
-        companions = None
-        if self.origin is not None:
-            own = storage.as_path(self.origin) / run_folder.TOKENIZER
-            companions = str(own) if own.exists() else self.origin
-        huggingface_save.save(folder, self.arch, self.params, tokenizer=companions, dtype=dtype)
+        merged = self.merged()
+        huggingface_save.save(folder, self.arch, merged.params, tokenizer=self._companions(), dtype=dtype)
+        return huggingface_save.verify(folder, merged.net, merged.params, self._probe())
+
+    def save_adapter(self, folder: storage.PathLike) -> float:
+        """Writes the adapters alone in PEFT's format, reads them back and compares logits.
+
+        Args:
+            folder: what to make; it must not exist.
+
+        Returns:
+            The largest difference of any logit: 0.
+
+        Raises:
+            UserError: there are none, or the folder exists or cannot be written.
+        """
+        if self.net.lora is None:
+            raise UserError(f"{self.origin} holds no adapters: save it whole")
+        adapters = self.params[lora.KEY]
+        peft.save_adapter(folder, self.arch, self.net.lora, adapters, base=self.base, companions=self._companions())
+        found, again = peft.load_adapter(folder, self.arch)
+        copy = dataclasses.replace(
+            self, net=dataclasses.replace(self.net, lora=found), params=lora.attach(self._weights(), again)
+        )
+        ids = np.asarray(self._probe())
+        difference = float(np.abs(copy.logits(ids) - self.logits(ids)).max())
+        if not difference == 0:
+            raise UserError(f"{folder}: logits of the saved adapters differ by {difference:.3g}; do not use it")
+        return difference
+
+    def merged(self) -> Model:
+        """The same network with its adapters added to its weights; itself where there are none.
+
+        Raises:
+            UserError: the weights are int8.
+        """
+        if self.net.int8:
+            raise UserError(
+                f"{self.origin} was loaded with int8 weights, which cannot be exported: load it with quantize none"
+            )
+        if self.net.lora is None:
+            return self
+        params = lora.merge(self.params, self.net.lora)
+        return dataclasses.replace(self, net=dataclasses.replace(self.net, lora=None), params=params, base=None)
+
+    def _weights(self) -> Params:
+        return {name: leaf for name, leaf in self.params.items() if name != lora.KEY}
+
+    def _companions(self) -> str | None:
+        if self.origin is None:
+            return None
+        own = storage.as_path(self.origin) / run_folder.TOKENIZER
+        return str(own) if own.exists() else self.origin
+
+    def _probe(self) -> Array:
+        """Tokens to compare logits on."""
         width = min(64, self.arch.max_len)
-        ids = np.random.default_rng(0).integers(0, self.arch.vocab_size, (2, width), dtype=np.int32)
-        return huggingface_save.verify(folder, self.net, self.params, jnp.asarray(ids))
-
-
-def load(folder: storage.PathLike, *, dtype: str | None = None) -> Model:
-    """Loads a run folder or a Hugging Face folder.
-
-    Args:
-        folder: what ``jaxblock train`` wrote, or a folder with config.json and safetensors (tokenizer optional).
-        dtype: compute and storage type, ``float32`` or ``bfloat16``; None keeps what is stored.
-
-    Returns:
-        The model.
-
-    Raises:
-        UserError: the folder is neither, or is damaged; says what is missing.
-    """
-    if dtype not in (None, "float32", "bfloat16"):
-        raise UserError(f"dtype is {dtype!r}: choose float32 or bfloat16, or None for what is stored")
-    if run_folder.is_run(folder):
-        return _from_run(folder, dtype)
-    arch, params = huggingface_load.load(folder, dtype=dtype)
-    compute = dtype or jax.tree.leaves(params)[0].dtype.name
-    tokenizer = _tokenizer_of(folder)
-    encoder = encoder_of(folder, tokenizer, arch.mask_id, arch.eos_id) if tokenizer is not None else None
-    ends = [tokenizer.id_of(text) for text in TURN_ENDS] if tokenizer is not None else []
-    stop_ids = tuple(dict.fromkeys([*(i for i in ends if i is not None), arch.eos_id]))
-    return Model(
-        net=Transformer(arch, dtype=compute),
-        params=params,
-        canvas=CanvasConfig(),
-        stop_ids=stop_ids,
-        tokenizer=tokenizer,
-        encoder=encoder,
-        origin=str(folder),
-    )
-
-
-def _from_run(folder: storage.PathLike, dtype: str | None) -> Model:
-    run = run_folder.open_run(folder)
-    params, _ = run_folder.load_params(run, dtype=dtype)
-    net = wiring.network(run.arch, run.config.model)
-    return Model(
-        net=net if dtype is None else dataclasses.replace(net, dtype=dtype),
-        params=params,
-        canvas=run.config.canvas,
-        stop_ids=run.prepared.special.stop_ids,
-        decode_defaults=run.config.decode,
-        tokenizer=run.prepared.tokenizer,
-        encoder=run.prepared.encoder,
-        origin=str(folder),
-    )
-
-
-def _tokenizer_of(folder: storage.PathLike) -> Tokenizer | None:
-    names = {entry.name for entry in storage.as_path(folder).iterdir()}
-    if "tokenizer.json" in names or any(name.endswith(".model") for name in names):
-        return tokenizers.load(folder)
-    return None
+        return jnp.asarray(np.random.default_rng(0).integers(0, self.arch.vocab_size, (2, width), dtype=np.int32))
 
 
 def _flush_left(ids: np.ndarray, attention_mask: Ids | None) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:

@@ -20,6 +20,7 @@ from jaxblock.config import (
     DataConfig,
     DecodeConfig,
     EvaluateConfig,
+    LoraConfig,
     MethodConfig,
     ModelConfig,
     OptimizerConfig,
@@ -69,6 +70,7 @@ class Train:
     canvas: CanvasConfig = field(default_factory=CanvasConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
@@ -80,7 +82,7 @@ class Decode:
     """Decodes prompts block by block: from the command line, a file, or standard input (one prompt a line)."""
 
     checkpoint: str
-    """A run folder or a Hugging Face folder."""
+    """A run folder, a Hugging Face folder (or hub id), or a folder of PEFT adapters."""
     prompts: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Prompts; without any (and without `file`) they are read from standard input."""
     config: str | None = None
@@ -91,6 +93,8 @@ class Decode:
     """Write JSON lines here instead of to standard output; an existing file is refused."""
     watch: bool = False
     """Show the canvas as it is filled, block by block."""
+    base: str | None = None
+    """Where the weights beneath adapters are; None for where they were in training."""
     data: DataConfig = field(default_factory=DataConfig)
     canvas: CanvasConfig = field(default_factory=CanvasConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
@@ -101,11 +105,13 @@ class Evaluate:
     """Scores a checkpoint: Pass@1 with its interval, costs, NELBO; compares it with an earlier evaluation."""
 
     checkpoint: str
-    """A run folder or a Hugging Face folder."""
+    """A run folder, a Hugging Face folder (or hub id), or a folder of PEFT adapters."""
     out: str
     """Folder for problems.jsonl and summary.json; an existing one is refused."""
     config: str | None = None
     """YAML file of sections; without one the run's own config is used. Flags override it."""
+    base: str | None = None
+    """Where the weights beneath adapters are; None for where they were in training."""
     data: DataConfig = field(default_factory=DataConfig)
     canvas: CanvasConfig = field(default_factory=CanvasConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
@@ -114,12 +120,16 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Export:
-    """Writes a checkpoint as a Hugging Face folder, reads it back and compares logits."""
+    """Writes a checkpoint as a Hugging Face folder, or its adapters as PEFT's; reads it back and compares logits."""
 
     checkpoint: str
-    """A run folder or a Hugging Face folder."""
+    """A run folder, a Hugging Face folder (or hub id), or a folder of PEFT adapters."""
     out: str
     """The folder to make; an existing one is refused."""
+    format: Literal["merged", "adapter"] = "merged"
+    """Adapters: merged into their base (a whole checkpoint), or alone in PEFT's format."""
+    base: str | None = None
+    """Where the weights beneath adapters are; None for where they were in training."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type of the tensors; None keeps each one's own."""
 

@@ -209,6 +209,13 @@ def _check_canvas(config: Config) -> None:
         f"canvas.block {canvas.block} is longer than canvas.response_len {canvas.response_len}",
     )
     check_blocks(canvas.response_len, canvas.block, "canvas")
+    if canvas.total_len is not None:
+        _at_least(canvas, "canvas", 2, "total_len")
+        _require(
+            canvas.context == "paper",
+            "canvas.total_len is for the paper context: under aligned all R positions follow the prompt, whatever its "
+            "length; leave it out",
+        )
     if canvas.suffix_window is not None:
         _at_least(canvas, "canvas", 0, "suffix_window")
         _require(

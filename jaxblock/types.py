@@ -49,6 +49,8 @@ class Layout(NamedTuple):
         mask_id: the mask token.
         fill_id: fills the rest of the terminator's block (the end-of-sequence token).
         stop_ids: the tokens that end a response.
+        total_len: under ``paper``: canvas positions T, prompt and response together; None for room for the longest of
+            each.
     """
 
     response_len: int
@@ -59,6 +61,7 @@ class Layout(NamedTuple):
     mask_id: int
     fill_id: int
     stop_ids: tuple[int, ...]
+    total_len: int | None = None
 
     @property
     def n_blocks(self) -> int:
@@ -195,8 +198,10 @@ class Sum(NamedTuple):
 class Network(Protocol):
     """What the method asks of a network: hidden states at chosen positions, and the head applied to those alone."""
 
-    def hidden(self, params: Params, view: View, cache: Any = None) -> tuple[Float[Array, "B A D"], Any]:
-        """Hidden states at ``view.at``, after the last norm."""
+    def hidden(
+        self, params: Params, view: View, cache: Any = None, row_keys: Array | None = None
+    ) -> tuple[Float[Array, "B A D"], Any]:
+        """Hidden states at ``view.at``, after the last norm; ``row_keys`` [B] are those of dropout (None: no dropout)."""
         ...
 
     def logits(self, params: Params, hidden: Float[Array, "B A D"]) -> Float[Array, "B A V"]:

@@ -14,9 +14,10 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from jaxblock import api, storage, wiring
+from jaxblock import api, loading, storage, wiring
 from jaxblock.config import Config
 from jaxblock.data import prepare as preparing
+from jaxblock.data import recipes
 from jaxblock.data.loader import pad_rows
 from jaxblock.data.prepared import Prepared, open_prepared
 from jaxblock.data.records import Record
@@ -25,7 +26,7 @@ from jaxblock.evaluation import problems, runner, statistics
 from jaxblock.reporting import inspect_html, inspect_terminal
 from jaxblock.reporting.inspect import Examined, draw_steps, examine
 from jaxblock.reporting.watch import Watch
-from jaxblock.training import setup
+from jaxblock.training import run_folder, setup, weights
 from jaxblock.training.loop import INTERRUPTED
 from jaxblock.training.loop import train as run_training
 
@@ -90,7 +91,7 @@ def examine_records(
     sized = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=len(records)))
     special, manifest = prepared.special, prepared.manifest
     arch = wiring.architecture(config.model, vocab_size=manifest.vocab_size, mask_id=special.mask, eos_id=special.eos)
-    objective = setup.objective(sized, wiring.network(arch, config.model), prepared)
+    objective = setup.objective(sized, wiring.network(arch, config.model), special.stop_ids)
     canvas = objective.canvas(batch)
     draws, noise = draw_steps(lambda step: objective.draw(batch, canvas, step), range(steps))
     found = examine(
@@ -138,7 +139,9 @@ def decode(options: Decode, config: Config) -> int:
         if options.watch:
             raise UserError("watch shows the canvas and writes no file: leave out either --watch or --out")
         storage.check_absent(options.out)
-    model = dataclasses.replace(api.load(options.checkpoint), canvas=config.canvas, decode_defaults=config.decode)
+    model = dataclasses.replace(
+        loading.load(options.checkpoint, base=options.base), canvas=config.canvas, decode_defaults=config.decode
+    )
     if model.encoder is None:
         raise UserError(
             f"{options.checkpoint} has no tokenizer with a chat template, so text cannot become tokens; use "
@@ -185,6 +188,7 @@ def _prompts(options: Decode, config: Config) -> Iterator[tuple[str, str]]:
         _say("reading prompts from standard input, one a line; end with Ctrl-D")
     name = options.file or "standard input"
     content = sys.stdin.buffer.read() if options.file is None else storage.read_bytes(options.file)
+    field = recipes.resolve(config.data).prompt_field or "question"
     # Not splitlines: a prompt may hold other line separators (U+2028, form feed).
     for number, raw in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         where = f"{name}:{number}"
@@ -193,7 +197,7 @@ def _prompts(options: Decode, config: Config) -> Iterator[tuple[str, str]]:
         except UnicodeDecodeError as error:
             raise UserError(f"{where}: not UTF-8 text ({error}); convert the file to UTF-8") from error
         if line.strip():
-            yield where, _prompt_of(line, where, config.data.prompt_field) if name.endswith(".jsonl") else line
+            yield where, _prompt_of(line, where, field) if name.endswith(".jsonl") else line
 
 
 def _prompt_of(line: str, where: str, name: str) -> str:
@@ -234,10 +238,10 @@ def evaluate(options: Evaluate, config: Config) -> int:
     """Scores a checkpoint and writes problems.jsonl and summary.json."""
     storage.check_vacant(options.out, marker="summary.json")
     storage.check_writable(storage.as_path(options.out).parent)
-    model = api.load(options.checkpoint)
+    model = loading.load(options.checkpoint, base=options.base)
     prepared = open_prepared(config.data.prepared)
     setup.check_data(config, prepared)
-    setup.check_vocabulary(model.arch, prepared, options.checkpoint)
+    weights.check_vocabulary(model.arch, prepared, options.checkpoint)
     wiring.check_decoding(config.canvas, config.decode, model.arch)
     settings = config.evaluate
     source = prepared.records(settings.split)
@@ -317,8 +321,15 @@ def _print_evaluation(
 
 def export(options: Export, config: Config) -> int:
     """Exports, re-imports and compares."""
-    model = api.load(options.checkpoint)
-    difference = model.save(options.out, options.dtype)
+    if options.format == "adapter":
+        if options.dtype is not None:
+            raise UserError("format adapter keeps float32: leave out --dtype")
+        difference = loading.load(options.checkpoint, base=options.base).save_adapter(options.out)
+    else:
+        # Merging needs the base as it is, whatever the adapters were trained on.
+        is_int8 = run_folder.is_run(options.checkpoint) and run_folder.open_run(options.checkpoint).base is not None
+        model = loading.load(options.checkpoint, base=options.base, quantize="none" if is_int8 else None)
+        difference = model.save(options.out, options.dtype)
     size = sum(path.stat().st_size for path in Path(options.out).rglob("*") if path.is_file())
     print(f"wrote {options.out} ({size / 1e6:.1f} MB); read back: largest difference of any logit {difference:.3g}")
     return 0

@@ -8,18 +8,26 @@ from collections.abc import Callable
 from jax import Array
 
 from jaxblock import config_io
-from jaxblock.config import CanvasConfig, Config, DecodeConfig, MethodConfig, ModelConfig
+from jaxblock.config import CanvasConfig, Config, DecodeConfig, LoraConfig, MethodConfig, ModelConfig
 from jaxblock.diffusion.corruption import Ablation
 from jaxblock.diffusion.sampling import Sampling
 from jaxblock.errors import UserError
+from jaxblock.models import families, lora
+from jaxblock.models.lora import Lora
 from jaxblock.models.params import Architecture
 from jaxblock.models.transformer import Transformer
 from jaxblock.types import Decoding, Layout
 
 
 def architecture(model: ModelConfig, *, vocab_size: int, mask_id: int, eos_id: int) -> Architecture:
-    """The architecture of a random start over a tokenizer's vocabulary."""
+    """The architecture of a random start over a tokenizer's vocabulary.
+
+    Raises:
+        UserError: ``model.alignment`` is not the family's.
+    """
+    traits = families.traits(model.family, model.alignment)
     return Architecture(
+        **traits,
         family=model.family,
         vocab_size=vocab_size,
         d_model=model.d_model,
@@ -40,17 +48,34 @@ def architecture(model: ModelConfig, *, vocab_size: int, mask_id: int, eos_id: i
 
 
 def network(
-    arch: Architecture, model: ModelConfig, check_layer: Callable[[int, Array], None] | None = None
+    arch: Architecture,
+    model: ModelConfig,
+    lora: Lora | None = None,
+    check_layer: Callable[[int, Array], None] | None = None,
 ) -> Transformer:
-    """The network, run as the ``model`` section says."""
+    """The network, run as the ``model`` section says, with adapters beside its weights where there are some."""
     return Transformer(
         arch,
         dtype=model.dtype,
         remat=model.remat,
         attention=model.attention,
         scan_layers=model.scan_layers and check_layer is None,
+        lora=lora,
+        int8=model.quantize == "int8",
         check_layer=check_layer,
     )
+
+
+def adapters(config: LoraConfig, arch: Architecture) -> Lora | None:
+    """What the ``lora`` section adapts of a network; None where its rank is 0.
+
+    Raises:
+        UserError: a target that matches nothing.
+    """
+    if not config.rank:
+        return None
+    targets = lora.resolve(families.table(arch), config.targets, config.unmatched)
+    return Lora(config.rank, config.alpha, config.dropout, targets)
 
 
 def training_layout(
@@ -63,9 +88,10 @@ def training_layout(
         alignment=arch.alignment,
         context=canvas.context,
         suffix_window=canvas.suffix_window,
-        mask_id=arch.mask_id,
+        mask_id=arch.need_mask_id(),
         fill_id=arch.eos_id,
         stop_ids=stop_ids,
+        total_len=canvas.total_len,
     )
 
 
@@ -90,7 +116,7 @@ def decoding_layout(
         alignment=arch.alignment,
         context="aligned",
         suffix_window=canvas.suffix_window,
-        mask_id=arch.mask_id,
+        mask_id=arch.need_mask_id(),
         fill_id=arch.eos_id if decode.fill_id is None else decode.fill_id,
         stop_ids=stop_ids if decode.stop_ids is None else decode.stop_ids,
     )

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 import jaxblock
-from jaxblock import api
+from jaxblock import api, loading
 from jaxblock.config import DecodeConfig
 from jaxblock.errors import UserError
 
 
 @pytest.fixture(scope="module")
 def model(tiny_run: Path) -> api.Model:
-    return api.load(tiny_run)
+    return jaxblock.load(tiny_run)
 
 
 @pytest.fixture(scope="module")
@@ -27,16 +27,16 @@ def prompts(model: api.Model) -> list[list[int]]:
 
 
 def test_the_package_gives_the_interface(tiny_run: Path) -> None:
-    assert jaxblock.load is api.load
-    assert jaxblock.load(str(tiny_run)).arch == api.load(tiny_run).arch
+    assert jaxblock.load is loading.load
+    assert jaxblock.load(str(tiny_run)).arch == jaxblock.load(tiny_run).arch
 
 
 def test_load_sets_the_type(tiny_run: Path) -> None:
-    found = api.load(tiny_run, dtype="bfloat16")
+    found = jaxblock.load(tiny_run, dtype="bfloat16")
     assert found.params["embed"].dtype == "bfloat16" and found.net.dtype == "bfloat16"
     assert found.logits([[3, 4]]).dtype == np.float32
     with pytest.raises(UserError, match="choose float32 or bfloat16"):
-        api.load(tiny_run, dtype="float15")
+        jaxblock.load(tiny_run, dtype="float15")
 
 
 @pytest.mark.parametrize("side", ["left", "right", "both"])
@@ -162,7 +162,7 @@ def test_text_ends_at_its_first_stop(model: api.Model) -> None:
 
 def test_saved_and_loaded_is_the_same(model: api.Model, prompts: list[list[int]], tmp_path: Path) -> None:
     assert model.save(tmp_path / "hf") == 0
-    again = dataclasses.replace(api.load(tmp_path / "hf"), canvas=model.canvas)
+    again = dataclasses.replace(jaxblock.load(tmp_path / "hf"), canvas=model.canvas)
     np.testing.assert_array_equal(again.decode(prompts), model.decode(prompts))
     assert again.encoder is not None and model.encoder is not None
     assert again.encoder.prompt("1+2?") == model.encoder.prompt("1+2?")

@@ -21,7 +21,7 @@ Rule = Callable[[Sources], list[str]]
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 BINDERS = {
-    "api", "loading", "cli", "verbs", "wiring", "training.loop", "training.setup", "training.run_folder", "training.weights",
+    "api", "loading", "cli", "verbs", "wiring", "training.loop", "training.setup", "training.run_folder", "training.weights", "training.abstract",
     "evaluation.runner",
 }  # fmt: skip
 """The modules that bring rooms together. Even they may not make a circle."""

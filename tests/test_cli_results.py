@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxblock import api
+import jaxblock
 from jaxblock.cli import main
 
 
@@ -72,7 +72,7 @@ def test_watch_shows_blocks_where_there_is_no_terminal(tiny_run: Path, capsys: p
 
 
 def test_other_stop_tokens_end_the_text(tiny_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = api.load(tiny_run)
+    model = jaxblock.load(tiny_run)
     assert model.tokenizer is not None
     stop = model.tokenizer.encode("1+2=")[-1]
     assert main(["decode", "--checkpoint", str(tiny_run), "1+2?", "--decode.stop_ids", str(stop)]) == 0
@@ -155,7 +155,7 @@ def test_an_export_is_the_run(
     assert main(["export", "--checkpoint", str(tiny_run), "--out", str(folder)]) == 0
     assert "largest difference of any logit 0" in capsys.readouterr().out
     assert {"config.json", "tokenizer.model", "chat_template.jinja"} < {entry.name for entry in folder.iterdir()}
-    run, export = api.load(tiny_run), api.load(folder)
+    run, export = jaxblock.load(tiny_run), jaxblock.load(folder)
     ids = np.random.default_rng(0).integers(0, run.arch.vocab_size, (3, 20))
     np.testing.assert_array_equal(export.logits(ids), run.logits(ids))
     assert export.stop_ids == run.stop_ids

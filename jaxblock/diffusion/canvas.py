@@ -37,13 +37,14 @@ def from_rows(
         row_id: index of each row in the global batch.
 
     Returns:
-        A canvas of T = P + layout.response_len positions.
+        A canvas of T = P + layout.response_len positions (or ``layout.total_len``, into which every row must fit).
     """
-    width = prompt_ids.shape[1] + layout.response_len
+    room = prompt_ids.shape[1] + layout.response_len
+    width = room if layout.total_len is None else layout.total_len
     at = jnp.arange(width, dtype=jnp.int32)[None, :]
     offset = at - prompt_len[:, None]
     n_blocks = -(-text_len // layout.block)
-    prompt = jnp.pad(prompt_ids, ((0, 0), (0, layout.response_len)))
+    prompt = jnp.pad(prompt_ids, ((0, 0), (0, max(width - prompt_ids.shape[1], 0))))[:, :width]
     response = jnp.take_along_axis(response_ids, jnp.clip(offset, 0, response_ids.shape[1] - 1), axis=1)
     if layout.context == "aligned":
         in_last_block = offset < (n_blocks * layout.block)[:, None]

@@ -98,12 +98,11 @@ def table(base: Table, lora: Lora) -> Table:
     specs = {}
     for path in lora.targets:
         n_layers, n_in, n_out = base[path].shape
-        _, axis_in, axis_out = base[path].axes
-        name = "base_model.model." + base[path].hf_name.removesuffix(".weight")
+        peft_name = "base_model.model." + base[path].hf_name.removesuffix(".weight")
         a, b = (n_layers, n_in, lora.rank), (n_layers, lora.rank, n_out)
         std = (3 * n_in) ** -0.5
-        specs[f"{path}/a"] = ParamSpec(a, ("layers", axis_in, None), std, f"{name}.lora_A.weight", transpose=True)
-        specs[f"{path}/b"] = ParamSpec(b, ("layers", None, axis_out), 0.0, f"{name}.lora_B.weight", transpose=True)
+        specs[f"{path}/a"] = ParamSpec(a, ("layers", "adapter", None), std, f"{peft_name}.lora_A.weight", transpose=True)
+        specs[f"{path}/b"] = ParamSpec(b, ("layers", None, "adapter"), 0.0, f"{peft_name}.lora_B.weight", transpose=True)
     return specs
 
 

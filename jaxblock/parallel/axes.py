@@ -45,6 +45,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
     "vocab": ("tensor",),
+    # The side of an adapter that is not its rank: split over all that split weights, and its optimizer state with it.
+    "adapter": ("tensor", "fsdp"),
 }
 
 

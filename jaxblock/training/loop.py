@@ -24,7 +24,7 @@ from jaxblock.evaluation.runner import Bound, Evaluator, Solved
 from jaxblock.parallel import distributed
 from jaxblock.reporting import plots
 from jaxblock.reporting.progress import TrainProgress
-from jaxblock.training import optimizer as optimizers
+from jaxblock.training import schedules
 from jaxblock.training.interrupt import Interrupt, shielded
 from jaxblock.training.metrics import MetricsLog, summarise
 from jaxblock.training.setup import Session, meta, set_up
@@ -120,7 +120,7 @@ class _Loop:
     def __init__(self, session: Session, console: Console) -> None:
         self.session, self.config, self.console = session, session.config, console
         self.run_folder = Path(self.config.train.out)
-        self.lr = optimizers.schedule(self.config.optimizer, self.config.train.steps)
+        self.lr = schedules.schedule(self.config.optimizer, self.config.train.steps)
         self.log: MetricsLog | None = None
         if session.process_index == 0:
             begin = session.step if session.resumed else -1
@@ -147,7 +147,7 @@ class _Loop:
         bar = TrainProgress(train.steps, start=step, every=train.log_every, console=self.console)
         with Interrupt() as stop, bar as progress:
             if not session.resumed:
-                self._evaluate(state.params, step, progress)
+                self._evaluate(session.params(state.params), step, progress)
             else:
                 self._write({"step": step, "kind": "resume"})
             window.begin()
@@ -169,7 +169,7 @@ class _Loop:
                 if window.due and (evaluate or save or train.debug):
                     self._report(window, progress)
                 if evaluate:
-                    self._evaluate(state.params, step, progress)
+                    self._evaluate(session.params(state.params), step, progress)
                     window.begin()
                 if save:
                     self._save(state, step, window)
@@ -206,9 +206,13 @@ class _Loop:
     def _step(self) -> Any:
         session = self.session
         if self.config.train.debug:
-            return lambda state, batch: train_step(session.objective, session.optimizer, state, batch)
-        compiled = compile_step(session.objective, session.optimizer, session.state, session.mesh, session.net.table)
-        return lambda state, batch: compiled(state, session.on_mesh(batch))
+            return lambda state, batch: train_step(session.objective, session.optimizer, state, batch, session.frozen)
+        net = session.net
+        frozen_table = None if net.lora is None else net.table
+        compiled = compile_step(
+            session.objective, session.optimizer, session.state, session.mesh, net.trainable, frozen_table
+        )
+        return lambda state, batch: compiled(state, session.on_mesh(batch), session.frozen)
 
     def _report(self, window: _Window, progress: TrainProgress) -> None:
         step, count = window.step, len(window.metrics)

@@ -2,6 +2,7 @@
 
 config.yaml     the resolved config
 model.json      the architecture, as config.json would give it
+base.json       the weights beneath adapters (LoRA runs only)
 manifest.json   the prepared data's manifest
 tokenizer/      tokenizer and template
 metrics.jsonl   one row per log line and evaluation
@@ -14,10 +15,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import jax
-from jax.sharding import Mesh
+from typing import Any, NamedTuple
 
 from jaxblock import config_io, storage
 from jaxblock.config import Config
@@ -26,13 +24,24 @@ from jaxblock.data.manifest import Manifest
 from jaxblock.data.prepared import Prepared, open_prepared
 from jaxblock.errors import UserError
 from jaxblock.models import families
-from jaxblock.models import params as parameters
 from jaxblock.models.params import Architecture
-from jaxblock.parallel import axes
 from jaxblock.training.checkpoint import Checkpoints
-from jaxblock.types import Params
 
-CONFIG, MODEL, TOKENIZER = "config.yaml", "model.json", "tokenizer"
+CONFIG, MODEL, BASE, TOKENIZER = "config.yaml", "model.json", "base.json", "tokenizer"
+
+
+class Base(NamedTuple):
+    """The weights beneath adapters, as a run folder remembers them.
+
+    Attributes:
+        folder: where they were.
+        fingerprint: of their content: adapters fit no other base.
+        step: the checkpoint, where the folder is a run's.
+    """
+
+    folder: str
+    fingerprint: str
+    step: int | None
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,7 @@ class Run:
     config: Config
     arch: Architecture
     prepared: Prepared
+    base: Base | None
 
     @property
     def manifest(self) -> Manifest:
@@ -56,7 +66,7 @@ def is_run(folder: storage.PathLike) -> bool:
     return (path / CONFIG).exists() and (path / MODEL).exists()
 
 
-def begin(folder: Path, config: Config, arch: Architecture, prepared: Prepared) -> None:
+def begin(folder: Path, config: Config, arch: Architecture, prepared: Prepared, base: Base | None) -> None:
     """Makes the folder with all but metrics and checkpoints in it, whole or not at all.
 
     Args:
@@ -64,6 +74,7 @@ def begin(folder: Path, config: Config, arch: Architecture, prepared: Prepared) 
         config: the resolved config.
         arch: the network's sizes and ids.
         prepared: the data.
+        base: the weights beneath adapters; None without adapters.
 
     Raises:
         UserError: the folder holds something else, or cannot be written.
@@ -72,6 +83,8 @@ def begin(folder: Path, config: Config, arch: Architecture, prepared: Prepared) 
         shutil.copytree(Path(prepared.folder) / TOKENIZER, scratch / TOKENIZER)
         manifests.write(scratch, prepared.manifest)
         storage.write_json(scratch / MODEL, families.to_hf(arch, config.model.param_dtype))
+        if base is not None:
+            storage.write_json(scratch / BASE, base._asdict())
         storage.write_text(scratch / CONFIG, config_io.dump(config))
 
 
@@ -85,7 +98,17 @@ def open_run(folder: storage.PathLike) -> Run:
     if not is_run(path):
         raise UserError(f"{path} is not the folder of a training run (no {CONFIG} and {MODEL})")
     arch = families.from_hf(storage.read_json(path / MODEL), str(path / MODEL))
-    return Run(path, config_io.load(str(path / CONFIG)), arch, open_prepared(path))
+    config = config_io.load(str(path / CONFIG))
+    return Run(path, config, arch, open_prepared(path), _base(path) if config.lora.rank else None)
+
+
+def _base(path: Path) -> Base:
+    try:
+        return Base(**storage.read_json(path / BASE))
+    except (TypeError, UserError) as error:
+        raise UserError(
+            f"{path / BASE}, which names the base of this run's adapters, cannot be read: {error}"
+        ) from error
 
 
 def check_model(run: Run, saved: dict[str, Any]) -> None:
@@ -111,35 +134,15 @@ def check_model(run: Run, saved: dict[str, Any]) -> None:
         )
 
 
-def load_params(run: Run, mesh: Mesh | None = None, dtype: str | None = None) -> tuple[Params, int]:
-    """The parameters of the run's newest checkpoint.
-
-    Args:
-        run: the run.
-        mesh: where they go; None for one device.
-        dtype: their type; None for the type they were trained in.
-
-    Returns:
-        (parameters, step).
+def newest_step(run: Run) -> int:
+    """The step of the run's newest whole checkpoint.
 
     Raises:
-        UserError: there is no checkpoint, or it does not fit model.json.
+        UserError: there is none.
     """
     checkpoints = Checkpoints(run.folder)
     step = checkpoints.latest()
+    checkpoints.close()
     if step is None:
         raise UserError(f"{run.folder} has no whole checkpoint yet; train until the first save (train.save_every)")
-    check_model(run, checkpoints.meta(step))
-    mesh = mesh or axes.make_mesh(1, 1, jax.local_devices()[:1])
-    table = families.table(run.arch)
-    placed = axes.param_shardings(mesh, table)
-    like = jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        parameters.abstract(table, run.config.model.param_dtype),
-        placed,
-    )
-    params = checkpoints.restore_params(step, like)
-    checkpoints.close()
-    if dtype is not None:
-        params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
-    return params, step
+    return step

@@ -25,16 +25,14 @@ from jaxblock.data.loader import Batch
 from jaxblock.data.prepared import Prepared, open_prepared
 from jaxblock.data.records import Record
 from jaxblock.errors import UserError
-from jaxblock.huggingface import load as huggingface
-from jaxblock.models import families
-from jaxblock.models import params as parameters
-from jaxblock.models.params import Architecture
+from jaxblock.models import families, lora
 from jaxblock.models.transformer import Transformer
 from jaxblock.parallel import axes, distributed
 from jaxblock.training import optimizer as optimizers
-from jaxblock.training import run_folder
+from jaxblock.training import run_folder, weights
 from jaxblock.training.checkpoint import Checkpoints
 from jaxblock.training.debug import NanFinder, not_finite
+from jaxblock.training.run_folder import Base
 from jaxblock.training.state import TrainState, create
 from jaxblock.training.step import Objective
 from jaxblock.types import Params
@@ -44,7 +42,7 @@ MAY_CHANGE = {
     "model": {"remat", "attention", "scan_layers", "init_from"},
     "train": {
         "out", "resume", "log_every", "eval_every", "eval_problems", "eval_nelbo_rows", "save_every", "keep",
-        "tensorboard", "loader_workers", "debug", "data_parallel", "fsdp",
+        "tensorboard", "loader_workers", "debug", "data_parallel", "fsdp", "tensor",
     },
     "decode": {field.name for field in dataclasses.fields(config_io.Config().decode)},
     "evaluate": {field.name for field in dataclasses.fields(config_io.Config().evaluate)},
@@ -64,12 +62,18 @@ class Session:
     optimizer: optax.GradientTransformation
     mesh: Mesh
     state: TrainState
+    frozen: Params
+    base: Base | None
     checkpoints: Checkpoints
     step: int
     resumed: bool
     nans: NanFinder | None
     process_index: int
     process_count: int
+
+    def params(self, trained: Params) -> Params:
+        """What the network takes: what is trained, beside the frozen base where there is one."""
+        return lora.attach(self.frozen, trained)
 
     def on_mesh(self, batch: Batch) -> Batch:
         """This process's rows as its part of the global batch."""
@@ -104,23 +108,19 @@ def set_up(config: Config, console: Console) -> Session:
             raise UserError(f"train.out {train.out}: {error}") from error
     if checkpoints is not None:
         _check_resume(config, folder, checkpoints, step, prepared)
-    mesh = axes.make_mesh(train.data_parallel, train.fsdp)
-    ways = mesh.size
-    if train.batch_size % ways:
-        raise UserError(
-            f"train.batch_size {train.batch_size} does not split over {ways} devices: use a multiple of {ways}"
-        )
+    mesh = _mesh(config)
     nans = NanFinder() if train.debug else None
-    arch, params = _weights(config, prepared, mesh, folder if step is not None else None, console)
-    wiring.check_decoding(config.canvas, config.decode, arch)
-    net = wiring.network(arch, config.model, nans.layer if nans else None)
-    optimizer = optimizers.make(config.optimizer, train.steps, net.table)
+    resumed = run_folder.open_run(folder) if step is not None else None
+    begun = weights.begin(config, prepared, mesh, resumed, console)
+    wiring.check_decoding(config.canvas, config.decode, begun.arch)
+    net = wiring.network(begun.arch, config.model, begun.lora, nans.layer if nans else None)
+    optimizer = optimizers.make(config.optimizer, train.steps, net.trainable, train.seed)
     with jax.set_mesh(mesh):
-        state = create(params, optimizer, mesh, net.table)
+        state = create(begun.trained, optimizer, mesh, net.trainable)
     if checkpoints is None:
         distributed.wait("every process has looked at the run folder")
         if process_index == 0:
-            run_folder.begin(folder, config, arch, prepared)
+            run_folder.begin(folder, config, begun.arch, prepared, begun.base)
         distributed.wait("the run folder is there")
         checkpoints = Checkpoints(folder, train.keep)
     elif step is None:
@@ -137,10 +137,12 @@ def set_up(config: Config, console: Console) -> Session:
         prepared=prepared,
         validation=[held_out[i] for i in range(min(len(held_out), max(train.eval_problems, train.eval_nelbo_rows)))],
         net=net,
-        objective=objective(config, net, prepared),
+        objective=objective(config, net, prepared.special.stop_ids),
         optimizer=optimizer,
         mesh=mesh,
         state=state,
+        frozen=begun.frozen,
+        base=begun.base,
         checkpoints=checkpoints,
         step=step or 0,
         resumed=step is not None,
@@ -150,25 +152,39 @@ def set_up(config: Config, console: Console) -> Session:
     )
 
 
-def objective(config: Config, net: Transformer, prepared: Prepared) -> Objective:
+def _mesh(config: Config) -> Mesh:
+    train = config.train
+    mesh = axes.make_mesh(train.data_parallel, train.fsdp, train.tensor)
+    ways = mesh.size // train.tensor
+    if train.batch_size % ways:
+        raise UserError(
+            f"train.batch_size {train.batch_size} does not split over {ways} devices: use a multiple of {ways}"
+        )
+    return mesh
+
+
+def objective(config: Config, net: Transformer, stop_ids: tuple[int, ...]) -> Objective:
     """The loss that the config describes. ``classical`` has one block, so ``pairs`` and sequences are the same."""
     method = config.method
     if method.objective == "classical":
         method = dataclasses.replace(method, blocks="per_sequence")
     return Objective(
         net=net,
-        layout=wiring.training_layout(config.canvas, method, net.arch, prepared.special.stop_ids),
+        layout=wiring.training_layout(config.canvas, method, net.arch, stop_ids),
         sampling=wiring.sampling(method),
         normalize=method.normalize,
         ablation=wiring.ablation(method),
         seed=config.train.seed,
         rows=config.train.batch_size,
+        dropout=net.lora is not None and net.lora.dropout > 0,
     )
 
 
 def meta(session: Session) -> dict[str, Any]:
     """What is saved with a checkpoint besides the arrays: what a resume must agree on."""
+    base = {} if session.base is None else {"base": session.base.fingerprint}
     return {
+        **base,
         "data": session.prepared.manifest.fingerprint,
         "config": config_io.to_tree(session.config),
         "model": families.to_hf(session.net.arch, session.config.model.param_dtype),
@@ -196,55 +212,14 @@ def check_data(config: Config, prepared: Prepared) -> None:
                 f"canvas.{name} is {getattr(canvas, name)}, but {config.data.prepared} was prepared with "
                 f"{getattr(there, name)}: records may be longer; use the same, or prepare again"
             )
-
-
-def _weights(
-    config: Config, prepared: Prepared, mesh: Mesh, resumed: Path | None, console: Console
-) -> tuple[Architecture, Params]:
-    source = config.model.init_from
-    dtype = config.model.param_dtype
-    if resumed is not None:
-        # Values come from the checkpoint; random ones hold their place (and their shardings) until then.
-        arch = run_folder.open_run(resumed).arch
-    elif source is None:
-        special = prepared.special
-        arch = wiring.architecture(
-            config.model, vocab_size=prepared.manifest.vocab_size, mask_id=special.mask, eos_id=special.eos
-        )
-    elif run_folder.is_run(source):
-        run = run_folder.open_run(source)
-        check_vocabulary(run.arch, prepared, source)
-        params, step = run_folder.load_params(run, mesh, dtype)
-        console.out(f"starting from step {step:,} of {source}", highlight=False)
-        return run.arch, params
-    else:
-        arch = huggingface.architecture(source)
-        check_vocabulary(arch, prepared, source)
-        placed = axes.param_shardings(mesh, families.table(arch))
-        console.out(f"starting from {source}", highlight=False)
-        return huggingface.load(source, dtype=dtype, shardings=placed)
-    table = families.table(arch)
-    placed = axes.param_shardings(mesh, table)
-    make = jax.jit(lambda: parameters.init(table, config.train.seed, dtype), out_shardings=placed)
-    if resumed is None:
-        console.out(f"random weights: {parameters.count(table):,} parameters", highlight=False)
-    return arch, make()
-
-
-def check_vocabulary(arch: Architecture, prepared: Prepared, source: str) -> None:
-    """Raises UserError where checkpoint and tokenizer differ about an id. Padding rows beyond the tokenizer are fine."""
-    manifest, special = prepared.manifest, prepared.special
-    if manifest.vocab_size > arch.vocab_size:
-        raise UserError(
-            f"{source} has {arch.vocab_size} embedding rows, but the data's tokenizer has ids up to "
-            f"{manifest.vocab_size - 1}: prepare the data with the checkpoint's own tokenizer (data.tokenizer)"
-        )
-    for name, ours, theirs in (("mask", special.mask, arch.mask_id), ("end-of-sequence", special.eos, arch.eos_id)):
-        if ours != theirs:
-            raise UserError(
-                f"{source} calls {theirs} its {name} token, the data's tokenizer calls {ours} so: prepare the data "
-                "with the checkpoint's own tokenizer (data.tokenizer)"
-            )
+    if canvas.total_len is not None:
+        for split in prepared.manifest.splits:
+            longest = int(prepared.records(split).lengths().sum(-1).max(initial=0))
+            if longest > canvas.total_len:
+                raise UserError(
+                    f"canvas.total_len is {canvas.total_len}, but a {split} record of {config.data.prepared} has {longest} "
+                    "tokens: prepare with data.max_total_len set to it, or raise it"
+                )
 
 
 def _check_resume(config: Config, folder: Path, checkpoints: Checkpoints, step: int | None, prepared: Prepared) -> None:

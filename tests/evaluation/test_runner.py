@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import jaxblock
 from jaxblock import api
 from jaxblock.data.prepared import open_prepared
 from jaxblock.data.records import Record
@@ -19,7 +20,7 @@ from jaxblock.evaluation.runner import Evaluator
 
 @pytest.fixture(scope="module")
 def model(tiny_run: Path) -> api.Model:
-    return api.load(tiny_run)
+    return jaxblock.load(tiny_run)
 
 
 @pytest.fixture(scope="module")

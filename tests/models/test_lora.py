@@ -64,7 +64,10 @@ def test_a_branch_is_what_the_merged_matrix_does(adapted: tuple[Transformer, par
 def test_adapters_begin_as_nothing_and_only_b_has_a_gradient_then() -> None:
     net = Transformer(ARCH, lora=Lora(3, 6.0, 0.0, ALL), remat="dots")
     base, adapters = parameters.init(TABLE, 0, "bfloat16"), parameters.init(net.trainable, 1, "float32")
-    assert all(spec.shape == leaf.shape for spec, leaf in zip(net.trainable.values(), parameters.flatten(adapters).values(), strict=True))
+    assert all(
+        spec.shape == leaf.shape
+        for spec, leaf in zip(net.trainable.values(), parameters.flatten(adapters).values(), strict=True)
+    )
     np.testing.assert_array_equal(
         hidden(net, lora.attach(base, adapters), view()), hidden(dataclasses.replace(net, lora=None), base, view())
     )
@@ -153,7 +156,11 @@ def test_int8_is_near_and_halves_the_matrices(adapted: tuple[Transformer, parame
     want = hidden(Transformer(ARCH), base, view())
     assert 0 < np.abs(got - want).max() < 0.05 * np.abs(want).max()
     # The oracle: the same whole numbers as ordinary weights.
-    whole = {p: x * flat[p + int8.SCALE][:, None, :] if int8.quantised(TABLE[p]) else x for p, x in flat.items() if p in TABLE}
+    whole = {
+        p: x * flat[p + int8.SCALE][:, None, :] if int8.quantised(TABLE[p]) else x
+        for p, x in flat.items()
+        if p in TABLE
+    }
     np.testing.assert_allclose(got, hidden(Transformer(ARCH), parameters.nest(whole), view()), atol=2e-5)
 
 

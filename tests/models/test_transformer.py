@@ -14,8 +14,8 @@ from jax.flatten_util import ravel_pytree
 from jaxblock.models import families
 from jaxblock.models import params as parameters
 from jaxblock.models.attention import attend
-from jaxblock.models.params import Architecture
 from jaxblock.models.dense import _plain_matmul, matmul
+from jaxblock.models.params import Architecture
 from jaxblock.models.transformer import Attention, Block, Transformer
 from jaxblock.types import View
 

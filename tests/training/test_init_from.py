@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxblock import api
+import jaxblock
 from jaxblock.cli import main
 from jaxblock.huggingface import save
 
@@ -35,7 +35,7 @@ def test_a_run_and_its_export_give_the_same_start(tiny_config: Path, tiny_run: P
         last = json.loads((tiny_run / "metrics.jsonl").read_text().splitlines()[-1])
         assert first["step"] == 0 and last["step"] == 120
         assert first["nelbo_per_token"] == pytest.approx(last["nelbo_per_token"], rel=1e-5)
-        ends[source] = jax.tree.leaves(api.load(out).params)
+        ends[source] = jax.tree.leaves(jaxblock.load(out).params)
     for left, right in zip(*ends.values(), strict=True):
         np.testing.assert_array_equal(left, right)
 
@@ -82,7 +82,7 @@ def poisoned(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
     """A Hugging Face folder of the run with one weight of layer 1 replaced."""
 
     def make(name: str, value: float) -> Path:
-        model = api.load(tiny_run)
+        model = jaxblock.load(tiny_run)
         blocks = dict(model.params["blocks"])
         blocks[name] = blocks[name].at[1].set(blocks[name][1].at[(0,) * (blocks[name].ndim - 1)].set(value))
         folder = tmp_path_factory.mktemp("poisoned") / "hf"

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxblock import api
+import jaxblock
 from jaxblock.cli import main
 
 
@@ -48,7 +48,7 @@ def test_two_processes_train_as_one(tiny_config: Path, tiny_run: Path, capsys: p
     assert steps == expected_steps == tuple(range(1, 121))
     np.testing.assert_allclose(losses[:20], expected[:20], rtol=1e-4)  # rounding grows with the steps
     for left, right in zip(
-        jax.tree.leaves(api.load(run).params), jax.tree.leaves(api.load(tiny_run).params), strict=True
+        jax.tree.leaves(jaxblock.load(run).params), jax.tree.leaves(jaxblock.load(tiny_run).params), strict=True
     ):
         assert np.isfinite(left).all() and left.shape == right.shape
     # A checkpoint of two processes is read by one.

@@ -17,7 +17,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxblock import api, config_io
+import jaxblock
+from jaxblock import config_io
 from jaxblock.cli import main
 from jaxblock.config import Config
 from jaxblock.training import setup
@@ -26,7 +27,7 @@ F_SETPIPE_SZ = 1031
 
 
 def _params(run: Path) -> list[np.ndarray]:
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(api.load(run).params)]
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(jaxblock.load(run).params)]
 
 
 def _rows(run: Path) -> list[dict[str, Any]]:

@@ -67,7 +67,7 @@ def train() -> Callable[[tuple[int, int] | None], Result]:
 
     @functools.cache
     def run(shape: tuple[int, int] | None) -> Result:
-        mesh = axes.make_mesh(*(shape or (1, 1)), None if shape else jax.devices()[:1])
+        mesh = axes.make_mesh(*(shape or (1,)), devices=None if shape else jax.devices()[:1])
         rows = axes.sharding(mesh, "batch")
         with jax.set_mesh(mesh):
             draw = jax.jit(lambda b, s: objective.draw(b, objective.canvas(b), s), in_shardings=(rows, None))
@@ -76,14 +76,14 @@ def train() -> Callable[[tuple[int, int] | None], Result]:
             step_fn = compile_step(objective, optimizer, state, mesh, net.table)
             losses = []
             for _ in range(3):
-                state, metrics = step_fn(state, batch)
+                state, metrics = step_fn(state, batch, {})
                 losses.append(float(metrics.losses.loss.total) / float(metrics.losses.loss.weight))
         return Result(draws, losses, jax.device_get(state.params), state)
 
     return run
 
 
-@pytest.mark.parametrize("shape", [(8, 1), (2, 4), (1, 8)])
+@pytest.mark.parametrize("shape", [(8, 1), (2, 4), (1, 8), (2, 2, 2), (1, 1, 8)])
 def test_eight_devices_do_what_one_does(train: Callable[..., Result], shape: tuple[int, int]) -> None:
     one, eight = train(None), train(shape)
     for left, right in zip(jax.tree.leaves(one.draws), jax.tree.leaves(eight.draws), strict=True):

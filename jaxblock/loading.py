@@ -1,0 +1,120 @@
+"""``jaxblock.load``: a run, a Hugging Face folder or hub id, or adapters, as a ``Model``."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from jaxblock import hub, storage, wiring
+from jaxblock.api import Model
+from jaxblock.config import CanvasConfig
+from jaxblock.data import tokenizers
+from jaxblock.data.prepared import encoder_of
+from jaxblock.data.special import TURN_ENDS
+from jaxblock.data.tokenizers import Tokenizer
+from jaxblock.errors import UserError
+from jaxblock.huggingface import load as huggingface_load
+from jaxblock.huggingface import peft
+from jaxblock.models import families, lora
+from jaxblock.models.params import Architecture
+from jaxblock.models.transformer import Transformer
+from jaxblock.training import run_folder, weights
+from jaxblock.types import Alignment
+
+
+def load(
+    folder: storage.PathLike,
+    *,
+    dtype: str | None = None,
+    base: storage.PathLike | None = None,
+    quantize: Literal["none", "int8"] | None = None,
+    mask_id: int | None = None,
+    alignment: Alignment | None = None,
+) -> Model:
+    """Loads a run folder, a Hugging Face folder (or hub id), or a folder of PEFT adapters.
+
+    Args:
+        folder: what ``jaxblock train`` wrote, a folder with config.json and safetensors (tokenizer optional), or one
+            with adapter_config.json.
+        dtype: compute and storage type, ``float32`` or ``bfloat16``; None keeps what is stored.
+        base: where the weights beneath adapters are; None for where their run or adapter_config.json says.
+        quantize: ``int8`` keeps the layers' matrices beneath adapters in int8; None for what their run did.
+        mask_id: the mask token of an autoregressive checkpoint that has none; its embedding gets rows where it is new.
+        alignment: the logit alignment of such a checkpoint; None for ``shifted``.
+
+    Returns:
+        The model. An autoregressive checkpoint without a mask token has logits, but cannot decode.
+
+    Raises:
+        UserError: the folder is none of these, or is damaged; says what is missing.
+    """
+    if dtype not in (None, "float32", "bfloat16"):
+        raise UserError(f"dtype is {dtype!r}: choose float32 or bfloat16, or None for what is stored")
+    if run_folder.is_run(folder):
+        return _from_run(folder, dtype, base, quantize)
+    weights_folder, found = _adapters_of(hub.local(folder), base)
+    to_int8 = quantize == "int8"
+    if to_int8 and found is None:
+        raise UserError(f"{folder}: quantize int8 is for the weights beneath adapters, and there are none")
+    arch = huggingface_load.architecture(weights_folder)
+    if mask_id is not None or alignment is not None:
+        arch = families.with_mask(arch, arch.need_mask_id() if mask_id is None else mask_id, alignment)
+    _, params = huggingface_load.load(weights_folder, dtype=dtype, arch=arch, int8=to_int8)
+    compute = dtype or params["final_norm"].dtype.name
+    net = Transformer(arch, dtype=compute, int8=to_int8)
+    if found is not None:
+        adapted, adapters = peft.load_adapter(found, arch)
+        net, params = dataclasses.replace(net, lora=adapted), lora.attach(params, adapters)
+    named = found if found is not None and _has_tokenizer(found) else weights_folder
+    tokenizer = tokenizers.load(named) if _has_tokenizer(named) else None
+    return Model(
+        net=net,
+        params=params,
+        canvas=CanvasConfig(),
+        stop_ids=_stop_ids(arch, tokenizer),
+        tokenizer=tokenizer,
+        encoder=None if tokenizer is None else encoder_of(named, tokenizer, arch.mask_id, arch.eos_id),
+        origin=named,
+        base=None if found is None else weights_folder,
+    )
+
+
+def _adapters_of(folder: str, base: storage.PathLike | None) -> tuple[str, str | None]:
+    """(the folder of the weights, the folder of the adapters or None)."""
+    if peft.is_adapter(folder):
+        return hub.local(base if base is not None else peft.base_of(folder)), folder
+    if base is not None:
+        raise UserError(f"{folder} holds no adapters, so `base` means nothing: leave it out")
+    return folder, None
+
+
+def _stop_ids(arch: Architecture, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    ends = [tokenizer.id_of(text) for text in TURN_ENDS] if tokenizer is not None else []
+    return tuple(dict.fromkeys([*(i for i in ends if i is not None), arch.eos_id, *arch.end_ids]))
+
+
+def _from_run(
+    folder: storage.PathLike, dtype: str | None, base: storage.PathLike | None, quantize: str | None
+) -> Model:
+    run = run_folder.open_run(folder)
+    model = run.config.model
+    if run.base is None and (base is not None or quantize == "int8"):
+        raise UserError(f"{folder} holds no adapters: leave out base and quantize")
+    to_int8 = run.base is not None and (quantize or model.quantize) == "int8"
+    params, _, adapted = weights.read_run(run, dtype=dtype, base=None if base is None else str(base), to_int8=to_int8)
+    net = dataclasses.replace(wiring.network(run.arch, model, adapted), int8=to_int8)
+    return Model(
+        net=net if dtype is None else dataclasses.replace(net, dtype=dtype),
+        params=params,
+        canvas=run.config.canvas,
+        stop_ids=run.prepared.special.stop_ids,
+        decode_defaults=run.config.decode,
+        tokenizer=run.prepared.tokenizer,
+        encoder=run.prepared.encoder,
+        origin=str(folder),
+        base=None if run.base is None else str(base or model.init_from),
+    )
+
+
+def _has_tokenizer(folder: storage.PathLike) -> bool:
+    return tokenizers.present(folder)

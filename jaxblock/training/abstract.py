@@ -1,0 +1,90 @@
+"""A run's state and step by shapes alone: compiled at full size, with nothing allocated."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxblock import wiring
+from jaxblock.config import Config
+from jaxblock.data.loader import Batch
+from jaxblock.models import params as parameters
+from jaxblock.models.params import Architecture, Table
+from jaxblock.parallel import axes
+from jaxblock.training import optimizer as optimizers
+from jaxblock.training import setup
+from jaxblock.training.state import TrainState, shardings
+from jaxblock.training.step import compile_step
+
+
+class Abstract(NamedTuple):
+    """A run without its values.
+
+    Attributes:
+        state: what is trained and the optimizer's part, as shapes with shardings.
+        frozen: the base beneath adapters, likewise; {} without.
+        step: the train step, lowered; ``step.compile()`` does the rest.
+    """
+
+    state: Any
+    frozen: Any
+    step: jax.stages.Lowered
+
+
+def build(config: Config, arch: Architecture, mesh: Mesh) -> Abstract:
+    """Lowers the train step that a config would run on an architecture.
+
+    Args:
+        config: resolved and valid.
+        arch: the network, as its config.json gives it.
+        mesh: where it would run.
+
+    Raises:
+        UserError: a tensor does not split over the mesh.
+    """
+    lora = wiring.adapters(config.lora, arch)
+    net = wiring.network(arch, config.model, lora)
+    optimizer = optimizers.make(config.optimizer, config.train.steps, net.trainable, config.train.seed)
+    params = parameters.abstract(net.trainable, "float32" if lora else config.model.param_dtype)
+    opt_state = jax.eval_shape(optimizer.init, params)
+    placed = shardings(opt_state, mesh, net.trainable)
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32)
+    state = _placed(TrainState(params, opt_state, step), placed)
+    frozen: Any = {}
+    if lora:
+        frozen = _placed(
+            parameters.abstract(net.table, config.model.param_dtype), axes.param_shardings(mesh, net.table)
+        )
+    objective = setup.objective(config, net, (arch.eos_id,))
+    frozen_table: Table | None = net.table if lora else None
+    with jax.set_mesh(mesh):
+        compiled = compile_step(objective, optimizer, state, mesh, net.trainable, frozen_table)
+        lowered = compiled.lower(state, _batch(config), frozen)  # type: ignore[attr-defined]
+    return Abstract(state, frozen, lowered)
+
+
+def bytes_per_device(tree: Any) -> int:
+    """What one device holds of a tree of placed shapes."""
+    leaves = jax.tree.leaves(tree)
+    return sum(_elements(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def _elements(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def _placed(tree: Any, where: Any) -> Any:
+    return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), tree, where)
+
+
+def _batch(config: Config) -> Batch:
+    rows, canvas = config.train.batch_size, config.canvas
+    widths = {"prompt_ids": (canvas.prompt_len,), "response_ids": (canvas.response_len,)}
+    shapes: Any = [jax.ShapeDtypeStruct((rows, *widths.get(name, ())), jnp.int32) for name in Batch._fields]
+    return Batch(*shapes)

@@ -1,0 +1,273 @@
+"""Where a run's weights come from: random, another run, or a Hugging Face folder; trained whole, or beneath adapters."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+from rich.console import Console
+
+from jaxblock import hub, wiring
+from jaxblock.config import Config
+from jaxblock.data.prepared import Prepared
+from jaxblock.errors import UserError
+from jaxblock.huggingface import load as huggingface
+from jaxblock.models import families, int8
+from jaxblock.models import lora as adapters
+from jaxblock.models import params as parameters
+from jaxblock.models.lora import Lora
+from jaxblock.models.params import Architecture, Table
+from jaxblock.parallel import axes
+from jaxblock.training import run_folder
+from jaxblock.training.checkpoint import Checkpoints
+from jaxblock.training.run_folder import Base, Run
+from jaxblock.types import Params
+
+_SAMPLE = 1 << 16  # bytes of a file's start and end that go into a fingerprint
+
+
+class Weights(NamedTuple):
+    """What a run begins with.
+
+    Attributes:
+        arch: sizes and ids.
+        lora: what is adapted; None where the whole network is trained.
+        trained: the adapters, or the whole network.
+        frozen: the base beneath adapters; {} without.
+        base: where the base came from.
+    """
+
+    arch: Architecture
+    lora: Lora | None
+    trained: Params
+    frozen: Params
+    base: Base | None
+
+
+def begin(config: Config, prepared: Prepared, mesh: Mesh, run: Run | None, console: Console) -> Weights:
+    """The weights before the first step, or (with ``run``) ones whose trained part a checkpoint will replace.
+
+    Args:
+        config: resolved and valid.
+        prepared: the data: its tokenizer must be the weights'.
+        mesh: where they go.
+        run: the run that is resumed; None for a start.
+        console: where people are told where they came from.
+
+    Raises:
+        UserError: the source is no checkpoint, is of another vocabulary, or is not the base that a resumed run's
+            adapters were trained on.
+    """
+    source = None if config.model.init_from is None else hub.local(config.model.init_from)
+    seed, dtype = config.train.seed, config.model.param_dtype
+    if config.lora.rank:
+        assert source is not None  # config_io checks it
+        arch = run.arch if run is not None else _architecture(source, config, prepared)
+        lora = wiring.adapters(config.lora, arch)
+        assert lora is not None
+        base = _check_base(source, run.base) if run is not None else identify(source)
+        frozen = read_base(source, arch, mesh, dtype, base.step, config.model.quantize == "int8")
+        table = adapters.table(families.table(arch), lora)
+        if run is None:
+            counts = f"{parameters.count(table):,} in adapters of {', '.join(_short(lora))}"
+            console.out(f"starting from {config.model.init_from}: {counts} are trained", highlight=False)
+        return Weights(arch, lora, _random(table, seed, "float32", mesh), frozen, base)
+    if run is not None:
+        # Values come from the checkpoint; random ones hold their place (and their shardings) until then.
+        return Weights(run.arch, None, _random(families.table(run.arch), seed, dtype, mesh), {}, None)
+    if source is None:
+        special = prepared.special
+        vocab = prepared.manifest.vocab_size
+        arch = wiring.architecture(config.model, vocab_size=vocab, mask_id=special.mask, eos_id=special.eos)
+        table = families.table(arch)
+        console.out(f"random weights: {parameters.count(table):,} parameters", highlight=False)
+        return Weights(arch, None, _random(table, seed, dtype, mesh), {}, None)
+    arch = _architecture(source, config, prepared)
+    if run_folder.is_run(source):
+        params, step, lora = read_run(run_folder.open_run(source), mesh, dtype)
+        where = f"step {step:,} of {source}"
+        params = params if lora is None else adapters.merge(params, lora)
+    else:
+        where = str(config.model.init_from)
+        params = read_base(source, arch, mesh, dtype, None, False)
+    console.out(f"starting from {where}", highlight=False)
+    return Weights(arch, None, params, {}, None)
+
+
+def _short(lora: Lora) -> list[str]:
+    return [path.removeprefix("blocks/") for path in lora.targets]
+
+
+def _random(table: Table, seed: int, dtype: str, mesh: Mesh) -> Params:
+    placed = axes.param_shardings(mesh, table)
+    params: Params = jax.jit(lambda: parameters.init(table, seed, dtype), out_shardings=placed)()
+    return params
+
+
+def _architecture(source: str, config: Config, prepared: Prepared) -> Architecture:
+    """A source's architecture; an autoregressive one takes its mask token and fill from the data's tokenizer."""
+    arch = run_folder.open_run(source).arch if run_folder.is_run(source) else huggingface.architecture(source)
+    special, alignment = prepared.special, config.model.alignment
+    if arch.mask_id is None:
+        arch = families.with_mask(arch, special.mask, alignment)
+        arch = dataclasses.replace(arch, eos_id=special.eos, end_ids=(), pad_id=special.eos)
+    elif alignment not in (None, arch.alignment):
+        raise UserError(
+            f"model.alignment is {alignment}, but {source} was trained with {arch.alignment} logits: leave it"
+        )
+    check_vocabulary(arch, prepared, source)
+    return arch
+
+
+def check_vocabulary(arch: Architecture, prepared: Prepared, source: str) -> None:
+    """Raises UserError where checkpoint and tokenizer differ about an id. Padding rows beyond the tokenizer are fine."""
+    manifest, special = prepared.manifest, prepared.special
+    if manifest.vocab_size > arch.vocab_size:
+        raise UserError(
+            f"{source} has {arch.vocab_size} embedding rows, but the data's tokenizer has ids up to "
+            f"{manifest.vocab_size - 1}: prepare the data with the checkpoint's own tokenizer (data.tokenizer)"
+        )
+    for name, ours, theirs in (("mask", special.mask, arch.mask_id), ("end-of-sequence", special.eos, arch.eos_id)):
+        if ours != theirs:
+            raise UserError(
+                f"{source} calls {theirs} its {name} token, the data's tokenizer calls {ours} so: prepare the data "
+                "with the checkpoint's own tokenizer (data.tokenizer)"
+            )
+
+
+def identify(source: str) -> Base:
+    """Names a base by its content. Headers and ends of the files are read, not all of them."""
+    path = Path(source)
+    if run_folder.is_run(source):
+        run = run_folder.open_run(source)
+        if run.config.lora.rank:
+            raise UserError(
+                f"{source} holds adapters; adapters on adapters are not supported: export it merged "
+                "(`jaxblock export`) and set model.init_from to the export"
+            )
+        step = run_folder.newest_step(run)
+        content = (path / run_folder.MODEL).read_bytes() + (path / run_folder.CONFIG).read_bytes() + str(step).encode()
+        return Base(source, hashlib.sha256(content).hexdigest(), step)
+    digest = hashlib.sha256()
+    for file in sorted(path.glob("*.safetensors")):
+        size = file.stat().st_size
+        with open(file, "rb") as handle:
+            digest.update(f"{file.name}:{size}".encode() + handle.read(_SAMPLE))
+            handle.seek(max(size - _SAMPLE, 0))
+            digest.update(handle.read(_SAMPLE))
+    return Base(source, digest.hexdigest(), None)
+
+
+def _check_base(source: str, remembered: Base | None) -> Base:
+    """The base at ``source``, which must be the one that adapters were trained on.
+
+    Raises:
+        UserError: it is another.
+    """
+    assert remembered is not None  # run_folder.open_run checks it
+    if not Path(source).is_dir():
+        raise UserError(
+            f"{source}, the base of these adapters, is not there: set model.init_from (from Python: `base`) to where it is"
+        )
+    found = identify(source)
+    if found.fingerprint != remembered.fingerprint:
+        raise UserError(
+            f"{source} is not the base that these adapters were trained on (that was {remembered.folder}, fingerprint "
+            f"{remembered.fingerprint[:12]}; this is {found.fingerprint[:12]}): set model.init_from to that one"
+        )
+    return found
+
+
+def read_base(
+    source: str, arch: Architecture, mesh: Mesh, dtype: str | None, step: int | None, to_int8: bool
+) -> Params:
+    """Reads whole weights from a run or a Hugging Face folder.
+
+    Args:
+        source: the folder.
+        arch: what they are read as.
+        mesh: where they go.
+        dtype: their type; None keeps each tensor's own.
+        step: the checkpoint of a run; None for the newest.
+        to_int8: quantise the layers' matrices.
+    """
+    table = families.table(arch)
+    if run_folder.is_run(source):
+        run = run_folder.open_run(source)
+        params, _, _ = read_run(run, mesh, dtype, step=step)
+        return _quantised(params, table, mesh) if to_int8 else params
+    placed = axes.param_shardings(mesh, int8.table(table) if to_int8 else table)
+    return huggingface.load(source, dtype=dtype, shardings=placed, arch=arch, int8=to_int8)[1]
+
+
+def _quantised(params: Params, table: Table, mesh: Mesh) -> Params:
+    placed = parameters.flatten(axes.param_shardings(mesh, int8.table(table)))
+    flat: dict[str, Any] = {}
+    for path, leaf in parameters.flatten(params).items():
+        if int8.quantised(table[path]):
+            numbers, scales = int8.quantise(leaf)
+            flat[path] = jax.device_put(numbers, placed[path])
+            flat[path + int8.SCALE] = jax.device_put(scales, placed[path + int8.SCALE])
+        else:
+            flat[path] = leaf
+    return parameters.nest(flat)
+
+
+def read_run(
+    run: Run,
+    mesh: Mesh | None = None,
+    dtype: str | None = None,
+    *,
+    step: int | None = None,
+    base: str | None = None,
+    to_int8: bool = False,
+) -> tuple[Params, int, Lora | None]:
+    """The parameters of a run's checkpoint; adapters come with their base.
+
+    Args:
+        run: the run.
+        mesh: where they go; None for one device.
+        dtype: their type (adapters stay float32); None for the type they were trained in.
+        step: which checkpoint; None for the newest.
+        base: where the adapters' base is now; None for where it was.
+        to_int8: quantise the adapters' base.
+
+    Returns:
+        (parameters, step, what is adapted).
+
+    Raises:
+        UserError: there is no checkpoint, it does not fit model.json, or the base is another.
+    """
+    step = run_folder.newest_step(run) if step is None else step
+    checkpoints = Checkpoints(run.folder)
+    run_folder.check_model(run, checkpoints.meta(step))
+    mesh = mesh or axes.make_mesh(1, devices=jax.local_devices()[:1])
+    lora = wiring.adapters(run.config.lora, run.arch)
+    table = families.table(run.arch)
+    trained, stored = (
+        (table, run.config.model.param_dtype) if lora is None else (adapters.table(table, lora), "float32")
+    )
+    like = jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        parameters.abstract(trained, stored),
+        axes.param_shardings(mesh, trained),
+    )
+    params = checkpoints.restore_params(step, like)
+    checkpoints.close()
+    if lora is None:
+        if dtype is not None:
+            params = jax.tree.map(functools.partial(_cast, dtype=dtype), params)
+        return params, step, None
+    source = hub.local(base or str(run.config.model.init_from))
+    found = _check_base(source, run.base)
+    frozen = read_base(source, run.arch, mesh, dtype or run.config.model.param_dtype, found.step, to_int8)
+    return adapters.attach(frozen, params), step, lora
+
+
+def _cast(leaf: jax.Array, dtype: str) -> jax.Array:
+    return leaf.astype(dtype)
