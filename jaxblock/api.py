@@ -287,7 +287,7 @@ class Model:
             UserError: the base is int8, or the folder exists or cannot be written.
         """
         merged = self.merged()
-        huggingface_save.save(folder, self.arch, merged.params, tokenizer=self._companions(), dtype=dtype)
+        huggingface_save.save(folder, self.arch, merged.params, **self._companions(), dtype=dtype)
         return huggingface_save.verify(folder, merged.net, merged.params, self._probe())
 
     def save_adapter(self, folder: storage.PathLike) -> float:
@@ -305,7 +305,9 @@ class Model:
         if self.net.lora is None:
             raise UserError(f"{self.origin} holds no adapters: save it whole")
         adapters = self.params[lora.KEY]
-        peft.save_adapter(folder, self.arch, self.net.lora, adapters, base=self.base, companions=self._companions())
+        peft.save_adapter(
+            folder, self.arch, self.net.lora, adapters, base=self.base, companions=self._companions()["tokenizer"]
+        )
         found, again = peft.load_adapter(folder, self.arch)
         copy = dataclasses.replace(
             self, net=dataclasses.replace(self.net, lora=found), params=lora.attach(self._weights(), again)
@@ -334,11 +336,13 @@ class Model:
     def _weights(self) -> Params:
         return {name: leaf for name, leaf in self.params.items() if name != lora.KEY}
 
-    def _companions(self) -> str | None:
-        if self.origin is None:
-            return None
-        own = storage.as_path(self.origin) / run_folder.TOKENIZER
-        return str(own) if own.exists() else self.origin
+    def _companions(self) -> dict[str, Any]:
+        """Where the files lie that travel with the weights."""
+        if self.origin is None or not run_folder.is_run(self.origin):
+            return {"tokenizer": self.origin, "origin": self.base}
+        kept = storage.as_path(self.origin) / run_folder.ORIGIN
+        tokenizer = str(storage.as_path(self.origin) / run_folder.TOKENIZER)
+        return {"tokenizer": tokenizer, "origin": str(kept) if kept.exists() else None}
 
     def _probe(self) -> Array:
         """Tokens to compare logits on."""

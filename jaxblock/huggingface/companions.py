@@ -28,13 +28,37 @@ _TOKENIZER = (
 _CODE = ("configuration_*.py", "modeling_*.py", "tokenization_*.py", "generation_*.py")
 
 
-def copy(source: storage.PathLike | None, target: Path, *, code: bool = True) -> None:
-    """Copies a tokenizer's files, its chat template and a checkpoint's model code.
+def copy_code(source: storage.PathLike | None, target: Path) -> None:
+    """Copies a checkpoint's own Python files, which transformers asks its user for. They are never run.
 
     Args:
         source: the folder they are in; None copies nothing.
         target: the folder that is being made.
-        code: copy Python files too. They are never run.
+    """
+    for pattern in _CODE if source is not None else ():
+        for file in Path(source or ".").glob(pattern):
+            shutil.copyfile(file, target / file.name)
+
+
+def keep(source: storage.PathLike, target: Path) -> None:
+    """Sets aside what an export will want of the checkpoint that a run starts from: model code and generation config.
+
+    Args:
+        source: a Hugging Face folder, or the folder that an earlier run has set aside.
+        target: a folder to make.
+    """
+    target.mkdir()
+    copy_code(source, target)
+    if (Path(source) / GENERATION).exists():
+        shutil.copyfile(Path(source) / GENERATION, target / GENERATION)
+
+
+def copy(source: storage.PathLike | None, target: Path) -> None:
+    """Copies a tokenizer's files and its chat template.
+
+    Args:
+        source: the folder they are in; None copies nothing.
+        target: the folder that is being made.
 
     Raises:
         UserError: there is no such folder.
@@ -44,7 +68,7 @@ def copy(source: storage.PathLike | None, target: Path, *, code: bool = True) ->
     folder = Path(source)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the folder of the tokenizer's files")
-    for pattern in _TOKENIZER + (_CODE if code else ()):
+    for pattern in _TOKENIZER:
         for file in folder.glob(pattern):
             shutil.copyfile(file, target / file.name)
     # Readers of the checkpoint look for the chat template under this name.

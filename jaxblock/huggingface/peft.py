@@ -89,7 +89,7 @@ def save_adapter(
     pending = writer.pending_tensors(table, flatten(adapters), dtype)
     storage.check_vacant(folder, marker=CONFIG)
     with storage.new_folder(folder, marker=CONFIG) as scratch:
-        beside.copy(companions, scratch, code=False)
+        beside.copy(companions, scratch)
         writer.write(scratch / WEIGHTS, pending, pending)
         storage.write_json(scratch / CONFIG, _config(arch, lora, base))
 

@@ -34,6 +34,7 @@ def save(
     params: Params,
     *,
     tokenizer: storage.PathLike | None = None,
+    origin: storage.PathLike | None = None,
     dtype: DTypeLike | None = None,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
@@ -45,7 +46,8 @@ def save(
         folder: what to make; it must not exist (or be empty).
         arch: sizes and ids; what its own config.json held besides is written back.
         params: as the family's table describes them; adapters are merged first (``models.lora.merge``).
-        tokenizer: a folder whose tokenizer files, generation config and model code, if any, are copied; None for none.
+        tokenizer: a folder whose tokenizer files are copied; None for none.
+        origin: a folder whose generation config and model code, if any, are copied; None for those of ``tokenizer``.
         dtype: cast to this type; None keeps each tensor's own.
         max_shard_bytes: above it the weights are split over several files with an index.
 
@@ -66,13 +68,15 @@ def save(
     if not storage.is_remote(folder):
         storage.check_writable(Path(folder).absolute().parent, need_bytes=size)
     with storage.new_folder(folder, marker=MARKER) as scratch:
+        origin = tokenizer if origin is None else origin
         companions.copy(tokenizer, scratch)
+        companions.copy_code(origin, scratch)
         for name, tensors in files.items():
             writer.write(scratch / name, tensors, pending)
         if len(files) > 1:
             where = {tensor: name for name, tensors in files.items() for tensor in tensors}
             storage.write_json(scratch / shards.INDEX, {"metadata": {"total_size": size}, "weight_map": where})
-        storage.write_json(scratch / companions.GENERATION, companions.generation_config(tokenizer, arch))
+        storage.write_json(scratch / companions.GENERATION, companions.generation_config(origin, arch))
         sizes: Counter[str] = Counter()
         for tensor in pending.values():
             sizes[tensor.dtype.name] += tensor.n_bytes

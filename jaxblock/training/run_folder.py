@@ -5,6 +5,7 @@ model.json      the architecture, as config.json would give it
 base.json       the weights beneath adapters (LoRA runs only)
 manifest.json   the prepared data's manifest
 tokenizer/      tokenizer and template
+origin/         model code and generation config of the checkpoint it began with (if any), for the export
 metrics.jsonl   one row per log line and evaluation
 checkpoints/    Orbax
 plots/          PNG
@@ -23,11 +24,12 @@ from jaxblock.data import manifest as manifests
 from jaxblock.data.manifest import Manifest
 from jaxblock.data.prepared import Prepared, open_prepared
 from jaxblock.errors import UserError
+from jaxblock.huggingface import companions
 from jaxblock.models import families
 from jaxblock.models.params import Architecture
 from jaxblock.training.checkpoint import Checkpoints
 
-CONFIG, MODEL, BASE, TOKENIZER = "config.yaml", "model.json", "base.json", "tokenizer"
+CONFIG, MODEL, BASE, TOKENIZER, ORIGIN = "config.yaml", "model.json", "base.json", "tokenizer", "origin"
 
 
 class Base(NamedTuple):
@@ -66,7 +68,9 @@ def is_run(folder: storage.PathLike) -> bool:
     return (path / CONFIG).exists() and (path / MODEL).exists()
 
 
-def begin(folder: Path, config: Config, arch: Architecture, prepared: Prepared, base: Base | None) -> None:
+def begin(
+    folder: Path, config: Config, arch: Architecture, prepared: Prepared, base: Base | None, source: str | None
+) -> None:
     """Makes the folder with all but metrics and checkpoints in it, whole or not at all.
 
     Args:
@@ -75,6 +79,7 @@ def begin(folder: Path, config: Config, arch: Architecture, prepared: Prepared, 
         arch: the network's sizes and ids.
         prepared: the data.
         base: the weights beneath adapters; None without adapters.
+        source: the run or Hugging Face folder that the weights came from; None for random ones.
 
     Raises:
         UserError: the folder holds something else, or cannot be written.
@@ -83,6 +88,10 @@ def begin(folder: Path, config: Config, arch: Architecture, prepared: Prepared, 
         shutil.copytree(Path(prepared.folder) / TOKENIZER, scratch / TOKENIZER)
         manifests.write(scratch, prepared.manifest)
         storage.write_json(scratch / MODEL, families.to_hf(arch, config.model.param_dtype))
+        if source is not None:
+            kept = Path(source) / ORIGIN
+            if kept.exists() or not is_run(source):
+                companions.keep(kept if is_run(source) else source, scratch / ORIGIN)
         if base is not None:
             storage.write_json(scratch / BASE, base._asdict())
         storage.write_text(scratch / CONFIG, config_io.dump(config))

@@ -120,7 +120,7 @@ def set_up(config: Config, console: Console) -> Session:
     if checkpoints is None:
         distributed.wait("every process has looked at the run folder")
         if process_index == 0:
-            run_folder.begin(folder, config, begun.arch, prepared, begun.base)
+            run_folder.begin(folder, config, begun.arch, prepared, begun.base, begun.source)
         distributed.wait("the run folder is there")
         checkpoints = Checkpoints(folder, train.keep)
     elif step is None:

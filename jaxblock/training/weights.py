@@ -40,6 +40,7 @@ class Weights(NamedTuple):
         trained: the adapters, or the whole network.
         frozen: the base beneath adapters; {} without.
         base: where the base came from.
+        source: the folder all of it came from; None for random weights.
     """
 
     arch: Architecture
@@ -47,6 +48,7 @@ class Weights(NamedTuple):
     trained: Params
     frozen: Params
     base: Base | None
+    source: str | None
 
 
 def begin(config: Config, prepared: Prepared, mesh: Mesh, run: Run | None, console: Console) -> Weights:
@@ -76,17 +78,17 @@ def begin(config: Config, prepared: Prepared, mesh: Mesh, run: Run | None, conso
         if run is None:
             counts = f"{parameters.count(table):,} in adapters of {', '.join(_short(lora))}"
             console.out(f"starting from {config.model.init_from}: {counts} are trained", highlight=False)
-        return Weights(arch, lora, _random(table, seed, "float32", mesh), frozen, base)
+        return Weights(arch, lora, _random(table, seed, "float32", mesh), frozen, base, source)
     if run is not None:
         # Values come from the checkpoint; random ones hold their place (and their shardings) until then.
-        return Weights(run.arch, None, _random(families.table(run.arch), seed, dtype, mesh), {}, None)
+        return Weights(run.arch, None, _random(families.table(run.arch), seed, dtype, mesh), {}, None, source)
     if source is None:
         special = prepared.special
         vocab = prepared.manifest.vocab_size
         arch = wiring.architecture(config.model, vocab_size=vocab, mask_id=special.mask, eos_id=special.eos)
         table = families.table(arch)
         console.out(f"random weights: {parameters.count(table):,} parameters", highlight=False)
-        return Weights(arch, None, _random(table, seed, dtype, mesh), {}, None)
+        return Weights(arch, None, _random(table, seed, dtype, mesh), {}, None, None)
     arch = _architecture(source, config, prepared)
     if run_folder.is_run(source):
         params, step, lora = read_run(run_folder.open_run(source), mesh, dtype)
@@ -96,7 +98,7 @@ def begin(config: Config, prepared: Prepared, mesh: Mesh, run: Run | None, conso
         where = str(config.model.init_from)
         params = read_base(source, arch, mesh, dtype, None, False)
     console.out(f"starting from {where}", highlight=False)
-    return Weights(arch, None, params, {}, None)
+    return Weights(arch, None, params, {}, None, source)
 
 
 def _short(lora: Lora) -> list[str]:

@@ -36,6 +36,9 @@ def base(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny run, exported."""
     out = tmp_path_factory.mktemp("lora") / "base"
     assert main(["export", "--checkpoint", str(tiny_run), "--out", str(out)]) == 0
+    # What a published checkpoint brings along besides.
+    (out / "modeling_llada.py").write_text("raise SystemExit('never run')")
+    (out / "generation_config.json").write_text(json.dumps({"temperature": 0.5}))
     return out
 
 
@@ -104,6 +107,9 @@ def test_exports_give_the_same_network(run: Path, base: Path, tmp_path: Path) ->
     assert main(["export", "--checkpoint", str(run), "--out", str(tmp_path / "merged")]) == 0
     alone = ["--format", "adapter", "--out", str(tmp_path / "adapter")]
     assert main(["export", "--checkpoint", str(run), *alone]) == 0
+    assert (tmp_path / "merged" / "modeling_llada.py").read_text() == (base / "modeling_llada.py").read_text()
+    assert json.loads((tmp_path / "merged" / "generation_config.json").read_text())["temperature"] == 0.5
+    assert not (tmp_path / "adapter" / "modeling_llada.py").exists()
     model = jaxblock.load(run)
     ids = np.random.default_rng(0).integers(0, model.arch.vocab_size, (2, 9))
     want = model.logits(ids)
