@@ -21,7 +21,7 @@ def test_nan_finder_names_the_first_bad_layer_under_grad_and_vmap() -> None:
     model = ModelConfig(d_model=8, n_layers=3, n_heads=2, mlp_dim=8)
     arch = wiring.architecture(model, vocab_size=9, mask_id=8, eos_id=1)
     finder = NanFinder()
-    net = wiring.network(arch, model, finder.layer)
+    net = wiring.network(arch, model, check_layer=finder.layer)
     params = init(net.table, 0, "float32")
     params["blocks"]["gate"] = params["blocks"]["gate"].at[1, 0, 0].set(jnp.nan)
     assert not_finite(params) == ["blocks/gate (layer 1)"]
