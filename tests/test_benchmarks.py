@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from benchmarks import decoder_overhead, host_time, logits_memory, quickstart_summary
+from benchmarks import decoder_overhead, host_time, load_checkpoint, logits_memory, quickstart_summary
 
 
 def test_logits_of_the_active_block_take_its_share_of_the_canvas():
@@ -68,3 +68,9 @@ def test_pytorch_computes_the_same_loss():
     sizes = "--d 32 --layers 2 --canvas 32 --block 8 --vocab 100 --batch 2 --repeat 1 --peak 64"
     (found,) = step_vs_torch.main(sizes.split())  # refuses to time two different jobs
     assert found["ours"] > 0 and found["torch"] > 0
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_loaded_and_exported_bit_for_bit():
+    found = load_checkpoint.main("--d 128 --layers 3 --mlp 200 --vocab 500 --shard-mb 1".split())
+    assert found["exact"] and found["bytes"] == 2 * (3 * (4 * 128**2 + 3 * 128 * 200 + 2 * 128) + 128 + 2 * 500 * 128)

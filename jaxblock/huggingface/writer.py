@@ -16,9 +16,11 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from jaxblock.errors import UserError
-from jaxblock.huggingface.fill import stored_shape, tensor_names
+from jaxblock.huggingface.fill import stored_shape, tensor_names, transposed
 from jaxblock.huggingface.shards import DTYPES
 from jaxblock.models.params import ParamSpec, Table
+
+_SLICE_BYTES = 1 << 25
 
 
 class Pending(NamedTuple):
@@ -123,8 +125,24 @@ def pending_tensors(table: Table, flat: Mapping[str, Any], dtype: DTypeLike | No
 
 def _fetch(leaf: Any, spec: ParamSpec, layer: int, dtype: np.dtype[Any]) -> Callable[[], np.ndarray]:
     def fetch() -> np.ndarray:
-        one = leaf[layer] if spec.stacked else leaf
-        host = np.asarray(one).astype(dtype, copy=False)
-        return host.T if spec.transpose else host
+        host = np.asarray(leaf[layer]) if spec.stacked else _to_host(leaf)
+        host = host.astype(dtype, copy=False)
+        return transposed(host) if spec.transpose else host
 
     return fetch
+
+
+def _to_host(leaf: Any) -> np.ndarray:
+    """A copy on the host. In slices, since a JAX array keeps the host's copy of itself as long as it lives."""
+    if not isinstance(leaf, Array) or leaf.ndim < 2:
+        return np.asarray(leaf)
+    out = np.empty(leaf.shape, leaf.dtype)
+    # Shard by shard: a slice of the whole would be gathered on every device first.
+    for shard in leaf.addressable_shards:
+        if shard.replica_id:
+            continue
+        part, data = out[shard.index], shard.data
+        rows = max(1, _SLICE_BYTES // max(1, data.nbytes // data.shape[0]))
+        for start in range(0, data.shape[0], rows):
+            part[start : start + rows] = np.asarray(data[start : start + rows])
+    return out

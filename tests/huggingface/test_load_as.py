@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from jaxblock.errors import UserError
+from jaxblock.huggingface import fill
 from jaxblock.huggingface.load import architecture, load
 from jaxblock.huggingface.save import save
 from jaxblock.models import families, int8
@@ -75,3 +76,15 @@ def test_an_int8_base_is_what_quantise_makes_of_each_leaf(small: Any, tmp_path: 
     np.testing.assert_array_equal(loaded["embed"], params["embed"])
     with pytest.raises(UserError, match=r"int8 base is a rounded copy \(blocks/q.*without int8"):
         save(tmp_path / "again", arch, loaded)
+
+
+def test_the_transpose_on_an_accelerator_is_the_hosts(
+    small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CPU's matrices are transposed on the host; other devices are sent what the file holds."""
+    arch, params = small("dream", jnp.bfloat16)
+    save(tmp_path / "out", arch, params)
+    grown = dataclasses.replace(arch, vocab_size=48)
+    here = load(tmp_path / "out", arch=grown)[1]
+    monkeypatch.setattr(fill, "_ready", lambda host, transpose, devices: (host, transpose))
+    jax.tree.map(np.testing.assert_array_equal, load(tmp_path / "out", arch=grown)[1], here)

@@ -1,0 +1,111 @@
+"""Hub names become local folders; paths stay what they are; what goes wrong says what to do. No network is touched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import errors
+
+from jaxblock import hub
+from jaxblock.data import tokenizers
+from jaxblock.errors import UserError
+
+
+class Download:
+    """Stands in for ``snapshot_download``: remembers what was asked, and returns a folder or raises."""
+
+    def __init__(self, result: Any) -> None:
+        self.result, self.asked = result, []  # type: ignore[var-annotated]
+
+    def __call__(self, repo: str, **options: Any) -> str:
+        self.asked.append((repo, options))
+        if isinstance(self.result, BaseException):
+            raise self.result
+        return str(self.result)
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, result: Any) -> Download:
+    download = Download(result)
+    monkeypatch.setattr(hub.huggingface_hub, "snapshot_download", download)
+    return download
+
+
+@pytest.mark.parametrize(
+    "name, repo, revision",
+    [
+        ("GSAI-ML/LLaDA-8B-Instruct", "GSAI-ML/LLaDA-8B-Instruct", None),
+        ("org/name@v1.0", "org/name", "v1.0"),
+        ("org/name@refs/pr/3", "org/name", "refs/pr/3"),
+    ],
+)
+def test_a_hub_name_is_downloaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, repo: str, revision: str | None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    download = stand_in(monkeypatch, tmp_path / "cache")
+    assert hub.local(name) == str(tmp_path / "cache")
+    ((asked, options),) = download.asked
+    assert (asked, options["revision"]) == (repo, revision)
+
+
+def test_neither_code_nor_pickles_are_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from huggingface_hub.utils import filter_repo_objects
+
+    monkeypatch.chdir(tmp_path)
+    download = stand_in(monkeypatch, tmp_path)
+    hub.local("org/name")
+    options = download.asked[0][1]
+    wanted = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json"]
+    wanted += ["tokenizer.model", "chat_template.jinja", "merges.txt", "generation_config.json", "adapter_config.json"]
+    others = ["modeling_llada.py", "pytorch_model.bin", "model.pt", "original/consolidated.00.pth", "README.md"]
+    others += ["onnx/model.safetensors", "original/params.json"]
+    patterns = {name: options[name] for name in ("allow_patterns", "ignore_patterns")}
+    assert list(filter_repo_objects([*wanted, *others], **patterns)) == wanted
+
+
+def test_what_lies_here_is_taken_from_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    download = stand_in(monkeypatch, tmp_path)
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for name in ("org/name", str(tmp_path), "/nowhere/at/all", "nowhere", "a/b/c", "gs://bucket/name", "./a/b", "../a"):
+        assert hub.local(name) == name
+    assert hub.local(tmp_path / "org") == str(tmp_path / "org")
+    assert hub.local("org/tokenizer.json") == "org/tokenizer.json"  # a mistyped file's path is told as such
+    assert download.asked == []
+
+
+def _error(kind: type[Exception]) -> Exception:
+    error = kind.__new__(kind)
+    Exception.__init__(error, "what the server said\nand more")
+    return error
+
+
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (errors.GatedRepoError, "repository org/name is gated: accept its terms .* HF_TOKEN"),
+        (errors.RepositoryNotFoundError, "no repository org/name .*correct the name.*HF_TOKEN"),
+        (errors.RevisionNotFoundError, "has no revision v2: correct what follows the @"),
+        (errors.LocalEntryNotFoundError, "Without a network: .*hf download org/name.*give its path"),
+        (ConnectionError, r"\(ConnectionError: what the server said\)\. Without a network"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_what_went_wrong_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: type[Exception], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    stand_in(monkeypatch, _error(error))
+    with pytest.raises(UserError, match=f"^org/name@v2 is no local folder, and .*{message}"):
+        hub.local("org/name@v2")
+
+
+def test_a_tokenizer_may_be_a_hub_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import tokenizers as huggingface
+
+    words = huggingface.Tokenizer(huggingface.models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
+    words.save(str(tmp_path / "tokenizer.json"))
+    stand_in(monkeypatch, tmp_path)
+    assert tokenizers.load("org/name").encode("b") == [1]
