@@ -249,6 +249,16 @@ def with_rope_and_dtype(config: dict[str, Any], arch: Architecture, dtype: str) 
     if isinstance(nested, dict) and "rope_theta" in nested:
         config["rope_parameters"] = {**nested, "rope_theta": arch.rope_theta}
     else:
+        nested = {}
         config["rope_theta"] = arch.rope_theta
+    scaling = arch.rope_scaling
+    if scaling is not None and not config.get("rope_scaling") and "factor" not in nested:
+        config["rope_scaling"] = {"rope_type": scaling.kind, "factor": scaling.factor}
+        if scaling.kind == "llama3":
+            config["rope_scaling"] |= {
+                "low_freq_factor": scaling.low_freq_factor,
+                "high_freq_factor": scaling.high_freq_factor,
+                "original_max_position_embeddings": scaling.original_len,
+            }
     config["dtype" if "dtype" in config else "torch_dtype"] = dtype
     return config

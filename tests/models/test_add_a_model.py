@@ -1,0 +1,93 @@
+"""The worked example of docs/add-a-model.md is run: it is the whole of a family."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jaxblock.errors import UserError
+from jaxblock.huggingface.load import load
+from jaxblock.huggingface.save import save
+from jaxblock.models import families
+from jaxblock.models.params import Architecture, RopeScaling, init
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "add-a-model.md"
+
+
+@pytest.fixture
+def exaone(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The page's Python, as the module that it says it is."""
+    (source,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
+    module = ModuleType("jaxblock.models.exaone")
+    exec(compile(source, str(PAGE), "exec"), module.__dict__)
+    monkeypatch.setitem(families.FAMILIES, "exaone", module)
+    return module
+
+
+def test_the_worked_example_reads_and_writes_its_layout(exaone: ModuleType, tmp_path: Path) -> None:
+    """A Llama checkpoint under the other names is the same network, and comes out as it came in."""
+    sizes: dict[str, Any] = dict(vocab_size=40, d_model=16, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=4, mlp_dim=24)
+    sizes |= dict(norm_eps=1e-5, rope_theta=1e4, max_len=64, tie_embeddings=False, mask_id=None, eos_id=1, pad_id=2)
+    sizes |= dict(alignment="shifted", rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 32))
+    llama = Architecture("llama", **sizes)
+    params = init(families.table(llama), 0, jnp.bfloat16)
+    save(tmp_path / "llama", llama, params)
+
+    folder = tmp_path / "exaone"
+    folder.mkdir()
+    words = {"model.layers": "transformer.h", "model.embed_tokens": "transformer.wte", "model.norm": "transformer.ln_f"}
+    words |= {"self_attn": "attn.attention", "o_proj": "out_proj", "gate_proj": "c_fc_0", "up_proj": "c_fc_1"}
+    words |= {"down_proj": "c_proj", "input_layernorm": "ln_1", "post_attention_layernorm": "ln_2"}
+    words |= {
+        "num_hidden_layers": "num_layers",
+        "rms_norm_eps": "layer_norm_epsilon",
+        "hidden_act": "activation_function",
+    }
+
+    def renamed(name: str) -> str:
+        for ours, theirs in words.items():
+            name = name.replace(ours, theirs)
+        return name
+
+    tensors = load_file(tmp_path / "llama" / "model.safetensors")
+    save_file({renamed(name): value for name, value in tensors.items()}, folder / "model.safetensors")
+    config = json.loads((tmp_path / "llama" / "config.json").read_text()) | {
+        "model_type": "exaone",
+        "embed_dropout": 0.0,
+    }
+    (folder / "config.json").write_text(json.dumps({renamed(name): value for name, value in config.items()}))
+
+    arch, loaded = load(folder)
+    assert arch.family == "exaone" and (arch.n_layers, arch.norm_eps) == (3, 1e-5)
+    assert arch.rope_scaling == llama.rope_scaling
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+    save(tmp_path / "again", arch, loaded)
+    written = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert "num_hidden_layers" not in written and (written["num_layers"], written["embed_dropout"]) == (3, 0.0)
+    arch_again, again = load(tmp_path / "again")
+    assert families.table(arch_again) == families.table(arch)
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+    assert families.with_mask(arch, 40).vocab_size == 64
+
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_act": "gelu"}))
+    with pytest.raises(UserError, match="hidden_act is 'gelu'"):
+        load(folder)
+
+
+def test_every_family_offers_what_the_page_asks_for(exaone: ModuleType) -> None:
+    parts = {"MODEL_TYPES", "TRAITS", "table", "from_hf", "to_hf"}
+    for module in families.FAMILIES.values():
+        assert parts <= vars(module).keys()
+    text = PAGE.read_text(encoding="utf-8")
+    assert all(f"`{part}`" in text for part in parts)
+    fields = re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`.*?) \|", text, re.M)))
+    assert fields and set(fields) <= set(Architecture.__dataclass_fields__)
