@@ -125,24 +125,32 @@ def pending_tensors(table: Table, flat: Mapping[str, Any], dtype: DTypeLike | No
 
 def _fetch(leaf: Any, spec: ParamSpec, layer: int, dtype: np.dtype[Any]) -> Callable[[], np.ndarray]:
     def fetch() -> np.ndarray:
-        host = np.asarray(leaf[layer]) if spec.stacked else _to_host(leaf)
-        host = host.astype(dtype, copy=False)
+        if isinstance(leaf, Array) and spec.is_matrix and not spec.stacked:
+            return _in_slices(leaf, dtype, spec.transpose)
+        host = np.asarray(leaf[layer] if spec.stacked else leaf).astype(dtype, copy=False)
         return transposed(host) if spec.transpose else host
 
     return fetch
 
 
-def _to_host(leaf: Any) -> np.ndarray:
-    """A copy on the host. In slices, since a JAX array keeps the host's copy of itself as long as it lives."""
-    if not isinstance(leaf, Array) or leaf.ndim < 2:
-        return np.asarray(leaf)
-    out = np.empty(leaf.shape, leaf.dtype)
-    # Shard by shard: a slice of the whole would be gathered on every device first.
+def _in_slices(leaf: Array, dtype: np.dtype[Any], transpose: bool) -> np.ndarray:
+    """A copy on the host of a large matrix, as the file stores it.
+
+    In slices, since a JAX array keeps the host's copy of itself as long as it lives; and shard by shard, since a slice
+    of the whole would be gathered on every device first.
+    """
+    bits = f"u{dtype.itemsize}"
+    out = np.empty(leaf.shape[::-1] if transpose else leaf.shape, bits)
+    whole = out.T if transpose else out
     for shard in leaf.addressable_shards:
         if shard.replica_id:
             continue
-        part, data = out[shard.index], shard.data
+        part, data = whole[shard.index], shard.data
         rows = max(1, _SLICE_BYTES // max(1, data.nbytes // data.shape[0]))
         for start in range(0, data.shape[0], rows):
-            part[start : start + rows] = np.asarray(data[start : start + rows])
-    return out
+            host = np.asarray(data[start : start + rows]).astype(dtype, copy=False)
+            if transpose:
+                part.T[:, start : start + rows] = transposed(host).view(bits)
+            else:
+                part[start : start + rows] = host.view(bits)
+    return out.view(dtype)

@@ -98,7 +98,10 @@ def test_casts_on_the_way_in_and_out(small: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mesh", [(8, 1, 1), (2, 4, 1), (1, 4, 2), (2, 2, 2)])
-def test_each_device_gets_its_slice(small: Any, tmp_path: Path, mesh: tuple[int, int, int]) -> None:
+def test_each_device_gets_its_slice(
+    small: Any, tmp_path: Path, mesh: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "_SLICE_BYTES", 200)  # large matrices are fetched in slices; these are small
     arch, params = small("dream")
     save(tmp_path / "out", arch, params)
     shardings = param_shardings(make_mesh(*mesh), families.table(arch))
