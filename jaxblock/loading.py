@@ -67,6 +67,11 @@ def load(
         net, params = dataclasses.replace(net, lora=adapted), lora.attach(params, adapters)
     named = found if found is not None and _has_tokenizer(found) else weights_folder
     tokenizer = tokenizers.load(named) if _has_tokenizer(named) else None
+    if tokenizer is not None and tokenizer.vocab_size > arch.vocab_size:
+        raise UserError(
+            f"{named}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, but the embedding of {weights_folder} has "
+            f"{arch.vocab_size} rows: use the checkpoint's own tokenizer files, or (for an added mask token) say mask_id"
+        )
     return Model(
         net=net,
         params=params,

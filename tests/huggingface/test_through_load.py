@@ -1,0 +1,77 @@
+"""Adapters, tokenizers and mask tokens through ``jaxblock.load``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers
+
+import jaxblock
+from jaxblock.errors import UserError
+from jaxblock.huggingface import peft
+from jaxblock.huggingface.save import save
+from jaxblock.models import families
+from jaxblock.models import lora as adaptation
+from jaxblock.models import params as parameters
+from jaxblock.models.lora import Lora
+
+IDS = np.arange(3, 15).reshape(2, 6)
+
+
+def words(folder: Path, count: int) -> None:
+    tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(count)}, unk_token="w0")).save(
+        str(folder / "tokenizer.json")
+    )
+
+
+def test_a_folder_of_adapters_is_its_base_and_them(small: Any, tmp_path: Path) -> None:
+    arch, params = small("llada")
+    save(tmp_path / "base", arch, params)
+    lora = Lora(2, 4.0, 0.0, ("blocks/q", "blocks/down"))
+    table = adaptation.table(families.table(arch), lora)
+    draw = np.random.default_rng(0)
+    flat = {path: jnp.asarray(draw.normal(0, 0.3, spec.shape), jnp.float32) for path, spec in table.items()}
+    adapters = parameters.nest(flat)
+    peft.save_adapter(tmp_path / "adapters", arch, lora, adapters, base=str(tmp_path / "base"))
+    save(tmp_path / "merged", arch, adaptation.merge(adaptation.attach(params, adapters), lora))
+    want = jaxblock.load(tmp_path / "merged").logits(IDS)
+    np.testing.assert_allclose(jaxblock.load(tmp_path / "adapters").logits(IDS), want, atol=1e-5)
+    (tmp_path / "base").rename(tmp_path / "moved")
+    moved = jaxblock.load(tmp_path / "adapters", base=tmp_path / "moved", quantize="int8")
+    rounded = np.abs(moved.logits(IDS) - want).max()
+    assert 0 < rounded < 0.15 * np.abs(want).max()
+    with pytest.raises(UserError, match="base"):
+        jaxblock.load(tmp_path / "adapters")
+    other, _ = small("llada", d_model=32)
+    save(tmp_path / "other", other, parameters.init(families.table(other), 0, jnp.float32))
+    with pytest.raises(UserError, match="do not fit their base"):
+        jaxblock.load(tmp_path / "adapters", base=tmp_path / "other")
+
+
+def test_a_tokenizer_may_be_shorter_than_the_vocabulary_and_no_longer(small: Any, tmp_path: Path) -> None:
+    save(tmp_path / "out", *small("llama", mask_id=None))
+    words(tmp_path / "out", 30)
+    assert jaxblock.load(tmp_path / "out").tokenizer is not None
+    words(tmp_path / "out", 41)
+    with pytest.raises(UserError, match=r"ids up to 40, but the embedding .* has 40 rows"):
+        jaxblock.load(tmp_path / "out")
+    model = jaxblock.load(tmp_path / "out", mask_id=40)
+    assert (model.arch.vocab_size, model.arch.mask_id) == (64, 40)
+
+
+def test_an_autoregressive_start_decodes_once_it_has_a_mask(small: Any, tmp_path: Path) -> None:
+    save(tmp_path / "out", *small("qwen2", mask_id=None))
+    plain = jaxblock.load(tmp_path / "out")
+    options = {"response_len": 8, "block": 4, "steps_per_block": 4}
+    with pytest.raises(UserError, match="mask_id"):
+        plain.decode(IDS, **options)
+    model = jaxblock.load(tmp_path / "out", mask_id=39, alignment="same_position")
+    found = model.decode(IDS, **options)
+    assert found.shape == (2, 8) and not (np.asarray(found) == 39).any()
+    np.testing.assert_array_equal(model.logits(IDS), plain.logits(IDS))
+    model.save(tmp_path / "again")
+    np.testing.assert_array_equal(jaxblock.load(tmp_path / "again").decode(IDS, **options), found)
