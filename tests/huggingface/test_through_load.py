@@ -46,7 +46,7 @@ def test_a_folder_of_adapters_is_its_base_and_them(small: Any, tmp_path: Path) -
     assert 0 < rounded < 0.15 * np.abs(want).max()
     with pytest.raises(UserError, match="base"):
         jaxblock.load(tmp_path / "adapters")
-    other, _ = small("llada", d_model=32)
+    other, _ = small("llada", d_model=32, head_dim=8)
     save(tmp_path / "other", other, parameters.init(families.table(other), 0, jnp.float32))
     with pytest.raises(UserError, match="do not fit their base"):
         jaxblock.load(tmp_path / "adapters", base=tmp_path / "other")
