@@ -179,10 +179,14 @@ class ModelConfig:
     """Compute and activation type (softmax, norms and loss are float32 in any case)."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     """Storage type of the weights."""
-    remat: Literal["none", "dots", "full"] = "none"
-    """What the backward pass recomputes: nothing, all but matmuls, or whole layers."""
-    attention: Literal["xla", "reference"] = "xla"
-    """Attention backend; `reference` is the plain oracle."""
+    remat: Literal["none", "dots", "full", "offload"] = "none"
+    """What the backward pass recomputes: nothing, all but matmuls, or whole layers; `offload` keeps the layers' inputs in
+    the host's memory besides."""
+    loss_chunk: int | None = None
+    """Positions of a row whose logits are held at once (classical SFT needs those of all); None for all."""
+    attention: Literal["auto", "xla", "splash", "cudnn", "reference"] = "auto"
+    """Attention backend: `auto` takes the platform's (`splash` on TPU, `cudnn` on NVIDIA GPUs, `xla` on CPU; the first two
+    for bfloat16 alone); `reference` is the plain oracle."""
     scan_layers: bool = True
     """Run layers by lax.scan (compiles once); False unrolls them (debugging, and faster on a CPU for few layers)."""
 
@@ -236,6 +240,8 @@ class OptimizerConfig:
     """Added to the root of the second moment."""
     clip_norm: float = 1.0
     """Clip the gradient's global norm; 0 for never."""
+    ema: float = 0.0
+    """Decay of a moving average of what is trained, which evaluations, `decode` and `export` then use; 0 for none."""
     moments: Literal["float32", "bfloat16", "int8"] = "float32"
     """Storage of the moments: 8, 4 or 2 bytes a weight for AdamW's two."""
     rounding: Literal["stochastic", "nearest"] = "stochastic"
@@ -321,6 +327,8 @@ class TrainConfig:
     """Optimizer updates."""
     batch_size: int = 16
     """Sequences (or pairs) per update, over all devices."""
+    accumulate: int = 1
+    """Parts of a batch that go one after the other, to save memory; the update is that of the whole batch."""
     seed: int = 0
     """Seed of data order, draws and random weights."""
     resume: Literal["auto", "never", "must"] = "auto"
@@ -346,11 +354,13 @@ class TrainConfig:
     overfit_one_batch: bool = False
     """Train on the first batch alone: its loss must approach 0."""
     data_parallel: int = -1
-    """Devices along the `data` mesh axis; -1 for all that remain."""
+    """Devices along the `data` mesh axis (of each slice); -1 for all that remain."""
     fsdp: int = 1
     """Devices along the `fsdp` mesh axis (parameters and optimizer state are split)."""
     tensor: int = 1
     """Devices along the `tensor` mesh axis (heads, feed-forward columns and vocabulary are split)."""
+    slices: int = 1
+    """TPU slices joined by the data-centre network: only gradients are summed over it."""
 
 
 @dataclass(frozen=True)

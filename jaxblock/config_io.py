@@ -250,6 +250,7 @@ def _check_method(config: Config) -> None:
 
 def _check_model(config: Config) -> None:
     model = config.model
+    _at_least(model, "model", 1, "loss_chunk")
     if model.init_from is not None:
         return
     _at_least(model, "model", 1, "d_model", "n_layers", "n_heads", "n_kv_heads", "mlp_dim", "max_len")
@@ -290,8 +291,12 @@ def _check_lora(config: Config) -> None:
 
 def _check_train(config: Config) -> None:
     train = config.train
-    _at_least(train, "train", 1, "steps", "batch_size", "log_every", "save_every", "keep", "fsdp", "tensor")
+    _at_least(train, "train", 1, "steps", "batch_size", "log_every", "save_every", "keep", "fsdp", "tensor", "slices", "accumulate")
     _at_least(train, "train", 0, "seed", "eval_every", "eval_problems", "eval_nelbo_rows", "loader_workers")
+    _require(
+        train.batch_size % train.accumulate == 0,
+        f"train.batch_size {train.batch_size} does not split into train.accumulate {train.accumulate} parts: use a multiple",
+    )
     _require(
         train.data_parallel == -1 or train.data_parallel >= 1,
         f"train.data_parallel is {train.data_parallel}: it must be at least 1, or -1 for all devices that remain",
@@ -301,6 +306,7 @@ def _check_train(config: Config) -> None:
 def _check_optimizer(config: Config) -> None:
     optimizer, train = config.optimizer, config.train
     _require(optimizer.lr > 0, f"optimizer.lr is {optimizer.lr}: it must be above 0")
+    _require(0 <= optimizer.ema < 1, f"optimizer.ema is {optimizer.ema}: it must be at least 0 and below 1")
     _require(optimizer.eps > 0, f"optimizer.eps is {optimizer.eps}: it must be above 0")
     _at_least(optimizer, "optimizer", 0, "warmup_steps", "weight_decay", "clip_norm", "final_ratio", "warmup_floor")
     if optimizer.schedule != "deepspeed_cosine":

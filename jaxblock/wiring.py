@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+import jax
 from jax import Array
 
 from jaxblock import config_io
@@ -13,6 +14,7 @@ from jaxblock.diffusion.corruption import Ablation
 from jaxblock.diffusion.sampling import Sampling
 from jaxblock.errors import UserError
 from jaxblock.models import families, lora
+from jaxblock.models.attention import backend_of
 from jaxblock.models.lora import Lora
 from jaxblock.models.params import Architecture
 from jaxblock.models.transformer import Transformer
@@ -52,14 +54,26 @@ def network(
     model: ModelConfig,
     lora: Lora | None = None,
     check_layer: Callable[[int, Array], None] | None = None,
+    *,
+    platform: str | None = None,
 ) -> Transformer:
-    """The network, run as the ``model`` section says, with adapters beside its weights where there are some."""
+    """The network, run as the ``model`` section says.
+
+    Args:
+        arch: sizes and ids.
+        model: the section.
+        lora: adapters beside the weights; None for none.
+        check_layer: see ``Transformer``.
+        platform: what it will run on, where that is not where it is built.
+    """
+    backend = backend_of(platform or jax.default_backend()) if model.attention == "auto" else model.attention
     return Transformer(
         arch,
         dtype=model.dtype,
         remat=model.remat,
-        attention=model.attention,
+        attention=backend,
         scan_layers=model.scan_layers and check_layer is None,
+        loss_chunk=model.loss_chunk,
         lora=lora,
         int8=model.quantize == "int8",
         check_layer=check_layer,

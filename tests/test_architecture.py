@@ -48,7 +48,19 @@ MAY_IMPORT = {
 }
 """What a room (or a module with a rule of its own) may import of ours when the program runs; itself always."""
 
-NO_FILES = {"storage", "config_io", "hub", "data", "huggingface", "evaluation", "reporting", "api", "loading", "cli", "verbs"}
+NO_FILES = {
+    "storage",
+    "config_io",
+    "hub",
+    "data",
+    "huggingface",
+    "evaluation",
+    "reporting",
+    "api",
+    "loading",
+    "cli",
+    "verbs",
+}
 """Rooms that the method, the network and the train step must not reach, however indirectly."""
 
 TRANSFORMS = ("jit", "grad", "value_and_grad", "scan", "vmap", "remat", "pmap", "cond", "Optimizer")

@@ -12,7 +12,15 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-Backend = Literal["xla", "reference"]
+from jaxblock.models import splash
+
+Backend = Literal["xla", "splash", "cudnn", "reference"]
+
+
+def backend_of(platform: str) -> Backend:
+    """The fastest backend of a platform (``cpu``, ``gpu``, ``cuda``, ``tpu``)."""
+    by_platform: dict[str, Backend] = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}
+    return by_platform.get(platform, "xla")
 
 
 def attend(
@@ -31,16 +39,21 @@ def attend(
         k: keys, rotated; N is a multiple of G.
         v: values.
         length: visible keys of each row, at least 1.
-        backend: ``xla`` leaves the layout to JAX; ``reference`` is the plain float32 softmax, the oracle.
+        backend: ``xla`` leaves the layout to JAX; ``splash`` (TPU) and ``cudnn`` (NVIDIA) are fused kernels, which hold no
+            matrix of scores and are used for 16-bit types alone; ``reference`` is the plain float32 softmax, the oracle.
         causal: hide keys after each query too (T = S): for comparing with an autoregressive origin.
 
     Returns:
         The attended values, in the queries' type.
     """
     # JAX's own takes its softmax in float32 whatever the type, so float64 (proofs) is left to the oracle.
-    if backend == "xla" and q.dtype != jnp.float64:
-        return _xla(q, k, v, length, causal)
-    return _reference(q, k, v, length, causal)
+    if backend == "reference" or q.dtype == jnp.float64:
+        return _reference(q, k, v, length, causal)
+    # The kernels multiply in 16 bits whatever they are given: float32 means float32.
+    fused = backend != "xla" and q.dtype.itemsize == 2 and not causal
+    if fused and backend == "splash":
+        return splash.attend(q, k, v, length)
+    return _dot_product(q, k, v, length, causal, "cudnn" if fused else "xla")
 
 
 def _reference(q: Array, k: Array, v: Array, length: Array, causal: bool) -> Array:
@@ -57,10 +70,10 @@ def _reference(q: Array, k: Array, v: Array, length: Array, causal: bool) -> Arr
     return jnp.einsum("bnts,bsnh->btnh", weights, v.astype(wide), precision="highest").astype(q.dtype)
 
 
-def _xla(q: Array, k: Array, v: Array, length: Array, causal: bool) -> Array:
+def _dot_product(q: Array, k: Array, v: Array, length: Array, causal: bool, kind: Literal["xla", "cudnn"]) -> Array:
     precision = "highest" if q.dtype == jnp.float32 else "default"
     with jax.default_matmul_precision(precision):
         length = length.astype(jnp.int32)  # the only type it takes; 64-bit mode makes int64
         return jax.nn.dot_product_attention(
-            q, k, v, is_causal=causal, key_value_seq_lengths=length, implementation="xla"
+            q, k, v, is_causal=causal, key_value_seq_lengths=length, implementation=kind
         )

@@ -101,8 +101,12 @@ def table(base: Table, lora: Lora) -> Table:
         peft_name = "base_model.model." + base[path].hf_name.removesuffix(".weight")
         a, b = (n_layers, n_in, lora.rank), (n_layers, lora.rank, n_out)
         std = (3 * n_in) ** -0.5
-        specs[f"{path}/a"] = ParamSpec(a, ("layers", "adapter", None), std, f"{peft_name}.lora_A.weight", transpose=True)
-        specs[f"{path}/b"] = ParamSpec(b, ("layers", None, "adapter"), 0.0, f"{peft_name}.lora_B.weight", transpose=True)
+        specs[f"{path}/a"] = ParamSpec(
+            a, ("layers", "adapter", None), std, f"{peft_name}.lora_A.weight", transpose=True
+        )
+        specs[f"{path}/b"] = ParamSpec(
+            b, ("layers", None, "adapter"), 0.0, f"{peft_name}.lora_B.weight", transpose=True
+        )
     return specs
 
 

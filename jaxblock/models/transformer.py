@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
@@ -26,7 +27,7 @@ from jaxblock.models.params import Architecture, ParamSpec, RopeScaling, Table
 from jaxblock.parallel.axes import constrain
 from jaxblock.types import Params, View
 
-Remat = Literal["none", "dots", "full"]
+Remat = Literal["none", "dots", "full", "offload"]
 
 Branches = dict[str, LowRank]
 """A layer's adapters by the name of their matrix."""
@@ -39,9 +40,17 @@ class Attention(NamedTuple):
     causal: bool
 
 
+_LAYER_INPUT = "layer_input"
+
 _POLICIES: dict[str, Any] = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[_LAYER_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -152,6 +161,7 @@ class Transformer:
         remat: what the backward pass recomputes.
         attention: attention backend.
         scan_layers: run layers by ``lax.scan``; False unrolls them.
+        loss_chunk: positions of a row whose logits are held at once by ``nll``; None for all.
         lora: adapters beside the weights, under ``params["lora"]``; None for none.
         int8: the layers' matrices are int8 (``models.int8``).
         causal: hide later keys, as an autoregressive checkpoint was trained: for comparing with its origin alone.
@@ -163,6 +173,7 @@ class Transformer:
     remat: Remat = "none"
     attention: Backend = "xla"
     scan_layers: bool = True
+    loss_chunk: int | None = None
     lora: Lora | None = None
     int8: bool = False
     causal: bool = False
@@ -223,6 +234,7 @@ class Transformer:
         drops = self.lora is not None and self.lora.dropout > 0 and row_keys is not None
 
         def layer(x: Array, own: Params, adapters: Params, index: Array | int, at: Array | None = None) -> Array:
+            x = checkpoint_name(x, _LAYER_INPUT) if self.remat == "offload" else x
             block = nnx.merge(self._graph, own)
             branches = self._branches(adapters, index, row_keys if drops else None)
             return constrain(block(x, cos, sin, length, at, branches), "batch", None, None)
@@ -262,11 +274,32 @@ class Transformer:
         return matmul(hidden, head, jnp.promote_types(hidden.dtype, jnp.float32))
 
     def nll(
-        self, params: Params, hidden: Float[Array, "*rows D"], targets: Int[Array, "*rows"]
-    ) -> Float[Array, "*rows"]:
-        """Negative log-likelihoods of targets, in nats, in float32 or wider."""
+        self, params: Params, hidden: Float[Array, "*rows A D"], targets: Int[Array, "*rows A"]
+    ) -> Float[Array, "*rows A"]:
+        """Negative log-likelihoods of targets, in nats, in float32 or wider.
+
+        With ``loss_chunk`` set, so many positions at a time: their logits are made, used and made again for the gradient,
+        so that memory holds one chunk's.
+        """
+        width, chunk = hidden.shape[-2], self.loss_chunk
+        if chunk is None or chunk >= width:
+            return self._nll(params, hidden, targets)
+        short = -width % chunk
+        pad = [(0, 0)] * (hidden.ndim - 2)
+        hidden = jnp.pad(hidden, [*pad, (0, short), (0, 0)])
+        targets = jnp.pad(targets, [*pad, (0, short)])
+        split = (width + short) // chunk
+        hidden = jnp.moveaxis(hidden.reshape(*hidden.shape[:-2], split, chunk, hidden.shape[-1]), -3, 0)
+        targets = jnp.moveaxis(targets.reshape(*targets.shape[:-1], split, chunk), -2, 0)
+        one = jax.checkpoint(self._nll, prevent_cse=False)
+        found = jax.lax.map(lambda part: one(params, *part), (hidden, targets))
+        return jnp.moveaxis(found, 0, -2).reshape(*found.shape[1:-1], width + short)[..., :width]
+
+    def _nll(self, params: Params, hidden: Array, targets: Array) -> Array:
         logits = self.logits(params, hidden)
-        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        # Not a gather: where the vocabulary is split over devices, a gather would bring all logits to each of them.
+        here = jnp.arange(logits.shape[-1]) == targets[..., None]
+        chosen = jnp.sum(jnp.where(here, logits, 0), axis=-1)
         return jax.nn.logsumexp(logits, axis=-1) - chosen
 
     def all_logits(

@@ -6,12 +6,14 @@ sharded gathers raise.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import jax
+import numpy as np
 from flax import traverse_util
 from jax import Array
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxblock.errors import UserError
@@ -33,11 +35,12 @@ class NamedAxes(Protocol):
         ...
 
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("slice", "data", "fsdp", "tensor")
 
 RULES: dict[str, tuple[str, ...]] = {
-    # Rows are split over both axes: under FSDP every device has its own rows.
-    "batch": ("data", "fsdp"),
+    # Rows are split over all axes but one: under FSDP every device has its own rows. Slices are joined by the slow
+    # data-centre network: nothing is split over them but rows, so that only gradients cross it.
+    "batch": ("slice", "data", "fsdp"),
     # Parameters and their optimizer state are split along the model's width.
     "embed": ("fsdp",),
     # Devices of a tensor group compute different heads, feed-forward columns and words of the same rows.
@@ -50,30 +53,56 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A (data, fsdp, tensor) mesh.
+def make_mesh(
+    data: int = -1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    *,
+    slices: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+    """A (slice, data, fsdp, tensor) mesh.
 
     Args:
-        data: devices along ``data``; -1 for all that the others leave.
+        data: devices of a slice along ``data``; -1 for all that the others leave.
         fsdp: devices along ``fsdp``.
         tensor: devices along ``tensor``; neighbours in the order of ``devices``, since they talk the most.
+        slices: slices joined by the data-centre network.
         devices: which devices; None for all of the process group.
 
     Returns:
         The mesh, with Auto axes.
 
     Raises:
-        UserError: the product is not the number of devices.
+        UserError: the product is not the number of devices, or the devices are of another number of slices.
     """
     devices = list(jax.devices() if devices is None else devices)
     if data == -1:
-        data = max(len(devices) // (fsdp * tensor), 1)
-    if (product := data * fsdp * tensor) != len(devices):
+        data = max(len(devices) // (fsdp * tensor * slices), 1)
+    if (product := data * fsdp * tensor * slices) != len(devices):
+        several = f"train.slices {slices} x " if slices > 1 else ""
         raise UserError(
-            f"train.data_parallel {data} x train.fsdp {fsdp} x train.tensor {tensor} = {product} devices, but there are "
-            f"{len(devices)}: set them so that their product is the number of devices (-1 takes what is left)"
+            f"{several}train.data_parallel {data} x train.fsdp {fsdp} x train.tensor {tensor} = {product} devices, but "
+            f"there are {len(devices)}: set them so that their product is the number of devices (-1 takes what is left)"
         )
-    return jax.make_mesh((data, fsdp, tensor), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    shape, kinds = (slices, data, fsdp, tensor), (AxisType.Auto,) * 4
+    if slices == 1:
+        return jax.make_mesh(shape, MESH_AXES, axis_types=kinds, devices=devices)
+    return Mesh(_by_slice(devices, shape), MESH_AXES, axis_types=kinds)
+
+
+def _by_slice(devices: list[jax.Device], shape: tuple[int, int, int, int]) -> np.ndarray:
+    """Devices in the shape of a mesh whose first axis runs over slices; hosts' own devices have none and go in order."""
+    slices = shape[0]
+    found = sorted({getattr(device, "slice_index", 0) for device in devices})
+    if len(found) == 1 and devices[0].platform != "tpu":
+        return np.array(devices).reshape(shape)
+    if len(found) != slices:
+        raise UserError(
+            f"train.slices is {slices}, but these devices are of {len(found)} slices: set it to {len(found)}"
+        )
+    inner = (1, *shape[1:])
+    return mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1, 1), devices=devices)
 
 
 def spec(*names: str | None) -> PartitionSpec:
@@ -115,6 +144,27 @@ def _ways(mesh: Mesh, name: str | None) -> int:
     for axis in RULES.get(name or "", ()):
         ways *= mesh.shape[axis]
     return ways
+
+
+def per_device(
+    f: Callable[..., Array], given: Sequence[Sequence[str | None]], result: Sequence[str | None]
+) -> Callable[..., Array]:
+    """Runs a function on each device's own parts, as kernels that XLA cannot split must be.
+
+    Args:
+        f: a function of arrays whose rows (or heads) do not need each other.
+        given: logical names of each argument's dimensions.
+        result: those of its result.
+
+    Returns:
+        The function over whole arrays under the ambient mesh; without one, ``f``.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return f
+    specs = tuple(spec(*names) for names in given)
+    split: Callable[..., Array] = jax.shard_map(f, in_specs=specs, out_specs=spec(*result), check_vma=False)
+    return split
 
 
 def constrain(x: Array, *names: str | None) -> Array:

@@ -16,7 +16,7 @@ from jaxblock.models.params import Architecture, Table
 from jaxblock.parallel import axes
 from jaxblock.training import optimizer as optimizers
 from jaxblock.training import setup
-from jaxblock.training.state import TrainState, shardings
+from jaxblock.training.state import TrainState, begin_average, shardings
 from jaxblock.training.step import compile_step
 
 
@@ -46,13 +46,15 @@ def build(config: Config, arch: Architecture, mesh: Mesh) -> Abstract:
         UserError: a tensor does not split over the mesh.
     """
     lora = wiring.adapters(config.lora, arch)
-    net = wiring.network(arch, config.model, lora)
+    net = wiring.network(arch, config.model, lora, platform=mesh.devices.flat[0].platform)
     optimizer = optimizers.make(config.optimizer, config.train.steps, net.trainable, config.train.seed)
     params = parameters.abstract(net.trainable, "float32" if lora else config.model.param_dtype)
     opt_state = jax.eval_shape(optimizer.init, params)
-    placed = shardings(opt_state, mesh, net.trainable)
+    averaged = config.optimizer.ema > 0
+    placed = shardings(opt_state, mesh, net.trainable, averaged=averaged)
+    average = jax.eval_shape(begin_average, params) if averaged else None
     step: Any = jax.ShapeDtypeStruct((), jnp.int32)
-    state = _placed(TrainState(params, opt_state, step), placed)
+    state = _placed(TrainState(params, opt_state, step, average), placed)
     frozen: Any = {}
     if lora:
         frozen = _placed(
@@ -60,8 +62,9 @@ def build(config: Config, arch: Architecture, mesh: Mesh) -> Abstract:
         )
     objective = setup.objective(config, net, (arch.eos_id,))
     frozen_table: Table | None = net.table if lora else None
+    how: Any = {"accumulate": config.train.accumulate, "ema": config.optimizer.ema}
     with jax.set_mesh(mesh):
-        compiled = compile_step(objective, optimizer, state, mesh, net.trainable, frozen_table)
+        compiled = compile_step(objective, optimizer, state, mesh, net.trainable, frozen_table, **how)
         lowered = compiled.lower(state, _batch(config), frozen)  # type: ignore[attr-defined]
     return Abstract(state, frozen, lowered)
 

@@ -19,6 +19,7 @@ from jaxblock.training.state import TrainState
 from jaxblock.types import Params
 
 FOLDER = "checkpoints"
+AVERAGE = "average"
 
 
 class Checkpoints:
@@ -51,10 +52,12 @@ class Checkpoints:
         """
         if step in self._manager.all_steps():
             return
+        average = {} if state.average is None else {AVERAGE: ocp.args.StandardSave(state.average)}
         with self._explained():
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
+                    **average,
                     params=ocp.args.StandardSave(state.params),
                     optimizer=ocp.args.StandardSave(state.opt_state),
                     meta=ocp.args.JsonSave({**meta, "step": step}),
@@ -72,28 +75,33 @@ class Checkpoints:
             UserError: it does not fit the state that this config describes.
         """
         wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        average = {} if like.average is None else {AVERAGE: ocp.args.StandardRestore(wanted.average)}
         try:
             found = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
-                    params=ocp.args.StandardRestore(wanted.params), optimizer=ocp.args.StandardRestore(wanted.opt_state)
+                    **average,
+                    params=ocp.args.StandardRestore(wanted.params),
+                    optimizer=ocp.args.StandardRestore(wanted.opt_state),
                 ),
             )
         except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
             raise UserError(f"{self.folder}/{step} does not fit this config ({_first_line(error)})") from error
-        return TrainState(found.params, found.optimizer, jax.device_put(jax.numpy.int32(step), like.step.sharding))
+        counter = jax.device_put(jax.numpy.int32(step), like.step.sharding)
+        return TrainState(found.params, found.optimizer, counter, found[AVERAGE] if average else None)
 
-    def restore_params(self, step: int, like: Params) -> Params:
-        """Reads the parameters alone.
+    def restore_params(self, step: int, like: Params, *, average: bool = False) -> Params:
+        """Reads the parameters alone, or their moving average.
 
         Raises:
             UserError: tensors are missing or of another shape.
         """
         try:
-            found = self._manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(like)))
+            item = AVERAGE if average else "params"
+            found = self._manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(like)}))
         except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
             raise UserError(f"{self.folder}/{step}: the parameters cannot be read ({_first_line(error)})") from error
-        params: Params = found.params
+        params: Params = found[item]
         return params
 
     def meta(self, step: int) -> dict[str, Any]:

@@ -147,7 +147,7 @@ class _Loop:
         bar = TrainProgress(train.steps, start=step, every=train.log_every, console=self.console)
         with Interrupt() as stop, bar as progress:
             if not session.resumed:
-                self._evaluate(session.params(state.params), step, progress)
+                self._evaluate(session.scored(state), step, progress)
             else:
                 self._write({"step": step, "kind": "resume"})
             window.begin()
@@ -169,7 +169,7 @@ class _Loop:
                 if window.due and (evaluate or save or train.debug):
                     self._report(window, progress)
                 if evaluate:
-                    self._evaluate(session.params(state.params), step, progress)
+                    self._evaluate(session.scored(state), step, progress)
                     window.begin()
                 if save:
                     self._save(state, step, window)
@@ -205,12 +205,15 @@ class _Loop:
 
     def _step(self) -> Any:
         session = self.session
+        how: Any = {"accumulate": self.config.train.accumulate, "ema": self.config.optimizer.ema}
         if self.config.train.debug:
-            return lambda state, batch: train_step(session.objective, session.optimizer, state, batch, session.frozen)
+            return lambda state, batch: train_step(
+                session.objective, session.optimizer, state, batch, session.frozen, **how
+            )
         net = session.net
         frozen_table = None if net.lora is None else net.table
         compiled = compile_step(
-            session.objective, session.optimizer, session.state, session.mesh, net.trainable, frozen_table
+            session.objective, session.optimizer, session.state, session.mesh, net.trainable, frozen_table, **how
         )
         return lambda state, batch: compiled(state, session.on_mesh(batch), session.frozen)
 

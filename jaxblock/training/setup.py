@@ -39,10 +39,10 @@ from jaxblock.types import Params
 
 MAY_CHANGE = {
     "data": {"prepared", "overwrite"},
-    "model": {"remat", "attention", "scan_layers", "init_from"},
+    "model": {"remat", "attention", "scan_layers", "init_from", "loss_chunk"},
     "train": {
         "out", "resume", "log_every", "eval_every", "eval_problems", "eval_nelbo_rows", "save_every", "keep",
-        "tensorboard", "loader_workers", "debug", "data_parallel", "fsdp", "tensor",
+        "tensorboard", "loader_workers", "debug", "data_parallel", "fsdp", "tensor", "slices", "accumulate",
     },
     "decode": {field.name for field in dataclasses.fields(config_io.Config().decode)},
     "evaluate": {field.name for field in dataclasses.fields(config_io.Config().evaluate)},
@@ -74,6 +74,10 @@ class Session:
     def params(self, trained: Params) -> Params:
         """What the network takes: what is trained, beside the frozen base where there is one."""
         return lora.attach(self.frozen, trained)
+
+    def scored(self, state: TrainState) -> Params:
+        """The parameters that evaluations use: the average where there is one."""
+        return self.params(state.params if state.average is None else state.average)
 
     def on_mesh(self, batch: Batch) -> Batch:
         """This process's rows as its part of the global batch."""
@@ -116,7 +120,7 @@ def set_up(config: Config, console: Console) -> Session:
     net = wiring.network(begun.arch, config.model, begun.lora, nans.layer if nans else None)
     optimizer = optimizers.make(config.optimizer, train.steps, net.trainable, train.seed)
     with jax.set_mesh(mesh):
-        state = create(begun.trained, optimizer, mesh, net.trainable)
+        state = create(begun.trained, optimizer, mesh, net.trainable, averaged=config.optimizer.ema > 0)
     if checkpoints is None:
         distributed.wait("every process has looked at the run folder")
         if process_index == 0:
@@ -154,11 +158,13 @@ def set_up(config: Config, console: Console) -> Session:
 
 def _mesh(config: Config) -> Mesh:
     train = config.train
-    mesh = axes.make_mesh(train.data_parallel, train.fsdp, train.tensor)
+    mesh = axes.make_mesh(train.data_parallel, train.fsdp, train.tensor, slices=train.slices)
     ways = mesh.size // train.tensor
-    if train.batch_size % ways:
+    if train.batch_size % (ways * train.accumulate):
+        parts = f" in {train.accumulate} parts (train.accumulate)" if train.accumulate > 1 else ""
         raise UserError(
-            f"train.batch_size {train.batch_size} does not split over {ways} devices: use a multiple of {ways}"
+            f"train.batch_size {train.batch_size} does not split over {ways} devices{parts}: use a multiple of "
+            f"{ways * train.accumulate}"
         )
     return mesh
 

@@ -16,21 +16,61 @@ from jaxblock.types import Params
 
 
 class TrainState(NamedTuple):
-    """All that a step reads and writes. ``step`` is also the only state of the data and of the draws."""
+    """All that a step reads and writes. ``step`` is also the only state of the data and of the draws.
+
+    Attributes:
+        params: what is trained.
+        opt_state: the optimizer's.
+        step: updates done.
+        average: an exponential moving average of ``params`` in float32; None without.
+    """
 
     params: Params
     opt_state: Any
     step: Array
+    average: Params | None = None
 
 
-def create(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh, table: Table) -> TrainState:
-    """The state before the first update; the optimizer's state is allocated where its parameters lie."""
-    placed = shardings(jax.eval_shape(optimizer.init, params), mesh, table)
+def create(
+    params: Params, optimizer: optax.GradientTransformation, mesh: Mesh, table: Table, *, averaged: bool = False
+) -> TrainState:
+    """The state before the first update; the optimizer's state is allocated where its parameters lie.
+
+    Args:
+        params: what is trained, placed.
+        optimizer: the update rule.
+        mesh: the mesh.
+        table: the specs of what is trained.
+        averaged: keep a moving average too; it begins as the parameters.
+    """
+    placed = shardings(jax.eval_shape(optimizer.init, params), mesh, table, averaged=averaged)
     opt_state = jax.jit(optimizer.init, out_shardings=placed.opt_state)(params)
-    return TrainState(params, opt_state, jax.device_put(jnp.zeros((), jnp.int32), placed.step))
+    average = jax.jit(begin_average, out_shardings=placed.average)(params) if averaged else None
+    return TrainState(params, opt_state, jax.device_put(jnp.zeros((), jnp.int32), placed.step), average)
 
 
-def shardings(abstract_opt_state: Any, mesh: Mesh, table: Table) -> Any:
+def begin_average(params: Params) -> Params:
+    """The average of no updates: the parameters, in float32 and in memory of its own (both are donated later)."""
+    return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.promote_types(leaf.dtype, jnp.float32)), params)
+
+
+def next_average(average: Params, params: Params, step: Array, decay: float) -> Params:
+    """The average after an update: ``d * average + (1 - d) * params`` with d = min(decay, (1 + k) / (10 + k)).
+
+    Early updates k weigh more, so that a short run's average is not its start.
+
+    Args:
+        average: before.
+        params: after the update.
+        step: k, updates done before this one.
+        decay: of a long run.
+    """
+    k = step.astype(jnp.float32)
+    share = 1 - jnp.minimum(decay, (1 + k) / (10 + k))
+    return jax.tree.map(lambda mean, leaf: mean + share * (leaf.astype(mean.dtype) - mean), average, params)
+
+
+def shardings(abstract_opt_state: Any, mesh: Mesh, table: Table, *, averaged: bool = False) -> Any:
     """The sharding of every leaf of a state; the optimizer's follow their parameters, found by path.
 
     A leaf of a parameter's shape lies as the parameter. One of its rank (the scales of 8-bit moments) is split along
@@ -40,6 +80,7 @@ def shardings(abstract_opt_state: Any, mesh: Mesh, table: Table) -> Any:
         abstract_opt_state: the optimizer's state, or its shapes.
         mesh: the mesh.
         table: the parameters' specs.
+        averaged: the state holds a moving average.
 
     Returns:
         A ``TrainState`` of shardings.
@@ -59,5 +100,5 @@ def shardings(abstract_opt_state: Any, mesh: Mesh, table: Table) -> Any:
         return axes.sharding(mesh, *names)
 
     opt_state = jax.tree_util.tree_map_with_path(place, abstract_opt_state)
-    placed: Any = TrainState(params, opt_state, whole)  # type: ignore[arg-type]
+    placed: Any = TrainState(params, opt_state, whole, params if averaged else None)  # type: ignore[arg-type]
     return placed

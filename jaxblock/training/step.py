@@ -21,7 +21,7 @@ from jaxblock.models import lora
 from jaxblock.models.params import Table
 from jaxblock.parallel import axes
 from jaxblock.training.precision import global_norm
-from jaxblock.training.state import TrainState, shardings
+from jaxblock.training.state import TrainState, next_average, shardings
 from jaxblock.types import Canvas, Draw, Layout, Network, Normalize, Params
 
 if TYPE_CHECKING:
@@ -113,15 +113,44 @@ class Objective:
 
 
 def gradients(
-    objective: Objective, params: Params, batch: Batch, step: Array, frozen: Params | None = None
+    objective: Objective, params: Params, batch: Batch, step: Array, frozen: Params | None = None, accumulate: int = 1
 ) -> tuple[Losses, Params]:
-    """The losses and the gradient of ``total / weight`` with respect to ``params``, which stand beside a frozen base."""
+    """The losses and the gradient of ``total / weight`` with respect to ``params``, which stand beside a frozen base.
 
-    def loss(params: Params) -> tuple[Array, Losses]:
-        found = objective(lora.attach(frozen or {}, params), batch, step)
-        return found.loss.total / found.loss.weight, found
+    Args:
+        objective: the loss.
+        params: what is trained.
+        batch: the global batch.
+        step: of the draws.
+        frozen: the base beneath adapters.
+        accumulate: how many parts of the batch go one after the other. Weights depend on the data alone, so the sum of
+            the parts' gradients over the sum of their weights is the whole batch's gradient, whatever the parts hold.
+    """
 
-    return jax.grad(loss, has_aux=True)(params)[::-1]
+    def total(params: Params, rows: Batch) -> tuple[Array, Losses]:
+        found = objective(lora.attach(frozen or {}, params), rows, step)
+        return found.loss.total, found
+
+    def part(rows: Batch) -> tuple[Losses, Params]:
+        return jax.grad(total, has_aux=True)(params, rows)[::-1]
+
+    if accumulate == 1:
+        found, grads = part(batch)
+    else:
+        # Row r goes to part r mod n: every device has its share of every part, and no row moves between devices.
+        parts: Batch = jax.tree.map(lambda x: _interleaved(jnp.asarray(x), accumulate), batch)
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), params)
+        first = jax.tree.map(jnp.zeros_like, jax.eval_shape(lambda: part(jax.tree.map(lambda x: x[0], parts))[0]))
+        (found, grads), _ = jax.lax.scan(
+            lambda sums, rows: (jax.tree.map(jnp.add, sums, part(rows)), None), (first, nothing), parts
+        )
+    weight = found.loss.weight
+    return found, jax.tree.map(lambda grad: grad / weight.astype(grad.dtype), grads)
+
+
+def _interleaved(x: Array, parts: int) -> Array:
+    split = x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+    return axes.constrain(split, None, "batch", *(None,) * (split.ndim - 2))
 
 
 def train_step(
@@ -130,6 +159,9 @@ def train_step(
     state: TrainState,
     batch: Batch,
     frozen: Params | None = None,
+    *,
+    accumulate: int = 1,
+    ema: float = 0.0,
 ) -> tuple[TrainState, StepMetrics]:
     """One update.
 
@@ -139,14 +171,17 @@ def train_step(
         state: before.
         batch: the global batch, as arrays.
         frozen: the base of a state that holds adapters; read only.
+        accumulate: parts of the batch that go one after the other (static).
+        ema: decay of the moving average, where the state has one (static).
 
     Returns:
         (state after, metrics).
     """
-    found, grads = gradients(objective, state.params, batch, state.step, frozen)
+    found, grads = gradients(objective, state.params, batch, state.step, frozen, accumulate)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    return TrainState(params, opt_state, state.step + 1), StepMetrics(found, global_norm(grads))
+    average = None if state.average is None else next_average(state.average, params, state.step, ema)
+    return TrainState(params, opt_state, state.step + 1, average), StepMetrics(found, global_norm(grads))
 
 
 def compile_step(
@@ -156,6 +191,9 @@ def compile_step(
     mesh: Mesh,
     table: Table,
     frozen_table: Table | None = None,
+    *,
+    accumulate: int = 1,
+    ema: float = 0.0,
 ) -> Step:
     """The jitted step: state in place (donated), rows split over the mesh, metrics on every device.
 
@@ -166,14 +204,18 @@ def compile_step(
         mesh: the mesh; the call must run under ``jax.set_mesh(mesh)``.
         table: the specs of what is trained.
         frozen_table: those of the base that it stands beside; None for none.
+        accumulate: see ``train_step``.
+        ema: see ``train_step``.
 
     Returns:
         A function of (state, batch, frozen); ``frozen`` is {} where there is no base.
     """
-    placed = shardings(state.opt_state, mesh, table)
+    placed = shardings(state.opt_state, mesh, table, averaged=state.average is not None)
     frozen_placed = axes.param_shardings(mesh, frozen_table) if frozen_table else {}
     return jax.jit(
-        lambda state, batch, frozen: train_step(objective, optimizer, state, batch, frozen),
+        lambda state, batch, frozen: train_step(
+            objective, optimizer, state, batch, frozen, accumulate=accumulate, ema=ema
+        ),
         in_shardings=(placed, axes.sharding(mesh, "batch"), frozen_placed),
         out_shardings=(placed, axes.replicated(mesh)),
         donate_argnums=0,

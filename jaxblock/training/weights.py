@@ -229,7 +229,7 @@ def read_run(
     base: str | None = None,
     to_int8: bool = False,
 ) -> tuple[Params, int, Lora | None]:
-    """The parameters of a run's checkpoint; adapters come with their base.
+    """The parameters of a run's checkpoint (their average, where the run kept one); adapters come with their base.
 
     Args:
         run: the run.
@@ -254,12 +254,15 @@ def read_run(
     trained, stored = (
         (table, run.config.model.param_dtype) if lora is None else (adapters.table(table, lora), "float32")
     )
+    averaged = run.config.optimizer.ema > 0
     like = jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        parameters.abstract(trained, stored),
+        parameters.abstract(trained, "float32" if averaged else stored),
         axes.param_shardings(mesh, trained),
     )
-    params = checkpoints.restore_params(step, like)
+    params = checkpoints.restore_params(step, like, average=averaged)
+    if averaged and stored != "float32":
+        params = jax.tree.map(functools.partial(_cast, dtype=stored), params)
     checkpoints.close()
     if lora is None:
         if dtype is not None:

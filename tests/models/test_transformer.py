@@ -11,12 +11,13 @@ import pytest
 from flax import nnx
 from jax.flatten_util import ravel_pytree
 
-from jaxblock.models import families
+from jaxblock.models import families, splash
 from jaxblock.models import params as parameters
-from jaxblock.models.attention import attend
+from jaxblock.models.attention import attend, backend_of
 from jaxblock.models.dense import _plain_matmul, matmul
 from jaxblock.models.params import Architecture
 from jaxblock.models.transformer import Attention, Block, Transformer
+from jaxblock.parallel import axes
 from jaxblock.types import View
 
 B, T, A = 2, 9, 3
@@ -69,6 +70,8 @@ VARIANTS = {
     "scanned": dict(scan_layers=True),
     "scanned, dots": dict(attention="xla", scan_layers=True, remat="dots"),
     "unrolled, full": dict(scan_layers=False, remat="full"),
+    "scanned, offload": dict(scan_layers=True, remat="offload"),
+    "loss in chunks": dict(scan_layers=False, loss_chunk=2),
 }
 
 
@@ -134,6 +137,38 @@ def test_attention_backends_agree(heads, groups):
     for backend in ("xla", "reference"):
         got = jax.jit(attend, static_argnums=4)(q, k, v, length, backend)
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5, err_msg=backend)
+
+
+@pytest.mark.parametrize("heads, groups, queries", [(4, 2, 9), (2, 2, 3)])
+def test_splash_attention_is_the_oracles(heads, groups, queries):
+    """Run step by step, in value and gradient, on one device and split over rows and heads."""
+    draw = np.random.default_rng(0)
+    shapes = (4, queries, heads, 8), (4, 9, groups, 8), (4, 9, groups, 8)
+    given = tuple(jnp.asarray(draw.normal(size=shape), jnp.float32) for shape in shapes)
+    length = jnp.asarray([9, 4, 1, 7], jnp.int32)
+
+    def both(f):
+        return jax.jit(jax.value_and_grad(lambda qkv: jnp.sum(jnp.sin(f(*qkv)))))
+
+    want = both(lambda *qkv: attend(*qkv, length, "reference"))(given)
+    kernel = both(lambda *qkv: splash.attend(*qkv, length, interpret=True))
+    mesh = axes.make_mesh(2, 2, 2)
+    with jax.set_mesh(mesh):
+        split = kernel(jax.device_put(given, axes.sharding(mesh, "batch")))
+    for got in (kernel(given), split):
+        for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_fused_kernels_are_for_sixteen_bits_and_backends_are_the_platforms():
+    """float32 means float32: the kernels, which would multiply in 16 bits, are not used for it (nor for a causal mask)."""
+    assert [backend_of(p) for p in ("tpu", "gpu", "cuda", "cpu")] == ["splash", "cudnn", "cudnn", "xla"]
+    q, length = jnp.ones((1, 4, 2, 8)), jnp.asarray([3], jnp.int32)
+    for backend in ("splash", "cudnn"):
+        jax.jit(attend, static_argnums=4)(q, q, q, length, backend)
+        with pytest.raises((ValueError, RuntimeError)):  # neither a TPU nor a GPU is here
+            small = q.astype(jnp.bfloat16)
+            jax.jit(attend, static_argnums=4)(small, small, small, length, backend)
 
 
 def test_the_table_is_the_modules_parameters():

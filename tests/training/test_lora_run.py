@@ -15,19 +15,11 @@ import jaxblock
 from jaxblock.cli import main
 from jaxblock.errors import UserError
 from jaxblock.models.params import flatten
+from jaxblock.training.checkpoint import Checkpoints
 
-LORA = [
-    "--lora.rank",
-    "2",
-    "--lora.alpha",
-    "8",
-    "--lora.dropout",
-    "0.2",
-    "--train.steps",
-    "6",
-    "--train.save_every",
-    "3",
-]
+LORA = (
+    "--lora.rank 2 --lora.alpha 8 --lora.dropout 0.2 --optimizer.ema 0.5 --train.steps 6 --train.save_every 3".split()
+)
 QUIET = ["--train.eval_problems", "0", "--train.eval_nelbo_rows", "8", "--train.eval_every", "0"]
 
 
@@ -72,6 +64,17 @@ def test_adapters_alone_are_trained_and_saved(run: Path, base: Path, tiny_run: P
     assert sizes[0] < sizes[1]
     first, last = metrics(run, "eval")[0], metrics(tiny_run, "eval")[-1]
     assert first["nelbo_per_token"]["mean"] == pytest.approx(last["nelbo_per_token"]["mean"], rel=1e-4)
+
+
+def test_what_is_loaded_is_the_moving_average(run: Path) -> None:
+    model, checkpoints = jaxblock.load(run), Checkpoints(run)
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), model.params["lora"])
+    for average, same in ((True, True), (False, False)):
+        stored = checkpoints.restore_params(6, like, average=average)
+        assert all(jax.tree.leaves(jax.tree.map(np.array_equal, stored, model.params["lora"]))) == same
+    checkpoints.close()
+    bound, _ = model.nelbo([[5, 6, 7]], [[8, model.stop_ids[0]]])
+    assert np.isfinite(bound).all()
 
 
 def test_a_resumed_run_is_the_straight_one_and_its_base_may_move(

@@ -1,0 +1,86 @@
+"""What devices say to each other in a compiled step: logits stay where they are, and so do rows.
+
+XLA's CPU backend splits a reduce-scatter into other collectives, so that bytes are counted on programs compiled for TPUs
+(tests/plan); what must never be gathered shows here too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable
+
+import jax
+import pytest
+
+from jaxblock.config import CanvasConfig, Config, LoraConfig, MethodConfig, ModelConfig, TrainConfig
+from jaxblock.models import families, llada
+from jaxblock.models.params import Architecture
+from jaxblock.parallel import axes
+from jaxblock.training import abstract
+
+VOCAB, D, P, R, ROWS = 4096, 64, 32, 32, 32
+ARCH = Architecture(
+    "llada", VOCAB, D, n_layers=2, n_heads=4, n_kv_heads=4, head_dim=16, mlp_dim=128, norm_eps=1e-5, rope_theta=1e4,
+    max_len=128, tie_embeddings=False, mask_id=7, eos_id=1, pad_id=1, **llada.TRAITS,
+)  # fmt: skip
+_GATHERED = re.compile(r"= (?:\(?)(\w+)\[([\d,]*)\][^=]* all-gather(?:-start)?\(")
+
+
+def gathered(text: str) -> list[int]:
+    """Elements of every all-gather's result in a compiled program."""
+    return [math.prod(map(int, shape.split(","))) if shape else 1 for _, shape in _GATHERED.findall(text)]
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Callable[..., str]:
+    def text(mesh: tuple[int, int, int], objective: str, rank: int = 0, chunk: int | None = None) -> str:
+        config = Config(
+            canvas=CanvasConfig(P, R, 8),
+            method=MethodConfig(objective=objective),  # type: ignore[arg-type]
+            model=ModelConfig(init_from="x", loss_chunk=chunk),
+            lora=LoraConfig(rank),
+            train=TrainConfig(batch_size=ROWS),
+        )
+        return abstract.build(config, ARCH, axes.make_mesh(*mesh)).step.compile().as_text()
+
+    return text
+
+
+@pytest.mark.parametrize("objective, chunk", [("blockwise", None), ("classical", 8)])
+def test_logits_are_never_gathered(compiled: Callable[..., str], objective: str, chunk: int | None) -> None:
+    """Neither over rows (fsdp) nor over the vocabulary (tensor), whatever the loss sees of them."""
+    found = gathered(compiled((1, 2, 4), objective, chunk=chunk))
+    positions = 8 if objective == "blockwise" or chunk else R
+    logits = ROWS * positions * VOCAB  # of all rows; one device's share of rows and words is an eighth
+    assert found, "the pattern finds nothing: the text of compiled programs has changed"
+    assert max(found) < logits / 8
+    # What is gathered is weights: none larger than the largest of them (the embedding and the head).
+    assert max(found) <= VOCAB * D
+
+
+def test_a_frozen_base_has_no_gradient_to_sum(compiled: Callable[..., str]) -> None:
+    """Only adapters are summed over rows: the largest all-reduce is far below the smallest matrix's gradient stack."""
+    text = compiled((8, 1, 1), "blockwise", rank=2)
+    reduced = re.findall(r"= \(?\w+\[([\d,]*)\][^=]* all-reduce(?:-start)?\(", text)
+    sizes = [math.prod(map(int, shape.split(","))) if shape else 1 for shape in reduced]
+    assert sizes and max(sizes) <= 2 * 2 * 128
+    whole = compiled((8, 1, 1), "blockwise")
+    found = re.findall(r"(\w+)\[([\d,]+)\]", " ".join(re.findall(r"= (.*?) all-reduce", whole)))
+    assert max(math.prod(map(int, shape.split(","))) for _, shape in found) >= 2 * D * D
+
+
+def test_families_share_the_rules() -> None:
+    """A family whose axes had a name without a rule would be copied to every device."""
+    for family in families.FAMILIES:
+        arch = dataclasses.replace(ARCH, family=family, **families.traits(family))
+        for path, spec in families.table(arch).items():
+            names = [name for name in spec.axes if name not in (None, "layers")]
+            assert all(name in axes.RULES for name in names), path
+            if spec.is_matrix:
+                assert len(names) == 2, path
+
+
+def test_there_are_eight_devices() -> None:
+    assert jax.device_count() == 8
