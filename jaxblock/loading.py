@@ -59,12 +59,12 @@ def load(
     arch = huggingface_load.architecture(weights_folder)
     if mask_id is not None or alignment is not None:
         arch = families.with_mask(arch, arch.need_mask_id() if mask_id is None else mask_id, alignment)
+    # Adapters for another base are found out before gigabytes are read.
+    adapted, adapters = (None, None) if found is None else peft.load_adapter(found, arch)
     _, params = huggingface_load.load(weights_folder, dtype=dtype, arch=arch, int8=to_int8)
     compute = dtype or params["final_norm"].dtype.name
-    net = Transformer(arch, dtype=compute, int8=to_int8)
-    if found is not None:
-        adapted, adapters = peft.load_adapter(found, arch)
-        net, params = dataclasses.replace(net, lora=adapted), lora.attach(params, adapters)
+    net = Transformer(arch, dtype=compute, lora=adapted, int8=to_int8)
+    params = params if adapters is None else lora.attach(params, adapters)
     named = found if found is not None and _has_tokenizer(found) else weights_folder
     tokenizer = tokenizers.load(named) if _has_tokenizer(named) else None
     if tokenizer is not None and tokenizer.vocab_size > arch.vocab_size:
