@@ -229,7 +229,7 @@ class Transformer:
         all alike: splitting the last off would copy the stack of the others. Nor is it trimmed where a trimmed layer
         would be another function: under dropout, whose draws are by position, and under a causal mask.
         """
-        x = constrain(params["embed"].astype(self.dtype)[ids], "batch", None, None)
+        x = self._embedded(params, ids)
         cos, sin = rotary(positions, self.arch, self.dtype)
         drops = self.lora is not None and self.lora.dropout > 0 and row_keys is not None
 
@@ -253,6 +253,14 @@ class Transformer:
             if self.check_layer is not None:
                 self.check_layer(index, x)
         return x if at is None or trimmed is not None else pick(x, at)
+
+    def _embedded(self, params: Params, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Each device looks up its columns of the embedding for its group's rows; then columns are traded for rows.
+
+        Left to itself the compiler gathers the whole embedding, and its gradient copies all rows to every device.
+        """
+        columns = params["embed"].astype(self.dtype)[constrain(ids, "rows", None)]
+        return constrain(constrain(columns, "rows", None, "embed"), "batch", None, None)
 
     def _branches(self, adapters: Params, layer: Array | int, row_keys: Array | None) -> Branches:
         """One layer's low-rank branches; each has dropout keys of its own, made of the row's, the layer and its place."""

@@ -41,6 +41,8 @@ RULES: dict[str, tuple[str, ...]] = {
     # Rows are split over all axes but one: under FSDP every device has its own rows. Slices are joined by the slow
     # data-centre network: nothing is split over them but rows, so that only gradients cross it.
     "batch": ("slice", "data", "fsdp"),
+    # Rows as they lie while a width is split over fsdp in their place.
+    "rows": ("slice", "data"),
     # Parameters and their optimizer state are split along the model's width.
     "embed": ("fsdp",),
     # Devices of a tensor group compute different heads, feed-forward columns and words of the same rows.

@@ -84,3 +84,11 @@ def test_families_share_the_rules() -> None:
 
 def test_there_are_eight_devices() -> None:
     assert jax.device_count() == 8
+
+
+def test_rows_and_columns_of_the_embedding_change_places(compiled: Callable[..., str]) -> None:
+    """Its lookup trades columns for rows (all-to-all); the embedding is gathered for neither lookup nor gradient."""
+    text = compiled((2, 4, 1), "blockwise")
+    assert text.count(" all-to-all(") + text.count(" all-to-all-start(") >= 2  # there and, for the gradient, back
+    whole = [size for size in gathered(text) if size >= VOCAB * D]
+    assert len(whole) <= 2  # the head, forward and backward
