@@ -134,6 +134,32 @@ class Export:
     """Type of the tensors; None keeps each one's own."""
 
 
+@dataclass(frozen=True)
+class Plan:
+    """Says what a run needs of a topology, before it is rented: compiles the real step and decoder without any device."""
+
+    topology: str
+    """`v5e-16`, `v6e-8`, `v5p-8` (4 chips), `2xv5e-256` (two slices), `h200-1`, `h100-8`, `cpu-8`."""
+    config: str | None = None
+    """YAML file of sections; flags override it."""
+    model_config: str | None = None
+    """config.json (or a folder or run) with the network's sizes; None for those of `model.init_from`."""
+    decoder: bool = True
+    """Compile the decoder too."""
+    tries: int = 6
+    """Changes that may be compiled in search of one that fits, where the run as it is does not."""
+    json: str | None = None
+    """Also write the plan here, with every large collective; an existing file is refused."""
+    data: DataConfig = field(default_factory=DataConfig)
+    canvas: CanvasConfig = field(default_factory=CanvasConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+
+
 VERBS: dict[str, type] = {
     "prepare": Prepare,
     "inspect": Inspect,
@@ -141,6 +167,7 @@ VERBS: dict[str, type] = {
     "decode": Decode,
     "evaluate": Evaluate,
     "export": Export,
+    "plan": Plan,
 }
 
 

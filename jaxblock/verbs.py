@@ -7,7 +7,6 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -23,6 +22,8 @@ from jaxblock.data.prepared import Prepared, open_prepared
 from jaxblock.data.records import Record
 from jaxblock.errors import UserError
 from jaxblock.evaluation import problems, runner, statistics
+from jaxblock.plan import command as planning
+from jaxblock.plan import report as plan_report
 from jaxblock.reporting import inspect_html, inspect_terminal
 from jaxblock.reporting.inspect import Examined, draw_steps, examine
 from jaxblock.reporting.watch import Watch
@@ -31,7 +32,7 @@ from jaxblock.training.loop import INTERRUPTED
 from jaxblock.training.loop import train as run_training
 
 if TYPE_CHECKING:
-    from jaxblock.cli import Decode, Evaluate, Export, Inspect, Prepare, Train
+    from jaxblock.cli import Decode, Evaluate, Export, Inspect, Plan, Prepare, Train
 
 
 def _say(text: str) -> None:
@@ -330,6 +331,27 @@ def export(options: Export, config: Config) -> int:
         is_int8 = run_folder.is_run(options.checkpoint) and run_folder.open_run(options.checkpoint).base is not None
         model = loading.load(options.checkpoint, base=options.base, quantize="none" if is_int8 else None)
         difference = model.save(options.out, options.dtype)
-    size = sum(path.stat().st_size for path in Path(options.out).rglob("*") if path.is_file())
+    size = storage.size_of(options.out)
     print(f"wrote {options.out} ({size / 1e6:.1f} MB); read back: largest difference of any logit {difference:.3g}")
+    return 0
+
+
+def plan(options: Plan, config: Config) -> int:
+    """Plans a run; the exit code is 0 whether it fits or not: the answer is the result."""
+    if options.tries < 0:
+        raise UserError(f"tries is {options.tries}: it must be 0 or more")
+    if options.json:
+        storage.check_absent(options.json)
+    found = planning.run(
+        config,
+        options.topology,
+        model_config=options.model_config,
+        decoder=options.decoder,
+        tries=options.tries,
+        say=_say,
+    )
+    plan_report.show(Console(), found)
+    if options.json:
+        storage.write_text(options.json, json.dumps(found, indent=1) + "\n")
+        _say(f"wrote {options.json}")
     return 0

@@ -22,6 +22,7 @@ Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 BINDERS = {
     "api", "loading", "cli", "verbs", "wiring", "training.loop", "training.setup", "training.run_folder", "training.weights", "training.abstract",
+    "plan.plan", "plan.programs", "plan.sizes", "plan.layout", "plan.command", "plan.__main__",
     "evaluation.runner",
 }  # fmt: skip
 """The modules that bring rooms together. Even they may not make a circle."""
@@ -43,6 +44,7 @@ MAY_IMPORT = {
     "training": {"types", "errors", "config", "storage", "diffusion", "models", "parallel"},
     "training.step": {"types", "errors", "diffusion", "models", "parallel"},
     "training.state": {"types", "errors", "models", "parallel"},
+    "plan": {"errors", "training"},
     "__init__": {"api", "loading", "errors"},
     "__main__": {"cli"},
 }

@@ -51,15 +51,13 @@ def build(config: Config, arch: Architecture, mesh: Mesh) -> Abstract:
     params = parameters.abstract(net.trainable, "float32" if lora else config.model.param_dtype)
     opt_state = jax.eval_shape(optimizer.init, params)
     averaged = config.optimizer.ema > 0
-    placed = shardings(opt_state, mesh, net.trainable, averaged=averaged)
+    where = shardings(opt_state, mesh, net.trainable, averaged=averaged)
     average = jax.eval_shape(begin_average, params) if averaged else None
     step: Any = jax.ShapeDtypeStruct((), jnp.int32)
-    state = _placed(TrainState(params, opt_state, step, average), placed)
+    state = _placed(TrainState(params, opt_state, step, average), where)
     frozen: Any = {}
     if lora:
-        frozen = _placed(
-            parameters.abstract(net.table, config.model.param_dtype), axes.param_shardings(mesh, net.table)
-        )
+        frozen = placed(net.table, mesh, config.model.param_dtype)
     objective = setup.objective(config, net, (arch.eos_id,))
     frozen_table: Table | None = net.table if lora else None
     how: Any = {"accumulate": config.train.accumulate, "ema": config.optimizer.ema}
@@ -67,6 +65,11 @@ def build(config: Config, arch: Architecture, mesh: Mesh) -> Abstract:
         compiled = compile_step(objective, optimizer, state, mesh, net.trainable, frozen_table, **how)
         lowered = compiled.lower(state, _batch(config), frozen)  # type: ignore[attr-defined]
     return Abstract(state, frozen, lowered)
+
+
+def placed(table: Table, mesh: Mesh, dtype: str) -> Any:
+    """The weights of a table as shapes, each with where it lies on a mesh."""
+    return _placed(parameters.abstract(table, dtype), axes.param_shardings(mesh, table))
 
 
 def bytes_per_device(tree: Any) -> int:

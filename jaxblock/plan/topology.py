@@ -1,0 +1,165 @@
+"""Names of topologies, what their makers say of the chips, and devices to compile for without having them."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxblock.errors import UserError
+
+
+class Chip(NamedTuple):
+    """Published figures of an accelerator, for one chip.
+
+    Attributes:
+        name: of its kind.
+        memory: bytes that programs can use.
+        flops: peak bfloat16 operations a second; None where no figure would mean anything.
+        bandwidth: bytes a second of main memory.
+        links: bytes a second that it can send to its slice (or node), all links together, one direction.
+        across: bytes a second that it can send over the data-centre network; None where it is not published.
+        source: where the figures are from.
+    """
+
+    name: str
+    memory: float
+    flops: float | None
+    bandwidth: float | None
+    links: float | None
+    across: float | None
+    source: str
+
+
+_GB, _GIB, _TERA = 1e9, 2.0**30, 1e12
+_TPU = "Google Cloud TPU documentation, page of the version"
+_NVIDIA = "NVIDIA's data sheet (SXM, dense)"
+
+CHIPS: dict[str, Chip] = {
+    # Memory: what the compiler gives to programs of the published 16, 32, 95 and 32 GB. Links: half of the published
+    # bidirectional bandwidth. Across: a pod's published data-centre bandwidth over its 256 chips.
+    "v5e": Chip("TPU v5e", 15.75 * _GIB, 197 * _TERA, 819 * _GB, 200 * _GB, 3.125 * _GB, _TPU),
+    "v6e": Chip("TPU v6e", 31.25 * _GIB, 918 * _TERA, 1640 * _GB, 400 * _GB, 12.5 * _GB, _TPU),
+    "v5p": Chip("TPU v5p", 95.74 * _GIB, 459 * _TERA, 2765 * _GB, 600 * _GB, None, _TPU),
+    "v4": Chip("TPU v4", 30.75 * _GIB, 275 * _TERA, 1228 * _GB, 300 * _GB, None, _TPU),
+    # Nine tenths of the card: the rest is the driver's and the allocator's (set XLA_PYTHON_CLIENT_MEM_FRACTION=0.9; JAX
+    # takes three quarters unless told).
+    "h100": Chip("H100 80 GB", 0.9 * 80 * _GB, 989 * _TERA, 3350 * _GB, 450 * _GB, None, _NVIDIA),
+    "h200": Chip("H200 141 GB", 0.9 * 141 * _GB, 989 * _TERA, 4800 * _GB, 450 * _GB, None, _NVIDIA),
+}
+
+# Shapes of slices by chips, as Google offers them. v4 and v5p are named by TensorCores, two a chip.
+_FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
+_CUBES = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8"}
+_NAME = re.compile(r"(?:(\d+)x)?([a-z]\w*)-(\d+)")
+_MOST_GPUS = 8
+
+
+class Topology(NamedTuple):
+    """Where a run would run.
+
+    Attributes:
+        name: as it was given.
+        chip: what of.
+        slices: joined by the data-centre network.
+        chips: of one slice.
+        shape: of a TPU slice; empty otherwise.
+        platform: ``tpu``, ``gpu`` or ``cpu``.
+    """
+
+    name: str
+    chip: Chip
+    slices: int
+    chips: int
+    shape: str
+    platform: str
+
+    @property
+    def devices(self) -> int:
+        """Chips of all slices."""
+        return self.slices * self.chips
+
+    @property
+    def is_estimate(self) -> bool:
+        """Compiled for the host instead, since no compiler for the platform is at hand."""
+        return self.platform != "tpu"
+
+
+def parse(name: str) -> Topology:
+    """Reads a topology's name: ``v5e-16``, ``2xv5e-256``, ``v5p-8`` (4 chips), ``h100-8``, ``cpu-8``.
+
+    Raises:
+        UserError: it is none, or a slice of a size that is not offered.
+    """
+    found = _NAME.fullmatch(name)
+    kind = found[2] if found else ""
+    if found is None or kind not in (*CHIPS, "cpu"):
+        known = ", ".join(f"{chip}-N" for chip in (*CHIPS, "cpu"))
+        raise UserError(f"topology {name!r} is unknown: use one of {known}, or 2xv5e-256 for two slices")
+    slices, count = int(found[1] or 1), int(found[3])
+    if min(slices, count) < 1:
+        raise UserError(f"topology {name!r}: slices and chips must be at least 1")
+    if kind == "cpu":
+        host = Chip("CPU", _host_memory() / (slices * count), None, None, None, None, "this machine")
+        return Topology(name, host, slices, count, "", "cpu")
+    chip = CHIPS[kind]
+    if kind.startswith("h"):
+        if slices > 1 or count > _MOST_GPUS:
+            raise UserError(f"topology {name!r}: GPUs are planned for one node of up to {_MOST_GPUS}, such as {kind}-8")
+        return Topology(name, chip, 1, count, "", "gpu")
+    by_core = kind in ("v4", "v5p")
+    chips, shapes = (count // 2, _CUBES) if by_core else (count, _FLAT)
+    if chips not in shapes or (by_core and count % 2):
+        offered = ", ".join(f"{kind}-{2 * size if by_core else size}" for size in shapes)
+        raise UserError(f"topology {name!r} is not offered: choose from {offered}")
+    if slices > 1 and chip.across is None:
+        raise UserError(f"topology {name!r}: several slices are planned for v5e and v6e, whose network is published")
+    return Topology(name, chip, slices, chips, shapes[chips], "tpu")
+
+
+def environment(topology: Topology) -> dict[str, str]:
+    """Environment variables of a process that compiles for a topology."""
+    given = {"JAX_PLATFORMS": "cpu"}
+    if topology.platform != "tpu":
+        flags = re.sub(r"--xla_force_host_platform_device_count=\S*", "", os.environ.get("XLA_FLAGS", ""))
+        given["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={topology.devices}".strip()
+        return given
+    # No chip is looked for, and another process that compiles (or trains) does not get in the way.
+    return {**given, "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+
+
+def devices(topology: Topology) -> list[jax.Device]:
+    """Devices that programs can be compiled for; those of a TPU cannot run any.
+
+    Raises:
+        UserError: libtpu is not installed, or too few devices of the host.
+    """
+    if topology.platform != "tpu":
+        found = jax.devices("cpu")
+        if len(found) < topology.devices:
+            raise UserError(f"{topology.name}: this process has {len(found)} host devices")
+        return found[: topology.devices]
+    from jax.experimental import topologies
+
+    kind = topology.name.split("-")[0].split("x")[-1]
+    options: dict[str, Any] = {}
+    if topology.slices > 1:
+        options["num_slices"] = topology.slices
+    if topology.chips == 1:
+        options["chips_per_host_bounds"] = [1, 1, 1]
+    if kind == "v4":
+        options["chip_config_name"] = "megacore"
+    try:
+        described = topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:{topology.shape}", **options)
+    except Exception as error:  # the plugin's own
+        raise UserError(
+            f"no compiler for {topology.name} ({str(error).splitlines()[0][:200]}): install the libtpu wheel that goes with "
+            f"this JAX (`pip install 'jaxblock[plan]'`); no TPU is needed"
+        ) from error
+    return list(described.devices)
+
+
+def _host_memory() -> float:
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
