@@ -223,8 +223,10 @@ def _valid(given: int, kernel: int, made: int, stride: int, low: int, dilated: i
 
 def _splash_flops(instruction: Instruction, computation: Computation) -> float:
     """The kernel's products per score: two forward; backward the scores again and three (keys, values) or two (queries)."""
-    per_head = [s.dims for s in _given(instruction, computation) if len(s.dims) == 3 and s.dims[-1] % 128 == 0]
-    queries, keys = per_head[0], per_head[1]
+    given = _given(instruction, computation)
+    queries, keys = [s.dims for s in given if s.kind in ("bf16", "f32") and len(s.dims) >= 3 and s.dims[-1] % 128 == 0][
+        :2
+    ]
     products = {"fwd": 2, "dkv": 4, "dq": 3}[instruction.name.split("_")[2]]
     return 2.0 * products * math.prod(queries) * keys[-2]
 
