@@ -308,7 +308,7 @@ class Model:
         peft.save_adapter(
             folder, self.arch, self.net.lora, adapters, base=self.base, companions=self._companions()["tokenizer"]
         )
-        found, again = peft.load_adapter(folder, self.arch)
+        found, again = peft.load_adapter(storage.local_folder(folder, ["*.json", "*.safetensors"]), self.arch)
         copy = dataclasses.replace(
             self, net=dataclasses.replace(self.net, lora=found), params=lora.attach(self._weights(), again)
         )

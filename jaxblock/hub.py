@@ -1,4 +1,4 @@
-"""Names of the Hugging Face hub: downloaded to the local cache, and from there on a folder like any other."""
+"""Names of the Hugging Face hub, and checkpoints in an object store: downloaded, and from there on folders like any other."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ def local(name: storage.PathLike, *, weights: bool = True) -> str:
     """The local folder of a model that is named by path or by hub name.
 
     Args:
-        name: a path, returned as it is, or where nothing lies there ``org/name`` or ``org/name@revision``.
+        name: a path, returned as it is, or where nothing lies there ``org/name`` or ``org/name@revision``. The folder of
+            a checkpoint or of adapters at ``gs://`` is copied to a temporary folder of this process; that of a run is
+            returned as it is.
         weights: download the weights too; a tokenizer does without.
 
     Returns:
@@ -34,6 +36,8 @@ def local(name: storage.PathLike, *, weights: bool = True) -> str:
         UserError: a hub name that cannot be downloaded.
     """
     text = os.fspath(name)
+    if storage.is_remote(text):
+        return _copied(text, weights)
     match = _NAME.fullmatch(text)
     if match is None or text.endswith(_FILES) or os.path.exists(text):
         return text
@@ -45,6 +49,13 @@ def local(name: storage.PathLike, *, weights: bool = True) -> str:
         )
     except Exception as error:  # the client's, and those of the several HTTP libraries beneath it
         raise UserError(f"{text} is no local folder, and {_why(error, repo, revision)}") from error
+
+
+def _copied(folder: str, weights: bool) -> str:
+    names = {entry.name for entry in storage.listed(folder)}
+    if not names & {"config.json", "adapter_config.json", "tokenizer.json", "tokenizer.model"}:
+        return folder
+    return str(storage.local_folder(folder, [*(_WEIGHTS if weights else ()), *_BESIDE, "*.py"]))  # code: for an export
 
 
 def _why(error: Exception, repo: str, revision: str | None) -> str:

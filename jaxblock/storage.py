@@ -16,14 +16,18 @@ import pathlib
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatch
 from typing import Any
 
+import fsspec
 from etils import epath
 
 from jaxblock.errors import UserError
 
 PathLike = str | os.PathLike[str]
+
+_CHUNK = 8 << 20  # bytes in memory while a file is copied
 
 _ADVICE = {
     errno.ENOSPC: "the disk is full: free some space or choose another folder",
@@ -41,6 +45,9 @@ _ADVICE = {
 
 def as_path(path: PathLike) -> epath.Path:
     """A path object for a local path or a URI (``gs://bucket/folder``)."""
+    if is_remote(path):
+        # Other processes write there too: a remembered listing would hide their files for as long as we live.
+        fsspec.config.conf.setdefault("gs", {}).setdefault("use_listings_cache", False)
     try:
         return epath.Path(path)
     except KeyError as error:
@@ -50,7 +57,7 @@ def as_path(path: PathLike) -> epath.Path:
 
 
 def is_remote(path: PathLike) -> bool:
-    """Whether a path names an object store, which has no atomic rename."""
+    """Whether a path names an object store, which has neither atomic rename nor append."""
     return "://" in os.fspath(path)
 
 
@@ -76,7 +83,7 @@ def explained(action: str, path: PathLike) -> Iterator[None]:
         if not is_remote(path):
             raise
         raise UserError(
-            f"cannot {action} {os.fspath(path)}: {error} (gs:// needs `pip install etils[epath-gcs]` and credentials)"
+            f"cannot {action} {os.fspath(path)}: {error} (gs:// needs `pip install jaxblock[gcs]` and credentials)"
         ) from error
 
 
@@ -214,7 +221,7 @@ def check_vacant(path: PathLike, *, marker: str, overwrite: bool = False) -> Non
             )
     if not overwrite:
         raise UserError(
-            f"{name} exists already and is not overwritten: choose another path, or set the field `overwrite`"
+            f"{name} exists already and is not overwritten: choose another path (or, for prepared data, set data.overwrite)"
         )
 
 
@@ -267,6 +274,50 @@ def localize(path: PathLike) -> pathlib.Path:
     return _fetched(os.fspath(path))
 
 
+def local_folder(path: PathLike, patterns: Sequence[str]) -> pathlib.Path:
+    """A local folder with those files of `path` whose names match: itself, or for a remote one a copy.
+
+    The copy is made once per process, and is removed when it ends.
+
+    Args:
+        path: The folder.
+        patterns: Globs of names directly in it (``*.json``).
+
+    Raises:
+        UserError: If it cannot be read, or the local disk is too small.
+    """
+    if not is_remote(path):
+        return pathlib.Path(path)
+    return _fetched_folder(os.fspath(path).rstrip("/"), tuple(patterns))
+
+
+def copy_files(source: PathLike, target: pathlib.Path) -> None:
+    """Copies the files directly in a folder, local or remote, into a local folder, which is made if absent.
+
+    Raises:
+        UserError: If one cannot be read or written.
+    """
+    write_files(target, {entry.name: read_bytes(entry) for entry in listed(source) if not entry.is_dir()})
+
+
+def listed(folder: PathLike) -> list[epath.Path]:
+    """What is directly in a folder, by name; nothing where there is none.
+
+    Raises:
+        UserError: If it cannot be read.
+    """
+    with explained("read", folder):
+        path = as_path(folder)
+        return sorted(path.iterdir(), key=lambda entry: entry.name) if path.is_dir() else []
+
+
+def size_of(folder: PathLike) -> int:
+    """Bytes of all files in a folder and the folders in it."""
+    entries = listed(folder)
+    with explained("look at", folder):
+        return sum(size_of(entry) if entry.is_dir() else entry.stat().length for entry in entries)
+
+
 def sha256(path: PathLike) -> str:
     """A file's SHA-256 in hexadecimal.
 
@@ -310,7 +361,8 @@ def _upload(scratch: pathlib.Path, target: epath.Path, marker: str) -> None:
     for file in sorted(files, key=lambda name: name == pathlib.Path(marker)):
         destination = target.joinpath(*file.parts)
         destination.parent.mkdir(parents=True, exist_ok=True)
-        destination.write_bytes((scratch / file).read_bytes())
+        with open(scratch / file, "rb") as source, destination.open("wb") as goal:
+            shutil.copyfileobj(source, goal, _CHUNK)
 
 
 @functools.cache
@@ -318,10 +370,38 @@ def _scratch_for_downloads() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="jaxblock-")  # removed when the process ends
 
 
+def _download_folder(path: str) -> pathlib.Path:
+    folder = pathlib.Path(_scratch_for_downloads().name) / hashlib.sha256(path.encode()).hexdigest()[:16]
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def _download(source: epath.Path, local: pathlib.Path) -> pathlib.Path:
+    with explained("read", source):
+        size = source.stat().length
+    with explained(f"copy {os.fspath(source)} to", local):
+        if size > (free := shutil.disk_usage(local.parent).free):
+            raise UserError(
+                f"cannot copy {os.fspath(source)} ({size:,} bytes) to {local.parent}: {free:,} bytes free; set TMPDIR to a "
+                "folder on a larger disk"
+            )
+        with source.open("rb") as remote, open(local, "wb") as file:
+            shutil.copyfileobj(remote, file, _CHUNK)
+    return local
+
+
 @functools.cache
 def _fetched(path: str) -> pathlib.Path:
-    folder = pathlib.Path(_scratch_for_downloads().name) / hashlib.sha256(path.encode()).hexdigest()[:16]
-    folder.mkdir()
-    local = folder / path.rsplit("/", 1)[-1]
-    local.write_bytes(read_bytes(path))
-    return local
+    return _download(as_path(path), _download_folder(path) / path.rsplit("/", 1)[-1])
+
+
+@functools.cache
+def _fetched_folder(path: str, patterns: tuple[str, ...]) -> pathlib.Path:
+    folder = _download_folder(path)
+    with explained("read", path):
+        found = [entry for entry in as_path(path).iterdir() if any(fnmatch(entry.name, p) for p in patterns)]
+        found = [entry for entry in found if not entry.is_dir()]
+    for entry in found:
+        if not (folder / entry.name).exists():
+            _download(entry, folder / entry.name)
+    return folder

@@ -7,7 +7,6 @@ import os
 import pathlib
 
 import pytest
-from etils import epath
 
 from jaxblock import storage
 from jaxblock.errors import UserError
@@ -132,37 +131,3 @@ def test_a_failed_swap_brings_the_old_folder_back(tmp_path: pathlib.Path, monkey
         _fill(folder)
     assert (target / "sub" / "data").read_text() == "old"
     assert _names(tmp_path) == ["made"]
-
-
-@pytest.fixture
-def bucket(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """An object store, played by a local folder; the list logs its writes and removals."""
-    log: list[str] = []
-    root, real = tmp_path / "store", epath.Path
-
-    class Logged(type(real("/"))):  # type: ignore[misc]
-        def write_bytes(self, data: bytes) -> int:
-            log.append(f"write {self.name}")
-            return super().write_bytes(data)
-
-        def unlink(self, missing_ok: bool = False) -> None:
-            log.append(f"remove {self.name}")
-            super().unlink(missing_ok)
-
-    def stand_in(path: os.PathLike[str] | str) -> epath.Path:
-        text = os.fspath(path)
-        return Logged(str(root / text.removeprefix("gs://"))) if text.startswith("gs://") else real(text)
-
-    monkeypatch.setattr(storage, "as_path", stand_in)
-    return log
-
-
-def test_an_object_store_gets_its_marker_last_and_loses_it_first(bucket: list[str]) -> None:
-    for text in ("old", "new"):
-        with storage.new_folder("gs://bucket/made", marker="MARK", overwrite=True) as folder:
-            _fill(folder, text)
-    assert bucket == ["write data", "write MARK", "remove MARK", "write data", "write MARK"]
-    assert storage.read_bytes("gs://bucket/made/sub/data") == b"new"
-    assert storage.localize("gs://bucket/made/sub/data").read_text() == "new"
-    with pytest.raises(UserError, match="gs://bucket/none"):
-        storage.read_bytes("gs://bucket/none")

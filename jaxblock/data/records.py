@@ -104,10 +104,11 @@ class Records(Sequence[Record]):
             raise UserError(
                 f"{self.path} does not exist: the prepared data have no split {split!r}; run `jaxblock prepare` first"
             )
+        self._local = storage.localize(self.path)
         self._open()
 
     def _open(self) -> None:
-        local = storage.localize(self.path)
+        local = self._local
         try:
             self._source = ArrayRecordDataSource(str(local))
             small = local.stat().st_size <= _KEEP_IN_MEMORY
@@ -134,10 +135,10 @@ class Records(Sequence[Record]):
         return self._source[i % len(self)] if self._memory is None else self._memory[i]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path}
+        return {"path": self.path, "local": self._local}  # a worker reads this process's copy
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.path = state["path"]
+        self.path, self._local = state["path"], state["local"]
         self._open()
 
 

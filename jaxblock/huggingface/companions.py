@@ -36,8 +36,8 @@ def copy_code(source: storage.PathLike | None, target: Path) -> None:
         target: the folder that is being made.
     """
     for pattern in _CODE if source is not None else ():
-        for file in Path(source or ".").glob(pattern):
-            shutil.copyfile(file, target / file.name)
+        for file in storage.as_path(source or ".").glob(pattern):
+            (target / file.name).write_bytes(storage.read_bytes(file))
 
 
 def keep(source: storage.PathLike, target: Path) -> None:
@@ -49,8 +49,8 @@ def keep(source: storage.PathLike, target: Path) -> None:
     """
     target.mkdir()
     copy_code(source, target)
-    if (Path(source) / GENERATION).exists():
-        shutil.copyfile(Path(source) / GENERATION, target / GENERATION)
+    if (storage.as_path(source) / GENERATION).exists():
+        (target / GENERATION).write_bytes(storage.read_bytes(storage.as_path(source) / GENERATION))
 
 
 def copy(source: storage.PathLike | None, target: Path) -> None:
@@ -65,12 +65,12 @@ def copy(source: storage.PathLike | None, target: Path) -> None:
     """
     if source is None:
         return
-    folder = Path(source)
+    folder = storage.as_path(source)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the folder of the tokenizer's files")
     for pattern in _TOKENIZER:
         for file in folder.glob(pattern):
-            shutil.copyfile(file, target / file.name)
+            (target / file.name).write_bytes(storage.read_bytes(file))
     # Readers of the checkpoint look for the chat template under this name.
     if (target / "template.jinja").exists() and not (target / "chat_template.jinja").exists():
         shutil.copyfile(target / "template.jinja", target / "chat_template.jinja")
@@ -87,8 +87,8 @@ def generation_config(source: storage.PathLike | None, arch: Architecture) -> di
         The dict to write.
     """
     origin: dict[str, Any] = {}
-    if source is not None and (Path(source) / GENERATION).exists():
-        origin = dict(storage.read_json(Path(source) / GENERATION))
+    if source is not None and (storage.as_path(source) / GENERATION).exists():
+        origin = dict(storage.read_json(storage.as_path(source) / GENERATION))
     bos = json.loads(dict(arch.extra).get("bos_token_id", "null"))
     known = {"bos_token_id": bos, "pad_token_id": arch.pad_id, **origin, "mask_token_id": arch.mask_id}
     ends = origin.get("eos_token_id")

@@ -36,7 +36,7 @@ def architecture(folder: storage.PathLike) -> Architecture:
         UserError: there is no such folder or no config.json in it, or it is of a family that we do not know.
     """
     if storage.is_remote(folder):
-        raise UserError(f"{folder}: a checkpoint is read from a local folder; copy it to this machine first")
+        raise UserError(f"{folder}: neither a run nor a checkpoint is there (no config.yaml, no config.json)")
     path = Path(folder)
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; give a local folder that holds config.json and safetensors files")

@@ -113,7 +113,8 @@ def verify(folder: storage.PathLike, net: Transformer, params: Params, ids: Int[
         UserError: the types are the same and the logits are not, or the folder's config.json gives another network.
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding if isinstance(leaf, Array) else None, params)
-    arch, again = load(folder, shardings=shardings)
+    # An export in an object store is downloaded: what is compared is what was stored.
+    arch, again = load(storage.local_folder(folder, ["*.json", "*.safetensors"]), shardings=shardings)
     if families.table(arch) != families.table(net.arch) or _ids(arch) != _ids(net.arch):
         raise UserError(f"{folder}: config.json gives another network than the one exported: {arch} against {net.arch}")
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)

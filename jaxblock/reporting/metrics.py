@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxblock import storage
+from jaxblock import jsonl, storage
 from jaxblock.errors import UserError
 
 Row = dict[str, Any]
@@ -29,7 +29,7 @@ class Metrics(NamedTuple):
 
 
 def read(path: storage.PathLike) -> Metrics:
-    """Reads a metrics file.
+    """Reads a metrics file: one file, or the parts of it that an object store holds (``jsonl``).
 
     A run that was interrupted and resumed repeats the steps after its last checkpoint: the later rows replace the
     earlier ones. A last line without its line break was cut off by a kill and is left out.
@@ -44,7 +44,7 @@ def read(path: storage.PathLike) -> Metrics:
         UserError: the file cannot be read, or a line is not such a row.
     """
     try:
-        text = storage.read_bytes(path).decode("utf-8")
+        text = (jsonl.read(path) or storage.read_bytes(path)).decode("utf-8")
     except (UserError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot read the metrics ({error}); is this the folder of a training run?") from error
     *lines, cut = text.split("\n")

@@ -10,13 +10,13 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from rich.console import Console
 
+from jaxblock import storage
 from jaxblock.config import Config
 from jaxblock.data.loader import Batch, batches
 from jaxblock.errors import UserError
@@ -24,7 +24,8 @@ from jaxblock.evaluation.runner import Bound, Evaluator, Solved
 from jaxblock.parallel import distributed
 from jaxblock.reporting import plots
 from jaxblock.reporting.progress import TrainProgress
-from jaxblock.training import schedules
+from jaxblock.training import ahead, schedules
+from jaxblock.training.ahead import Ahead
 from jaxblock.training.interrupt import Interrupt, shielded
 from jaxblock.training.metrics import MetricsLog, summarise
 from jaxblock.training.setup import Session, meta, set_up
@@ -119,13 +120,14 @@ class _Loop:
 
     def __init__(self, session: Session, console: Console) -> None:
         self.session, self.config, self.console = session, session.config, console
-        self.run_folder = Path(self.config.train.out)
+        self.run_folder = storage.as_path(self.config.train.out)
         self.lr = schedules.schedule(self.config.optimizer, self.config.train.steps)
         self.log: MetricsLog | None = None
         if session.process_index == 0:
             begin = session.step if session.resumed else -1
             self.log = MetricsLog(self.run_folder, self.config.train.tensorboard, begin)
         self.nans = session.nans
+        self.ahead: Ahead | None = None
         self.evaluated: dict[str, Any] = {}
         self.saved = session.step if session.resumed else -1
         self.evaluator = Evaluator(
@@ -215,11 +217,22 @@ class _Loop:
         compiled = compile_step(
             session.objective, session.optimizer, session.state, session.mesh, net.trainable, frozen_table, **how
         )
-        return lambda state, batch: compiled(state, session.on_mesh(batch), session.frozen)
+        self.ahead = ahead.prepare(
+            compiled, self.config, net.arch, session.mesh, session.state, session.frozen, self._say
+        )
+        self._say(self.ahead.said())
+        step = self.ahead.step
+        return lambda state, batch: step(state, session.on_mesh(batch), session.frozen)
+
+    def _say(self, text: str | None) -> None:
+        if text is not None:
+            self.console.out(text, highlight=False)
 
     def _report(self, window: _Window, progress: TrainProgress) -> None:
         step, count = window.step, len(window.metrics)
         found = jax.device_get(window.metrics)
+        if self.ahead is not None and step - count == self.session.step:
+            self._say(self.ahead.compared(jax.local_devices()[0]))  # once: what the plan was worth
         _check_finite(found, step - count)
         row = summarise(found)
         positions = window.prompt_tokens + window.rows * self.config.canvas.response_len
@@ -263,6 +276,8 @@ class _Loop:
         if step > self.saved:
             # A checkpoint with NaNs must never push out a good one.
             _check_finite(jax.device_get(window.metrics), step - len(window.metrics))
+            if self.log is not None:
+                self.log.flush()
             self.session.checkpoints.save(state, step, meta(self.session))
             self.saved = step
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
+import os
 from typing import Any
 
 import numpy as np
 
-from jaxblock import storage
+from jaxblock import jsonl, storage
 from jaxblock.errors import UserError
 from jaxblock.training.step import StepMetrics
 from jaxblock.types import Sum
@@ -18,9 +18,10 @@ FILE = "metrics.jsonl"
 
 
 class MetricsLog:
-    """Appends rows to ``metrics.jsonl``; a resumed run appends to the rows up to its checkpoint."""
+    """Appends rows to ``metrics.jsonl`` (in an object store: writes parts of it, `jsonl`); a resumed run appends to the
+    rows up to its checkpoint."""
 
-    def __init__(self, run: Path, tensorboard: bool, step: int) -> None:
+    def __init__(self, run: storage.PathLike, tensorboard: bool, step: int) -> None:
         """Opens the files. Rows of later steps than ``step``, which the run makes again, are taken out.
 
         Args:
@@ -31,30 +32,37 @@ class MetricsLog:
         Raises:
             UserError: the folder cannot be written, or tensorboardX is not installed.
         """
-        self.path = run / FILE
+        self.path = storage.as_path(run) / FILE
         with storage.explained("write metrics", self.path):
-            _keep_up_to(self.path, step)
-            self._file = self.path.open("a", encoding="utf-8")
+            self._lines = jsonl.Lines(self.path, lambda line: json.loads(line)["step"] <= step)
         self._events: Any = None
+        if tensorboard and storage.is_remote(run):
+            raise UserError(
+                f"train.tensorboard writes to a local folder, and train.out is {os.fspath(run)}: leave it off; the "
+                "pictures in plots/ are drawn there too"
+            )
         if tensorboard:
             try:
                 from tensorboardX import SummaryWriter
             except ImportError:
                 raise UserError("train.tensorboard needs tensorboardX: pip install tensorboardX") from None
-            self._events = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+            self._events = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=step + 1)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Appends one row with at least ``step`` and ``kind``; flushed, so that a kill loses at most a cut last line."""
-        with storage.explained("write metrics", self.path):
-            self._file.write(json.dumps(_finite(row)) + "\n")
-            self._file.flush()
+        """Appends one row with at least ``step`` and ``kind``; a kill loses at most a cut last line (an object store:
+        the rows of the last minute, which are after the checkpoint that the run goes on from: see ``flush``)."""
+        self._lines.append(json.dumps(_finite(row)))
         if self._events is not None:
             for name, value in _scalars(row):
                 self._events.add_scalar(f"{row['kind']}/{name}", value, row["step"])
 
+    def flush(self) -> None:
+        """Before a checkpoint: the rows before it are not made again."""
+        self._lines.flush()
+
     def close(self) -> None:
         """Closes the files."""
-        self._file.close()
+        self._lines.close()
         if self._events is not None:
             self._events.close()
 
@@ -82,16 +90,6 @@ def summarise(window: list[StepMetrics]) -> dict[str, Any]:
         "loss_by_block": np.stack(by_block, -1).round(4).tolist(),
         "loss_by_count": np.stack(by_count, -1).round(4).tolist(),
     }
-
-
-def _keep_up_to(path: Path, step: int) -> None:
-    """Drops the rows of later steps, and a last line that a kill has cut."""
-    if not path.exists():
-        return
-    lines = path.read_bytes().splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step]
-    if kept != lines:
-        storage.write_bytes(path, b"".join(kept), overwrite=True)
 
 
 def _finite(value: Any) -> Any:

@@ -13,10 +13,10 @@ plots/          PNG
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
+
+from etils import epath
 
 from jaxblock import config_io, storage
 from jaxblock.config import Config
@@ -50,7 +50,7 @@ class Base(NamedTuple):
 class Run:
     """A run folder, opened for reading."""
 
-    folder: Path
+    folder: epath.Path
     config: Config
     arch: Architecture
     prepared: Prepared
@@ -69,7 +69,12 @@ def is_run(folder: storage.PathLike) -> bool:
 
 
 def begin(
-    folder: Path, config: Config, arch: Architecture, prepared: Prepared, base: Base | None, source: str | None
+    folder: storage.PathLike,
+    config: Config,
+    arch: Architecture,
+    prepared: Prepared,
+    base: Base | None,
+    source: str | None,
 ) -> None:
     """Makes the folder with all but metrics and checkpoints in it, whole or not at all.
 
@@ -85,13 +90,15 @@ def begin(
         UserError: the folder holds something else, or cannot be written.
     """
     with storage.new_folder(folder, marker=CONFIG) as scratch:
-        shutil.copytree(Path(prepared.folder) / TOKENIZER, scratch / TOKENIZER)
+        storage.copy_files(storage.as_path(prepared.folder) / TOKENIZER, scratch / TOKENIZER)
         manifests.write(scratch, prepared.manifest)
         storage.write_json(scratch / MODEL, families.to_hf(arch, config.model.param_dtype))
         if source is not None:
-            kept = Path(source) / ORIGIN
-            if kept.exists() or not is_run(source):
-                companions.keep(kept if is_run(source) else source, scratch / ORIGIN)
+            kept = storage.as_path(source) / ORIGIN
+            if not is_run(source):
+                companions.keep(source, scratch / ORIGIN)
+            elif kept.exists():
+                storage.copy_files(kept, scratch / ORIGIN)
         if base is not None:
             storage.write_json(scratch / BASE, base._asdict())
         storage.write_text(scratch / CONFIG, config_io.dump(config))
@@ -103,7 +110,7 @@ def open_run(folder: storage.PathLike) -> Run:
     Raises:
         UserError: it is no run, or a file of it is damaged.
     """
-    path = Path(folder)
+    path = storage.as_path(folder)
     if not is_run(path):
         raise UserError(f"{path} is not the folder of a training run (no {CONFIG} and {MODEL})")
     arch = families.from_hf(storage.read_json(path / MODEL), str(path / MODEL))
@@ -111,7 +118,7 @@ def open_run(folder: storage.PathLike) -> Run:
     return Run(path, config, arch, open_prepared(path), _base(path) if config.lora.rank else None)
 
 
-def _base(path: Path) -> Base:
+def _base(path: epath.Path) -> Base:
     try:
         return Base(**storage.read_json(path / BASE))
     except (TypeError, UserError) as error:

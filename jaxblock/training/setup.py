@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -100,14 +99,14 @@ def set_up(config: Config, console: Console) -> Session:
     process_index, process_count = distributed.start()
     console.quiet = process_index > 0  # one process speaks for all
     train = config.train
-    folder = Path(train.out)
+    folder = storage.as_path(train.out)
     prepared = open_prepared(config.data.prepared)
     check_data(config, prepared)
     checkpoints, step = _checkpoints(config, folder)
     if checkpoints is None and process_index == 0:
         storage.check_vacant(folder, marker=run_folder.CONFIG)
         try:
-            storage.check_writable(folder.absolute().parent)
+            storage.check_writable(folder.parent if storage.is_remote(folder) else folder.absolute().parent)
         except UserError as error:
             raise UserError(f"train.out {train.out}: {error}") from error
     if checkpoints is not None:
@@ -197,7 +196,7 @@ def meta(session: Session) -> dict[str, Any]:
     }
 
 
-def _checkpoints(config: Config, folder: Path) -> tuple[Checkpoints | None, int | None]:
+def _checkpoints(config: Config, folder: storage.PathLike) -> tuple[Checkpoints | None, int | None]:
     """The run folder's checkpoints and the step to resume from; (None, None) where there is nothing to resume."""
     exists = run_folder.is_run(folder)
     checkpoints = Checkpoints(folder, config.train.keep) if exists else None
@@ -228,7 +227,9 @@ def check_data(config: Config, prepared: Prepared) -> None:
                 )
 
 
-def _check_resume(config: Config, folder: Path, checkpoints: Checkpoints, step: int | None, prepared: Prepared) -> None:
+def _check_resume(
+    config: Config, folder: storage.PathLike, checkpoints: Checkpoints, step: int | None, prepared: Prepared
+) -> None:
     """What an existing run was begun with must be what this config says."""
     run = run_folder.open_run(folder)
     if step is None:
@@ -246,7 +247,9 @@ def _check_resume(config: Config, folder: Path, checkpoints: Checkpoints, step: 
         )
 
 
-def _check_same(config: Config, folder: Path, before: dict[str, Any], may_change: Mapping[str, set[str]]) -> None:
+def _check_same(
+    config: Config, folder: storage.PathLike, before: dict[str, Any], may_change: Mapping[str, set[str]]
+) -> None:
     changed = [
         f"{section}.{name} = {before.get(section, {}).get(name)!r} then, {value!r} now"
         for section, values in config_io.to_tree(config).items()

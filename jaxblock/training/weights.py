@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
-from jaxblock import hub, wiring
+from jaxblock import hub, storage, wiring
 from jaxblock.config import Config
 from jaxblock.data.prepared import Prepared
 from jaxblock.errors import UserError
@@ -144,7 +143,7 @@ def check_vocabulary(arch: Architecture, prepared: Prepared, source: str) -> Non
 
 def identify(source: str) -> Base:
     """Names a base by its content. Headers and ends of the files are read, not all of them."""
-    path = Path(source)
+    path = storage.as_path(source)
     if run_folder.is_run(source):
         run = run_folder.open_run(source)
         if run.config.lora.rank:
@@ -153,12 +152,13 @@ def identify(source: str) -> Base:
                 "(`jaxblock export`) and set model.init_from to the export"
             )
         step = run_folder.newest_step(run)
-        content = (path / run_folder.MODEL).read_bytes() + (path / run_folder.CONFIG).read_bytes() + str(step).encode()
+        files = (storage.read_bytes(path / name) for name in (run_folder.MODEL, run_folder.CONFIG))
+        content = b"".join(files) + str(step).encode()
         return Base(source, hashlib.sha256(content).hexdigest(), step)
     digest = hashlib.sha256()
     for file in sorted(path.glob("*.safetensors")):
-        size = file.stat().st_size
-        with open(file, "rb") as handle:
+        size = file.stat().length
+        with file.open("rb") as handle:
             digest.update(f"{file.name}:{size}".encode() + handle.read(_SAMPLE))
             handle.seek(max(size - _SAMPLE, 0))
             digest.update(handle.read(_SAMPLE))
@@ -172,7 +172,7 @@ def _check_base(source: str, remembered: Base | None) -> Base:
         UserError: it is another.
     """
     assert remembered is not None  # run_folder.open_run checks it
-    if not Path(source).is_dir():
+    if not storage.as_path(source).is_dir():
         raise UserError(
             f"{source}, the base of these adapters, is not there: set model.init_from (from Python: `base`) to where it is"
         )

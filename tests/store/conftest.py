@@ -1,0 +1,253 @@
+"""A stand-in for Google Cloud Storage: its HTTP interface over a dictionary, spoken to by the real clients.
+
+Like the store it has objects that appear whole when their upload ends, and neither folders, nor rename, nor append;
+``gcsfs`` (through etils' epath) and TensorStore (through Orbax) reach it by the variables that they have for emulators.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import pytest
+
+LOCATION = re.compile(r"/(?:download/)?storage/v1/b/([^/]+)(?:/o(?:/(.*))?)?$")
+
+
+class Store(ThreadingHTTPServer):
+    """The server.
+
+    Attributes:
+        objects: (bucket, name) -> (generation, bytes).
+        log: one line per request that changes something: ``write name`` and ``delete name``.
+        refused: requests that the store has no answer to: what a client of ours must never send.
+        failing: answer writes of names that match with "503 unavailable".
+    """
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.objects: dict[tuple[str, str], tuple[int, bytes]] = {}
+        self.log: list[str] = []
+        self.refused: list[str] = []
+        self.failing: re.Pattern[str] | None = None
+        self.uploads: dict[str, tuple[str, str, bytearray]] = {}
+        self.lock = threading.Lock()
+        self.generation = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that asks twice at once and takes the first answer hangs up on the other."""
+
+    def names(self, prefix: str = "") -> list[str]:
+        """The objects' names, sorted."""
+        return sorted(name for _, name in self.objects if name.startswith(prefix))
+
+    def content(self, name: str) -> bytes:
+        return next(content for (_, at), (_, content) in self.objects.items() if at == name)
+
+    def put(self, bucket: str, name: str, content: bytes, query: dict[str, str]) -> tuple[int, Any]:
+        with self.lock:
+            there = self.objects.get((bucket, name))
+            wanted = query.get("ifGenerationMatch")
+            if wanted is not None and int(wanted) != (there[0] if there else 0):
+                return 412, {"error": {"code": 412, "message": "precondition failed"}}
+            self.generation += 1
+            self.objects[bucket, name] = (self.generation, content)
+            self.log.append(f"write {name}")
+            return 200, self.about(bucket, name)
+
+    def delete(self, bucket: str, name: str) -> int:
+        with self.lock:
+            if self.objects.pop((bucket, name), None) is None:
+                return 404
+            self.log.append(f"delete {name}")
+            return 204
+
+    def about(self, bucket: str, name: str) -> dict[str, Any]:
+        generation, content = self.objects[bucket, name]
+        return {
+            "kind": "storage#object",
+            "name": name,
+            "bucket": bucket,
+            "size": str(len(content)),
+            "generation": str(generation),
+            "updated": "2026-01-01T00:00:00.000Z",
+            "timeCreated": "2026-01-01T00:00:00.000Z",
+            "md5Hash": base64.b64encode(hashlib.md5(content).digest()).decode(),
+        }
+
+    def listing(self, bucket: str, query: dict[str, str]) -> dict[str, Any]:
+        prefix, delimiter = query.get("prefix", ""), query.get("delimiter", "")
+        first, end = query.get("startOffset", ""), query.get("endOffset")
+        items, folders = [], set()
+        with self.lock:
+            for at, name in sorted(self.objects):
+                if at != bucket or not name.startswith(prefix) or name < first or (end and name >= end):
+                    continue
+                rest = name[len(prefix) :]
+                if delimiter and delimiter in rest:
+                    folders.add(prefix + rest.split(delimiter)[0] + delimiter)
+                else:
+                    items.append(self.about(bucket, name))
+        return {"kind": "storage#objects", "items": items, "prefixes": sorted(folders)}
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Store
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+    def _answer(self, status: int, body: Any = b"", **headers: str) -> None:
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        if not isinstance(body, bytes):
+            self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def _asked(self) -> tuple[str, dict[str, str], bytes]:
+        parts = urlsplit(self.path)
+        query = {name: values[-1] for name, values in parse_qs(parts.query, keep_blank_values=True).items()}
+        if self.headers.get("Transfer-Encoding") == "chunked":
+            body = b""
+            while size := int(self.rfile.readline(), 16):
+                body += self.rfile.read(size)
+                self.rfile.readline()
+            self.rfile.readline()
+        else:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        return parts.path, query, body
+
+    def _refuse(self) -> None:
+        self.server.refused.append(f"{self.command} {self.path}")
+        self._answer(501, {"error": {"code": 501, "message": f"the stand-in has no {self.command} {self.path}"}})
+
+    def do_GET(self) -> None:
+        path, query, _ = self._asked()
+        found = LOCATION.match(path)
+        if found is None:
+            return self._refuse()
+        bucket, name = found[1], found[2]
+        if "/o" not in path.split(bucket, 1)[1]:
+            return self._answer(200, {"kind": "storage#bucket", "name": bucket, "location": "US"})
+        if name is None or name == "":
+            return self._answer(200, self.server.listing(bucket, query))
+        there = self.server.objects.get((bucket, unquote(name)))
+        if there is None:
+            return self._answer(404, {"error": {"code": 404, "message": f"No such object: {unquote(name)}"}})
+        if query.get("alt") != "media":
+            return self._answer(200, self.server.about(bucket, unquote(name)))
+        generation, content = there
+        asked = re.match(r"bytes=(\d*)-(\d*)$", self.headers.get("Range", ""))
+        total = len(content)
+        if asked is None:
+            return self._answer(200, content, x_goog_generation=str(generation))
+        begin = int(asked[1]) if asked[1] else max(total - int(asked[2]), 0)
+        end = min(int(asked[2]) + 1, total) if asked[1] and asked[2] else total
+        if begin >= total:
+            return self._answer(416, {"error": {"code": 416, "message": "range not satisfiable"}})
+        where = f"bytes {begin}-{end - 1}/{total}"
+        return self._answer(206, content[begin:end], x_goog_generation=str(generation), Content_Range=where)
+
+    do_HEAD = do_GET
+
+    def do_POST(self) -> None:
+        path, query, body = self._asked()
+        if path == "/batch/storage/v1":
+            return self._batch(body)
+        bucket = re.match(r"/upload/storage/v1/b/([^/]+)/o$", path)
+        if bucket is None:
+            return self._refuse()
+        name, kind, content = query.get("name", ""), query.get("uploadType"), body
+        if kind == "multipart":
+            mark = b"--" + (re.search(r'boundary="?([^";]+)', self.headers["Content-Type"]) or [b"", ""])[1].encode()  # type: ignore[union-attr]
+            about, content = (part.split(b"\n\n", 1)[1][:-1] for part in body.split(mark)[1:3])
+            name = json.loads(about)["name"]
+        if self.server.failing is not None and self.server.failing.search(name):
+            return self._answer(403, {"error": {"code": 403, "message": "the stand-in was told to fail"}})
+        if kind == "resumable":
+            if "upload_id" not in query:
+                number = f"{len(self.server.uploads)}"
+                self.server.uploads[number] = (bucket[1], name or json.loads(body)["name"], bytearray())
+                return self._answer(
+                    200, b"", Location=f"{self.server.url}{path}?uploadType=resumable&upload_id={number}"
+                )
+            return self._chunk(query["upload_id"], body)
+        return self._answer(*self.server.put(bucket[1], name, content, query))
+
+    def _chunk(self, number: str, body: bytes) -> None:
+        bucket, name, so_far = self.server.uploads[number]
+        so_far += body
+        total = self.headers["Content-Range"].rpartition("/")[2]
+        if total == "*" or len(so_far) < int(total):
+            return self._answer(308, b"", Range=f"bytes=0-{len(so_far) - 1}")
+        return self._answer(*self.server.put(bucket, name, bytes(so_far), {}))
+
+    do_PUT = do_POST
+
+    def _batch(self, body: bytes) -> None:
+        answers = []
+        for at in re.findall(r"DELETE (\S+) HTTP", body.decode()):
+            found = LOCATION.match(urlsplit(at).path)
+            assert found is not None
+            answers.append(
+                f"Content-Type: application/http\n\nHTTP/1.1 {self.server.delete(found[1], unquote(found[2]))}\n\n"
+            )
+        text = "".join(f"--part\n{answer}\n" for answer in answers) + "--part--"
+        self._answer(200, text.encode(), Content_Type="multipart/mixed; boundary=part")
+
+    def do_DELETE(self) -> None:
+        path, _, _ = self._asked()
+        found = LOCATION.match(path)
+        if found is None or not found[2]:
+            return self._refuse()
+        status = self.server.delete(found[1], unquote(found[2]))
+        self._answer(status, b"" if status == 204 else {"error": {"code": status, "message": "No such object"}})
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    """A running stand-in that ``gs://`` paths of this process, and of those it starts, lead to."""
+    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # asks a second service, over gRPC
+    pytest.importorskip("gcsfs", reason="gs:// needs gcsfs")
+    server = Store()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
+    monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", server.url)
+    monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "stand-in")
+    monkeypatch.setenv("FSSPEC_GS_TOKEN", "anon")
+    _forget_clients()
+    yield server
+    _forget_clients()
+    server.shutdown()
+    server.server_close()
+
+
+def _forget_clients() -> None:
+    """Clients are kept for the process's life, with the address they were made for."""
+    import fsspec
+    import gcsfs
+    from etils.epath import backend
+
+    backend._FileSystemSpecBackend._get_filesystem.cache_clear()
+    gcsfs.GCSFileSystem.clear_instance_cache()
+    fsspec.config.set_conf_env(fsspec.config.conf)

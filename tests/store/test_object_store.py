@@ -1,0 +1,156 @@
+"""Everything that a pod keeps in a bucket, kept in the stand-in's: prepared data, a run, its metrics, an export."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import jaxblock
+from jaxblock import jsonl, storage
+from jaxblock.cli import main
+from jaxblock.errors import UserError
+from jaxblock.reporting import metrics
+
+from .conftest import Store  # noqa: TID252
+
+
+def _fill(folder: Path, text: str) -> None:
+    (folder / "sub").mkdir()
+    (folder / "sub" / "data").write_text(text)
+    (folder / "MARK").write_text("")
+
+
+def test_a_folder_gets_its_marker_last_and_loses_it_first(store: Store) -> None:
+    for text in ("old", "new"):
+        with storage.new_folder("gs://bucket/made", marker="MARK", overwrite=True) as folder:
+            _fill(folder, text)
+    assert store.log[:3] == ["write made/sub/data", "write made/MARK", "delete made/MARK"]
+    assert store.log[-2:] == ["write made/sub/data", "write made/MARK"]
+    assert storage.read_bytes("gs://bucket/made/sub/data") == b"new" and storage.size_of("gs://bucket/made") == 3
+    assert storage.localize("gs://bucket/made/sub/data").read_text() == "new"
+    with pytest.raises(UserError, match="gs://bucket/none"):
+        storage.read_bytes("gs://bucket/none")
+    with pytest.raises(UserError, match="overwrite"):
+        storage.check_vacant("gs://bucket/made", marker="MARK")
+    assert store.refused == []
+
+
+def test_an_upload_that_fails_leaves_no_marker(store: Store) -> None:
+    store.failing = re.compile("sub/data")
+    with (
+        pytest.raises(UserError, match="cannot write gs://bucket/made"),
+        storage.new_folder("gs://bucket/made", marker="MARK") as folder,
+    ):
+        _fill(folder, "new")
+    assert store.names() == []
+
+
+def test_a_large_file_goes_up_and_comes_down_in_pieces(store: Store) -> None:
+    content = np.random.default_rng(0).bytes(13 << 20)
+    with storage.new_folder("gs://bucket/made", marker="MARK") as folder:
+        _fill(folder, "x")
+        (folder / "large").write_bytes(content)
+    assert store.content("made/large") == content
+    local = storage.local_folder("gs://bucket/made", ["lar*"])
+    assert [file.name for file in local.iterdir()] == ["large"] and (local / "large").read_bytes() == content
+
+
+def test_what_another_process_writes_is_seen(store: Store) -> None:
+    assert storage.listed("gs://bucket/run") == []
+    store.put("bucket", "run/config.yaml", b"{}", {})
+    assert [entry.name for entry in storage.listed("gs://bucket/run")] == ["config.yaml"]
+    assert storage.as_path("gs://bucket/run/config.yaml").exists()
+
+
+PATH = "gs://bucket/run/metrics.jsonl"
+
+
+def _append(lines: jsonl.Lines, *steps: int) -> None:
+    for step in steps:
+        lines.append(json.dumps({"step": step, "kind": "train"}))
+
+
+def _steps() -> list[int]:
+    return [row["step"] for row in metrics.read(PATH).train]
+
+
+def test_a_growing_file_is_parts_written_once(store: Store, tmp_path: Path) -> None:
+    lines = jsonl.Lines(PATH, lambda line: True)
+    _append(lines, 1, 2)
+    assert store.log == []  # they wait for others
+    lines.flush()
+    lines.flush()
+    _append(lines, 3)
+    lines.flush()
+    assert store.names() == ["run/metrics-000001.jsonl", "run/metrics-000002.jsonl"] and len(store.log) == 2
+    for name in store.names():  # a copy on a local disk is read as well
+        (tmp_path / Path(name).name).write_bytes(store.content(name))
+    assert [row["step"] for row in metrics.read(tmp_path / "metrics.jsonl").train] == _steps() == [1, 2, 3]
+    lines.close()
+    assert store.names() == ["run/metrics-000003-all.jsonl"] and _steps() == [1, 2, 3]
+    assert store.log[-3:-2] == ["write run/metrics-000003-all.jsonl"]  # first the whole, then the parts go
+
+    # A kill between the two, and the run goes on from step 2: nothing is lost, nothing is there twice.
+    store.put("bucket", "run/metrics-000002.jsonl", b'{"step": 3, "kind": "train"}\n', {})
+    assert _steps() == [1, 2, 3]
+    resumed = jsonl.Lines(PATH, lambda line: json.loads(line)["step"] <= 2, period=0.0)
+    assert _steps() == [1, 2]
+    _append(resumed, 3, 4)
+    assert _steps() == [1, 2, 3, 4]
+    assert store.refused == []
+
+
+def test_a_store_that_is_away_for_a_while_loses_no_rows(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    lines = jsonl.Lines(PATH, lambda line: True, period=0.0)
+    store.failing = re.compile("metrics")
+    _append(lines, 1, 2)
+    assert "wait for the next part" in caplog.text and store.names() == []
+    with pytest.raises(UserError, match="cannot write gs://bucket/run/metrics-000001.jsonl"):
+        lines.close()
+    store.failing = None
+    _append(lines, 3)
+    assert _steps() == [1, 2, 3]
+
+
+@pytest.mark.slow
+def test_a_run_lives_in_a_bucket(store: Store, tiny_config: Path, tiny_run: Path, tmp_path: Path) -> None:
+    bucket = "gs://bucket/some folder"
+    common = ["--config", str(tiny_config), "--data.prepared", f"{bucket}/prepared"]
+    assert main(["prepare", *common]) == 0
+    assert store.log[-1] == "write some folder/prepared/manifest.json"  # the commit marker comes last
+
+    out, begin = f"{bucket}/runs/one", len(store.log)
+    flags = [*common, "--train.out", out, "--train.eval_every", "0"]
+    assert main(["train", *flags, "--train.save_every", "40", "--train.keep", "2"]) == 0
+    assert "some folder/runs/one/config.yaml" in store.names()
+    written = [
+        line.split(" ", 1)[1].removeprefix("some folder/runs/one/")
+        for line in store.log[begin:]
+        if line.startswith("w")
+    ]
+    whole = written.index("config.yaml")
+    assert not any(name.startswith(("checkpoints", "metrics")) for name in written[:whole])
+    steps = {m[1] for n in store.names() if (m := re.search(r"checkpoints/(\d+)/commit_success.txt", n))}
+    assert steps == {"80", "120"}
+    assert [n for n in store.names("some folder/runs/one/plots")]
+
+    rows, local = metrics.read(f"{out}/metrics.jsonl"), metrics.read(tiny_run / "metrics.jsonl")
+    assert [row["step"] for row in rows.train] == [row["step"] for row in local.train]
+    assert [row["loss"] for row in rows.train] == [row["loss"] for row in local.train]
+    assert main(["train", *flags]) == 0  # finished: says so, changes nothing
+
+    ours, theirs = jaxblock.load(out), jaxblock.load(tiny_run)
+    ids = [[5, 6, 7, 8]]
+    np.testing.assert_array_equal(ours.logits(ids), theirs.logits(ids))
+    assert main(["export", "--checkpoint", out, "--out", f"{bucket}/export"]) == 0
+    assert store.log[-1] == "write some folder/export/config.json"
+    np.testing.assert_array_equal(jaxblock.load(f"{bucket}/export").logits(ids), theirs.logits(ids))
+    assert main(["evaluate", *common, "--checkpoint", out, "--out", f"{bucket}/score", "--evaluate.problems", "4"]) == 0
+    assert store.log[-1] == "write some folder/score/summary.json"
+    again = [*common, "--train.out", f"{bucket}/runs/two", "--train.steps", "2", "--model.init_from"]
+    assert main(["train", *again, f"{bucket}/export", "--train.eval_problems", "0"]) == 0
+    assert store.refused == []
