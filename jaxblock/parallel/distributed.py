@@ -1,12 +1,16 @@
 """Joining a group of processes, when the environment says that there is one.
 
-Three ways, tried in this order: variables that name the group outright, `JAXBLOCK_DISTRIBUTED=1` where JAX can find out
-by itself (TPU pods, GKE), and Slurm.
+Tried in this order: variables that name the group outright (the process's number may be that of a Kubernetes indexed
+job), `JAXBLOCK_DISTRIBUTED=1` or a TPU's own variables where JAX can find out by itself (TPU VMs, GKE), and Slurm.
 """
 
 from __future__ import annotations
 
 import os
+import socket
+import sys
+import threading
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +23,11 @@ from jaxblock.errors import UserError
 SWITCH = "JAXBLOCK_DISTRIBUTED"
 """``1``: join the group that JAX detects; ``0``: stay alone, whatever else is set; unset: other variables decide."""
 
+START_TIMEOUT, HEARTBEAT_TIMEOUT = "JAXBLOCK_START_TIMEOUT", "JAXBLOCK_HEARTBEAT_TIMEOUT"
+"""Seconds for all processes to appear (default 300), and after which a silent one counts as lost (default 100)."""
+
 _EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+_INDEXED_JOB = "JOB_COMPLETION_INDEX"  # Kubernetes numbers the pods of an indexed job, as a JobSet's are
 _SLURM = ("SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
 
 
@@ -36,9 +44,14 @@ def start() -> tuple[int, int]:
     """
     if not jax.distributed.is_initialized():
         arguments = from_environment(os.environ)
-        if arguments is None:
-            return 0, 1
-        _initialize(arguments)
+        if arguments is not None:
+            _initialize(arguments)
+        elif (count := jax.process_count()) > 1:
+            # A TPU slice knows its hosts even so; each of them would take itself for the one that writes.
+            raise UserError(
+                f"this is one of the {count} hosts of a TPU slice, and no process group was joined: set {SWITCH}=1 on all "
+                "of them (launch/tpu.sh does)"
+            )
     return jax.process_index(), jax.process_count()
 
 
@@ -72,11 +85,12 @@ def from_environment(variables: Mapping[str, str]) -> dict[str, Any] | None:
         raise UserError(f"{SWITCH} is {switch!r}: set it to 1 to join a process group, to 0 to stay alone, or unset it")
     if switch == "0":
         return None
+    timeouts = _timeouts(variables)
     given = [name for name in _EXPLICIT if variables.get(name)]
     if given:
-        return _explicit(variables, given)
-    if switch == "1":
-        return {}
+        return {**_explicit(variables, given), **timeouts}
+    if switch == "1" or _is_tpu_group(variables):
+        return timeouts
     if variables.get("SLURM_JOB_ID") and _number(variables, "SLURM_NTASKS", default=1) > 1:
         missing = [name for name in _SLURM if not variables.get(name)]
         if missing:
@@ -84,21 +98,43 @@ def from_environment(variables: Mapping[str, str]) -> dict[str, Any] | None:
                 f"this Slurm job has {variables['SLURM_NTASKS']} tasks, but {', '.join(missing)} is not set: start "
                 f"with `srun`, so that every task runs, or set {SWITCH}=0 to run one process alone"
             )
-        return {}
+        return timeouts
     return None
 
 
+def _is_tpu_group(variables: Mapping[str, str]) -> bool:
+    """Whether GKE (or whoever starts the container) names several TPU hosts or slices; a TPU VM is asked by JAX."""
+    hosts = [name for name in variables.get("TPU_WORKER_HOSTNAMES", "").split(",") if name]
+    if len(hosts) > 1 and not variables.get("TPU_WORKER_ID"):
+        raise UserError(
+            f"TPU_WORKER_HOSTNAMES names {len(hosts)} hosts, but TPU_WORKER_ID is not set: set it to this host's place "
+            f"among them, or set {SWITCH}=0 to run alone"
+        )
+    return len(hosts) > 1 or _number(variables, "MEGASCALE_NUM_SLICES", default=1) > 1
+
+
+def _timeouts(variables: Mapping[str, str]) -> dict[str, Any]:
+    names = {START_TIMEOUT: "initialization_timeout", HEARTBEAT_TIMEOUT: "heartbeat_timeout_seconds"}
+    found = {argument: _number(variables, name) for name, argument in names.items() if variables.get(name)}
+    if 0 in found.values():
+        raise UserError(f"{START_TIMEOUT} and {HEARTBEAT_TIMEOUT} are whole seconds above 0")
+    return found
+
+
 def _explicit(variables: Mapping[str, str], given: list[str]) -> dict[str, Any]:
+    ids = _EXPLICIT[2] if variables.get(_EXPLICIT[2]) else _INDEXED_JOB
     missing = [name for name in _EXPLICIT if name not in given]
+    if ids == _INDEXED_JOB and variables.get(ids):
+        missing.remove(_EXPLICIT[2])
     if missing:
         raise UserError(f"{' and '.join(given)} set, but not {' and '.join(missing)}: set all three, or none")
     address = variables["JAX_COORDINATOR_ADDRESS"]
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         raise UserError(f"JAX_COORDINATOR_ADDRESS is {address!r}: must be host:port of process 0, as in 10.0.0.2:8476")
-    count, index = _number(variables, "JAX_NUM_PROCESSES"), _number(variables, "JAX_PROCESS_ID")
+    count, index = _number(variables, "JAX_NUM_PROCESSES"), _number(variables, ids)
     if not 0 <= index < count:
-        raise UserError(f"JAX_PROCESS_ID is {index} and JAX_NUM_PROCESSES is {count}: ids run from 0 to count - 1")
+        raise UserError(f"{ids} is {index} and JAX_NUM_PROCESSES is {count}: ids run from 0 to count - 1")
     return {"coordinator_address": address, "num_processes": count, "process_id": index}
 
 
@@ -112,11 +148,43 @@ def _number(variables: Mapping[str, str], name: str, default: int | None = None)
 
 
 def _initialize(arguments: dict[str, Any]) -> None:
+    if arguments.get("process_id"):
+        _await_coordinator(arguments["coordinator_address"], arguments.get("initialization_timeout", 300))
+    seconds = arguments.get("initialization_timeout", 300)
+    # JAX ends a process whose group stays incomplete with a line about a "fatal error": ours then stands above it.
+    waiting = threading.Timer(
+        min(15, seconds / 2),
+        lambda: print(
+            f"waiting for all processes of the group, {seconds:g} s at most ({START_TIMEOUT})", file=sys.stderr
+        ),
+    )
+    waiting.daemon = True
+    waiting.start()
     try:
         jax.distributed.initialize(**arguments)
     except (RuntimeError, ValueError, OSError) as error:
-        what = f"at {arguments['coordinator_address']}" if arguments else "that JAX was to detect"
+        address = arguments.get("coordinator_address")
+        what = f"at {address}" if address else "that JAX was to detect"
         raise UserError(
             f"cannot join the process group {what}: {error}. Check that process 0 runs and that its port is reachable, "
             f"set {', '.join(_EXPLICIT)} outright, or set {SWITCH}=0 to run alone"
         ) from error
+    finally:
+        waiting.cancel()
+
+
+def _await_coordinator(address: str, seconds: float) -> None:
+    """Waits until process 0 listens: where it never does, JAX ends the process without an exception."""
+    host, _, port = address.rpartition(":")
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=max(end - time.monotonic(), 0.1)).close()
+            return
+        except OSError as error:
+            if time.monotonic() >= end:
+                raise UserError(
+                    f"process 0 of the group was not found at {address} for {seconds:g} s ({error}). Check that it runs, "
+                    f"that the port is reachable from here, and {' and '.join(_EXPLICIT)}; {START_TIMEOUT} sets the time"
+                ) from error
+            time.sleep(min(0.2, max(end - time.monotonic(), 0)))  # the name may not be known yet, nor anybody listen

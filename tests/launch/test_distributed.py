@@ -1,11 +1,12 @@
-"""Joining a process group: what the environment must say, and two real processes over loopback."""
+"""Joining a process group: what the environment must say, and real processes over loopback (launch/local_pod.sh)."""
 
 from __future__ import annotations
 
 import os
-import socket
+import signal
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ from jaxblock.parallel.distributed import from_environment
 THREE = {"JAX_COORDINATOR_ADDRESS": "10.0.0.2:8476", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
 EXPLICIT = {"coordinator_address": "10.0.0.2:8476", "num_processes": 4, "process_id": 3}
 SLURM = {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "2"}
+GKE = {"TPU_WORKER_HOSTNAMES": "a,b,c", "TPU_WORKER_ID": "1"}
+INDEXED = {k: v for k, v in THREE.items() if k != "JAX_PROCESS_ID"} | {"JOB_COMPLETION_INDEX": "3"}
 STEP = {"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
 
 
@@ -31,6 +34,13 @@ STEP = {"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_PROCID": "0", "SLURM_LOCALID": "
         (SLURM | STEP | {"SLURM_NTASKS": "1"}, None),
         ({"SLURM_JOB_ID": "1"}, None),
         (SLURM | {"JAXBLOCK_DISTRIBUTED": "0"}, None),
+        (GKE, {}),
+        (GKE | {"TPU_WORKER_HOSTNAMES": "a"}, None),
+        (GKE | {"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}, {}),
+        (INDEXED, EXPLICIT),
+        ({"JOB_COMPLETION_INDEX": "3"}, None),
+        (THREE | {"JAXBLOCK_START_TIMEOUT": "60"}, EXPLICIT | {"initialization_timeout": 60}),
+        ({"JAXBLOCK_DISTRIBUTED": "1", "JAXBLOCK_HEARTBEAT_TIMEOUT": "20"}, {"heartbeat_timeout_seconds": 20}),
     ],
 )
 def test_what_the_environment_says(variables: dict[str, str], expected: dict[str, Any] | None) -> None:
@@ -48,6 +58,10 @@ def test_what_the_environment_says(variables: dict[str, str], expected: dict[str
         (THREE | {"JAX_NUM_PROCESSES": "four"}, "JAX_NUM_PROCESSES is 'four'"),
         (THREE | {"JAX_COORDINATOR_ADDRESS": "10.0.0.2"}, "host:port"),
         (SLURM, "srun"),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, "names 2 hosts, but TPU_WORKER_ID is not set"),
+        (INDEXED | {"JOB_COMPLETION_INDEX": "4"}, "JOB_COMPLETION_INDEX is 4 and JAX_NUM_PROCESSES is 4"),
+        (THREE | {"JAXBLOCK_START_TIMEOUT": "0"}, "whole seconds above 0"),
+        (THREE | {"JAXBLOCK_START_TIMEOUT": "1m"}, "JAXBLOCK_START_TIMEOUT is '1m'"),
     ],
 )
 def test_half_set_or_wrong(variables: dict[str, str], message: str) -> None:
@@ -65,26 +79,74 @@ print('joined', *first, len(jax.devices()), process_allgather(jax.numpy.array(fi
 """
 
 
+LOCAL_POD = Path(__file__).resolve().parents[2] / "launch" / "local_pod.sh"
+
+
+def pod(*arguments: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    inherited = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    return subprocess.run(
+        [LOCAL_POD, *arguments], env=inherited | variables, capture_output=True, text=True, timeout=180
+    )
+
+
 def test_two_processes_join_over_loopback() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    group = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2", "JAX_PLATFORMS": "cpu"}
-    group |= {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", JOIN],
-            env=os.environ | group | {"JAX_PROCESS_ID": str(index)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(2)
-    ]
-    try:
-        printed = [process.communicate(timeout=120)[0].splitlines() for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    # Gloo prints lines of its own.
-    joined = [line for lines in printed for line in lines if line.startswith("joined")]
-    assert joined == ["joined 0 2 4 [1, 2]", "joined 1 2 4 [1, 2]"]
+    done = pod("2", "--devices", "2", "--", sys.executable, "-c", JOIN)
+    assert done.returncode == 0, done.stderr
+    joined = sorted(line for line in done.stdout.splitlines() if "joined" in line)  # Gloo prints lines of its own
+    assert joined == ["[0] joined 0 2 4 [1, 2]", "[1] joined 1 2 4 [1, 2]"]
+
+
+def test_a_process_that_never_comes_is_told_within_the_timeout() -> None:
+    alone = "from jaxblock.parallel import distributed; distributed.start()"
+    group = THREE | {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1", "JAXBLOCK_START_TIMEOUT": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", alone], env=os.environ | group, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1 and "process 0 of the group was not found at 127.0.0.1:1 for 2 s" in done.stderr
+
+
+ONE_FAILS = """
+import os, signal, sys, time
+if os.environ["JAX_PROCESS_ID"] == "1":
+    sys.exit(7)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as a process deep in a collective would
+time.sleep(600)
+"""
+
+
+def test_one_that_fails_ends_the_others() -> None:
+    done = pod("3", "--grace", "1", "--", sys.executable, "-c", ONE_FAILS)
+    assert done.returncode == 7
+    assert "process 1 ended with exit code 7: ending the others" in done.stderr
+    assert "process 0 ended with exit code 137" in done.stderr and "process 2 ended with exit code 137" in done.stderr
+
+
+def test_a_signal_to_the_script_reaches_every_process() -> None:
+    code = (
+        "import os, signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); print('ready', flush=True); "
+        "signal.pause()"
+    )
+    command = [LOCAL_POD, "2", "--", sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert sorted(process.stdout.readline() for _ in range(2)) == ["[0] ready\n", "[1] ready\n"]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 75
+        assert "ending the others" not in process.stderr.read()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "usage"),
+        (["two", "--", "true"], "how many processes"),
+        (["0", "--", "true"], "how many processes"),
+        (["2"], "a command"),
+        (["2", "true"], "after --"),
+        (["2", "--devices", "x", "--", "true"], "--devices must be a whole number"),
+        (["2", "--devices"], "--devices needs a value"),
+    ],
+)
+def test_mistakes(arguments: list[str], message: str) -> None:
+    done = pod(*arguments)
+    assert done.returncode == 2 and message in done.stderr

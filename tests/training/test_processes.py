@@ -1,20 +1,23 @@
-"""Two real processes train as one: the same losses, one run folder, and one process may go on alone."""
+"""Real processes train as one (launch/local_pod.sh): the same draws and losses, one run folder, one stop for all."""
 
 from __future__ import annotations
 
 import json
 import os
-import socket
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
-import jax
-import numpy as np
 import pytest
 
 import jaxblock
+from benchmarks import process_drift
 from jaxblock.cli import main
+
+ROOT = Path(__file__).parents[2]
+POD = ROOT / "launch" / "local_pod.sh"
 
 
 def _losses(run: Path) -> list[tuple[int, float]]:
@@ -22,35 +25,74 @@ def _losses(run: Path) -> list[tuple[int, float]]:
     return [(row["step"], row["loss"]) for row in rows if row["kind"] == "train"]
 
 
-@pytest.mark.slow
-def test_two_processes_train_as_one(tiny_config: Path, tiny_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = tiny_config.parent / "group"
-    flags = ["--config", str(tiny_config), "--train.out", str(run), "--train.fsdp", "2"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    group = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "XLA_FLAGS": ""}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "jaxblock", "train", *flags],
-            env={**os.environ, **group, "JAX_PROCESS_ID": str(index)},
-            cwd=Path(__file__).parents[2],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(2)
-    ]
-    said = [process.communicate()[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
-    assert "step 120/120" in said[0] and "step 120/120" not in said[1]
+def _group(processes: int, *command: str) -> list[str]:
+    return [str(POD), str(processes), "--devices", str(8 // processes), "--", sys.executable, "-m", *command]
 
-    (steps, losses), (expected_steps, expected) = (zip(*_losses(folder), strict=True) for folder in (run, tiny_run))
-    assert steps == expected_steps == tuple(range(1, 121))
-    np.testing.assert_allclose(losses[:20], expected[:20], rtol=1e-4)  # rounding grows with the steps
-    for left, right in zip(
-        jax.tree.leaves(jaxblock.load(run).params), jax.tree.leaves(jaxblock.load(tiny_run).params), strict=True
-    ):
-        assert np.isfinite(left).all() and left.shape == right.shape
-    # A checkpoint of two processes is read by one.
-    assert main(["train", *flags]) == 0
-    assert "is finished (120 steps)" in capsys.readouterr().err
+
+def _environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # the script sets its own
+
+
+@pytest.mark.slow
+def test_two_processes_of_four_devices_are_one_of_eight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XLA_FLAGS")
+    (found,) = process_drift.compare(tmp_path, [(1, 8), (2, 4)], steps=20, d=16, layers=2)
+    assert found["drawn_equal"] == 20  # ids, lengths, draws and noise of every step, bit for bit
+    assert found["loss_step_1"] <= 1e-6
+    assert found["loss_worst"] <= 1e-4  # 0 was measured after 100 steps (docs/benchmarks.md)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_one_stops_all_and_another_number_of_processes_goes_on(
+    tiny_config: Path, tiny_run: Path, tmp_path: Path, signal_number: signal.Signals
+) -> None:
+    run = tmp_path / "group"
+    flags = ["train", "--config", str(tiny_config), "--train.out", str(run), "--train.eval_every", "0"]
+    flags += ["--train.eval_problems", "0", "--train.eval_nelbo_rows", "0"]
+    environment = _environment()
+    pids: dict[str, int] = {}
+    said = []
+    command = _group(2, "jaxblock", *flags, "--train.log_every", "2")
+    with subprocess.Popen(command, env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True) as group:
+        assert group.stderr is not None
+        for line in group.stderr:
+            said.append(line)
+            if found := re.match(r"process (\d) is (\d+)", line):
+                pids[found[1]] = int(found[2])
+            if "step 10/" in line:
+                os.kill(pids["1"], signal_number)  # process 1 alone is told
+    assert group.returncode in (130, 143), said
+    text = "".join(said)
+    assert "ending the others" not in text and "and saved" in text
+    stopped = _losses(run)
+    assert 10 <= stopped[-1][0] < 120 and (run / "checkpoints" / str(stopped[-1][0])).is_dir()
+
+    if signal_number is signal.SIGINT:
+        return  # what follows is the same
+
+    # One process goes on from the checkpoint of two, is stopped in its turn, and two go on from that.
+    first, second = stopped[-1][0] + 10, 120
+    alone = [*flags, "--train.log_every", "1", "--train.save_every", str(first)]
+    with subprocess.Popen(
+        _group(1, "jaxblock", *alone), env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True
+    ) as one:
+        assert one.stderr is not None
+        own = None
+        for line in one.stderr:
+            if found := re.match(r"process 0 is (\d+)", line):
+                own = int(found[1])
+            if f"step {first}/" in line and own is not None:
+                os.kill(own, signal.SIGTERM)
+                own = None
+    assert one.returncode in (130, 143)
+    done = subprocess.run(
+        _group(2, "jaxblock", *flags), env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0 and f"step {second}/120" in done.stderr, done.stderr
+    # Each of the three parts trained what the uninterrupted run of one process did.
+    expected = dict(_losses(tiny_run))
+    alone_rows = [row for row in _losses(run) if stopped[-1][0] < row[0] <= first]
+    assert alone_rows and all(loss == pytest.approx(expected[step], rel=1e-4) for step, loss in alone_rows)
+    assert main([*flags]) == 0  # a checkpoint of two processes is read by one: it is finished
+    assert jaxblock.load(run).params.keys() == jaxblock.load(tiny_run).params.keys()
