@@ -1,7 +1,8 @@
 """One process with 8 devices against two with 4 each: batches and draws bit for bit, and how far the losses drift apart.
 
 All run the real set-up, data reader and compiled step on the quickstart's kind of model, as processes joined over
-loopback (launch/local_pod.sh). One process with one device is added: another mesh, whose sums have another order. Ids and noise are compared as SHA-256 of the global arrays of every step.
+loopback (launch/local_pod.sh). One process with one device is added: another mesh, whose sums have another order. Ids
+and noise are compared as SHA-256 of the global arrays of every step.
 
     python -m benchmarks.process_drift --steps 100
 """

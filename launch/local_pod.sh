@@ -11,6 +11,7 @@ output begin with the process's number. When one fails, the others are ended (SI
 is returned. SIGINT and SIGTERM are passed on to all.
 
   --devices M   devices of each process (default: 1)
+  --platform P  JAX_PLATFORMS (default: cpu); launch/gpu.sh asks for cuda
   --port PORT   the coordinator's (default: one that is free)
   --grace S     seconds between SIGTERM and SIGKILL (default: 10)
 
@@ -37,11 +38,16 @@ case "${1:-}" in
         ;;
     *[!0-9]* | 0) fail "how many processes? '$1' is no number above 0" ;;
 esac
-count="$1" devices=1 port='' grace=10
+count="$1" devices=1 port='' grace=10 platform=cpu
 shift
 while [ $# -gt 0 ]; do
     option="$1"
     case "$option" in
+        --platform)
+            [ $# -ge 2 ] || fail "$option needs a value"
+            platform="$2"
+            shift
+            ;;
         --devices | --port | --grace)
             [ $# -ge 2 ] || fail "$option needs a value"
             case "$2" in '' | *[!0-9]*) fail "$option must be a whole number, not '$2'" ;; esac
@@ -73,9 +79,11 @@ mkfifo "$scratch/ended"
 exec 4<>"$scratch/ended" # both ends, so that neither writers nor the reader wait for the other to open it
 rm -r "$scratch"
 
-export JAX_PLATFORMS=cpu JAX_COORDINATOR_ADDRESS="127.0.0.1:$port" JAX_NUM_PROCESSES="$count"
-export JAX_CPU_COLLECTIVES_IMPLEMENTATION=gloo
-export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$devices"
+export JAX_PLATFORMS="$platform" JAX_COORDINATOR_ADDRESS="127.0.0.1:$port" JAX_NUM_PROCESSES="$count"
+if [ "$platform" = cpu ]; then
+    export JAX_CPU_COLLECTIVES_IMPLEMENTATION=gloo
+    export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$devices"
+fi
 
 prefixed() {
     local line

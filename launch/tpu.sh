@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A TPU VM slice: create it, set it up, run a command on all its workers, read the logs, delete it.
+# A TPU VM slice: create it, set it up, run a command on all its workers, see it through preemptions, delete it.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -9,27 +9,39 @@ usage() {
 usage: launch/tpu.sh VERB --name NAME --zone ZONE [OPTIONS] [-- COMMAND...]
 
   create   make the slice (needs --type)
-  setup    copy this working tree to every worker and make a Python environment there; again after every change
+  setup    sync, and make a Python environment on every worker
+  sync     copy this working tree to every worker; runs, logs and the environment there stay
   run      start COMMAND on every worker, detached: it outlives the connection. Its output goes to a log there
   logs     show the end of the latest log
+  status   the slice's state, and what each worker's run is doing or how it ended
+  resume   run COMMAND until it is done: start it again after a preemption or a stop, waiting longer each time.
+           Ends with 0 when COMMAND has, and with COMMAND's code when it failed
+  stop     tell the run to save and end (SIGTERM), and wait for that
   delete   delete the slice and its disks, after asking
 
   --name NAME        the slice                                  (or JAXBLOCK_TPU_NAME)
   --zone ZONE        for example us-east5-a                     (or JAXBLOCK_TPU_ZONE)
   --project PROJECT  default: gcloud's own                      (or JAXBLOCK_TPU_PROJECT)
-  --type TYPE        create: accelerator type, as v6e-8, v5litepod-16 (v5e-16 will do), v5p-8  (or JAXBLOCK_TPU_TYPE)
-  --version VERSION  create: VM image; default: the one for the type     (or JAXBLOCK_TPU_VERSION)
+  --type TYPE        create, resume --recreate: accelerator type, as v6e-8, v5litepod-16 (v5e-16 will do), v5p-8
+                     (or JAXBLOCK_TPU_TYPE)
+  --version VERSION  VM image; default: the one for the type     (or JAXBLOCK_TPU_VERSION)
   --spot             create: cheaper, and may be taken away at any time
-  --worker WORKER    setup, run: which workers (default: all); logs: whose (default: 0)
+  --queued           create, delete, status, resume: a queued resource of the same name, which waits for capacity
+  --recreate         resume: delete a slice that was preempted, and only that, and create it again (--type, --spot, --queued)
+  --retries N        resume: so many restarts at most (default: 20)
+  --backoff S        resume: wait before the first restart, doubled up to 900 s; begins anew once a run has started
+                     (default: 30)
+  --poll S           resume, stop: seconds between looks (default: 60)
+  --worker WORKER    setup, sync, run, status, stop: which workers (default: all); logs: whose (default: 0)
   --lines N          logs: how many lines (default: 50)
   --follow           logs: go on as the log grows
   --yes              delete: do not ask
   --dry-run          print every command, arguments quoted, and run nothing
 
 example:
-  launch/tpu.sh create --name pod --zone us-east5-a --type v6e-8
+  launch/tpu.sh create --name pod --zone us-east5-a --type v6e-8 --spot
   launch/tpu.sh setup  --name pod --zone us-east5-a
-  launch/tpu.sh run    --name pod --zone us-east5-a -- jaxblock train --config configs/gsm8k_small.yaml
+  launch/tpu.sh run    --name pod --zone us-east5-a -- jaxblock train --config FILE --train.out gs://bucket/run
 HELP
 }
 
@@ -67,11 +79,14 @@ execute() {
     fi
 }
 
+try_gcloud() {
+    local group="$1" verb="$2"
+    shift 2
+    execute gcloud compute tpus "$group" "$verb" "$@" --zone="$zone" ${project:+--project="$project"}
+}
+
 tpu() {
-    local verb="$1"
-    shift
-    execute gcloud compute tpus tpu-vm "$verb" "$@" --zone="$zone" ${project:+--project="$project"} ||
-        fail "gcloud compute tpus tpu-vm $verb failed (above: why). --dry-run shows the command"
+    try_gcloud tpu-vm "$@" || fail "gcloud compute tpus tpu-vm $1 failed (above: why). --dry-run shows the command"
 }
 
 # on_workers COMMAND: a line of shell, run by each worker's login shell.
@@ -93,7 +108,12 @@ create() {
     fi
     local options=()
     if [ "$spot" = yes ]; then options=(--spot); fi
-    tpu create "$name" --accelerator-type="$type" --version="$version" ${options[@]+"${options[@]}"}
+    local kind=(tpu-vm create "$name" --accelerator-type="$type" --version="$version")
+    if [ "$queued" = yes ]; then
+        kind=(queued-resources create "$name" --node-id="$name" --accelerator-type="$type" --runtime-version="$version")
+    fi
+    try_gcloud "${kind[@]}" ${options[@]+"${options[@]}"} ||
+        fail "gcloud compute tpus ${kind[0]} create failed (above: why). --dry-run shows the command"
 }
 
 # The images ship Python 3.10 or older, and we need 3.11. uv brings a Python of its own: no package source to add and no
@@ -101,18 +121,21 @@ create() {
 # fetched from the web and piped into a shell. PIP_BREAK_SYSTEM_PACKAGES is for images whose Python is marked as managed.
 # The tree is unpacked over the old one, which keeps runs, logs and the environment.
 # shellcheck disable=SC2016  # $HOME is the worker's
-remote_setup='set -eu
+remote_sync='set -eu
 cd "$HOME"
 mkdir -p jaxblock/logs
-tar -xzf jaxblock.tar.gz -C jaxblock
-cd jaxblock
+tar -xzf jaxblock.tar.gz -C jaxblock'
+# shellcheck disable=SC2016
+remote_setup='
+cd "$HOME/jaxblock"
 PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --user --quiet --upgrade uv
 uv="$HOME/.local/bin/uv"
 if [ ! -x .venv/bin/python ]; then "$uv" venv --quiet --python 3.12 .venv; fi
-"$uv" pip install --quiet --python .venv/bin/python --constraint constraints-py312.txt --editable . "jax[tpu]"
+"$uv" pip install --quiet --python .venv/bin/python --constraint constraints-py312.txt --editable ".[gcs]" "jax[tpu]"
 .venv/bin/python -c "import jax, jaxblock; print(\"worker ready: jax\", jax.__version__)"'
 
-setup() {
+# send COMMAND: the working tree to every worker, then a line of shell there.
+send() {
     local archive
     archive="${TMPDIR:-/tmp}/jaxblock-$name.tar.gz"
     # The files that git knows or would add, as they are now: no environment, no runs, and uncommitted changes too.
@@ -120,14 +143,23 @@ setup() {
     local pack='cd "$1" && git ls-files -z --cached --others --exclude-standard |
         while IFS= read -r -d "" file; do if [ -e "$file" ]; then printf "%s\0" "$file"; fi; done |
         tar --null --files-from=- -czf "$2"'
-    execute bash -o pipefail -c "$pack" pack "$root" "$archive" || fail "cannot pack $root: setup works from a git checkout"
+    execute bash -o pipefail -c "$pack" pack "$root" "$archive" ||
+        fail "cannot pack $root: setup and sync work from a git checkout"
     tpu scp "$archive" "$name:jaxblock.tar.gz" --worker="$worker"
-    on_workers "$remote_setup"
+    on_workers "$1"
     execute rm -f "$archive"
 }
 
+setup() {
+    send "$remote_sync$remote_setup"
+}
+
+sync() {
+    send "$remote_sync"
+}
+
 run() {
-    [ $# -gt 0 ] || fail "run needs a command: launch/tpu.sh run ... -- jaxblock train --config FILE"
+    [ $# -gt 0 ] || fail "$verb needs a command: launch/tpu.sh $verb ... -- jaxblock train --config FILE"
     local log
     log="logs/$(date -u +%Y%m%d-%H%M%S).log"
     # A TPU has one owner: a second process would fail minutes later, with a message about a lock file. The started
@@ -138,16 +170,133 @@ if ! flock -n 9; then
 echo \"a run is still going here (process \$(cat logs/pid)): wait for it or stop it first\" >&2; exit 1
 fi
 export PATH=\"\$PWD/.venv/bin:\$PATH\" JAXBLOCK_DISTRIBUTED=1
-nohup $(quote_all "$@") >$log 2>&1 </dev/null &
-echo \$! >logs/pid
+rm -f logs/pid logs/exit
+nohup sh -c '\"\$@\" & echo \$! >logs/pid; wait \$!; echo \$? >logs/exit' run $(quote_all "$@") >$log 2>&1 </dev/null &
+until [ -s logs/pid ]; do sleep 0.1; done
 ln -sf ${log#logs/} logs/latest.log
-echo \"started process \$!, log: ~/jaxblock/$log\""
+echo \"started process \$(cat logs/pid), log: ~/jaxblock/$log\""
+}
+
+# One line per worker: "running PROCESS", "ended CODE", "lost" (gone without a code, as after a restart) or "none".
+# shellcheck disable=SC2016  # the worker's
+remote_status='cd "$HOME/jaxblock" 2>/dev/null || { echo "run: none"; exit 0; }
+if [ -s logs/exit ]; then echo "run: ended $(cat logs/exit)"
+elif [ ! -s logs/pid ]; then echo "run: none"
+elif kill -0 "$(cat logs/pid)" 2>/dev/null; then echo "run: running $(cat logs/pid)"
+else echo "run: lost"; fi'
+
+slice_state() {
+    if [ "$queued" = yes ]; then
+        try_gcloud queued-resources describe "$name" --format='value(state.state)'
+    else
+        try_gcloud tpu-vm describe "$name" --format='value(state)'
+    fi
+}
+
+status() {
+    slice_state || fail "there is no slice $name in $zone, or it cannot be seen (above: why)"
+    on_workers "$remote_status; tail -n 1 \"\$HOME/jaxblock/logs/latest.log\" 2>/dev/null || true"
+}
+
+# shellcheck disable=SC2016
+remote_stop='cd "$HOME/jaxblock" && if [ -s logs/pid ] && [ ! -s logs/exit ]; then kill -TERM "$(cat logs/pid)"; fi'
+
+stop() {
+    local found
+    # A group stops together when one is told, but the others may be told too.
+    on_workers "$remote_stop"
+    while :; do
+        found="$(on_workers "$remote_status")" || exit 2
+        printf '%s\n' "$found"
+        case "$found" in *running*) ;; *) break ;; esac
+        if [ "$dry_run" = yes ]; then break; fi
+        sleep "$poll"
+    done
+}
+
+# What became of the run, from every worker's line: running, done, again, or failed CODE.
+verdict() {
+    local found="$1" code
+    case "$found" in *'run: running'*) echo running && return ;; esac
+    for code in $(printf '%s\n' "$found" | sed -n 's/.*run: ended \([0-9]*\).*/\1/p'); do
+        # 130 and 143: told to stop, and saved. 137: killed, as by a host's maintenance: the last checkpoint is whole.
+        case "$code" in 0 | 130 | 137 | 143) ;; *) echo "failed $code" && return ;; esac
+    done
+    case "$found" in
+        *'run: lost'* | *'run: none'* | *'ended 130'* | *'ended 137'* | *'ended 143'*) echo again ;;
+        *'run: ended 0'*) echo 'done' ;;
+        *) echo again ;;
+    esac
+}
+
+recreate() {
+    [ "$recreate_it" = yes ] || fail "the slice $name is gone or was preempted; resume --recreate --type TYPE deletes what \
+is left of it and creates it again"
+    if [ "$1" != absent ]; then delete_now || return 1; fi
+    (create) && (setup)
+}
+
+resume() {
+    [ $# -gt 0 ] || fail "resume needs a command: launch/tpu.sh resume ... -- jaxblock train --config FILE"
+    local state found tries=0 wait="$backoff" what=again
+    while :; do
+        # Not every failure means that the slice is gone: only "not found" does.
+        state="$(slice_state 2>&1)" || case "$state" in *NOT_FOUND* | *'not found'*) state=absent ;; *) state=unknown ;; esac
+        if [ "$dry_run" = yes ]; then
+            printf '%s\n' "$state"
+            on_workers "$remote_status"
+            run "$@"
+            return
+        fi
+        what="wait"
+        case "$state" in
+            READY | ACTIVE)
+                if found="$(on_workers "$remote_status" 2>&1)"; then what="$(verdict "$found")"; fi
+                ;;
+            PREEMPTED | TERMINATED | SUSPENDED | FAILED | absent) what=recreate ;;
+        esac
+        case "$what" in
+            running)
+                wait="$backoff"
+                sleep "$poll"
+                continue
+                ;;
+            wait)
+                printf 'the slice is %s: looking again in %s s\n' "$state" "$poll" >&2
+                sleep "$poll"
+                continue
+                ;;
+            done) return ;;
+            failed*)
+                printf 'error: the run ended with exit code %s: see launch/tpu.sh logs\n' "${what#failed }" >&2
+                exit "${what#failed }"
+                ;;
+        esac
+        if [ "$tries" -gt 0 ]; then
+            if [ "$tries" -gt "$retries" ]; then fail "given up after $retries restarts"; fi
+            printf 'restart %s of at most %s in %s s (the slice is %s)\n' "$tries" "$retries" "$wait" "$state" >&2
+            sleep "$wait"
+            wait=$((wait * 2 > 900 ? 900 : wait * 2))
+        fi
+        tries=$((tries + 1))
+        if [ "$what" = recreate ]; then recreate "$state" || continue; fi
+        # In a subshell: what fails here is tried again.
+        (run "$@") || true
+    done
 }
 
 logs() {
     local follow=''
     if [ "$follow_log" = yes ]; then follow=' -F'; fi
     on_workers "tail -n $lines$follow \"\$HOME/jaxblock/logs/latest.log\""
+}
+
+delete_now() {
+    if [ "$queued" = yes ]; then
+        try_gcloud queued-resources delete "$name" --force --quiet
+    else
+        try_gcloud tpu-vm delete "$name" --quiet
+    fi
 }
 
 delete() {
@@ -157,7 +306,7 @@ delete() {
         read -r answer || true
         [ "$answer" = "$name" ] || fail "not deleted"
     fi
-    tpu delete "$name" --quiet
+    delete_now || fail "gcloud could not delete $name (above: why)"
 }
 
 name="${JAXBLOCK_TPU_NAME:-}"
@@ -166,10 +315,11 @@ project="${JAXBLOCK_TPU_PROJECT:-}"
 type="${JAXBLOCK_TPU_TYPE:-}"
 version="${JAXBLOCK_TPU_VERSION:-}"
 worker='' lines=50 spot=no follow_log=no yes=no dry_run=no
+queued=no recreate_it=no retries=20 backoff=30 poll=60
 
 verb="${1:-}"
 case "$verb" in
-    create | setup | run | logs | delete) shift ;;
+    create | setup | sync | run | logs | status | resume | stop | delete) shift ;;
     -h | --help)
         usage
         exit 0
@@ -178,17 +328,19 @@ case "$verb" in
         usage >&2
         exit 2
         ;;
-    *) fail "unknown verb '$verb': one of create, setup, run, logs, delete (--help explains them)" ;;
+    *) fail "unknown verb '$verb': one of create, setup, sync, run, logs, status, resume, stop, delete (--help explains them)" ;;
 esac
 while [ $# -gt 0 ]; do
     option="$1"
     case "$option" in
-        --name | --zone | --project | --type | --version | --worker | --lines)
+        --name | --zone | --project | --type | --version | --worker | --lines | --retries | --backoff | --poll)
             [ $# -ge 2 ] || fail "$option needs a value"
             printf -v "${option#--}" '%s' "$2"
             shift
             ;;
         --spot) spot=yes ;;
+        --queued) queued=yes ;;
+        --recreate) recreate_it=yes ;;
         --follow) follow_log=yes ;;
         --yes) yes=yes ;;
         --dry-run) dry_run=yes ;;
@@ -204,10 +356,13 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
-if [ "$verb" != run ] && [ $# -gt 0 ]; then fail "$verb takes no command"; fi
+if [ "$verb" != run ] && [ "$verb" != resume ] && [ $# -gt 0 ]; then fail "$verb takes no command"; fi
 [ -n "$name" ] || fail "which slice? --name NAME, or JAXBLOCK_TPU_NAME"
 [ -n "$zone" ] || fail "in which zone? --zone ZONE, or JAXBLOCK_TPU_ZONE"
-case "$lines" in '' | *[!0-9]*) fail "--lines must be a number, not '$lines'" ;; esac
+for option in lines retries backoff poll; do
+    case "${!option}" in '' | *[!0-9]*) fail "--$option must be a number, not '${!option}'" ;; esac
+done
+if [ "$recreate_it" = yes ] && [ -z "$type" ]; then fail "--recreate needs --type"; fi
 if [ -z "$worker" ]; then
     if [ "$verb" = logs ]; then worker=0; else worker=all; fi
 fi

@@ -8,7 +8,9 @@ import shlex
 import shutil
 import subprocess
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,6 +39,15 @@ PY
 for argument in "$@"; do
     if [ "$argument" = "${GCLOUD_FAILS:-nothing}" ]; then echo "ERROR: no capacity" >&2; exit 7; fi
 done
+# Prints (and takes off) the first line of a file of answers; a line that begins with "!" goes to stderr, and fails.
+answer() {
+    local line
+    line="$(head -n 1 "$1")"
+    sed -i 1d "$1"
+    case "$line" in '!'*) echo "${line#!}" >&2; exit 1 ;; *) printf '%b\\n' "$line" ;; esac
+}
+if [ "$4" = describe ] && [ -n "${GCLOUD_STATES:-}" ]; then answer "$GCLOUD_STATES"; fi
+case "$*" in *'run: none'*) if [ -n "${GCLOUD_RUNS:-}" ]; then answer "$GCLOUD_RUNS"; fi ;; esac
 if [ "$4" = scp ] && [ -n "${GCLOUD_KEEP:-}" ]; then cp "$5" "$GCLOUD_KEEP"; fi
 exit 0
 """
@@ -174,8 +185,19 @@ def test_setup_sends_the_working_tree_and_makes_an_environment(desk: Desk, tmp_p
 
 @pytest.mark.parametrize(
     "arguments",
-    [["create", "--type", "v6e-8"], ["setup"], ["run", "--", "jaxblock", *HARD], ["logs", "--follow"], ["delete"]],
-    ids=lambda arguments: arguments[0],
+    [
+        ["create", "--type", "v6e-8"],
+        ["create", "--type", "v6e-8", "--queued", "--spot"],
+        ["setup"],
+        ["sync"],
+        ["run", "--", "jaxblock", *HARD],
+        ["logs", "--follow"],
+        ["status"],
+        ["stop"],
+        ["delete"],
+        ["delete", "--queued"],
+    ],
+    ids=" ".join,
 )
 def test_a_dry_run_prints_exactly_what_a_run_would_do(desk: Desk, arguments: list[str]) -> None:
     verb, rest = arguments[0], arguments[1:]
@@ -194,6 +216,85 @@ def test_a_dry_run_prints_exactly_what_a_run_would_do(desk: Desk, arguments: lis
     assert printed.count("gcloud") == len(undated) > 0
 
 
+@pytest.fixture
+def played(desk: Desk, tmp_path: Path) -> Callable[..., tuple[subprocess.CompletedProcess[str], list[str]]]:
+    """Runs ``resume`` against a play: the slice's states and the workers' runs, in order; returns what was done."""
+
+    def play(*options: str, states: str, runs: str, **variables: str) -> tuple[Any, list[str]]:
+        (tmp_path / "states").write_text(states.replace(" ", "\n") + "\n")
+        (tmp_path / "runs").write_text(runs + "\n")
+        files = {"GCLOUD_STATES": str(tmp_path / "states"), "GCLOUD_RUNS": str(tmp_path / "runs")}
+        arguments = ["resume", *SLICE, "--backoff", "0", "--poll", "0", *options, "--", "jaxblock", "train"]
+        done = desk.tpu(*arguments, **files, **variables)
+        kinds = ["run" if "nohup" in " ".join(call) else call[3] for call in desk.calls]
+        return done, [kind for call, kind in zip(desk.calls, kinds, strict=True) if "run: none" not in " ".join(call)]
+
+    return play
+
+
+def test_resume_starts_waits_and_ends_with_the_run(played: Any) -> None:
+    runs = "run: none\nrun: running 7\\nrun: ended 143\nrun: ended 143\\nrun: ended 143\nrun: ended 0\\nrun: ended 0"
+    done, kinds = played(states="READY READY READY READY", runs=runs)
+    assert done.returncode == 0, done.stderr
+    assert kinds == ["describe", "run", "describe", "describe", "run", "describe"]
+
+
+def test_resume_hands_on_the_code_of_a_run_that_failed(played: Any) -> None:
+    done, kinds = played(states="READY READY", runs="run: lost\nrun: ended 143\\nrun: ended 2")
+    assert done.returncode == 2 and "ended with exit code 2" in done.stderr
+    assert kinds == ["describe", "run", "describe"]
+
+
+def test_a_preempted_slice_is_deleted_only_when_asked(played: Any) -> None:
+    done, kinds = played(states="PREEMPTED", runs="")
+    assert done.returncode == 2 and "--recreate" in done.stderr and kinds == ["describe"]
+
+
+def test_a_preempted_slice_is_made_again(played: Any) -> None:
+    recreated = ["delete", "create", "scp", "ssh", "run"]
+    done, kinds = played(
+        "--recreate", "--type", "v6e-8", "--spot", states="PREEMPTED CREATING READY", runs="run: ended 0"
+    )
+    assert done.returncode == 0, done.stderr
+    assert kinds == ["describe", *recreated, "describe", "describe"]
+
+
+def test_capacity_that_never_comes_ends_after_the_retries(played: Any) -> None:
+    options = ["--recreate", "--type", "v6e-8", "--retries", "2"]
+    absent = "!NOT_FOUND"
+    done, kinds = played(*options, states=" ".join([absent] * 5), runs="", GCLOUD_FAILS="create")
+    assert done.returncode == 2 and "given up after 2 restarts" in done.stderr
+    assert kinds == [*["describe", "create"] * 3, "describe"]
+
+
+def test_resume_does_not_take_an_unreachable_service_for_a_lost_slice(played: Any) -> None:
+    done, kinds = played("--recreate", "--type", "v6e-8", states="!503 READY", runs="run: ended 0")
+    assert done.returncode == 0 and kinds == ["describe", "describe"]
+
+
+def test_status_and_stop_on_a_worker(desk: Desk, tmp_path: Path) -> None:
+    assert desk.tpu("run", *SLICE, "--", "sh", "-c", "trap 'exit 143' TERM; echo up; sleep 60 & wait").returncode == 0
+    assert desk.tpu("stop", *SLICE).returncode == 0
+    start, halt, look = (call[6].removeprefix("--command=") for call in desk.calls)
+    home = tmp_path / "home"
+    (home / "jaxblock" / "logs").mkdir(parents=True)
+
+    def ssh(command: str) -> str:
+        environment = desk.environment | {"HOME": str(home)}
+        return subprocess.run(["sh", "-c", command], env=environment, capture_output=True, text=True, check=True).stdout
+
+    assert ssh(look) == "run: none\n"
+    ssh(start)
+    pid = int((home / "jaxblock" / "logs" / "pid").read_text())
+    assert ssh(look) == f"run: running {pid}\n"
+    while "up" not in (home / "jaxblock" / "logs" / "latest.log").read_text():
+        pass
+    ssh(halt)
+    while not (home / "jaxblock" / "logs" / "exit").exists() or ssh(look) == f"run: running {pid}\n":
+        pass
+    assert ssh(look) == "run: ended 143\n"
+
+
 @pytest.mark.parametrize(("typed", "deleted"), [("pod\n", True), ("y\n", False), ("", False)])
 def test_delete_asks(desk: Desk, typed: str, deleted: bool) -> None:
     done = desk.tpu("delete", *SLICE, typed=typed)
@@ -209,6 +310,10 @@ def test_delete_asks(desk: Desk, typed: str, deleted: bool) -> None:
         (["create", "--name", "n", "--type", "v6e-8"], "--zone"),
         (["create", *SLICE], "--type"),
         (["run", *SLICE], "needs a command"),
+        (["resume", *SLICE], "needs a command"),
+        (["resume", *SLICE, "--recreate", "--", "true"], "--recreate needs --type"),
+        (["resume", *SLICE, "--backoff", "soon", "--", "true"], "--backoff must be a number"),
+        (["stop", *SLICE, "--", "true"], "stop takes no command"),
         (["run", *SLICE, "jaxblock"], "after --"),
         (["logs", *SLICE, "--lines", "5; rm -rf /"], "must be a number"),
         (["delete", *SLICE, "--name"], "--name needs a value"),

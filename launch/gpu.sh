@@ -1,0 +1,135 @@
+#!/usr/bin/env bash
+# The GPUs of this machine: one of them to debug on, or all of them as one process group.
+set -euo pipefail
+# shellcheck source=launch/environment.sh
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+usage() {
+    cat <<'HELP'
+usage: launch/gpu.sh VERB [OPTIONS] [-- COMMAND...]
+
+  setup    make .venv with JAX for CUDA (jax[cuda13]; --cuda 12 for older drivers)
+  check    print what JAX sees
+  debug    run COMMAND on one GPU: nothing preallocated, errors where they arise (slow)
+  run      run COMMAND on all GPUs. One process sees them all, which is all that one machine needs; with --processes N
+           each of N processes has its share of them, as on several machines
+
+  --gpu N          debug: which GPU (default: 0)
+  --gpus LIST      run: which GPUs, as 0,1,4,5 (default: CUDA_VISIBLE_DEVICES, or all)
+  --processes N    run: processes (default: 1)
+  --cuda 12|13     setup: which CUDA (default: 13)
+  --dry-run        debug, run: print the command and the variables, and run nothing
+
+example:
+  launch/gpu.sh debug -- jaxblock train --config configs/quickstart_blockwise.yaml --train.debug
+  launch/gpu.sh run --gpus 0,1 -- jaxblock train --config FILE --train.fsdp 2
+HELP
+}
+
+verb="${1:-}"
+case "$verb" in
+    setup | check | debug | run) shift ;;
+    -h | --help)
+        usage
+        exit 0
+        ;;
+    '')
+        usage >&2
+        exit 2
+        ;;
+    *) fail "unknown verb '$verb': one of setup, check, debug, run (--help explains them)" ;;
+esac
+
+gpu=0 gpus="${CUDA_VISIBLE_DEVICES:-}" processes=1 cuda=13 dry_run=no
+while [ $# -gt 0 ]; do
+    option="$1"
+    case "$option" in
+        --gpu | --gpus | --processes | --cuda)
+            [ $# -ge 2 ] || fail "$option needs a value"
+            printf -v "${option#--}" '%s' "$2"
+            shift
+            ;;
+        --dry-run) dry_run=yes ;;
+        -h | --help)
+            usage
+            exit 0
+            ;;
+        --)
+            shift
+            break
+            ;;
+        *) fail "unknown argument '$option'; a command comes after --" ;;
+    esac
+    shift
+done
+case "$processes" in '' | *[!0-9]* | 0) fail "--processes must be a whole number above 0, not '$processes'" ;; esac
+case "$gpu" in '' | *[!0-9]*) fail "--gpu must be a whole number, not '$gpu'" ;; esac
+case "$gpus" in *[!0-9,]*) fail "--gpus must be numbers with commas between them, not '$gpus'" ;; esac
+case "$cuda" in 12 | 13) ;; *) fail "--cuda must be 12 or 13, not '$cuda'" ;; esac
+case "$verb" in
+    debug | run) [ $# -gt 0 ] || fail "$verb needs a command, after --" ;;
+    *) [ $# -eq 0 ] || fail "$verb takes no command" ;;
+esac
+
+# start NAME=VALUE... -- COMMAND...: runs the command with these variables, from .venv where there is one.
+start() {
+    export PATH="$venv/bin:$PATH"
+    if [ "$dry_run" = yes ]; then
+        printf '%q ' env "$@"
+        printf '\n'
+        return
+    fi
+    exec env "$@"
+}
+
+setup() {
+    install_environment gcs
+    "$venv_python" -m pip install --quiet --disable-pip-version-check "jax[cuda$cuda]" ||
+        fail "pip could not install jax[cuda$cuda] (above: why)"
+    check
+}
+
+check() {
+    local found=0
+    "$venv_python" -c 'import jax
+for device in jax.devices():
+    print(device.id, device.platform, device.device_kind)
+raise SystemExit(jax.default_backend() != "gpu")' || found=$?
+    [ "$found" -eq 0 ] || fail "JAX sees no GPU: nvidia-smi shows the driver; launch/gpu.sh setup installs JAX for it"
+}
+
+debug() {
+    start JAXBLOCK_DISTRIBUTED=0 CUDA_VISIBLE_DEVICES="$gpu" XLA_PYTHON_CLIENT_PREALLOCATE=false \
+        CUDA_LAUNCH_BLOCKING=1 JAX_TRACEBACK_FILTERING=off "$@"
+}
+
+count_gpus() {
+    local listed
+    if [ -n "$gpus" ]; then
+        listed="${gpus//[!,]/}"
+        printf '%s\n' "$((${#listed} + 1))"
+    else
+        command -v nvidia-smi >/dev/null || fail "nvidia-smi is not on PATH, so the GPUs cannot be counted: --gpus 0,1,..."
+        nvidia-smi --list-gpus | wc -l
+    fi
+}
+
+run() {
+    if [ "$processes" -eq 1 ]; then
+        start JAXBLOCK_DISTRIBUTED=0 ${gpus:+CUDA_VISIBLE_DEVICES="$gpus"} "$@"
+        return
+    fi
+    local total
+    total="$(count_gpus)"
+    [ $((total % processes)) -eq 0 ] || fail "$total GPUs do not divide among $processes processes"
+    if [ -z "$gpus" ]; then gpus="$(seq -s , 0 $((total - 1)))"; fi
+    # Each process picks its share by its number in the group.
+    # shellcheck disable=SC2016  # the inner shell's
+    start JAXBLOCK_GPUS="$gpus" JAXBLOCK_SHARE="$((total / processes))" "$root/launch/local_pod.sh" "$processes" --platform cuda -- \
+        bash -c 'first=$((JAX_PROCESS_ID * JAXBLOCK_SHARE + 1))
+CUDA_VISIBLE_DEVICES="$(printf %s "$JAXBLOCK_GPUS" | cut -d , -f "$first-$((first + JAXBLOCK_SHARE - 1))")"
+export CUDA_VISIBLE_DEVICES
+exec "$@"' share "$@"
+}
+
+"$verb" "$@"
