@@ -12,13 +12,14 @@ import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
-from jaxblock import config_io, storage, wiring
+from jaxblock import config_io, hub, storage, wiring
 from jaxblock.config import CanvasConfig, DecodeConfig
 from jaxblock.data.encoding import Encoder
 from jaxblock.data.tokenizers import Tokenizer
 from jaxblock.diffusion import canvas as canvases
 from jaxblock.diffusion import decoder, likelihood
 from jaxblock.errors import UserError
+from jaxblock.huggingface import load as huggingface_load
 from jaxblock.huggingface import peft
 from jaxblock.huggingface import save as huggingface_save
 from jaxblock.models import lora
@@ -89,8 +90,13 @@ class Model:
 
         Returns:
             float32 [B, T, V].
+
+        Raises:
+            UserError: rows of different lengths, or ids outside the vocabulary.
         """
-        whole = np.asarray(ids, np.int32)
+        whole = _batch(ids)
+        if whole.size and (whole.min() < 0 or whole.max() >= self.arch.vocab_size):
+            raise UserError(f"ids hold one outside the vocabulary of {self.arch.vocab_size}")
         rows, lengths, back = _flush_left(whole, attention_mask)
         positions = np.broadcast_to(np.arange(rows.shape[1], dtype=np.int32), rows.shape)
         out = np.asarray(_logits(self.net, self.params, rows, positions, lengths))
@@ -204,7 +210,9 @@ class Model:
             for at, row in enumerate(lists):
                 rows[at, : len(row)] = row
         else:
-            rows, lengths, _ = _flush_left(np.asarray(prompt_ids, np.int32), attention_mask)
+            rows, lengths, _ = _flush_left(_batch(prompt_ids), attention_mask)
+        if not len(rows):
+            raise UserError("no prompts: give at least one")
         for at, (row, length) in enumerate(zip(rows, lengths, strict=True)):
             self.check_prompt(row[:length], f"prompt {at}", layout)
         width = -(-max(self.canvas.prompt_len, rows.shape[1]) // 16) * 16
@@ -252,6 +260,8 @@ class Model:
             UserError: a response that does not fit, or a row that holds the mask token.
         """
         layout = self.layout(self.options(response_len=response_len, block=block))
+        if samples is not None and samples < 1:
+            raise UserError(f"samples is {samples}: it must be at least 1")
         if len(prompt_ids) != len(response_ids):
             raise UserError(f"{len(prompt_ids)} prompts, but {len(response_ids)} responses: one of each per row")
         rows, lengths = self.prompts(prompt_ids, None, layout)
@@ -300,13 +310,18 @@ class Model:
             The largest difference of any logit: 0.
 
         Raises:
-            UserError: there are none, or the folder exists or cannot be written.
+            UserError: there are none, the folder exists or cannot be written, or the base's vocabulary was extended,
+                which an adapter cannot carry.
         """
         if self.net.lora is None:
             raise UserError(f"{self.origin} holds no adapters: save it whole")
-        adapters = self.params[lora.KEY]
+        adapters, base = self.params[lora.KEY], self.base
+        if base is not None and run_folder.is_run(base):
+            base = None  # PEFT cannot load a run: the base is to be exported, and named by whoever loads the adapters
+        elif base is not None:
+            peft.check_rows(folder, self.arch, huggingface_load.architecture(hub.local(base)))
         peft.save_adapter(
-            folder, self.arch, self.net.lora, adapters, base=self.base, companions=self._companions()["tokenizer"]
+            folder, self.arch, self.net.lora, adapters, base=base, companions=self._companions()["tokenizer"]
         )
         found, again = peft.load_adapter(storage.local_folder(folder, ["*.json", "*.safetensors"]), self.arch)
         copy = dataclasses.replace(
@@ -348,6 +363,13 @@ class Model:
         """Tokens to compare logits on."""
         width = min(64, self.arch.max_len)
         return jnp.asarray(np.random.default_rng(0).integers(0, self.arch.vocab_size, (2, width), dtype=np.int32))
+
+
+def _batch(ids: Ids) -> np.ndarray:
+    try:
+        return np.asarray(ids, np.int32)
+    except ValueError as error:
+        raise UserError("ids are a batch [B, T]: rows of one length; pad them, and say so by attention_mask") from error
 
 
 def _flush_left(ids: np.ndarray, attention_mask: Ids | None) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:

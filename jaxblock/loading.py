@@ -30,17 +30,20 @@ def load(
     quantize: Literal["none", "int8"] | None = None,
     mask_id: int | None = None,
     alignment: Alignment | None = None,
+    step: run_folder.Wanted = "latest",
 ) -> Model:
     """Loads a run folder, a Hugging Face folder (or hub id), or a folder of PEFT adapters.
 
     Args:
         folder: what ``jaxblock train`` wrote, a folder with config.json and safetensors (tokenizer optional), or one
             with adapter_config.json.
-        dtype: compute and storage type, ``float32`` or ``bfloat16``; None keeps what is stored.
+        dtype: compute and storage type, ``float32`` or ``bfloat16``; None keeps what is stored (float16 is computed in float32).
         base: where the weights beneath adapters are; None for where their run or adapter_config.json says.
         quantize: ``int8`` keeps the layers' matrices beneath adapters in int8; None for what their run did.
-        mask_id: the mask token of an autoregressive checkpoint that has none; its embedding gets rows where it is new.
+        mask_id: the mask token of an autoregressive checkpoint that has none (adapters that we exported remember it);
+            its embedding gets rows where it is new.
         alignment: the logit alignment of such a checkpoint; None for ``shifted``.
+        step: which checkpoint of a run: the newest, the best by `train.keep_best`, or that of a step.
 
     Returns:
         The model. An autoregressive checkpoint without a mask token has logits, but cannot decode.
@@ -51,7 +54,9 @@ def load(
     if dtype not in (None, "float32", "bfloat16"):
         raise UserError(f"dtype is {dtype!r}: choose float32 or bfloat16, or None for what is stored")
     if run_folder.is_run(folder):
-        return _from_run(folder, dtype, base, quantize)
+        return _from_run(folder, dtype, base, quantize, step)
+    if step != "latest":
+        raise UserError(f"{folder} is no run, so it has no checkpoint {step}: leave `step` out")
     weights_folder, found = _adapters_of(hub.local(folder), base)
     to_int8 = quantize == "int8"
     if to_int8 and found is None:
@@ -59,10 +64,14 @@ def load(
     arch = huggingface_load.architecture(weights_folder)
     if mask_id is not None or alignment is not None:
         arch = families.with_mask(arch, arch.need_mask_id() if mask_id is None else mask_id, alignment)
+    elif found is not None:
+        arch = peft.start_of(found, arch)
     # Adapters for another base are found out before gigabytes are read.
     adapted, adapters = (None, None) if found is None else peft.load_adapter(found, arch)
     _, params = huggingface_load.load(weights_folder, dtype=dtype, arch=arch, int8=to_int8)
     compute = dtype or params["final_norm"].dtype.name
+    # Half precision is a way to store weights: its range is too small to compute in, and CPUs do not.
+    compute = "float32" if compute == "float16" else compute
     net = Transformer(arch, dtype=compute, lora=adapted, int8=to_int8)
     params = params if adapters is None else lora.attach(params, adapters)
     named = found if found is not None and _has_tokenizer(found) else weights_folder
@@ -87,7 +96,10 @@ def load(
 def _adapters_of(folder: str, base: storage.PathLike | None) -> tuple[str, str | None]:
     """(the folder of the weights, the folder of the adapters or None)."""
     if peft.is_adapter(folder):
-        return hub.local(base if base is not None else peft.base_of(folder)), folder
+        beneath = hub.local(base if base is not None else peft.base_of(folder))
+        if run_folder.is_run(beneath):
+            raise UserError(f"{beneath}, the base of {folder}, is a run: export it, and give the export as base")
+        return beneath, folder
     if base is not None:
         raise UserError(f"{folder} holds no adapters, so `base` means nothing: leave it out")
     return folder, None
@@ -99,14 +111,20 @@ def _stop_ids(arch: Architecture, tokenizer: Tokenizer | None) -> tuple[int, ...
 
 
 def _from_run(
-    folder: storage.PathLike, dtype: str | None, base: storage.PathLike | None, quantize: str | None
+    folder: storage.PathLike,
+    dtype: str | None,
+    base: storage.PathLike | None,
+    quantize: str | None,
+    step: run_folder.Wanted,
 ) -> Model:
     run = run_folder.open_run(folder)
     model = run.config.model
     if run.base is None and (base is not None or quantize == "int8"):
         raise UserError(f"{folder} holds no adapters: leave out base and quantize")
     to_int8 = run.base is not None and (quantize or model.quantize) == "int8"
-    params, _, adapted = weights.read_run(run, dtype=dtype, base=None if base is None else str(base), to_int8=to_int8)
+    params, _, adapted = weights.read_run(
+        run, dtype=dtype, step=step, base=None if base is None else str(base), to_int8=to_int8
+    )
     net = dataclasses.replace(wiring.network(run.arch, model, adapted), int8=to_int8)
     return Model(
         net=net if dtype is None else dataclasses.replace(net, dtype=dtype),

@@ -40,6 +40,27 @@ def copy_code(source: storage.PathLike | None, target: Path) -> None:
             (target / file.name).write_bytes(storage.read_bytes(file))
 
 
+def point_at_code(config: dict[str, Any], folder: Path, repository: str | None) -> None:
+    """Makes config.json's auto_map name a repository where it means a Python file that is not beside it.
+
+    What was downloaded by hub name comes without code, and transformers could not load an export that asks for it.
+
+    Args:
+        config: config.json; changed in place.
+        folder: the export, its code already in it.
+        repository: the hub name that has the family's code; None where transformers needs none.
+    """
+    named = config.get("auto_map")
+    if repository is None or not isinstance(named, dict):
+        return
+    config["auto_map"] = {
+        kind: f"{repository}--{place}"
+        if isinstance(place, str) and "--" not in place and not (folder / f"{place.split('.')[0]}.py").exists()
+        else place
+        for kind, place in named.items()
+    }
+
+
 def keep(source: storage.PathLike, target: Path) -> None:
     """Sets aside what an export will want of the checkpoint that a run starts from: model code and generation config.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from jaxblock.huggingface.load import listed, same_tree
 from jaxblock.huggingface.shards import Contents
 from jaxblock.models import families
 from jaxblock.models import lora as adaptation
+from jaxblock.models.hf_config import ALIGNMENT
 from jaxblock.models.lora import Lora
 from jaxblock.models.params import Architecture, Table, flatten, nest
 from jaxblock.types import Params
@@ -29,6 +29,9 @@ CONFIG = "adapter_config.json"
 """The file that says an exported folder is whole."""
 
 WEIGHTS = "adapter_model.safetensors"
+
+START = "diffusion_start.json"
+"""Beside adapters of an autoregressive base: the mask token and alignment, which its own config.json does not name."""
 
 # What PEFT can do to a branch and we do not: an adapter that says otherwise would load and be wrong.
 _FIXED: dict[str, tuple[Any, ...]] = {
@@ -71,8 +74,7 @@ def save_adapter(
         companions: a folder whose tokenizer files are copied; None for none.
 
     Raises:
-        UserError: the folder exists or cannot be written, the adapters are not those of the architecture, or the base's
-            vocabulary was extended, which an adapter cannot carry.
+        UserError: the folder exists or cannot be written, the adapters are not those of the architecture.
     """
     table = adaptation.table(families.table(arch), lora)
     problems = same_tree(adapters, table)
@@ -80,22 +82,57 @@ def save_adapter(
         raise UserError(
             f"cannot export to {folder}: these are not the adapters that were described: {'; '.join(problems)}"
         )
-    rows = json.loads(dict(arch.extra).get("vocab_size", "null"))
-    if rows is not None and rows < arch.vocab_size:
-        raise UserError(
-            f"cannot export adapters alone to {folder}: the vocabulary grew from {rows} to {arch.vocab_size} rows for the "
-            "mask token, and the base that PEFT would load has no such rows: export the merged network"
-        )
     pending = writer.pending_tensors(table, flatten(adapters), dtype)
     storage.check_vacant(folder, marker=CONFIG)
     with storage.new_folder(folder, marker=CONFIG) as scratch:
         beside.copy(companions, scratch)
         writer.write(scratch / WEIGHTS, pending, pending)
+        if _autoregressive(arch) and arch.mask_id is not None:
+            storage.write_json(scratch / START, {"mask_token_id": arch.mask_id, ALIGNMENT: arch.alignment})
         storage.write_json(scratch / CONFIG, _config(arch, lora, base))
 
 
+def check_rows(folder: storage.PathLike, arch: Architecture, base: Architecture) -> None:
+    """Raises UserError where adapters alone would be of no use: the vocabulary grew, and their base has no such rows.
+
+    Args:
+        folder: what is to be exported, for the message.
+        arch: what the adapters were trained on.
+        base: what the base's own config.json says.
+    """
+    if base.vocab_size < arch.vocab_size:
+        raise UserError(
+            f"cannot export adapters alone to {folder}: the vocabulary grew from {base.vocab_size} to "
+            f"{arch.vocab_size} rows for the mask token, and the base that PEFT would load has no such rows: export the "
+            "merged network"
+        )
+
+
+def start_of(folder: storage.PathLike, arch: Architecture) -> Architecture:
+    """An adapter's base as a diffusion network: an autoregressive one has its mask token and alignment from the adapters.
+
+    Args:
+        folder: of the adapters.
+        arch: the base's own; one that has a mask token is returned as it is.
+
+    Raises:
+        UserError: the file that names them is damaged, or they do not fit the base.
+    """
+    path = Path(folder) / START
+    if arch.mask_id is not None or not path.is_file():
+        return arch
+    said = storage.read_json(path)
+    mask_id = said.get("mask_token_id") if isinstance(said, dict) else None
+    if not isinstance(mask_id, int) or said.get(ALIGNMENT) not in ("same_position", "shifted"):
+        raise UserError(f"{path}: names no mask_token_id and {ALIGNMENT}: export the adapters again")
+    return families.with_mask(arch, mask_id, said[ALIGNMENT])
+
+
+def _autoregressive(arch: Architecture) -> bool:
+    return "alignment" not in families.FAMILIES[arch.family].TRAITS
+
+
 def _config(arch: Architecture, lora: Lora, base: str | None) -> dict[str, Any]:
-    autoregressive = "alignment" not in families.FAMILIES[arch.family].TRAITS
     return {
         "base_model_name_or_path": base,
         "bias": "none",
@@ -109,7 +146,7 @@ def _config(arch: Architecture, lora: Lora, base: str | None) -> dict[str, Any]:
         "r": lora.rank,
         "target_modules": target_modules(families.table(arch), lora),
         # PEFT's wrapper of this type asks the base for methods that the diffusion families' code may lack.
-        "task_type": "CAUSAL_LM" if autoregressive else None,
+        "task_type": "CAUSAL_LM" if _autoregressive(arch) else None,
         "use_dora": False,
         "use_rslora": False,
     }

@@ -80,7 +80,10 @@ def save(
         sizes: Counter[str] = Counter()
         for tensor in pending.values():
             sizes[tensor.dtype.name] += tensor.n_bytes
-        storage.write_json(scratch / MARKER, families.to_hf(arch, sizes.most_common(1)[0][0]))
+        config = families.to_hf(arch, sizes.most_common(1)[0][0])
+        code: str | None = getattr(families.FAMILIES[arch.family], "CODE", None)
+        companions.point_at_code(config, scratch, code)
+        storage.write_json(scratch / MARKER, config)
 
 
 def _check_whole(folder: storage.PathLike, params: Params) -> None:

@@ -17,8 +17,8 @@ MODEL_TYPES = ("Dream",)
 TRAITS: dict[str, Any] = {"qkv_bias": True, "alignment": "shifted"}
 """Fields of ``Architecture`` that all networks of the family share."""
 
-# transformers has no Dream of its own: an export without model code beside it names the repository that has it.
-_CODE = "Dream-org/Dream-v0-Instruct-7B--"
+CODE = "Dream-org/Dream-v0-Instruct-7B"
+"""transformers has no Dream of its own: an export without model code beside it names the repository that has it."""
 
 
 def table(arch: Architecture) -> Table:
@@ -36,8 +36,8 @@ def to_hf(arch: Architecture, dtype: str) -> dict[str, Any]:
     own = {
         "architectures": ["DreamModel"],
         "auto_map": {
-            "AutoConfig": _CODE + "configuration_dream.DreamConfig",
-            "AutoModel": _CODE + "modeling_dream.DreamModel",
+            "AutoConfig": CODE + "--configuration_dream.DreamConfig",
+            "AutoModel": CODE + "--modeling_dream.DreamModel",
         },
         "model_type": "Dream",
         "rope_scaling": None,

@@ -61,6 +61,40 @@ class Fields:
             raise UserError(f"{self._where}: {name} is {value!r}; it must be a whole number above 0")
         return value
 
+    def number(self, name: str, default: float) -> float:
+        """A number above 0.
+
+        Raises:
+            UserError: it is something else.
+        """
+        return self._positive(name, self.get(name, default))
+
+    def _positive(self, name: str, value: Any) -> float:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+            raise self.refuse(f"{name} is {value!r}; it must be a number above 0")
+        return float(value)
+
+    def check_heads(self, d_model: int, n_heads: int, n_kv_heads: int, head_dim: int | None = None) -> None:
+        """Checks sizes that tensors cannot contradict.
+
+        Args:
+            d_model: width.
+            n_heads: query heads.
+            n_kv_heads: key and value heads.
+            head_dim: where the config names one; None where it is the width over the heads.
+
+        Raises:
+            UserError: heads that do not divide, or of an odd size, which cannot be rotated.
+        """
+        if n_heads % n_kv_heads:
+            raise self.refuse(f"{n_heads} query heads are no multiple of {n_kv_heads} key and value heads")
+        if head_dim is None and d_model % n_heads:
+            raise self.refuse(f"a width of {d_model} does not split into {n_heads} heads")
+        if (head_dim or d_model // n_heads) % 2:
+            raise self.refuse(
+                f"heads of {head_dim or d_model // n_heads} dimensions: rotary positions need an even size"
+            )
+
     def check_fixed(self, fixed: Mapping[str, tuple[Any, ...]]) -> None:
         """Raises UserError where a field asks for something that the network does not do."""
         for name, allowed in fixed.items():
@@ -87,7 +121,10 @@ class Fields:
             UserError: it is absent, outside the vocabulary, or no id.
         """
         self.need(name)
-        return self.tokens(name, vocab_size)[0]
+        ids = self.tokens(name, vocab_size)
+        if not ids:
+            raise self.refuse(f"{name} is an empty list; it must be a token's id")
+        return ids[0]
 
     def tokens(self, name: str, vocab_size: int) -> tuple[int, ...]:
         """Special ids: one, or a list.
@@ -107,9 +144,15 @@ class Fields:
         return tuple(ids)
 
     def rope_theta(self) -> float:
-        """The rotary base, at the top level or under ``rope_parameters``."""
+        """The rotary base, at the top level or under ``rope_parameters``.
+
+        Raises:
+            UserError: it is no number above 0, or ``rope_parameters`` is no object.
+        """
         nested = self.get("rope_parameters", {})
-        return float(self.get("rope_theta") or nested.get("rope_theta") or 10_000.0)
+        if not isinstance(nested, dict):
+            raise self.refuse(f"rope_parameters is {nested!r}; it must be a JSON object")
+        return self._positive("rope_theta", self.get("rope_theta", nested.get("rope_theta") or 10_000.0))
 
     def rope_scaling(self) -> RopeScaling | None:
         """How rotary frequencies are stretched, under ``rope_scaling`` or ``rope_parameters``.
@@ -170,6 +213,9 @@ def read_llama(
     ends = fields.tokens("eos_token_id", vocab)
     if not ends:
         raise fields.refuse("eos_token_id is missing; set it to the token that ends a sequence")
+    n_kv_heads = fields.size("num_key_value_heads", n_heads)
+    head_dim = fields.size("head_dim", d_model // n_heads)
+    fields.check_heads(d_model, n_heads, n_kv_heads, None if fields.get("head_dim") is None else head_dim)
     own = dict(traits)
     if autoregressive := "alignment" not in own:
         own["alignment"] = fields.get(ALIGNMENT, "shifted")
@@ -180,10 +226,10 @@ def read_llama(
         d_model=d_model,
         n_layers=fields.size("num_hidden_layers"),
         n_heads=n_heads,
-        n_kv_heads=fields.size("num_key_value_heads", n_heads),
-        head_dim=fields.size("head_dim", d_model // n_heads),
+        n_kv_heads=n_kv_heads,
+        head_dim=head_dim,
         mlp_dim=fields.size("intermediate_size"),
-        norm_eps=float(fields.get("rms_norm_eps", 1e-6)),
+        norm_eps=fields.number("rms_norm_eps", 1e-6),
         rope_theta=fields.rope_theta(),
         max_len=fields.size("max_position_embeddings"),
         tie_embeddings=bool(fields.get("tie_word_embeddings", False)),

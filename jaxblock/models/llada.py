@@ -31,6 +31,7 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "attention_layer_norm": (False,),
     "scale_logits": (False,),
     "input_emb_norm": (False,),
+    "multi_query_attention": (False,),
 }
 
 _BLOCK = "model.transformer.blocks.{layer}."
@@ -49,8 +50,8 @@ _NAMES = {
     "head": "model.transformer.ff_out",
 }
 
-# transformers has no LLaDA of its own: an export without model code beside it names the repository that has it.
-_CODE = "GSAI-ML/LLaDA-8B-Instruct--"
+CODE = "GSAI-ML/LLaDA-8B-Instruct"
+"""transformers has no LLaDA of its own: an export without model code beside it names the repository that has it."""
 
 
 def table(arch: Architecture) -> Table:
@@ -73,8 +74,14 @@ def from_hf(config: Mapping[str, Any], where: str) -> Architecture:
     """
     fields = Fields(config, where, "LLaDA")
     fields.check_fixed(_FIXED)
+    if fields.get("clip_qkv") is not None:
+        raise fields.refuse(f"clip_qkv is {fields.get('clip_qkv')!r}; this reader supports none")
+    if fields.rope_scaling() is not None:
+        raise fields.refuse("rope_scaling is set, which LLaDA's own code does not know: take it out")
     d_model, n_heads = fields.size("d_model"), fields.size("n_heads")
-    vocab = fields.get("embedding_size") or fields.size("vocab_size")
+    n_kv_heads = fields.size("n_kv_heads", n_heads)
+    fields.check_heads(d_model, n_heads, n_kv_heads)
+    vocab = fields.size("embedding_size") if fields.get("embedding_size") else fields.size("vocab_size")
     eos_id = fields.need_token("eos_token_id", vocab)
     return Architecture(
         **TRAITS,
@@ -83,10 +90,10 @@ def from_hf(config: Mapping[str, Any], where: str) -> Architecture:
         d_model=d_model,
         n_layers=fields.size("n_layers"),
         n_heads=n_heads,
-        n_kv_heads=fields.size("n_kv_heads", n_heads),
+        n_kv_heads=n_kv_heads,
         head_dim=d_model // n_heads,
         mlp_dim=fields.size("mlp_hidden_size", fields.get("mlp_ratio", 4) * d_model),
-        norm_eps=fields.get("rms_norm_eps", 1e-5),
+        norm_eps=fields.number("rms_norm_eps", 1e-5),
         rope_theta=fields.rope_theta(),
         max_len=fields.size("max_sequence_length", 4096),
         tie_embeddings=bool(fields.get("weight_tying", False)),
@@ -116,9 +123,9 @@ def to_hf(arch: Architecture, dtype: str) -> dict[str, Any]:
         "attention_dropout": 0.0,
         "attention_layer_norm": False,
         "auto_map": {
-            "AutoConfig": _CODE + "configuration_llada.LLaDAConfig",
-            "AutoModel": _CODE + "modeling_llada.LLaDAModelLM",
-            "AutoModelForCausalLM": _CODE + "modeling_llada.LLaDAModelLM",
+            "AutoConfig": CODE + "--configuration_llada.LLaDAConfig",
+            "AutoModel": CODE + "--modeling_llada.LLaDAModelLM",
+            "AutoModelForCausalLM": CODE + "--modeling_llada.LLaDAModelLM",
         },
         "block_type": "llama",
         "embedding_dropout": 0.0,

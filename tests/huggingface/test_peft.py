@@ -186,17 +186,6 @@ def test_what_is_no_adapter_of_this_base(small: Any, tmp_path: Path, case: str) 
     assert str(tmp_path / "out") in str(caught.value)
 
 
-def test_adapters_cannot_carry_a_longer_vocabulary(small: Any, tmp_path: Path) -> None:
-    from jaxblock.huggingface.save import save
-
-    arch, params = small("llama", mask_id=None)
-    save(tmp_path / "base", arch, params)
-    grown = families.with_mask(load(tmp_path / "base")[0], 40)
-    lora = Lora(4, 8.0, 0.0, ("blocks/q",))
-    with pytest.raises(UserError, match="vocabulary grew from 40 to 64 rows.*export the merged network"):
-        peft.save_adapter(tmp_path / "out", grown, lora, random_adapters(grown, lora), base=None)
-
-
 def test_peft_agrees_on_what_a_name_hits(small: Any) -> None:
     theirs = pytest.importorskip("peft", reason="benchmarks/requirements.txt is not installed")
     from peft.tuners.tuners_utils import check_target_module_exists

@@ -1,0 +1,98 @@
+"""Odd checkpoints as users have them: half precision, code left on the hub, adapters of autoregressive starts, bad fields."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxblock
+from jaxblock.errors import UserError
+from jaxblock.huggingface.save import save
+from jaxblock.models import families
+from jaxblock.models import lora as adaptation
+from jaxblock.models.lora import Lora
+from jaxblock.models.params import init
+
+
+@pytest.mark.parametrize(
+    ("family", "field", "value", "message"),
+    [
+        ("llada", "eos_token_id", [], "eos_token_id is an empty list"),
+        ("llada", "rope_scaling", {"rope_type": "linear", "factor": 2.0}, "rope_scaling is set"),
+        ("llada", "clip_qkv", 8.0, "clip_qkv is 8.0"),
+        ("llada", "n_kv_heads", 3, "no multiple of 3"),
+        ("llada", "d_model", 18, "does not split into 4 heads"),
+        ("llama", "head_dim", 7, "even size"),
+        ("llama", "rope_theta", "x", "rope_theta is 'x'"),
+        ("llama", "rope_parameters", [1], "must be a JSON object"),
+    ],
+)
+def test_config_fields(small: Any, family: str, field: str, value: Any, message: str) -> None:
+    config = families.to_hf(small(family)[0], "float32")
+    with pytest.raises(UserError, match=message):
+        families.from_hf({**config, field: value}, "config.json")
+
+
+def test_half_precision_is_computed_in_float32_and_kept(small: Any, tmp_path: Path) -> None:
+    arch, params = small("llada")
+    save(tmp_path / "half", arch, params, dtype=jnp.float16)
+    model = jaxblock.load(tmp_path / "half")
+    assert model.params["embed"].dtype == jnp.float16
+    assert np.isfinite(model.logits([[3, 4, 5]])).all()
+
+
+def test_code_that_is_not_beside_the_weights_is_named(small: Any, tmp_path: Path) -> None:
+    arch, params = small("llada")
+    save(tmp_path / "hub", arch, params)
+    path = tmp_path / "hub" / "config.json"
+    config = json.loads(path.read_text()) | {"auto_map": {"AutoModel": "modeling_llada.LLaDAModelLM"}}
+    path.write_text(json.dumps(config))
+    jaxblock.load(tmp_path / "hub").save(tmp_path / "out")
+    named = json.loads((tmp_path / "out" / "config.json").read_text())["auto_map"]
+    assert named == {"AutoModel": "GSAI-ML/LLaDA-8B-Instruct--modeling_llada.LLaDAModelLM"}
+
+
+def adapted(model: Any, base: Path) -> Any:
+    lora = Lora(2, 4.0, 0.0, ("blocks/q",))
+    adapters = init(adaptation.table(families.table(model.arch), lora), 3, jnp.float32)
+    net = dataclasses.replace(model.net, lora=lora)
+    return dataclasses.replace(model, net=net, params=adaptation.attach(model.params, adapters), base=str(base))
+
+
+def test_adapters_of_an_autoregressive_start_decode_as_they_were_trained(small: Any, tmp_path: Path) -> None:
+    arch, params = small("llama", mask_id=None)
+    save(tmp_path / "base", arch, params)
+    model = adapted(jaxblock.load(tmp_path / "base", mask_id=39, alignment="same_position"), tmp_path / "base")
+    model.save_adapter(tmp_path / "adapter")
+    again = jaxblock.load(tmp_path / "adapter")
+    assert (again.arch.mask_id, again.arch.alignment) == (39, "same_position")
+
+
+def test_adapters_cannot_carry_rows_that_their_base_lacks(small: Any, tmp_path: Path) -> None:
+    arch, params = small("llama", mask_id=None)
+    save(tmp_path / "base", arch, params)
+    model = adapted(jaxblock.load(tmp_path / "base", mask_id=40), tmp_path / "base")
+    # As a run's model.json gives it: what was read says the longer vocabulary too.
+    grown = families.from_hf(families.to_hf(model.arch, "float32"), "model.json")
+    model = dataclasses.replace(model, net=dataclasses.replace(model.net, arch=grown))
+    with pytest.raises(UserError, match="vocabulary grew from 40 to 64 rows.*export the merged network"):
+        model.save_adapter(tmp_path / "adapter")
+
+
+def test_batches_that_are_none(small: Any, tmp_path: Path) -> None:
+    save(tmp_path / "base", *small("llada"))
+    model = jaxblock.load(tmp_path / "base")
+    for call in (
+        lambda: model.logits([[1, 2], [3]]),
+        lambda: model.logits([[1, 40]]),
+        lambda: model.decode([]),
+        lambda: model.nelbo([[1]], [[3]], samples=-1),
+    ):
+        with pytest.raises(UserError):
+            call()
