@@ -187,7 +187,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         host_memory.keep_freed_memory()
         if not traces:
             _hush()
-    given = [argument for argument in given if argument != "--traceback"]
+    short = {"--profile": "--train.profile"} if given[:1] == ["train"] else {}
+    given = [short.get(argument, argument) for argument in given if argument != "--traceback"]
     if not given or given[0] in ("-h", "--help"):
         print(_overview())
         return 0 if given else 2

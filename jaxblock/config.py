@@ -361,6 +361,12 @@ class TrainConfig:
     """Devices along the `tensor` mesh axis (heads, feed-forward columns and vocabulary are split)."""
     slices: int = 1
     """TPU slices joined by the data-centre network: only gradients are summed over it."""
+    profile: tuple[int, int] | None = None
+    """First and last step of a trace in the run folder's `profile/` (also `--profile`); None for none."""
+    wandb: Literal["off", "online", "offline"] = "off"
+    """Also write metrics to Weights & Biases: over the network, or to files for `wandb sync`."""
+    wandb_project: str = "jaxblock"
+    """Its project there; the run has the run folder's name."""
 
 
 @dataclass(frozen=True)

@@ -301,6 +301,12 @@ def _check_train(config: Config) -> None:
         train.data_parallel == -1 or train.data_parallel >= 1,
         f"train.data_parallel is {train.data_parallel}: it must be at least 1, or -1 for all devices that remain",
     )
+    if train.profile is not None:
+        _require(
+            len(train.profile) == 2 and 1 <= train.profile[0] <= train.profile[1] <= train.steps,
+            f"train.profile is {' '.join(map(str, train.profile))}: give the first and the last step of the trace, between 1 and "
+            f"train.steps ({train.steps}); step 1 also compiles",
+        )
 
 
 def _check_optimizer(config: Config) -> None:

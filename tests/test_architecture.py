@@ -45,7 +45,7 @@ MAY_IMPORT = {
     "training": {"types", "errors", "config", "storage", "jsonl", "diffusion", "models", "parallel"},
     "training.step": {"types", "errors", "diffusion", "models", "parallel"},
     "training.state": {"types", "errors", "models", "parallel"},
-    "plan": {"errors", "training"},
+    "plan": {"errors", "parallel", "training"},
     "__init__": {"api", "loading", "errors"},
     "__main__": {"cli"},
 }

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from jaxblock.parallel.chips import Chip
 from jaxblock.plan.costs import Costs
-from jaxblock.plan.topology import Chip
 
 
 class Estimate(NamedTuple):

@@ -7,7 +7,6 @@ logged.
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +15,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from jaxblock import storage
+from jaxblock import config_io, storage
 from jaxblock.config import Config
 from jaxblock.data.loader import Batch, batches
 from jaxblock.errors import UserError
@@ -24,12 +23,16 @@ from jaxblock.evaluation.runner import Bound, Evaluator, Solved
 from jaxblock.parallel import distributed
 from jaxblock.reporting import plots
 from jaxblock.reporting.progress import TrainProgress
-from jaxblock.training import ahead, schedules
+from jaxblock.training import ahead, goodput, schedules, throughput
 from jaxblock.training.ahead import Ahead
+from jaxblock.training.goodput import Goodput
 from jaxblock.training.interrupt import Interrupt, shielded
-from jaxblock.training.metrics import MetricsLog, summarise
+from jaxblock.training.metrics import FILE, summarise
+from jaxblock.training.profiler import Profiler
 from jaxblock.training.setup import Session, meta, set_up
 from jaxblock.training.step import StepMetrics, compile_step, train_step
+from jaxblock.training.throughput import Work
+from jaxblock.training.trackers import Trackers
 
 INTERRUPTED = 130
 """Exit code of a run that was told to stop and has saved."""
@@ -66,23 +69,31 @@ def train(config: Config, console: Console) -> Outcome:
         UserError: bad settings or data, an existing run that this config does not continue, or a loss that is not a
             number.
     """
-    session = set_up(config, console)
+    with Goodput() as clock:
+        return _train(set_up(config, console), console, clock)
+
+
+def _train(session: Session, console: Console, clock: Goodput) -> Outcome:
+    config = session.config
     with jax.set_mesh(session.mesh):
         if session.step >= config.train.steps:
             console.out(f"{config.train.out} is finished ({session.step:,} steps); nothing to do", highlight=False)
             session.checkpoints.close()
             return Outcome(session.step, finished_before=True)
         try:
-            return _Loop(session, console).run()
+            return _Loop(session, console, clock).run()
         finally:
             session.checkpoints.close()
 
 
 @dataclass
 class _Window:
-    """The steps since the last line of metrics; nothing of theirs has been read off the device."""
+    """The steps since the last line of metrics; nothing of theirs has been read off the device.
 
-    since: float
+    ``since`` is the clock's time of training (evaluations, saves and compiling are not in it) when those before were read.
+    """
+
+    since: float = 0.0
     metrics: list[StepMetrics] = field(default_factory=list)
     step: int = 0
     rows: int = 0
@@ -95,13 +106,12 @@ class _Window:
         self.rows += len(batch.index)
         self.prompt_tokens += int(batch.prompt_len.sum())
 
-    def empty(self) -> None:
-        self.metrics, self.rows, self.prompt_tokens, self.due = [], 0, 0, False
-        self.begin()
+    def empty(self, now: float) -> None:
+        self.since, self.metrics, self.rows, self.prompt_tokens, self.due = now, [], 0, 0, False
 
-    def begin(self) -> None:
-        """Starts the clock again, after a pause that is not training."""
-        self.since = time.perf_counter()
+    def idle(self) -> bool:
+        """Whether the device has done all that it was given. Asks, and does not wait."""
+        return not self.metrics or bool(self.metrics[-1].grad_norm.is_ready())  # type: ignore[attr-defined]
 
 
 def _check_finite(found: list[StepMetrics], before: int) -> None:
@@ -118,14 +128,19 @@ def _check_finite(found: list[StepMetrics], before: int) -> None:
 class _Loop:
     """One process's run, from ``session.step`` to the last step."""
 
-    def __init__(self, session: Session, console: Console) -> None:
-        self.session, self.config, self.console = session, session.config, console
+    def __init__(self, session: Session, console: Console, clock: Goodput) -> None:
+        self.session, self.config, self.console, self.clock = session, session.config, console, clock
         self.run_folder = storage.as_path(self.config.train.out)
         self.lr = schedules.schedule(self.config.optimizer, self.config.train.steps)
-        self.log: MetricsLog | None = None
+        self.log: Trackers | None = None
         if session.process_index == 0:
             begin = session.step if session.resumed else -1
-            self.log = MetricsLog(self.run_folder, self.config.train.tensorboard, begin)
+            clock.go_on(goodput.earlier(self.run_folder / FILE, begin))
+            self.log = Trackers(self.config, config_io.to_tree(self.config), begin, self._say)
+        who = (session.process_index, session.process_count)
+        self.profiler = Profiler(self.config.train.profile, self.run_folder, *who, self._say)
+        self.profiler.skip_to(session.step)
+        self.peak = throughput.peak(session.mesh)
         self.nans = session.nans
         self.ahead: Ahead | None = None
         self.evaluated: dict[str, Any] = {}
@@ -145,22 +160,27 @@ class _Loop:
         data = self._data()
         step_fn = self._step()
         state, step = session.state, session.step
-        window = _Window(time.perf_counter())
+        window = _Window()
         bar = TrainProgress(train.steps, start=step, every=train.log_every, console=self.console)
-        with Interrupt() as stop, bar as progress:
+        self.clock.started()
+        with Interrupt() as stop, bar as progress, contextlib.closing(self.profiler):
             if not session.resumed:
                 self._evaluate(session.scored(state), step, progress)
+                self._write(self.clock.row(step))
             else:
                 self._write({"step": step, "kind": "resume"})
-            window.begin()
             stopping = distributed.any_of(stop.asked)
             while step < train.steps and not stopping:
+                self.clock.charge("step")
                 batch = next(data)
+                self.clock.charge("data" if window.idle() else "step")
+                self.profiler.before(step + 1)
                 state, metrics = step_fn(state, batch)
                 if window.due:
                     # The step just dispatched keeps the device busy while the host reads those before it.
                     self._report(window, progress)
                 step += 1
+                self.profiler.after(step, metrics)
                 window.add(step, metrics, batch)
                 if self.nans is not None:
                     self.nans.check(step, metrics, batch)
@@ -171,8 +191,10 @@ class _Loop:
                 if window.due and (evaluate or save or train.debug):
                     self._report(window, progress)
                 if evaluate:
+                    jax.block_until_ready(metrics)  # evaluating waits for it too: it is training's time
                     self._evaluate(session.scored(state), step, progress)
-                    window.begin()
+                if evaluate or save:
+                    self._write(self.clock.row(step))  # before the save: a checkpoint's time is told up to it
                 if save:
                     self._save(state, step, window)
                 if session.process_count == 1 or step % train.log_every == 0:
@@ -181,7 +203,8 @@ class _Loop:
                 if window.metrics:
                     self._report(window, progress)
                 self._save(state, step, window)
-        session.checkpoints.close()
+        with self.clock.during("save"):
+            session.checkpoints.close()
         return self._end(step)
 
     def _data(self) -> Iterator[Batch]:
@@ -237,11 +260,21 @@ class _Loop:
         row = summarise(found)
         positions = window.prompt_tokens + window.rows * self.config.canvas.response_len
         everywhere = self.session.process_count * self.config.method.draws
-        speed = positions * everywhere / (time.perf_counter() - window.since)
+        now = self.clock.training()
+        seconds = max(now - window.since, 1e-9)
+        self.clock.pace(seconds / count)
+        speed = positions * everywhere / seconds
         lr = float(self.lr(step - 1))
-        self._write({"step": step, "kind": "train", **row, "lr": lr, "tokens_per_second": speed})
+        predicted = window.rows * self.session.objective.layout.block
+        done = self._arithmetic(Work(*(n * everywhere for n in (window.rows, positions, predicted))), seconds)
+        self._write({"step": step, "kind": "train", **row, "lr": lr, "tokens_per_second": speed, **done})
         progress.train(step, row["loss"], speed)
-        window.empty()
+        window.empty(now)
+
+    def _arithmetic(self, work: Work, seconds: float) -> dict[str, float]:
+        net = self.session.net
+        adapters = None if net.lora is None else net.trainable
+        return throughput.speeds(throughput.model_flops(net.table, net.arch, work, adapters), seconds, self.peak)
 
     def _evaluate(self, params: Any, step: int, progress: TrainProgress) -> None:
         train = self.config.train
@@ -249,7 +282,8 @@ class _Loop:
         row: dict[str, Any] = {"step": step, "kind": "eval"}
         bound: Bound | None = None
         solved: Solved | None = None
-        with jax.disable_jit(False):  # debug mode is for training steps: decoding without jit would take minutes
+        # Debug mode is for training steps: decoding without jit would take minutes.
+        with self.clock.during("evaluation"), jax.disable_jit(False):
             if train.eval_nelbo_rows and held_out:
                 bound = self.evaluator.bound(params, held_out[: train.eval_nelbo_rows])
                 row["nelbo_per_token"] = bound.per_text_token._asdict()
@@ -278,12 +312,16 @@ class _Loop:
             _check_finite(jax.device_get(window.metrics), step - len(window.metrics))
             if self.log is not None:
                 self.log.flush()
-            self.session.checkpoints.save(state, step, meta(self.session))
+            with self.clock.during("save"):
+                self.session.checkpoints.save(state, step, meta(self.session))
             self.saved = step
 
     def _end(self, step: int) -> Outcome:
         interrupted = step < self.config.train.steps
         if self.log is not None:
+            told = self.clock.row(step)
+            self.log.write(told)
             self.log.close()
+            self._say(goodput.said(told))
             plots.plot_run(self.log.path, self.run_folder / "plots")
         return Outcome(step, interrupted, last=self.evaluated)

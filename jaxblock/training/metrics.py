@@ -1,16 +1,14 @@
-"""Where metrics go: JSON lines always, TensorBoard by a flag."""
+"""Rows of metrics: what is in them, and the file that they are always written to (others: ``trackers``)."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from typing import Any
 
 import numpy as np
 
 from jaxblock import jsonl, storage
-from jaxblock.errors import UserError
 from jaxblock.training.step import StepMetrics
 from jaxblock.types import Sum
 
@@ -21,50 +19,32 @@ class MetricsLog:
     """Appends rows to ``metrics.jsonl`` (in an object store: writes parts of it, `jsonl`); a resumed run appends to the
     rows up to its checkpoint."""
 
-    def __init__(self, run: storage.PathLike, tensorboard: bool, step: int) -> None:
-        """Opens the files. Rows of later steps than ``step``, which the run makes again, are taken out.
+    def __init__(self, run: storage.PathLike, step: int) -> None:
+        """Opens the file. Rows of later steps than ``step``, which the run makes again, are taken out.
 
         Args:
             run: the run folder, which exists.
-            tensorboard: also write event files into ``run/tensorboard``.
             step: the step the run goes on from; -1 if it begins.
 
         Raises:
-            UserError: the folder cannot be written, or tensorboardX is not installed.
+            UserError: the folder cannot be written.
         """
         self.path = storage.as_path(run) / FILE
         with storage.explained("write metrics", self.path):
             self._lines = jsonl.Lines(self.path, lambda line: json.loads(line)["step"] <= step)
-        self._events: Any = None
-        if tensorboard and storage.is_remote(run):
-            raise UserError(
-                f"train.tensorboard writes to a local folder, and train.out is {os.fspath(run)}: leave it off; the "
-                "pictures in plots/ are drawn there too"
-            )
-        if tensorboard:
-            try:
-                from tensorboardX import SummaryWriter
-            except ImportError:
-                raise UserError("train.tensorboard needs tensorboardX: pip install tensorboardX") from None
-            self._events = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=step + 1)
 
     def write(self, row: dict[str, Any]) -> None:
         """Appends one row with at least ``step`` and ``kind``; a kill loses at most a cut last line (an object store:
         the rows of the last minute, which are after the checkpoint that the run goes on from: see ``flush``)."""
-        self._lines.append(json.dumps(_finite(row)))
-        if self._events is not None:
-            for name, value in _scalars(row):
-                self._events.add_scalar(f"{row['kind']}/{name}", value, row["step"])
+        self._lines.append(json.dumps(finite(row)))
 
     def flush(self) -> None:
         """Before a checkpoint: the rows before it are not made again."""
         self._lines.flush()
 
     def close(self) -> None:
-        """Closes the files."""
+        """Closes the file."""
         self._lines.close()
-        if self._events is not None:
-            self._events.close()
 
 
 def summarise(window: list[StepMetrics]) -> dict[str, Any]:
@@ -74,8 +54,11 @@ def summarise(window: list[StepMetrics]) -> dict[str, Any]:
         window: host copies of each step's metrics.
 
     Returns:
-        ``loss``, ``grad_norm`` (of the last step), ``loss_by_block`` and ``loss_by_count`` as [sum, weight] pairs.
+        ``loss``, ``grad_norm`` (of the last step), ``loss_by_block`` and ``loss_by_count`` as [sum, weight] pairs, without
+        the steps that were skipped, whose count is ``skipped`` (all of them: NaN).
     """
+    skipped = sum(bool(m.skipped) for m in window)
+    window = [m for m in window if not m.skipped] or window
 
     def pooled(parts: list[Sum]) -> tuple[np.ndarray, np.ndarray]:
         both = np.asarray([[p.total for p in parts], [p.weight for p in parts]], np.float64).sum(1)
@@ -89,25 +72,32 @@ def summarise(window: list[StepMetrics]) -> dict[str, Any]:
         "grad_norm": float(window[-1].grad_norm),
         "loss_by_block": np.stack(by_block, -1).round(4).tolist(),
         "loss_by_count": np.stack(by_count, -1).round(4).tolist(),
+        "skipped": skipped,
     }
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """NaN and infinity have no JSON: they are written as text, so that every reader can parse the line."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
 
 
-def _scalars(row: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+def scalars(row: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    """The numbers of a row as (name, value), those of nested values as ``outer/inner``; lists and texts are left out.
+
+    Args:
+        row: of metrics.
+        prefix: in front of each name.
+    """
     found = []
     for key, value in row.items():
         if isinstance(value, dict):
-            found += _scalars(value, f"{prefix}{key}/")
+            found += scalars(value, f"{prefix}{key}/")
         elif isinstance(value, int | float) and key not in ("step", "kind"):
             found.append((prefix + key, float(value)))
     return found

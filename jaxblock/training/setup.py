@@ -28,7 +28,7 @@ from jaxblock.models import families, lora
 from jaxblock.models.transformer import Transformer
 from jaxblock.parallel import axes, distributed
 from jaxblock.training import optimizer as optimizers
-from jaxblock.training import run_folder, weights
+from jaxblock.training import run_folder, trackers, weights
 from jaxblock.training.checkpoint import Checkpoints
 from jaxblock.training.debug import NanFinder, not_finite
 from jaxblock.training.run_folder import Base
@@ -41,7 +41,8 @@ MAY_CHANGE = {
     "model": {"remat", "attention", "scan_layers", "init_from", "loss_chunk"},
     "train": {
         "out", "resume", "log_every", "eval_every", "eval_problems", "eval_nelbo_rows", "save_every", "keep",
-        "tensorboard", "loader_workers", "debug", "data_parallel", "fsdp", "tensor", "slices", "accumulate",
+        "tensorboard", "wandb", "wandb_project", "profile",
+        "loader_workers", "debug", "data_parallel", "fsdp", "tensor", "slices", "accumulate",
     },
     "decode": {field.name for field in dataclasses.fields(config_io.Config().decode)},
     "evaluate": {field.name for field in dataclasses.fields(config_io.Config().evaluate)},
@@ -99,6 +100,7 @@ def set_up(config: Config, console: Console) -> Session:
     process_index, process_count = distributed.start()
     console.quiet = process_index > 0  # one process speaks for all
     train = config.train
+    trackers.check(train)
     folder = storage.as_path(train.out)
     prepared = open_prepared(config.data.prepared)
     check_data(config, prepared)

@@ -14,6 +14,7 @@ import pytest
 import jaxblock
 from jaxblock.cli import main
 from jaxblock.huggingface import save
+from jaxblock.reporting import metrics
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def test_a_run_and_its_export_give_the_same_start(tiny_config: Path, tiny_run: P
         flags += ["--train.eval_every", "0", "--train.log_every", "40"]
         assert main(["train", "--config", str(tiny_config), *flags]) == 0
         first = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
-        last = json.loads((tiny_run / "metrics.jsonl").read_text().splitlines()[-1])
+        last = metrics.read(tiny_run / "metrics.jsonl").evals[-1]
         assert first["step"] == 0 and last["step"] == 120
         assert first["nelbo_per_token"] == pytest.approx(last["nelbo_per_token"], rel=1e-5)
         ends[source] = jax.tree.leaves(jaxblock.load(out).params)
