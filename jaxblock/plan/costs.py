@@ -50,7 +50,7 @@ class Costs(NamedTuple):
 
     def sent(self, kind: str | None = None) -> float:
         """Bytes that a device sends to others of its slice; of one kind, or of all."""
-        return sum(c.sent for c in self.collectives if (c.kind == kind if kind else c.kind in KINDS))
+        return sum((c.sent for c in self.collectives if (c.kind == kind if kind else c.kind in KINDS)), 0.0)
 
     @property
     def across(self) -> float:
@@ -146,7 +146,7 @@ def _made(instruction: Instruction, given: tuple[Shape, ...]) -> tuple[Shape, ..
 
 
 def _bytes(shapes: Iterable[Shape]) -> float:
-    return sum(shape.bytes for shape in shapes)
+    return sum((shape.bytes for shape in shapes), 0.0)
 
 
 def _group_size(rest: str, devices: int) -> int:
@@ -268,7 +268,7 @@ def _traffic(module: Module, instruction: Instruction, computation: Computation)
 
 
 def _main(shapes: Iterable[Shape]) -> float:
-    return sum(shape.bytes for shape in shapes if shape.in_main_memory)
+    return sum((shape.bytes for shape in shapes if shape.in_main_memory), 0.0)
 
 
 def _in_main(instruction: Instruction | None) -> bool:

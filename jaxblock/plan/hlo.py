@@ -79,7 +79,7 @@ class Instruction(NamedTuple):
     @property
     def bytes(self) -> float:
         """Size of the result."""
-        return sum(shape.bytes for shape in self.shapes)
+        return sum((shape.bytes for shape in self.shapes), 0.0)
 
 
 Computation = dict[str, Instruction]
@@ -210,7 +210,7 @@ def executed(module: Module) -> Iterator[Executed]:
 def trips(module: Module, caller: str, loop: Instruction) -> int:
     """How often a ``while`` loop runs at the most.
 
-    XLA notes it for some backends; else it is read off the condition, whose counter goes up by one to a constant.
+    XLA notes it for some backends; else it is read off the condition, whose counter goes up to a constant.
     """
     noted = _TRIPS.search(loop.rest)
     if noted:
@@ -250,11 +250,30 @@ def _bounds(module: Module, where: Computation, at: Instruction, caller: str, lo
         return []
     counter, limit = (sides[0], sides[1]) if direction[1] in ("LT", "LE", "NE") else (sides[1], sides[0])
     assert counter is not None and limit is not None
-    start = _value(module, where, counter, caller, loop)
+    start = _value(module, where, counter, caller, loop) or 0
     stop = _value(module, where, limit, caller, loop)
     if stop is None:
         return []
-    return [stop - (start or 0) + (direction[1] in ("LE", "GE"))]
+    step = _stride(module, where, counter, loop)
+    return [-(-(stop - start + (direction[1] in ("LE", "GE"))) // step)]
+
+
+def _stride(module: Module, where: Computation, counter: Instruction, loop: Instruction) -> int:
+    """What a loop's body adds to its counter: more than one where XLA has put several rounds into one."""
+    while counter.opcode in ("copy", "bitcast", "convert", "reshape") and counter.operands[0] in where:
+        counter = where[counter.operands[0]]
+    index = re.search(r"index=(\d+)", counter.rest)
+    body = module.computations.get(loop.attribute("body"), {})
+    root = next((i for i in body.values() if i.root), None)
+    if counter.opcode != "get-tuple-element" or index is None or root is None or root.opcode != "tuple":
+        return 1
+    at, step = body.get(root.operands[int(index[1])]), 0
+    while at is not None and at.opcode in ("add", "copy", "bitcast"):
+        given = [body[name] for name in at.operands if name in body]
+        numbers = [int(n[1]) for i in given if i.opcode == "constant" and (n := re.match(r"\((-?\d+)\)", i.rest))]
+        step += sum(numbers)
+        at = next((i for i in given if i.opcode != "constant"), None)
+    return max(step, 1)
 
 
 def _value(

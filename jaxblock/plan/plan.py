@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from jaxblock import config_io
 from jaxblock.config import Config
-from jaxblock.errors import UserError
 from jaxblock.models import families, params
 from jaxblock.models.params import Architecture
 from jaxblock.plan import costs, layout, programs, sizes
 from jaxblock.plan.estimate import estimate
 from jaxblock.plan.programs import Program
 from jaxblock.plan.topology import Topology
-from jaxblock.training.advice import Found, Trial, advise
+from jaxblock.training import ahead
+from jaxblock.training.advice import Found, advise
 
 Say = Callable[[str], None]
 
@@ -73,7 +71,7 @@ def make(
         result["decode"] = {**_described(block, topology, None), "fits": fits_too}
     if not fits:
         tried, found = advise(
-            settled, layout.ways(settled), topology.chips, _trier(config, arch, topology, limit, say), tries
+            settled, layout.ways(settled), topology.chips, ahead.trier(arch, list(mesh.devices.flat), limit, say), tries
         )
         result["tried"] = [_advice(one) for one in tried]
         result["advice"] = None if found is None else _advice(found)
@@ -130,32 +128,3 @@ def _shapes(one: costs.Collective) -> list[str]:
 
 def _advice(found: Found) -> dict[str, Any]:
     return {"flags": found.flags, "cost": found.cost, **found.trial._asdict()}
-
-
-def _trier(config: Config, arch: Architecture, topology: Topology, limit: float, say: Say) -> Callable[[Config], Trial]:
-    """Compiles a changed config. What is changed is said; what the change makes of the mesh is settled anew."""
-
-    def fits(changed: Config) -> Trial:
-        try:
-            valid = config_io.validate(changed)
-            mesh = layout.mesh(valid, topology)
-            least = programs.arguments(valid, arch, mesh)
-        except UserError:
-            return Trial(float("inf"), fits=False, compiled=False)
-        if least > limit:
-            return Trial(least, fits=False, compiled=False)
-        say(f"trying {_difference(config, changed)}")
-        step = programs.train_step(valid, arch, mesh)
-        return Trial(step.memory.total, step.memory.total <= limit and step.costs is not None, compiled=True)
-
-    return fits
-
-
-def _difference(before: Config, after: Config) -> str:
-    changed = []
-    for section in dataclasses.fields(before):
-        old, new = getattr(before, section.name), getattr(after, section.name)
-        for field in dataclasses.fields(old):
-            if field.name not in ("slices", "data_parallel") and getattr(old, field.name) != getattr(new, field.name):
-                changed.append(f"{section.name}.{field.name} {getattr(new, field.name)}")
-    return ", ".join(changed)

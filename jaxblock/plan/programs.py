@@ -51,11 +51,6 @@ def train_step(config: Config, arch: Architecture, mesh: Mesh) -> Program:
     return _compiled(found.step, {**arguments, **_inside(config, arch, found)}, sum(arguments.values()), mesh)
 
 
-def arguments(config: Config, arch: Architecture, mesh: Mesh) -> float:
-    """Bytes that the train step is given on each device: no compiler makes them fewer."""
-    return sum(_arguments(abstract.build(config, arch, mesh), config, mesh).values())
-
-
 def _arguments(found: Abstract, config: Config, mesh: Mesh) -> dict[str, float]:
     rows = -(-config.train.batch_size // layout.ways(config))
     state = found.state

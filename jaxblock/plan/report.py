@@ -77,7 +77,7 @@ def _costs(plan: dict[str, Any]) -> Table:
     table.add_row("memory traffic", *(gib(program["traffic"]) for program in programs))
     kinds = dict.fromkeys(kind for program in programs for kind in program["sent"])
     for kind in kinds:
-        table.add_row(f"sent, {kind}", *(gib(program["sent"].get(kind, 0)) for program in programs))
+        table.add_row(f"sent, {kind}", *(gib(program["sent"].get(kind, 0.0)) for program in programs))
     return table
 
 

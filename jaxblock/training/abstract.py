@@ -63,7 +63,7 @@ def build(config: Config, arch: Architecture, mesh: Mesh) -> Abstract:
     how: Any = {"accumulate": config.train.accumulate, "ema": config.optimizer.ema}
     with jax.set_mesh(mesh):
         compiled = compile_step(objective, optimizer, state, mesh, net.trainable, frozen_table, **how)
-        lowered = compiled.lower(state, _batch(config), frozen)  # type: ignore[attr-defined]
+        lowered = compiled.lower(state, batch(config), frozen)  # type: ignore[attr-defined]
     return Abstract(state, frozen, lowered)
 
 
@@ -89,7 +89,8 @@ def _placed(tree: Any, where: Any) -> Any:
     return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), tree, where)
 
 
-def _batch(config: Config) -> Batch:
+def batch(config: Config) -> Batch:
+    """The shapes of a global batch."""
     rows, canvas = config.train.batch_size, config.canvas
     widths = {"prompt_ids": (canvas.prompt_len,), "response_ids": (canvas.response_len,)}
     shapes: Any = [jax.ShapeDtypeStruct((rows, *widths.get(name, ())), jnp.int32) for name in Batch._fields]

@@ -86,11 +86,20 @@ def over(message: str, arguments: float) -> Memory | None:
 
 def device_limit(device: jax.Device) -> float | None:
     """Bytes that a device will give to programs; None where the platform does not say (CPU)."""
+    return _statistic(device, "bytes_limit")
+
+
+def device_peak(device: jax.Device) -> float | None:
+    """The most bytes that have been in use on a device; None where the platform does not say (CPU)."""
+    return _statistic(device, "peak_bytes_in_use")
+
+
+def _statistic(device: jax.Device, name: str) -> float | None:
     try:
-        stats = device.memory_stats()
+        found = device.memory_stats()
     except Exception:  # some platforms raise where others return None
         return None
-    return float(stats["bytes_limit"]) if stats and "bytes_limit" in stats else None
+    return float(found[name]) if found and name in found else None
 
 
 def gib(size: float) -> str:

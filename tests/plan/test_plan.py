@@ -1,0 +1,141 @@
+"""Plans: topologies, meshes, what is advised, and the verb from end to end."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from jaxblock import wiring
+from jaxblock.cli import main
+from jaxblock.config import CanvasConfig, Config, LoraConfig, MethodConfig, ModelConfig, TrainConfig
+from jaxblock.errors import UserError
+from jaxblock.parallel import axes
+from jaxblock.plan import layout, sizes, topology
+from jaxblock.training import abstract, ahead, memory
+from jaxblock.training.advice import Trial, advise
+from jaxblock.training.memory import Built
+
+SMALL = Config(
+    canvas=CanvasConfig(16, 16, 4),
+    model=ModelConfig(d_model=64, n_layers=2, n_heads=2, mlp_dim=128),
+    train=TrainConfig(batch_size=32, data_parallel=8, fsdp=1),
+)
+ARCH = wiring.architecture(SMALL.model, vocab_size=512, mask_id=511, eos_id=510)
+
+
+def test_names_of_topologies() -> None:
+    names = ("v5e-16", "v6e-8", "v5p-8", "2xv5e-256", "h200-1", "cpu-8")
+    found = [topology.parse(name) for name in names]
+    assert [(t.devices, t.shape) for t in found] == [
+        (16, "4x4"), (8, "2x4"), (4, "2x2x1"), (512, "16x16"), (1, ""), (8, ""),
+    ]  # fmt: skip
+    assert [t.is_estimate for t in found] == [False] * 4 + [True] * 2
+    for wrong in ("v7-8", "v5e-12", "v5e", "2xh100-8", "h100-16", "2xv5p-8", "v5p-5", "0xv5e-16", "cpu-0"):
+        with pytest.raises(UserError, match="topology"):
+            topology.parse(wrong)
+
+
+def test_the_mesh_is_the_configs_or_all_chips() -> None:
+    two = topology.parse("2xv5e-16")
+    config = dataclasses.replace(SMALL, train=TrainConfig(batch_size=40))
+    settled, notes = layout.settle(config, two)
+    train = settled.train
+    assert (train.slices, train.data_parallel, train.fsdp, train.tensor, train.batch_size) == (2, 1, 16, 1, 64)
+    assert len(notes) == 3 and "--train.fsdp 16" in notes[0] and "--train.batch_size 64" in notes[2]
+    own = dataclasses.replace(SMALL, train=TrainConfig(batch_size=64, fsdp=4, tensor=2))
+    assert layout.settle(own, topology.parse("v5e-16"))[0].train.data_parallel == 2
+    with pytest.raises(UserError, match="16 chips"):
+        layout.settle(dataclasses.replace(SMALL, train=TrainConfig(fsdp=32)), topology.parse("v5e-16"))
+
+
+def test_where_sizes_are_from(tmp_path: Path) -> None:
+    llada = dataclasses.replace(SMALL, model=ModelConfig(init_from="GSAI-ML/LLaDA-8B-Instruct"))
+    arch, source = sizes.architecture(llada, None)
+    assert arch.n_layers == 32 and "published" in source
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**sizes.PUBLISHED["GSAI-ML/LLaDA-8B-Base"], "n_layers": 3}))
+    assert sizes.architecture(llada, str(path))[0].n_layers == 3
+    assert sizes.architecture(llada, str(tmp_path))[0].n_layers == 3
+    with pytest.raises(UserError, match="--model_config"):
+        sizes.architecture(dataclasses.replace(SMALL, model=ModelConfig(init_from="some/model")), None)
+
+
+def _flags(config: Config, needs: Any, tries: int = 9) -> tuple[list[str], str | None]:
+    tried, found = advise(config, 8, 8, lambda c: Trial(needs(c), needs(c) <= 10, compiled=needs(c) < 99), tries)
+    return [one.flags for one in tried], found.flags if found else None
+
+
+def test_the_cheapest_change_that_is_enough_is_advised() -> None:
+    assert _flags(SMALL, lambda c: 20 // c.train.fsdp) == (["--train.fsdp 8 --train.data_parallel 1"],) * 1 + (
+        "--train.fsdp 8 --train.data_parallel 1",
+    )
+    tried, found = _flags(SMALL, lambda c: 20 if c.model.remat != "full" else 10)
+    assert found == "--model.remat full" and len(tried) == 2
+    # None alone: the first that are enough together.
+    tried, found = _flags(SMALL, lambda c: 20 - 6 * (c.train.fsdp == 8) - 6 * (c.model.remat == "full"))
+    assert found == "--train.fsdp 8 --train.data_parallel 1 --model.remat full"
+    # What cannot be helped is found out within the tries, and arguments that are too large cost none.
+    assert _flags(SMALL, lambda c: 50, tries=3)[1] is None and len(_flags(SMALL, lambda c: 50, tries=3)[0]) == 3
+    assert len(_flags(SMALL, lambda c: 99, tries=1)[0]) > 5
+
+
+def test_changes_are_those_that_the_run_has_left() -> None:
+    frozen = dataclasses.replace(
+        SMALL,
+        model=ModelConfig(init_from="x", remat="full"),
+        lora=LoraConfig(8),
+        method=MethodConfig(objective="classical"),
+        train=TrainConfig(batch_size=8, fsdp=8, data_parallel=1),
+    )
+    tried, _ = _flags(frozen, lambda c: 50)
+    assert tried[:4] == [
+        "--model.loss_chunk 16", "--model.quantize int8", "--model.remat offload",
+        "--model.loss_chunk 16 --model.quantize int8",
+    ]  # fmt: skip
+
+
+def test_what_a_compiler_says_of_memory() -> None:
+    said = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 20.5G of 15.75G hbm."
+    found = memory.over(said, 2.0**30)
+    assert found is not None
+    assert (found.total, found.limit, found.arguments) == (20.5 * 2**30, 15.75 * 2**30, 2**30)
+    assert memory.over("INTERNAL: something else", 0.0) is None
+    assert memory.device_limit(jax.devices("cpu")[0]) is None
+
+
+def test_training_that_cannot_fit_is_refused_with_what_helps() -> None:
+    mesh = axes.make_mesh(8)
+    step = abstract.build(SMALL, ARCH, mesh).step
+    built = memory.build(step, 0.0)
+    assert built.program is not None
+    ahead.check(built, None, SMALL, ARCH, mesh, print)  # nothing to compare with
+    ahead.check(built, built.memory.total, SMALL, ARCH, mesh, print)
+    said: list[str] = []
+    with pytest.raises(UserError, match=r"needs .* of a device.* compiled and fits .*--train.fsdp 8"):
+        ahead.check(built, 0.7 * built.memory.total, SMALL, ARCH, mesh, said.append)
+    assert len(said) == 2  # what is wrong, and the one change that was compiled
+    with pytest.raises(UserError, match=r"None of these is enough"):
+        ahead.check(Built(None, built.memory._replace(limit=1000.0)), None, SMALL, ARCH, mesh, print)
+
+
+def test_the_verb(tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "plan.json"
+    flags = ["plan", "--config", str(tiny_config), "--topology", "cpu-8", "--train.fsdp", "8"]
+    assert main([*flags, "--json", str(out)]) == 0
+    shown = capsys.readouterr().out
+    for word in ("ESTIMATE", "optimizer state", "temporaries", "logits", "it fits", "all-gather"):
+        assert word in shown, word
+    plan = json.loads(out.read_text())
+    assert plan["fits"] and plan["estimate_from_host"] and plan["mesh"]["fsdp"] == 8
+    train = plan["train"]
+    # AdamW: two moments of what is trained, in float32.
+    assert train["parts"]["optimizer state"] == pytest.approx(2 * train["parts"]["parameters"], abs=64)
+    assert train["flops"] > 0 and plan["decode"]["flops"] > 0
+    assert main([*flags, "--json", str(out)]) == 2  # never overwritten
+    assert main([*flags[:-1], "3"]) == 2
+    assert "8 chips" in capsys.readouterr().err
