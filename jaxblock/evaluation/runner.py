@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +24,7 @@ from jaxblock.evaluation.graders import grader
 from jaxblock.evaluation.statistics import Estimate, Proportion, mean_se, ratio_se, wilson
 from jaxblock.models.transformer import Transformer
 from jaxblock.parallel import axes
-from jaxblock.types import Layout, Params
+from jaxblock.types import Decoding, Layout, Params
 
 
 class Solved(NamedTuple):
@@ -95,6 +95,7 @@ class Evaluator:
     decode: DecodeConfig
     grader: str
     nelbo_samples: int | None = None
+    _compiled: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def layout(self) -> Layout:
@@ -123,16 +124,13 @@ class Evaluator:
         size = min(self.decode.batch_size, max(len(records), 1))
         batches = [records[at : at + size] for at in range(0, len(records), size)]
         inputs = [self._prompts(batch, size) for batch in batches]
-        seed = self.decode.seed
         rows: list[dict[str, Any]] = []
         spent, tokens = 0.0, 0
         if inputs:
-            # Compiled ahead, so that the time of decoding is the time of decoding.
-            make = jax.jit(_decode_prompts, static_argnums=(0, 1, 2, 4), out_shardings=_everywhere(params))
-            run = make.lower(self.net, layout, options, params, seed, *inputs[0]).compile()
+            run = self._decoder(params, layout, options, inputs[0])
         for batch, arrays in zip(batches, inputs, strict=True):
             begin = time.perf_counter()
-            found = jax.device_get(run(params, *arrays))
+            found = jax.device_get(run(params, *_split_rows(params, arrays)))
             spent += time.perf_counter() - begin
             for at, record in enumerate(batch):
                 rows.append(self._graded(record, found.response[at], int(found.nfe[at]), layout.stop_ids))
@@ -141,6 +139,19 @@ class Evaluator:
         correct = sum(row["correct"] for row in rows)
         nfe = float(np.mean([row["nfe"] for row in rows])) if rows else float("nan")
         return Solved(rows, wilson(correct, len(rows)), nfe, tokens, spent)
+
+    def _decoder(self, params: Params, layout: Layout, options: Decoding, inputs: tuple[Any, ...]) -> Any:
+        """The decoder compiled for these shapes, ahead, so that the time of decoding is the time of decoding; kept, so that
+        the evaluations of a run compile once."""
+        given = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, getattr(leaf, "sharding", None)), (params, inputs))
+        leaves, tree = jax.tree.flatten(given)
+        key = (layout, options, self.decode.seed, tuple(leaves), tree)
+        if key not in self._compiled:
+            make = jax.jit(_decode_prompts, static_argnums=(0, 1, 2, 4), out_shardings=_everywhere(params))
+            rows = _split_rows(params, inputs)
+            lowered = make.lower(self.net, layout, options, params, self.decode.seed, *rows)
+            self._compiled[key] = lowered.compile()
+        return self._compiled[key]
 
     def _prompts(self, batch: Sequence[Record], size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Prompts, lengths and indices; a short last batch is filled up with its first row, so that it compiles no more."""
@@ -192,7 +203,8 @@ class Evaluator:
             batch = pad_rows([*part, *([part[0]] * (size - len(part)))], self.canvas)
             ids = (batch.prompt_ids, batch.prompt_len, batch.response_ids, batch.text_len, batch.index)
             keep = np.arange(size) < len(part)
-            found = jax.device_get(run(self.net, layout, samples, params, jax.random.key(seed), keep, *ids))
+            rows = _split_rows(params, (keep, *ids))
+            found = jax.device_get(run(self.net, layout, samples, params, jax.random.key(seed), *rows))
             values.append(found.per_block[keep])
             errors.append(found.variance[keep])
             lengths.append(batch.text_len[keep])
@@ -219,6 +231,20 @@ def _everywhere(params: Params) -> Any:
     """The results' place: whole on every device, so that each process of a group can read them."""
     place = jax.tree.leaves(params)[0].sharding
     return axes.replicated(place.mesh) if isinstance(place, NamedSharding) else None
+
+
+def _split_rows(params: Params, arrays: tuple[np.ndarray, ...]) -> tuple[Any, ...]:
+    """Rows as parts of global arrays, each device its own, where they divide among the devices; else as they are, whole on
+    every device. Every process has all of them."""
+    place = jax.tree.leaves(params)[0].sharding
+    if not isinstance(place, NamedSharding):
+        return arrays
+    where = axes.sharding(place.mesh, "batch")
+    try:
+        where.shard_shape(arrays[0].shape)
+    except ValueError:
+        where = axes.replicated(place.mesh)
+    return tuple(jax.make_array_from_callback(rows.shape, where, rows.__getitem__) for rows in arrays)
 
 
 def _decode_prompts(net, layout, options, params, seed, prompt_ids, prompt_len, index):  # type: ignore[no-untyped-def]

@@ -7,6 +7,7 @@ import json
 import math
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -16,6 +17,7 @@ from jaxblock.data.prepared import open_prepared
 from jaxblock.data.records import Record
 from jaxblock.evaluation import runner
 from jaxblock.evaluation.runner import Evaluator
+from jaxblock.parallel import axes
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +112,24 @@ def test_summary_is_json(evaluator: Evaluator, model: api.Model, records: list[R
     assert found["nelbo_per_sequence"]["se"] is None  # one row has no standard error
     assert found["pass_at_1"]["n"] == 1 and found["checkpoint"] == "x"
     assert runner.summary(None, None, {"a": 1}) == {"a": 1}
+
+
+def test_devices_share_the_rows_and_a_second_evaluation_compiles_nothing(
+    evaluator: Evaluator, model: api.Model, records: list[Record], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mesh = axes.make_mesh(4, devices=jax.devices()[:4])
+    params = jax.device_put(model.params, axes.replicated(mesh))
+    split = dataclasses.replace(evaluator, decode=dataclasses.replace(evaluator.decode, batch_size=4))
+    with jax.set_mesh(mesh):
+        assert split.solve(params, records).rows == evaluator.solve(model.params, records).rows
+        (decode,) = split._compiled.values()
+        arrays = split._prompts(records[:4], 4)
+        placed = runner._split_rows(params, arrays)
+        # What each device holds of the prompts, and computes of a step, is its part of the rows.
+        assert {shard.data.shape[0] for shard in placed[0].addressable_shards} == {1}
+        whole = next(iter(evaluator._compiled.values()))
+        assert decode.cost_analysis()["flops"] < 0.5 * whole.cost_analysis()["flops"]
+        monkeypatch.setattr(jax, "jit", lambda *args, **how: pytest.fail("compiled again"))
+        assert len(split.solve(params, records).rows) == len(records)
+        three = runner._split_rows(params, split._prompts(records[:3], 3))  # does not divide: whole on every device
+        assert three[0].sharding.is_fully_replicated
