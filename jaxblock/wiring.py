@@ -122,7 +122,7 @@ def decoding_layout(
     Always ``aligned``: the view of the ``paper`` context shows where the answer ends, which a decoder cannot know.
 
     Raises:
-        UserError: the block does not divide the response.
+        UserError: the block does not divide the response, or an id cannot be what it is to be.
     """
     layout = Layout(
         response_len=decode.response_len or canvas.response_len,
@@ -135,6 +135,11 @@ def decoding_layout(
         stop_ids=stop_ids if decode.stop_ids is None else decode.stop_ids,
     )
     config_io.check_blocks(layout.response_len, layout.block, "decode")
+    for name, ids in (("fill_id", (layout.fill_id,)), ("stop_ids", layout.stop_ids)):
+        for one in ids:
+            if not 0 <= one < arch.vocab_size or one == layout.mask_id:
+                what = "the mask token" if one == layout.mask_id else f"outside the vocabulary of {arch.vocab_size}"
+                raise UserError(f"decode.{name}: {one} is {what}: name a token that ends or fills a response")
     return layout
 
 

@@ -96,6 +96,8 @@ def test_options_by_name(model: api.Model, prompts: list[list[int]]) -> None:
         ({"temperature": -1}, "decode.temperature is -1.0"),
         ({"block": 5}, "decode.block 5 does not divide"),
         ({"steps_per_block": 0}, "decode.steps_per_block is 0"),
+        ({"fill_id": 100000}, "decode.fill_id: 100000 is outside the vocabulary"),
+        ({"stop_ids": (1, 0)}, "decode.stop_ids"),
         ({"response_len": 5000, "block": 8}, "it is longer than the model's 4096"),
     ],
 )

@@ -94,6 +94,17 @@ def test_dropout_depends_on_the_row_alone(adapted: tuple[Transformer, parameters
         np.testing.assert_allclose(hidden(net, params, *placed), want, atol=1e-5)
 
 
+def test_every_layer_and_matrix_drops_inputs_of_its_own(adapted: tuple[Transformer, parameters.Params]) -> None:
+    net, params = adapted
+    rows = jax.random.split(jax.random.key(3), B)
+    keys = [
+        np.asarray(jax.random.key_data(branch.keys)).tobytes()
+        for layer in range(2)
+        for branch in net._branches(jax.tree.map(lambda x: x[0], params["lora"]["blocks"]), layer, rows).values()
+    ]
+    assert len(set(keys)) == len(keys) == 2 * 7
+
+
 def test_dropout_keeps_the_mean_and_drops_inputs_of_the_branch_alone() -> None:
     draw = np.random.default_rng(0)
     x, w, a, b = (jnp.asarray(draw.normal(size=s), jnp.float32) for s in ((2, 5), (5, 3), (5, 2), (2, 3)))

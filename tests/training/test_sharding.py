@@ -124,6 +124,15 @@ def test_any_mesh_and_any_parts_do_what_one_device_does_at_once(train: Callable[
             np.testing.assert_allclose(ours[path], value, rtol=0, atol=share * np.abs(value).max(), err_msg=path)
 
 
+def test_dropout_keys_differ_by_step_draw_and_row() -> None:
+    objective, batch = _objective(MethodConfig(draws=2), rank=2), _batch()
+    canvas = objective.canvas(batch)
+    keys = np.concatenate([np.asarray(jax.random.key_data(objective.row_keys(canvas, step))) for step in range(2)])
+    flat = keys.reshape(-1, keys.shape[-1])
+    assert len(np.unique(flat, axis=0)) == len(flat) == 2 * 2 * ROWS
+    assert _objective(MethodConfig(), rank=0).row_keys(canvas, 0) is None
+
+
 def test_the_average_is_what_its_definition_says(train: Callable[[Case], Result]) -> None:
     """Replayed from the parameters after each step: the first has the share 1 - 1/10, the second 1 - 2/11 ..."""
     average, decay = np.array([1.0, -2.0], np.float32), 0.15
