@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from jaxblock import wiring
 from jaxblock.config import CanvasConfig, DecodeConfig
@@ -237,7 +237,7 @@ def _split_rows(params: Params, arrays: tuple[np.ndarray, ...]) -> tuple[Any, ..
     """Rows as parts of global arrays, each device its own, where they divide among the devices; else as they are, whole on
     every device. Every process has all of them."""
     place = jax.tree.leaves(params)[0].sharding
-    if not isinstance(place, NamedSharding):
+    if not isinstance(place, NamedSharding) or not isinstance(place.mesh, Mesh):
         return arrays
     where = axes.sharding(place.mesh, "batch")
     try:
