@@ -158,11 +158,11 @@ class Trackers:
             UserError: one cannot begin.
         """
         run, train = config.train.out, config.train
-        lines = MetricsLog(run, step)
-        self.path = lines.path
+        self._lines = MetricsLog(run, step)
+        self.path = self._lines.path
         self._say = say
         self._failed: set[str] = set()
-        self._trackers: dict[str, Tracker] = {os.fspath(lines.path): lines}
+        self._trackers: dict[str, Tracker] = {os.fspath(self.path): self._lines}
         if train.tensorboard:
             self._trackers["TensorBoard"] = TensorBoard(run, step)
         if train.wandb != "off":
@@ -184,10 +184,20 @@ class Trackers:
         for name, tracker in self._trackers.items():
             try:
                 getattr(tracker, what)(*arguments)
+            except UserError as error:  # the JSON lines: they are kept, and written when there is room again
+                self._tell(name, f"{error}; training goes on, and the rows wait")
             except Exception as error:
-                if name not in self._failed:
-                    self._failed.add(name)
-                    self._say(f"{name}: metrics may be missing from here on ({_first_line(error)}); training goes on")
+                self._tell(
+                    name, f"{name}: metrics may be missing from here on ({_first_line(error)}); training goes on"
+                )
+            else:
+                if what == "write" and tracker is self._lines:
+                    self._failed.discard(name)
+
+    def _tell(self, name: str, text: str) -> None:
+        if name not in self._failed:
+            self._failed.add(name)
+            self._say(text)
 
 
 def _first_line(error: Exception) -> str:
