@@ -42,7 +42,7 @@ PARTS = ("origin", "lora", "added", "alignment")
 
 BEGINNINGS = {
     "The capital of France is": " Paris",
-    "The sun rises in the": " east",
+    "Monday, Tuesday, Wednesday,": " Thursday",
     "One, two, three, four, five,": " six",
     "The opposite of hot is": " cold",
 }
@@ -148,7 +148,8 @@ def train(folder: Path, prepared: Path, run: Path, steps: int, *flags: str) -> l
         "0",
     )
     where = ("--data.prepared", str(prepared), "--model.init-from", str(folder), "--train.out", str(run))
-    verb("train", *where, *sizes, "--train.save-every", str(steps), *flags)
+    schedule = ("--optimizer.warmup-steps", str(min(10, steps // 2)), "--train.save-every", str(steps))
+    verb("train", *where, *sizes, *schedule, *flags)
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
@@ -199,7 +200,7 @@ def lora(folder: Path, data: Path, work: Path, steps: int, *flags: str) -> dict[
 def added(folder: Path, data: Path, work: Path, steps: int, *flags: str) -> dict[str, Any]:
     """The same with a mask token that is added: the embedding grows, and so does the export's."""
     prepared, run = work / "prepared_added", work / "added"
-    new = ("--data.mask-token", "<|mdm_mask|>", "--data.add-mask-token", "True")
+    new = ("--data.mask-token", "<|mdm_mask|>", "--data.add-mask-token")
     prepare(folder, data, prepared, *flags, *new)
     rows = train(folder, prepared, run, steps, *flags, *new)
     checks = exported(folder, run, work, adapters=False)
