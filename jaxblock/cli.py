@@ -95,6 +95,8 @@ class Decode:
     """Show the canvas as it is filled, block by block."""
     base: str | None = None
     """Where the weights beneath adapters are; None for where they were in training."""
+    step: Literal["latest", "best"] | int = "latest"
+    """Which checkpoint of a run: the newest, the best by its `train.keep_best`, or that of a step."""
     data: DataConfig = field(default_factory=DataConfig)
     canvas: CanvasConfig = field(default_factory=CanvasConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
@@ -112,6 +114,8 @@ class Evaluate:
     """YAML file of sections; without one the run's own config is used. Flags override it."""
     base: str | None = None
     """Where the weights beneath adapters are; None for where they were in training."""
+    step: Literal["latest", "best"] | int = "latest"
+    """Which checkpoint of a run: the newest, the best by its `train.keep_best`, or that of a step."""
     data: DataConfig = field(default_factory=DataConfig)
     canvas: CanvasConfig = field(default_factory=CanvasConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
@@ -130,6 +134,8 @@ class Export:
     """Adapters: merged into their base (a whole checkpoint), or alone in PEFT's format."""
     base: str | None = None
     """Where the weights beneath adapters are; None for where they were in training."""
+    step: Literal["latest", "best"] | int = "latest"
+    """Which checkpoint of a run: the newest, the best by its `train.keep_best`, or that of a step."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type of the tensors; None keeps each one's own."""
 
@@ -178,7 +184,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the command line without the program's name; None for the process's own.
 
     Returns:
-        The exit code: 0; 2 for a mistake that the user can mend; 130 for a run that was told to stop; 1 for a bug of
+        The exit code: 0; 2 for a mistake that the user can mend; 130 (143 for
+        SIGTERM) for a run that was told to stop; 1 for a bug of
         ours, or a reader of our output that has gone.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)

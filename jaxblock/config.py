@@ -344,7 +344,7 @@ class TrainConfig:
     save_every: int = 500
     """Steps between checkpoints; the last step is always saved."""
     keep: int = 2
-    """Checkpoints kept."""
+    """Newest checkpoints kept."""
     tensorboard: bool = False
     """Also write TensorBoard events."""
     loader_workers: int = 0
@@ -367,6 +367,16 @@ class TrainConfig:
     """Also write metrics to Weights & Biases: over the network, or to files for `wandb sync`."""
     wandb_project: str = "jaxblock"
     """Its project there; the run has the run folder's name."""
+    keep_every: int = 0
+    """Keep the checkpoints of every so many steps for good (a multiple of `save_every`); 0 for none."""
+    keep_best: Literal["none", "nelbo", "pass_at_1"] = "none"
+    """Save at every evaluation that is the best so far by this metric, and keep the best one besides the newest."""
+    max_skipped: int = 10
+    """Stop after so many steps in a row whose loss or gradient is not finite (each is skipped); 0 for never."""
+    watchdog_seconds: float = 1800.0
+    """A step, save, evaluation or start that takes longer is reported with the stacks of all threads; 0 for never."""
+    on_hang: Literal["report", "abort"] = "report"
+    """After such a report: go on waiting, or end the process with exit code 124."""
 
 
 @dataclass(frozen=True)

@@ -293,6 +293,19 @@ def _check_train(config: Config) -> None:
     train = config.train
     _at_least(train, "train", 1, "steps", "batch_size", "log_every", "save_every", "keep", "fsdp", "tensor", "slices", "accumulate")
     _at_least(train, "train", 0, "seed", "eval_every", "eval_problems", "eval_nelbo_rows", "loader_workers")
+    _at_least(train, "train", 0, "keep_every", "max_skipped", "watchdog_seconds")
+    _require(
+        train.keep_every % train.save_every == 0,
+        f"train.keep_every {train.keep_every} is no multiple of train.save_every {train.save_every}: nothing is saved there",
+    )
+    _require(
+        train.keep_best != "nelbo" or train.eval_nelbo_rows > 0,
+        "train.keep_best is nelbo, but train.eval_nelbo_rows is 0: set it above 0",
+    )
+    _require(
+        train.keep_best != "pass_at_1" or train.eval_problems > 0,
+        "train.keep_best is pass_at_1, but train.eval_problems is 0: set it above 0",
+    )
     _require(
         train.batch_size % train.accumulate == 0,
         f"train.batch_size {train.batch_size} does not split into train.accumulate {train.accumulate} parts: use a multiple",

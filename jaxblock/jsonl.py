@@ -55,26 +55,28 @@ class Lines:
                 return
             if kept != there:
                 storage.write_bytes(self.path, b"".join(kept), overwrite=True)
-            self._file = self.path.open("a", encoding="utf-8")
+            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (what waits, waits with us)
 
     def append(self, line: str) -> None:
         """Adds one line. On a local disk it is there when this returns; in an object store after ``flush`` or a while.
 
         Raises:
-            UserError: it cannot be written to a local disk. An object store that fails is asked again with the next
-                part, and ``close`` raises.
+            UserError: it cannot be written to a local disk; it waits, and is written with the next. An object store that
+                fails is asked again with the next part, and ``close`` raises.
         """
         if not self._remote:
+            self._waiting.append((line + "\n").encode())
             with storage.explained("write", self.path):
-                self._file.write(line + "\n")
-                self._file.flush()
+                self._write_out()
             return
         self._waiting.append((line + "\n").encode())
         if len(self._waiting) >= MOST_LINES or time.monotonic() - self._since >= self._period:
             self.flush()
 
     def flush(self) -> None:
-        """Writes what waits to the object store; a failure is logged, and what waits goes with the next part."""
+        """Writes what waits to the object store (a local disk has it); a failure is logged, and it goes with the next."""
+        if not self._remote:
+            return
         try:
             self._write_part()
         except UserError as error:
@@ -87,11 +89,21 @@ class Lines:
             UserError: it cannot be written.
         """
         if not self._remote:
-            self._file.close()
+            with storage.explained("write", self.path), self._file:
+                self._write_out()
             return
         self._write_part()
         if len(_parts(self.path)) > 1:
             self._merge(read(self.path).splitlines(keepends=True))
+
+    def _write_out(self) -> None:
+        """A full disk may take a part of a line: the rest waits."""
+        content = b"".join(self._waiting)
+        self._waiting = [content]
+        while content:
+            content = content[self._file.write(content) :]
+            self._waiting = [content]
+        self._waiting = []
 
     def _write_part(self) -> None:
         self._since = time.monotonic()

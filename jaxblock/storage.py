@@ -318,6 +318,29 @@ def size_of(folder: PathLike) -> int:
         return sum(size_of(entry) if entry.is_dir() else entry.stat().length for entry in entries)
 
 
+def move_folder(source: PathLike, target: PathLike) -> None:
+    """Moves a folder to a place that does not exist yet: by rename, or in an object store by copy, then removal.
+
+    Raises:
+        UserError: If it cannot be moved.
+    """
+    with explained("move", source):
+        if not is_remote(source):
+            os.rename(source, target)
+            return
+        _copy_tree(as_path(source), as_path(target))
+        as_path(source).rmtree()
+
+
+def _copy_tree(source: epath.Path, target: epath.Path) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    for entry in source.iterdir():
+        if entry.is_dir():
+            _copy_tree(entry, target / entry.name)
+        else:
+            entry.copy(target / entry.name)
+
+
 def sha256(path: PathLike) -> str:
     """A file's SHA-256 in hexadecimal.
 

@@ -28,7 +28,6 @@ from jaxblock.reporting import inspect_html, inspect_terminal
 from jaxblock.reporting.inspect import Examined, draw_steps, examine
 from jaxblock.reporting.watch import Watch
 from jaxblock.training import run_folder, setup, weights
-from jaxblock.training.loop import INTERRUPTED
 from jaxblock.training.loop import train as run_training
 
 if TYPE_CHECKING:
@@ -122,13 +121,13 @@ def train(options: Train, config: Config) -> int:
     else:
         outcome = run_training(config, console)
     if jax.process_index() > 0:  # one process speaks for all
-        return INTERRUPTED if outcome.interrupted else 0
+        return outcome.code
     if outcome.interrupted:
         _say(
             f"stopped after step {outcome.step:,} of {config.train.steps:,} and saved. To go on, run the same command "
             f"again (train.resume auto finds {config.train.out})"
         )
-        return INTERRUPTED
+        return outcome.code
     if not outcome.finished_before:
         _say(f"done: {outcome.step:,} steps; checkpoints, metrics.jsonl and plots are in {config.train.out}")
     return 0
@@ -141,8 +140,9 @@ def decode(options: Decode, config: Config) -> int:
             raise UserError("watch shows the canvas and writes no file: leave out either --watch or --out")
         storage.check_absent(options.out)
     model = dataclasses.replace(
-        loading.load(options.checkpoint, base=options.base), canvas=config.canvas, decode_defaults=config.decode
+        loading.load(options.checkpoint, base=options.base, step=options.step), canvas=config.canvas, decode_defaults=config.decode
     )
+    model.arch.need_mask_id()  # an autoregressive checkpoint has none: that comes first, since it has no encoder either
     if model.encoder is None:
         raise UserError(
             f"{options.checkpoint} has no tokenizer with a chat template, so text cannot become tokens; use "
@@ -239,7 +239,7 @@ def evaluate(options: Evaluate, config: Config) -> int:
     """Scores a checkpoint and writes problems.jsonl and summary.json."""
     storage.check_vacant(options.out, marker="summary.json")
     storage.check_writable(storage.as_path(options.out).parent)
-    model = loading.load(options.checkpoint, base=options.base)
+    model = loading.load(options.checkpoint, base=options.base, step=options.step)
     prepared = open_prepared(config.data.prepared)
     setup.check_data(config, prepared)
     weights.check_vocabulary(model.arch, prepared, options.checkpoint)
@@ -325,7 +325,7 @@ def export(options: Export, config: Config) -> int:
     if options.format == "adapter":
         if options.dtype is not None:
             raise UserError("format adapter keeps float32: leave out --dtype")
-        difference = loading.load(options.checkpoint, base=options.base).save_adapter(options.out)
+        difference = loading.load(options.checkpoint, base=options.base, step=options.step).save_adapter(options.out)
     else:
         # Merging needs the base as it is, whatever the adapters were trained on.
         is_int8 = run_folder.is_run(options.checkpoint) and run_folder.open_run(options.checkpoint).base is not None

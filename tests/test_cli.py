@@ -257,22 +257,24 @@ def test_a_full_disk_leaves_nothing_that_looks_whole(
 def test_a_full_disk_under_a_checkpoint_keeps_the_one_before(
     tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from orbax.checkpoint import CheckpointManager
+    from orbax.checkpoint import AsyncCheckpointer
 
     run = tmp_path / "run"
     command = ["train", "--config", str(tiny_config), "--train.out", str(run), "--train.save_every", "20"]
     command += ["--train.eval_every", "0", "--train.log_every", "20"]
-    real = CheckpointManager.save
+    real = AsyncCheckpointer.save
 
-    def save(manager: CheckpointManager, step: int, *arguments: Any, **options: Any) -> bool:
-        if step > 20:
+    def save(orbax: AsyncCheckpointer, folder: Any, *arguments: Any, **options: Any) -> None:
+        if int(Path(folder).name) > 20:
             raise ValueError("RESOURCE_EXHAUSTED: Error writing local file: No space left on device")
-        return real(manager, step, *arguments, **options)
+        real(orbax, folder, *arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(CheckpointManager, "save", save)
+        patch.setattr(AsyncCheckpointer, "save", save)
         assert main(command) == 2
-    assert "the disk is full" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "step 40: no checkpoint was written" in told and "the disk is full; the last whole one is of step 20" in told
+    assert "step 120/120" in told and "the last one, could not be saved" in told
     assert [entry.name for entry in (run / "checkpoints").iterdir()] == ["20"]
     assert main(command) == 0
     assert f"going on from step 20 of {run}" in capsys.readouterr().err

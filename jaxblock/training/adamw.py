@@ -17,6 +17,7 @@ from jax import Array
 from jaxblock.config import OptimizerConfig
 from jaxblock.training.moments import kept
 from jaxblock.training.precision import clip_share, path_name, random_bits, rounded_update, wide
+from jaxblock.training.skipping import Gated, no_update, select
 from jaxblock.types import Params
 
 LOOP_FROM = 2**24
@@ -31,9 +32,7 @@ class AdamState(NamedTuple):
     nu: Any
 
 
-def adamw(
-    config: OptimizerConfig, rate: optax.Schedule, decays: Callable[[str], bool], seed: int
-) -> optax.GradientTransformation:
+def adamw(config: OptimizerConfig, rate: optax.Schedule, decays: Callable[[str], bool], seed: int) -> Gated:
     """w <- w - lr * (m_hat / (sqrt(v_hat) + eps) + weight_decay * w), as PyTorch's AdamW after its clipping.
 
     Updates have the gradients' type. For bfloat16 gradients and weights that is exact wherever the update is smaller
@@ -53,7 +52,9 @@ def adamw(
             jnp.zeros((), jnp.int32), jax.tree.map(first.zeros, params), jax.tree.map(second.zeros, params)
         )
 
-    def update(grads: Params, state: AdamState, params: Params) -> tuple[Params, AdamState]:
+    def update(
+        grads: Params, state: AdamState, params: Params, *, finite: Array | bool = True
+    ) -> tuple[Params, AdamState]:
         step = state.step + 1
         share, lr = clip_share(grads, config.clip_norm), rate(state.step)
         unbias1, unbias2 = (1 - b ** step.astype(jnp.float32) for b in (config.b1, config.b2))
@@ -71,7 +72,8 @@ def adamw(
                     weight, change, random_bits(seed, state.step, f"weights/{path}", p.shape, layer)
                 )
             bits = random_bits(seed, state.step, f"moments/{path}", p.shape, layer)
-            return change.astype(g.dtype), first.write(m, bits), second.write(v, bits >> 16)
+            after = select(finite, (first.write(m, bits), second.write(v, bits >> 16)), (mu, nu))
+            return no_update(finite, change.astype(g.dtype)), *after
 
         def leaf(path: Any, g: Array, p: Array, mu: Any, nu: Any) -> tuple[Array, Any, Any]:
             if g.ndim < 3 or g.size < LOOP_FROM:
@@ -80,9 +82,9 @@ def adamw(
 
         rows = jax.tree_util.tree_map_with_path(leaf, grads, params, state.mu, state.nu)
         updates, mu, nu = (jax.tree.map(lambda g, row, at=at: row[at], grads, rows) for at in range(3))
-        return updates, AdamState(step, mu, nu)
+        return updates, AdamState(select(finite, step, state.step), mu, nu)
 
-    return optax.GradientTransformation(init, update)
+    return Gated(init, update)
 
 
 def _by_layer(one: Callable[..., tuple[Array, Any, Any]], p: Array, stacked: Any) -> tuple[Array, Any, Any]:

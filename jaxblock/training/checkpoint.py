@@ -1,5 +1,7 @@
-"""Checkpoints of a run, by Orbax: parameters, optimizer state and the step, saved together and committed last.
+"""Checkpoints of a run, by Orbax in the background: parameters, optimizer state, step and config, saved together.
 
+A checkpoint is whole when its checksums are there, which are written last. It is checked against them before it is
+used; a damaged one is set aside, never deleted. A save that fails stops nothing: the run is told and goes on.
 The data's only state is the step, so a restore may change the number of devices or processes.
 """
 
@@ -7,62 +9,94 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from etils import epath
 
 from jaxblock import storage
 from jaxblock.errors import UserError
+from jaxblock.parallel import distributed
+from jaxblock.training import checksums, retention
+from jaxblock.training.retention import Keep
 from jaxblock.training.state import TrainState
 from jaxblock.types import Params
 
 FOLDER = "checkpoints"
+DAMAGED = "damaged"
+"""Beside ``checkpoints``: what was found damaged, as it was."""
 AVERAGE = "average"
+_LEAVING = ".deleting"
+_UNFINISHED = ".orbax-checkpoint-tmp"  # how Orbax names what it has not committed
 
 
 class Checkpoints:
-    """The checkpoints of one run folder. Saves run in the background; ``close`` waits for them."""
+    """The checkpoints of one run folder. Saves run in the background; ``wait`` and ``close`` wait for them.
 
-    def __init__(self, run: storage.PathLike, keep: int | None = None) -> None:
-        """Opens (or begins) the run's checkpoints.
+    Attributes:
+        folder: where they are.
+        failed: the step of the last save, if it failed.
+    """
+
+    def __init__(
+        self, run: storage.PathLike, keep: Keep | None = None, tell: Callable[[str], None] = lambda text: None
+    ) -> None:
+        """Opens the run's checkpoints.
 
         Args:
             run: the run folder.
-            keep: how many of the newest to keep; None keeps all (readers).
+            keep: which to keep; None keeps all (readers).
+            tell: gets a line when a save fails or a checkpoint is found damaged; may be called from a thread.
         """
         folder = storage.as_path(run) / FOLDER
         self.folder = os.fspath(folder if storage.is_remote(run) else folder.absolute())
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=keep is not None)
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self._root, self._keep, self._tell = storage.as_path(self.folder), keep, tell
+        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._thread: threading.Thread | None = None
+        self._saving: int | None = None
+        self.failed: int | None = None
+        self._unusable: set[int] = set()
+        self._checked: set[int] = set()
+        self._scores: dict[int, float | None] = {}
+
+    # Reading ---------------------------------------------------------------------------------------------------------
+
+    def steps(self) -> list[int]:
+        """The steps of all whole checkpoints, ascending."""
+        return [step for step in self._folders() if step not in self._unusable and checksums.sealed(self._at(step))]
 
     def latest(self) -> int | None:
         """The step of the newest whole checkpoint; None without one."""
-        step: int | None = self._manager.latest_step()
-        return step
+        return max(self.steps(), default=None)
 
-    def save(self, state: TrainState, step: int, meta: dict[str, Any]) -> None:
-        """Begins to save; returns when the state has been copied off the device.
+    def best(self) -> int | None:
+        """The step of the best checkpoint by the metric that its run kept the best of; None without any."""
+        return retention.best({step: self._score(step) for step in self.steps()})
 
-        Args:
-            state: what to save.
-            step: its step, as a host number.
-            meta: plain values that go with it (fingerprints that a resume checks).
+    def recover(self) -> int | None:
+        """The newest checkpoint that is whole and undamaged; newer ones that are not are set aside.
+
+        For the run that goes on, before it saves: it also sweeps up what a killed one left. Every process must call.
+
+        Raises:
+            UserError: files may not be read.
         """
-        if step in self._manager.all_steps():
-            return
-        average = {} if state.average is None else {AVERAGE: ocp.args.StandardSave(state.average)}
-        with self._explained():
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    **average,
-                    params=ocp.args.StandardSave(state.params),
-                    optimizer=ocp.args.StandardSave(state.opt_state),
-                    meta=ocp.args.JsonSave({**meta, "step": step}),
-                ),
-            )
+        if jax.process_index() == 0:
+            self._sweep()
+        for step in reversed(self._folders()):
+            problem = self._damage(step)
+            if not distributed.any_of(problem is not None):
+                self._checked.add(step)
+                return step
+            if jax.process_index() == 0:
+                self._set_aside(step, problem or "another process found it damaged")
+            self._unusable.add(step)
+            distributed.wait("a damaged checkpoint is out of the way")
+        return None
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """Reads a whole state onto ``like``'s shardings.
@@ -72,33 +106,35 @@ class Checkpoints:
             like: shapes, types and shardings (arrays will do).
 
         Raises:
-            UserError: it does not fit the state that this config describes.
+            UserError: it is damaged, or does not fit the state that this config describes.
         """
+        self._check(step)
         wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         average = {} if like.average is None else {AVERAGE: ocp.args.StandardRestore(wanted.average)}
+        args = ocp.args.Composite(
+            **average,
+            params=ocp.args.StandardRestore(wanted.params),
+            optimizer=ocp.args.StandardRestore(wanted.opt_state),
+        )
         try:
-            found = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    **average,
-                    params=ocp.args.StandardRestore(wanted.params),
-                    optimizer=ocp.args.StandardRestore(wanted.opt_state),
-                ),
-            )
+            found = self._orbax.restore(self._at(step), args=args)
         except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
             raise UserError(f"{self.folder}/{step} does not fit this config ({_first_line(error)})") from error
-        counter = jax.device_put(jax.numpy.int32(step), like.step.sharding)
+        counter = jax.device_put(jnp.int32(step), like.step.sharding)
         return TrainState(found.params, found.optimizer, counter, found[AVERAGE] if average else None)
 
     def restore_params(self, step: int, like: Params, *, average: bool = False) -> Params:
         """Reads the parameters alone, or their moving average.
 
         Raises:
-            UserError: tensors are missing or of another shape.
+            UserError: the checkpoint is damaged, or tensors are missing or of another shape.
         """
+        item = AVERAGE if average else "params"
+        self._check(step, item + "/")
         try:
-            item = AVERAGE if average else "params"
-            found = self._manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(like)}))
+            found = self._orbax.restore(
+                self._at(step), args=ocp.args.Composite(**{item: ocp.args.StandardRestore(like)})
+            )
         except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
             raise UserError(f"{self.folder}/{step}: the parameters cannot be read ({_first_line(error)})") from error
         params: Params = found[item]
@@ -111,35 +147,194 @@ class Checkpoints:
             UserError: they cannot be read.
         """
         try:
-            found = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
+            found = self._orbax.restore(self._at(step), args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise UserError(
-                f"{self.folder}/{step} is damaged: its meta cannot be read ({_first_line(error)})"
+                f"{self.folder}/{step} is damaged: its meta cannot be read ({_first_line(error)}). Use another one: "
+                f"{_listed(self.steps(), but=step)}"
             ) from error
         meta: dict[str, Any] = found.meta
         return meta
 
-    def close(self) -> None:
-        """Waits for saves under way. An error of a background save is raised here."""
-        with self._explained():
-            try:
-                self._manager.wait_until_finished()
-            finally:
-                self._manager.close()
+    # Writing ---------------------------------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        """An error of a save, perhaps of one that was begun earlier, as a UserError."""
+    def save(self, state: TrainState, step: int, meta: dict[str, Any], score: float | None = None) -> None:
+        """Begins to save; returns when the state has been copied off the device. Failures are told, not raised.
+
+        Args:
+            state: what to save; one that holds NaN or infinity is refused.
+            step: its step, as a host number.
+            meta: plain values that go with it (fingerprints that a resume checks).
+            score: of the metric that the best checkpoint is chosen by; higher is better.
+        """
+        self.wait()
+        if step in self.steps():
+            return
+        if not all(map(bool, jax.device_get(_finite(state)))):
+            self._failed(step, "the state holds NaN or infinity")
+            return
+        average = {} if state.average is None else {AVERAGE: ocp.args.StandardSave(state.average)}
+        args = ocp.args.Composite(
+            **average,
+            params=ocp.args.StandardSave(state.params),
+            optimizer=ocp.args.StandardSave(state.opt_state),
+            meta=ocp.args.JsonSave({**meta, "step": step, "score": score}),
+        )
         try:
-            with storage.explained("save a checkpoint in", self.folder):
-                yield
-        except (ValueError, RuntimeError) as error:  # what TensorStore and Orbax raise
-            full = "RESOURCE_EXHAUSTED" in str(error) or "No space left" in str(error)
-            cause = "the disk is full: free some space" if full else _first_line(error)
+            self._orbax.save(self._at(step), args=args)
+        except Exception as error:  # whatever a file system, a client or Orbax may raise: training goes on
+            self._failed(step, error)
+            return
+        self._scores[step] = score
+        self._saving = step
+        self._thread = threading.Thread(target=self._commit, args=(step,), name=f"checkpoint {step}")
+        self._thread.start()
+
+    def improves(self, score: float | None) -> bool:
+        """Whether a score is better than that of every checkpoint there is, one being written included."""
+        known = {step: self._score(step) for step in self.steps()}
+        if self._saving is not None:
+            known[self._saving] = self._scores[self._saving]
+        at = retention.best(known)
+        return score is not None and score == score and (at is None or score > (known[at] or 0.0))
+
+    def wait(self) -> None:
+        """Waits for a save under way."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def close(self) -> None:
+        """Waits for a save under way and lets go of threads."""
+        self.wait()
+        with contextlib.suppress(Exception):  # of a save that failed, which has been told
+            self._orbax.close()
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def _commit(self, step: int) -> None:
+        """The background's part of a save: wait for the files, seal them, let superfluous checkpoints go."""
+        try:
+            self._orbax.wait_until_finished()
+            checksums.seal(self._at(step), jax.process_index(), jax.process_count())
+        except Exception as error:
+            self._failed(step, error)
+            return
+        finally:
+            self._saving = None
+        if jax.process_index() == 0 and self._keep is not None:
+            try:
+                self._prune(self._keep)
+            except Exception as error:
+                self._tell(f"old checkpoints in {self.folder} could not be deleted ({_first_line(error)})")
+
+    def _failed(self, step: int, cause: Exception | str) -> None:
+        self.failed = step
+        with contextlib.suppress(Exception):
+            self._orbax.wait_until_finished()  # an error that was kept for later is this one
+        if jax.process_index() == 0 and self._keep is not None:
+            with contextlib.suppress(Exception):  # what cannot be written can perhaps not be deleted either
+                self._discard(step)
+        newest = None
+        with contextlib.suppress(Exception):
+            newest = self.latest()
+        kept = "there is none yet" if newest is None else f"the last whole one is of step {newest:,}"
+        self._tell(f"step {step:,}: no checkpoint was written in {self.folder}: {_cause(cause)}; {kept}")
+
+    def _prune(self, keep: Keep) -> None:
+        steps = self.steps()
+        best = retention.best({step: self._score(step) for step in steps}) if keep.best != "none" else None
+        for step in retention.superfluous(keep, steps, best):
+            self._delete(self._at(step))
+
+    def _delete(self, folder: epath.Path) -> None:
+        """A kill in the middle leaves nothing that looks whole."""
+        if not storage.is_remote(self.folder):
+            gone = folder.parent / (folder.name + _LEAVING)
+            os.rename(folder, gone)
+            gone.rmtree()
+            return
+        checksums.unseal(folder)
+        folder.rmtree()
+
+    def _discard(self, step: int) -> None:
+        """Removes what a failed save of ours has written; never what is whole."""
+        unfinished = self._root / f"{step}{_UNFINISHED}"
+        if unfinished.exists():
+            unfinished.rmtree()
+        if self._at(step).exists() and not checksums.sealed(self._at(step)):
+            self._delete(self._at(step))
+
+    def _sweep(self) -> None:
+        """Removes what was not committed, or being deleted, when a run was killed."""
+        with contextlib.suppress(OSError):
+            for entry in list(self._root.iterdir()) if self._root.exists() else []:
+                if entry.name.endswith(_LEAVING) or _UNFINISHED in entry.name:
+                    entry.rmtree()
+
+    def _set_aside(self, step: int, problem: str) -> None:
+        where = self._root.parent / DAMAGED
+        number = 1
+        while (target := where / (f"{step}" if number == 1 else f"{step}-{number}")).exists():
+            number += 1
+        try:
+            where.mkdir(parents=True, exist_ok=True)
+            storage.move_folder(self._at(step), target)
+            fate = f"moved to {os.fspath(target)}"
+        except (OSError, UserError) as error:
+            fate = f"left where it is ({_first_line(error)})"
+        self._tell(f"checkpoint {self.folder}/{step} is not used: {problem}; {fate}")
+
+    def _check(self, step: int, under: str = "") -> None:
+        if step in self._checked:
+            return
+        problem = self._damage(step, under)
+        if distributed.any_of(problem is not None):
             raise UserError(
-                f"cannot save a checkpoint in {self.folder}: {cause}. Checkpoints saved before are whole: the same "
-                "command goes on from the last of them"
-            ) from error
+                f"checkpoint {self.folder}/{step} is damaged: {problem or 'another process says so'}. Use another one: "
+                f"{_listed(self.steps(), but=step)}"
+            )
+
+    def _damage(self, step: int, under: str = "") -> str | None:
+        try:
+            return checksums.damage(self._at(step), under, jax.process_index(), jax.process_count())
+        except PermissionError as error:
+            raise UserError(f"cannot read {self.folder}/{step}: permission denied") from error
+
+    def _score(self, step: int) -> float | None:
+        if step not in self._scores:
+            try:
+                self._scores[step] = self.meta(step).get("score")
+            except UserError:
+                self._scores[step] = None
+        return self._scores[step]
+
+    def _at(self, step: int) -> epath.Path:
+        return self._root / str(step)
+
+    def _folders(self) -> list[int]:
+        """All that are named as a step, whole or not, ascending."""
+        names = [entry.name for entry in self._root.iterdir()] if self._root.exists() else []
+        return sorted(int(name) for name in names if name.isdigit())
+
+
+@jax.jit
+def _finite(state: TrainState) -> list[jax.Array]:
+    return [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+
+
+def _listed(steps: list[int], but: int) -> str:
+    others = [str(step) for step in steps if step != but]
+    return f"--step {' or '.join(others)}" if others else "there is no other"
+
+
+def _cause(error: Exception | str) -> str:
+    if isinstance(error, str):
+        return error
+    text = str(error)
+    if "RESOURCE_EXHAUSTED" in text or "No space left" in text or "disk quota" in text.lower():
+        return "the disk is full"
+    return "the file system is read-only" if "Read-only file system" in text else _first_line(error)
 
 
 def _first_line(error: Exception) -> str:

@@ -27,11 +27,12 @@ class Interrupt:
 
     Attributes:
         asked: somebody wants the run to stop.
+        terminated: by SIGTERM: a machine is taken away, and a launcher should go on elsewhere.
     """
 
     def __init__(self) -> None:
         """Nothing is caught before ``with``."""
-        self.asked = False
+        self.asked = self.terminated = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupt:
@@ -52,3 +53,4 @@ class Interrupt:
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = True
+        self.terminated = self.terminated or number == signal.SIGTERM

@@ -23,19 +23,21 @@ from jaxblock.evaluation.runner import Bound, Evaluator, Solved
 from jaxblock.parallel import distributed
 from jaxblock.reporting import plots
 from jaxblock.reporting.progress import TrainProgress
-from jaxblock.training import ahead, goodput, schedules, throughput
+from jaxblock.training import ahead, goodput, retention, schedules, throughput
 from jaxblock.training.ahead import Ahead
 from jaxblock.training.goodput import Goodput
 from jaxblock.training.interrupt import Interrupt, shielded
 from jaxblock.training.metrics import FILE, summarise
 from jaxblock.training.profiler import Profiler
 from jaxblock.training.setup import Session, meta, set_up
+from jaxblock.training.skipping import Skips
 from jaxblock.training.step import StepMetrics, compile_step, train_step
 from jaxblock.training.throughput import Work
 from jaxblock.training.trackers import Trackers
+from jaxblock.training.watchdog import Watchdog
 
-INTERRUPTED = 130
-"""Exit code of a run that was told to stop and has saved."""
+INTERRUPTED, PREEMPTED = 130, 143
+"""Exit codes of a run that was told to stop and has saved: by its user (SIGINT), by a machine that goes away (SIGTERM)."""
 
 
 @dataclass
@@ -47,12 +49,14 @@ class Outcome:
         interrupted: it was told to stop, has saved, and can go on.
         finished_before: there was nothing to do.
         last: the last evaluation's row of metrics.
+        code: exit code of the process.
     """
 
     step: int
     interrupted: bool = False
     finished_before: bool = False
     last: dict[str, Any] = field(default_factory=dict)
+    code: int = 0
 
 
 def train(config: Config, console: Console) -> Outcome:
@@ -66,14 +70,14 @@ def train(config: Config, console: Console) -> Outcome:
         How it ended.
 
     Raises:
-        UserError: bad settings or data, an existing run that this config does not continue, or a loss that is not a
-            number.
+        UserError: bad settings or data, an existing run that this config does not continue, too many steps in a row
+            that are not finite, or a last state that could not be saved.
     """
-    with Goodput() as clock:
-        return _train(set_up(config, console), console, clock)
+    with Goodput() as clock, Watchdog(config.train.watchdog_seconds, config.train.on_hang) as watchdog:
+        return _train(set_up(config, console), console, clock, watchdog)
 
 
-def _train(session: Session, console: Console, clock: Goodput) -> Outcome:
+def _train(session: Session, console: Console, clock: Goodput, watchdog: Watchdog) -> Outcome:
     config = session.config
     with jax.set_mesh(session.mesh):
         if session.step >= config.train.steps:
@@ -81,7 +85,7 @@ def _train(session: Session, console: Console, clock: Goodput) -> Outcome:
             session.checkpoints.close()
             return Outcome(session.step, finished_before=True)
         try:
-            return _Loop(session, console, clock).run()
+            return _Loop(session, console, clock, watchdog).run()
         finally:
             session.checkpoints.close()
 
@@ -95,6 +99,7 @@ class _Window:
 
     since: float = 0.0
     metrics: list[StepMetrics] = field(default_factory=list)
+    indices: list[np.ndarray] = field(default_factory=list)
     step: int = 0
     rows: int = 0
     prompt_tokens: int = 0
@@ -103,33 +108,25 @@ class _Window:
     def add(self, step: int, metrics: StepMetrics, batch: Batch) -> None:
         self.step = step
         self.metrics.append(metrics)
+        self.indices.append(batch.index)
         self.rows += len(batch.index)
         self.prompt_tokens += int(batch.prompt_len.sum())
 
     def empty(self, now: float) -> None:
-        self.since, self.metrics, self.rows, self.prompt_tokens, self.due = now, [], 0, 0, False
+        self.since, self.metrics, self.indices = now, [], []
+        self.rows, self.prompt_tokens, self.due = 0, 0, False
 
     def idle(self) -> bool:
         """Whether the device has done all that it was given. Asks, and does not wait."""
         return not self.metrics or bool(self.metrics[-1].grad_norm.is_ready())  # type: ignore[attr-defined]
 
 
-def _check_finite(found: list[StepMetrics], before: int) -> None:
-    """Raises UserError at the first step whose loss or gradient is not a number; ``before``: the step before them."""
-    for step, metrics in enumerate(found, before + 1):
-        loss, norm = float(metrics.losses.loss.total), float(metrics.grad_norm)
-        if not (np.isfinite(loss) and np.isfinite(norm)):
-            raise UserError(
-                f"step {step}: the loss is {loss}, the gradient's norm {norm}; the last checkpoint is from before. Lower "
-                "optimizer.lr in a new run, or run the same command with --train.debug to find the layer"
-            )
-
-
 class _Loop:
     """One process's run, from ``session.step`` to the last step."""
 
-    def __init__(self, session: Session, console: Console, clock: Goodput) -> None:
+    def __init__(self, session: Session, console: Console, clock: Goodput, watchdog: Watchdog) -> None:
         self.session, self.config, self.console, self.clock = session, session.config, console, clock
+        self.watchdog, self.skips = watchdog, Skips(session.config.train.max_skipped)
         self.run_folder = storage.as_path(self.config.train.out)
         self.lr = schedules.schedule(self.config.optimizer, self.config.train.steps)
         self.log: Trackers | None = None
@@ -171,6 +168,7 @@ class _Loop:
                 self._write({"step": step, "kind": "resume"})
             stopping = distributed.any_of(stop.asked)
             while step < train.steps and not stopping:
+                self.watchdog.at("step", step)
                 self.clock.charge("step")
                 batch = next(data)
                 self.clock.charge("data" if window.idle() else "step")
@@ -193,19 +191,22 @@ class _Loop:
                 if evaluate:
                     jax.block_until_ready(metrics)  # evaluating waits for it too: it is training's time
                     self._evaluate(session.scored(state), step, progress)
+                    save = distributed.any_of(save or session.checkpoints.improves(self._score(step)))
                 if evaluate or save:
                     self._write(self.clock.row(step))  # before the save: a checkpoint's time is told up to it
                 if save:
-                    self._save(state, step, window)
+                    self._save(state, step)
                 if session.process_count == 1 or step % train.log_every == 0:
                     stopping = distributed.any_of(stop.asked)  # a group stops together; asking waits for the device
             if stopping:
                 if window.metrics:
                     self._report(window, progress)
-                self._save(state, step, window)
+                self._save(state, step)
+            code = 0 if not stopping else PREEMPTED if distributed.any_of(stop.terminated) else INTERRUPTED
+        self.watchdog.at("end", step)
         with self.clock.during("save"):
             session.checkpoints.close()
-        return self._end(step)
+        return self._end(step, code)
 
     def _data(self) -> Iterator[Batch]:
         train, method = self.config.train, self.config.method
@@ -256,7 +257,7 @@ class _Loop:
         found = jax.device_get(window.metrics)
         if self.ahead is not None and step - count == self.session.step:
             self._say(self.ahead.compared(jax.local_devices()[0]))  # once: what the plan was worth
-        _check_finite(found, step - count)
+        self._say(self.skips.look(found, step - count, window.indices))
         row = summarise(found)
         positions = window.prompt_tokens + window.rows * self.config.canvas.response_len
         everywhere = self.session.process_count * self.config.method.draws
@@ -277,6 +278,7 @@ class _Loop:
         return throughput.speeds(throughput.model_flops(net.table, net.arch, work, adapters), seconds, self.peak)
 
     def _evaluate(self, params: Any, step: int, progress: TrainProgress) -> None:
+        self.watchdog.at("evaluation", step)
         train = self.config.train
         held_out = self.session.validation
         row: dict[str, Any] = {"step": step, "kind": "eval"}
@@ -306,17 +308,26 @@ class _Loop:
         if self.log is not None:
             self.log.write(row)
 
-    def _save(self, state: Any, step: int, window: _Window) -> None:
+    def _score(self, step: int) -> float | None:
+        """What the last evaluation was worth by ``train.keep_best``, if it was of this step."""
+        return retention.score(self.config.train.keep_best, self.evaluated if self.evaluated.get("step") == step else {})
+
+    def _save(self, state: Any, step: int) -> None:
         if step > self.saved:
-            # A checkpoint with NaNs must never push out a good one.
-            _check_finite(jax.device_get(window.metrics), step - len(window.metrics))
+            self.watchdog.at("save", step)
             if self.log is not None:
                 self.log.flush()
+            jax.block_until_ready(state.step)  # saving waits for it too: it is training's time
             with self.clock.during("save"):
-                self.session.checkpoints.save(state, step, meta(self.session))
+                self.session.checkpoints.save(state, step, meta(self.session), self._score(step))
             self.saved = step
 
-    def _end(self, step: int) -> Outcome:
+    def _end(self, step: int, code: int) -> Outcome:
+        if distributed.any_of(self.session.checkpoints.failed == step):
+            raise UserError(
+                f"the state after step {step:,}, the last one, could not be saved in {self.session.checkpoints.folder} (see "
+                "above). Mend that, and run the same command again: it goes on from the last whole checkpoint"
+            )
         interrupted = step < self.config.train.steps
         if self.log is not None:
             told = self.clock.row(step)
@@ -324,4 +335,4 @@ class _Loop:
             self.log.close()
             self._say(goodput.said(told))
             plots.plot_run(self.log.path, self.run_folder / "plots")
-        return Outcome(step, interrupted, last=self.evaluated)
+        return Outcome(step, interrupted, last=self.evaluated, code=code if interrupted else 0)

@@ -54,8 +54,11 @@ def summarise(window: list[StepMetrics]) -> dict[str, Any]:
         window: host copies of each step's metrics.
 
     Returns:
-        ``loss``, ``grad_norm`` (of the last step), ``loss_by_block`` and ``loss_by_count`` as [sum, weight] pairs.
+        ``loss``, ``grad_norm`` (of the last step), ``loss_by_block`` and ``loss_by_count`` as [sum, weight] pairs, without
+        the steps that were skipped, whose count is ``skipped`` (all of them: NaN).
     """
+    skipped = sum(bool(m.skipped) for m in window)
+    window = [m for m in window if not m.skipped] or window
 
     def pooled(parts: list[Sum]) -> tuple[np.ndarray, np.ndarray]:
         both = np.asarray([[p.total for p in parts], [p.weight for p in parts]], np.float64).sum(1)
@@ -69,6 +72,7 @@ def summarise(window: list[StepMetrics]) -> dict[str, Any]:
         "grad_norm": float(window[-1].grad_norm),
         "loss_by_block": np.stack(by_block, -1).round(4).tolist(),
         "loss_by_count": np.stack(by_count, -1).round(4).tolist(),
+        "skipped": skipped,
     }
 
 

@@ -14,7 +14,7 @@ plots/          PNG
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from etils import epath
 
@@ -30,6 +30,9 @@ from jaxblock.models.params import Architecture
 from jaxblock.training.checkpoint import Checkpoints
 
 CONFIG, MODEL, BASE, TOKENIZER, ORIGIN = "config.yaml", "model.json", "base.json", "tokenizer", "origin"
+
+Wanted = Literal["latest", "best"] | int
+"""Which checkpoint of a run."""
 
 
 class Base(NamedTuple):
@@ -150,15 +153,30 @@ def check_model(run: Run, saved: dict[str, Any]) -> None:
         )
 
 
-def newest_step(run: Run) -> int:
-    """The step of the run's newest whole checkpoint.
+def find_step(run: Run, wanted: Wanted = "latest") -> int:
+    """The step of one of the run's whole checkpoints.
+
+    Args:
+        run: the run.
+        wanted: the newest, the best by the run's `train.keep_best`, or that of a step.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such checkpoint; lists those there are.
     """
     checkpoints = Checkpoints(run.folder)
-    step = checkpoints.latest()
-    checkpoints.close()
-    if step is None:
-        raise UserError(f"{run.folder} has no whole checkpoint yet; train until the first save (train.save_every)")
-    return step
+    try:
+        steps = checkpoints.steps()
+        if not steps:
+            raise UserError(f"{run.folder} has no whole checkpoint yet; train until the first save (train.save_every)")
+        found = steps[-1] if wanted == "latest" else checkpoints.best() if wanted == "best" else wanted
+    finally:
+        checkpoints.close()
+    there = ", ".join(map(str, steps))
+    if found is None:
+        raise UserError(
+            f"{run.folder}: no checkpoint was saved as the best (train.keep_best is {run.config.train.keep_best}); there "
+            f"are those of steps {there}"
+        )
+    if found not in steps:
+        raise UserError(f"{run.folder} has no whole checkpoint of step {found}; there are {there}")
+    return int(found)

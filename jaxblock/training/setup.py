@@ -31,6 +31,7 @@ from jaxblock.training import optimizer as optimizers
 from jaxblock.training import run_folder, trackers, weights
 from jaxblock.training.checkpoint import Checkpoints
 from jaxblock.training.debug import NanFinder, not_finite
+from jaxblock.training.retention import Keep
 from jaxblock.training.run_folder import Base
 from jaxblock.training.state import TrainState, create
 from jaxblock.training.step import Objective
@@ -41,6 +42,7 @@ MAY_CHANGE = {
     "model": {"remat", "attention", "scan_layers", "init_from", "loss_chunk"},
     "train": {
         "out", "resume", "log_every", "eval_every", "eval_problems", "eval_nelbo_rows", "save_every", "keep",
+        "keep_every", "keep_best", "max_skipped", "watchdog_seconds", "on_hang",
         "tensorboard", "wandb", "wandb_project", "profile",
         "loader_workers", "debug", "data_parallel", "fsdp", "tensor", "slices", "accumulate",
     },
@@ -104,7 +106,7 @@ def set_up(config: Config, console: Console) -> Session:
     folder = storage.as_path(train.out)
     prepared = open_prepared(config.data.prepared)
     check_data(config, prepared)
-    checkpoints, step = _checkpoints(config, folder)
+    checkpoints, step = _checkpoints(config, folder, console)
     if checkpoints is None and process_index == 0:
         storage.check_vacant(folder, marker=run_folder.CONFIG)
         try:
@@ -127,7 +129,7 @@ def set_up(config: Config, console: Console) -> Session:
         if process_index == 0:
             run_folder.begin(folder, config, begun.arch, prepared, begun.base, begun.source)
         distributed.wait("the run folder is there")
-        checkpoints = Checkpoints(folder, train.keep)
+        checkpoints = _open(config, folder, console)
     elif step is None:
         console.out(f"{train.out} ended before its first checkpoint: beginning again", highlight=False)
     else:
@@ -198,15 +200,23 @@ def meta(session: Session) -> dict[str, Any]:
     }
 
 
-def _checkpoints(config: Config, folder: storage.PathLike) -> tuple[Checkpoints | None, int | None]:
+def _open(config: Config, folder: storage.PathLike, console: Console) -> Checkpoints:
+    train = config.train
+    keep = Keep(train.keep, train.keep_every, train.keep_best)
+    return Checkpoints(folder, keep, lambda text: console.out(text, highlight=False))
+
+
+def _checkpoints(
+    config: Config, folder: storage.PathLike, console: Console
+) -> tuple[Checkpoints | None, int | None]:
     """The run folder's checkpoints and the step to resume from; (None, None) where there is nothing to resume."""
     exists = run_folder.is_run(folder)
-    checkpoints = Checkpoints(folder, config.train.keep) if exists else None
-    step = checkpoints.latest() if checkpoints else None
-    if config.train.resume == "must" and step is None:
-        raise UserError(f"train.resume is must, but {folder} has no whole checkpoint; set it to auto to begin a run")
     if config.train.resume == "never" and exists:
         raise UserError(f"{folder} already holds a run; choose another train.out (train.resume auto goes on with it)")
+    checkpoints = _open(config, folder, console) if exists else None
+    step = checkpoints.recover() if checkpoints else None
+    if config.train.resume == "must" and step is None:
+        raise UserError(f"train.resume is must, but {folder} has no whole checkpoint; set it to auto to begin a run")
     return checkpoints, step
 
 

@@ -21,6 +21,7 @@ from jaxblock.models import lora
 from jaxblock.models.params import Table
 from jaxblock.parallel import axes
 from jaxblock.training.precision import global_norm
+from jaxblock.training.skipping import gated, select
 from jaxblock.training.state import TrainState, next_average, shardings
 from jaxblock.types import Canvas, Draw, Layout, Network, Normalize, Params
 
@@ -36,10 +37,11 @@ _DROPOUT = 0x10A
 
 
 class StepMetrics(NamedTuple):
-    """What a step reports, left on the device until somebody reads it."""
+    """What a step reports, left on the device until somebody reads it; ``skipped``: it was not finite, nothing changed."""
 
     losses: Losses
     grad_norm: Array
+    skipped: Array
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,7 @@ def train_step(
     accumulate: int = 1,
     ema: float = 0.0,
 ) -> tuple[TrainState, StepMetrics]:
-    """One update.
+    """One update; a step whose loss or gradient is not finite updates nothing but the step.
 
     Args:
         objective: the loss (static).
@@ -178,10 +180,14 @@ def train_step(
         (state after, metrics).
     """
     found, grads = gradients(objective, state.params, batch, state.step, frozen, accumulate)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    norm = global_norm(grads)
+    finite = jnp.isfinite(found.loss.total) & jnp.isfinite(norm)
+    updates, opt_state = gated(optimizer).update(grads, state.opt_state, state.params, finite=finite)
     params = optax.apply_updates(state.params, updates)
-    average = None if state.average is None else next_average(state.average, params, state.step, ema)
-    return TrainState(params, opt_state, state.step + 1, average), StepMetrics(found, global_norm(grads))
+    average = state.average
+    if average is not None:
+        average = select(finite, next_average(average, params, state.step, ema), average)
+    return TrainState(params, opt_state, state.step + 1, average), StepMetrics(found, norm, ~finite)
 
 
 def compile_step(

@@ -151,7 +151,7 @@ def identify(source: str) -> Base:
                 f"{source} holds adapters; adapters on adapters are not supported: export it merged "
                 "(`jaxblock export`) and set model.init_from to the export"
             )
-        step = run_folder.newest_step(run)
+        step = run_folder.find_step(run)
         files = (storage.read_bytes(path / name) for name in (run_folder.MODEL, run_folder.CONFIG))
         content = b"".join(files) + str(step).encode()
         return Base(source, hashlib.sha256(content).hexdigest(), step)
@@ -201,7 +201,7 @@ def read_base(
     table = families.table(arch)
     if run_folder.is_run(source):
         run = run_folder.open_run(source)
-        params, _, _ = read_run(run, mesh, dtype, step=step)
+        params, _, _ = read_run(run, mesh, dtype, step="latest" if step is None else step)
         return _quantised(params, table, mesh) if to_int8 else params
     placed = axes.param_shardings(mesh, int8.table(table) if to_int8 else table)
     return huggingface.load(source, dtype=dtype, shardings=placed, arch=arch, int8=to_int8)[1]
@@ -225,7 +225,7 @@ def read_run(
     mesh: Mesh | None = None,
     dtype: str | None = None,
     *,
-    step: int | None = None,
+    step: run_folder.Wanted = "latest",
     base: str | None = None,
     to_int8: bool = False,
 ) -> tuple[Params, int, Lora | None]:
@@ -235,7 +235,7 @@ def read_run(
         run: the run.
         mesh: where they go; None for one device.
         dtype: their type (adapters stay float32); None for the type they were trained in.
-        step: which checkpoint; None for the newest.
+        step: which checkpoint.
         base: where the adapters' base is now; None for where it was.
         to_int8: quantise the adapters' base.
 
@@ -245,7 +245,7 @@ def read_run(
     Raises:
         UserError: there is no checkpoint, it does not fit model.json, or the base is another.
     """
-    step = run_folder.newest_step(run) if step is None else step
+    step = run_folder.find_step(run, step)
     checkpoints = Checkpoints(run.folder)
     run_folder.check_model(run, checkpoints.meta(step))
     mesh = mesh or axes.make_mesh(1, devices=jax.local_devices()[:1])

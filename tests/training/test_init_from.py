@@ -131,14 +131,16 @@ def test_debug_finds_the_layer_and_the_step_of_a_nan(
     assert "step 1: layer 1 is the first whose output is not finite" in capsys.readouterr().err
 
 
-def test_without_debug_a_nan_stops_the_run_and_saves_nothing(
+def test_without_debug_nans_stop_the_run_and_nothing_is_saved(
     tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], poisoned: Callable[[str, float], Path]
 ) -> None:
-    """The checkpoint at step 2 comes before the line of metrics at step 4: it must not be written."""
+    """Every step is skipped, and the state holds an infinity from the start: it must not be written at step 2."""
     flags = ["--train.out", str(tmp_path / "run"), "--train.save_every", "2", "--train.log_every", "4"]
-    flags += ["--train.eval_problems", "0", "--train.eval_nelbo_rows", "0"]
+    flags += ["--train.eval_problems", "0", "--train.eval_nelbo_rows", "0", "--train.max_skipped", "3"]
     source = poisoned("down", float("inf"))
     assert main(["train", "--config", str(tiny_config), *flags, "--model.init_from", str(source)]) == 2
     error = capsys.readouterr().err
-    assert "step 1: the loss is nan" in error and "--train.debug" in error
-    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+    assert "3 steps in a row" in error and "step 1: the loss is nan" in error and "--train.debug" in error
+    assert "train records" in error and "the state holds NaN or infinity" in error
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert not checkpoints.exists() or list(checkpoints.iterdir()) == []

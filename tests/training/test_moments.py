@@ -23,6 +23,7 @@ from jaxblock.training import optimizer as optimizers
 from jaxblock.training.checkpoint import Checkpoints
 from jaxblock.training.moments import dequantise, quantise
 from jaxblock.training.precision import random_bits, stochastic_bfloat16
+from jaxblock.training.retention import Keep
 from jaxblock.training.state import TrainState, create, shardings
 
 Storage = Literal["float32", "bfloat16", "int8"]
@@ -303,7 +304,7 @@ def test_eight_bit_moments_and_rounding_do_not_depend_on_mesh_or_loop(
         assert codes.addressable_shards[0].data.size == codes.size // 4, path
         assert scale.sharding.shard_shape(scale.shape)[-1] == 1, path
     # A checkpoint of the split state, read onto one device.
-    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints = Checkpoints(tmp_path, Keep(1))
     checkpoints.save(many, 3, {})
     read = checkpoints.restore(3, one)
     checkpoints.close()

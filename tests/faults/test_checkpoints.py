@@ -1,0 +1,191 @@
+"""What happens to checkpoints that are cut short, damaged, refused by the disk, or no longer wanted."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from jaxblock.errors import UserError
+from jaxblock.parallel import axes
+from jaxblock.training import checksums, retention
+from jaxblock.training.checkpoint import Checkpoints
+from jaxblock.training.retention import Keep
+from jaxblock.training.state import TrainState
+
+
+def _state(value: float = 1.0) -> TrainState:
+    params = {"w": jnp.full((4, 8), value), "blocks": {"q": jnp.arange(64.0) + value}}
+    return TrainState(params, {"mu": jax.tree.map(jnp.zeros_like, params)}, jnp.int32(0))
+
+
+ALL = Keep(9)
+
+
+def _saved(run: Path, steps: list[int], keep: Keep = ALL, scores: dict[int, float] | None = None) -> list[str]:
+    told: list[str] = []
+    checkpoints = Checkpoints(run, keep, told.append)
+    for step in steps:
+        checkpoints.save(_state(float(step)), step, {}, (scores or {}).get(step))
+    checkpoints.close()
+    return told
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("three")
+    assert _saved(run, [10, 20, 30]) == []
+    return run
+
+
+def _largest(folder: Path) -> Path:
+    """An array's bytes."""
+    return max((f for f in folder.rglob("params/**/d/*") if f.is_file()), key=lambda f: f.stat().st_size)
+
+
+def _flip(folder: Path) -> str:
+    content = bytearray(_largest(folder).read_bytes())
+    content[len(content) // 2] ^= 1
+    _largest(folder).write_bytes(content)
+    return "holds other bytes than were saved"
+
+
+def _truncate(folder: Path) -> str:
+    content = _largest(folder).read_bytes()
+    _largest(folder).write_bytes(content[:-1])
+    return f"has {len(content) - 1:,} bytes instead of {len(content):,}"
+
+
+def _lose_metadata(folder: Path) -> str:
+    (folder / "params" / "_METADATA").unlink()
+    return "params/_METADATA is missing"
+
+
+def _cut_short(folder: Path) -> str:
+    """Killed between the commit of the arrays and the checksums."""
+    checksums.unseal(folder)
+    return "it was never finished"
+
+
+def _spoil_seal(folder: Path) -> str:
+    (folder / "whole-0-of-1.json").write_text("{")
+    return "whole-0-of-1.json cannot be read"
+
+
+@pytest.mark.parametrize("harm", [_flip, _truncate, _lose_metadata, _cut_short, _spoil_seal])
+def test_a_damaged_checkpoint_is_named_and_set_aside_and_the_one_before_is_used(
+    three: Path, tmp_path: Path, harm: Callable[[Path], str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(three, run)
+    problem = harm(run / "checkpoints" / "30")
+    before = sorted(f.name for f in (run / "checkpoints" / "30").rglob("*"))
+    told: list[str] = []
+    checkpoints = Checkpoints(run, Keep(9), told.append)
+    assert checkpoints.recover() == 20
+    assert len(told) == 1 and problem in told[0] and str(run / "damaged" / "30") in told[0]
+    assert sorted(f.name for f in (run / "damaged" / "30").rglob("*")) == before
+    np.testing.assert_array_equal(checkpoints.restore(20, _state()).params["w"], _state(20.0).params["w"])
+    checkpoints.save(_state(30.0), 30, {})  # its place is free again
+    checkpoints.close()
+    assert checkpoints.steps() == [10, 20, 30] and len(told) == 1
+
+
+def test_a_reader_names_damage_and_moves_nothing(three: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(three, run)
+    _flip(run / "checkpoints" / "30")
+    checkpoints = Checkpoints(run)
+    like = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), _state().params
+    )
+    with pytest.raises(UserError, match="30 is damaged: params/.*Use another one: --step 10 or 20"):
+        checkpoints.restore_params(30, like)
+    assert checkpoints.restore_params(20, like)["w"][0, 0] == 20
+    checkpoints.close()
+    assert not (run / "damaged").exists()
+
+
+def test_what_a_killed_save_or_deletion_left_is_swept_up(three: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(three, run)
+    folder = run / "checkpoints"
+    shutil.copytree(folder / "30", folder / "40.orbax-checkpoint-tmp")
+    (folder / "10").rename(folder / "10.deleting")
+    checkpoints = Checkpoints(run, Keep(9))
+    assert checkpoints.recover() == 30
+    checkpoints.close()
+    assert sorted(entry.name for entry in folder.iterdir()) == ["20", "30"]
+
+
+def test_a_failed_save_is_told_once_and_later_saves_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk fills up in the background, after the loop has gone on."""
+    told: list[str] = []
+    checkpoints = Checkpoints(tmp_path, Keep(1), told.append)
+    checkpoints.save(_state(1.0), 1, {})
+    checkpoints.wait()
+    with monkeypatch.context() as patch:
+
+        def full(orbax: Any) -> None:
+            orbax._async_manager.wait_until_finished()
+            raise RuntimeError("RESOURCE_EXHAUSTED: No space left on device")
+
+        patch.setattr(ocp.AsyncCheckpointer, "wait_until_finished", full)
+        checkpoints.save(_state(2.0), 2, {})
+        checkpoints.wait()
+    assert len(told) == 1 and "step 2: no checkpoint was written" in told[0]
+    assert told[0].endswith("the disk is full; the last whole one is of step 1")
+    assert checkpoints.steps() == [1] and checkpoints.failed == 2
+    checkpoints.save(_state(3.0), 3, {})
+    checkpoints.close()
+    assert checkpoints.steps() == [3] and len(told) == 1
+
+
+def test_a_folder_that_takes_no_files_is_told(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("a file stands here")  # permissions do not bind every user
+    assert "step 1: no checkpoint was written" in _saved(tmp_path, [1])[0]
+
+
+def test_a_state_with_nans_is_never_written(tmp_path: Path) -> None:
+    told = _saved(tmp_path, [1])
+    checkpoints = Checkpoints(tmp_path, Keep(1), told.append)
+    checkpoints.save(_state(float("nan")), 2, {})
+    checkpoints.close()
+    assert checkpoints.steps() == [1] and "the state holds NaN or infinity" in told[0]
+
+
+def test_what_is_kept(tmp_path: Path) -> None:
+    assert retention.superfluous(Keep(2), [1, 2, 3, 4], None) == [1, 2]
+    assert retention.superfluous(Keep(1, every=4), [2, 4, 6, 8, 10], None) == [2, 6]
+    assert retention.superfluous(Keep(2, best="nelbo"), [1, 2, 3, 4], 1) == [2]
+    assert retention.best({1: 0.5, 2: None, 3: 0.7, 4: 0.7, 5: float("nan")}) == 3
+    assert retention.best({1: None}) is None
+    assert retention.score("nelbo", {"nelbo_per_token": {"mean": 2.0}}) == -2
+    assert retention.score("pass_at_1", {"pass_at_1": {"correct": 3, "n": 4}}) == 0.75
+    assert retention.score("pass_at_1", {}) is None
+    _saved(tmp_path, [10, 20, 30, 40, 50], Keep(1, 40, "nelbo"), {10: -3.0, 20: -1.0, 30: -2.0, 50: -4.0})
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.steps() == [20, 40, 50] and checkpoints.best() == 20
+    assert checkpoints.improves(-0.5) and not checkpoints.improves(-1.0) and not checkpoints.improves(None)
+    checkpoints.close()
+
+
+def test_a_restore_onto_other_meshes_is_exact(three: Path) -> None:
+    """8 devices, then 4 x 2, then 1."""
+    checkpoints = Checkpoints(three)
+    for data, fsdp in ((1, 8), (4, 2), (1, 1)):
+        mesh = axes.make_mesh(data, fsdp, devices=jax.devices()[: data * fsdp])
+        whole, split = axes.replicated(mesh), axes.sharding(mesh, "batch")
+        like = jax.tree.map(lambda leaf, w=whole, s=split: jax.device_put(leaf, s if leaf.ndim == 1 else w), _state())
+        found = checkpoints.restore(30, like)
+        for left, right in zip(jax.tree.leaves(found.params), jax.tree.leaves(_state(30.0).params), strict=True):
+            np.testing.assert_array_equal(left, right)
+        assert found.params["blocks"]["q"].sharding.is_equivalent_to(split, 1) and int(found.step) == 30
+    checkpoints.close()
