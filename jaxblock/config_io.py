@@ -291,7 +291,20 @@ def _check_lora(config: Config) -> None:
 
 def _check_train(config: Config) -> None:
     train = config.train
-    _at_least(train, "train", 1, "steps", "batch_size", "log_every", "save_every", "keep", "fsdp", "tensor", "slices", "accumulate")
+    _at_least(
+        train,
+        "train",
+        1,
+        "steps",
+        "batch_size",
+        "log_every",
+        "save_every",
+        "keep",
+        "fsdp",
+        "tensor",
+        "slices",
+        "accumulate",
+    )
     _at_least(train, "train", 0, "seed", "eval_every", "eval_problems", "eval_nelbo_rows", "loader_workers")
     _at_least(train, "train", 0, "keep_every", "max_skipped", "watchdog_seconds")
     _require(

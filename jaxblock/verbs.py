@@ -140,7 +140,9 @@ def decode(options: Decode, config: Config) -> int:
             raise UserError("watch shows the canvas and writes no file: leave out either --watch or --out")
         storage.check_absent(options.out)
     model = dataclasses.replace(
-        loading.load(options.checkpoint, base=options.base, step=options.step), canvas=config.canvas, decode_defaults=config.decode
+        loading.load(options.checkpoint, base=options.base, step=options.step),
+        canvas=config.canvas,
+        decode_defaults=config.decode,
     )
     model.arch.need_mask_id()  # an autoregressive checkpoint has none: that comes first, since it has no encoder either
     if model.encoder is None:

@@ -72,5 +72,5 @@ def test_pytorch_computes_the_same_loss():
 
 @pytest.mark.slow
 def test_a_checkpoint_is_loaded_and_exported_bit_for_bit():
-    found = load_checkpoint.main("--d 128 --layers 3 --mlp 200 --vocab 500 --shard-mb 1".split())
+    found = load_checkpoint.main(["--d", "128", "--layers", "3", "--mlp", "200", "--vocab", "500", "--shard-mb", "1"])
     assert found["exact"] and found["bytes"] == 2 * (3 * (4 * 128**2 + 3 * 128 * 200 + 2 * 128) + 128 + 2 * 500 * 128)

@@ -310,7 +310,9 @@ class _Loop:
 
     def _score(self, step: int) -> float | None:
         """What the last evaluation was worth by ``train.keep_best``, if it was of this step."""
-        return retention.score(self.config.train.keep_best, self.evaluated if self.evaluated.get("step") == step else {})
+        return retention.score(
+            self.config.train.keep_best, self.evaluated if self.evaluated.get("step") == step else {}
+        )
 
     def _save(self, state: Any, step: int) -> None:
         if step > self.saved:

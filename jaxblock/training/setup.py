@@ -206,9 +206,7 @@ def _open(config: Config, folder: storage.PathLike, console: Console) -> Checkpo
     return Checkpoints(folder, keep, lambda text: console.out(text, highlight=False))
 
 
-def _checkpoints(
-    config: Config, folder: storage.PathLike, console: Console
-) -> tuple[Checkpoints | None, int | None]:
+def _checkpoints(config: Config, folder: storage.PathLike, console: Console) -> tuple[Checkpoints | None, int | None]:
     """The run folder's checkpoints and the step to resume from; (None, None) where there is nothing to resume."""
     exists = run_folder.is_run(folder)
     if config.train.resume == "never" and exists:

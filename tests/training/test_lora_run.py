@@ -18,9 +18,8 @@ from jaxblock.models.params import flatten
 from jaxblock.training import weights
 from jaxblock.training.checkpoint import Checkpoints
 
-LORA = (
-    "--lora.rank 2 --lora.alpha 8 --lora.dropout 0.2 --optimizer.ema 0.5 --train.steps 6 --train.save_every 3".split()
-)
+LORA = ["--lora.rank", "2", "--lora.alpha", "8", "--lora.dropout", "0.2", "--optimizer.ema", "0.5"]
+LORA += ["--train.steps", "6", "--train.save_every", "3"]
 QUIET = ["--train.eval_problems", "0", "--train.eval_nelbo_rows", "8", "--train.eval_every", "0"]
 
 

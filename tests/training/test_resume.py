@@ -33,7 +33,9 @@ def _params(run: Path) -> list[np.ndarray]:
 def _rows(run: Path) -> list[dict[str, Any]]:
     """The metrics but for speeds, the notes of resumption and where the time went."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows if row["kind"] in ("train", "eval")]
+    return [
+        {k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows if row["kind"] in ("train", "eval")
+    ]
 
 
 def _assert_same_run(run: Path, expected: Path) -> None:
