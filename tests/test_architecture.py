@@ -21,7 +21,8 @@ Rule = Callable[[Sources], list[str]]
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 BINDERS = {
-    "api", "loading", "cli", "verbs", "wiring", "training.loop", "training.setup", "training.run_folder", "training.weights", "training.abstract",
+    "api", "loading", "cli", "verbs", "wiring", "training.loop", "training.setup", "training.run_folder",
+    "training.weights", "training.abstract",
     "plan.plan", "plan.programs", "plan.sizes", "plan.layout", "plan.command", "plan.__main__",
     "evaluation.runner",
 }  # fmt: skip
