@@ -42,7 +42,6 @@ PARTS = ("origin", "lora", "added", "alignment")
 
 BEGINNINGS = {
     "The capital of France is": " Paris",
-    "Monday, Tuesday, Wednesday,": " Thursday",
     "One, two, three, four, five,": " six",
     "The opposite of hot is": " cold",
 }
@@ -169,12 +168,14 @@ def exported(folder: Path, run: Path, work: Path, *, adapters: bool) -> dict[str
     verb("export", "--checkpoint", str(run), "--out", str(merged))
     trained, again = jaxblock.load(run), jaxblock.load(merged)
     ids = sample_ids(trained)
-    ours = causal_logits(trained, ids)
+    ours, theirs = causal_logits(trained, ids), read_by_transformers(merged)
     start = causal_logits(jaxblock.load(folder), np.minimum(ids, jaxblock.load(folder).arch.vocab_size - 1))
     found = {
         "moved": difference(ours[..., : start.shape[-1]], start),
         "merged_here": difference(causal_logits(again, ids), ours),
-        "merged_transformers": difference(causal_logits(again, ids), torch_logits(read_by_transformers(merged), ids)),
+        "merged_transformers": difference(causal_logits(again, ids), torch_logits(theirs, ids)),
+        # Where a position is ill-conditioned, PyTorch's own rounding is larger than the bar; float64 tells whose it is.
+        "merged_float64": difference(causal_logits(again, ids), torch_logits(theirs.double(), ids)),
     }
     if adapters:
         import peft
