@@ -9,6 +9,8 @@ import jax
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _USED = re.compile(r"Used ([\d.]+)([KMGT]?)B? of ([\d.]+)([KMGT]?)B? (?:hbm|HBM)")
+_TEMPORARIES = re.compile(r"HLO temporaries \(([\d.]+)([KMGT]?)B?\) exceeds available HBM \(([\d.]+)([KMGT]?)B?\)")
+"""Two ways in which TPU compilers say that a program does not fit: by all that it uses, or by its temporaries."""
 
 
 class Memory(NamedTuple):
@@ -77,11 +79,13 @@ def of(program: jax.stages.Compiled) -> Memory:
 
 def over(message: str, arguments: float) -> Memory | None:
     """What a compiler's complaint says that a program would need; None for another complaint."""
-    found = _USED.search(message)
+    used, between = _USED.search(message), _TEMPORARIES.search(message)
+    found = used or between
     if found is None:
         return None
-    used, limit = float(found[1]) * _UNITS[found[2]], float(found[3]) * _UNITS[found[4]]
-    return Memory(arguments, 0.0, max(used - arguments, 0.0), 0.0, used, limit)
+    size, limit = float(found[1]) * _UNITS[found[2]], float(found[3]) * _UNITS[found[4]]
+    temporaries = max(size - arguments, 0.0) if used else size
+    return Memory(arguments, 0.0, temporaries, 0.0, arguments + temporaries, limit)
 
 
 def device_limit(device: jax.Device) -> float | None:

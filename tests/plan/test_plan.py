@@ -104,6 +104,13 @@ def test_what_a_compiler_says_of_memory() -> None:
     found = memory.over(said, 2.0**30)
     assert found is not None
     assert (found.total, found.limit, found.arguments) == (20.5 * 2**30, 15.75 * 2**30, 2**30)
+    said = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (26.84G) exceeds "
+        "available HBM (15.75G)."
+    )
+    found = memory.over(said, 2.0**30)
+    assert found is not None
+    assert (found.total, found.temporaries) == (pytest.approx(27.84 * 2**30), pytest.approx(26.84 * 2**30))
     assert memory.over("INTERNAL: something else", 0.0) is None
     assert memory.device_limit(jax.devices("cpu")[0]) is None
 
