@@ -101,7 +101,8 @@ def collectives(module: Module, devices: int) -> list[Collective]:
         for instruction in computation.values():
             if instruction.opcode.removesuffix("-start") in KINDS or _to_other_slices(instruction):
                 channel = re.search(r"channel_id=(\d+)", instruction.rest)
-                key = channel[1] if channel else f"{name}/{instruction.name}"
+                # Sends number their channels by themselves.
+                key = f"{instruction.opcode == 'send'}/{channel[1]}" if channel else f"{name}/{instruction.name}"
                 by_channel.setdefault(key, []).append(_Instance(instruction, name, times, begins))
     found = []
     for instances in by_channel.values():

@@ -87,7 +87,7 @@ ENTRY %main (w: f32[8,16], v: bf16[4,8]) -> f32[8,16] {
   %moved = (f32[8,16]{1,0}, f32[8,16]{1,0}, u32[]) collective-permute-start(%w), channel_id=12, source_target_pairs={{0,1}}
   %moved.1 = f32[8,16]{1,0} collective-permute-done(%moved)
   %token = token[] after-all()
-  %far = (f32[8,16]{1,0}, u32[], token[]) send(%w, %token), channel_id=13, frontend_attributes={_megascale="ALL_REDUCE"}
+  %far = (f32[8,16]{1,0}, u32[], token[]) send(%w, %token), channel_id=9, frontend_attributes={_megascale="ALL_REDUCE"}
   ROOT %result = f32[8,16]{1,0} get-tuple-element(%layers), index=1
 }
 """
