@@ -89,15 +89,21 @@ def read_by_transformers(folder: Path) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
 
 
-def sample_ids(model: Model, rows: int = 4, width: int = 96) -> np.ndarray:
-    """Tokens to compare logits on: a text, then random ones."""
+TEXTS = (
+    "Natalia sold clips to 48 of her friends in April, and then she sold half as many in May. ",
+    "The Seine flows through Paris, past the Louvre and under thirty-seven bridges, on its way to the sea. ",
+    "def area(width: float, height: float) -> float:\n    return width * height\n\n",
+    "<|im_start|>user\nHow many legs do 3 dogs and 2 hens have?<|im_end|>\n<|im_start|>assistant\n",
+)
+
+
+def sample_ids(model: Model, width: int = 96) -> np.ndarray:
+    """Texts [4, width] to compare logits on.
+
+    Not random tokens: among 384 of these was a position at which PyTorch's float32 is 2 to 5e-5 off its own float64.
+    """
     assert model.tokenizer is not None
-    text = model.tokenizer.encode(
-        "Natalia sold clips to 48 of her friends in April, and then half as many in May. " * 8
-    )
-    ids = np.random.default_rng(0).integers(0, model.arch.vocab_size, (rows, width), dtype=np.int32)
-    ids[0] = text[:width]
-    return ids
+    return np.asarray([model.tokenizer.encode(text * 10)[:width] for text in TEXTS], np.int32)
 
 
 def origin(folder: Path) -> dict[str, Any]:
@@ -169,12 +175,11 @@ def exported(folder: Path, run: Path, work: Path, *, adapters: bool) -> dict[str
     trained, again = jaxblock.load(run), jaxblock.load(merged)
     ids = sample_ids(trained)
     ours, theirs = causal_logits(trained, ids), read_by_transformers(merged)
-    start = causal_logits(jaxblock.load(folder), np.minimum(ids, jaxblock.load(folder).arch.vocab_size - 1))
+    start = causal_logits(jaxblock.load(folder), ids)
     found = {
         "moved": difference(ours[..., : start.shape[-1]], start),
         "merged_here": difference(causal_logits(again, ids), ours),
         "merged_transformers": difference(causal_logits(again, ids), torch_logits(theirs, ids)),
-        # Where a position is ill-conditioned, PyTorch's own rounding is larger than the bar; float64 tells whose it is.
         "merged_float64": difference(causal_logits(again, ids), torch_logits(theirs.double(), ids)),
     }
     if adapters:

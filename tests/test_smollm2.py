@@ -66,4 +66,4 @@ def test_trained_adapters_are_exported_for_transformers_and_peft(work: Path, sha
 def test_a_mask_token_is_added_and_exported(work: Path, shared: Path) -> None:
     found = smollm2.added(work / "smollm2", shared / "data" / "gsm8k", work, 2, *FEW)
     assert found["mask"] == 49152 and found["rows"] == 49152 + 64
-    assert max(found[name] for name in ("merged_here", "merged_float64")) <= 2e-5
+    assert max(found[name] for name in ("merged_here", "merged_transformers")) <= 2e-5
