@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from jaxblock import cli
+from jaxblock import cli, storage
 from jaxblock.cli import main
 from jaxblock.errors import UserError
 
@@ -233,7 +233,7 @@ def test_a_full_disk_leaves_nothing_that_looks_whole(
         "evaluate": [*run, "--out", str(out), "--evaluate.problems", "4"],
         "export": [*run, "--out", str(out)],
     }
-    places = {"train": (shutil, "copytree"), "decode": (os, "fsync"), "export": (shutil, "copyfile")}
+    places = {"train": (storage, "copy_files"), "decode": (os, "fsync"), "export": (shutil, "copyfile")}
     for verb, arguments in verbs.items():
         with monkeypatch.context() as patch:
             if verb in places:

@@ -94,8 +94,9 @@ class Checkpoints:
                 return step
             if jax.process_index() == 0:
                 self._set_aside(step, problem or "another process found it damaged")
-            self._unusable.add(step)
             distributed.wait("a damaged checkpoint is out of the way")
+            if self._at(step).exists():
+                self._unusable.add(step)
         return None
 
     def restore(self, step: int, like: TrainState) -> TrainState:
@@ -168,8 +169,6 @@ class Checkpoints:
             score: of the metric that the best checkpoint is chosen by; higher is better.
         """
         self.wait()
-        if step in self.steps():
-            return
         if not all(map(bool, jax.device_get(_finite(state)))):
             self._failed(step, "the state holds NaN or infinity")
             return
@@ -181,6 +180,8 @@ class Checkpoints:
             meta=ocp.args.JsonSave({**meta, "step": step, "score": score}),
         )
         try:
+            if step in self.steps():
+                return
             self._orbax.save(self._at(step), args=args)
         except Exception as error:  # whatever a file system, a client or Orbax may raise: training goes on
             self._failed(step, error)
@@ -286,6 +287,7 @@ class Checkpoints:
         self._tell(f"checkpoint {self.folder}/{step} is not used: {problem}; {fate}")
 
     def _check(self, step: int, under: str = "") -> None:
+        self.wait()
         if step in self._checked:
             return
         problem = self._damage(step, under)

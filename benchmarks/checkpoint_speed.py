@@ -1,0 +1,104 @@
+"""Save and restore: GB/s, how long the loop stands still for a save, and a restart's time to its first step.
+
+The state is of the size asked for and is trained for real, one step after the other; every save is followed by steps
+while it is written in the background. Restoring includes checking every byte against the checksums.
+
+    python -m benchmarks.checkpoint_speed
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+from rich.console import Console
+
+from benchmarks.host_time import settings
+from jaxblock.data.loader import batches
+from jaxblock.data.prepare import prepare
+from jaxblock.parallel.host_memory import keep_freed_memory
+from jaxblock.training.setup import Session, meta, set_up
+from jaxblock.training.step import compile_step
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+    """Prints the numbers of a few saves and one restart."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("d", 1024), ("layers", 6), ("batch", 8), ("saves", 2), ("steps", 3)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as name:
+        config = settings(Path(name), args.d, args.layers, args.batch)
+        prepare(config)
+        session = set_up(config, Console(quiet=True))
+        with jax.set_mesh(session.mesh):
+            found = measure(session, args.saves, args.steps)
+        begin = time.perf_counter()
+        again = set_up(dataclasses.replace(config), Console(quiet=True))
+        found["restore"] = time.perf_counter() - begin
+        with jax.set_mesh(again.mesh):
+            step, data = _step(again), _data(again)
+            jax.block_until_ready(step(again.state, again.on_mesh(next(data)), {})[1])
+        found["restart"] = time.perf_counter() - begin
+        again.checkpoints.close()
+    size = found["GB"]
+    print(f"state of {size:.2f} GB: d {args.d}, {args.layers} layers, batch {args.batch}, {jax.devices()[0]}")
+    print(f"step        {found['step']:8.3f} s")
+    print(f"stands still{found['still']:8.3f} s a save = {found['still'] / found['step']:.2f} steps (below 1 wanted)")
+    print(f"save        {found['save']:8.3f} s until it is whole = {size / found['save']:.2f} GB/s, training beside it")
+    print(
+        f"restore     {found['restore']:8.3f} s of set-up, checksums and reading = {size / found['restore']:.2f} GB/s"
+    )
+    print(f"restart     {found['restart']:8.3f} s from set-up to the end of the first step (compiling included)")
+    return found
+
+
+def _data(session: Session):  # type: ignore[no-untyped-def]
+    train = session.config.train
+    return batches(session.prepared.records("train"), canvas=session.config.canvas, seed=0, batch_size=train.batch_size)
+
+
+def _step(session: Session):  # type: ignore[no-untyped-def]
+    return compile_step(session.objective, session.optimizer, session.state, session.mesh, session.net.table)
+
+
+def measure(session: Session, saves: int, steps: int) -> dict[str, float]:
+    """Seconds: a step alone, what a save keeps the loop, and a save until its checksums are there (medians)."""
+    data, step_fn, state = _data(session), _step(session), session.state
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) / 1e9
+    alone, still, whole = [], [], []
+    done = 0
+    for at in range(2 + steps):
+        begin = time.perf_counter()
+        state, metrics = step_fn(state, session.on_mesh(next(data)), {})
+        jax.block_until_ready(metrics)
+        done += 1
+        if at >= 2:
+            alone.append(time.perf_counter() - begin)
+    for at in range(1 + saves):
+        jax.block_until_ready(state)
+        begin = time.perf_counter()
+        session.checkpoints.save(state, done, meta(session))
+        kept = time.perf_counter() - begin
+        for _ in range(2):
+            state, metrics = step_fn(state, session.on_mesh(next(data)), {})
+            jax.block_until_ready(metrics)
+            done += 1
+        session.checkpoints.wait()
+        if at:  # the first one compiles the check for NaN
+            still.append(kept)
+            whole.append(time.perf_counter() - begin)
+    session.checkpoints.close()
+    medians = {name: statistics.median(found) for name, found in (("step", alone), ("still", still), ("save", whole))}
+    return medians | {"GB": size}
+
+
+if __name__ == "__main__":
+    keep_freed_memory()  # as the command line does
+    main()
