@@ -128,7 +128,7 @@ class _Loop:
         self.session, self.config, self.console, self.clock = session, session.config, console, clock
         self.watchdog, self.skips = watchdog, Skips(session.config.train.max_skipped)
         self.run_folder = storage.as_path(self.config.train.out)
-        self.lr = schedules.schedule(self.config.optimizer, self.config.train.steps)
+        self.lr = schedules.values(self.config.optimizer, self.config.train.steps)
         self.log: Trackers | None = None
         if session.process_index == 0:
             begin = session.step if session.resumed else -1
@@ -265,7 +265,7 @@ class _Loop:
         seconds = max(now - window.since, 1e-9)
         self.clock.pace(seconds / count)
         speed = positions * everywhere / seconds
-        lr = float(self.lr(step - 1))
+        lr = float(self.lr[step - 1])
         predicted = window.rows * self.session.objective.layout.block
         done = self._arithmetic(Work(*(n * everywhere for n in (window.rows, positions, predicted))), seconds)
         self._write({"step": step, "kind": "train", **row, "lr": lr, "tokens_per_second": speed, **done})

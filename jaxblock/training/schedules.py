@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 from jax.typing import ArrayLike
@@ -36,6 +38,12 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
         return decay
     rising = optax.linear_schedule(config.lr / warmup, config.lr * (warmup + 1) / warmup, warmup)
     return optax.join_schedules([rising, decay], [warmup])
+
+
+def values(config: OptimizerConfig, steps: int) -> np.ndarray:
+    """The learning rates of all updates [steps], on the host: to ask the device for one would wait for its queue."""
+    every = jax.jit(jax.vmap(schedule(config, steps)))(jnp.arange(steps))
+    return np.broadcast_to(np.asarray(every, np.float32), (steps,))
 
 
 def deepspeed_ratio(config: OptimizerConfig, steps: int, k: ArrayLike) -> Array:
