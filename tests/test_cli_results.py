@@ -169,7 +169,7 @@ def test_an_export_is_the_run(
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("d_model", 32), ("n_layers", 1), ("n_heads", 1), ("mask_token_id", 7), ("rope_theta", 1e4)]
+    ("name", "value"), [("d_model", 32), ("n_layers", 1), ("n_heads", 4), ("mask_token_id", 7), ("rope_theta", 1e4)]
 )
 def test_a_run_whose_model_file_disagrees_is_refused(
     tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, value: float

@@ -106,16 +106,20 @@ def test_a_process_that_never_comes_is_told_within_the_timeout() -> None:
 
 
 ONE_FAILS = """
-import os, signal, sys, time
-if os.environ["JAX_PROCESS_ID"] == "1":
+import os, pathlib, signal, sys, time
+ready = pathlib.Path(os.environ["READY"])
+if (me := os.environ["JAX_PROCESS_ID"]) == "1":
+    while len(list(ready.iterdir())) < 2:
+        time.sleep(0.01)
     sys.exit(7)
 signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as a process deep in a collective would
+(ready / me).touch()
 time.sleep(600)
 """
 
 
-def test_one_that_fails_ends_the_others() -> None:
-    done = pod("3", "--grace", "1", "--", sys.executable, "-c", ONE_FAILS)
+def test_one_that_fails_ends_the_others(tmp_path: Path) -> None:
+    done = pod("3", "--grace", "1", "--", sys.executable, "-c", ONE_FAILS, READY=str(tmp_path))
     assert done.returncode == 7
     assert "process 1 ended with exit code 7: ending the others" in done.stderr
     assert "process 0 ended with exit code 137" in done.stderr and "process 2 ended with exit code 137" in done.stderr
