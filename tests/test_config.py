@@ -152,7 +152,8 @@ def test_decoding_options_that_fit_together_are_accepted() -> None:
         {"rule": "origin", "eps": 0.01, "temperature": 1, "top_k": 5, "eos_suppression": "logits"},
         {"rule": "low_confidence", "alg_temp": 0.5, "quota": "dllm_linear", "top_p": 1},
     ):
-        config_io.validate(config_io.from_tree({"decode": options}, "here"), ["decode"])
+        config = config_io.from_tree({"decode": options}, "here")
+        assert config_io.validate(config, ["decode"]) is config
 
 
 def test_only_the_sections_that_a_verb_uses_are_checked() -> None:

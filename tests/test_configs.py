@@ -76,7 +76,8 @@ def test_there_are_configs() -> None:
 
 @pytest.mark.parametrize("path", EVERY, ids=[path.stem for path in EVERY])
 def test_a_config_is_valid(path: Path) -> None:
-    config_io.validate(config_io.load(str(path)))
+    config = config_io.load(str(path))
+    assert config_io.validate(config) is config
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])

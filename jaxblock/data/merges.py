@@ -51,7 +51,8 @@ def tokenizer_json(files: Mapping[str, bytes], settings: Mapping[str, Any], wher
         )
     try:
         lines = files["merges.txt"].decode().split("\n")
-        pairs = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
+        rules = [line.split() for line in lines if line.strip() and not line.startswith("#version")]
+        pairs = [(left, right) for left, right in rules]
         model = huggingface.models.BPE(json.loads(files["vocab.json"]), pairs)
         added = settings.get("added_tokens_decoder", {})
         tokens = {int(i): huggingface.AddedToken(**entry) for i, entry in added.items()}
