@@ -135,7 +135,13 @@ class HuggingFaceTokenizer:
             UserError: If ids of the vocabulary are missing, so that the library would give the token another id.
         """
         tokenizer = huggingface.Tokenizer.from_str(self._files["tokenizer.json"].decode())
-        entry: dict[str, Any] = {"content": text, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+        entry: dict[str, Any] = {
+            "content": text,
+            "lstrip": False,
+            "normalized": False,
+            "rstrip": False,
+            "single_word": False,
+        }
         tokenizer.add_special_tokens([huggingface.AddedToken(**entry, special=True)])
         token_id = tokenizer.token_to_id(text)
         if token_id != self.vocab_size:

@@ -15,6 +15,7 @@ from jaxblock import hub, storage, wiring
 from jaxblock.config import Config
 from jaxblock.data.prepared import Prepared
 from jaxblock.errors import UserError
+from jaxblock.huggingface import fill
 from jaxblock.huggingface import load as huggingface
 from jaxblock.models import families, int8
 from jaxblock.models import lora as adapters
@@ -212,9 +213,8 @@ def _quantised(params: Params, table: Table, mesh: Mesh) -> Params:
     flat: dict[str, Any] = {}
     for path, leaf in parameters.flatten(params).items():
         if int8.quantised(table[path]):
-            numbers, scales = int8.quantise(leaf)
-            flat[path] = jax.device_put(numbers, placed[path])
-            flat[path + int8.SCALE] = jax.device_put(scales, placed[path + int8.SCALE])
+            scale = path + int8.SCALE
+            flat[path], flat[scale] = fill.quantised(leaf, placed[path], placed[scale])
         else:
             flat[path] = leaf
     return parameters.nest(flat)

@@ -167,6 +167,10 @@ def test_adapters_on_a_run_and_a_start_from_adapters(
     on_run, on_export = (flatten(jaxblock.load(r).params["lora"]) for r in (tmp_path / "on_run", run))
     for path, leaf in on_export.items():
         np.testing.assert_allclose(on_run[path], leaf, rtol=0, atol=1e-6, err_msg=path)
+    rounded = jaxblock.load(tmp_path / "on_run", quantize="int8")
+    whole = jaxblock.load(tmp_path / "on_run", quantize="none")
+    got, want = (np.asarray(model.logits([[5, 6, 7, 8]])) for model in (rounded, whole))
+    assert rounded.net.int8 and 0 < np.abs(got - want).max() < 0.1 * np.abs(want).max()
     assert train(tiny_config, run, tmp_path / "twice") == 2
     assert "adapters on adapters" in capsys.readouterr().err
     start = ["--model.init_from", str(run), "--train.out", str(tmp_path / "full"), "--train.steps", "2"]
