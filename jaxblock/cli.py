@@ -29,6 +29,9 @@ from jaxblock.config import (
 from jaxblock.errors import UserError
 from jaxblock.parallel import host_memory
 
+LOST = 134
+"""Exit code where another process of the group was lost; the abort of JAX's own runtime gives the same."""
+
 
 @dataclass(frozen=True)
 class Prepare:
@@ -184,9 +187,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the command line without the program's name; None for the process's own.
 
     Returns:
-        The exit code: 0; 2 for a mistake that the user can mend; 130 (143 for
-        SIGTERM) for a run that was told to stop; 1 for a bug of
-        ours, or a reader of our output that has gone.
+        The exit code: 0; 2 for a mistake that the user can mend; 130 (143 for SIGTERM) for a run that was told to stop;
+        134 where another process of the group was lost; 1 for a bug of ours, or a reader of our output that has gone.
+        (In a process group 1, 2 and 134 end the process here.)
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     traces = "--traceback" in given
@@ -204,6 +207,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(jaxblock.__version__)
         return 0
+    code = _guarded(given, traces)
+    if code in (1, 2, LOST) and "jax" in sys.modules:
+        from jaxblock.parallel import distributed
+
+        distributed.leave(code, 0.0 if code == LOST else 15.0)
+    return code
+
+
+def _guarded(given: list[str], traces: bool) -> int:
+    """Runs the verb; whatever goes wrong becomes a message and an exit code."""
     try:
         verb = given[0]
         if verb not in VERBS:
@@ -231,10 +244,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 file=sys.stderr,
             )
             return 2
+        if not traces and "jax" in sys.modules and _partner_lost(error):
+            print(
+                "jaxblock: another process of the group has ended or cannot be reached "
+                f"({str(error).splitlines()[0][:200]}): its own output says why. Start all of them again: the run goes on "
+                "from its last checkpoint",
+                file=sys.stderr,
+            )
+            return LOST
         # Not the user's mistake but ours: here the traceback is the message.
         traceback.print_exc()
         print("jaxblock: this is a bug; please report it with the lines above", file=sys.stderr)
         return 1
+
+
+def _partner_lost(error: Exception) -> bool:
+    from jaxblock.parallel import distributed
+
+    return distributed.partner_lost(error)
 
 
 def _hush() -> None:

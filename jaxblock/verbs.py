@@ -331,7 +331,9 @@ def export(options: Export, config: Config) -> int:
     else:
         # Merging needs the base as it is, whatever the adapters were trained on.
         is_int8 = run_folder.is_run(options.checkpoint) and run_folder.open_run(options.checkpoint).base is not None
-        model = loading.load(options.checkpoint, base=options.base, quantize="none" if is_int8 else None)
+        model = loading.load(
+            options.checkpoint, base=options.base, quantize="none" if is_int8 else None, step=options.step
+        )
         difference = model.save(options.out, options.dtype)
     size = storage.size_of(options.out)
     print(f"wrote {options.out} ({size / 1e6:.1f} MB); read back: largest difference of any logit {difference:.3g}")

@@ -14,8 +14,9 @@ usage: launch/tpu.sh VERB --name NAME --zone ZONE [OPTIONS] [-- COMMAND...]
   run      start COMMAND on every worker, detached: it outlives the connection. Its output goes to a log there
   logs     show the end of the latest log
   status   the slice's state, and what each worker's run is doing or how it ended
-  resume   run COMMAND until it is done: start it again after a preemption or a stop, waiting longer each time.
-           Ends with 0 when COMMAND has, and with COMMAND's code when it failed
+  resume   run COMMAND until it is done: start it again after a preemption, a stop, a kill or a hang that its watchdog
+           ended (train.on_hang abort), waiting longer each time. Ends with 0 when COMMAND has, and with COMMAND's code
+           when it failed
   stop     tell the run to save and end (SIGTERM), and wait for that
   delete   delete the slice and its disks, after asking
 
@@ -219,11 +220,12 @@ verdict() {
     local found="$1" code
     case "$found" in *'run: running'*) echo running && return ;; esac
     for code in $(printf '%s\n' "$found" | sed -n 's/.*run: ended \([0-9]*\).*/\1/p'); do
-        # 130 and 143: told to stop, and saved. 137: killed, as by a host's maintenance: the last checkpoint is whole.
-        case "$code" in 0 | 130 | 137 | 143) ;; *) echo "failed $code" && return ;; esac
+        # 130 and 143: told to stop, and saved. 124: it hung, and the watchdog ended it. 137: killed, as by a host's
+        # maintenance. 134: another process of the group was lost. In each case the last checkpoint is whole.
+        case "$code" in 0 | 124 | 130 | 134 | 137 | 143) ;; *) echo "failed $code" && return ;; esac
     done
     case "$found" in
-        *'run: lost'* | *'run: none'* | *'ended 130'* | *'ended 137'* | *'ended 143'*) echo again ;;
+        *'run: lost'* | *'run: none'* | *'ended 1'[2-4][0-9]*) echo again ;;
         *'run: ended 0'*) echo 'done' ;;
         *) echo again ;;
     esac

@@ -24,9 +24,15 @@ SWITCH = "JAXBLOCK_DISTRIBUTED"
 """``1``: join the group that JAX detects; ``0``: stay alone, whatever else is set; unset: other variables decide."""
 
 START_TIMEOUT, HEARTBEAT_TIMEOUT = "JAXBLOCK_START_TIMEOUT", "JAXBLOCK_HEARTBEAT_TIMEOUT"
-"""Seconds for all processes to appear (default 300), and after which a silent one counts as lost (default 100)."""
+"""Seconds for all processes to appear (default 300), and after which a silent one counts as lost."""
+
+HEARTBEAT = 45
+"""Default of the latter; JAX's is 100. Its own threads send the beats, so that neither Python nor the compiler holds them
+up, and a host that is well misses them only while the network finds another way, which takes seconds to half a minute."""
+
 
 _EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+_LOST_SIGNS = ("Gloo", "heartbeat", "coordination service", "Connection closed by peer", "unhealthy", "preempted")
 _INDEXED_JOB = "JOB_COMPLETION_INDEX"  # Kubernetes numbers the pods of an indexed job, as a JobSet's are
 _SLURM = ("SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
 
@@ -68,6 +74,45 @@ def any_of(flag: bool) -> bool:
     return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
 
 
+def partner_lost(error: BaseException) -> bool:
+    """Whether an error of JAX says that another process of this one's group has ended, rather than a mistake here."""
+    if not jax.distributed.is_initialized() or not isinstance(error, jax.errors.JaxRuntimeError | RuntimeError):
+        return False
+    text = str(error)
+    return any(sign in text for sign in _LOST_SIGNS)
+
+
+def leave(code: int, seconds: float) -> None:
+    """Ends this process of a group after a failure, and returns where there is no group.
+
+    The way out that JAX takes waits 5 minutes for the others, which meanwhile wait in a collective for this one.
+
+    Args:
+        code: exit code.
+        seconds: for the others to get here too, as they do where all made the same mistake.
+    """
+    if not jax.distributed.is_initialized() or jax.process_count() == 1:
+        return
+    if seconds > 0:
+        waiting = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+        waiting.start()
+        waiting.join(seconds)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def gathered(values: np.ndarray) -> np.ndarray:
+    """The values [n] of every process, one process after the other [processes * n]. Every process must ask.
+
+    Args:
+        values: as many in each process; integers below 2^31 (JAX carries no more).
+    """
+    if jax.process_count() == 1:
+        return values
+    return np.asarray(multihost_utils.process_allgather(values.astype(np.int32))).reshape(-1)
+
+
 def from_environment(variables: Mapping[str, str]) -> dict[str, Any] | None:
     """What to pass to ``jax.distributed.initialize``.
 
@@ -85,7 +130,7 @@ def from_environment(variables: Mapping[str, str]) -> dict[str, Any] | None:
         raise UserError(f"{SWITCH} is {switch!r}: set it to 1 to join a process group, to 0 to stay alone, or unset it")
     if switch == "0":
         return None
-    timeouts = _timeouts(variables)
+    timeouts = {"heartbeat_timeout_seconds": HEARTBEAT, **_timeouts(variables)}
     given = [name for name in _EXPLICIT if variables.get(name)]
     if given:
         return {**_explicit(variables, given), **timeouts}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +13,11 @@ from typing import Any
 import pytest
 
 from jaxblock.errors import UserError
-from jaxblock.parallel.distributed import from_environment
+from jaxblock.parallel.distributed import HEARTBEAT, from_environment
 
 THREE = {"JAX_COORDINATOR_ADDRESS": "10.0.0.2:8476", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
-EXPLICIT = {"coordinator_address": "10.0.0.2:8476", "num_processes": 4, "process_id": 3}
+BEAT = {"heartbeat_timeout_seconds": HEARTBEAT}
+EXPLICIT = BEAT | {"coordinator_address": "10.0.0.2:8476", "num_processes": 4, "process_id": 3}
 SLURM = {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "2"}
 GKE = {"TPU_WORKER_HOSTNAMES": "a,b,c", "TPU_WORKER_ID": "1"}
 INDEXED = {k: v for k, v in THREE.items() if k != "JAX_PROCESS_ID"} | {"JOB_COMPLETION_INDEX": "3"}
@@ -29,14 +31,14 @@ STEP = {"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_PROCID": "0", "SLURM_LOCALID": "
         (THREE, EXPLICIT),
         (THREE | {"JAXBLOCK_DISTRIBUTED": "1"}, EXPLICIT),
         (THREE | {"JAXBLOCK_DISTRIBUTED": "0"}, None),
-        ({"JAXBLOCK_DISTRIBUTED": "1"}, {}),
-        (SLURM | STEP, {}),
+        ({"JAXBLOCK_DISTRIBUTED": "1"}, BEAT),
+        (SLURM | STEP, BEAT),
         (SLURM | STEP | {"SLURM_NTASKS": "1"}, None),
         ({"SLURM_JOB_ID": "1"}, None),
         (SLURM | {"JAXBLOCK_DISTRIBUTED": "0"}, None),
-        (GKE, {}),
+        (GKE, BEAT),
         (GKE | {"TPU_WORKER_HOSTNAMES": "a"}, None),
-        (GKE | {"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}, {}),
+        (GKE | {"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}, BEAT),
         (INDEXED, EXPLICIT),
         ({"JOB_COMPLETION_INDEX": "3"}, None),
         (THREE | {"JAXBLOCK_START_TIMEOUT": "60"}, EXPLICIT | {"initialization_timeout": 60}),
@@ -116,6 +118,53 @@ signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as a process deep in a collecti
 (ready / me).touch()
 time.sleep(600)
 """
+
+
+LOSES = """
+import os, signal
+import numpy as np
+from jaxblock import cli
+from jaxblock.parallel import distributed
+def verb(options, config):
+    me, _ = distributed.start()
+    distributed.any_of(False)
+    if me == 1:
+        if os.environ["HOW"] == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise cli.UserError("a mistake of process 1")
+    distributed.any_of(False)
+from jaxblock import verbs
+verbs.inspect = verb
+raise SystemExit(cli.main(["inspect"]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["killed", "mistaken"])
+def test_a_process_whose_partner_is_lost_says_so_and_ends_with_134(how: str) -> None:
+    """Unpatched, a mistake of one process leaves both waiting for 5 minutes, each for the other."""
+    group = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{_free_port()}", "JAX_NUM_PROCESSES": "2", "HOW": how}
+    group |= {"JAXBLOCK_HEARTBEAT_TIMEOUT": "10", "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo", "XLA_FLAGS": ""}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", LOSES],
+            env=os.environ | group | {"JAX_PROCESS_ID": str(index)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    said = [process.communicate(timeout=120)[1] for process in both]
+    assert both[0].returncode == 134 and both[1].returncode == (-signal.SIGKILL if how == "killed" else 2), said
+    assert "another process of the group" in said[0] or "another task died" in said[0], said[0]
+    assert "this is a bug" not in said[0]
+    assert how == "killed" or "a mistake of process 1" in said[1]
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def test_one_that_fails_ends_the_others(tmp_path: Path) -> None:

@@ -55,14 +55,18 @@ def test_each_process_has_its_share_of_the_gpus() -> None:
     assert sorted(done.stdout.splitlines()) == expected
 
 
-@pytest.mark.parametrize(("code", "requeued"), [(0, False), (1, False), (130, True), (143, True)])
-def test_a_preempted_slurm_job_goes_back_into_the_queue(tmp_path: Path, code: int, requeued: bool) -> None:
+@pytest.mark.parametrize(
+    ("code", "before", "requeued"),
+    [(0, 0, False), (1, 0, False), (130, 9, True), (143, 9, True), (124, 0, True), (134, 4, True), (137, 5, False)],
+)
+def test_a_preempted_slurm_job_goes_back_into_the_queue(tmp_path: Path, code: int, before: int, requeued: bool) -> None:
     for name, line in (("srun", f"exit {code}"), ("scontrol", "exit 0")):
         tool = tmp_path / name
         tool.write_text(f'#!/bin/sh\necho {name} "$@" >>"$0.log"\n{line}\n')
         tool.chmod(0o755)
     path = f"{tmp_path}:{os.environ['PATH']}"
-    done = start("slurm.sbatch", "jaxblock", "train", PATH=path, SLURM_JOB_ID="7", SLURM_SUBMIT_DIR=str(tmp_path))
+    job = {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_RESTART_COUNT": str(before)}
+    done = start("slurm.sbatch", "jaxblock", "train", PATH=path, **job)
     assert done.returncode == code
     assert (tmp_path / "srun.log").read_text() == "srun --kill-on-bad-exit=1 --wait=60 jaxblock train\n"
     assert (tmp_path / "scontrol.log").exists() == requeued
@@ -78,6 +82,9 @@ def test_the_jobset_is_whole() -> None:
     (container,) = pod["containers"]
     assert {entry["name"]: entry["value"] for entry in container["env"]}["JAXBLOCK_DISTRIBUTED"] == "1"
     assert container["resources"]["requests"] == container["resources"]["limits"]
+    (rule,) = job["podFailurePolicy"]["rules"]
+    assert rule["onExitCodes"]["containerName"] == container["name"] and rule["action"] == "FailJob"
+    assert pod["restartPolicy"] == "Never"  # without it Kubernetes refuses such rules
     chips = 1
     for side in pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x"):
         chips *= int(side)

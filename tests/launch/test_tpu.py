@@ -239,6 +239,25 @@ def test_resume_starts_waits_and_ends_with_the_run(played: Any) -> None:
     assert kinds == ["describe", "run", "describe", "describe", "run", "describe"]
 
 
+@pytest.mark.parametrize("codes", [(124, 134), (137, 134), (134, 134), (143, 0)])
+def test_resume_starts_again_what_hung_was_killed_or_lost_a_process(played: Any, codes: tuple[int, int]) -> None:
+    first, second = codes
+    done, kinds = played(states="READY READY", runs=f"run: ended {first}\\nrun: ended {second}\nrun: ended 0")
+    assert done.returncode == 0 and kinds == ["describe", "run", "describe"], done.stderr
+
+
+def test_a_run_that_hangs_each_time_ends_after_the_retries(played: Any) -> None:
+    hung = "run: ended 124\\nrun: ended 134"
+    done, kinds = played("--retries", "2", states="READY READY READY READY", runs="\n".join([hung] * 4))
+    assert done.returncode == 2 and "given up after 2 restarts" in done.stderr
+    assert kinds == [*["describe", "run"] * 3, "describe"]
+
+
+def test_a_mistake_of_one_worker_is_not_tried_again(played: Any) -> None:
+    done, kinds = played(states="READY", runs="run: ended 134\\nrun: ended 2\\nrun: ended 124")
+    assert done.returncode == 2 and "exit code 2" in done.stderr and kinds == ["describe"]
+
+
 def test_resume_hands_on_the_code_of_a_run_that_failed(played: Any) -> None:
     done, kinds = played(states="READY READY", runs="run: lost\nrun: ended 143\\nrun: ended 2")
     assert done.returncode == 2 and "ended with exit code 2" in done.stderr
