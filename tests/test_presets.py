@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,12 @@ DREAM_7B: dict[str, Any] = {
     "eos_token_id": 151643, "pad_token_id": 151643,
 }  # fmt: skip
 
+SMOLLM2_135M: dict[str, Any] = {
+    "model_type": "llama", "hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9,
+    "num_key_value_heads": 3, "intermediate_size": 1536, "vocab_size": 49152, "rms_norm_eps": 1e-5,
+    "rope_theta": 100000.0, "tie_word_embeddings": True, "max_position_embeddings": 8192, "eos_token_id": 2,
+}  # fmt: skip
+
 # preset: (checkpoint, mesh, GB of trained state, GB of frozen base), over all devices.
 PRESETS: dict[str, tuple[dict[str, Any], tuple[int, int, int], float, float]] = {
     # 335.5 M adapters in float32 with two moments; 8.02 B weights in bfloat16.
@@ -40,13 +47,16 @@ PRESETS: dict[str, tuple[dict[str, Any], tuple[int, int, int], float, float]] = 
     # bfloat16 weights and two 8-bit moments.
     "llada_8b_full": (LLADA_8B, (1, 8, 1), 8.016 * 4, 0.0),
     "dream_7b_lora": (DREAM_7B, (1, 2, 4), 0.1615 * 12, 15.23),
+    # 9.8 M adapters; 134.5 M weights in float32. Four rows a batch, three key/value heads: four devices.
+    "smollm2_lora": (SMOLLM2_135M, (1, 4, 1), 0.00977 * 12, 0.538),
     "dream_7b_full": (DREAM_7B, (1, 8, 1), 7.616 * 4, 0.0),
 }
 
 
 def preset(name: str) -> tuple[Config, Architecture]:
     config = config_io.validate(config_io.load(str(CONFIGS / f"{name}.yaml")))
-    return config, families.from_hf(PRESETS[name][0], name)
+    arch = families.from_hf(PRESETS[name][0], name)
+    return config, arch if arch.mask_id is not None else families.with_mask(arch, 0, config.model.alignment)
 
 
 def whole(tree: Any) -> float:
@@ -60,7 +70,8 @@ def build() -> Callable[[str], tuple[abstract.Abstract, Config]]:
 
     def build(name: str) -> tuple[abstract.Abstract, Config]:
         config, arch = preset(name)
-        return abstract.build(config, arch, axes.make_mesh(*PRESETS[name][1])), config
+        shape = PRESETS[name][1]
+        return abstract.build(config, arch, axes.make_mesh(*shape, devices=jax.devices()[: math.prod(shape)])), config
 
     return build
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh
 
 from jaxblock import wiring
@@ -13,6 +14,7 @@ from jaxblock.config import Config
 from jaxblock.data.loader import Batch
 from jaxblock.models import params as parameters
 from jaxblock.models.params import Architecture, Table
+from jaxblock.models.transformer import Transformer
 from jaxblock.parallel import axes
 from jaxblock.training import optimizer as optimizers
 from jaxblock.training import setup
@@ -48,16 +50,7 @@ def build(config: Config, arch: Architecture, mesh: Mesh) -> Abstract:
     lora = wiring.adapters(config.lora, arch)
     net = wiring.network(arch, config.model, lora, platform=mesh.devices.flat[0].platform)
     optimizer = optimizers.make(config.optimizer, config.train.steps, net.trainable, config.train.seed)
-    params = parameters.abstract(net.trainable, "float32" if lora else config.model.param_dtype)
-    opt_state = jax.eval_shape(optimizer.init, params)
-    averaged = config.optimizer.ema > 0
-    where = shardings(opt_state, mesh, net.trainable, averaged=averaged)
-    average = jax.eval_shape(begin_average, params) if averaged else None
-    step: Any = jax.ShapeDtypeStruct((), jnp.int32)
-    state = _placed(TrainState(params, opt_state, step, average), where)
-    frozen: Any = {}
-    if lora:
-        frozen = placed(net.table, mesh, config.model.param_dtype)
+    state, frozen = shapes(config, net, optimizer, mesh)
     objective = setup.objective(config, net, (arch.eos_id,))
     frozen_table: Table | None = net.table if lora else None
     how: Any = {"accumulate": config.train.accumulate, "ema": config.optimizer.ema}
@@ -65,6 +58,28 @@ def build(config: Config, arch: Architecture, mesh: Mesh) -> Abstract:
         compiled = compile_step(objective, optimizer, state, mesh, net.trainable, frozen_table, **how)
         lowered = compiled.lower(state, batch(config), frozen)  # type: ignore[attr-defined]
     return Abstract(state, frozen, lowered)
+
+
+def shapes(config: Config, net: Transformer, optimizer: optax.GradientTransformation, mesh: Mesh) -> tuple[Any, Any]:
+    """The state and the base beneath adapters ({} without) of a run, as shapes with shardings.
+
+    Args:
+        config: resolved and valid.
+        net: the network.
+        optimizer: the update rule.
+        mesh: where they would be.
+    """
+    params = parameters.abstract(net.trainable, "float32" if net.lora else config.model.param_dtype)
+    opt_state = jax.eval_shape(optimizer.init, params)
+    averaged = config.optimizer.ema > 0
+    where = shardings(opt_state, mesh, net.trainable, averaged=averaged)
+    average = jax.eval_shape(begin_average, params) if averaged else None
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32)
+    state = _placed(TrainState(params, opt_state, step, average), where)
+    frozen: Any = {}
+    if net.lora:
+        frozen = placed(net.table, mesh, config.model.param_dtype)
+    return state, frozen
 
 
 def placed(table: Table, mesh: Mesh, dtype: str) -> Any:

@@ -7,12 +7,15 @@ logged.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Generator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
+import optax
+from jax.sharding import Mesh
 from rich.console import Console
 
 from jaxblock import config_io, storage
@@ -20,10 +23,11 @@ from jaxblock.config import Config
 from jaxblock.data.loader import Batch, batches
 from jaxblock.errors import UserError
 from jaxblock.evaluation.runner import Bound, Evaluator, Solved
+from jaxblock.models.transformer import Transformer
 from jaxblock.parallel import distributed
 from jaxblock.reporting import plots
 from jaxblock.reporting.progress import TrainProgress
-from jaxblock.training import ahead, goodput, retention, schedules, throughput
+from jaxblock.training import abstract, ahead, goodput, retention, schedules, throughput
 from jaxblock.training.ahead import Ahead
 from jaxblock.training.goodput import Goodput
 from jaxblock.training.interrupt import Interrupt, shielded
@@ -31,7 +35,7 @@ from jaxblock.training.metrics import FILE, summarise
 from jaxblock.training.profiler import Profiler
 from jaxblock.training.setup import Session, meta, set_up
 from jaxblock.training.skipping import Skips
-from jaxblock.training.step import StepMetrics, compile_step, train_step
+from jaxblock.training.step import Objective, StepMetrics, compile_step, train_step
 from jaxblock.training.throughput import Work
 from jaxblock.training.trackers import Trackers
 from jaxblock.training.watchdog import Watchdog
@@ -74,7 +78,27 @@ def train(config: Config, console: Console) -> Outcome:
             that are not finite, or a last state that could not be saved.
     """
     with Goodput() as clock, Watchdog(config.train.watchdog_seconds, config.train.on_hang) as watchdog:
-        return _train(set_up(config, console), console, clock, watchdog)
+        return _train(set_up(config, console, functools.partial(_compile, console)), console, clock, watchdog)
+
+
+def _compile(
+    console: Console,
+    config: Config,
+    net: Transformer,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+) -> Ahead:
+    """The step, from shapes alone."""
+
+    def say(text: str) -> None:
+        console.out(text, highlight=False)
+
+    state, frozen = abstract.shapes(config, net, optimizer, mesh)
+    frozen_table = None if net.lora is None else net.table
+    how: Any = {"accumulate": config.train.accumulate, "ema": config.optimizer.ema}
+    compiled = compile_step(objective, optimizer, state, mesh, net.trainable, frozen_table, **how)
+    return ahead.prepare(compiled, config, net.arch, mesh, state, frozen, say)
 
 
 def _train(session: Session, console: Console, clock: Goodput, watchdog: Watchdog) -> Outcome:
@@ -160,7 +184,7 @@ class _Loop:
         window = _Window()
         bar = TrainProgress(train.steps, start=step, every=train.log_every, console=self.console)
         self.clock.started()
-        with Interrupt() as stop, bar as progress, contextlib.closing(self.profiler):
+        with Interrupt() as stop, bar as progress, contextlib.closing(self.profiler), contextlib.closing(data):
             if not session.resumed:
                 self._evaluate(session.scored(state), step, progress)
                 self._write(self.clock.row(step))
@@ -208,7 +232,8 @@ class _Loop:
             session.checkpoints.close()
         return self._end(step, code)
 
-    def _data(self) -> Iterator[Batch]:
+    def _data(self) -> Generator[Batch]:
+        """Batches from the run's step on; closed, it ends the loader and waits for its workers."""
         train, method = self.config.train, self.config.method
         stream = batches(
             self.session.prepared.records("train"),
@@ -222,12 +247,13 @@ class _Loop:
             workers=train.loader_workers,
         )
         # Worker processes start with the first batch.
-        with shielded() if train.loader_workers else contextlib.nullcontext():
-            first = next(stream)
-        yield first
-        while train.overfit_one_batch:
+        with contextlib.closing(cast(Generator[Batch], stream)):  # Grain's iterator
+            with shielded() if train.loader_workers else contextlib.nullcontext():
+                first = next(stream)
             yield first
-        yield from stream
+            while train.overfit_one_batch:
+                yield first
+            yield from stream
 
     def _step(self) -> Any:
         session = self.session
@@ -236,16 +262,10 @@ class _Loop:
             return lambda state, batch: train_step(
                 session.objective, session.optimizer, state, batch, session.frozen, **how
             )
-        net = session.net
-        frozen_table = None if net.lora is None else net.table
-        compiled = compile_step(
-            session.objective, session.optimizer, session.state, session.mesh, net.trainable, frozen_table, **how
-        )
-        self.ahead = ahead.prepare(
-            compiled, self.config, net.arch, session.mesh, session.state, session.frozen, self._say
-        )
-        self._say(self.ahead.said())
-        step = self.ahead.step
+        ready: Ahead = session.ready
+        self.ahead = ready
+        self._say(ready.said())
+        step = ready.step
         return lambda state, batch: step(state, session.on_mesh(batch), session.frozen)
 
     def _say(self, text: str | None) -> None:

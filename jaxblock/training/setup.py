@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +72,7 @@ class Session:
     nans: NanFinder | None
     process_index: int
     process_count: int
+    ready: Any
 
     def params(self, trained: Params) -> Params:
         """What the network takes: what is trained, beside the frozen base where there is one."""
@@ -89,12 +90,17 @@ class Session:
         return Batch(*(jax.make_array_from_process_local_data(where, leaf) for leaf in batch))
 
 
-def set_up(config: Config, console: Console) -> Session:
+Compile = Callable[[Config, Transformer, Objective, optax.GradientTransformation, Mesh], Any]
+
+
+def set_up(config: Config, console: Console, compile_first: Compile | None = None) -> Session:
     """Opens data, weights and run folder.
 
     Args:
         config: resolved and valid.
         console: where people are told what is going on.
+        compile_first: called before any weights are read, which takes minutes for a large network: it may refuse a run
+            that does not fit. What it returns is the session's ``ready``.
 
     Raises:
         UserError: anything that would make the run wrong or lose something.
@@ -103,25 +109,25 @@ def set_up(config: Config, console: Console) -> Session:
     console.quiet = process_index > 0  # one process speaks for all
     train = config.train
     trackers.check(train)
-    folder = storage.as_path(train.out)
+    folder, nans = storage.as_path(train.out), NanFinder() if train.debug else None
     prepared = open_prepared(config.data.prepared)
     check_data(config, prepared)
     checkpoints, step = _checkpoints(config, folder, console)
     if checkpoints is None and process_index == 0:
-        storage.check_vacant(folder, marker=run_folder.CONFIG)
-        try:
-            storage.check_writable(folder.parent if storage.is_remote(folder) else folder.absolute().parent)
-        except UserError as error:
-            raise UserError(f"train.out {train.out}: {error}") from error
+        _check_place(folder)
     if checkpoints is not None:
         _check_resume(config, folder, checkpoints, step, prepared)
     mesh = _mesh(config)
-    nans = NanFinder() if train.debug else None
     resumed = run_folder.open_run(folder) if step is not None else None
-    begun = weights.begin(config, prepared, mesh, resumed, console)
-    wiring.check_decoding(config.canvas, config.decode, begun.arch)
-    net = wiring.network(begun.arch, config.model, begun.lora, nans.layer if nans else None)
+    arch = weights.architecture(config, prepared, resumed)
+    wiring.check_decoding(config.canvas, config.decode, arch)
+    net = wiring.network(arch, config.model, wiring.adapters(config.lora, arch), nans.layer if nans else None)
     optimizer = optimizers.make(config.optimizer, train.steps, net.trainable, train.seed)
+    loss, ready = objective(config, net, prepared.special.stop_ids), None
+    if compile_first is not None and not train.debug and (step or 0) < train.steps:
+        with jax.set_mesh(mesh):
+            ready = compile_first(config, net, loss, optimizer, mesh)
+    begun = weights.begin(config, prepared, mesh, resumed, console)
     with jax.set_mesh(mesh):
         state = create(begun.trained, optimizer, mesh, net.trainable, averaged=config.optimizer.ema > 0)
     if checkpoints is None:
@@ -135,8 +141,7 @@ def set_up(config: Config, console: Console) -> Session:
     else:
         state = checkpoints.restore(step, state)
         console.out(f"going on from step {step:,} of {train.out}", highlight=False)
-    bad = not_finite(state.params) if train.debug else []
-    if bad:
+    if train.debug and (bad := not_finite(state.params)):
         raise UserError(f"these weights hold NaN or infinity before the first step: {', '.join(bad)}")
     held_out = prepared.records("validation") if "validation" in prepared.manifest.splits else []
     return Session(
@@ -144,7 +149,7 @@ def set_up(config: Config, console: Console) -> Session:
         prepared=prepared,
         validation=[held_out[i] for i in range(min(len(held_out), max(train.eval_problems, train.eval_nelbo_rows)))],
         net=net,
-        objective=objective(config, net, prepared.special.stop_ids),
+        objective=loss,
         optimizer=optimizer,
         mesh=mesh,
         state=state,
@@ -156,7 +161,18 @@ def set_up(config: Config, console: Console) -> Session:
         nans=nans,
         process_index=process_index,
         process_count=process_count,
+        ready=ready,
     )
+
+
+def _check_place(folder: storage.PathLike) -> None:
+    """Whether a new run may be made there."""
+    storage.check_vacant(folder, marker=run_folder.CONFIG)
+    path = storage.as_path(folder)
+    try:
+        storage.check_writable(path.parent if storage.is_remote(folder) else path.absolute().parent)
+    except UserError as error:
+        raise UserError(f"train.out {folder}: {error}") from error
 
 
 def _mesh(config: Config) -> Mesh:

@@ -51,6 +51,25 @@ class Weights(NamedTuple):
     source: str | None
 
 
+def architecture(config: Config, prepared: Prepared, run: Run | None) -> Architecture:
+    """The network that ``begin`` will give weights to, from small files alone.
+
+    Args:
+        config: resolved and valid.
+        prepared: the data.
+        run: the run that is resumed; None for a start.
+
+    Raises:
+        UserError: the source is no checkpoint, or is of another vocabulary.
+    """
+    if run is not None:
+        return run.arch
+    if config.model.init_from is not None:
+        return _architecture(hub.local(config.model.init_from, weights=False), config, prepared)
+    special, vocab = prepared.special, prepared.manifest.vocab_size
+    return wiring.architecture(config.model, vocab_size=vocab, mask_id=special.mask, eos_id=special.eos)
+
+
 def begin(config: Config, prepared: Prepared, mesh: Mesh, run: Run | None, console: Console) -> Weights:
     """The weights before the first step, or (with ``run``) ones whose trained part a checkpoint will replace.
 
@@ -83,9 +102,7 @@ def begin(config: Config, prepared: Prepared, mesh: Mesh, run: Run | None, conso
         # Values come from the checkpoint; random ones hold their place (and their shardings) until then.
         return Weights(run.arch, None, _random(families.table(run.arch), seed, dtype, mesh), {}, None, source)
     if source is None:
-        special = prepared.special
-        vocab = prepared.manifest.vocab_size
-        arch = wiring.architecture(config.model, vocab_size=vocab, mask_id=special.mask, eos_id=special.eos)
+        arch = architecture(config, prepared, None)
         table = families.table(arch)
         console.out(f"random weights: {parameters.count(table):,} parameters", highlight=False)
         return Weights(arch, None, _random(table, seed, dtype, mesh), {}, None, None)

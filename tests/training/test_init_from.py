@@ -15,6 +15,7 @@ import jaxblock
 from jaxblock.cli import main
 from jaxblock.huggingface import save
 from jaxblock.reporting import metrics
+from jaxblock.training import ahead, memory, weights
 
 
 @pytest.fixture(scope="module")
@@ -144,3 +145,20 @@ def test_without_debug_nans_stop_the_run_and_nothing_is_saved(
     assert "train records" in error and "the state holds NaN or infinity" in error
     checkpoints = tmp_path / "run" / "checkpoints"
     assert not checkpoints.exists() or list(checkpoints.iterdir()) == []
+
+
+def test_a_run_that_does_not_fit_is_refused_before_weights_are_read(
+    tiny_config: Path,
+    tiny_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Reading the weights of a large network takes minutes."""
+    read = []
+    monkeypatch.setattr(weights, "begin", lambda *_: read.append(1))
+    monkeypatch.setattr(memory, "device_limit", lambda device: 1000.0)
+    monkeypatch.setattr(ahead, "TRIES", 0)
+    flags = ["--train.out", str(tmp_path / "out"), "--model.init_from", str(tiny_run)]
+    assert main(["train", "--config", str(tiny_config), *flags]) == 2
+    assert "the train step needs" in capsys.readouterr().err and not read and not (tmp_path / "out").exists()
