@@ -21,10 +21,10 @@ from jaxtyping import Float, Int
 
 from jaxblock.models import families, int8, lora
 from jaxblock.models.attention import Backend, attend
-from jaxblock.models.dense import LowRank, dense, matmul
+from jaxblock.models.dense import GATHERED, LowRank, Split, dense, matmul
 from jaxblock.models.lora import Lora
 from jaxblock.models.params import Architecture, ParamSpec, RopeScaling, Table
-from jaxblock.parallel.axes import constrain
+from jaxblock.parallel.axes import constrain, is_gathered
 from jaxblock.types import Params, View
 
 Remat = Literal["none", "dots", "full", "offload"]
@@ -40,6 +40,17 @@ class Attention(NamedTuple):
     causal: bool
 
 
+@dataclass(frozen=True)
+class Splits:
+    """How each matrix of a layer lies on the devices, by its name. Static."""
+
+    pairs: tuple[tuple[str, Split], ...]
+
+    def of(self, name: str) -> Split:
+        """That of one matrix."""
+        return dict(self.pairs)[name]
+
+
 _LAYER_INPUT = "layer_input"
 
 _POLICIES: dict[str, Any] = {
@@ -52,6 +63,9 @@ _POLICIES: dict[str, Any] = {
         offload_dst="pinned_host",
     ),
 }
+
+_KEEP_SPLIT = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
+"""Without remat all is kept but what the devices gathered: every device would keep all layers' weights."""
 
 
 def rms_norm(x: Array, scale: Array, eps: float) -> Array:
@@ -97,6 +111,7 @@ class Block(nnx.Module):
 
     def __init__(self, specs: dict[str, ParamSpec], arch: Architecture, attention: Attention):
         self.arch, self.attention = arch, attention
+        self.splits = Splits(tuple((name, Split.of(spec.axes[1:])) for name, spec in specs.items() if spec.is_matrix))
         for name, spec in specs.items():
             setattr(self, name, nnx.Param(jnp.zeros(spec.shape[1:])))
 
@@ -127,7 +142,8 @@ class Block(nnx.Module):
 
         def project(name: str, h: Array) -> Array:
             weights = (self._own(name), self._own(name + int8.SCALE), self._own(name + "_bias"))
-            return dense(h, weights[0], scale=weights[1], bias=weights[2], lora=branches.get(name))
+            lora, split = branches.get(name), self.splits.of(name)
+            return dense(h, weights[0], scale=weights[1], bias=weights[2], lora=lora, split=split)
 
         def heads(name: str, h: Array, count: int) -> Array:
             split = project(name, h).reshape(rows, -1, count, arch.head_dim)
@@ -239,8 +255,9 @@ class Transformer:
             branches = self._branches(adapters, index, row_keys if drops else None)
             return constrain(block(x, cos, sin, length, at, branches), "batch", None, None)
 
-        if self.remat != "none":
-            layer = jax.checkpoint(layer, policy=_POLICIES[self.remat], prevent_cse=not self.scan_layers)
+        if self.remat != "none" or is_gathered():
+            policy = _POLICIES.get(self.remat, _KEEP_SPLIT)
+            layer = jax.checkpoint(layer, policy=policy, prevent_cse=not self.scan_layers)
         stacks = (params["blocks"], params[lora.KEY]["blocks"] if self.lora else {})
         if self.scan_layers:
             xs = (*stacks, jnp.arange(self.arch.n_layers))
@@ -279,7 +296,7 @@ class Transformer:
     def logits(self, params: Params, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
         """float32 (or wider) logits of hidden states."""
         head = params["embed"].T if self.arch.tie_embeddings else params["head"]
-        return matmul(hidden, head, jnp.promote_types(hidden.dtype, jnp.float32))
+        return matmul(hidden, head, jnp.promote_types(hidden.dtype, jnp.float32), Split.of(("embed", "vocab")))
 
     def nll(
         self, params: Params, hidden: Float[Array, "*rows A D"], targets: Int[Array, "*rows A"]

@@ -175,3 +175,22 @@ def constrain(x: Array, *names: str | None) -> Array:
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(*names))
+
+
+def gather(w: Array, *names: str | None) -> Array:
+    """Brings the parts of a weight that ``fsdp`` splits together, under the ambient mesh; other splits stay.
+
+    Said where the weight is used, it makes XLA gather once for all that the weight is multiplied with, and nothing but
+    the weight: left to itself it gathers twice in a backward pass, or sends pieces round a ring.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return w
+    kept = (tuple(axis for axis in RULES.get(name or "", ()) if axis != "fsdp") for name in names)
+    return jax.lax.with_sharding_constraint(w, PartitionSpec(*(axes or None for axes in kept)))
+
+
+def is_gathered() -> bool:
+    """Whether weights are split over ``fsdp`` under the ambient mesh, so that ``gather`` costs memory."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.shape["fsdp"] > 1
