@@ -105,6 +105,18 @@ def _branch(x: Array, lora: LowRank, split: Split | None) -> Array:
     return matmul(inner, lora.b, x.dtype, of_b) * jnp.asarray(lora.scale, x.dtype)
 
 
+class Weight(NamedTuple):
+    """A matrix made ready for products.
+
+    Attributes:
+        stored: what the gradient goes to; never read.
+        used: [I, O], gathered, in the type that it is multiplied in.
+    """
+
+    stored: Array
+    used: Float[Array, "I O"]
+
+
 def matmul(x: Float[Array, "*rows I"], w: Float[Array, "I O"], out: DTypeLike, split: Split | None = None) -> Array:
     """``x @ w`` in x's type, the result of type ``out``; w's gradient is of w's own type and split.
 
@@ -117,8 +129,18 @@ def matmul(x: Float[Array, "*rows I"], w: Float[Array, "I O"], out: DTypeLike, s
     Returns:
         The products [*rows, O].
     """
-    used = _gathered(jax.lax.stop_gradient(w).astype(x.dtype), split)
-    return _product(x, w if split is None else _stored(w, split), used, out, w.dtype)
+    return product(x, ready(w, x.dtype, split), out, split)
+
+
+def ready(w: Float[Array, "I O"], dtype: DTypeLike, split: Split | None) -> Weight:
+    """Gathers a matrix for one or several products: its gradient's parts are added up where they are, and summed once."""
+    used = _gathered(jax.lax.stop_gradient(w).astype(dtype), split)
+    return Weight(_parts(w, split) if split is not None and axes.is_gathered() else w, used)
+
+
+def product(x: Float[Array, "*rows I"], w: Weight, out: DTypeLike, split: Split | None) -> Float[Array, "*rows O"]:
+    """``x @ w``; see ``matmul``."""
+    return _product(x, w.stored, w.used, out, w.stored.dtype, split)
 
 
 def _gathered(w: Array, split: Split | None) -> Array:
@@ -126,39 +148,52 @@ def _gathered(w: Array, split: Split | None) -> Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _stored(w: Array, split: Split) -> Array:
-    """w, whose gradient is summed to where w is stored: once for all that use it, so outside of any ``vmap``."""
-    return w
+def _parts(w: Array, split: Split) -> Array:
+    """w in the shape of its gradient's parts, one of each group of rows.
+
+    Stated as a function of w, the sum over devices is taken once for all that use w, and outside of any ``vmap``.
+    """
+    return axes.stack_of_parts(w)
 
 
-_stored.defvjp(
-    lambda w, split: (w, None),
-    lambda split, _, grad: (axes.constrain(grad, *split.stored),),
+_parts.defvjp(
+    lambda w, split: (axes.stack_of_parts(w), None),
+    lambda split, _, parts: (axes.sum_of_parts(parts, split.used, split.stored),),
 )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _product(x: Array, w: Array, used: Array, out: DTypeLike, kept: DTypeLike) -> Array:
-    """``x @ used``, where ``used`` is w (of type ``kept``) in x's type; the gradient of ``used`` goes to w, unrounded."""
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _product(x: Array, stored: Array, used: Array, out: DTypeLike, kept: DTypeLike, split: Split | None) -> Array:
+    """``x @ used``, where ``used`` is a matrix of type ``kept`` in x's type; its gradient goes to ``stored``, unrounded."""
     return jnp.matmul(x, used, precision=precision(x), preferred_element_type=out)
 
 
-def _forward(x: Array, w: Array, used: Array, out: DTypeLike, kept: DTypeLike) -> tuple[Array, tuple[Array, Array]]:
+def _forward(
+    x: Array, stored: Array, used: Array, out: DTypeLike, kept: DTypeLike, split: Split | None
+) -> tuple[Array, tuple[Array, Array]]:
     # Not _product: remat policies look for matmuls, and would not see one inside a function with a gradient of its own.
-    y = jnp.matmul(x, used, precision=precision(x), preferred_element_type=out)
-    return y, (x, used)
+    return jnp.matmul(x, used, precision=precision(x), preferred_element_type=out), (x, used)
 
 
-def _backward(out: DTypeLike, kept: DTypeLike, saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array, None]:
-    # JAX's own gradient of w is (grad^T x)^T. XLA's CPU backend then writes grad transposed from inside the loop that
-    # computes it, which took a quarter of a train step (half of one with scanned layers); x^T grad needs none of that.
+def _backward(
+    out: DTypeLike, kept: DTypeLike, split: Split | None, saved: tuple[Array, Array], grad: Array
+) -> tuple[Array, Array, None]:
     x, used = saved
     grad = grad.astype(x.dtype)
-    rows = tuple(range(x.ndim - 1))
     dx = jnp.matmul(grad, used.T, precision=precision(x))
     wide = jnp.promote_types(x.dtype, kept)  # float32 weights get the sum as it was accumulated, not rounded
-    dw = jax.lax.dot_general(x, grad, ((rows, rows), ((), ())), precision=precision(x), preferred_element_type=wide)
-    return dx, dw.astype(kept), None
+
+    # JAX's own gradient of w is (grad^T x)^T. XLA's CPU backend then writes grad transposed from inside the loop that
+    # computes it, which took a quarter of a train step (half of one with scanned layers); x^T grad needs none of that.
+    def over_rows(x: Array, grad: Array) -> Array:
+        rows = tuple(range(x.ndim - 1))
+        numbers = ((rows, rows), ((), ()))
+        dw = jax.lax.dot_general(x, grad, numbers, precision=precision(x), preferred_element_type=wide)
+        return dw.astype(kept)
+
+    if split is None or not axes.is_gathered():
+        return dx, over_rows(x, grad), None
+    return dx, axes.parts_of_sum(over_rows, x, grad, split.used), None
 
 
 _product.defvjp(_forward, _backward)

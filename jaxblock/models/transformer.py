@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 
 from jaxblock.models import families, int8, lora
 from jaxblock.models.attention import Backend, attend
-from jaxblock.models.dense import GATHERED, LowRank, Split, dense, matmul
+from jaxblock.models.dense import GATHERED, LowRank, Split, Weight, dense, product, ready
 from jaxblock.models.lora import Lora
 from jaxblock.models.params import Architecture, ParamSpec, RopeScaling, Table
 from jaxblock.parallel.axes import constrain, is_gathered
@@ -63,6 +63,8 @@ _POLICIES: dict[str, Any] = {
         offload_dst="pinned_host",
     ),
 }
+
+_HEAD = Split.of(("embed", "vocab"))
 
 _KEEP_SPLIT = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
 """Without remat all is kept but what the devices gathered: every device would keep all layers' weights."""
@@ -295,8 +297,14 @@ class Transformer:
 
     def logits(self, params: Params, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
         """float32 (or wider) logits of hidden states."""
+        return self._logits(self._head(params, hidden.dtype), hidden)
+
+    def _head(self, params: Params, dtype: DTypeLike) -> Weight:
         head = params["embed"].T if self.arch.tie_embeddings else params["head"]
-        return matmul(hidden, head, jnp.promote_types(hidden.dtype, jnp.float32), Split.of(("embed", "vocab")))
+        return ready(head, dtype, _HEAD)
+
+    def _logits(self, head: Weight, hidden: Array) -> Array:
+        return product(hidden, head, jnp.promote_types(hidden.dtype, jnp.float32), _HEAD)
 
     def nll(
         self, params: Params, hidden: Float[Array, "*rows A D"], targets: Int[Array, "*rows A"]
@@ -306,9 +314,9 @@ class Transformer:
         With ``loss_chunk`` set, so many positions at a time: their logits are made, used and made again for the gradient,
         so that memory holds one chunk's.
         """
-        width, chunk = hidden.shape[-2], self.loss_chunk
+        width, chunk, head = hidden.shape[-2], self.loss_chunk, self._head(params, hidden.dtype)
         if chunk is None or chunk >= width:
-            return self._nll(params, hidden, targets)
+            return self._nll(head, hidden, targets)
         short = -width % chunk
         pad = [(0, 0)] * (hidden.ndim - 2)
         hidden = jnp.pad(hidden, [*pad, (0, short), (0, 0)])
@@ -317,11 +325,11 @@ class Transformer:
         hidden = jnp.moveaxis(hidden.reshape(*hidden.shape[:-2], split, chunk, hidden.shape[-1]), -3, 0)
         targets = jnp.moveaxis(targets.reshape(*targets.shape[:-1], split, chunk), -2, 0)
         one = jax.checkpoint(self._nll, prevent_cse=False)
-        found = jax.lax.map(lambda part: one(params, *part), (hidden, targets))
+        found = jax.lax.map(lambda part: one(head, *part), (hidden, targets))
         return jnp.moveaxis(found, 0, -2).reshape(*found.shape[1:-1], width + short)[..., :width]
 
-    def _nll(self, params: Params, hidden: Array, targets: Array) -> Array:
-        logits = self.logits(params, hidden)
+    def _nll(self, head: Weight, hidden: Array, targets: Array) -> Array:
+        logits = self._logits(head, hidden)
         # Not a gather: where the vocabulary is split over devices, a gather would bring all logits to each of them.
         here = jnp.arange(logits.shape[-1]) == targets[..., None]
         chosen = jnp.sum(jnp.where(here, logits, 0), axis=-1)

@@ -6,15 +6,18 @@ sharded gathers raise.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from jax import Array
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Float
 
 from jaxblock.errors import UserError
 from jaxblock.types import Params
@@ -142,10 +145,11 @@ def param_shardings(mesh: Mesh, table: Mapping[str, NamedAxes]) -> Params:
 
 
 def _ways(mesh: Mesh, name: str | None) -> int:
-    ways = 1
-    for axis in RULES.get(name or "", ()):
-        ways *= mesh.shape[axis]
-    return ways
+    return _product(mesh, RULES.get(name or "", ()))
+
+
+def _product(mesh: Mesh | AbstractMesh, names: Sequence[str]) -> int:
+    return math.prod(mesh.shape[name] for name in names)
 
 
 def per_device(
@@ -177,20 +181,97 @@ def constrain(x: Array, *names: str | None) -> Array:
     return jax.lax.with_sharding_constraint(x, spec(*names))
 
 
+def is_gathered() -> bool:
+    """Whether weights are split over ``fsdp`` under the ambient mesh, and so are gathered where they are used."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.shape["fsdp"] > 1
+
+
 def gather(w: Array, *names: str | None) -> Array:
     """Brings the parts of a weight that ``fsdp`` splits together, under the ambient mesh; other splits stay.
 
     Said where the weight is used, it makes XLA gather once for all that the weight is multiplied with, and nothing but
     the weight: left to itself it gathers twice in a backward pass, or sends pieces round a ring.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if jax.sharding.get_abstract_mesh().empty:
         return w
+    return jax.lax.with_sharding_constraint(w, PartitionSpec(*_gathered(names)))
+
+
+def _gathered(names: Sequence[str | None]) -> tuple[tuple[str, ...] | None, ...]:
     kept = (tuple(axis for axis in RULES.get(name or "", ()) if axis != "fsdp") for name in names)
-    return jax.lax.with_sharding_constraint(w, PartitionSpec(*(axes or None for axes in kept)))
+    return tuple(axes or None for axes in kept)
 
 
-def is_gathered() -> bool:
-    """Whether weights are split over ``fsdp`` under the ambient mesh, so that ``gather`` costs memory."""
+def stack_of_parts(w: Array) -> Array:
+    """A matrix [I, O] in the shape of its gradient's parts: [ways, I, O], one part for each group of rows."""
     mesh = jax.sharding.get_abstract_mesh()
-    return not mesh.empty and mesh.shape["fsdp"] > 1
+    return jnp.broadcast_to(w, (_product(mesh, RULES["batch"]), *w.shape))
+
+
+def parts_of_sum(
+    f: Callable[[Array, Array], Array], left: Array, right: Array, names: Sequence[str | None]
+) -> Float[Array, "ways I O"]:
+    """Each device's part of a sum over rows; nothing is sent.
+
+    Args:
+        f: of (left, right) of some rows, their product [I, O] summed over these rows.
+        left: [B, ..., I].
+        right: [B, ..., O].
+        names: logical names of I and O.
+
+    Returns:
+        The parts, each where its rows are.
+    """
+    rows, between, (n_in, n_out) = RULES["batch"], (None,) * (left.ndim - 2), _gathered(names)
+    specs = (PartitionSpec(rows, *between, n_in), PartitionSpec(rows, *between, n_out))
+    parts: Callable[..., Array] = jax.shard_map(
+        lambda a, b: f(a, b)[None], in_specs=specs, out_specs=PartitionSpec(rows, n_in, n_out), check_vma=False
+    )
+    return parts(left, right)
+
+
+_ONE_STAGE = 8
+
+
+def _stages(size: int) -> list[list[list[int]] | None]:
+    """Groups of the stages of a reduce-scatter: the columns of a square-like grid of devices, then its rows.
+
+    Both send what one stage would, ``(size - 1) / size`` of the array. XLA for TPUs turns one stage over 16 or 64 chips
+    into an all-reduce, even one that is asked for by name. On a slice the grid is that of its links.
+    """
+    if size <= _ONE_STAGE:
+        return [None]
+    width = next(d for d in range(1, size + 1) if size % d == 0 and d * d >= size)
+    columns = [list(range(at, size, width)) for at in range(width)]
+    rows = [list(range(at, at + width)) for at in range(0, size, width)]
+    return [columns, rows] if width < size else [None]
+
+
+def sum_of_parts(parts: Float[Array, "ways I O"], used: Sequence[str | None], stored: Sequence[str | None]) -> Array:
+    """Sums the parts of a gradient to where its matrix is stored, by reduce-scatters.
+
+    XLA left to itself takes an all-reduce, which sends twice as much, where there are many devices.
+
+    Args:
+        parts: of ``parts_of_sum``.
+        used: logical names of I and O as it was multiplied.
+        stored: as it is stored.
+    """
+    split = tuple(RULES.get(name or "", ()) for name in stored)
+    place = next(at for at, axes in enumerate(split) if "fsdp" in axes)
+    tensor = "tensor" in split[place] and "tensor" not in (_gathered(used)[place] or ())
+
+    def total(part: Array) -> Array:
+        own = part[0]
+        if tensor:  # devices of a tensor group have the same rows, and each keeps its share of an adapter
+            ways = jax.lax.axis_size("tensor")
+            size = own.shape[place] // ways
+            own = jax.lax.dynamic_slice_in_dim(own, jax.lax.axis_index("tensor") * size, size, place)
+        for groups in _stages(jax.lax.axis_size("fsdp")):
+            own = jax.lax.psum_scatter(own, "fsdp", scatter_dimension=place, tiled=True, axis_index_groups=groups)
+        return jax.lax.psum(own, ("slice", "data"))
+
+    over = PartitionSpec(RULES["batch"], *_gathered(used))
+    summed: Callable[..., Array] = jax.shard_map(total, in_specs=over, out_specs=spec(*stored), check_vma=False)
+    return summed(parts)
