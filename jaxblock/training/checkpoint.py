@@ -1,7 +1,8 @@
 """Checkpoints of a run, by Orbax in the background: parameters, optimizer state, step and config, saved together.
 
 A checkpoint is whole when its checksums are there, which are written last. It is checked against them before it is
-used; a damaged one is set aside, never deleted. A save that fails stops nothing: the run is told and goes on.
+used; a damaged one is set aside, never deleted. One without any, from before there were checksums or of a process that was
+killed just then, is used if Orbax committed it and all of it can be read. A save that fails stops nothing: the run is told and goes on.
 The data's only state is the step, so a restore may change the number of devices or processes.
 """
 
@@ -16,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+import tensorstore as ts
 from etils import epath
 
 from jaxblock import storage
@@ -67,7 +69,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps of all whole checkpoints, ascending."""
-        return [step for step in self._folders() if step not in self._unusable and checksums.sealed(self._at(step))]
+        return [step for step in self._folders() if step not in self._unusable and self._whole(step)]
 
     def latest(self) -> int | None:
         """The step of the newest whole checkpoint; None without one."""
@@ -91,6 +93,11 @@ class Checkpoints:
             problem = self._damage(step)
             if not distributed.any_of(problem is not None):
                 self._checked.add(step)
+                if checksums.unlisted(self._at(step)):
+                    self._tell(
+                        f"checkpoint {self.folder}/{step} has no checksums: all of it can be read and it is used, but "
+                        "whether every byte is as it was saved cannot be verified"
+                    )
                 return step
             if jax.process_index() == 0:
                 self._set_aside(step, problem or "another process found it damaged")
@@ -169,6 +176,10 @@ class Checkpoints:
             score: of the metric that the best checkpoint is chosen by; higher is better.
         """
         self.wait()
+        problem = self._refused()
+        if distributed.any_of(problem is not None):
+            self._failed(step, problem or "another process cannot write there")
+            return
         if not all(map(bool, jax.device_get(_finite(state)))):
             self._failed(step, "the state holds NaN or infinity")
             return
@@ -229,6 +240,21 @@ class Checkpoints:
             except Exception as error:
                 self._tell(f"old checkpoints in {self.folder} could not be deleted ({_first_line(error)})")
 
+    def _refused(self) -> Exception | None:
+        """Why nothing can be written here. Orbax would wait ten minutes for a folder that could not be made."""
+        if storage.is_remote(self.folder):
+            return None
+        probe = self._root / f".probe-{jax.process_index()}"
+        try:
+            self._root.mkdir(parents=True, exist_ok=True)
+            try:
+                probe.write_bytes(b"jaxblock")
+            finally:
+                probe.unlink(missing_ok=True)
+        except OSError as error:
+            return error
+        return None
+
     def _failed(self, step: int, cause: Exception | str) -> None:
         self.failed = step
         with contextlib.suppress(Exception):
@@ -255,8 +281,13 @@ class Checkpoints:
             os.rename(folder, gone)
             gone.rmtree()
             return
+        # In an object store nothing is renamed: a note beside it says that it goes.
+        leaving = folder.parent / (folder.name + _LEAVING)
+        leaving.mkdir(parents=True, exist_ok=True)
+        (leaving / "begun").write_text(folder.name)
         checksums.unseal(folder)
         folder.rmtree()
+        leaving.rmtree()
 
     def _discard(self, step: int) -> None:
         """Removes what a failed save of ours has written; never what is whole."""
@@ -270,6 +301,10 @@ class Checkpoints:
         """Removes what was not committed, or being deleted, when a run was killed."""
         with contextlib.suppress(OSError):
             for entry in list(self._root.iterdir()) if self._root.exists() else []:
+                if entry.name.endswith(_LEAVING) and storage.is_remote(self.folder):
+                    going = self._root / entry.name.removesuffix(_LEAVING)
+                    if going.exists():
+                        going.rmtree()
                 if entry.name.endswith(_LEAVING) or _UNFINISHED in entry.name:
                     entry.rmtree()
 
@@ -297,7 +332,30 @@ class Checkpoints:
                 f"{_listed(self.steps(), but=step)}"
             )
 
+    def _whole(self, step: int) -> bool:
+        return checksums.sealed(self._at(step)) or (checksums.unlisted(self._at(step)) and self._committed(step))
+
+    def _committed(self, step: int) -> bool:
+        """Whether Orbax finished it, and nobody began to delete it."""
+        leaving = self._root / (str(step) + _LEAVING)
+        return not leaving.exists() and bool(ocp.utils.is_checkpoint_finalized(self._at(step)))
+
+    def _unreadable(self, step: int) -> str | None:
+        """What is wrong with a checkpoint that has no checksums, as far as reading all of it tells."""
+        if not self._committed(step):
+            return "it was never finished"
+        try:
+            meta = self.meta(step)
+            average = [AVERAGE] if (self._at(step) / AVERAGE).exists() else []
+            for item in ("params", "optimizer", *average):
+                _read_all(self._at(step) / item)
+        except Exception as error:  # whatever Orbax and TensorStore raise at what they cannot read
+            return f"it has no checksums and cannot be read ({_first_line(error)})"
+        return None if meta.get("step", step) == step else f"it has no checksums and is of step {meta['step']}"
+
     def _damage(self, step: int, under: str = "") -> str | None:
+        if checksums.unlisted(self._at(step)):
+            return self._unreadable(step)
         try:
             return checksums.damage(self._at(step), under, jax.process_index(), jax.process_count())
         except PermissionError as error:
@@ -323,6 +381,24 @@ class Checkpoints:
 @jax.jit
 def _finite(state: TrainState) -> list[jax.Array]:
     return [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+
+
+def _read_all(item: epath.Path) -> None:
+    """Reads every stored piece of an item, one after the other.
+
+    Raises:
+        ValueError: there are none, or one cannot be read.
+    """
+    if not (item / "_METADATA").exists():
+        raise ValueError(f"{item.name}/_METADATA is missing")
+    path = os.fspath(item)
+    base = path.rstrip("/") + "/" if storage.is_remote(item) else f"file://{path}/"
+    stored = ts.KvStore.open({"driver": "ocdbt", "base": base}).result()
+    keys = stored.list().result()
+    if not keys:
+        raise ValueError(f"{item.name} holds no arrays")
+    for key in keys:
+        stored.read(key).result()
 
 
 def _listed(steps: list[int], but: int) -> str:

@@ -43,6 +43,11 @@ def sealed(folder: storage.PathLike) -> bool:
     return any(sum(match[2] == shares for match in found) == int(shares) for shares in {match[2] for match in found})
 
 
+def unlisted(folder: storage.PathLike) -> bool:
+    """Whether the folder has no list at all, as one from before there were lists: nothing says that it is cut short."""
+    return not any(map(_SEAL.fullmatch, _names(storage.as_path(folder))))
+
+
 def unseal(folder: storage.PathLike) -> None:
     """Takes the lists away: the folder is whole no more."""
     root = storage.as_path(folder)
@@ -65,7 +70,7 @@ def damage(folder: storage.PathLike, under: str = "", share: int = 0, shares: in
     """
     root = storage.as_path(folder)
     if not sealed(root):
-        return "it was never finished"
+        return f"it was never finished{_missing(root)}"
     expected: dict[str, list[int]] = {}
     for name in filter(_SEAL.fullmatch, _names(root)):
         try:
@@ -77,6 +82,16 @@ def damage(folder: storage.PathLike, under: str = "", share: int = 0, shares: in
         if problem:
             return f"{name} {problem}"
     return None
+
+
+def _missing(root: epath.Path) -> str:
+    """Which processes' lists are not there, where others' are."""
+    found = [match for match in map(_SEAL.fullmatch, _names(root)) if match]
+    there, shares = {int(match[1]) for match in found}, {int(match[2]) for match in found}
+    if len(shares) != 1:
+        return ""
+    absent = ", ".join(f"whole-{n}-of-{max(shares)}.json" for n in range(max(shares)) if n not in there)
+    return f" ({absent} is missing)"
 
 
 def _difference(path: epath.Path, expected: list[int]) -> str | None:

@@ -27,7 +27,7 @@ from jaxblock.models.transformer import Transformer
 from jaxblock.parallel import distributed
 from jaxblock.reporting import plots
 from jaxblock.reporting.progress import TrainProgress
-from jaxblock.training import abstract, ahead, goodput, retention, schedules, throughput
+from jaxblock.training import abstract, ahead, goodput, retention, schedules, skipping, throughput
 from jaxblock.training.ahead import Ahead
 from jaxblock.training.goodput import Goodput
 from jaxblock.training.interrupt import Interrupt, shielded
@@ -150,7 +150,8 @@ class _Loop:
 
     def __init__(self, session: Session, console: Console, clock: Goodput, watchdog: Watchdog) -> None:
         self.session, self.config, self.console, self.clock = session, session.config, console, clock
-        self.watchdog, self.skips = watchdog, Skips(session.config.train.max_skipped)
+        before = session.step - skipping.updates(session.state.opt_state)  # skipped by earlier processes
+        self.watchdog, self.skips = watchdog, Skips(session.config.train.max_skipped, before)
         self.run_folder = storage.as_path(self.config.train.out)
         self.lr = schedules.values(self.config.optimizer, self.config.train.steps)
         self.log: Trackers | None = None
@@ -285,7 +286,8 @@ class _Loop:
         seconds = max(now - window.since, 1e-9)
         self.clock.pace(seconds / count)
         speed = positions * everywhere / seconds
-        lr = float(self.lr[step - 1])
+        # Of the last step, whether skipped or not: the optimizer counts updates, so earlier skipped steps are not among them.
+        lr = float(self.lr[step - 1 - (self.skips.total - bool(found[-1].skipped))])
         predicted = window.rows * self.session.objective.layout.block
         done = self._arithmetic(Work(*(n * everywhere for n in (window.rows, positions, predicted))), seconds)
         self._write({"step": step, "kind": "train", **row, "lr": lr, "tokens_per_second": speed, **done})

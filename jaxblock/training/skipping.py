@@ -15,6 +15,7 @@ import optax
 from jax import Array
 
 from jaxblock.errors import UserError
+from jaxblock.parallel import distributed
 from jaxblock.types import Params
 
 if TYPE_CHECKING:
@@ -51,20 +52,36 @@ def gated(optimizer: optax.GradientTransformation) -> Gated:
     return Gated(optimizer.init, update)
 
 
-class Skips:
-    """Counts skipped steps on the host, and stops the run when there are too many in a row."""
+def updates(opt_state: Any) -> int:
+    """How many updates an optimizer's state has seen: skipped steps are none. Waits for the device.
 
-    def __init__(self, limit: int) -> None:
-        """Begins with none.
+    Args:
+        opt_state: of any optimizer here; each counts in an integer scalar, and all that it holds are equal.
+    """
+    counts = (leaf for leaf in jax.tree.leaves(opt_state) if leaf.ndim == 0 and jnp.issubdtype(leaf.dtype, jnp.integer))
+    return int(jax.device_get(next(counts)))
+
+
+class Skips:
+    """Counts skipped steps on the host, and stops the run when there are too many in a row.
+
+    Attributes:
+        total: steps skipped so far, those before a resume included.
+    """
+
+    def __init__(self, limit: int, total: int = 0) -> None:
+        """Begins with an empty row.
 
         Args:
             limit: so many in a row are too many; 0 for no limit.
+            total: skipped before.
         """
         self._limit = limit
+        self.total = total
         self._row: list[tuple[int, StepMetrics, np.ndarray]] = []
 
     def look(self, found: list[StepMetrics], before: int, indices: list[np.ndarray]) -> str | None:
-        """Looks at some steps' metrics.
+        """Looks at some steps' metrics. In a process group every process must, with the same metrics.
 
         Args:
             found: on the host.
@@ -72,7 +89,7 @@ class Skips:
             indices: the record numbers of each step's batch (this process's part).
 
         Returns:
-            What to tell about skipped steps; None without any.
+            What to tell about skipped steps, with the records of all processes; None without any.
 
         Raises:
             UserError: too many in a row; names the steps and the records.
@@ -82,19 +99,21 @@ class Skips:
             if not bool(metrics.skipped):
                 self._row = []
                 continue
-            skipped.append(step)
+            self.total += 1
+            skipped.append((step, index))
             self._row.append((step, metrics, index))
             if self._limit and len(self._row) >= self._limit:
                 self._stop()
         if not skipped:
             return None
-        steps = ", ".join(f"{step:,}" for step in skipped[:10]) + (", ..." if len(skipped) > 10 else "")
-        return f"skipped step {steps}: the loss or the gradient was not finite, and nothing was updated"
+        steps = "; ".join(f"{step:,} (train records {_records(index)})" for step, index in skipped[:10])
+        more = f"; and {len(skipped) - 10} more" if len(skipped) > 10 else ""
+        return f"skipped step {steps}{more}: the loss or the gradient was not finite, and nothing was updated"
 
     def _stop(self) -> None:
         lines = [
             f"step {step}: the loss is {float(m.losses.loss.total)}, the gradient's norm {float(m.grad_norm)} "
-            f"(train records {', '.join(map(str, index.tolist()))})"
+            f"(train records {_records(index)})"
             for step, m, index in self._row
         ]
         raise UserError(
@@ -102,3 +121,8 @@ class Skips:
             "Nothing was updated by them. Look at these records, lower optimizer.lr in a new run, or run the same command "
             "with --train.debug to find the layer"
         )
+
+
+def _records(index: np.ndarray) -> str:
+    """The numbers of a batch's records, those of other processes too."""
+    return ", ".join(map(str, distributed.gathered(index).tolist()))

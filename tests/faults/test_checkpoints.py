@@ -69,9 +69,22 @@ def _lose_metadata(folder: Path) -> str:
 
 
 def _cut_short(folder: Path) -> str:
-    """Killed between the commit of the arrays and the checksums."""
+    """Killed while two processes wrote their lists."""
+    (folder / "whole-0-of-1.json").rename(folder / "whole-0-of-2.json")
+    return "it was never finished (whole-1-of-2.json is missing)"
+
+
+def _unlisted_and_cut(folder: Path) -> str:
+    """Without checksums, damage that reading tells."""
     checksums.unseal(folder)
-    return "it was never finished"
+    _largest(folder).write_bytes(_largest(folder).read_bytes()[:100])
+    return "it has no checksums and cannot be read"
+
+
+def _unlisted_without_metadata(folder: Path) -> str:
+    checksums.unseal(folder)
+    (folder / "optimizer" / "_METADATA").unlink()
+    return "optimizer/_METADATA is missing"
 
 
 def _spoil_seal(folder: Path) -> str:
@@ -79,7 +92,10 @@ def _spoil_seal(folder: Path) -> str:
     return "whole-0-of-1.json cannot be read"
 
 
-@pytest.mark.parametrize("harm", [_flip, _truncate, _lose_metadata, _cut_short, _spoil_seal])
+@pytest.mark.parametrize(
+    "harm",
+    [_flip, _truncate, _lose_metadata, _cut_short, _spoil_seal, _unlisted_and_cut, _unlisted_without_metadata],
+)
 def test_a_damaged_checkpoint_is_named_and_set_aside_and_the_one_before_is_used(
     three: Path, tmp_path: Path, harm: Callable[[Path], str]
 ) -> None:
@@ -96,6 +112,21 @@ def test_a_damaged_checkpoint_is_named_and_set_aside_and_the_one_before_is_used(
     checkpoints.save(_state(30.0), 30, {})  # its place is free again
     checkpoints.close()
     assert checkpoints.steps() == [10, 20, 30] and len(told) == 1
+
+
+def test_a_checkpoint_from_before_checksums_is_used_with_a_warning(three: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(three, run)
+    for step in (10, 20, 30):
+        checksums.unseal(run / "checkpoints" / str(step))
+    told: list[str] = []
+    checkpoints = Checkpoints(run, Keep(9), told.append)
+    assert checkpoints.recover() == 30 and checkpoints.steps() == [10, 20, 30]
+    assert len(told) == 1 and "30 has no checksums" in told[0] and "cannot be verified" in told[0]
+    np.testing.assert_array_equal(checkpoints.restore(30, _state()).params["w"], _state(30.0).params["w"])
+    checkpoints.save(_state(40.0), 40, {})
+    checkpoints.close()
+    assert checkpoints.steps() == [10, 20, 30, 40] and not (run / "damaged").exists()
 
 
 def test_a_reader_names_damage_and_moves_nothing(three: Path, tmp_path: Path) -> None:

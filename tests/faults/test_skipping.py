@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,10 +15,15 @@ import numpy as np
 import optax
 import pytest
 
+import jaxblock
+from jaxblock.cli import main
 from jaxblock.config import OptimizerConfig
 from jaxblock.errors import UserError
 from jaxblock.models.params import ParamSpec
+from jaxblock.training import loop, skipping
 from jaxblock.training import optimizer as optimizers
+from jaxblock.training import step as steps
+from jaxblock.training.checkpoint import Checkpoints
 from jaxblock.training.skipping import Skips, gated
 
 
@@ -56,8 +65,98 @@ def test_only_too_many_in_a_row_stop_the_run() -> None:
     skips = Skips(3)
     indices = [np.array([step, 100 + step]) for step in range(4)]
     assert skips.look([_metrics(False)] * 4, 0, indices) is None
-    assert "step 5, 6:" in (skips.look([_metrics(s) for s in (True, True, False, False)], 4, indices) or "")
+    assert "step 5 (train records 0, 100); 6 (train records 1, 101):" in (
+        skips.look([_metrics(s) for s in (True, True, False, False)], 4, indices) or ""
+    )
     assert skips.look([_metrics(s) for s in (False, True, False, True)], 8, indices) is not None
     with pytest.raises(UserError, match=r"3 steps in a row(.|\n)*step 12.*train records 3, 103(.|\n)*step 14.*1, 101"):
         skips.look([_metrics(s) for s in (True, True, False, False)], 12, indices)
     assert Skips(0).look([_metrics(True)] * 4, 0, indices) is not None
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], list[np.ndarray]]:
+    """Makes the gradients of some steps NaN, and notes every batch's records. Other steps are the same program's always."""
+    gradients, batches = steps.gradients, loop.batches
+    limits, seen = [0, 0], []
+
+    def poisoned(objective: Any, params: Any, batch: Any, step: Any, *rest: Any) -> Any:
+        found, grads = gradients(objective, params, batch, step, *rest)
+        bad = (step + 1 >= limits[0]) & (step + 1 <= limits[1])
+        return found, jax.tree.map(lambda grad: jnp.where(bad, jnp.nan, grad), grads)
+
+    def noted(*arguments: Any, **named: Any) -> Iterator[Any]:
+        for batch in batches(*arguments, **named):
+            seen.append(batch.index)
+            yield batch
+
+    def begin(first: int, last: int) -> list[np.ndarray]:
+        limits[:] = first, last
+        seen.clear()
+        return seen
+
+    monkeypatch.setattr(steps, "gradients", poisoned)
+    monkeypatch.setattr(loop, "batches", noted)
+    return begin
+
+
+def _rows(run: Path) -> dict[int, dict[str, Any]]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row for row in rows if row["kind"] == "train"}
+
+
+def _named(index: np.ndarray) -> str:
+    return f"(train records {', '.join(map(str, index.tolist()))})"
+
+
+@pytest.mark.slow
+def test_one_poisoned_batch_of_a_run_is_skipped(
+    tiny_config: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    poison: Callable[[int, int], list[np.ndarray]],
+) -> None:
+    run, counts, save = tmp_path / "run", {}, Checkpoints.save
+
+    def saved(self: Checkpoints, state: Any, step: int, *rest: Any) -> None:
+        counts[step] = skipping.updates(state.opt_state)
+        save(self, state, step, *rest)
+
+    monkeypatch.setattr(Checkpoints, "save", saved)
+    command = ["train", "--config", str(tiny_config), "--train.eval_every", "0", "--train.out"]
+    poison(10**6, 10**6)
+    assert main([*command, str(tmp_path / "straight")]) == 0
+    seen = poison(6, 6)
+    command = [*command, str(run)]
+    counts.clear()
+    assert main(command) == 0
+    assert f"skipped step 6 {_named(seen[5])}" in capsys.readouterr().err
+    rows, straight = _rows(run), _rows(tmp_path / "straight")
+    assert [step for step in rows if rows[step]["skipped"]] == [6]
+    for step in range(1, 6):
+        assert (rows[step]["loss"], rows[step]["grad_norm"]) == (straight[step]["loss"], straight[step]["grad_norm"])
+    assert rows[6]["loss"] == straight[6]["loss"] and rows[8]["loss"] != straight[8]["loss"]
+    assert counts == {100: 99, 120: 119}
+    assert all(rows[step]["lr"] == straight[step if step <= 6 else step - 1]["lr"] for step in rows)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jaxblock.load(run).params))
+    # Going on after the skipped step, the learning rate that is told is the optimizer's too.
+    shutil.rmtree(run / "checkpoints" / "120")
+    assert main(command) == 0
+    again = _rows(run)
+    assert all(again[step][key] == rows[step][key] for step in rows for key in ("loss", "lr", "grad_norm"))
+
+
+def test_a_run_whose_batches_are_all_poisoned_stops_and_names_them(
+    tiny_config: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    poison: Callable[[int, int], list[np.ndarray]],
+) -> None:
+    seen = poison(4, 10**6)
+    flags = ["--train.eval_every", "0", "--train.eval_problems", "0", "--train.eval_nelbo_rows", "0"]
+    command = ["train", "--config", str(tiny_config), "--train.out", str(tmp_path / "run"), *flags]
+    assert main([*command, "--train.max_skipped", "3"]) == 2
+    said = capsys.readouterr().err
+    assert "3 steps in a row (train.max_skipped)" in said
+    assert all(f"step {step}: " in said and _named(seen[step - 1]) in " ".join(said.split()) for step in (4, 5, 6))

@@ -1,0 +1,114 @@
+"""Real file systems that are full or read-only: training goes on, the user is told once, nothing whole is deleted."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import jaxblock
+
+ROOT = Path(__file__).parents[2]
+
+PRIVATE = """
+import json, os, pathlib, shutil, subprocess, sys
+disk, out, fault, until, command = json.loads(sys.argv[1])
+mount = lambda *words: subprocess.run(["mount", *words], check=True)
+mount("-t", "tmpfs", "-o", "size=4m", "none", disk)
+run = pathlib.Path(disk) / "run"
+checkpoints, filler = str(run / "checkpoints"), pathlib.Path(disk) / "filler"
+
+def harm():
+    if fault == "full":
+        with open(filler, "wb", buffering=0) as file:
+            try:
+                while file.write(bytes(4096)): pass
+            except OSError: pass
+    else:
+        mount("--bind", checkpoints, checkpoints)
+        mount("-o", "remount,bind,ro", checkpoints)
+
+def mend():
+    if fault == "full": filler.unlink()
+    else: mount("-o", "remount,bind,rw", checkpoints)
+
+def steps():
+    return sorted(int(name) for name in os.listdir(checkpoints) if name.isdigit())
+
+def train(harmful):
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    said, before = "", None
+    for line in process.stderr:
+        said += line
+        if harmful and line.startswith("step 30/"):
+            harm()
+            before = steps()
+        if harmful and until and line.startswith(f"step {until}/"): mend()
+    return {"code": process.wait(), "said": said, "before": before, "after": steps()}
+
+found = [train(True)]
+if not until:
+    mend()
+    found.append(train(False))
+shutil.copytree(run, out)
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def private() -> list[str]:
+    """The command in front of one that may mount file systems nobody else sees."""
+    command = ["unshare", "-rm"]
+    if shutil.which("unshare") is None:
+        pytest.skip("no unshare(1) here: no file system can be mounted")
+    tried = subprocess.run([*command, "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True, text=True)
+    if tried.returncode:
+        pytest.skip(f"no file system can be mounted here: {tried.stderr.strip()}")
+    return command
+
+
+def _rows(run: Path) -> list[tuple[object, ...]]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["loss"], row["lr"]) for row in rows if row["kind"] == "train"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "until"), [("full", 0), ("full", 75), ("read-only", 0), ("read-only", 75)], ids=lambda value: str(value)
+)
+def test_a_run_outlives_its_disk(
+    tiny_config: Path, tiny_run: Path, tmp_path: Path, private: list[str], fault: str, until: int
+) -> None:
+    """From step 30 to the end, or to a later step: the run folder (its checkpoints) takes no bytes."""
+    disk, out = tmp_path / "disk", tmp_path / "saved"
+    disk.mkdir()
+    command = [sys.executable, "-m", "jaxblock", "train", "--config", str(tiny_config), "--train.out", f"{disk}/run"]
+    command += ["--train.save_every", "20", "--train.keep", "2", "--train.eval_every", "0"]
+    told = json.dumps([str(disk), str(out), fault, until, command])
+    done = subprocess.run(
+        [*private, sys.executable, "-c", PRIVATE, told], capture_output=True, text=True, cwd=ROOT, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    said, before = found[0]["said"], found[0]["before"]
+    cause = "the disk is full" if fault == "full" else "the file system is read-only"
+    assert before == [20] and "step 120/120" in said, said
+    assert f"step 40: no checkpoint was written in {disk}/run/checkpoints: {cause}" in " ".join(said.split()), said
+    assert said.count("step 40: no checkpoint") == 1 and "Traceback" not in said, said
+    if fault == "full":
+        assert said.count("rows wait") == 1, said
+    if until:
+        assert [run["code"] for run in found] == [0] and found[0]["after"] == [100, 120], said
+    else:
+        assert found[0]["code"] == 2 and found[0]["after"] == before, said
+        assert found[1]["code"] == 0 and "going on from step 20" in found[1]["said"], found[1]["said"]
+    left, right = (jax.tree.leaves(jaxblock.load(folder).params) for folder in (out, tiny_run))
+    for one, other in zip(left, right, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert _rows(out) == _rows(tiny_run)
