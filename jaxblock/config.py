@@ -148,6 +148,8 @@ class ModelConfig:
 
     init_from: str | None = None
     """A run folder, a Hugging Face folder or a hub id (`org/name`) to start from; None starts from random weights."""
+    init_step: Literal["latest", "best"] | int = "latest"
+    """Which checkpoint of a run to start from: the newest, the best by its `train.keep_best`, or that of a step."""
     alignment: Alignment | None = None
     """Logit alignment of an autoregressive start (Llama, Qwen): `shifted` keeps its next-token skill, `same_position` is
     LLaDA's; None for `shifted`. The diffusion families have their own."""

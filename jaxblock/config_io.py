@@ -117,7 +117,10 @@ def _convert(hint: Any, value: Any, where: str, name: str) -> Any:
         # YAML's null and, as on the command line, None.
         if value in (None, "None") and type(None) in get_args(hint):
             return None
-        return _convert(next(a for a in get_args(hint) if a is not type(None)), value, where, name)
+        kinds = [kind for kind in get_args(hint) if kind is not type(None)]
+        if int in kinds and isinstance(value, int):  # a word or a number
+            return _convert(int, value, where, name)
+        return _convert(kinds[0], value, where, name)
     if origin is Literal:
         if value in get_args(hint):
             return value
@@ -253,6 +256,10 @@ def _check_model(config: Config) -> None:
     _at_least(model, "model", 1, "loss_chunk")
     if model.init_from is not None:
         return
+    _require(
+        model.init_step == "latest",
+        f"model.init_step is {model.init_step}, but model.init_from, the run whose checkpoint it is, is not set",
+    )
     _at_least(model, "model", 1, "d_model", "n_layers", "n_heads", "n_kv_heads", "mlp_dim", "max_len")
     _require(
         model.d_model % model.n_heads == 0 and (model.d_model // model.n_heads) % 2 == 0,

@@ -43,6 +43,7 @@ class Lines:
         self._remote = storage.is_remote(path)
         self._period, self._since = period, time.monotonic()
         self._waiting: list[bytes] = []
+        self._begun = 0  # bytes of the first of them that a full disk took
         self._number = 0
         with storage.explained("write", self.path):
             there = read(self.path).splitlines(keepends=True)
@@ -74,13 +75,19 @@ class Lines:
             self.flush()
 
     def flush(self) -> None:
-        """Writes what waits to the object store (a local disk has it); a failure is logged, and it goes with the next."""
-        if not self._remote:
-            return
+        """Writes what waits, to an object store as a part; a failure is logged, and it goes with what comes next."""
         try:
-            self._write_part()
+            with storage.explained("write", self.path):
+                if self._remote:
+                    self._write_part()
+                else:
+                    self._write_out()
         except UserError as error:
             _LOG.warning("%s; the lines wait for the next part", error)
+
+    def waiting(self) -> list[str]:
+        """The lines that could not be written yet."""
+        return [line.decode().removesuffix("\n") for line in self._waiting]
 
     def close(self) -> None:
         """Writes what waits, and joins the parts of an object store.
@@ -98,12 +105,11 @@ class Lines:
 
     def _write_out(self) -> None:
         """A full disk may take a part of a line: the rest waits."""
-        content = b"".join(self._waiting)
-        self._waiting = [content]
-        while content:
-            content = content[self._file.write(content) :]
-            self._waiting = [content]
-        self._waiting = []
+        while self._waiting:
+            self._begun += self._file.write(self._waiting[0][self._begun :])
+            if self._begun == len(self._waiting[0]):
+                del self._waiting[0]
+                self._begun = 0
 
     def _write_part(self) -> None:
         self._since = time.monotonic()

@@ -91,6 +91,7 @@ setup() {
 
 check() {
     local found=0
+    [ -x "$venv_python" ] || fail "there is no .venv here yet: launch/gpu.sh setup makes it"
     "$venv_python" -c 'import jax
 for device in jax.devices():
     print(device.id, device.platform, device.device_kind)

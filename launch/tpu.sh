@@ -27,7 +27,8 @@ usage: launch/tpu.sh VERB --name NAME --zone ZONE [OPTIONS] [-- COMMAND...]
                      (or JAXBLOCK_TPU_TYPE)
   --version VERSION  VM image; default: the one for the type     (or JAXBLOCK_TPU_VERSION)
   --spot             create: cheaper, and may be taken away at any time
-  --queued           create, delete, status, resume: a queued resource of the same name, which waits for capacity
+  --queued           create, delete, status, resume: a queued resource of the same name, which waits for capacity:
+                     setup once status says ACTIVE
   --recreate         resume: delete a slice that was preempted, and only that, and create it again (--type, --spot, --queued)
   --retries N        resume: so many restarts at most (default: 20)
   --backoff S        resume: wait before the first restart, doubled up to 900 s; begins anew once a run has started
@@ -195,7 +196,11 @@ slice_state() {
 }
 
 status() {
-    slice_state || fail "there is no slice $name in $zone, or it cannot be seen (above: why)"
+    local state
+    state="$(slice_state)" || fail "there is no slice $name in $zone, or it cannot be seen (above: why)"
+    printf '%s\n' "$state"
+    # The workers of any other one cannot be reached.
+    case "$state" in [A-Z]*) case "$state" in READY | ACTIVE) ;; *) return ;; esac ;; esac
     on_workers "$remote_status; tail -n 1 \"\$HOME/jaxblock/logs/latest.log\" 2>/dev/null || true"
 }
 
@@ -245,8 +250,14 @@ resume() {
         # Not every failure means that the slice is gone: only "not found" does.
         state="$(slice_state 2>&1)" || case "$state" in *NOT_FOUND* | *'not found'*) state=absent ;; *) state=unknown ;; esac
         if [ "$dry_run" = yes ]; then
-            printf '%s\n' "$state"
+            printf '# every %s s: the slice, and what the run is doing on each worker\n%s\n' "$poll" "$state"
             on_workers "$remote_status"
+            if [ "$recreate_it" = yes ]; then
+                printf '# where the slice was preempted or is gone:\n'
+                delete_now
+                (create) && (setup)
+            fi
+            printf '# where the run was never started, or ended in a way that another start may mend:\n'
             run "$@"
             return
         fi

@@ -31,7 +31,7 @@ from jaxblock.training import abstract, ahead, goodput, retention, schedules, sk
 from jaxblock.training.ahead import Ahead
 from jaxblock.training.goodput import Goodput
 from jaxblock.training.interrupt import Interrupt, shielded
-from jaxblock.training.metrics import FILE, summarise
+from jaxblock.training.metrics import FILE, WAITING, summarise
 from jaxblock.training.profiler import Profiler
 from jaxblock.training.setup import Session, meta, set_up
 from jaxblock.training.skipping import Skips
@@ -339,11 +339,10 @@ class _Loop:
     def _save(self, state: Any, step: int) -> None:
         if step > self.saved:
             self.watchdog.at("save", step)
-            if self.log is not None:
-                self.log.flush()
+            told = {} if self.log is None else {WAITING: self.log.flush()}
             jax.block_until_ready(state.step)  # saving waits for it too: it is training's time
             with self.clock.during("save"):
-                self.session.checkpoints.save(state, step, meta(self.session), self._score(step))
+                self.session.checkpoints.save(state, step, {**meta(self.session), **told}, self._score(step))
             self.saved = step
 
     def _end(self, step: int, code: int) -> Outcome:

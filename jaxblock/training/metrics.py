@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from jaxblock.training.step import StepMetrics
 from jaxblock.types import Sum
 
 FILE = "metrics.jsonl"
+WAITING = "metrics"
+"""In a checkpoint's plain values: rows up to it that could not be written yet when it was saved."""
 
 
 class MetricsLog:
@@ -42,9 +45,33 @@ class MetricsLog:
         """Before a checkpoint: the rows before it are not made again."""
         self._lines.flush()
 
+    def waiting(self) -> list[str]:
+        """Rows, as lines, that could not be written yet: a checkpoint keeps them (``put_back``)."""
+        return self._lines.waiting()
+
     def close(self) -> None:
         """Closes the file."""
         self._lines.close()
+
+
+def put_back(run: storage.PathLike, rows: Sequence[str]) -> None:
+    """Writes rows that a checkpoint kept, before its run goes on; those that were written after all are left out.
+
+    Args:
+        run: the run folder.
+        rows: lines, in order.
+
+    Raises:
+        UserError: they still cannot be written.
+    """
+    path = storage.as_path(run) / FILE
+    there = set(jsonl.read(path).splitlines()) if rows else set()
+    missing = [row for row in rows if row.encode() not in there]
+    if missing:
+        lines = jsonl.Lines(path, lambda line: True)
+        for row in missing:
+            lines.append(row)
+        lines.close()
 
 
 def summarise(window: list[StepMetrics]) -> dict[str, Any]:

@@ -27,8 +27,8 @@ from jaxblock.errors import UserError
 from jaxblock.models import families, lora
 from jaxblock.models.transformer import Transformer
 from jaxblock.parallel import axes, distributed
+from jaxblock.training import metrics, run_folder, trackers, weights
 from jaxblock.training import optimizer as optimizers
-from jaxblock.training import run_folder, trackers, weights
 from jaxblock.training.checkpoint import Checkpoints
 from jaxblock.training.debug import NanFinder, not_finite
 from jaxblock.training.retention import Keep
@@ -39,7 +39,7 @@ from jaxblock.types import Params
 
 MAY_CHANGE = {
     "data": {"prepared", "overwrite"},
-    "model": {"remat", "attention", "scan_layers", "init_from", "loss_chunk"},
+    "model": {"remat", "attention", "scan_layers", "init_from", "init_step", "loss_chunk"},
     "train": {
         "out", "resume", "log_every", "eval_every", "eval_problems", "eval_nelbo_rows", "save_every", "keep",
         "keep_every", "keep_best", "max_skipped", "watchdog_seconds", "on_hang",
@@ -115,8 +115,7 @@ def set_up(config: Config, console: Console, compile_first: Compile | None = Non
     checkpoints, step = _checkpoints(config, folder, console)
     if checkpoints is None and process_index == 0:
         _check_place(folder)
-    if checkpoints is not None:
-        _check_resume(config, folder, checkpoints, step, prepared)
+    saved = _check_resume(config, folder, checkpoints, step, prepared) if checkpoints is not None else {}
     mesh = _mesh(config)
     resumed = run_folder.open_run(folder) if step is not None else None
     arch = weights.architecture(config, prepared, resumed)
@@ -139,7 +138,7 @@ def set_up(config: Config, console: Console, compile_first: Compile | None = Non
     elif step is None:
         console.out(f"{train.out} ended before its first checkpoint: beginning again", highlight=False)
     else:
-        state = checkpoints.restore(step, state)
+        state = _restored(checkpoints, step, state, folder, saved)
         console.out(f"going on from step {step:,} of {train.out}", highlight=False)
     if train.debug and (bad := not_finite(state.params)):
         raise UserError(f"these weights hold NaN or infinity before the first step: {', '.join(bad)}")
@@ -163,6 +162,16 @@ def set_up(config: Config, console: Console, compile_first: Compile | None = Non
         process_count=process_count,
         ready=ready,
     )
+
+
+def _restored(
+    checkpoints: Checkpoints, step: int, like: TrainState, folder: storage.PathLike, saved: Mapping[str, Any]
+) -> TrainState:
+    """A checkpoint's state; the rows of metrics that it kept go where they belong."""
+    state = checkpoints.restore(step, like)
+    if jax.process_index() == 0:
+        metrics.put_back(folder, saved.get(metrics.WAITING, []))
+    return state
 
 
 def _check_place(folder: storage.PathLike) -> None:
@@ -255,13 +264,13 @@ def check_data(config: Config, prepared: Prepared) -> None:
 
 def _check_resume(
     config: Config, folder: storage.PathLike, checkpoints: Checkpoints, step: int | None, prepared: Prepared
-) -> None:
-    """What an existing run was begun with must be what this config says."""
+) -> dict[str, Any]:
+    """What an existing run was begun with must be what this config says. Returns what was saved with its checkpoint."""
     run = run_folder.open_run(folder)
     if step is None:
         # Without a checkpoint the start is made again: it must be the same start.
         saved: dict[str, Any] = {"data": run.manifest.fingerprint, "config": config_io.to_tree(run.config)}
-        may_change = {**MAY_CHANGE, "model": MAY_CHANGE["model"] - {"init_from"}}
+        may_change = {**MAY_CHANGE, "model": MAY_CHANGE["model"] - {"init_from", "init_step"}}
     else:
         saved, may_change = checkpoints.meta(step), MAY_CHANGE
         run_folder.check_model(run, saved)
@@ -271,6 +280,7 @@ def _check_resume(
             f"{folder} was trained on other data than {config.data.prepared} holds now: a resumed run would not be "
             "exact. Prepare the same data, or begin a run with model.init_from"
         )
+    return saved
 
 
 def _check_same(

@@ -172,9 +172,10 @@ class Trackers:
         """Gives a row to each."""
         self._each("write", row)
 
-    def flush(self) -> None:
-        """Before a checkpoint."""
+    def flush(self) -> list[str]:
+        """Before a checkpoint. Returns the rows of ``metrics.jsonl`` that could not be written: it must keep them."""
         self._each("flush")
+        return self._lines.waiting()
 
     def close(self) -> None:
         """Ends each."""

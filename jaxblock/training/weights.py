@@ -91,7 +91,8 @@ def begin(config: Config, prepared: Prepared, mesh: Mesh, run: Run | None, conso
         arch = run.arch if run is not None else _architecture(source, config, prepared)
         lora = wiring.adapters(config.lora, arch)
         assert lora is not None
-        base = _check_base(source, run.base) if run is not None else identify(source)
+        base = _check_base(source, run.base) if run is not None else identify(source, config.model.init_step)
+        base = base._replace(folder=str(config.model.init_from))  # not the copy of one that is elsewhere
         frozen = read_base(source, arch, mesh, dtype, base.step, config.model.quantize == "int8")
         table = adapters.table(families.table(arch), lora)
         if run is None:
@@ -108,7 +109,7 @@ def begin(config: Config, prepared: Prepared, mesh: Mesh, run: Run | None, conso
         return Weights(arch, None, _random(table, seed, dtype, mesh), {}, None, None)
     arch = _architecture(source, config, prepared)
     if run_folder.is_run(source):
-        params, step, lora = read_run(run_folder.open_run(source), mesh, dtype)
+        params, step, lora = read_run(run_folder.open_run(source), mesh, dtype, step=config.model.init_step)
         where = f"step {step:,} of {source}"
         params = params if lora is None else adapters.merge(params, lora)
     else:
@@ -130,7 +131,10 @@ def _random(table: Table, seed: int, dtype: str, mesh: Mesh) -> Params:
 
 def _architecture(source: str, config: Config, prepared: Prepared) -> Architecture:
     """A source's architecture; an autoregressive one takes its mask token and fill from the data's tokenizer."""
-    arch = run_folder.open_run(source).arch if run_folder.is_run(source) else huggingface.architecture(source)
+    is_run = run_folder.is_run(source)
+    if not is_run and config.model.init_step != "latest":
+        raise UserError(f"model.init_step is {config.model.init_step}, but {source} is no run: leave it out")
+    arch = run_folder.open_run(source).arch if is_run else huggingface.architecture(source)
     special, alignment = prepared.special, config.model.alignment
     if arch.mask_id is None:
         arch = families.with_mask(arch, special.mask, alignment)
@@ -159,8 +163,16 @@ def check_vocabulary(arch: Architecture, prepared: Prepared, source: str) -> Non
             )
 
 
-def identify(source: str) -> Base:
-    """Names a base by its content. Headers and ends of the files are read, not all of them."""
+def identify(source: str, wanted: run_folder.Wanted = "latest") -> Base:
+    """Names a base by its content. Headers and ends of the files are read, not all of them.
+
+    Args:
+        source: a run or a local Hugging Face folder.
+        wanted: which checkpoint of a run.
+
+    Raises:
+        UserError: it holds adapters itself, or has no such checkpoint.
+    """
     path = storage.as_path(source)
     if run_folder.is_run(source):
         run = run_folder.open_run(source)
@@ -169,7 +181,7 @@ def identify(source: str) -> Base:
                 f"{source} holds adapters; adapters on adapters are not supported: export it merged "
                 "(`jaxblock export`) and set model.init_from to the export"
             )
-        step = run_folder.find_step(run)
+        step = run_folder.find_step(run, wanted)
         files = (storage.read_bytes(path / name) for name in (run_folder.MODEL, run_folder.CONFIG))
         content = b"".join(files) + str(step).encode()
         return Base(source, hashlib.sha256(content).hexdigest(), step)
@@ -194,7 +206,7 @@ def _check_base(source: str, remembered: Base | None) -> Base:
         raise UserError(
             f"{source}, the base of these adapters, is not there: set model.init_from (from Python: `base`) to where it is"
         )
-    found = identify(source)
+    found = identify(source, "latest" if remembered.step is None else remembered.step)
     if found.fingerprint != remembered.fingerprint:
         raise UserError(
             f"{source} is not the base that these adapters were trained on (that was {remembered.folder}, fingerprint "

@@ -216,6 +216,28 @@ def test_a_dry_run_prints_exactly_what_a_run_would_do(desk: Desk, arguments: lis
     assert printed.count("gcloud") == len(undated) > 0
 
 
+def test_a_dry_resume_prints_what_it_may_do_in_order(desk: Desk) -> None:
+    """With comments of when, and otherwise fit to be pasted."""
+    command = ["resume", *SLICE, "--dry-run", "--recreate", "--type", "v6e-8", "--spot", "--", "jaxblock", *HARD]
+    done = desk.tpu(*command)
+    assert done.returncode == 0 and desk.calls == [], done.stderr
+    words = shlex.split(done.stdout, comments=True)
+    assert [words[i + 4] for i, word in enumerate(words) if word == "gcloud"] == [
+        "describe", "ssh", "delete", "create", "scp", "ssh", "ssh",
+    ]  # fmt: skip
+    pasted = subprocess.run(["bash", "-n"], input=done.stdout, capture_output=True, text=True)
+    assert pasted.returncode == 0 and "# where the slice was preempted or is gone:" in done.stdout
+    assert "delete" not in desk.tpu("resume", *SLICE, "--dry-run", "--", "true").stdout
+
+
+def test_the_workers_of_a_slice_that_is_not_there_yet_are_not_asked(desk: Desk, tmp_path: Path) -> None:
+    (tmp_path / "states").write_text("WAITING_FOR_RESOURCES\nACTIVE\n")
+    states = {"GCLOUD_STATES": str(tmp_path / "states")}
+    waiting = desk.tpu("status", *SLICE, "--queued", **states)
+    assert (waiting.returncode, waiting.stdout, len(desk.calls)) == (0, "WAITING_FOR_RESOURCES\n", 1)
+    assert desk.tpu("status", *SLICE, "--queued", **states).returncode == 0 and desk.calls[-1][3] == "ssh"
+
+
 @pytest.fixture
 def played(desk: Desk, tmp_path: Path) -> Callable[..., tuple[subprocess.CompletedProcess[str], list[str]]]:
     """Runs ``resume`` against a play: the slice's states and the workers' runs, in order; returns what was done."""

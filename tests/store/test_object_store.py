@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +19,7 @@ from jaxblock import jsonl, storage
 from jaxblock.cli import main
 from jaxblock.errors import UserError
 from jaxblock.reporting import metrics
+from jaxblock.training.metrics import MetricsLog, put_back
 
 from .conftest import Store  # noqa: TID252
 
@@ -154,3 +160,90 @@ def test_a_run_lives_in_a_bucket(store: Store, tiny_config: Path, tiny_run: Path
     again = [*common, "--train.out", f"{bucket}/runs/two", "--train.steps", "2", "--model.init_from"]
     assert main(["train", *again, f"{bucket}/export", "--train.eval_problems", "0"]) == 0
     assert store.refused == []
+
+
+@pytest.mark.slow
+def test_adapters_live_in_a_bucket(store: Store, tiny_config: Path, tiny_run: Path, capsys: Any) -> None:
+    """Their base is a run that was copied there, then its export; all that is made of them is there too."""
+    for file in sorted(path for path in tiny_run.rglob("*") if path.is_file()):
+        store.put("bucket", f"base/{file.relative_to(tiny_run).as_posix()}", file.read_bytes(), {})
+    quiet = ["--train.eval_every", "0", "--train.eval_problems", "0", "--train.eval_nelbo_rows", "0"]
+    lora = ["--lora.rank", "2", "--lora.alpha", "8", "--train.steps", "4", "--train.save_every", "2", *quiet]
+    start = ["train", "--config", str(tiny_config), *lora]
+    assert main(["export", "--checkpoint", "gs://bucket/base", "--out", "gs://bucket/base_export"]) == 0
+    bases = {"on_run": "gs://bucket/base", "on_export": "gs://bucket/base_export"}
+    for name, base in bases.items():
+        assert main([*start, "--train.out", f"gs://bucket/{name}", "--model.init_from", base]) == 0, name
+        assert json.loads(store.content(f"{name}/base.json"))["folder"] == base
+    ids = [[5, 6, 7, 8]]
+    model = jaxblock.load("gs://bucket/on_export")
+    want = model.logits(ids)
+    np.testing.assert_allclose(jaxblock.load("gs://bucket/on_run").logits(ids), want, atol=1e-5)
+    older = jaxblock.load("gs://bucket/on_export", step=2).logits(ids)
+    assert np.abs(older - want).max() > 0
+    gone = store.names("on_export/checkpoints/4/")
+    for name in gone:
+        store.delete("bucket", name)
+    go_on = [*start, "--train.out", "gs://bucket/on_export", "--model.init_from", "gs://bucket/base_export"]
+    assert main(go_on) == 0
+    np.testing.assert_array_equal(jaxblock.load("gs://bucket/on_export").logits(ids), want)
+
+    for kind, out in (("merged", "merged"), ("adapter", "peft")):
+        command = ["export", "--checkpoint", "gs://bucket/on_export", "--format", kind, "--out", f"gs://bucket/{out}"]
+        assert main(command) == 0
+    np.testing.assert_allclose(jaxblock.load("gs://bucket/merged").logits(ids), want, atol=2e-5)
+    alone = jaxblock.load("gs://bucket/peft")  # adapter_config.json says where its base is
+    np.testing.assert_array_equal(alone.logits(ids), want)
+
+    store.put("bucket", "prompts.txt", b"3+4?\n1+1?\n", {})
+    answers = []
+    for checkpoint in ("on_export", "peft", "merged"):
+        where = ["--checkpoint", f"gs://bucket/{checkpoint}", "--config", str(tiny_config)]
+        out = f"gs://bucket/answers/{checkpoint}.jsonl"
+        assert main(["decode", *where, "--file", "gs://bucket/prompts.txt", "--out", out]) == 0
+        answers.append(storage.read_bytes(out))
+        score = ["--evaluate.problems", "2", "--evaluate.nelbo_rows", "2", "--out", f"gs://bucket/score/{checkpoint}"]
+        assert main(["evaluate", *where, *score]) == 0
+    assert answers[0] == answers[1] and len(answers[0].splitlines()) == 2
+    assert main(["decode", "--checkpoint", "gs://bucket/on_export", "3+4?"]) == 0  # by the run's own config
+    assert store.names("score/peft") == ["score/peft/problems.jsonl", "score/peft/summary.json"]
+    assert store.refused == []
+
+
+def test_rows_that_a_checkpoint_kept_are_written_once(store: Store) -> None:
+    """The store fails when the checkpoint is saved: before it comes back the run is killed, or just after."""
+    for killed in ("before", "after"):
+        path = f"gs://bucket/{killed}/metrics.jsonl"
+        log = MetricsLog(f"gs://bucket/{killed}", -1)
+        for step in (1, 2, 3):
+            store.failing = re.compile("metrics") if step > 1 else None
+            log.write({"step": step, "kind": "train"})
+            log.flush()
+        kept = log.waiting()
+        assert [json.loads(row)["step"] for row in kept] == [2, 3]
+        store.failing = None
+        if killed == "after":
+            log.write({"step": 4, "kind": "train"})
+            log.flush()
+        for _ in range(2):
+            put_back(f"gs://bucket/{killed}", kept)
+        MetricsLog(f"gs://bucket/{killed}", 3).close()
+        assert [row["step"] for row in metrics.read(path).train] == [1, 2, 3]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_while_its_rows_wait_loses_none(store: Store, tiny_config: Path, tiny_run: Path) -> None:
+    out = "gs://bucket/run"
+    flags = ["train", "--config", str(tiny_config), "--train.out", out, "--train.save_every", "10"]
+    store.failing = re.compile(r"/metrics-\d")
+    with subprocess.Popen([sys.executable, "-m", "jaxblock", *flags], stderr=subprocess.DEVNULL) as process:
+        while not any("checkpoints/20/" in name for name in store.names()) and process.poll() is None:
+            time.sleep(0.05)
+        time.sleep(1)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL and not store.names("run/metrics")
+    store.failing = None
+    assert main(flags) == 0
+    ours, theirs = (metrics.read(f"{run}/metrics.jsonl") for run in (out, tiny_run))
+    assert [(row["step"], row["loss"]) for row in ours.train] == [(row["step"], row["loss"]) for row in theirs.train]
+    assert [row["step"] for row in ours.evals] == [row["step"] for row in theirs.evals]

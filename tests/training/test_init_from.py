@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import jaxblock
+from jaxblock import config_io
 from jaxblock.cli import main
 from jaxblock.huggingface import save
 from jaxblock.reporting import metrics
@@ -40,6 +41,31 @@ def test_a_run_and_its_export_give_the_same_start(tiny_config: Path, tiny_run: P
         ends[source] = jax.tree.leaves(jaxblock.load(out).params)
     for left, right in zip(*ends.values(), strict=True):
         np.testing.assert_array_equal(left, right)
+
+
+def test_an_older_checkpoint_is_exported_and_started_from(
+    tiny_config: Path, tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ids = [[5, 6, 7, 8]]
+    older, newest = (jaxblock.load(tiny_run, step=step).logits(ids) for step in (100, 120))
+    assert np.abs(older - newest).max() > 0
+    flags = ["--checkpoint", str(tiny_run), "--out", str(tmp_path / "export")]
+    assert main(["export", *flags, "--step", "110"]) == 2
+    assert "no whole checkpoint of step 110; there are 100, 120" in capsys.readouterr().err
+    assert main(["export", *flags, "--step", "100"]) == 0
+    np.testing.assert_array_equal(jaxblock.load(tmp_path / "export").logits(ids), older)
+
+    out = ["--train.out", str(tmp_path / "out"), "--train.steps", "2", "--train.eval_problems", "0"]
+    start = ["train", "--config", str(tiny_config), *out, "--train.eval_nelbo_rows", "0", "--optimizer.lr", "1e-30"]
+    assert main([*start, "--model.init_step", "100"]) == 2
+    assert "model.init_from, the run whose checkpoint it is, is not set" in capsys.readouterr().err
+    assert main([*start, "--model.init_step", "100", "--model.init_from", str(tmp_path / "export")]) == 2
+    assert "model.init_step is 100, but" in capsys.readouterr().err
+    assert main([*start, "--model.init_step", "100", "--model.init_from", str(tiny_run)]) == 0
+    assert "starting from step 100 of" in capsys.readouterr().err
+    np.testing.assert_allclose(jaxblock.load(tmp_path / "out").logits(ids), older, atol=1e-6)
+    config = config_io.load(str(tmp_path / "out" / "config.yaml"))  # a number in YAML, and a word
+    assert config.model.init_step == 100 and config_io.from_tree({"model": {"init_step": "best"}}, "here").model
 
 
 def test_a_checkpoint_with_other_ids_is_refused(

@@ -5,16 +5,28 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import jax
+import numpy as np
 import pytest
+from rich.console import Console
 
 import jaxblock
 from benchmarks import process_drift
+from jaxblock import config_io
 from jaxblock.cli import main
+from jaxblock.config import CanvasConfig
+from jaxblock.data.loader import Batch, BatchAt
+from jaxblock.data.records import Record
+from jaxblock.training.goodput import CAUSES
+from jaxblock.training.setup import set_up
+from tests.training.recorded_run import draws
 
 ROOT = Path(__file__).parents[2]
 POD = ROOT / "launch" / "local_pod.sh"
@@ -96,3 +108,107 @@ def test_a_signal_to_one_stops_all_and_another_number_of_processes_goes_on(
     assert alone_rows and all(loss == pytest.approx(expected[step], rel=1e-4) for step, loss in alone_rows)
     assert main([*flags]) == 0  # a checkpoint of two processes is read by one: it is finished
     assert jaxblock.load(run).params.keys() == jaxblock.load(tiny_run).params.keys()
+
+
+QUIET = ["--train.eval_every", "0", "--train.eval_problems", "0", "--train.eval_nelbo_rows", "0"]
+
+
+def _recorded(
+    config: Path, processes: int, run: Path, stop: int, *flags: str, **variables: str
+) -> tuple[list[dict[str, Any]], str]:
+    """What recorded_run notes of one more part of a run, and what was said."""
+    lines = run.parent / f"{run.name}-{processes}.jsonl"
+    command = ["tests.training.recorded_run", str(lines), str(stop), "train", "--config", str(config)]
+    command += ["--train.out", str(run), "--train.log_every", "1", *QUIET, *flags]
+    done = subprocess.run(
+        _group(processes, *command),
+        env=_environment() | variables,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == (143 if stop else 0), done.stderr
+    return [json.loads(line) for line in lines.read_text().splitlines()], done.stderr
+
+
+@pytest.mark.slow
+def test_four_processes_are_stopped_and_two_and_one_go_on_exactly(tiny_config: Path, tmp_path: Path) -> None:
+    """4 x 2 devices, 2 x 4 and 1 x 8, each with parameters split another way."""
+
+    def part(processes: int, run: Path, stop: int, fsdp: int) -> dict[int, dict[str, Any]]:
+        flags = ["--train.fsdp", str(fsdp), "--train.save_every", "6", "--optimizer.ema", "0.9"]
+        return {row["step"]: row for row in _recorded(tiny_config, processes, run, stop, *flags)[0] if "step" in row}
+
+    run, copy = tmp_path / "run", tmp_path / "copy"
+    four = part(4, run, 9, fsdp=4)
+    last = max(four)
+    assert {int(entry.name) for entry in (run / "checkpoints").iterdir()} == {6, last} and 9 <= last <= 10
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / "checkpoints" / str(last))  # from the one before, all three train the same steps
+    two, one = part(2, run, last + 2, fsdp=2), part(1, copy, last + 2, fsdp=8)
+    assert (min(two), min(one)) == (last, 6)
+    assert two[last]["state"] == four[last]["state"] and one[6]["state"] == four[6]["state"]
+    assert one[7]["loss"] == pytest.approx(four[7]["loss"], rel=1e-6)
+    assert two[last + 1]["loss"] == pytest.approx(one[last + 1]["loss"], rel=1e-6)
+    assert [step for step, _ in _losses(run)] == list(range(1, max(two) + 1))
+
+    # Ids, draws and noise are those that one process draws that never stopped.
+    flags = {"out": str(tmp_path / "straight"), "eval_nelbo_rows": 0, "eval_problems": 0}
+    tree = config_io.to_tree(config_io.load(str(tiny_config)))
+    config = config_io.from_tree({**tree, "train": {**tree["train"], **flags}}, "here")
+    session = set_up(config, Console(quiet=True))
+    records = session.prepared.records("train")
+    rows = BatchAt(records, canvas=config.canvas, seed=0, batch_size=8, kind="per_sequence")
+    with jax.set_mesh(session.mesh):
+        drawn = draws(session)
+        expected = {step + 1: drawn(rows(step), step) for step in range(last + 2)}
+    session.checkpoints.close()
+    for name, found in {"four": four, "two": two, "one": one}.items():
+        noted = {step: row["drawn"] for step, row in found.items() if "drawn" in row}
+        assert len(noted) >= 2 and noted == {step: expected[step] for step in noted}, name
+
+
+@pytest.mark.parametrize("kind", ["per_sequence", "pairs"])
+def test_each_process_reads_only_its_rows(kind: Any) -> None:
+    class Counted(list[Record]):
+        def __getitem__(self, index: Any) -> Any:
+            read.append(index)
+            return super().__getitem__(index)
+
+    read: list[int] = []
+    records = Counted(Record(np.array([1, 2, i]), np.array([4, i, 5]), "", "", "", i) for i in range(23))
+    options: Any = {"canvas": CanvasConfig(8, 4, 2), "seed": 3, "batch_size": 12, "kind": kind}
+    alone = BatchAt(records, **options)
+    for count in (2, 3, 4):
+        parts = [BatchAt(records, **options, process_index=i, process_count=count) for i in range(count)]
+        for step in (0, 1, 7):
+            whole, rows = alone(step), []
+            for part in parts:
+                read.clear()
+                rows.append(part(step))
+                assert read == rows[-1].index.tolist() and len(read) == 12 // count
+            joined = Batch(*(np.concatenate(leaves) for leaves in zip(*rows, strict=True)))
+            for ours, theirs in zip(joined, whole, strict=True):
+                np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.slow
+def test_two_processes_share_trackers_time_and_traces(tiny_config: Path, tmp_path: Path) -> None:
+    wandb, _ = pytest.importorskip("wandb"), pytest.importorskip("tensorboardX")
+    assert wandb.__version__
+    homes = {name: str(tmp_path / name) for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR")}
+    flags = ["--train.tensorboard", "--train.wandb", "offline", "--profile", "4", "5", "--train.steps", "12"]
+    lines, said = _recorded(tiny_config, 2, tmp_path / "run", 0, *flags, **homes)
+    run = tmp_path / "run"
+    # Process 0 alone writes what is one file for all; each of the two writes its own trace.
+    assert len(list((run / "tensorboard").iterdir())) == 1
+    assert len(list((run / "wandb").glob("offline-run-*"))) == 1 and (run / "wandb.json").exists()
+    assert [step for step, _ in _losses(run)] == list(range(1, 13))
+    traces = sorted(path.relative_to(run / "profile").parts[0] for path in (run / "profile").rglob("*.xplane.pb"))
+    assert traces == ["process-0", "process-1"]
+    assert said.count("the trace is in") == said.count("goodput ") == 1
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    told = [row for row in rows if row["kind"] == "goodput"][-1]
+    assert set(told["seconds"]) == set(CAUSES)
+    assert sum(told["seconds"].values()) == pytest.approx(lines[-1]["wall"], rel=0.1)

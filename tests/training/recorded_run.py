@@ -1,0 +1,92 @@
+"""A real ``jaxblock train`` that also writes down what no metric shows, for tests that compare groups of processes.
+
+    python -m tests.training.recorded_run LINES STOP train --config FILE ...
+
+Process 0 writes a line of JSON to LINES for the state that the run begins with and for each step: ``step``, ``state``
+(SHA-256 of parameters, optimizer state and average), and of the step before it ``drawn`` (of ids, lengths, draws and
+noise of the global batch) and ``loss``; at the end the ``wall`` seconds of training. After STOP (0: never) the last
+process sends itself SIGTERM.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxblock import verbs
+from jaxblock.cli import main
+from jaxblock.parallel import axes
+from jaxblock.training import loop
+from jaxblock.training.setup import Session
+
+
+def digest(tree: Any) -> str:
+    """SHA-256 of all leaves, which are whole in every process."""
+    return hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree))).hexdigest()
+
+
+def draws(session: Session) -> Callable[[Any, int], str]:
+    """Batch (this process's rows) and step -> digest of the global batch and of all that is drawn for it."""
+    everything = jax.jit(
+        lambda batch, step: (batch, session.objective.draw(batch, session.objective.canvas(batch), step)),
+        out_shardings=axes.replicated(session.mesh),
+    )
+    return lambda batch, step: digest(everything(session.on_mesh(batch), step))
+
+
+def record(file: Path, stop: int) -> None:
+    """Puts the recorder into the loop of this process."""
+    original, training = loop._Loop._step, verbs.run_training
+
+    def note(**row: Any) -> None:
+        if jax.process_index() == 0:
+            with file.open("a") as lines:
+                lines.write(json.dumps(row) + "\n")
+
+    def step_of(self: Any) -> Any:
+        step_fn, session = original(self), self.session
+        whole = jax.jit(lambda tree: tree, out_shardings=axes.replicated(session.mesh))
+        drawn, counter = draws(session), itertools.count(session.step)
+
+        def state_of(state: Any) -> str:
+            return digest(whole((state.params, state.opt_state, state.average)))
+
+        note(step=session.step, state=state_of(session.state))
+
+        def run(state: Any, batch: Any) -> Any:
+            step = next(counter)
+            found = drawn(batch, step)
+            state, metrics = step_fn(state, batch)
+            loss = metrics.losses.loss
+            loss = float(loss.total) / float(loss.weight)
+            note(step=step + 1, state=state_of(state), drawn=found, loss=loss)
+            if step + 1 == stop and session.process_index == session.process_count - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return state, metrics
+
+        return run
+
+    def timed(*arguments: Any) -> Any:
+        begin = time.perf_counter()
+        outcome = training(*arguments)
+        note(wall=time.perf_counter() - begin)
+        return outcome
+
+    loop._Loop._step, verbs.run_training = step_of, timed
+
+
+if __name__ == "__main__":
+    lines, stop_at, *rest = sys.argv[1:]
+    record(Path(lines), int(stop_at))
+    sys.exit(main(rest))
