@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
@@ -33,6 +34,7 @@ DAMAGED = "damaged"
 """Beside ``checkpoints``: what was found damaged, as it was."""
 AVERAGE = "average"
 _LEAVING = ".deleting"
+_TOLD = 400  # bytes of what one process tells the others
 _UNFINISHED = ".orbax-checkpoint-tmp"  # how Orbax names what it has not committed
 
 
@@ -89,9 +91,10 @@ class Checkpoints:
         """
         if jax.process_index() == 0:
             self._sweep()
+        distributed.wait("what was unfinished is gone")  # before anybody lists what there is
         for step in reversed(self._folders()):
-            problem = self._damage(step)
-            if not distributed.any_of(problem is not None):
+            problem = _told_by_any(self._damage(step))
+            if problem is None:
                 self._checked.add(step)
                 if checksums.unlisted(self._at(step)):
                     self._tell(
@@ -100,7 +103,7 @@ class Checkpoints:
                     )
                 return step
             if jax.process_index() == 0:
-                self._set_aside(step, problem or "another process found it damaged")
+                self._set_aside(step, problem)
             distributed.wait("a damaged checkpoint is out of the way")
             if self._at(step).exists():
                 self._unusable.add(step)
@@ -176,9 +179,10 @@ class Checkpoints:
             score: of the metric that the best checkpoint is chosen by; higher is better.
         """
         self.wait()
-        problem = self._refused()
-        if distributed.any_of(problem is not None):
-            self._failed(step, problem or "another process cannot write there")
+        refused = self._refused()
+        problem = _told_by_any(None if refused is None else _cause(refused))
+        if problem is not None:
+            self._failed(step, problem)
             return
         if not all(map(bool, jax.device_get(_finite(state)))):
             self._failed(step, "the state holds NaN or infinity")
@@ -325,10 +329,10 @@ class Checkpoints:
         self.wait()
         if step in self._checked:
             return
-        problem = self._damage(step, under)
-        if distributed.any_of(problem is not None):
+        problem = _told_by_any(self._damage(step, under))
+        if problem is not None:
             raise UserError(
-                f"checkpoint {self.folder}/{step} is damaged: {problem or 'another process says so'}. Use another one: "
+                f"checkpoint {self.folder}/{step} is damaged: {problem}. Use another one: "
                 f"{_listed(self.steps(), but=step)}"
             )
 
@@ -381,6 +385,19 @@ class Checkpoints:
 @jax.jit
 def _finite(state: TrainState) -> list[jax.Array]:
     return [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+
+
+def _told_by_any(problem: str | None) -> str | None:
+    """What the first process that has a problem says of it; None where none has. Every process must ask.
+
+    Each checks its share of the files, but process 0 alone is heard.
+    """
+    if jax.process_count() == 1:
+        return problem
+    text = np.frombuffer((problem or "").encode()[:_TOLD], np.uint8)
+    everywhere = distributed.gathered(np.pad(text, (0, _TOLD - len(text)))).reshape(-1, _TOLD).astype(np.uint8)
+    said = (row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in everywhere)
+    return next(filter(None, said), None)
 
 
 def _read_all(item: epath.Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from jaxblock.parallel import axes
 from jaxblock.training import checksums, retention
 from jaxblock.training.checkpoint import Checkpoints
 from jaxblock.training.retention import Keep
+from jaxblock.training.setup import MAY_CHANGE
 from jaxblock.training.state import TrainState
 
 
@@ -220,3 +222,14 @@ def test_a_restore_onto_other_meshes_is_exact(three: Path) -> None:
             np.testing.assert_array_equal(left, right)
         assert found.params["blocks"]["q"].sharding.is_equivalent_to(split, 1) and int(found.step) == 30
     checkpoints.close()
+
+
+def test_the_docs_list_what_a_resumed_run_may_change() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "resume.md").read_text()
+    table = text.split("| section | fields that may change |")[1].split("\n\n")[0]
+    listed = {
+        line.split("|")[1].strip(" `"): set(re.findall(r"`(\w+)`", line.split("|")[2]))
+        for line in table.split("\n")[2:-1]
+    }
+    assert all(listed[section] == MAY_CHANGE[section] for section in ("data", "model", "train")), listed
+    assert not MAY_CHANGE.keys() & {"canvas", "method", "optimizer"} and "| `decode`, `evaluate` | all |" in table

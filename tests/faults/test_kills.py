@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,10 +21,12 @@ import pytest
 
 import jaxblock
 from jaxblock.cli import main
+from jaxblock.training import checksums
 from jaxblock.training.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parents[2]
 KILLS = 20
+QUIET = ["--train.eval_every", "0", "--train.eval_problems", "0", "--train.eval_nelbo_rows", "0"]
 
 
 def _train(*flags: str, **environment: str) -> subprocess.Popen[bytes]:
@@ -56,36 +59,89 @@ def _same(run: Path, expected: Path) -> None:
     assert _rows(run) == _rows(expected)
 
 
+def _names(run: Path) -> list[str]:
+    folder = run / "checkpoints"
+    return os.listdir(folder) if folder.is_dir() else []
+
+
+def _unfinished(run: Path, done: int) -> str | None:
+    """What is being done to checkpoints after step ``done``, as far as the folder shows; sealing is a save's last part."""
+    names = _names(run)
+    if any(name.endswith(".deleting") for name in names):
+        return "deletion"
+    if any("tmp" in name for name in names):
+        return "save"
+    unsealed = any(
+        name.isdigit() and int(name) > done and not checksums.sealed(run / "checkpoints" / name) for name in names
+    )
+    return "sealing" if unsealed else None
+
+
+def _wait_for(process: subprocess.Popen[bytes], seen: Callable[[], bool]) -> None:
+    """Without a pause: a deletion takes milliseconds."""
+    end = time.monotonic() + 2
+    while process.poll() is None and time.monotonic() < end and not seen():
+        pass
+
+
+def _killed(aim: str, run: Path, flags: list[str], done: int, chance: random.Random) -> tuple[str, list[int], str]:
+    """Starts a process and kills it at a random moment of a kind.
+
+    Returns:
+        Where the kill did hit, by what the folder holds afterwards; the steps that were told; all that was said.
+    """
+    often = [
+        "--train.save_every",
+        "50" if aim == "training" else "3",
+        "--train.keep",
+        "1" if aim == "deletion" else "9",
+    ]
+    process, said = _train(*flags, *often), ""
+    if aim == "start":
+        time.sleep(chance.uniform(0.5, 3))
+    else:
+        goal = min(done + chance.randint(4, 9), 118)
+        said = _until(process, lambda line: bool(re.match(rf"step {goal}/", line)))
+        if aim == "training":
+            _wait_for(process, lambda: _unfinished(run, done) is None)
+        elif aim == "save":
+            _wait_for(process, lambda: any("tmp" in name for name in _names(run)))
+            time.sleep(chance.uniform(0, 0.1))
+        elif aim == "sealing":
+            _wait_for(process, lambda: _unfinished(run, done) == "sealing")
+        else:
+            _wait_for(process, lambda: any(name.endswith(".deleting") for name in _names(run)))
+    process.kill()
+    said += process.communicate()[1].decode()
+    assert process.returncode == -signal.SIGKILL and "is not used" not in said, said
+    reached = [int(number) for number in re.findall(r"^step (\d+)/", said, re.M)]
+    hit = "start" if not reached else _unfinished(run, done) or "training"
+    if hit == "training" and reached[-1] % int(often[1]) == 0:
+        hit = "a save's first moments"  # perhaps: it was due, and nothing shows on the disk
+    return hit, reached, said
+
+
 @pytest.mark.slow
 def test_twenty_kills_lose_nothing(tiny_config: Path, tiny_run: Path, record_property: Callable[..., None]) -> None:
-    """SIGKILL at random: some while a step runs, some while a checkpoint is being written, sealed or deleted."""
+    """SIGKILL at random: during start and compiling, plain training, asynchronous saves and retention's deletions."""
     run, chance = tiny_config.parent / "killed20", random.Random(0)
-    flags = ["--config", str(tiny_config), "--train.out", str(run), "--train.save_every", "3", "--train.keep", "2"]
-    flags += ["--train.eval_every", "0", "--train.eval_problems", "0", "--train.eval_nelbo_rows", "0"]
-    lost, done, during_a_save = [], 0, 0
-    for _ in range(KILLS):
-        process = _train(*flags)
-        # Far enough to have saved once; then at a random line, or as soon as Orbax's unfinished folder is there.
-        goal = min(done + chance.randint(4, 7), 119)
-        said = _until(process, lambda line, goal=goal: bool(re.match(rf"step {goal}/", line)))
-        if chance.random() < 0.5:
-            folder = run / "checkpoints"
-            while process.poll() is None and not any(
-                "tmp" in name or "deleting" in name for name in os.listdir(folder)
-            ):
-                pass
-        process.kill()
-        process.communicate()
-        assert "not used" not in said.replace("was never finished", "") or "never finished" in said, said
+    flags = ["--config", str(tiny_config), "--train.out", str(run), *QUIET]
+    aims = ["start"] * 4 + ["training"] * 6 + ["save"] * 4 + ["sealing"] * 2 + ["deletion"] * 4
+    chance.shuffle(aims)
+    lost: dict[str, list[int]] = {}
+    done, begun = 0, time.monotonic()
+    for aim in aims:
+        hit, reached, said = _killed(aim, run, flags, done, chance)
         before, done = done, max(Checkpoints(run).steps(), default=0)
-        names = os.listdir(run / "checkpoints")
-        during_a_save += any(not name.isdigit() for name in names)
-        reached = [int(n) for n in re.findall(r"^step (\d+)/", said, re.M)]
-        assert before <= done and reached and reached[0] == before + 1, (before, done, said)
-        lost.append(max(reached) - done)
+        assert before <= done and (not reached or reached[0] == before + 1), (hit, before, done, said)
+        lost.setdefault(hit, []).append(max(0, max(reached, default=0) - done))
     assert main(["train", *flags]) == 0
-    record_property("steps lost by each kill", lost)
-    print(f"{KILLS} kills, {during_a_save} during a save or a deletion, steps lost (done again): {lost}")
+    told = f"{time.monotonic() - begun:.0f} s; steps done again after a kill, by where it hit: {lost}"
+    record_property("kills", told)
+    print(f"{KILLS} kills in {told}")
+    assert sum(map(len, lost.values())) == KILLS == len(aims)
+    assert len(lost.get("training", [])) >= 4 and len(lost.get("start", [])) >= 2, told
+    assert len(lost.get("save", [])) + len(lost.get("sealing", [])) >= 4, told
     _same(run, tiny_run)
 
 
@@ -111,20 +167,35 @@ def test_sigterm_saves_and_says_so_by_its_code(tiny_config: Path, tiny_run: Path
 
 
 @pytest.mark.slow
-def test_a_process_without_its_partner_ends_with_a_message(tiny_config: Path) -> None:
-    """The other one is killed: no collective can end, so the runtime's heartbeat must."""
-    run = tiny_config.parent / "partner"
+@pytest.mark.parametrize("loss", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_process_without_its_partner_ends_with_a_message(
+    tiny_config: Path, record_property: Callable[..., None], loss: signal.Signals
+) -> None:
+    """No collective can end: a dead one's connection is closed, of a silent one (its host is gone) the heartbeat tells."""
+    run = tiny_config.parent / f"partner-{loss.name}"
     flags = ["--config", str(tiny_config), "--train.out", str(run), "--train.fsdp", "2", "--train.eval_every", "0"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    group = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "XLA_FLAGS": ""}
+    group = {
+        "JAX_COORDINATOR_ADDRESS": address,
+        "JAX_NUM_PROCESSES": "2",
+        "XLA_FLAGS": "",
+        "JAXBLOCK_HEARTBEAT_TIMEOUT": "10",
+    }
     first, second = (_train(*flags, **group, JAX_PROCESS_ID=str(index)) for index in range(2))
     _until(first, lambda line: line.startswith("step 5/"))
-    second.kill()
-    second.communicate()
-    said = first.communicate(timeout=180)[1].decode()
-    assert first.returncode != 0
+    second.send_signal(loss)
+    begun = time.monotonic()
+    try:
+        said = first.communicate(timeout=120)[1].decode()
+    finally:
+        seconds = time.monotonic() - begun
+        second.kill()
+        second.communicate()
+    record_property(f"seconds until the other one ended ({loss.name})", seconds)
+    print(f"{loss.name}: the other one ended with {first.returncode} after {seconds:.1f} s")
+    assert first.returncode == 134 and seconds < 40, said[-3000:]
     assert re.search("heartbeat|unhealthy|connection|Connection|closed by peer|process group", said), said[-3000:]
 
 
