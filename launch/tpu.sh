@@ -134,7 +134,8 @@ PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --user --quiet --upgrade uv
 uv="$HOME/.local/bin/uv"
 if [ ! -x .venv/bin/python ]; then "$uv" venv --quiet --python 3.12 .venv; fi
 "$uv" pip install --quiet --python .venv/bin/python --constraint constraints-py312.txt --editable ".[gcs]" "jax[tpu]"
-.venv/bin/python -c "import jax, jaxblock; print(\"worker ready: jax\", jax.__version__)"'
+.venv/bin/python -c "import jax, jaxblock; print(\"worker ready: jax\", jax.__version__)"
+touch .venv/ready'
 
 # send COMMAND: the working tree to every worker, then a line of shell there.
 send() {
@@ -179,9 +180,11 @@ ln -sf ${log#logs/} logs/latest.log
 echo \"started process \$(cat logs/pid), log: ~/jaxblock/$log\""
 }
 
-# One line per worker: "running PROCESS", "ended CODE", "lost" (gone without a code, as after a restart) or "none".
+# One line per worker: "running PROCESS", "ended CODE", "lost" (gone without a code, as after a restart), "none", or
+# "not set up", as a new slice is and one whose setup failed.
 # shellcheck disable=SC2016  # the worker's
-remote_status='cd "$HOME/jaxblock" 2>/dev/null || { echo "run: none"; exit 0; }
+remote_status='if [ ! -e "$HOME/jaxblock/.venv/ready" ]; then echo "run: not set up"; exit 0; fi
+cd "$HOME/jaxblock" || exit 1
 if [ -s logs/exit ]; then echo "run: ended $(cat logs/exit)"
 elif [ ! -s logs/pid ]; then echo "run: none"
 elif kill -0 "$(cat logs/pid)" 2>/dev/null; then echo "run: running $(cat logs/pid)"
@@ -220,10 +223,10 @@ stop() {
     done
 }
 
-# What became of the run, from every worker's line: running, done, again, or failed CODE.
+# What became of the run, from every worker's line: running, setup (not even that was done), done, again, or failed CODE.
 verdict() {
     local found="$1" code
-    case "$found" in *'run: running'*) echo running && return ;; esac
+    case "$found" in *'run: running'*) echo running && return ;; *'run: not set up'*) echo setup && return ;; esac
     for code in $(printf '%s\n' "$found" | sed -n 's/.*run: ended \([0-9]*\).*/\1/p'); do
         # 130 and 143: told to stop, and saved. 124: it hung, and the watchdog ended it. 137: killed, as by a host's
         # maintenance. 134: another process of the group was lost. In each case the last checkpoint is whole.
@@ -240,7 +243,8 @@ recreate() {
     [ "$recreate_it" = yes ] || fail "the slice $name is gone or was preempted; resume --recreate --type TYPE deletes what \
 is left of it and creates it again"
     if [ "$1" != absent ]; then delete_now || return 1; fi
-    (create) && (setup)
+    # A queued one is there after a while: it is set up when it is found so.
+    (create) && [ "$queued" = no ] && (setup)
 }
 
 resume() {
@@ -293,6 +297,7 @@ resume() {
         fi
         tries=$((tries + 1))
         if [ "$what" = recreate ]; then recreate "$state" || continue; fi
+        if [ "$what" = setup ]; then (setup) || continue; fi
         # In a subshell: what fails here is tried again.
         (run "$@") || true
     done

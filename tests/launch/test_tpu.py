@@ -300,6 +300,20 @@ def test_a_preempted_slice_is_made_again(played: Any) -> None:
     assert kinds == ["describe", *recreated, "describe", "describe"]
 
 
+def test_a_queued_slice_is_set_up_once_it_is_there(played: Any) -> None:
+    options = ["--recreate", "--type", "v6e-8", "--queued"]
+    states = "SUSPENDED ACCEPTED WAITING_FOR_RESOURCES ACTIVE ACTIVE ACTIVE"
+    done, kinds = played(*options, states=states, runs="run: not set up\\nrun: not set up\nrun: ended 0")
+    assert done.returncode == 0, done.stderr
+    assert kinds == ["describe", "delete", "create", *["describe"] * 3, "scp", "ssh", "run", "describe"]
+
+
+def test_a_setup_that_failed_is_tried_again(played: Any) -> None:
+    runs = "\n".join(["run: not set up"] * 3)
+    done, kinds = played("--retries", "1", states="READY READY READY", runs=runs, GCLOUD_FAILS="scp")
+    assert done.returncode == 2 and "given up after 1 restarts" in done.stderr and "run" not in kinds
+
+
 def test_capacity_that_never_comes_ends_after_the_retries(played: Any) -> None:
     options = ["--recreate", "--type", "v6e-8", "--retries", "2"]
     absent = "!NOT_FOUND"
@@ -324,6 +338,9 @@ def test_status_and_stop_on_a_worker(desk: Desk, tmp_path: Path) -> None:
         environment = desk.environment | {"HOME": str(home)}
         return subprocess.run(["sh", "-c", command], env=environment, capture_output=True, text=True, check=True).stdout
 
+    assert ssh(look) == "run: not set up\n"
+    (home / "jaxblock" / ".venv").mkdir()
+    (home / "jaxblock" / ".venv" / "ready").write_text("")
     assert ssh(look) == "run: none\n"
     ssh(start)
     pid = int((home / "jaxblock" / "logs" / "pid").read_text())

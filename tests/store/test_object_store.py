@@ -234,10 +234,11 @@ def test_rows_that_a_checkpoint_kept_are_written_once(store: Store) -> None:
 @pytest.mark.slow
 def test_a_run_that_is_killed_while_its_rows_wait_loses_none(store: Store, tiny_config: Path, tiny_run: Path) -> None:
     out = "gs://bucket/run"
-    flags = ["train", "--config", str(tiny_config), "--train.out", out, "--train.save_every", "10"]
+    flags = ["train", "--config", str(tiny_config), "--train.out", out]
     store.failing = re.compile(r"/metrics-\d")
-    with subprocess.Popen([sys.executable, "-m", "jaxblock", *flags], stderr=subprocess.DEVNULL) as process:
-        while not any("checkpoints/20/" in name for name in store.names()) and process.poll() is None:
+    command = [sys.executable, "-m", "jaxblock", *flags, "--train.save_every", "10"]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        while not any("checkpoints/20/commit" in name for name in store.names()) and process.poll() is None:
             time.sleep(0.05)
         time.sleep(1)
         process.send_signal(signal.SIGKILL)
