@@ -126,7 +126,7 @@ def test_twenty_kills_lose_nothing(tiny_config: Path, tiny_run: Path, record_pro
     """SIGKILL at random: during start and compiling, plain training, asynchronous saves and retention's deletions."""
     run, chance = tiny_config.parent / "killed20", random.Random(0)
     flags = ["--config", str(tiny_config), "--train.out", str(run), *QUIET]
-    aims = ["start"] * 4 + ["training"] * 6 + ["save"] * 4 + ["sealing"] * 2 + ["deletion"] * 4
+    aims = ["start"] * 4 + ["training"] * 5 + ["save"] * 5 + ["sealing"] * 3 + ["deletion"] * 3
     chance.shuffle(aims)
     lost: dict[str, list[int]] = {}
     done, begun = 0, time.monotonic()
@@ -193,9 +193,10 @@ def test_a_process_without_its_partner_ends_with_a_message(
         seconds = time.monotonic() - begun
         second.kill()
         second.communicate()
+    code = 128 - first.returncode if first.returncode < 0 else first.returncode  # a shell's: the runtime may abort
     record_property(f"seconds until the other one ended ({loss.name})", seconds)
-    print(f"{loss.name}: the other one ended with {first.returncode} after {seconds:.1f} s")
-    assert first.returncode == 134 and seconds < 40, said[-3000:]
+    print(f"{loss.name}: the other one ended with {code} after {seconds:.1f} s")
+    assert code == 134 and seconds < 40, said[-3000:]
     assert re.search("heartbeat|unhealthy|connection|Connection|closed by peer|process group", said), said[-3000:]
 
 
