@@ -12,14 +12,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Float, Shaped
 
 from jaxblock.parallel import axes
-
-GATHERED = "gathered"
-"""The name of gathered weights: a backward pass gathers again what it would cost too much memory to keep."""
 
 
 class Split(NamedTuple):
@@ -85,7 +81,12 @@ def dense(
     else:
         # The columns' scales come out of the sum, so the matrix stays int8 in memory. It is frozen: no gradient.
         wide = jnp.promote_types(x.dtype, jnp.float32)
-        whole = jnp.matmul(x, _gathered(w, split).astype(x.dtype), precision=precision(x), preferred_element_type=wide)
+        whole = jnp.matmul(
+            x,
+            _whole(_own_part(w, split), w.dtype, split).astype(x.dtype),
+            precision=precision(x),
+            preferred_element_type=wide,
+        )
         y = (whole * scale).astype(x.dtype)
     if bias is not None:
         y = y + bias.astype(x.dtype)
@@ -129,22 +130,31 @@ def matmul(x: Float[Array, "*rows I"], w: Float[Array, "I O"], out: DTypeLike, s
     Returns:
         The products [*rows, O].
     """
-    return product(x, ready(w, x.dtype, split), out, split)
+    return _product(x, _to_sum(w, split), jax.lax.stop_gradient(w), out, w.dtype, split, True)
 
 
 def ready(w: Float[Array, "I O"], dtype: DTypeLike, split: Split | None) -> Weight:
     """Gathers a matrix for one or several products: its gradient's parts are added up where they are, and summed once."""
-    used = _gathered(jax.lax.stop_gradient(w).astype(dtype), split)
-    return Weight(_parts(w, split) if split is not None and axes.is_gathered() else w, used)
+    return Weight(_to_sum(w, split), _whole(_own_part(jax.lax.stop_gradient(w), split), dtype, split))
 
 
 def product(x: Float[Array, "*rows I"], w: Weight, out: DTypeLike, split: Split | None) -> Float[Array, "*rows O"]:
     """``x @ w``; see ``matmul``."""
-    return _product(x, w.stored, w.used, out, w.stored.dtype, split)
+    return _product(x, w.stored, w.used, out, w.stored.dtype, split, False)
 
 
-def _gathered(w: Array, split: Split | None) -> Array:
-    return w if split is None else checkpoint_name(axes.gather(w, *split.used), GATHERED)
+def _own_part(w: Array, split: Split | None) -> Array:
+    """w, pinned to where it is stored: the compiler would spread the gathered layout to what is kept of it."""
+    return w if split is None else axes.constrain(w, *split.stored)
+
+
+def _whole(part: Array, dtype: DTypeLike, split: Split | None) -> Array:
+    part = part.astype(dtype)  # before it is sent
+    return part if split is None else axes.gather(part, *split.used)
+
+
+def _to_sum(w: Array, split: Split | None) -> Array:
+    return w if split is None or not axes.is_gathered() else _parts(w, split)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -162,23 +172,31 @@ _parts.defvjp(
 )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _product(x: Array, stored: Array, used: Array, out: DTypeLike, kept: DTypeLike, split: Split | None) -> Array:
-    """``x @ used``, where ``used`` is a matrix of type ``kept`` in x's type; its gradient goes to ``stored``, unrounded."""
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
+def _product(
+    x: Array, stored: Array, w: Array, out: DTypeLike, kept: DTypeLike, split: Split | None, gather: bool
+) -> Array:
+    """``x @ w``, where w's gradient, of type ``kept``, goes to ``stored``; w may have to be gathered first."""
+    used = _whole(_own_part(w, split), x.dtype, split) if gather else w
     return jnp.matmul(x, used, precision=precision(x), preferred_element_type=out)
 
 
 def _forward(
-    x: Array, stored: Array, used: Array, out: DTypeLike, kept: DTypeLike, split: Split | None
+    x: Array, stored: Array, w: Array, out: DTypeLike, kept: DTypeLike, split: Split | None, gather: bool
 ) -> tuple[Array, tuple[Array, Array]]:
     # Not _product: remat policies look for matmuls, and would not see one inside a function with a gradient of its own.
-    return jnp.matmul(x, used, precision=precision(x), preferred_element_type=out), (x, used)
+    # What is kept for the backward pass is a device's part of w: it would not hold all layers' gathered weights. Where
+    # the forward pass is computed again just before, XLA makes one of the two gathers, since both are stated alike.
+    part = _own_part(w, split) if gather else w
+    used = _whole(part, x.dtype, split) if gather else w
+    return jnp.matmul(x, used, precision=precision(x), preferred_element_type=out), (x, part)
 
 
 def _backward(
-    out: DTypeLike, kept: DTypeLike, split: Split | None, saved: tuple[Array, Array], grad: Array
+    out: DTypeLike, kept: DTypeLike, split: Split | None, gather: bool, saved: tuple[Array, Array], grad: Array
 ) -> tuple[Array, Array, None]:
-    x, used = saved
+    x, part = saved
+    used = _whole(part, x.dtype, split) if gather else part
     grad = grad.astype(x.dtype)
     dx = jnp.matmul(grad, used.T, precision=precision(x))
     wide = jnp.promote_types(x.dtype, kept)  # float32 weights get the sum as it was accumulated, not rounded

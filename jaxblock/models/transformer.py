@@ -21,10 +21,10 @@ from jaxtyping import Float, Int
 
 from jaxblock.models import families, int8, lora
 from jaxblock.models.attention import Backend, attend
-from jaxblock.models.dense import GATHERED, LowRank, Split, Weight, dense, product, ready
+from jaxblock.models.dense import LowRank, Split, Weight, dense, product, ready
 from jaxblock.models.lora import Lora
 from jaxblock.models.params import Architecture, ParamSpec, RopeScaling, Table
-from jaxblock.parallel.axes import constrain, is_gathered
+from jaxblock.parallel.axes import constrain
 from jaxblock.types import Params, View
 
 Remat = Literal["none", "dots", "full", "offload"]
@@ -65,9 +65,6 @@ _POLICIES: dict[str, Any] = {
 }
 
 _HEAD = Split.of(("embed", "vocab"))
-
-_KEEP_SPLIT = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
-"""Without remat all is kept but what the devices gathered: every device would keep all layers' weights."""
 
 
 def rms_norm(x: Array, scale: Array, eps: float) -> Array:
@@ -257,9 +254,8 @@ class Transformer:
             branches = self._branches(adapters, index, row_keys if drops else None)
             return constrain(block(x, cos, sin, length, at, branches), "batch", None, None)
 
-        if self.remat != "none" or is_gathered():
-            policy = _POLICIES.get(self.remat, _KEEP_SPLIT)
-            layer = jax.checkpoint(layer, policy=policy, prevent_cse=not self.scan_layers)
+        if self.remat != "none":
+            layer = jax.checkpoint(layer, policy=_POLICIES[self.remat], prevent_cse=not self.scan_layers)
         stacks = (params["blocks"], params[lora.KEY]["blocks"] if self.lora else {})
         if self.scan_layers:
             xs = (*stacks, jnp.arange(self.arch.n_layers))

@@ -35,11 +35,13 @@ def gathered(text: str) -> list[int]:
 
 @pytest.fixture(scope="module")
 def compiled() -> Callable[..., str]:
-    def text(mesh: tuple[int, int, int], objective: str, rank: int = 0, chunk: int | None = None) -> str:
+    def text(
+        mesh: tuple[int, int, int], objective: str, rank: int = 0, chunk: int | None = None, remat: str = "none"
+    ) -> str:
         config = Config(
             canvas=CanvasConfig(P, R, 8),
             method=MethodConfig(objective=objective),  # type: ignore[arg-type]
-            model=ModelConfig(init_from="x", loss_chunk=chunk),
+            model=ModelConfig(init_from="x", loss_chunk=chunk, remat=remat),  # type: ignore[arg-type]
             lora=LoraConfig(rank),
             train=TrainConfig(batch_size=ROWS),
         )
@@ -58,6 +60,18 @@ def test_logits_are_never_gathered(compiled: Callable[..., str], objective: str,
     assert max(found) < logits / 8
     # What is gathered is weights: none larger than the largest of them (the embedding and the head).
     assert max(found) <= VOCAB * D
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_weights_are_gathered_twice_and_never_kept(compiled: Callable[..., str], remat: str) -> None:
+    """Once in the forward loop and once in the backward one, whatever is recomputed; the head once for both."""
+    text = compiled((1, 8, 1), "blockwise", remat=remat)
+    found = gathered(text)
+    assert found.count(D * 128) == 2 * 3  # gate, up and down
+    assert found.count(D * D) == 2 * 4  # q, k, v and o
+    assert found.count(VOCAB * D) == 1
+    layers = ARCH.n_layers
+    assert f"f32[{layers},{D},128]" not in text and f"f32[{layers},128,{D}]" not in text
 
 
 def test_a_frozen_base_has_no_gradient_to_sum(compiled: Callable[..., str]) -> None:
