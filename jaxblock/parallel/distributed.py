@@ -7,6 +7,7 @@ job), `JAXBLOCK_DISTRIBUTED=1` or a TPU's own variables where JAX can find out b
 from __future__ import annotations
 
 import os
+import re
 import socket
 import sys
 import threading
@@ -33,6 +34,7 @@ up, and a host that is well misses them only while the network finds another way
 
 _EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _LOST_SIGNS = ("Gloo", "heartbeat", "coordination service", "Connection closed by peer", "unhealthy", "preempted")
+_STATUS = re.compile(r"[A-Z]+(_[A-Z]+)*: ")
 _INDEXED_JOB = "JOB_COMPLETION_INDEX"  # Kubernetes numbers the pods of an indexed job, as a JobSet's are
 _SLURM = ("SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
 
@@ -76,9 +78,11 @@ def any_of(flag: bool) -> bool:
 
 def partner_lost(error: BaseException) -> bool:
     """Whether an error of JAX says that another process of this one's group has ended, rather than a mistake here."""
-    if not jax.distributed.is_initialized() or not isinstance(error, jax.errors.JaxRuntimeError | RuntimeError):
-        return False
     text = str(error)
+    # A failing first call of a function raises the runtime's status ("UNKNOWN: Gloo ...") as a ValueError.
+    of_runtime = isinstance(error, RuntimeError) or (isinstance(error, ValueError) and _STATUS.match(text) is not None)
+    if not jax.distributed.is_initialized() or not of_runtime:
+        return False
     return any(sign in text for sign in _LOST_SIGNS)
 
 
