@@ -63,6 +63,8 @@ def adamw(config: OptimizerConfig, rate: optax.Schedule, decays: Callable[[str],
             gradient, weight = wide(g) * share, wide(p)
             m = config.b1 * first.read(mu) + (1 - config.b1) * gradient
             v = config.b2 * second.read(nu) + (1 - config.b2) * gradient**2
+            if config.moments == "float32":
+                m, v = _in_place(select(finite, (m, v), (mu, nu)))
             change = (m / unbias1) / (jnp.sqrt(v / unbias2) + config.eps)
             if config.weight_decay and decays(path):
                 change += config.weight_decay * weight
@@ -72,7 +74,9 @@ def adamw(config: OptimizerConfig, rate: optax.Schedule, decays: Callable[[str],
                     weight, change, random_bits(seed, state.step, f"weights/{path}", p.shape, layer)
                 )
             bits = random_bits(seed, state.step, f"moments/{path}", p.shape, layer)
-            after = select(finite, (first.write(m, bits), second.write(v, bits >> 16)), (mu, nu))
+            after = first.write(m, bits), second.write(v, bits >> 16)
+            if config.moments != "float32":
+                after = select(finite, after, (mu, nu))
             return no_update(finite, change.astype(g.dtype)), *after
 
         def leaf(path: Any, g: Array, p: Array, mu: Any, nu: Any) -> tuple[Array, Any, Any]:
@@ -85,6 +89,23 @@ def adamw(config: OptimizerConfig, rate: optax.Schedule, decays: Callable[[str],
         return updates, AdamState(select(finite, step, state.step), mu, nu)
 
     return Gated(init, update)
+
+
+def _in_place(moments: tuple[Array, Array]) -> tuple[Array, Array]:
+    """New moments, written over the old before the update is made of them.
+
+    XLA for CPUs writes one result a fusion: it would make update and moments each of the old ones, and copy these for
+    it. Elsewhere one fusion writes all three.
+    """
+
+    def apart(*moments: Array) -> Any:
+        return jax.lax.optimization_barrier(moments)
+
+    def together(*moments: Array) -> Any:
+        return moments
+
+    done: tuple[Array, Array] = jax.lax.platform_dependent(*moments, cpu=apart, default=together)
+    return done
 
 
 def _by_layer(one: Callable[..., tuple[Array, Any, Any]], p: Array, stacked: Any) -> tuple[Array, Any, Any]:
