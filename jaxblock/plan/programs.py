@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from typing import Any, NamedTuple
 
@@ -14,10 +15,11 @@ from jaxblock.config import Config
 from jaxblock.diffusion import canvas as canvases
 from jaxblock.diffusion import decoder
 from jaxblock.models import lora as adapters
+from jaxblock.models import params as parameters
 from jaxblock.models.params import Architecture
 from jaxblock.plan import costs, hlo, layout
 from jaxblock.plan.costs import Costs
-from jaxblock.training import abstract, memory
+from jaxblock.training import abstract, memory, setup
 from jaxblock.training.abstract import Abstract, bytes_per_device
 from jaxblock.training.memory import Memory
 
@@ -48,7 +50,8 @@ def train_step(config: Config, arch: Architecture, mesh: Mesh) -> Program:
     """
     found = abstract.build(config, arch, mesh)
     arguments = _arguments(found, config, mesh)
-    return _compiled(found.step, {**arguments, **_inside(config, arch, found)}, sum(arguments.values()), mesh)
+    inside = _inside(config, arch, found, mesh.devices.flat[0].platform)
+    return _compiled(found.step, {**arguments, **inside}, sum(arguments.values()), mesh)
 
 
 def _arguments(found: Abstract, config: Config, mesh: Mesh) -> dict[str, float]:
@@ -64,20 +67,41 @@ def _arguments(found: Abstract, config: Config, mesh: Mesh) -> dict[str, float]:
     return {**parts, "batch": 4.0 * rows * (config.canvas.prompt_len + config.canvas.response_len + 5)}
 
 
-def _inside(config: Config, arch: Architecture, found: Abstract) -> dict[str, float]:
+def _inside(config: Config, arch: Architecture, found: Abstract, platform: str) -> dict[str, float]:
     """What shapes tell of the temporaries: upper bounds, since not all of it lives at once."""
     train, canvas, model = config.train, config.canvas, config.model
     rows = max(train.batch_size // (layout.ways(config) * train.accumulate), 1)
-    width = canvas.total_len or canvas.prompt_len + canvas.response_len
     classical = config.method.objective == "classical"
     positions = (model.loss_chunk or canvas.response_len) if classical else canvas.block
-    draws = rows * config.method.draws
     parts = {"gradients": float(bytes_per_device(found.state.params))}
-    if model.remat == "full":
-        size = jnp.dtype(model.dtype).itemsize
-        parts["layers' inputs"] = float(draws * width * arch.d_model * arch.n_layers * size)
-    parts["logits"] = 4.0 * draws * positions * arch.vocab_size / train.tensor
+    if model.remat != "offload":  # those are in the host's memory
+        parts["activations"] = activations(config, arch, rows, platform)
+    parts["logits"] = 4.0 * rows * config.method.draws * positions * arch.vocab_size / train.tensor
     return parts
+
+
+def activations(config: Config, arch: Architecture, rows: int, platform: str) -> float:
+    """Bytes that the forward pass of some rows leaves for the backward pass, logits among them, weights not.
+
+    Args:
+        config: settled. What devices of a tensor group split between them is counted whole.
+        arch: the network.
+        rows: of one device, in one part of the batch.
+        platform: it would run on.
+    """
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=rows))
+    net = wiring.network(arch, config.model, wiring.adapters(config.lora, arch), platform=platform)
+    objective = setup.objective(config, net, (arch.eos_id,))
+    trained = parameters.abstract(net.trainable, "float32" if net.lora else config.model.param_dtype)
+    frozen = parameters.abstract(net.table, config.model.param_dtype) if net.lora else {}
+
+    def kept(trained: Any, frozen: Any, batch: Any) -> Any:
+        total = lambda params: objective(adapters.attach(frozen, params), batch, jnp.int32(0)).loss.total  # noqa: E731
+        return jax.vjp(total, trained)[1]
+
+    leaves = jax.tree.leaves(jax.eval_shape(kept, trained, frozen, abstract.batch(config)))
+    weights = {(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves((trained, frozen))}
+    return float(sum(leaf.size * leaf.dtype.itemsize for leaf in leaves if (leaf.shape, leaf.dtype) not in weights))
 
 
 def decode_block(config: Config, arch: Architecture, mesh: Mesh) -> Program:

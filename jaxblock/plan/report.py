@@ -9,7 +9,7 @@ from rich.table import Table
 
 from jaxblock.training.memory import gib
 
-_OF_TEMPORARIES = ("gradients", "layers' inputs", "logits")
+_OF_TEMPORARIES = ("gradients", "activations", "logits")
 
 
 def show(console: Console, plan: dict[str, Any]) -> None:

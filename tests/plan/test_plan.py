@@ -6,6 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import jax
 import pytest
@@ -15,7 +16,7 @@ from jaxblock.cli import main
 from jaxblock.config import CanvasConfig, Config, LoraConfig, MethodConfig, ModelConfig, TrainConfig
 from jaxblock.errors import UserError
 from jaxblock.parallel import axes
-from jaxblock.plan import layout, sizes, topology
+from jaxblock.plan import layout, programs, sizes, topology
 from jaxblock.training import abstract, ahead, memory
 from jaxblock.training.advice import Trial, advise
 from jaxblock.training.memory import Built
@@ -128,6 +129,36 @@ def test_training_that_cannot_fit_is_refused_with_what_helps() -> None:
     assert len(said) == 2  # what is wrong, and the one change that was compiled
     with pytest.raises(UserError, match=r"None of these is enough"):
         ahead.check(Built(None, built.memory._replace(limit=1000.0)), None, SMALL, ARCH, mesh, print)
+
+
+def test_what_is_kept_for_the_backward_pass() -> None:
+    def kept(remat: str, rows: int = 4) -> float:
+        model = dataclasses.replace(SMALL.model, remat=remat)
+        return programs.activations(dataclasses.replace(SMALL, model=model), ARCH, rows, "cpu")
+
+    inputs, logits = 2 * 4 * 32 * 64 * 4, 4 * 4 * 512 * 4
+    assert inputs + logits <= kept("full") < inputs + 5 * logits  # ids, positions, and the head's own inputs
+    assert kept("full") < kept("dots") < kept("none")
+    assert kept("none", rows=8) == pytest.approx(2 * kept("none"), rel=0.01)
+    # What a device then takes for it: temporaries of the compiled step are not far below what shapes say.
+    mesh = axes.make_mesh(8)
+    found = programs.train_step(SMALL, ARCH, mesh)
+    assert found.parts["activations"] == kept("none")
+    assert found.memory.temporaries > 0.5 * (found.parts["activations"] + found.parts["gradients"])
+    offload = dataclasses.replace(SMALL, model=dataclasses.replace(SMALL.model, remat="offload"))
+    assert "activations" not in programs.train_step(offload, ARCH, mesh).parts  # the host's
+
+
+def test_a_plan_is_held_against_what_the_device_reports() -> None:
+    """Where it reports: a CPU does not."""
+    device = Mock(spec=jax.Device)
+    device.memory_stats.return_value = {"bytes_limit": 4 * 2**30, "peak_bytes_in_use": 7 * 2**29}
+    step = ahead.Ahead(print, 3.0 * 2**30, memory.device_limit(device))
+    assert step.said() == "the step is planned to take 3.00 GiB of the 4.00 GiB of a device"
+    compared = step.compared(device)
+    assert compared == "the step was planned to take 3.00 GiB of a device; at its peak 3.50 GiB were in use"
+    silent = step._replace(limit=memory.device_limit(jax.devices("cpu")[0]))
+    assert silent.said() is None and silent.compared(jax.devices("cpu")[0]) is None
 
 
 def test_the_verb(tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

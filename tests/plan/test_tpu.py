@@ -1,4 +1,4 @@
-"""LLaDA-8B with LoRA, compiled for a TPU slice by libtpu: what the plan says of it, against arithmetic."""
+"""LLaDA-8B compiled for TPU slices by libtpu: what the plan says of it, against arithmetic."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import pytest
 
 from jaxblock import config_io, wiring
 from jaxblock.config import Config
+from jaxblock.errors import UserError
 from jaxblock.models import families, lora
 from jaxblock.models.params import Architecture, count
-from jaxblock.plan import command, sizes
+from jaxblock.parallel import axes
+from jaxblock.plan import command, sizes, topology
 
 pytestmark = pytest.mark.slow
 
@@ -81,6 +83,17 @@ def test_full_fine_tuning_scatters_its_gradients() -> None:
     _near_the_least(plan, 2.0 * (2 * _layers(arch) + _head(arch)) + weights, 64)
     # Rows of 8 x 8 chips, then columns: every first stage is a reduce-scatter, 7/8 of the gradients' bytes by itself.
     assert plan["train"]["sent"]["reduce-scatter"] >= 7 / 8 * weights
+
+
+def test_a_slice_of_the_mesh_is_a_slice_of_chips() -> None:
+    """Only gradients may cross the data-centre network: whatever lies along the other axes is of one slice."""
+    pytest.importorskip("libtpu")
+    chips = list(topology.devices(topology.parse("2xv5e-16")))
+    mesh = axes.make_mesh(2, 4, 2, slices=2, devices=chips)
+    found = [{chip.slice_index for chip in mesh.devices[at].flat} for at in range(2)]
+    assert sorted(map(len, found)) == [1, 1] and found[0] != found[1]
+    with pytest.raises(UserError, match=r"train.slices is 4, but these devices are of 2 slices"):
+        axes.make_mesh(2, 4, 1, slices=4, devices=chips)
 
 
 def _layers(arch: Architecture) -> int:
