@@ -6,6 +6,7 @@ brought back to the split that it is stored in.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -65,8 +66,10 @@ def dense(
 ) -> Float[Array, "*rows O"]:
     """``x @ w`` in x's type. float32 means float32 on every platform: no TF32, no bfloat16 passes.
 
+    Differentiated in reverse only.
+
     Args:
-        x: inputs.
+        x: inputs. For gradients under a mesh that splits rows, its first axis is the batch, and divides by the split.
         w: the matrix; int8 where ``scale`` is given.
         scale: what each column of an int8 matrix is multiplied by.
         bias: added to every row.
@@ -81,16 +84,19 @@ def dense(
     else:
         # The columns' scales come out of the sum, so the matrix stays int8 in memory. It is frozen: no gradient.
         wide = jnp.promote_types(x.dtype, jnp.float32)
-        whole = jnp.matmul(
-            x,
-            _whole(_own_part(w, split), w.dtype, split).astype(x.dtype),
-            precision=precision(x),
-            preferred_element_type=wide,
-        )
-        y = (whole * scale).astype(x.dtype)
+        y = (_product(x, None, w, wide, None, split, True) * scale).astype(x.dtype)
     if bias is not None:
-        y = y + bias.astype(x.dtype)
+        y = widely(jnp.add, y, bias.astype(x.dtype))
     return y if lora is None else y + _branch(x, lora, split)
+
+
+def widely(f: Callable[[Array, Array], Array], x: Float[Array, "*rows D"], v: Float[Array, " D"]) -> Array:
+    """``f`` (multiply, add) of rows and a vector of their type, in float32 or wider, rounded once: what it is in that type.
+
+    The vector's gradient is a sum over all rows. In bfloat16 that would be off by a percent, and by another on each mesh.
+    """
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return f(x.astype(wide), v.astype(wide)).astype(x.dtype)
 
 
 def _branch(x: Array, lora: LowRank, split: Split | None) -> Array:
@@ -121,8 +127,10 @@ class Weight(NamedTuple):
 def matmul(x: Float[Array, "*rows I"], w: Float[Array, "I O"], out: DTypeLike, split: Split | None = None) -> Array:
     """``x @ w`` in x's type, the result of type ``out``; w's gradient is of w's own type and split.
 
+    A gradient in bfloat16 is the sum of each device's part, rounded to it before it is sent: half the bytes of float32.
+
     Args:
-        x: inputs.
+        x: inputs; see ``dense``.
         w: the matrix.
         out: type of the result.
         split: how the matrix lies on the devices; None leaves that to the compiler.
@@ -130,7 +138,7 @@ def matmul(x: Float[Array, "*rows I"], w: Float[Array, "I O"], out: DTypeLike, s
     Returns:
         The products [*rows, O].
     """
-    return _product(x, _to_sum(w, split), jax.lax.stop_gradient(w), out, w.dtype, split, True)
+    return _product(x, _to_sum(w, split), w, out, w.dtype, split, True)
 
 
 def ready(w: Float[Array, "I O"], dtype: DTypeLike, split: Split | None) -> Weight:
@@ -149,12 +157,13 @@ def _own_part(w: Array, split: Split | None) -> Array:
 
 
 def _whole(part: Array, dtype: DTypeLike, split: Split | None) -> Array:
-    part = part.astype(dtype)  # before it is sent
-    return part if split is None else axes.gather(part, *split.used)
+    if jnp.dtype(dtype).itemsize < part.dtype.itemsize:
+        part = part.astype(dtype)  # the narrower of the two is sent
+    return (part if split is None else axes.gather(part, *split.used)).astype(dtype)
 
 
 def _to_sum(w: Array, split: Split | None) -> Array:
-    return w if split is None or not axes.is_gathered() else _parts(w, split)
+    return w if split is None or not axes.splits_rows() else _parts(w, split)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -174,31 +183,40 @@ _parts.defvjp(
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
 def _product(
-    x: Array, stored: Array, w: Array, out: DTypeLike, kept: DTypeLike, split: Split | None, gather: bool
+    x: Array, stored: Array | None, w: Array, out: DTypeLike, kept: DTypeLike | None, split: Split | None, gather: bool
 ) -> Array:
-    """``x @ w``, where w's gradient, of type ``kept``, goes to ``stored``; w may have to be gathered first."""
-    used = _whole(_own_part(w, split), x.dtype, split) if gather else w
+    """``x @ w``, where w's gradient, of type ``kept``, goes to ``stored`` (both None: w is frozen).
+
+    With ``gather`` w is as it is stored. It must then be an argument of the layer itself: a scan over layers keeps
+    those for the backward pass where they are, and would stack copies of anything that is made of them.
+    """
+    used = _whole(w, x.dtype, split) if gather else w
     return jnp.matmul(x, used, precision=precision(x), preferred_element_type=out)
 
 
 def _forward(
-    x: Array, stored: Array, w: Array, out: DTypeLike, kept: DTypeLike, split: Split | None, gather: bool
+    x: Array, stored: Array | None, w: Array, out: DTypeLike, kept: DTypeLike | None, split: Split | None, gather: bool
 ) -> tuple[Array, tuple[Array, Array]]:
     # Not _product: remat policies look for matmuls, and would not see one inside a function with a gradient of its own.
-    # What is kept for the backward pass is a device's part of w: it would not hold all layers' gathered weights. Where
-    # the forward pass is computed again just before, XLA makes one of the two gathers, since both are stated alike.
-    part = _own_part(w, split) if gather else w
-    used = _whole(part, x.dtype, split) if gather else w
-    return jnp.matmul(x, used, precision=precision(x), preferred_element_type=out), (x, part)
+    # Where the forward pass is computed again just before, XLA makes one of the two gathers, since both are stated alike.
+    used = _whole(w, x.dtype, split) if gather else w
+    return jnp.matmul(x, used, precision=precision(x), preferred_element_type=out), (x, w)
 
 
 def _backward(
-    out: DTypeLike, kept: DTypeLike, split: Split | None, gather: bool, saved: tuple[Array, Array], grad: Array
-) -> tuple[Array, Array, None]:
-    x, part = saved
-    used = _whole(part, x.dtype, split) if gather else part
+    out: DTypeLike,
+    kept: DTypeLike | None,
+    split: Split | None,
+    gather: bool,
+    saved: tuple[Array, Array],
+    grad: Array,
+) -> tuple[Array, Array | None, None]:
+    x, w = saved
+    used = _whole(w, x.dtype, split) if gather else w
     grad = grad.astype(x.dtype)
     dx = jnp.matmul(grad, used.T, precision=precision(x))
+    if kept is None:
+        return dx, None, None
     wide = jnp.promote_types(x.dtype, kept)  # float32 weights get the sum as it was accumulated, not rounded
 
     # JAX's own gradient of w is (grad^T x)^T. XLA's CPU backend then writes grad transposed from inside the loop that
@@ -209,7 +227,7 @@ def _backward(
         dw = jax.lax.dot_general(x, grad, numbers, precision=precision(x), preferred_element_type=wide)
         return dw.astype(kept)
 
-    if split is None or not axes.is_gathered():
+    if split is None or not axes.splits_rows():
         return dx, over_rows(x, grad), None
     return dx, axes.parts_of_sum(over_rows, x, grad, split.used), None
 

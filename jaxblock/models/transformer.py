@@ -21,7 +21,8 @@ from jaxtyping import Float, Int
 
 from jaxblock.models import families, int8, lora
 from jaxblock.models.attention import Backend, attend
-from jaxblock.models.dense import LowRank, Split, Weight, dense, product, ready
+from jaxblock.models.dense import LowRank, Split, Weight, dense, product, ready, widely
+from jaxblock.models.embedding import look_up
 from jaxblock.models.lora import Lora
 from jaxblock.models.params import Architecture, ParamSpec, RopeScaling, Table
 from jaxblock.parallel.axes import constrain
@@ -68,10 +69,10 @@ _HEAD = Split.of(("embed", "vocab"))
 
 
 def rms_norm(x: Array, scale: Array, eps: float) -> Array:
-    """RMSNorm in float32 (or wider), cast back, then scaled, as LLaDA does it."""
+    """RMSNorm in float32 (or wider), cast back, then scaled, as LLaDA does it; the scale's gradient is summed wide."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return normed.astype(x.dtype) * scale.astype(x.dtype)
+    return widely(jnp.multiply, normed.astype(x.dtype), scale.astype(x.dtype))
 
 
 def rotary(positions: Int[Array, "B T"], arch: Architecture, dtype: DTypeLike) -> tuple[Array, Array]:
@@ -274,7 +275,7 @@ class Transformer:
 
         Left to itself the compiler gathers the whole embedding, and its gradient copies all rows to every device.
         """
-        columns = params["embed"].astype(self.dtype)[constrain(ids, "rows", None)]
+        columns = look_up(params["embed"], constrain(ids, "rows", None), self.dtype)
         return constrain(constrain(columns, "rows", None, "embed"), "batch", None, None)
 
     def _branches(self, adapters: Params, layer: Array | int, row_keys: Array | None) -> Branches:

@@ -136,20 +136,17 @@ def param_shardings(mesh: Mesh, table: Mapping[str, NamedAxes]) -> Params:
         for size, name in zip(entry.shape, entry.axes, strict=True):
             ways = _ways(mesh, name)
             if size % ways:
+                fields = [f"train.{axis}" for axis in RULES[name or ""] if mesh.shape[axis] > 1]
                 raise UserError(
-                    f"parameter {path}: {name} of size {size} does not divide by {ways}; set "
-                    f"train.{RULES[name or ''][0]} lower"
+                    f"parameter {path}: {name} of size {size} does not divide by {ways}; set {' or '.join(fields)} lower"
                 )
         flat[path] = sharding(mesh, *entry.axes)
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
-def _ways(mesh: Mesh, name: str | None) -> int:
-    return _product(mesh, RULES.get(name or "", ()))
-
-
-def _product(mesh: Mesh | AbstractMesh, names: Sequence[str]) -> int:
-    return math.prod(mesh.shape[name] for name in names)
+def _ways(mesh: Mesh | AbstractMesh, name: str | None) -> int:
+    """Into how many parts a dimension of this logical name is split."""
+    return math.prod(mesh.shape[axis] for axis in RULES.get(name or "", ()))
 
 
 def per_device(
@@ -181,10 +178,10 @@ def constrain(x: Array, *names: str | None) -> Array:
     return jax.lax.with_sharding_constraint(x, spec(*names))
 
 
-def is_gathered() -> bool:
-    """Whether weights are split over ``fsdp`` under the ambient mesh, and so are gathered where they are used."""
+def splits_rows() -> bool:
+    """Whether rows are split under the ambient mesh, so that a weight's gradient is a sum over devices."""
     mesh = jax.sharding.get_abstract_mesh()
-    return not mesh.empty and mesh.shape["fsdp"] > 1
+    return not mesh.empty and _ways(mesh, "batch") > 1
 
 
 def gather(w: Array, *names: str | None) -> Array:
@@ -192,6 +189,13 @@ def gather(w: Array, *names: str | None) -> Array:
 
     Said where the weight is used, it makes XLA gather once for all that the weight is multiplied with, and nothing but
     the weight: left to itself it gathers twice in a backward pass, or sends pieces round a ring.
+
+    Args:
+        w: the weight.
+        names: logical names of its dimensions, as it is used.
+
+    Returns:
+        The weight, whole along ``fsdp``.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return w
@@ -200,13 +204,12 @@ def gather(w: Array, *names: str | None) -> Array:
 
 def _gathered(names: Sequence[str | None]) -> tuple[tuple[str, ...] | None, ...]:
     kept = (tuple(axis for axis in RULES.get(name or "", ()) if axis != "fsdp") for name in names)
-    return tuple(axes or None for axes in kept)
+    return tuple(over or None for over in kept)
 
 
 def stack_of_parts(w: Array) -> Array:
     """A matrix [I, O] in the shape of its gradient's parts: [ways, I, O], one part for each group of rows."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return jnp.broadcast_to(w, (_product(mesh, RULES["batch"]), *w.shape))
+    return jnp.broadcast_to(w, (_ways(jax.sharding.get_abstract_mesh(), "batch"), *w.shape))
 
 
 def parts_of_sum(
@@ -216,12 +219,15 @@ def parts_of_sum(
 
     Args:
         f: of (left, right) of some rows, their product [I, O] summed over these rows.
-        left: [B, ..., I].
+        left: [B, ..., I]; B divides by the parts.
         right: [B, ..., O].
         names: logical names of I and O.
 
     Returns:
         The parts, each where its rows are.
+
+    Raises:
+        ValueError: B does not divide (JAX's own error).
     """
     rows, between, (n_in, n_out) = RULES["batch"], (None,) * (left.ndim - 2), _gathered(names)
     specs = (PartitionSpec(rows, *between, n_in), PartitionSpec(rows, *between, n_out))
@@ -232,6 +238,7 @@ def parts_of_sum(
 
 
 _ONE_STAGE = 8
+"""Devices along ``fsdp`` up to which XLA for TPUs keeps a reduce-scatter as one."""
 
 
 def _stages(size: int) -> list[list[list[int]] | None]:
@@ -240,6 +247,8 @@ def _stages(size: int) -> list[list[list[int]] | None]:
     Both send what one stage would, ``(size - 1) / size`` of the array. XLA for TPUs turns one stage over 16 or 64 chips
     into an all-reduce, even one that is asked for by name. On a slice the grid is that of its links.
     """
+    if size == 1:
+        return []
     if size <= _ONE_STAGE:
         return [None]
     width = next(d for d in range(1, size + 1) if size % d == 0 and d * d >= size)
@@ -249,7 +258,7 @@ def _stages(size: int) -> list[list[list[int]] | None]:
 
 
 def sum_of_parts(parts: Float[Array, "ways I O"], used: Sequence[str | None], stored: Sequence[str | None]) -> Array:
-    """Sums the parts of a gradient to where its matrix is stored, by reduce-scatters.
+    """Sums the parts of a gradient to where its matrix is stored: over ``fsdp`` by reduce-scatters.
 
     XLA left to itself takes an all-reduce, which sends twice as much, where there are many devices.
 
@@ -257,9 +266,12 @@ def sum_of_parts(parts: Float[Array, "ways I O"], used: Sequence[str | None], st
         parts: of ``parts_of_sum``.
         used: logical names of I and O as it was multiplied.
         stored: as it is stored.
+
+    Returns:
+        The sum [I, O].
     """
     split = tuple(RULES.get(name or "", ()) for name in stored)
-    place = next(at for at, axes in enumerate(split) if "fsdp" in axes)
+    place = next(at for at, over in enumerate(split) if "fsdp" in over)
     tensor = "tensor" in split[place] and "tensor" not in (_gathered(used)[place] or ())
 
     def total(part: Array) -> Array:
@@ -272,6 +284,6 @@ def sum_of_parts(parts: Float[Array, "ways I O"], used: Sequence[str | None], st
             own = jax.lax.psum_scatter(own, "fsdp", scatter_dimension=place, tiled=True, axis_index_groups=groups)
         return jax.lax.psum(own, ("slice", "data"))
 
-    over = PartitionSpec(RULES["batch"], *_gathered(used))
-    summed: Callable[..., Array] = jax.shard_map(total, in_specs=over, out_specs=spec(*stored), check_vma=False)
+    lying = PartitionSpec(RULES["batch"], *_gathered(used))
+    summed: Callable[..., Array] = jax.shard_map(total, in_specs=lying, out_specs=spec(*stored), check_vma=False)
     return summed(parts)

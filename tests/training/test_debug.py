@@ -65,8 +65,8 @@ def test_debug_mode_compiles_no_step_and_shows_the_batch(
 def test_one_batch_can_be_learnt_by_heart(tiny_config: Path, tmp_path: Path) -> None:
     flags = ["--train.overfit_one_batch", "--train.out", str(tmp_path / "run"), "--train.log_every", "20"]
     flags += ["--train.eval_problems", "0", "--train.eval_nelbo_rows", "0", "--train.steps", "300"]
-    flags += ["--method.draws", "4", "--optimizer.lr", "0.02", "--model.d_model", "32"]
+    flags += ["--method.draws", "4", "--optimizer.lr", "0.01", "--model.d_model", "32"]
     assert main(["train", "--config", str(tiny_config), *flags]) == 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if row["kind"] == "train"]
-    assert losses[0] > 1 and losses[-1] < 0.3, losses
+    assert losses[0] > 1 and losses[-1] < 0.01, losses

@@ -15,7 +15,9 @@ from jaxblock import wiring
 from jaxblock.cli import main
 from jaxblock.config import CanvasConfig, LoraConfig, MethodConfig, ModelConfig, OptimizerConfig
 from jaxblock.data.loader import Batch
+from jaxblock.models import families, int8
 from jaxblock.models import params as parameters
+from jaxblock.models.params import Table
 from jaxblock.parallel import axes
 from jaxblock.training import optimizer as optimizers
 from jaxblock.training.state import create, next_average
@@ -24,8 +26,8 @@ from jaxblock.training.step import Objective, compile_step
 ROWS = 16
 
 
-def _objective(method: MethodConfig, rank: int = 0) -> Objective:
-    model = ModelConfig(d_model=16, n_layers=2, n_heads=2, mlp_dim=24, tie_embeddings=True)
+def _objective(method: MethodConfig, rank: int = 0, **model_fields: Any) -> Objective:
+    model = ModelConfig(d_model=16, n_layers=2, n_heads=2, mlp_dim=24, tie_embeddings=True, **model_fields)
     arch = wiring.architecture(model, vocab_size=32, mask_id=31, eos_id=1)
     lora = wiring.adapters(LoraConfig(rank, dropout=0.3), arch)
     return Objective(
@@ -52,14 +54,18 @@ def _batch() -> Batch:
 
 
 class Result(NamedTuple):
+    """Of each step the draws, the loss and the gradient's norm; after the last, what is trained and its state."""
+
     draws: Any
     losses: list[float]
+    norms: list[float]
     params: Any
+    moments: Any
     state: Any
 
 
 class Case(NamedTuple):
-    """A mesh, and how the step runs on it; the default is one device."""
+    """A mesh, what is trained, and how the step runs; the default is one device."""
 
     data: int = 1
     fsdp: int = 1
@@ -67,26 +73,61 @@ class Case(NamedTuple):
     slices: int = 1
     accumulate: int = 1
     rank: int = 0
+    quantize: str = "none"
+    dtype: str = "float32"
+    objective: str = "blockwise"
+
+    def on_one_device(self) -> Case:
+        """The same training on one device, all rows at once."""
+        return self._replace(data=1, fsdp=1, tensor=1, slices=1, accumulate=1)
 
 
 MESHES = [Case(8), Case(2, 4), Case(2, 2, 2), Case(1, 1, 8), Case(2, 1, 2, slices=2)]
 PARTS = [Case(accumulate=4), Case(1, 2, 2, slices=2, accumulate=2)]
-ADAPTERS = [Case(2, 2, 2, rank=2), Case(1, 4, slices=2, accumulate=2, rank=2)]
+ADAPTERS = [
+    Case(2, 2, 2, rank=2),
+    Case(1, 4, slices=2, accumulate=2, rank=2),
+    Case(1, 4, 2, rank=2, quantize="int8"),
+]
+LOW = [Case(2, 4, dtype="bfloat16")]
+CLASSICAL = [Case(1, 2, 4, objective="classical")]
+"""All positions' logits, a chunk at a time, of words that lie on four devices."""
+
+
+def _method(case: Case) -> MethodConfig:
+    if case.objective == "classical":
+        return MethodConfig(objective="classical", draws=2)
+    return MethodConfig(law="stratified_count", draws=2, prefix_mask_rate=0.2, suffix_mask_prob=0.8)
+
+
+def _base(objective: Objective) -> tuple[Any, Table]:
+    """Frozen weights beneath adapters, in int8 where the network has them so."""
+    net = objective.net
+    table = families.table(net.arch)
+    flat = parameters.flatten(parameters.init(table, 1, "float32"))
+    for path in [path for path, spec in table.items() if net.int8 and int8.quantised(spec)]:
+        flat[path], flat[path + int8.SCALE] = int8.quantise(flat[path])
+    return jax.device_get(parameters.nest(flat)), net.table
+
+
+def _moments(opt_state: Any) -> Any:
+    parts = jax.tree.leaves(opt_state, is_leaf=lambda x: hasattr(x, "mu"))
+    return next((part.mu, part.nu) for part in parts if hasattr(part, "mu"))
 
 
 @pytest.fixture(scope="module")
 def train() -> Callable[[Case], Result]:
     """Three steps on a mesh, with a moving average; with ``rank``, of adapters (with dropout) beside a frozen base."""
-    method = MethodConfig(law="stratified_count", draws=2, prefix_mask_rate=0.2, suffix_mask_prob=0.8)
     batch, config = _batch(), OptimizerConfig(warmup_steps=2, weight_decay=0.1)
 
     @functools.cache
     def run(case: Case) -> Result:
-        objective = _objective(method, case.rank)
+        chunk = 4 if case.objective == "classical" else None
+        objective = _objective(_method(case), case.rank, quantize=case.quantize, dtype=case.dtype, loss_chunk=chunk)
         net = objective.net
         start = jax.device_get(parameters.init(net.trainable, 0, "float32"))
         optimizer = optimizers.make(config, 9, net.trainable)
-        one = case._replace(accumulate=1, rank=0) == Case()
+        one = case == case.on_one_device()._replace(accumulate=case.accumulate)
         mesh = axes.make_mesh(*case[:3], slices=case.slices, devices=jax.devices()[:1] if one else None)
         rows = axes.sharding(mesh, "batch")
         with jax.set_mesh(mesh):
@@ -96,32 +137,48 @@ def train() -> Callable[[Case], Result]:
             state = create(params, optimizer, mesh, net.trainable, averaged=True)
             base, base_table = {}, None
             if case.rank:
-                base_table = net.table
-                base = jax.device_put(parameters.init(base_table, 1, "float32"), axes.param_shardings(mesh, base_table))
+                base, base_table = _base(objective)
+                base = jax.device_put(base, axes.param_shardings(mesh, base_table))
             how = {"accumulate": case.accumulate, "ema": 0.9}
             step_fn = compile_step(objective, optimizer, state, mesh, net.trainable, base_table, **how)
-            losses = []
+            losses, norms = [], []
             for _ in range(3):
                 state, metrics = step_fn(state, batch, base)
                 losses.append(float(metrics.losses.loss.total) / float(metrics.losses.loss.weight))
-        return Result(draws, losses, jax.device_get((state.params, state.average)), state)
+                norms.append(float(metrics.grad_norm))
+        trained = jax.device_get((state.params, state.average))
+        return Result(draws, losses, norms, trained, jax.device_get(_moments(state.opt_state)), state)
 
     return run
 
 
-@pytest.mark.parametrize("case", [*MESHES, *PARTS, *ADAPTERS], ids=str)
+@pytest.mark.parametrize("case", [*MESHES, *PARTS, *ADAPTERS, *LOW, *CLASSICAL], ids=str)
 def test_any_mesh_and_any_parts_do_what_one_device_does_at_once(train: Callable[[Case], Result], case: Case) -> None:
-    one, several = train(Case(rank=case.rank)), train(case)
+    one, several = train(case.on_one_device()), train(case)
     for left, right in zip(jax.tree.leaves(one.draws), jax.tree.leaves(several.draws), strict=True):
         np.testing.assert_array_equal(left, right)
     assert len({np.asarray(draw.masked).tobytes() for draw, _ in one.draws}) == 3  # each step has its own draws
     np.testing.assert_allclose(several.losses, one.losses, rtol=1e-6)
+    # Clipping and Adam divide gradients by their sizes. The norms tell those; the moments, the second a square, the rest.
+    np.testing.assert_allclose(several.norms, one.norms, rtol=1e-5)
     # Adapters' b begin at 0, and Adam divides each gradient by its own size: where that is tiny, its rounding counts.
     share = 1e-4 if case.rank else 2e-6
-    for ours, theirs in zip(several.params, one.params, strict=True):
+    pairs = zip((*several.params, *several.moments), (*one.params, *one.moments), (1, 1, 1, 2), strict=True)
+    for ours, theirs, power in pairs:
         ours = parameters.flatten(ours)
         for path, value in parameters.flatten(theirs).items():
-            np.testing.assert_allclose(ours[path], value, rtol=0, atol=share * np.abs(value).max(), err_msg=path)
+            atol = power * share * np.abs(value).max()
+            np.testing.assert_allclose(ours[path], value, rtol=0, atol=atol, err_msg=path)
+
+
+def test_bfloat16_computes_and_float32_remembers(train: Callable[[Case], Result]) -> None:
+    wide, low = train(Case()), train(Case(dtype="bfloat16"))
+    assert {leaf.dtype for leaf in jax.tree.leaves((low.params, low.moments))} == {np.dtype(np.float32)}
+    apart = np.abs(np.divide(low.losses, wide.losses) - 1)
+    assert (apart > 1e-6).any() and (apart < 1e-2).all()
+    # What an update leaves is finer than bfloat16: kept in that, some weights would not have moved.
+    kept = np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(low.params[0])])
+    assert (kept != kept.astype(jnp.bfloat16).astype(np.float32)).mean() > 0.9
 
 
 def test_dropout_keys_differ_by_step_draw_and_row() -> None:
@@ -149,10 +206,7 @@ def test_the_average_is_what_its_definition_says(train: Callable[[Case], Result]
 
 def test_optimizer_state_lies_where_its_parameters_lie(train: Callable[[Case], Result]) -> None:
     state = train(Case(2, 4)).state
-    adam = next(
-        part for part in jax.tree.leaves(state.opt_state, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(part, "mu")
-    )
-    for moments in (adam.mu, adam.nu):
+    for moments in _moments(state.opt_state):
         for path, moment in parameters.flatten(moments).items():
             parameter = parameters.flatten(state.params)[path]
             assert moment.sharding.is_equivalent_to(parameter.sharding, parameter.ndim), path
