@@ -3,6 +3,8 @@
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+# shellcheck source=launch/tpu_resume.sh
+source "$root/launch/tpu_resume.sh"
 
 usage() {
     cat <<'HELP'
@@ -30,9 +32,9 @@ usage: launch/tpu.sh VERB --name NAME --zone ZONE [OPTIONS] [-- COMMAND...]
   --queued           create, delete, status, resume: a queued resource of the same name, which waits for capacity:
                      setup once status says ACTIVE
   --recreate         resume: delete a slice that was preempted, and only that, and create it again (--type, --spot, --queued)
-  --retries N        resume: so many restarts at most (default: 20)
-  --backoff S        resume: wait before the first restart, doubled up to 900 s; begins anew once a run has started
-                     (default: 30)
+  --retries N        resume: so many restarts at most, and looks that fail in a row (default: 20)
+  --backoff S        resume: wait before the first restart or such a look, doubled up to 900 s; begins anew once a run
+                     has started (default: 30)
   --poll S           resume, stop: seconds between looks (default: 60)
   --worker WORKER    setup, sync, run, status, stop: which workers (default: all); logs: whose (default: 0)
   --lines N          logs: how many lines (default: 50)
@@ -220,86 +222,6 @@ stop() {
         case "$found" in *running*) ;; *) break ;; esac
         if [ "$dry_run" = yes ]; then break; fi
         sleep "$poll"
-    done
-}
-
-# What became of the run, from every worker's line: running, setup (not even that was done), done, again, or failed CODE.
-verdict() {
-    local found="$1" code
-    case "$found" in *'run: running'*) echo running && return ;; *'run: not set up'*) echo setup && return ;; esac
-    for code in $(printf '%s\n' "$found" | sed -n 's/.*run: ended \([0-9]*\).*/\1/p'); do
-        # 130 and 143: told to stop, and saved. 124: it hung, and the watchdog ended it. 137: killed, as by a host's
-        # maintenance. 134: another process of the group was lost. In each case the last checkpoint is whole.
-        case "$code" in 0 | 124 | 130 | 134 | 137 | 143) ;; *) echo "failed $code" && return ;; esac
-    done
-    case "$found" in
-        *'run: lost'* | *'run: none'* | *'ended 1'[2-4][0-9]*) echo again ;;
-        *'run: ended 0'*) echo 'done' ;;
-        *) echo again ;;
-    esac
-}
-
-recreate() {
-    [ "$recreate_it" = yes ] || fail "the slice $name is gone or was preempted; resume --recreate --type TYPE deletes what \
-is left of it and creates it again"
-    if [ "$1" != absent ]; then delete_now || return 1; fi
-    # A queued one is there after a while: it is set up when it is found so.
-    (create) && [ "$queued" = no ] && (setup)
-}
-
-resume() {
-    [ $# -gt 0 ] || fail "resume needs a command: launch/tpu.sh resume ... -- jaxblock train --config FILE"
-    local state found tries=0 wait="$backoff" what=again
-    while :; do
-        # Not every failure means that the slice is gone: only "not found" does.
-        state="$(slice_state 2>&1)" || case "$state" in *NOT_FOUND* | *'not found'*) state=absent ;; *) state=unknown ;; esac
-        if [ "$dry_run" = yes ]; then
-            printf '# every %s s: the slice, and what the run is doing on each worker\n%s\n' "$poll" "$state"
-            on_workers "$remote_status"
-            if [ "$recreate_it" = yes ]; then
-                printf '# where the slice was preempted or is gone:\n'
-                delete_now
-                (create) && (setup)
-            fi
-            printf '# where the run was never started, or ended in a way that another start may mend:\n'
-            run "$@"
-            return
-        fi
-        what="wait"
-        case "$state" in
-            READY | ACTIVE)
-                if found="$(on_workers "$remote_status" 2>&1)"; then what="$(verdict "$found")"; fi
-                ;;
-            PREEMPTED | TERMINATED | SUSPENDED | FAILED | absent) what=recreate ;;
-        esac
-        case "$what" in
-            running)
-                wait="$backoff"
-                sleep "$poll"
-                continue
-                ;;
-            wait)
-                printf 'the slice is %s: looking again in %s s\n' "$state" "$poll" >&2
-                sleep "$poll"
-                continue
-                ;;
-            done) return ;;
-            failed*)
-                printf 'error: the run ended with exit code %s: see launch/tpu.sh logs\n' "${what#failed }" >&2
-                exit "${what#failed }"
-                ;;
-        esac
-        if [ "$tries" -gt 0 ]; then
-            if [ "$tries" -gt "$retries" ]; then fail "given up after $retries restarts"; fi
-            printf 'restart %s of at most %s in %s s (the slice is %s)\n' "$tries" "$retries" "$wait" "$state" >&2
-            sleep "$wait"
-            wait=$((wait * 2 > 900 ? 900 : wait * 2))
-        fi
-        tries=$((tries + 1))
-        if [ "$what" = recreate ]; then recreate "$state" || continue; fi
-        if [ "$what" = setup ]; then (setup) || continue; fi
-        # In a subshell: what fails here is tried again.
-        (run "$@") || true
     done
 }
 

@@ -37,7 +37,7 @@ with open(sys.argv[1], "a") as record:
     record.write(json.dumps(sys.argv[2:]) + "\\n")
 PY
 for argument in "$@"; do
-    if [ "$argument" = "${GCLOUD_FAILS:-nothing}" ]; then echo "ERROR: no capacity" >&2; exit 7; fi
+    if [ "$argument" = "${GCLOUD_FAILS:-nothing}" ]; then echo "${GCLOUD_ERROR:-ERROR: no capacity}" >&2; exit 7; fi
 done
 # Prints (and takes off) the first line of a file of answers; a line that begins with "!" goes to stderr, and fails.
 answer() {
@@ -152,7 +152,8 @@ def test_arguments_reach_the_worker_as_typed_and_one_run_holds_the_tpu(desk: Des
 def test_setup_sends_the_working_tree_and_makes_an_environment(desk: Desk, tmp_path: Path) -> None:
     repository = tmp_path / "repository"
     (repository / "launch").mkdir(parents=True)
-    shutil.copy(SCRIPT, repository / "launch" / "tpu.sh")
+    for script in SCRIPT.parent.glob("tpu*.sh"):
+        shutil.copy(script, repository / "launch")
     for name in (".gitignore", "kept.py", "deleted.py", "with space.txt", ".venv"):
         (repository / name).write_text(".venv\n")
     subprocess.run(["git", "init", "-q"], cwd=repository, check=True)
@@ -170,7 +171,9 @@ def test_setup_sends_the_working_tree_and_makes_an_environment(desk: Desk, tmp_p
     assert copy[:4] == [*BASE, "scp"] and copy[5:] == ["pod:jaxblock.tar.gz", "--worker=all", "--zone=us-east5-a"]
     assert not Path(copy[4]).exists()
     with tarfile.open(kept) as archive:
-        assert sorted(archive.getnames()) == [".gitignore", "kept.py", "launch/tpu.sh", "new.py", "with space.txt"]
+        assert sorted(archive.getnames()) == [
+            ".gitignore", "kept.py", "launch/tpu.sh", "launch/tpu_resume.sh", "new.py", "with space.txt",
+        ]  # fmt: skip
     steps = remote[6]
     for needed in (
         "tar -xzf jaxblock.tar.gz -C jaxblock",
@@ -240,13 +243,22 @@ def test_the_workers_of_a_slice_that_is_not_there_yet_are_not_asked(desk: Desk, 
 
 @pytest.fixture
 def played(desk: Desk, tmp_path: Path) -> Callable[..., tuple[subprocess.CompletedProcess[str], list[str]]]:
-    """Runs ``resume`` against a play: the slice's states and the workers' runs, in order; returns what was done."""
+    """Runs ``resume`` against a play: the slice's states and the workers' runs, in order; returns what was done.
 
-    def play(*options: str, states: str, runs: str, **variables: str) -> tuple[Any, list[str]]:
-        (tmp_path / "states").write_text(states.replace(" ", "\n") + "\n")
+    Its waits take no time, and are written to ``sleeps``.
+    """
+    (tmp_path / "quick").mkdir()
+    sleep = tmp_path / "quick" / "sleep"
+    sleep.write_text(f"#!/bin/sh\necho \"$1\" >>'{tmp_path}/sleeps'\n")
+    sleep.chmod(0o755)
+    desk.environment["PATH"] = f"{sleep.parent}:{desk.environment['PATH']}"
+
+    def play(*options: str, states: str | list[str], runs: str, **variables: str) -> tuple[Any, list[str]]:
+        lines = states.split() if isinstance(states, str) else states
+        (tmp_path / "states").write_text("\n".join(lines) + "\n")
         (tmp_path / "runs").write_text(runs + "\n")
         files = {"GCLOUD_STATES": str(tmp_path / "states"), "GCLOUD_RUNS": str(tmp_path / "runs")}
-        arguments = ["resume", *SLICE, "--backoff", "0", "--poll", "0", *options, "--", "jaxblock", "train"]
+        arguments = ["resume", *SLICE, *options, "--", "jaxblock", "train"]
         done = desk.tpu(*arguments, **files, **variables)
         kinds = ["run" if "nohup" in " ".join(call) else call[3] for call in desk.calls]
         return done, [kind for call, kind in zip(desk.calls, kinds, strict=True) if "run: none" not in " ".join(call)]
@@ -322,9 +334,87 @@ def test_capacity_that_never_comes_ends_after_the_retries(played: Any) -> None:
     assert kinds == [*["describe", "create"] * 3, "describe"]
 
 
-def test_resume_does_not_take_an_unreachable_service_for_a_lost_slice(played: Any) -> None:
-    done, kinds = played("--recreate", "--type", "v6e-8", states="!503 READY", runs="run: ended 0")
+@pytest.mark.parametrize("error", ["!503", "!gcloud: line 9: python3: not found", ""])
+def test_resume_does_not_take_a_failed_look_for_a_lost_slice(played: Any, error: str) -> None:
+    done, kinds = played("--recreate", "--type", "v6e-8", states=[error, "READY"], runs="run: ended 0")
     assert done.returncode == 0 and kinds == ["describe", "describe"]
+
+
+def _sleeps(tmp_path: Path) -> list[int]:
+    return [int(line) for line in (tmp_path / "sleeps").read_text().splitlines()]
+
+
+def test_restarts_wait_twice_as_long_each_time_and_begin_anew_after_a_run(played: Any, tmp_path: Path) -> None:
+    runs = ["run: none", *["run: lost"] * 6, "run: running 7", *["run: lost"] * 2, "run: ended 0"]
+    done, _ = played("--backoff", "100", "--poll", "7", states=["READY"] * 11, runs="\n".join(runs))
+    assert done.returncode == 0, done.stderr
+    # The first start waits for nothing; a run that is seen going is looked at every --poll.
+    assert _sleeps(tmp_path) == [100, 200, 400, 800, 900, 900, 7, 100, 200]
+    assert "restart 8 of at most 20 in 200 s" in done.stderr  # --retries counts them all
+
+
+WHERE = "ERROR: (gcloud.compute.tpus.tpu-vm.describe)"
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        ("PERMISSION_DENIED: Permission 'tpu.nodes.get' denied on 'projects/p/nodes/pod'", "roles/tpu.admin"),
+        (
+            "PERMISSION_DENIED: Cloud TPU API has not been used in project 1 before or it is disabled.",
+            "services enable",
+        ),
+        ("UNAUTHENTICATED: Request had invalid authentication credentials.", "gcloud auth login"),
+        ("INVALID_ARGUMENT: Location us-east5-z is not a zone", "Correct --name, --zone"),
+        ("NOT_FOUND: Project 'nobody' was not found", "Correct --zone us-east5-a or --project"),
+        ("The required property [project] is not currently set.", "--project PROJECT"),
+    ],
+)
+@pytest.mark.parametrize("looked", ["slice", "workers"])
+def test_what_gcloud_will_always_refuse_ends_resume_at_once(played: Any, error: str, advice: str, looked: str) -> None:
+    failed = f"!{WHERE} {error}"
+    options = ["--recreate", "--type", "v6e-8"]
+    done, kinds = played(
+        *options, states=[failed] if looked == "slice" else ["READY"], runs="" if looked == "slice" else failed
+    )
+    assert (done.returncode, kinds) == (2, ["describe"])
+    assert failed[1:] in done.stderr and advice in done.stderr.splitlines()[-1]
+
+
+def test_a_step_that_gcloud_will_always_refuse_is_not_tried_again(played: Any) -> None:
+    options = ["--recreate", "--type", "v9-8"]
+    refusal = "ERROR: (gcloud.compute.tpus.tpu-vm.create) INVALID_ARGUMENT: no accelerator type v9-8"
+    done, kinds = played(*options, states="!NOT_FOUND", runs="", GCLOUD_FAILS="create", GCLOUD_ERROR=refusal)
+    assert (done.returncode, kinds) == (2, ["describe", "create"])
+    assert refusal in done.stderr and "--type" in done.stderr.splitlines()[-1]
+
+
+def test_a_slice_that_is_gone_is_no_refusal(played: Any) -> None:
+    gone = f"!{WHERE} NOT_FOUND: Resource 'projects/p/locations/us-east5-a/nodes/pod' was not found"
+    done, kinds = played("--recreate", "--type", "v6e-8", states=[gone, "READY"], runs="run: ended 0")
+    assert done.returncode == 0 and kinds == ["describe", "create", "scp", "ssh", "run", "describe"]
+
+
+@pytest.mark.parametrize("looked", ["slice", "workers"])
+def test_looks_that_fail_say_why_and_end_after_the_retries(played: Any, tmp_path: Path, looked: str) -> None:
+    cause = "ssh: connect to host 10.0.0.2 port 22: Connection timed out"
+    fine, failed = "READY", "!" + cause
+    states = [failed] * 2 + [fine] + [failed] * 3 if looked == "slice" else [fine] * 6
+    runs = ["run: running 7"] if looked == "slice" else [failed] * 2 + ["run: running 7"] + [failed] * 3
+    done, kinds = played("--retries", "2", "--backoff", "500", states=states, runs="\n".join(runs))
+    # Only failures in a row count.
+    assert (done.returncode, kinds) == (2, ["describe"] * 6)
+    assert _sleeps(tmp_path) == [500, 900, 60, 500, 900]
+    assert done.stderr.count(f"cannot look at pod:\n{cause}\nretry ") == 4
+    assert done.stderr.endswith(
+        f"pod could not be looked at 3 times in a row. A run that is going goes on. The last error:\n{cause}\n"
+    )
+
+
+def test_waiting_for_capacity_is_no_failure(played: Any, tmp_path: Path) -> None:
+    waits = ["WAITING_FOR_RESOURCES", "PROVISIONING"] * 20
+    done, _ = played("--queued", "--retries", "0", states=[*waits, "ACTIVE"], runs="run: ended 0")
+    assert done.returncode == 0 and _sleeps(tmp_path) == [60] * 40
 
 
 def test_status_and_stop_on_a_worker(desk: Desk, tmp_path: Path) -> None:
