@@ -1,12 +1,30 @@
 # shellcheck shell=bash
 # Sourced by the launch scripts: finds a Python, makes .venv and installs what is asked for, once.
-# Sets: root (the repository), venv_python. Honours: PYTHON (which interpreter to make .venv from).
+# Sets: root (the repository), venv_python. Honours: PYTHON (which interpreter to make .venv from), and dry_run=yes, with
+# which commands are printed and not run.
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 venv="$root/.venv"
 venv_python="$venv/bin/python"
+dry_run=no
 
-say() { printf '%s\n' "$@"; }
+# With dry_run a comment among the commands.
+say() {
+    local mark=''
+    if [ "$dry_run" = yes ]; then mark='# '; fi
+    printf "$mark%s\n" "$@"
+}
+
+# Runs a command, or with dry_run prints it as it could be pasted.
+execute() {
+    if [ "$dry_run" = yes ]; then
+        printf '%q ' "$@"
+        printf '\n'
+    else
+        "$@"
+    fi
+}
+
 fail() {
     printf 'error: %s\n' "$*" >&2
     exit 2
@@ -36,9 +54,9 @@ Install one (Debian, Ubuntu: apt install python3.12 python3.12-venv; anywhere: h
 or name it: PYTHON=/path/to/python3.12 $0"
 }
 
-# What the environment was made from: when it changes, pip runs again.
+# fingerprint PYTHON FILES: what the environment was made from. When it changes, pip runs again.
 fingerprint() {
-    "$venv_python" - "$root/requirements.txt" "$root/pyproject.toml" "$@" <<'PY'
+    "$1" - "$root/requirements.txt" "$root/pyproject.toml" "${@:2}" <<'PY'
 import hashlib, pathlib, sys
 digest = hashlib.sha256(repr((sys.version, sys.prefix)).encode())
 for name in sys.argv[1:]:
@@ -49,17 +67,19 @@ PY
 
 # install_environment [EXTRAS]: jaxblock, editable, with the pinned versions of this Python where they have been tested.
 install_environment() {
-    local extras="${1:-}" chosen constraints version now stamp
+    local extras="${1:-}" chosen python="$venv_python" constraints version now stamp
     if ! "$venv_python" -m pip --version >/dev/null 2>&1; then
         chosen="$(find_python)"
         say "making .venv with $("$chosen" --version) ($chosen)"
-        "$chosen" -m venv --clear "$venv"
+        execute "$chosen" -m venv --clear "$venv"
+        # In a dry run there is no other to ask for its version.
+        if [ "$dry_run" = yes ]; then python="$chosen"; fi
     fi
-    version="$("$venv_python" -c 'import sys; print("%d%d" % sys.version_info[:2])')"
+    version="$("$python" -c 'import sys; print("%d%d" % sys.version_info[:2])')"
     constraints="$root/constraints-py$version.txt"
     local pins=()
     if [ -f "$constraints" ]; then pins=("$constraints"); fi
-    now="$(fingerprint ${pins[@]+"${pins[@]}"})"
+    now="$(fingerprint "$python" ${pins[@]+"${pins[@]}"})"
     # The development extras hold everything else, so their stamp serves for the plain installation too.
     for stamp in "$venv/.installed-dev" "$venv/.installed-$extras"; do
         if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$now" ]; then
@@ -71,8 +91,8 @@ install_environment() {
     if [ ${#pins[@]} -eq 0 ]; then
         say "note: there is no tested set of versions for this Python; the newest that satisfy requirements.txt are taken"
     fi
-    "$venv_python" -m pip install --quiet --disable-pip-version-check ${pins[@]+--constraint "${pins[@]}"} \
+    execute "$venv_python" -m pip install --quiet --disable-pip-version-check ${pins[@]+--constraint "${pins[@]}"} \
         --editable "$root${extras:+[$extras]}" ||
         fail "pip could not install the dependencies (above: why). Is there a network? A mirror goes in PIP_INDEX_URL"
-    printf '%s\n' "$now" >"$venv/.installed-$extras"
+    if [ "$dry_run" = no ]; then printf '%s\n' "$now" >"$venv/.installed-$extras"; fi
 }

@@ -18,7 +18,10 @@ usage: launch/gpu.sh VERB [OPTIONS] [-- COMMAND...]
   --gpus LIST      run: which GPUs, as 0,1,4,5 (default: CUDA_VISIBLE_DEVICES, or all)
   --processes N    run: processes (default: 1)
   --cuda 12|13     setup: which CUDA (default: 13)
-  --dry-run        debug, run: print the command and the variables, and run nothing
+  --dry-run        print the commands and their variables, and run nothing
+
+debug and run let JAX take nine tenths of each card, which is what `jaxblock plan` counts on (JAX's own default is three
+quarters), unless XLA_CLIENT_MEM_FRACTION or its older name XLA_PYTHON_CLIENT_MEM_FRACTION is set.
 
 example:
   launch/gpu.sh debug -- jaxblock train --config configs/quickstart_blockwise.yaml --train.debug
@@ -40,7 +43,7 @@ case "$verb" in
     *) fail "unknown verb '$verb': one of setup, check, debug, run (--help explains them)" ;;
 esac
 
-gpu=0 gpus="${CUDA_VISIBLE_DEVICES:-}" processes=1 cuda=13 dry_run=no
+gpu=0 gpus="${CUDA_VISIBLE_DEVICES:-}" processes=1 cuda=13
 while [ $# -gt 0 ]; do
     option="$1"
     case "$option" in
@@ -71,28 +74,28 @@ case "$verb" in
     *) [ $# -eq 0 ] || fail "$verb takes no command" ;;
 esac
 
-# start NAME=VALUE... -- COMMAND...: runs the command with these variables, from .venv where there is one.
+# start NAME=VALUE... COMMAND...: runs the command with these variables, from .venv where there is one.
 start() {
+    local memory=()
+    # JAX refuses to start when both names are set.
+    if [ -z "${XLA_CLIENT_MEM_FRACTION:-}${XLA_PYTHON_CLIENT_MEM_FRACTION:-}" ]; then memory=(XLA_CLIENT_MEM_FRACTION=0.9); fi
+    set -- env ${memory[@]+"${memory[@]}"} "$@"
     export PATH="$venv/bin:$PATH"
-    if [ "$dry_run" = yes ]; then
-        printf '%q ' env "$@"
-        printf '\n'
-        return
-    fi
-    exec env "$@"
+    if [ "$dry_run" = no ]; then exec "$@"; fi
+    execute "$@"
 }
 
 setup() {
     install_environment gcs
-    "$venv_python" -m pip install --quiet --disable-pip-version-check "jax[cuda$cuda]" ||
+    execute "$venv_python" -m pip install --quiet --disable-pip-version-check "jax[cuda$cuda]" ||
         fail "pip could not install jax[cuda$cuda] (above: why)"
     check
 }
 
 check() {
     local found=0
-    [ -x "$venv_python" ] || fail "there is no .venv here yet: launch/gpu.sh setup makes it"
-    "$venv_python" -c 'import jax
+    [ -x "$venv_python" ] || [ "$dry_run" = yes ] || fail "there is no .venv here yet: launch/gpu.sh setup makes it"
+    execute "$venv_python" -c 'import jax
 for device in jax.devices():
     print(device.id, device.platform, device.device_kind)
 raise SystemExit(jax.default_backend() != "gpu")' || found=$?

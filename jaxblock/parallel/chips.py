@@ -40,8 +40,8 @@ CHIPS: dict[str, Chip] = {
     "v6e": Chip("TPU v6e", 31.25 * _GIB, 918 * _TERA, 1640 * _GB, 400 * _GB, 12.5 * _GB, _TPU),
     "v5p": Chip("TPU v5p", 95.74 * _GIB, 459 * _TERA, 2765 * _GB, 600 * _GB, None, _TPU),
     "v4": Chip("TPU v4", 30.75 * _GIB, 275 * _TERA, 1228 * _GB, 300 * _GB, None, _TPU),
-    # Nine tenths of the card: the rest is the driver's and the allocator's (set XLA_PYTHON_CLIENT_MEM_FRACTION=0.9; JAX
-    # takes three quarters unless told).
+    # Nine tenths of the card: the rest is the driver's and the allocator's. JAX takes three quarters unless told:
+    # launch/gpu.sh and launch/slurm.sbatch set XLA_CLIENT_MEM_FRACTION=0.9.
     "h100": Chip("H100 80 GB", 0.9 * 80 * _GB, 989 * _TERA, 3350 * _GB, 450 * _GB, None, _NVIDIA),
     "h200": Chip("H200 141 GB", 0.9 * 141 * _GB, 989 * _TERA, 4800 * _GB, 450 * _GB, None, _NVIDIA),
 }

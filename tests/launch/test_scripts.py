@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
+from jaxblock.parallel.chips import CHIPS
+
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 
 
 def start(script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("CUDA_", "SLURM_"))}
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("CUDA_", "SLURM_", "XLA_"))}
     return subprocess.run(
         ["bash", LAUNCH / script, *arguments], env=inherited | variables, capture_output=True, text=True, timeout=60
     )
@@ -44,6 +48,67 @@ def test_one_gpu_to_debug_on() -> None:
     done = start("gpu.sh", "debug", "--gpu", "2", "--dry-run", "--", "jaxblock", "train", "two words")
     assert "CUDA_VISIBLE_DEVICES=2 " in done.stdout and "PREALLOCATE=false" in done.stdout
     assert "jaxblock train two\\ words" in done.stdout
+
+
+@pytest.mark.parametrize("made", [False, True], ids=["without .venv", "with .venv"])
+def test_a_dry_setup_installs_nothing(tmp_path: Path, made: bool) -> None:
+    """A stand-in Python notes what it is asked to do, and makes and installs nothing."""
+    for name in ("launch/gpu.sh", "launch/environment.sh", "requirements.txt", "pyproject.toml"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(LAUNCH.parent / name, tmp_path / name)
+    version = f"{sys.version_info[0]}{sys.version_info[1]}"
+    (tmp_path / f"constraints-py{version}.txt").write_text("")
+    noted = tmp_path / "noted"
+    python = tmp_path / (".venv/bin/python" if made else "python")
+    python.parent.mkdir(parents=True, exist_ok=True)
+    python.write_text(
+        f"""#!/bin/sh
+case "$1 $2" in
+    '-m venv' | '-m pip') echo "$2 $3" >>'{noted}' ;;
+    *'import jax'*) echo check >>'{noted}' ;;
+    *) exec {shlex.quote(sys.executable)} "$@" ;;
+esac
+"""
+    )
+    python.chmod(0o755)
+    done = start(str(tmp_path / "launch/gpu.sh"), "setup", "--cuda", "12", "--dry-run", PYTHON=str(python))
+    assert done.returncode == 0, done.stderr
+    commands = [shlex.split(line)[1:] for line in done.stdout.replace("$'", "'").splitlines() if line[0] != "#"]
+    environment, jaxblock, jax, check = commands if not made else [None, *commands]
+    assert environment == (None if made else ["-m", "venv", "--clear", str(tmp_path / ".venv")])
+    constraint = ["--constraint", str(tmp_path / f"constraints-py{version}.txt")]
+    assert jaxblock[:3] == ["-m", "pip", "install"] and jaxblock[-4:] == [*constraint, "--editable", f"{tmp_path}[gcs]"]
+    assert jax[:3] == ["-m", "pip", "install"] and jax[-1] == "jax[cuda12]"
+    assert check[0] == "-c" and "jax.devices()" in check[1]
+    asked = noted.read_text() if noted.exists() else ""
+    assert asked == ("pip --version\n" if made else "")
+    assert not list(tmp_path.glob(".venv/.installed*")) and (tmp_path / ".venv").exists() == made
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({}, "0.9 and none"),
+        ({"XLA_CLIENT_MEM_FRACTION": "0.5"}, "0.5 and none"),
+        ({"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.6"}, "none and 0.6"),
+    ],
+)
+@pytest.mark.parametrize("way", ["debug", "run", "group", "slurm"])
+def test_jax_may_take_what_the_plan_counts_on(tmp_path: Path, way: str, given: dict[str, str], told: str) -> None:
+    show = ["sh", "-c", 'echo "${XLA_CLIENT_MEM_FRACTION:-none} and ${XLA_PYTHON_CLIENT_MEM_FRACTION:-none}"']
+    if way == "slurm":
+        srun = tmp_path / "srun"
+        srun.write_text('#!/bin/sh\nshift 2\nexec "$@"\n')
+        srun.chmod(0o755)
+        job = {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        done = start("slurm.sbatch", *show, **job, **given)
+    else:
+        options = {"debug": ["debug"], "run": ["run"], "group": ["run", "--gpus", "0,1", "--processes", "2"]}[way]
+        done = start("gpu.sh", *options, "--", *show, **given)
+    lines = [line.removeprefix("[0] ").removeprefix("[1] ") for line in done.stdout.splitlines()]
+    assert lines == [told] * (2 if way == "group" else 1), done.stderr
+    if not given:
+        assert CHIPS["h200"].memory == float(lines[0].split()[0]) * 141e9
 
 
 def test_each_process_has_its_share_of_the_gpus() -> None:
