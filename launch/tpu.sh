@@ -31,6 +31,8 @@ usage: launch/tpu.sh VERB --name NAME --zone ZONE [OPTIONS] [-- COMMAND...]
   --spot             create: cheaper, and may be taken away at any time
   --queued           create, delete, status, resume: a queued resource of the same name, which waits for capacity:
                      setup once status says ACTIVE
+  --env NAME         run, resume: COMMAND gets this variable as it is here, for example WANDB_API_KEY; once for each. Its
+                     value is sent in a file, which is deleted once read, and is on no command line
   --recreate         resume: delete a slice that was preempted, and only that, and create it again (--type, --spot, --queued)
   --retries N        resume: so many restarts at most, and looks that fail in a row (default: 20)
   --backoff S        resume: wait before the first restart or such a look, doubled up to 900 s; begins anew once a run
@@ -135,7 +137,7 @@ cd "$HOME/jaxblock"
 PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --user --quiet --upgrade uv
 uv="$HOME/.local/bin/uv"
 if [ ! -x .venv/bin/python ]; then "$uv" venv --quiet --python 3.12 .venv; fi
-"$uv" pip install --quiet --python .venv/bin/python --constraint constraints-py312.txt --editable ".[gcs]" "jax[tpu]"
+"$uv" pip install --quiet --python .venv/bin/python --constraint constraints-py312.txt --editable ".[gcs,wandb]" "jax[tpu]"
 .venv/bin/python -c "import jax, jaxblock; print(\"worker ready: jax\", jax.__version__)"
 touch .venv/ready'
 
@@ -163,13 +165,35 @@ sync() {
     send "$remote_sync"
 }
 
+# Sends the variables of --env. What is on a command line is seen by every user of either machine, and printed by --dry-run.
+# A subshell, so that the file goes however it ends.
+hand_over() (
+    file=VARIABLES
+    if [ "$dry_run" = yes ]; then
+        printf '# VARIABLES: a file that sets %s\n' "${variables[*]}"
+    else
+        file="$(mktemp)" # only its owner can read it, here and as scp makes it there
+        trap 'rm -f "$file"' EXIT
+        for variable in "${variables[@]}"; do
+            printf 'export %s=%s\n' "$variable" "$(quote "${!variable}")"
+        done >"$file"
+    fi
+    tpu scp "$file" "$name:jaxblock.env" --worker="$worker"
+)
+
 run() {
     [ $# -gt 0 ] || fail "$verb needs a command: launch/tpu.sh $verb ... -- jaxblock train --config FILE"
-    local log
+    local log read_variables=:
+    if [ ${#variables[@]} -gt 0 ]; then
+        hand_over || exit 2
+        # shellcheck disable=SC2016  # the worker's
+        read_variables='. "$HOME/jaxblock.env" && rm "$HOME/jaxblock.env" || exit 1'
+    fi
     log="logs/$(date -u +%Y%m%d-%H%M%S).log"
     # A TPU has one owner: a second process would fail minutes later, with a message about a lock file. The started
     # command inherits descriptor 9, so the lock lasts exactly as long as it does.
-    on_workers "cd \"\$HOME/jaxblock\" || exit 1
+    on_workers "$read_variables
+cd \"\$HOME/jaxblock\" || exit 1
 exec 9>>logs/lock
 if ! flock -n 9; then
 echo \"a run is still going here (process \$(cat logs/pid)): wait for it or stop it first\" >&2; exit 1
@@ -255,7 +279,7 @@ project="${JAXBLOCK_TPU_PROJECT:-}"
 type="${JAXBLOCK_TPU_TYPE:-}"
 version="${JAXBLOCK_TPU_VERSION:-}"
 worker='' lines=50 spot=no follow_log=no yes=no dry_run=no
-queued=no recreate_it=no retries=20 backoff=30 poll=60
+variables=() queued=no recreate_it=no retries=20 backoff=30 poll=60
 
 verb="${1:-}"
 case "$verb" in
@@ -276,6 +300,13 @@ while [ $# -gt 0 ]; do
         --name | --zone | --project | --type | --version | --worker | --lines | --retries | --backoff | --poll)
             [ $# -ge 2 ] || fail "$option needs a value"
             printf -v "${option#--}" '%s' "$2"
+            shift
+            ;;
+        --env)
+            [ $# -ge 2 ] || fail "--env needs a value"
+            case "$2" in [0-9]* | *[!A-Za-z0-9_]* | '') fail "--env must be the name of a variable, not '$2'" ;; esac
+            [ -n "${!2+set}" ] || fail "--env $2: $2 is not set here; export $2 first"
+            variables+=("$2")
             shift
             ;;
         --spot) spot=yes ;;

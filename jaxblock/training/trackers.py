@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import secrets
+import shlex
+import sys
 import tempfile
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -45,13 +47,21 @@ def check(train: TrainConfig) -> None:
     asked = {"tensorboard": ("tensorboardX", train.tensorboard), "wandb": ("wandb", train.wandb != "off")}
     for name, (package, wanted) in asked.items():
         if wanted and importlib.util.find_spec(package) is None:
-            raise UserError(f"train.{name} needs {package}: pip install {package}")
+            raise UserError(f"train.{name} needs {package}: {_installing(package)}")
     if storage.is_remote(train.out) and (train.tensorboard or train.wandb == "offline"):
         name = "train.tensorboard" if train.tensorboard else "train.wandb offline"
         raise UserError(
             f"{name} writes to a local folder, and train.out is {train.out}: leave it off; the pictures in plots/ are "
-            "drawn there too"
+            "drawn there too, and train.wandb online works"
         )
+
+
+def _installing(package: str) -> str:
+    """The command that adds a package to this environment. One that uv made has no pip, and another's pip would miss it."""
+    python = shlex.quote(sys.executable)
+    if importlib.util.find_spec("pip") is None:
+        return f"uv pip install --python {python} {package}"
+    return f"{python} -m pip install {package}"
 
 
 class TensorBoard:
@@ -117,8 +127,8 @@ class WeightsAndBiases:
             )
         except Exception as error:  # wandb.Error, and others where the network fails
             raise UserError(
-                f"train.wandb {train.wandb}: W&B did not begin ({_first_line(error)}); run `wandb login`, or set train.wandb "
-                "to offline"
+                f"train.wandb {train.wandb}: W&B did not begin ({_first_line(error)}); run `wandb login` or set WANDB_API_KEY "
+                f"(launch/tpu.sh run --env WANDB_API_KEY), or set train.wandb to {'off' if remote else 'offline'}"
             ) from error
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")

@@ -149,6 +149,29 @@ def test_arguments_reach_the_worker_as_typed_and_one_run_holds_the_tpu(desk: Des
     assert arguments == HARD and switch == "1" and folder == str(home / "jaxblock")
 
 
+def test_a_variable_reaches_the_run_in_a_file_that_nobody_else_reads(desk: Desk, tmp_path: Path) -> None:
+    secret = 'it\'s "$HOME" & a key'
+    home, sent = tmp_path / "home", tmp_path / "sent"
+    tell = ["sh", "-c", 'printf "%s, %s" "$WANDB_API_KEY" "$OTHER" >"$HOME/end"']
+    command = ["--env", "WANDB_API_KEY", "--env", "OTHER", "--", *tell]
+    variables = {"WANDB_API_KEY": secret, "OTHER": ""}
+    dry = desk.tpu("run", *SLICE, "--dry-run", *command, **variables)
+    assert desk.calls == []
+    (tmp_path / "here").mkdir()
+    done = desk.tpu("run", *SLICE, *command, **variables, GCLOUD_KEEP=str(sent), TMPDIR=str(tmp_path / "here"))
+    assert done.returncode == 0, done.stderr
+    for seen in (dry.stdout, dry.stderr, done.stdout, done.stderr, desk.record.read_text()):
+        assert "a key" not in seen
+    assert not list((tmp_path / "here").iterdir()) and sent.stat().st_mode & 0o77 == 0
+    copy, start = desk.calls
+    assert copy[3] == "scp" and copy[5:7] == ["pod:jaxblock.env", "--worker=all"]
+
+    environment = worker(desk, home)
+    shutil.move(sent, home / "jaxblock.env")
+    subprocess.run(["sh", "-c", start[6].removeprefix("--command=")], env=environment, check=True, capture_output=True)
+    assert (home / "end").read_text() == f"{secret}, " and not (home / "jaxblock.env").exists()
+
+
 def test_setup_sends_the_working_tree_and_makes_an_environment(desk: Desk, tmp_path: Path) -> None:
     repository = tmp_path / "repository"
     (repository / "launch").mkdir(parents=True)
@@ -180,6 +203,7 @@ def test_setup_sends_the_working_tree_and_makes_an_environment(desk: Desk, tmp_p
         "uv venv",
         "--python 3.12",
         "jax[tpu]",
+        ".[gcs,wandb]",
         "constraints-py312.txt",
     ):
         assert needed in steps.replace('"$uv" venv', "uv venv")
@@ -461,6 +485,8 @@ def test_delete_asks(desk: Desk, typed: str, deleted: bool) -> None:
         (["resume", *SLICE], "needs a command"),
         (["resume", *SLICE, "--recreate", "--", "true"], "--recreate needs --type"),
         (["resume", *SLICE, "--backoff", "soon", "--", "true"], "--backoff must be a number"),
+        (["run", *SLICE, "--env", "KEY=1", "--", "true"], "--env must be the name of a variable, not 'KEY=1'"),
+        (["run", *SLICE, "--env", "NOT_SET", "--", "true"], "NOT_SET is not set here; export NOT_SET first"),
         (["stop", *SLICE, "--", "true"], "stop takes no command"),
         (["run", *SLICE, "jaxblock"], "after --"),
         (["logs", *SLICE, "--lines", "5; rm -rf /"], "must be a number"),

@@ -114,10 +114,14 @@ def test_a_disk_that_is_full_stops_nothing(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_what_a_tracker_needs_is_said_before_the_run_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="train.wandb needs wandb: pip install wandb"):
+    monkeypatch.setattr(trackers.sys, "executable", "/my env/python")
+    have: set[str] = {"pip"}
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: sys.__spec__ if name in have else None)
+    with pytest.raises(UserError, match="train.wandb needs wandb: '/my env/python' -m pip install wandb$"):
         trackers.check(_config(tmp_path, wandb="offline").train)
-    with pytest.raises(UserError, match="train.tensorboard needs tensorboardX: pip install tensorboardX"):
+    have.clear()  # as in an environment that uv made
+    advice = "train.tensorboard needs tensorboardX: uv pip install --python '/my env/python' tensorboardX$"
+    with pytest.raises(UserError, match=advice):
         trackers.check(_config(tmp_path, tensorboard=True).train)
     trackers.check(_config(tmp_path).train)
 
@@ -125,8 +129,21 @@ def test_what_a_tracker_needs_is_said_before_the_run_starts(tmp_path: Path, monk
         raise RuntimeError("api_key not configured")
 
     _stand_in(monkeypatch, refuse)
-    with pytest.raises(UserError, match=r"did not begin \(api_key not configured\); run `wandb login`, or set"):
+    said = r"did not begin \(api_key not configured\); run `wandb login` or set WANDB_API_KEY .*, or set train.wandb to offline$"
+    with pytest.raises(UserError, match=said):
         Trackers(_config(tmp_path / "run", wandb="online"), {}, -1, print)
+
+
+def test_trackers_that_need_a_local_folder_are_refused_in_a_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: sys.__spec__)
+    for name, train in {
+        "train.tensorboard": {"tensorboard": True},
+        "train.wandb offline": {"wandb": "offline"},
+    }.items():
+        config = config_io.from_tree({"train": {"out": "gs://bucket/run", **train}}, "here")
+        with pytest.raises(UserError, match=f"^{name} writes to a local folder, and train.out is gs://bucket/run"):
+            trackers.check(config.train)
+    trackers.check(config_io.from_tree({"train": {"out": "gs://bucket/run", "wandb": "online"}}, "here").train)
 
 
 def test_wandb_offline_writes_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
