@@ -273,7 +273,9 @@ def played(desk: Desk, tmp_path: Path) -> Callable[..., tuple[subprocess.Complet
     """
     (tmp_path / "quick").mkdir()
     sleep = tmp_path / "quick" / "sleep"
-    sleep.write_text(f"#!/bin/sh\necho \"$1\" >>'{tmp_path}/sleeps'\n")
+    # A resume that would go on for ever is ended.
+    end = "[ $(wc -l <sleeps) -lt 100 ] || kill $PPID"
+    sleep.write_text(f"#!/bin/sh\ncd '{tmp_path}' && echo \"$1\" >>sleeps && {end}\n")
     sleep.chmod(0o755)
     desk.environment["PATH"] = f"{sleep.parent}:{desk.environment['PATH']}"
 
