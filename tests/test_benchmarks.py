@@ -1,4 +1,4 @@
-"""Each benchmark runs at a tiny size and measures what it says; its bars are for the real sizes."""
+"""Benchmarks that have a tiny size run at it and measure what they say; their bars are for the real sizes."""
 
 from __future__ import annotations
 

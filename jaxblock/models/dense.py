@@ -1,7 +1,7 @@
 """One ``dense``: the matmul of every projection, with its bias, its int8 scale and its low-rank branch.
 
-A weight that is split over devices (FSDP) is gathered here, in the type that it is multiplied in, and its gradient is
-brought back to the split that it is stored in.
+A weight that is split over devices (FSDP) is gathered here, in the narrower of its type and that of the product, and its
+gradient is brought back to the split that it is stored in.
 """
 
 from __future__ import annotations
