@@ -67,3 +67,16 @@ def tiny_run(tiny_config: Path) -> Path:
 
     assert main(["train", "--config", str(tiny_config)]) == 0
     return tiny_config.parent / "run"
+
+
+@pytest.fixture(scope="session")
+def tiny_pod_run(tiny_config: Path) -> Path:
+    """The run folder of two processes that nothing disturbed (`tests.pod`). To be read, never changed."""
+    from tests import pod
+
+    run = tiny_config.parent / "pod"
+    with pod.started(tiny_config, run) as group:
+        said = "".join(pod.lines(group))
+    assert group.returncode == 0, said
+    assert [row["step"] for row in pod.rows(run)] == list(range(1, pod.STEPS + 1))
+    return run

@@ -23,6 +23,7 @@ import jaxblock
 from jaxblock.cli import main
 from jaxblock.training import checksums
 from jaxblock.training.checkpoint import Checkpoints
+from tests import pod
 
 ROOT = Path(__file__).parents[2]
 KILLS = 20
@@ -166,25 +167,25 @@ def test_sigterm_saves_and_says_so_by_its_code(tiny_config: Path, tiny_run: Path
     assert max(Checkpoints(run).steps()) >= 5
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("loss", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_process_without_its_partner_ends_with_a_message(
-    tiny_config: Path, record_property: Callable[..., None], loss: signal.Signals
-) -> None:
-    """No collective can end: a dead one's connection is closed, of a silent one (its host is gone) the heartbeat tells."""
-    run = tiny_config.parent / f"partner-{loss.name}"
-    flags = ["--config", str(tiny_config), "--train.out", str(run), "--train.fsdp", "2", "--train.eval_every", "0"]
+def _pair(*flags: str) -> list[subprocess.Popen[bytes]]:
+    """Two processes of a group, without a script that would end one when it loses the other."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    group = {
-        "JAX_COORDINATOR_ADDRESS": address,
-        "JAX_NUM_PROCESSES": "2",
-        "XLA_FLAGS": "",
-        "JAXBLOCK_HEARTBEAT_TIMEOUT": "10",
-    }
-    first, second = (_train(*flags, **group, JAX_PROCESS_ID=str(index)) for index in range(2))
-    _until(first, lambda line: line.startswith("step 5/"))
+    group = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAXBLOCK_HEARTBEAT_TIMEOUT": "10"}
+    return [_train(*flags, **group, XLA_FLAGS="", JAX_PROCESS_ID=str(index)) for index in range(2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_process_without_its_partner_ends_with_a_message_and_the_pair_goes_on(
+    tiny_config: Path, tiny_pod_run: Path, record_property: Callable[..., None], loss: signal.Signals
+) -> None:
+    """No collective can end: a dead one's connection is closed, of a silent one (its host is gone) the heartbeat tells."""
+    run = tiny_config.parent / f"partner-{loss.name}"
+    flags = ["--config", str(tiny_config), "--train.out", str(run), *pod.SETTINGS]
+    first, second = _pair(*flags)
+    _until(first, lambda line: line.startswith("step 25/"))  # the save at 20 has waited for the one at 10, in both
     second.send_signal(loss)
     begun = time.monotonic()
     try:
@@ -198,6 +199,14 @@ def test_a_process_without_its_partner_ends_with_a_message(
     print(f"{loss.name}: the other one ended with {code} after {seconds:.1f} s")
     assert code == 134 and seconds < 40, said[-3000:]
     assert re.search("heartbeat|unhealthy|connection|Connection|closed by peer|process group", said), said[-3000:]
+
+    whole = max(Checkpoints(run).steps())
+    assert 10 <= whole < pod.STEPS
+    first, second = _pair(*flags)
+    said, other = (process.communicate(timeout=120)[1].decode() for process in (first, second))
+    assert (first.returncode, second.returncode) == (0, 0), said + other
+    assert f"going on from step {whole} " in said and re.search(rf"^step {whole + 1}/", said, re.M), said
+    _same(run, tiny_pod_run)
 
 
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(

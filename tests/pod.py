@@ -1,0 +1,80 @@
+"""Two real processes that train as one (launch/local_pod.sh), each with half of every parameter."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import jaxblock
+from jaxblock.reporting import metrics
+
+ROOT = Path(__file__).parents[1]
+STEPS = 40
+SETTINGS = ["--train.fsdp", "2", "--train.steps", str(STEPS), "--train.save_every", "10", "--train.keep", "9"]
+SETTINGS += ["--train.eval_every", "0", "--train.eval_problems", "0", "--train.eval_nelbo_rows", "0"]
+"""Of the undisturbed run (the fixture ``tiny_pod_run``) and of those that are compared with it; later flags win."""
+JAXBLOCK = (sys.executable, "-m", "jaxblock")
+
+
+@contextlib.contextmanager
+def started(
+    config: Path, run: str | Path, *flags: str, by: tuple[str, ...] = JAXBLOCK
+) -> Iterator[subprocess.Popen[str]]:
+    """The two, started; what is still there after the block, or after 5 minutes, is killed.
+
+    What they say comes through the script's standard error, behind the number of who says it.
+
+    Args:
+        config: of the experiment.
+        run: ``train.out``.
+        flags: after `SETTINGS`.
+        by: what each process runs, which hands its arguments to jaxblock.
+    """
+    command = [str(ROOT / "launch" / "local_pod.sh"), "2", "--devices", "1", "--", *by]
+    command += ["train", "--config", str(config), "--train.out", str(run), *SETTINGS, *flags]
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # the script sets its own
+    how: Any = {"cwd": ROOT, "env": environment, "text": True, "start_new_session": True}
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **how) as group:
+        alarm = threading.Timer(300, _kill, [group])
+        alarm.start()
+        try:
+            yield group
+        finally:
+            alarm.cancel()
+            _kill(group)
+
+
+def _kill(group: subprocess.Popen[str]) -> None:
+    """Also processes that are stopped, or wait for one that is, which no SIGTERM ends."""
+    if group.poll() is None:
+        os.killpg(group.pid, signal.SIGKILL)
+
+
+def lines(group: subprocess.Popen[str]) -> Iterator[str]:
+    """What is said, line by line as it comes."""
+    assert group.stderr is not None
+    yield from group.stderr
+
+
+def rows(run: str | Path) -> list[dict[str, Any]]:
+    """What the training rows of its metrics say of learning (the rest is time)."""
+    learnt = ("step", "loss", "grad_norm", "lr", "loss_by_block", "loss_by_count", "skipped")
+    return [{name: row[name] for name in learnt} for row in metrics.read(f"{run}/metrics.jsonl").train]
+
+
+def check_same(run: str | Path, expected: Path) -> None:
+    """Asserts that two runs learnt the same, bit for bit: every step's metrics and the last parameters."""
+    assert rows(run) == rows(expected)
+    ours, theirs = (jax.tree.leaves(jaxblock.load(folder).params) for folder in (run, expected))
+    for one, other in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(one, other)
