@@ -35,6 +35,7 @@ up, and a host that is well misses them only while the network finds another way
 _EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _LOST_SIGNS = ("Gloo", "heartbeat", "coordination service", "Connection closed by peer", "unhealthy", "preempted")
 _STATUS = re.compile(r"[A-Z]+(_[A-Z]+)*: ")
+_place: tuple[int, int] | None = None
 _INDEXED_JOB = "JOB_COMPLETION_INDEX"  # Kubernetes numbers the pods of an indexed job, as a JobSet's are
 _SLURM = ("SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
 
@@ -50,6 +51,7 @@ def start() -> tuple[int, int]:
     Raises:
         UserError: variables are half set or wrong, or the group cannot be joined.
     """
+    global _place
     if not jax.distributed.is_initialized():
         arguments = from_environment(os.environ)
         if arguments is not None:
@@ -60,7 +62,16 @@ def start() -> tuple[int, int]:
                 f"this is one of the {count} hosts of a TPU slice, and no process group was joined: set {SWITCH}=1 on all "
                 "of them (launch/tpu.sh does)"
             )
-    return jax.process_index(), jax.process_count()
+    _place = jax.process_index(), jax.process_count()
+    return _place
+
+
+def place() -> tuple[int, int] | None:
+    """What `start` has returned; None before it has.
+
+    For threads that must not wait: JAX's own answer starts the devices, under a lock, and they may wait for other hosts.
+    """
+    return _place
 
 
 def wait(name: str) -> None:

@@ -14,7 +14,7 @@ import time
 from types import TracebackType
 from typing import IO, Literal
 
-import jax
+from jaxblock.parallel import distributed
 
 HUNG = 124
 """Exit code of a process that the watchdog ended, as of timeout(1)."""
@@ -80,9 +80,8 @@ class Watchdog:
 
     def _report(self, seconds: float) -> None:
         out = self._out or sys.__stderr__ or sys.stderr
-        who = "the run"
-        if jax.distributed.is_initialized():
-            who = f"process {jax.process_index()} of {jax.process_count()}"
+        index, count = distributed.place() or (0, 1)  # JAX is not asked: it may be what hangs
+        who = f"process {index} of {count}" if count > 1 else "the run"
         fate = "it is ended now" if self._on_hang == "abort" else "it goes on waiting"
         print(
             f"\njaxblock: {who} does not move: {seconds:,.0f} s in `{self._stage}` after step {self._step:,} "

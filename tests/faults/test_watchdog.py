@@ -1,14 +1,22 @@
-"""A run that does not move is reported once, with the stacks of all threads."""
+"""A run that does not move is reported once, with the stacks of all threads, by every process of it that waits."""
 
 from __future__ import annotations
 
 import os
+import re
+import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
+import jax
+import pytest
+
 from jaxblock.training.watchdog import HUNG, Watchdog
+from tests import pod
+from tests.faults.held_run import HELD
 
 BOUND = 0.05
 
@@ -43,3 +51,98 @@ def test_a_hang_may_end_the_process() -> None:
     root, environment = Path(__file__).parents[2], {**os.environ, "JAX_PLATFORMS": "cpu"}
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, env=environment)
     assert ended.returncode == HUNG and "it is ended now" in ended.stderr
+
+
+def test_a_start_that_waits_for_other_hosts_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Devices start under a lock: whoever asks JAX which process this is waits too."""
+    over = threading.Event()
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(jax, "process_index", over.wait)
+    with (tmp_path / "said").open("w+") as out, Watchdog(BOUND, out=out):
+        a_stage_that_blocks()
+        out.seek(0)
+        said = out.read()
+        over.set()
+    assert "the run does not move" in said and "in `start` after step 0" in said
+
+
+REPORT = re.compile(r"\[(\d)\] jaxblock: process (\d) of 2 does not move: .* in `(\w+)` after step (\d+) ")
+
+
+class Told:
+    """What two processes say.
+
+    Attributes:
+        lines: as they were said, one after the other.
+        pids: of the processes.
+        reports: (process, stage, updates done) -> the stacks.
+    """
+
+    def __init__(self, group: subprocess.Popen[str]) -> None:
+        self._coming = pod.lines(group)
+        self._last: dict[str, list[str]] = {"0": [], "1": []}
+        self.lines: list[str] = []
+        self.pids: dict[str, int] = {}
+        self.reports: dict[tuple[int, str, int], list[str]] = {}
+
+    def until(self, seen: Callable[[], bool]) -> None:
+        while not seen():
+            line = next(self._coming, None)
+            assert line is not None, "the run ended before: " + "".join(self.lines)
+            self._note(line)
+
+    def rest(self) -> None:
+        for line in self._coming:
+            self._note(line)
+
+    def reported(self, process: int, stage: str, steps: range) -> bool:
+        return any((process, stage, step) in self.reports for step in steps)
+
+    def _note(self, line: str) -> None:
+        self.lines.append(line)
+        if found := re.match(r"process (\d) is (\d+)", line):
+            self.pids[found[1]] = int(found[2])
+        elif found := REPORT.match(line):
+            assert found[1] == found[2], line  # each speaks for itself
+            self._last[found[1]] = self.reports.setdefault((int(found[1]), found[3], int(found[4])), [])
+        elif found := re.match(r"\[(\d)\]   File ", line):
+            self._last[found[1]].append(line.strip())
+
+
+@pytest.mark.slow
+def test_a_hang_of_one_process_is_reported_by_both_and_the_run_goes_on_as_if_nothing_had_been(
+    tiny_config: Path, tiny_pod_run: Path, tmp_path: Path
+) -> None:
+    """Process 1 blocks once in each stage, and is stopped once by a signal: then it cannot report, and 0 does."""
+    run, by = tmp_path / "run", (sys.executable, "-m", "tests.faults.held_run", str(tmp_path))
+    for stage in HELD:
+        os.mkfifo(tmp_path / stage)
+
+    def let_go(stage: str) -> None:
+        step = HELD[stage]
+        # Process 0 has given its device a step or two before it waits.
+        told.until(
+            lambda: (
+                f"[1] held in {stage}\n" in told.lines
+                and told.reported(1, stage, range(step, step + 1))
+                and told.reported(0, stage, range(step, step + (3 if stage == "step" else 1)))
+            )
+        )
+        (tmp_path / stage).write_text("go on")
+
+    flags = ["--train.watchdog_seconds", "2", "--train.eval_nelbo_rows", "8"]
+    with pod.started(tiny_config, run, *flags, by=by) as group:
+        told = Told(group)
+        for stage in ("evaluation", "step", "save"):
+            let_go(stage)
+        told.until(lambda: told.lines[-1].startswith("[0] step 12/"))
+        os.kill(told.pids["1"], signal.SIGSTOP)
+        told.until(lambda: told.reported(0, "step", range(12, 40)) or told.reported(0, "save", range(12, 40)))
+        os.kill(told.pids["1"], signal.SIGCONT)
+        let_go("end")
+        told.rest()
+    assert group.returncode == 0, told.lines
+    for stage, step in HELD.items():
+        assert " in hold" in "".join(told.reports[1, stage, step]), told.reports
+    assert all(" in hold" not in "".join(stack) for key, stack in told.reports.items() if key[0] == 0)
+    pod.check_same(run, tiny_pod_run)
