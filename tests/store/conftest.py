@@ -29,6 +29,7 @@ class Store(ThreadingHTTPServer):
         log: one line per request that changes something: ``write name`` and ``delete name``.
         refused: requests that the store has no answer to: what a client of ours must never send.
         failing: answer writes of names that match with "503 unavailable".
+        writers: name -> the host names by which clients that wrote it have called the store.
     """
 
     daemon_threads = True
@@ -39,6 +40,7 @@ class Store(ThreadingHTTPServer):
         self.log: list[str] = []
         self.refused: list[str] = []
         self.failing: re.Pattern[str] | None = None
+        self.writers: dict[str, set[str]] = {}
         self.uploads: dict[str, tuple[str, str, bytearray]] = {}
         self.lock = threading.Lock()
         self.generation = 0
@@ -181,6 +183,9 @@ class Handler(BaseHTTPRequestHandler):
             mark = b"--" + (re.search(r'boundary="?([^";]+)', self.headers["Content-Type"]) or [b"", ""])[1].encode()  # type: ignore[union-attr]
             about, content = (part.split(b"\n\n", 1)[1][:-1] for part in body.split(mark)[1:3])
             name = json.loads(about)["name"]
+        if name:  # the later pieces of an upload have none
+            caller = self.headers["Host"].rpartition(":")[0]
+            self.server.writers.setdefault(name, set()).add(caller)
         if self.server.failing is not None and self.server.failing.search(name):
             return self._answer(403, {"error": {"code": 403, "message": "the stand-in was told to fail"}})
         if kind == "resumable":

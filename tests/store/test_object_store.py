@@ -20,6 +20,7 @@ from jaxblock.cli import main
 from jaxblock.errors import UserError
 from jaxblock.reporting import metrics
 from jaxblock.training.metrics import MetricsLog, put_back
+from tests import pod
 
 from .conftest import Store  # noqa: TID252
 
@@ -248,3 +249,48 @@ def test_a_run_that_is_killed_while_its_rows_wait_loses_none(store: Store, tiny_
     ours, theirs = (metrics.read(f"{run}/metrics.jsonl") for run in (out, tiny_run))
     assert [(row["step"], row["loss"]) for row in ours.train] == [(row["step"], row["loss"]) for row in theirs.train]
     assert [row["step"] for row in ours.evals] == [row["step"] for row in theirs.evals]
+
+
+AS_TWO_CLIENTS = """
+if [ "$JAX_PROCESS_ID" = 1 ]; then
+    export STORAGE_EMULATOR_HOST="${STORAGE_EMULATOR_HOST/127.0.0.1/localhost}"
+    export TENSORSTORE_GCS_HTTP_URL="$STORAGE_EMULATOR_HOST"
+fi
+exec "$0" -m jaxblock "$@"
+"""
+"""The store learns which process it is that writes: process 1 calls it by another name."""
+
+
+@pytest.mark.slow
+def test_two_processes_live_in_a_bucket(store: Store, tiny_config: Path, tiny_pod_run: Path) -> None:
+    """They are told to stop, go on, and end as two that were left alone and wrote to a disk."""
+    out, prepared = "gs://bucket/pod", "gs://bucket/prepared"
+    assert main(["prepare", "--config", str(tiny_config), "--data.prepared", prepared]) == 0
+    store.writers.clear()
+    by = ("bash", "-c", AS_TWO_CLIENTS, sys.executable)
+    with pod.started(tiny_config, out, "--data.prepared", prepared, by=by) as group:
+        for line in pod.lines(group):
+            if line.startswith("[0] step 12/"):
+                group.terminate()
+    assert group.returncode == 143
+    stopped = max(int(name.split("/")[2]) for name in store.names("pod/checkpoints/"))
+    assert 12 <= stopped < pod.STEPS
+    with pod.started(tiny_config, out, "--data.prepared", prepared, by=by) as group:
+        said = "".join(pod.lines(group))
+    assert group.returncode == 0 and f"[0] going on from step {stopped} of {out}" in said, said
+    pod.check_same(out, tiny_pod_run)
+
+    # Each has written its half of every checkpoint and sealed it; process 0 alone wrote what is one for all.
+    for step in (10, stopped, 20, 30, pod.STEPS):
+        folder = f"pod/checkpoints/{step}"
+        for process in range(2):
+            assert store.names(f"{folder}/params/ocdbt.process_{process}/d/"), (step, process)
+            assert store.names(f"{folder}/whole-{process}-of-2.json"), (step, process)
+    assert store.names("pod/config.yaml") and store.names("pod/metrics-")
+    callers = {"0": {"127.0.0.1"}, "1": {"localhost"}}
+    of_one = {name: re.search(r"/(?:\w+\.)?(?:process_|whole-)(\d)", name) for name in store.writers}
+    wrong = {
+        name: store.writers[name] for name, n in of_one.items() if store.writers[name] != callers[n[1] if n else "0"]
+    }
+    assert wrong == {}
+    assert store.refused == []
