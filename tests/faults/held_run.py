@@ -15,8 +15,9 @@ from jaxblock.cli import main
 from jaxblock.evaluation.runner import Evaluator
 from jaxblock.training import loop
 from jaxblock.training.checkpoint import Checkpoints
+from tests import pod
 
-HELD = {"evaluation": 0, "step": 5, "save": 10, "end": 40}
+HELD = {"evaluation": 0, "step": 5, "save": 10, "end": pod.STEPS}
 """Stage -> updates done when it is held, in this order."""
 
 
