@@ -90,24 +90,25 @@ def make_mesh(
             f"{several}train.data_parallel {data} x train.fsdp {fsdp} x train.tensor {tensor} = {product} devices, but "
             f"there are {len(devices)}: set them so that their product is the number of devices (-1 takes what is left)"
         )
-    shape, kinds = (slices, data, fsdp, tensor), (AxisType.Auto,) * 4
-    if slices == 1:
-        return jax.make_mesh(shape, MESH_AXES, axis_types=kinds, devices=devices)
-    return Mesh(_by_slice(devices, shape), MESH_AXES, axis_types=kinds)
+    return Mesh(_placed(devices, (slices, data, fsdp, tensor)), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
 
 
-def _by_slice(devices: list[jax.Device], shape: tuple[int, int, int, int]) -> np.ndarray:
-    """Devices in the shape of a mesh whose first axis runs over slices; hosts' own devices have none and go in order."""
+def _placed(devices: list[jax.Device], shape: tuple[int, int, int, int]) -> np.ndarray:
+    """Devices in the shape of a mesh, whose first axis runs over slices; hosts' own devices have none and go in order.
+
+    An axis may split a side of a slice (tensor 2 on 8 x 8 chips), which ``jax.make_mesh`` allows on v5e alone.
+    """
     slices = shape[0]
-    found = sorted({getattr(device, "slice_index", 0) for device in devices})
-    if len(found) == 1 and devices[0].platform != "tpu":
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    found = len({getattr(device, "slice_index", 0) for device in devices})
+    if found == 1 and devices[0].platform != "tpu":
         return np.array(devices).reshape(shape)
-    if len(found) != slices:
-        raise UserError(
-            f"train.slices is {slices}, but these devices are of {len(found)} slices: set it to {len(found)}"
-        )
-    inner = (1, *shape[1:])
-    return mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1, 1), devices=devices)
+    if found != slices:
+        raise UserError(f"train.slices is {slices}, but these devices are of {found} slices: set it to {found}")
+    return mesh_utils.create_hybrid_device_mesh(
+        (1, *shape[1:]), (slices, 1, 1, 1), devices=devices, allow_split_physical_axes=True
+    )
 
 
 def spec(*names: str | None) -> PartitionSpec:

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from jaxblock import config_io, wiring
@@ -94,6 +95,16 @@ def test_a_slice_of_the_mesh_is_a_slice_of_chips() -> None:
     assert sorted(map(len, found)) == [1, 1] and found[0] != found[1]
     with pytest.raises(UserError, match=r"train.slices is 4, but these devices are of 2 slices"):
         axes.make_mesh(2, 4, 1, slices=4, devices=chips)
+
+
+@pytest.mark.parametrize("name, mesh", [("v6e-64", (1, 32, 2)), ("v6e-64", (1, 64, 1)), ("v5p-8", (1, 2, 2))])
+def test_an_axis_may_split_a_side_of_the_slice(name: str, mesh: tuple[int, int, int]) -> None:
+    """Tensor groups of two on 8 x 8 chips, and they are neighbours: one link apart."""
+    pytest.importorskip("libtpu")
+    placed = axes.make_mesh(*mesh, devices=list(topology.devices(topology.parse(name)))).devices
+    groups = np.array([chip.coords for chip in placed.flat]).reshape(*placed.shape, -1)
+    assert len({chip.id for chip in placed.flat}) == placed.size
+    assert (np.abs(np.diff(groups, axis=3)).sum(-1) == 1).all()
 
 
 def _layers(arch: Architecture) -> int:
