@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -9,6 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
 def look_up(table: Float[Array, "V D"], ids: Int[Array, "*rows"], dtype: DTypeLike) -> Float[Array, "*rows D"]:
     """Rows of a table, in a type; the table's gradient is summed in float32 or wider, whatever either's type.
 
@@ -20,19 +24,11 @@ def look_up(table: Float[Array, "V D"], ids: Int[Array, "*rows"], dtype: DTypeLi
         ids: tokens.
         dtype: of the result.
     """
-    # The sum's type is that of what is looked up. That is a table of zeros, which compilers leave out: the embeddings
-    # in float32 would be a second, larger copy of them.
-    values = jax.lax.stop_gradient(table)[ids].astype(dtype)
-    return values + _wide_zeros(table)[ids].astype(dtype)
+    return table[ids].astype(dtype)
 
 
-@jax.custom_vjp
-def _wide_zeros(table: Array) -> Array:
-    return jnp.zeros(table.shape, jnp.promote_types(table.dtype, jnp.float32))
-
-
-# A token of the table's type, since a rule may not keep a type; it is no argument, so nothing is kept of the table.
-_wide_zeros.defvjp(
-    lambda table: (_wide_zeros(table), jnp.zeros((), table.dtype)),
-    lambda token, grad: (grad.astype(token.dtype),),
-)
+@look_up.defjvp
+def _change(dtype: DTypeLike, primals: tuple[Array, Array], tangents: tuple[Array, Any]) -> tuple[Array, Array]:
+    # Only the change is widened: its transpose sums. The table itself in float32 would be a second, larger copy.
+    wide = tangents[0].astype(jnp.promote_types(tangents[0].dtype, jnp.float32))
+    return look_up(*primals, dtype), wide[primals[1]].astype(dtype)

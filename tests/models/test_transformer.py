@@ -257,6 +257,9 @@ def test_the_gradient_of_a_lookup_is_summed_in_float32(stored):
     want = jnp.array([0, 2, 2 * 4095, 0])[:, None] * jnp.ones((4, 3))
     assert grad.dtype == stored
     np.testing.assert_array_equal(grad, want.astype(stored))
+    # Looking up alone, as decoding does, takes nothing for a gradient.
+    forward = jax.jit(look_up, static_argnums=2).lower(table, ids, "bfloat16").compile()
+    assert forward.as_text().count(" gather(") == 1
 
 
 def test_remat_still_sees_the_products():
