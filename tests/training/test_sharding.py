@@ -84,14 +84,9 @@ class Case(NamedTuple):
 
 MESHES = [Case(8), Case(2, 4), Case(2, 2, 2), Case(1, 1, 8), Case(2, 1, 2, slices=2)]
 PARTS = [Case(accumulate=4), Case(1, 2, 2, slices=2, accumulate=2)]
-ADAPTERS = [
-    Case(2, 2, 2, rank=2),
-    Case(1, 4, slices=2, accumulate=2, rank=2),
-    Case(1, 4, 2, rank=2, quantize="int8"),
-]
-LOW = [Case(2, 4, dtype="bfloat16")]
-CLASSICAL = [Case(1, 2, 4, objective="classical")]
-"""All positions' logits, a chunk at a time, of words that lie on four devices."""
+ADAPTERS = [Case(2, 2, 2, rank=2), Case(1, 4, slices=2, accumulate=2, rank=2)]
+RARER = [Case(1, 4, 2, rank=2, quantize="int8"), Case(2, 4, dtype="bfloat16"), Case(1, 2, 4, objective="classical")]
+"""The last: all positions' logits, a chunk at a time, of words that lie on four devices."""
 
 
 def _method(case: Case) -> MethodConfig:
@@ -152,7 +147,11 @@ def train() -> Callable[[Case], Result]:
     return run
 
 
-@pytest.mark.parametrize("case", [*MESHES, *PARTS, *ADAPTERS, *LOW, *CLASSICAL], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [*MESHES, *PARTS, *ADAPTERS, *(pytest.param(case, marks=pytest.mark.slow) for case in RARER)],
+    ids=str,
+)
 def test_any_mesh_and_any_parts_do_what_one_device_does_at_once(train: Callable[[Case], Result], case: Case) -> None:
     one, several = train(case.on_one_device()), train(case)
     for left, right in zip(jax.tree.leaves(one.draws), jax.tree.leaves(several.draws), strict=True):
@@ -171,6 +170,7 @@ def test_any_mesh_and_any_parts_do_what_one_device_does_at_once(train: Callable[
             np.testing.assert_allclose(ours[path], value, rtol=0, atol=atol, err_msg=path)
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_and_float32_remembers(train: Callable[[Case], Result]) -> None:
     wide, low = train(Case()), train(Case(dtype="bfloat16"))
     assert {leaf.dtype for leaf in jax.tree.leaves((low.params, low.moments))} == {np.dtype(np.float32)}
