@@ -20,4 +20,5 @@ fi
 
 install_environment dev
 cd "$root"
-exec "$venv_python" -m pytest -m "not slow" -n "${JAXBLOCK_TEST_WORKERS:-2}" "$@"
+# A file's tests share compiled functions, so one process has them all.
+exec "$venv_python" -m pytest -m "not slow" -n "${JAXBLOCK_TEST_WORKERS:-2}" --dist loadfile "$@"

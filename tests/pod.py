@@ -42,8 +42,7 @@ def started(
     """
     command = [str(ROOT / "launch" / "local_pod.sh"), "2", "--devices", "1", "--", *by]
     command += ["train", "--config", str(config), "--train.out", str(run), *SETTINGS, *flags]
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # the script sets its own
-    how: Any = {"cwd": ROOT, "env": environment, "text": True, "start_new_session": True}
+    how: Any = {"cwd": ROOT, "text": True, "start_new_session": True}
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **how) as group:
         alarm = threading.Timer(300, _kill, [group])
         alarm.start()

@@ -66,7 +66,7 @@ def whole(tree: Any) -> float:
 
 @pytest.fixture(scope="module")
 def build() -> Callable[[str], tuple[abstract.Abstract, Config]]:
-    """Lowers a preset's step on its mesh of 8 devices."""
+    """A preset's state and step on its mesh of 8 devices."""
 
     def build(name: str) -> tuple[abstract.Abstract, Config]:
         config, arch = preset(name)
@@ -91,7 +91,7 @@ def test_a_presets_state_is_as_large_as_said_and_split(name: str, build: Any) ->
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_presets_step_compiles_at_full_size(name: str, build: Any) -> None:
     found, config = build(name)
-    compiled = found.step.compile()
+    compiled = found.lower().compile()
     memory = compiled.memory_analysis()
     inputs = abstract.bytes_per_device((found.state, found.frozen))
     batch = 4 * config.train.batch_size * (config.canvas.prompt_len + config.canvas.response_len + 5)

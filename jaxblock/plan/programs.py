@@ -51,7 +51,7 @@ def train_step(config: Config, arch: Architecture, mesh: Mesh) -> Program:
     found = abstract.build(config, arch, mesh)
     arguments = _arguments(found, config, mesh)
     inside = _inside(config, arch, found, mesh.devices.flat[0].platform)
-    return _compiled(found.step, {**arguments, **inside}, sum(arguments.values()), mesh)
+    return _compiled(found.lower(), {**arguments, **inside}, sum(arguments.values()), mesh)
 
 
 def _arguments(found: Abstract, config: Config, mesh: Mesh) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -28,16 +29,16 @@ class Abstract(NamedTuple):
     Attributes:
         state: what is trained and the optimizer's part, as shapes with shardings.
         frozen: the base beneath adapters, likewise; {} without.
-        step: the train step, lowered; ``step.compile()`` does the rest.
+        lower: traces the train step (seconds, for a large one); ``lower().compile()`` is the program.
     """
 
     state: Any
     frozen: Any
-    step: jax.stages.Lowered
+    lower: Callable[[], jax.stages.Lowered]
 
 
 def build(config: Config, arch: Architecture, mesh: Mesh) -> Abstract:
-    """Lowers the train step that a config would run on an architecture.
+    """The train step that a config would run on an architecture, and its state.
 
     Args:
         config: resolved and valid.
@@ -54,10 +55,13 @@ def build(config: Config, arch: Architecture, mesh: Mesh) -> Abstract:
     objective = setup.objective(config, net, (arch.eos_id,))
     frozen_table: Table | None = net.table if lora else None
     how: Any = {"accumulate": config.train.accumulate, "ema": config.optimizer.ema}
-    with jax.set_mesh(mesh):
-        compiled = compile_step(objective, optimizer, state, mesh, net.trainable, frozen_table, **how)
-        lowered = compiled.lower(state, batch(config), frozen)  # type: ignore[attr-defined]
-    return Abstract(state, frozen, lowered)
+
+    def lower() -> jax.stages.Lowered:
+        with jax.set_mesh(mesh):
+            jitted = compile_step(objective, optimizer, state, mesh, net.trainable, frozen_table, **how)
+            return jitted.lower(state, batch(config), frozen)  # type: ignore[attr-defined]
+
+    return Abstract(state, frozen, lower)
 
 
 def shapes(config: Config, net: Transformer, optimizer: optax.GradientTransformation, mesh: Mesh) -> tuple[Any, Any]:

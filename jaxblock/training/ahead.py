@@ -108,13 +108,14 @@ def trier(arch: Architecture, devices: Sequence[jax.Device], limit: float, say: 
         try:
             mesh = axes.make_mesh(train.data_parallel, train.fsdp, train.tensor, slices=train.slices, devices=devices)
             found = abstract.build(config, arch, mesh)
+            least = float(abstract.bytes_per_device((found.state, found.frozen)))
+            if least > limit:
+                return Trial(least, fits=False, compiled=False)
+            lowered = found.lower()
         except (UserError, ValueError):
             return Trial(float("inf"), fits=False, compiled=False)  # does not split: no way out
-        least = float(abstract.bytes_per_device((found.state, found.frozen)))
-        if least > limit:
-            return Trial(least, fits=False, compiled=False)
         say(f"compiling a change: remat {config.model.remat}, {_rows(config)}")
-        built = memory.build(found.step, least)
+        built = memory.build(lowered, least)
         needed = built.memory.total
         return Trial(needed, built.program is not None and needed <= limit, compiled=True)
 

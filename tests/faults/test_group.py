@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -30,8 +29,7 @@ def _train(config: Path, run: Path) -> str:
     command += ["tests.faults.poisoned_run", str(POISONED), "train", "--config", str(config), "--train.out", str(run)]
     command += ["--train.fsdp", "2", "--train.steps", "12", "--train.save_every", "6", "--train.keep", "3"]
     command += ["--train.eval_every", "0", "--train.eval_problems", "0", "--train.eval_nelbo_rows", "0"]
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     return done.stderr
 

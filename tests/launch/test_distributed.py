@@ -85,9 +85,8 @@ LOCAL_POD = Path(__file__).resolve().parents[2] / "launch" / "local_pod.sh"
 
 
 def pod(*arguments: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    inherited = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     return subprocess.run(
-        [LOCAL_POD, *arguments], env=inherited | variables, capture_output=True, text=True, timeout=180
+        [LOCAL_POD, *arguments], env=os.environ | variables, capture_output=True, text=True, timeout=180
     )
 
 

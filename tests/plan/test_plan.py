@@ -118,7 +118,7 @@ def test_what_a_compiler_says_of_memory() -> None:
 
 def test_training_that_cannot_fit_is_refused_with_what_helps() -> None:
     mesh = axes.make_mesh(8)
-    step = abstract.build(SMALL, ARCH, mesh).step
+    step = abstract.build(SMALL, ARCH, mesh).lower()
     built = memory.build(step, 0.0)
     assert built.program is not None
     ahead.check(built, None, SMALL, ARCH, mesh, print)  # nothing to compare with

@@ -55,7 +55,7 @@ def program() -> Callable[..., jax.stages.Compiled]:
             lora=LoraConfig(rank),
             train=TrainConfig(batch_size=ROWS),
         )
-        return abstract.build(config, ARCH, axes.make_mesh(*mesh)).step.compile()
+        return abstract.build(config, ARCH, axes.make_mesh(*mesh)).lower().compile()
 
     return compiled
 

@@ -1,0 +1,52 @@
+"""`python -m tests.faults.harmed_run FAULT DISK UNTIL ...`: jaxblock's command line, whose disk fails it for a while.
+
+From just before the save of step 40, with that of step 20 whole, to the save of step UNTIL (0: to the end, and after).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from jaxblock.cli import main
+from jaxblock.training.checkpoint import Checkpoints
+
+
+def harm(fault: str, disk: Path) -> None:
+    """Fills a disk, or makes its checkpoints read-only."""
+    if fault == "full":
+        with open(disk / "filler", "wb", buffering=0) as file, contextlib.suppress(OSError):
+            while file.write(bytes(4096)):
+                pass
+    else:
+        checkpoints = disk / "run" / "checkpoints"
+        subprocess.run(["mount", "--bind", checkpoints, checkpoints], check=True)
+        subprocess.run(["mount", "-o", "remount,bind,ro", checkpoints], check=True)
+
+
+def mend(fault: str, disk: Path) -> None:
+    """Takes the harm back."""
+    if fault == "full":
+        (disk / "filler").unlink()
+    else:
+        subprocess.run(["mount", "-o", "remount,bind,rw", disk / "run" / "checkpoints"], check=True)
+
+
+if __name__ == "__main__":
+    fault, disk, until = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+    save = Checkpoints.save
+
+    def harmed(checkpoints: Checkpoints, state: Any, step: int, *rest: Any) -> None:
+        if step == 40:
+            checkpoints.wait()
+            print(f"harmed with {checkpoints.steps()}", file=sys.stderr, flush=True)
+            harm(fault, disk)
+        elif step == until:
+            mend(fault, disk)
+        save(checkpoints, state, step, *rest)
+
+    Checkpoints.save = harmed  # type: ignore[method-assign]
+    sys.exit(main(sys.argv[4:]))
