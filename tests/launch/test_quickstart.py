@@ -137,15 +137,8 @@ def test_a_failing_phase_ends_it_with_its_exit_code(checkout: Checkout) -> None:
 def test_installation_happens_again_only_when_its_inputs_change(checkout: Checkout) -> None:
     assert checkout.start("test.sh", "-k", "two words").returncode == 0
     pip, pytest_call = checkout.calls()
-    assert pip[-1] == f"{checkout.root}[dev]" and pytest_call == [
-        "pytest",
-        "-m",
-        "not slow",
-        "-n",
-        "2",
-        "-k",
-        "two words",
-    ]
+    assert pip[-1] == f"{checkout.root}[dev]"
+    assert pytest_call == ["pytest", "-m", "not slow", "-n", "2", "--dist", "loadfile", "-k", "two words"]
     assert checkout.start("test.sh").returncode == checkout.start("quickstart.sh").returncode == 0
     assert not any(call[0] == "pip" for call in checkout.calls())
     with open(checkout.root / "requirements.txt", "a") as file:
