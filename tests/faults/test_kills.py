@@ -173,7 +173,8 @@ def _pair(*flags: str) -> list[subprocess.Popen[bytes]]:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     group = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAXBLOCK_HEARTBEAT_TIMEOUT": "10"}
-    return [_train(*flags, **group, XLA_FLAGS="", JAX_PROCESS_ID=str(index)) for index in range(2)]
+    one_device = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1"  # the last one counts
+    return [_train(*flags, **group, XLA_FLAGS=one_device, JAX_PROCESS_ID=str(index)) for index in range(2)]
 
 
 @pytest.mark.slow
