@@ -108,6 +108,7 @@ class Store(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or each answer waits 40 ms for the other side's delayed acknowledgement
     server: Store
 
     def log_message(self, format: str, *args: Any) -> None:
