@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import stats  # type: ignore[import-untyped,unused-ignore]
 
 from jaxblock import storage
 from jaxblock.errors import UserError
@@ -109,8 +108,14 @@ def wilson(correct: int, n: int, confidence: float = 0.95) -> Proportion:
         raise ValueError(f"{correct} correct of {n}")
     if n == 0:
         return Proportion(0, 0, 0.0, 1.0)
-    interval = stats.binomtest(correct, n).proportion_ci(confidence, method="wilson")
+    interval = _binomial_test(correct, n).proportion_ci(confidence, method="wilson")
     return Proportion(correct, n, float(interval.low), float(interval.high))
+
+
+def _binomial_test(successes: int, trials: int) -> Any:
+    from scipy import stats  # type: ignore[import-untyped,unused-ignore]  # a second and a half: training starts without
+
+    return stats.binomtest(successes, trials)
 
 
 def mean_se(values: Numbers) -> Estimate:
@@ -167,7 +172,7 @@ def mcnemar_p(only_a: int, only_b: int) -> float:
         The p-value; 1 without discordant pairs.
     """
     discordant = only_a + only_b
-    return float(stats.binomtest(only_a, discordant, 0.5).pvalue) if discordant else 1.0
+    return float(_binomial_test(only_a, discordant).pvalue) if discordant else 1.0
 
 
 def compare(path_a: storage.PathLike, path_b: storage.PathLike) -> McNemar:

@@ -12,8 +12,6 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from jaxblock.models import splash
-
 Backend = Literal["xla", "splash", "cudnn", "reference"]
 
 
@@ -52,6 +50,8 @@ def attend(
     # The kernels multiply in 16 bits whatever they are given: float32 means float32.
     fused = backend != "xla" and q.dtype.itemsize == 2 and not causal
     if fused and backend == "splash":
+        from jaxblock.models import splash  # half a second, for TPUs alone
+
         return splash.attend(q, k, v, length)
     return _dot_product(q, k, v, length, causal, "cudnn" if fused else "xla")
 

@@ -25,7 +25,6 @@ from jaxblock.errors import UserError
 from jaxblock.evaluation.runner import Bound, Evaluator, Solved
 from jaxblock.models.transformer import Transformer
 from jaxblock.parallel import distributed
-from jaxblock.reporting import plots
 from jaxblock.reporting.progress import TrainProgress
 from jaxblock.training import abstract, ahead, goodput, retention, schedules, skipping, throughput
 from jaxblock.training.ahead import Ahead
@@ -357,5 +356,7 @@ class _Loop:
             self.log.write(told)
             self.log.close()
             self._say(goodput.said(told))
+            from jaxblock.reporting import plots  # the better part of a second, which a start need not wait for
+
             plots.plot_run(self.log.path, self.run_folder / "plots")
         return Outcome(step, interrupted, last=self.evaluated, code=code if interrupted else 0)
