@@ -4,8 +4,8 @@
 
 Process 0 writes a line of JSON to LINES for the state that the run begins with and for each step: ``step``, ``state``
 (SHA-256 of parameters, optimizer state and average), and of the step before it ``drawn`` (of ids, lengths, draws and
-noise of the global batch) and ``loss``; at the end the ``wall`` seconds of training. After STOP (0: never) the last
-process sends itself SIGTERM.
+noise of the global batch) and ``loss``; at the end the ``wall`` seconds of training until its last row of goodput. After
+STOP (0: never) the last process sends itself SIGTERM.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from jaxblock import verbs
 from jaxblock.cli import main
 from jaxblock.parallel import axes
 from jaxblock.training import loop
+from jaxblock.training.goodput import Goodput
 from jaxblock.training.setup import Session
 
 
@@ -47,7 +48,8 @@ def draws(session: Session) -> Callable[[Any, int], str]:
 
 def record(file: Path, stop: int) -> None:
     """Puts the recorder into the loop of this process."""
-    original, training = loop._Loop._step, verbs.run_training
+    original, training, goodput_row = loop._Loop._step, verbs.run_training, Goodput.row
+    told = [0.0]
 
     def note(**row: Any) -> None:
         if jax.process_index() == 0:
@@ -80,10 +82,15 @@ def record(file: Path, stop: int) -> None:
     def timed(*arguments: Any) -> Any:
         begin = time.perf_counter()
         outcome = training(*arguments)
-        note(wall=time.perf_counter() - begin)
+        note(wall=told[-1] - begin)
         return outcome
 
-    loop._Loop._step, verbs.run_training = step_of, timed
+    def noted(self: Goodput, step: int) -> dict[str, Any]:
+        row = goodput_row(self, step)
+        told.append(time.perf_counter())
+        return row
+
+    loop._Loop._step, verbs.run_training, Goodput.row = step_of, timed, noted  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":
