@@ -144,7 +144,7 @@ def train() -> Callable[[Case], Result]:
                 # As users compile. With the tests' older emitters the third step's sums round to another bfloat16 number for
                 # one token (45 bars in four columns of its embedding's first moment, 1 to 4 bars elsewhere; no weight does,
                 # and steps 1 and 2 are within 0.3 bars). Rounding is all it is: the same rows in two parts on one device, a
-                # program fused in other places, are 500 to 1,700 bars apart with either emitters.
+                # program fused in other places, are 450 to 1,700 bars apart with either emitters.
                 lowered: Any = step_fn
                 step_fn = lowered.lower(state, batch, base).compile({EMITTERS: True})
             losses, norms = [], []
