@@ -26,7 +26,7 @@ CHIPS, ROWS, VOCAB = 8, 64, 126464
 
 @pytest.fixture(scope="module", autouse=True)
 def with_little_effort() -> Iterator[None]:
-    """A quarter of libtpu's time; memory, operations and what is sent were the same to 0.1% with all of it."""
+    """A third of libtpu's time. Operations, arguments and what is sent are those of full effort (docs/plan.md)."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_EXEC_TIME_OPTIMIZATION_EFFORT", "-1.0")
         yield
