@@ -10,8 +10,8 @@ from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-# Seen once in thousands of steps, on a busy machine: eight devices waited for each other until XLA gave up, after 40 s, and
-# ended the process. They have no threads in common now, and longer.
+# Seen once, on a busy machine: eight devices waited for each other until XLA gave up, after 40 s, and ended the process. What
+# held them was not found; they share no pool of threads for their arithmetic now, and have longer.
 os.environ["XLA_FLAGS"] += " --xla_cpu_multi_thread_eigen=false --xla_cpu_collective_call_terminate_timeout_seconds=300"
 if version("jaxlib").startswith("0.10."):  # later ones have no other emitters, and end at a flag that they do not know
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"  # the older emitters compile twice as fast
