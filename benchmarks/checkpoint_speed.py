@@ -21,9 +21,9 @@ from rich.console import Console
 
 from benchmarks.host_time import settings
 from jaxblock.data.loader import batches
-from jaxblock.data.prepare import prepare
+from jaxblock.data.store.prepare import prepare
 from jaxblock.parallel.host_memory import keep_freed_memory
-from jaxblock.training.setup import Session, meta, set_up
+from jaxblock.training.start import Session, meta, set_up
 from jaxblock.training.step import compile_step
 
 

@@ -17,11 +17,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxblock import wiring
-from jaxblock.config import ModelConfig
+from jaxblock import build as wiring
 from jaxblock.diffusion import canvas as canvases
-from jaxblock.diffusion import decoder
-from jaxblock.models import params as parameters
+from jaxblock.diffusion.decoding import decoder
+from jaxblock.models import spec as parameters
+from jaxblock.models.config import ModelConfig
 from jaxblock.parallel.host_memory import keep_freed_memory
 from jaxblock.types import Layout
 

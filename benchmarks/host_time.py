@@ -19,12 +19,17 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
-from jaxblock.config import CanvasConfig, Config, DataConfig, MethodConfig, ModelConfig, OptimizerConfig, TrainConfig
+from jaxblock.config.config import Config
+from jaxblock.data.config import DataConfig
 from jaxblock.data.loader import batches
-from jaxblock.data.prepare import prepare
+from jaxblock.data.store.prepare import prepare
+from jaxblock.diffusion.config import CanvasConfig, MethodConfig
+from jaxblock.models.config import ModelConfig
 from jaxblock.parallel.host_memory import keep_freed_memory
-from jaxblock.training.metrics import summarise
-from jaxblock.training.setup import set_up
+from jaxblock.training.config import TrainConfig
+from jaxblock.training.observe.metrics import summarise
+from jaxblock.training.optim.config import OptimizerConfig
+from jaxblock.training.start import set_up
 from jaxblock.training.step import compile_step
 
 

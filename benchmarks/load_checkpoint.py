@@ -29,9 +29,10 @@ import numpy as np
 from jaxblock.huggingface import fill, writer
 from jaxblock.huggingface.load import architecture, load
 from jaxblock.huggingface.save import save
-from jaxblock.models import families
-from jaxblock.models.params import Architecture, ParamSpec, Table
-from jaxblock.parallel.axes import make_mesh, param_shardings
+from jaxblock.models.architecture import Architecture
+from jaxblock.models.families import registry as families
+from jaxblock.models.spec import ParamSpec, Table
+from jaxblock.parallel.mesh import make_mesh, param_shardings
 
 GB = 1e9
 

@@ -37,10 +37,10 @@ def worker(config_file: str, out: str, *, one: bool = False) -> None:
     import numpy as np
     from rich.console import Console
 
-    from jaxblock import config_io
+    from jaxblock.config import files as config_io
     from jaxblock.data.loader import batches
-    from jaxblock.parallel import axes
-    from jaxblock.training.setup import set_up
+    from jaxblock.parallel import mesh as axes
+    from jaxblock.training.start import set_up
     from jaxblock.training.step import compile_step
 
     config = config_io.load(config_file)

@@ -32,8 +32,8 @@ import numpy as np
 
 import jaxblock
 from benchmarks import gguf_checkpoint
-from jaxblock.api import Model
-from jaxblock.data.prepared import open_prepared
+from jaxblock.data.store.open import open_prepared
+from jaxblock.model import Model
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "smollm2_lora.yaml"

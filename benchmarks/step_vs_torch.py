@@ -24,16 +24,18 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from jaxblock import wiring
-from jaxblock.config import CanvasConfig, MethodConfig, ModelConfig, OptimizerConfig
+from jaxblock import build as wiring
 from jaxblock.data.loader import Batch
+from jaxblock.diffusion.config import CanvasConfig, MethodConfig
 from jaxblock.diffusion.corruption import corrupt
-from jaxblock.models import params as parameters
+from jaxblock.models import spec as parameters
+from jaxblock.models.config import ModelConfig
 from jaxblock.models.transformer import Transformer
-from jaxblock.parallel import axes
+from jaxblock.parallel import mesh as axes
 from jaxblock.parallel.host_memory import keep_freed_memory
-from jaxblock.training import optimizer as optimizers
 from jaxblock.training import state as states
+from jaxblock.training.optim import make as optimizers
+from jaxblock.training.optim.config import OptimizerConfig
 from jaxblock.training.step import Objective, compile_step
 
 NAMES = {

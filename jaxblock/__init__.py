@@ -8,9 +8,9 @@ __version__ = "0.1.0"
 __all__ = ["Model", "UserError", "__version__", "load"]
 
 if TYPE_CHECKING:
-    from jaxblock.api import Model
     from jaxblock.errors import UserError
     from jaxblock.loading import load
+    from jaxblock.model import Model
 
 
 def __getattr__(name: str) -> Any:
@@ -20,7 +20,7 @@ def __getattr__(name: str) -> Any:
 
         return load
     if name == "Model":
-        from jaxblock.api import Model
+        from jaxblock.model import Model
 
         return Model
     if name == "UserError":

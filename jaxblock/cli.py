@@ -13,21 +13,17 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from jaxblock import config_io
-from jaxblock.config import (
-    CanvasConfig,
-    Config,
-    DataConfig,
-    DecodeConfig,
-    EvaluateConfig,
-    LoraConfig,
-    MethodConfig,
-    ModelConfig,
-    OptimizerConfig,
-    TrainConfig,
-)
+from jaxblock.config import files as config_io
+from jaxblock.config.config import Config
+from jaxblock.data.config import DataConfig
+from jaxblock.diffusion.config import CanvasConfig, MethodConfig
+from jaxblock.diffusion.decoding.config import DecodeConfig
 from jaxblock.errors import UserError
+from jaxblock.evaluation.config import EvaluateConfig
+from jaxblock.models.config import LoraConfig, ModelConfig
 from jaxblock.parallel import host_memory
+from jaxblock.training.config import TrainConfig
+from jaxblock.training.optim.config import OptimizerConfig
 
 LOST = 134
 """Exit code where another process of the group was lost; the abort of JAX's own runtime gives the same."""
@@ -209,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     code = _guarded(given, traces)
     if code in (1, 2, LOST) and "jax" in sys.modules:
-        from jaxblock.parallel import distributed
+        from jaxblock.parallel import processes as distributed
 
         distributed.leave(code, 0.0 if code == LOST else 15.0)
     return code
@@ -259,7 +255,7 @@ def _guarded(given: list[str], traces: bool) -> int:
 
 
 def _partner_lost(error: Exception) -> bool:
-    from jaxblock.parallel import distributed
+    from jaxblock.parallel import processes as distributed
 
     return distributed.partner_lost(error)
 
@@ -330,7 +326,7 @@ def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
 
 
 def _config_of(checkpoint: str) -> str | None:
-    from jaxblock import storage
+    from jaxblock.io import storage
 
     path = storage.as_path(checkpoint) / "config.yaml"
     return str(path) if path.exists() else None

@@ -5,20 +5,23 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from jaxblock import hub, storage, wiring
-from jaxblock.api import Model
-from jaxblock.config import CanvasConfig
-from jaxblock.data import tokenizers
-from jaxblock.data.prepared import encoder_of
-from jaxblock.data.special import TURN_ENDS
-from jaxblock.data.tokenizers import Tokenizer
+from jaxblock import build as wiring
+from jaxblock.data.store.open import encoder_of
+from jaxblock.data.tokens import tokenizers
+from jaxblock.data.tokens.special import TURN_ENDS
+from jaxblock.data.tokens.tokenizers import Tokenizer
+from jaxblock.diffusion.config import CanvasConfig
 from jaxblock.errors import UserError
 from jaxblock.huggingface import load as huggingface_load
 from jaxblock.huggingface import peft
-from jaxblock.models import families, lora
-from jaxblock.models.params import Architecture
+from jaxblock.io import hub, storage
+from jaxblock.model import Model
+from jaxblock.models.architecture import Architecture
+from jaxblock.models.families import registry as families
+from jaxblock.models.linear import lora
 from jaxblock.models.transformer import Transformer
-from jaxblock.training import run_folder, weights
+from jaxblock.training import weights
+from jaxblock.training.checkpoints import run_folder
 from jaxblock.types import Alignment
 
 

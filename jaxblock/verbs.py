@@ -13,21 +13,27 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from jaxblock import api, loading, storage, wiring
-from jaxblock.config import Config
-from jaxblock.data import prepare as preparing
-from jaxblock.data import recipes
+from jaxblock import build as wiring
+from jaxblock import loading
+from jaxblock import model as api
+from jaxblock.config.config import Config
 from jaxblock.data.loader import pad_rows
-from jaxblock.data.prepared import Prepared, open_prepared
-from jaxblock.data.records import Record
+from jaxblock.data.store import prepare as preparing
+from jaxblock.data.store.open import Prepared, open_prepared
+from jaxblock.data.store.records import Record
+from jaxblock.data.text import recipes
 from jaxblock.errors import UserError
 from jaxblock.evaluation import problems, runner, statistics
-from jaxblock.plan import command as planning
-from jaxblock.plan import report as plan_report
-from jaxblock.reporting import inspect_html, inspect_terminal
-from jaxblock.reporting.inspect import Examined, draw_steps, examine
+from jaxblock.fit import process as planning
+from jaxblock.fit import report as plan_report
+from jaxblock.io import storage
+from jaxblock.reporting import html as inspect_html
+from jaxblock.reporting import terminal as inspect_terminal
+from jaxblock.reporting.examine import Examined, draw_steps, examine
 from jaxblock.reporting.watch import Watch
-from jaxblock.training import run_folder, setup, weights
+from jaxblock.training import start as setup
+from jaxblock.training import weights
+from jaxblock.training.checkpoints import run_folder
 from jaxblock.training.loop import train as run_training
 
 if TYPE_CHECKING:

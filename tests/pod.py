@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 import jaxblock
-from jaxblock.reporting import metrics
+from jaxblock.training.observe import history as metrics
 
 ROOT = Path(__file__).parents[1]
 STEPS = 40

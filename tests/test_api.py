@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 import jaxblock
-from jaxblock import api, loading
-from jaxblock.config import DecodeConfig
+from jaxblock import loading
+from jaxblock import model as api
+from jaxblock.diffusion.decoding.config import DecodeConfig
 from jaxblock.errors import UserError
 
 

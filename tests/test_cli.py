@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from jaxblock import cli, storage
+from jaxblock import cli
 from jaxblock.cli import main
 from jaxblock.errors import UserError
+from jaxblock.io import storage
 
 ROOT = Path(__file__).parents[1]
 
@@ -247,7 +248,7 @@ def test_a_full_disk_leaves_nothing_that_looks_whole(
             if verb in places:
                 patch.setattr(*places[verb], _full)
             elif verb == "prepare":
-                from jaxblock.data import records
+                from jaxblock.data.store import records
 
                 patch.setattr(records, "write", _full)
             else:

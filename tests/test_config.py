@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from jaxblock import config as sections
-from jaxblock import config_io
-from jaxblock.config import Config, DecodeConfig
+from jaxblock.config import files as config_io
+from jaxblock.config.config import Config
+from jaxblock.diffusion.decoding.config import DecodeConfig
 from jaxblock.errors import UserError
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from jaxblock import config_io
 from jaxblock.cli import main
-from jaxblock.config import Config
+from jaxblock.config import files as config_io
+from jaxblock.config.config import Config
 
 EVERY = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 CONFIGS = [path for path in EVERY if (config_io.load(str(path)).model.init_from or "runs/").startswith("runs/")]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxblock.config import Config
+from jaxblock.config.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

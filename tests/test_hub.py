@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from huggingface_hub import errors
 
-from jaxblock import hub
-from jaxblock.data import tokenizers
+from jaxblock.data.tokens import tokenizers
 from jaxblock.errors import UserError
+from jaxblock.io import hub
 
 
 class Download:

@@ -10,12 +10,12 @@ from typing import Any
 import jax
 import pytest
 
-from jaxblock import config_io
-from jaxblock.config import Config
-from jaxblock.models import families
-from jaxblock.models.params import Architecture
-from jaxblock.parallel import axes
-from jaxblock.training import abstract
+from jaxblock.config import files as config_io
+from jaxblock.config.config import Config
+from jaxblock.fit import shapes as abstract
+from jaxblock.models.architecture import Architecture
+from jaxblock.models.families import registry as families
+from jaxblock.parallel import mesh as axes
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 GB = 1e9

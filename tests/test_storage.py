@@ -8,8 +8,8 @@ import pathlib
 
 import pytest
 
-from jaxblock import storage
 from jaxblock.errors import UserError
+from jaxblock.io import storage
 
 
 def _names(folder: pathlib.Path) -> list[str]:

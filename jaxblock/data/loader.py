@@ -15,8 +15,8 @@ import grain
 import numpy as np
 from absl import flags
 
-from jaxblock.config import CanvasConfig
-from jaxblock.data.records import Record
+from jaxblock.data.store.records import Record
+from jaxblock.diffusion.config import CanvasConfig
 from jaxblock.errors import UserError
 
 Kind = Literal["per_sequence", "pairs"]

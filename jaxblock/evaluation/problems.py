@@ -10,8 +10,8 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from jaxblock import storage
 from jaxblock.errors import UserError
+from jaxblock.io import storage
 
 
 class Problem(NamedTuple):

@@ -13,17 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from jaxblock import wiring
-from jaxblock.config import CanvasConfig, DecodeConfig
-from jaxblock.data.encoding import Encoder
+from jaxblock import build as wiring
 from jaxblock.data.loader import pad_rows
-from jaxblock.data.records import Record
+from jaxblock.data.store.records import Record
+from jaxblock.data.tokens.encoding import Encoder
 from jaxblock.diffusion import canvas as canvases
-from jaxblock.diffusion import decoder, likelihood
+from jaxblock.diffusion import likelihood
+from jaxblock.diffusion.config import CanvasConfig
+from jaxblock.diffusion.decoding import decoder
+from jaxblock.diffusion.decoding.config import DecodeConfig
 from jaxblock.evaluation.graders import grader
 from jaxblock.evaluation.statistics import Estimate, Proportion, mean_se, ratio_se, wilson
 from jaxblock.models.transformer import Transformer
-from jaxblock.parallel import axes
+from jaxblock.parallel import mesh as axes
 from jaxblock.types import Decoding, Layout, Params
 
 

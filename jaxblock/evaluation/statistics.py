@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxblock import storage
 from jaxblock.errors import UserError
 from jaxblock.evaluation import problems
+from jaxblock.io import storage
 
 Numbers = Sequence[int | float] | np.ndarray
 

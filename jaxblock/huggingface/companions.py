@@ -7,9 +7,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from jaxblock import storage
 from jaxblock.errors import UserError
-from jaxblock.models.params import Architecture
+from jaxblock.io import storage
+from jaxblock.models.architecture import Architecture
 
 GENERATION = "generation_config.json"
 

@@ -15,8 +15,8 @@ from jax.typing import DTypeLike
 
 from jaxblock.huggingface import shards
 from jaxblock.huggingface.shards import Stored
-from jaxblock.models import int8
-from jaxblock.models.params import ParamSpec
+from jaxblock.models.linear import int8
+from jaxblock.models.spec import ParamSpec
 
 Bounds = tuple[tuple[int, int], ...]
 

@@ -12,14 +12,15 @@ from jax import Array
 from jax.sharding import SingleDeviceSharding
 from jax.typing import DTypeLike
 
-from jaxblock import storage
 from jaxblock.errors import UserError
 from jaxblock.huggingface import fill, shards
 from jaxblock.huggingface.fill import stored_shape, tensor_names
 from jaxblock.huggingface.shards import Contents
-from jaxblock.models import families
-from jaxblock.models import int8 as quantisation
-from jaxblock.models.params import Architecture, ParamSpec, Table, flatten, nest
+from jaxblock.io import storage
+from jaxblock.models.architecture import Architecture
+from jaxblock.models.families import registry as families
+from jaxblock.models.linear import int8 as quantisation
+from jaxblock.models.spec import ParamSpec, Table, flatten, nest
 from jaxblock.types import Params
 
 

@@ -12,17 +12,18 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 from jax.typing import DTypeLike
 
-from jaxblock import storage
 from jaxblock.errors import UserError
 from jaxblock.huggingface import companions as beside
 from jaxblock.huggingface import fill, shards, writer
 from jaxblock.huggingface.load import listed, same_tree
 from jaxblock.huggingface.shards import Contents
-from jaxblock.models import families
-from jaxblock.models import lora as adaptation
-from jaxblock.models.hf_config import ALIGNMENT
-from jaxblock.models.lora import Lora
-from jaxblock.models.params import Architecture, Table, flatten, nest
+from jaxblock.io import storage
+from jaxblock.models.architecture import Architecture
+from jaxblock.models.families import registry as families
+from jaxblock.models.families.config_json import ALIGNMENT
+from jaxblock.models.linear import lora as adaptation
+from jaxblock.models.linear.lora import Lora
+from jaxblock.models.spec import Table, flatten, nest
 from jaxblock.types import Params
 
 CONFIG = "adapter_config.json"

@@ -13,14 +13,15 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Int
 
-from jaxblock import storage
 from jaxblock.errors import UserError
 from jaxblock.huggingface import companions, shards, writer
 from jaxblock.huggingface.load import load, same_tree
 from jaxblock.huggingface.writer import pending_tensors
-from jaxblock.models import families
-from jaxblock.models.lora import KEY
-from jaxblock.models.params import Architecture, flatten
+from jaxblock.io import storage
+from jaxblock.models.architecture import Architecture
+from jaxblock.models.families import registry as families
+from jaxblock.models.linear.lora import KEY
+from jaxblock.models.spec import flatten
 from jaxblock.models.transformer import Transformer
 from jaxblock.types import Params
 
@@ -90,7 +91,7 @@ def _check_whole(folder: storage.PathLike, params: Params) -> None:
     if KEY in params:
         raise UserError(
             f"cannot export to {folder}: these parameters hold LoRA adapters beside their base: merge them first "
-            "(jaxblock.models.lora.merge), or export the adapters alone (jaxblock.huggingface.peft.save_adapter)"
+            "(jaxblock.models.linear.lora.merge), or export the adapters alone (jaxblock.huggingface.peft.save_adapter)"
         )
     rounded = [path for path, leaf in flatten(params).items() if leaf.dtype == jnp.int8]
     if rounded:

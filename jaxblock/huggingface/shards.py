@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from jaxblock import storage
 from jaxblock.errors import UserError
+from jaxblock.io import storage
 
 INDEX = "model.safetensors.index.json"
 

@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from jaxblock.errors import UserError
 from jaxblock.huggingface.fill import stored_shape, tensor_names, transposed
 from jaxblock.huggingface.shards import DTYPES
-from jaxblock.models.params import ParamSpec, Table
+from jaxblock.models.spec import ParamSpec, Table
 
 _SLICE_BYTES = 1 << 25
 

@@ -19,13 +19,15 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
-from jaxblock.models import families, int8, lora
-from jaxblock.models.attention import Backend, attend
-from jaxblock.models.dense import LowRank, Split, Weight, dense, product, ready, widely
+from jaxblock.models.architecture import Architecture, RopeScaling
+from jaxblock.models.attention.backends import Backend, attend
 from jaxblock.models.embedding import look_up
-from jaxblock.models.lora import Lora
-from jaxblock.models.params import Architecture, ParamSpec, RopeScaling, Table
-from jaxblock.parallel.axes import constrain
+from jaxblock.models.families import registry as families
+from jaxblock.models.linear import int8, lora
+from jaxblock.models.linear.dense import LowRank, Split, Weight, dense, product, ready, widely
+from jaxblock.models.linear.lora import Lora
+from jaxblock.models.spec import ParamSpec, Table
+from jaxblock.parallel.mesh import constrain
 from jaxblock.types import Params, View
 
 Remat = Literal["none", "dots", "full", "offload"]

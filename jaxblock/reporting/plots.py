@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
-from jaxblock import storage
-from jaxblock.reporting import metrics
-from jaxblock.reporting.metrics import Metrics
+from jaxblock.io import storage
+from jaxblock.training.observe import history as metrics
+from jaxblock.training.observe.history import Metrics
 
 COLOURS = ("#2f6db3", "#d9692b", "#3b9a5d", "#8a5fb0", "#b8476b", "#7a7a7a")
 _WIDE = 30

@@ -18,26 +18,31 @@ import optax
 from jax.sharding import Mesh
 from rich.console import Console
 
-from jaxblock import config_io, storage
-from jaxblock.config import Config
+from jaxblock.config import files as config_io
+from jaxblock.config.config import Config
 from jaxblock.data.loader import Batch, batches
 from jaxblock.errors import UserError
 from jaxblock.evaluation.runner import Bound, Evaluator, Solved
+from jaxblock.fit import compile as ahead
+from jaxblock.fit import shapes as abstract
+from jaxblock.fit.compile import Ahead
+from jaxblock.io import storage
 from jaxblock.models.transformer import Transformer
-from jaxblock.parallel import distributed
-from jaxblock.reporting.progress import TrainProgress
-from jaxblock.training import abstract, ahead, goodput, retention, schedules, skipping, throughput
-from jaxblock.training.ahead import Ahead
-from jaxblock.training.goodput import Goodput
-from jaxblock.training.interrupt import Interrupt, shielded
-from jaxblock.training.metrics import FILE, WAITING, summarise
-from jaxblock.training.profiler import Profiler
-from jaxblock.training.setup import Session, meta, set_up
-from jaxblock.training.skipping import Skips
+from jaxblock.parallel import processes as distributed
+from jaxblock.training.checkpoints import retention
+from jaxblock.training.guard.interrupt import Interrupt, shielded
+from jaxblock.training.guard.steps import Skips
+from jaxblock.training.guard.watchdog import Watchdog
+from jaxblock.training.observe import goodput, throughput
+from jaxblock.training.observe.goodput import Goodput
+from jaxblock.training.observe.metrics import FILE, WAITING, summarise
+from jaxblock.training.observe.profiler import Profiler
+from jaxblock.training.observe.progress import TrainProgress
+from jaxblock.training.observe.throughput import Work
+from jaxblock.training.observe.trackers import Trackers
+from jaxblock.training.optim import gating, schedules
+from jaxblock.training.start import Session, meta, set_up
 from jaxblock.training.step import Objective, StepMetrics, compile_step, train_step
-from jaxblock.training.throughput import Work
-from jaxblock.training.trackers import Trackers
-from jaxblock.training.watchdog import Watchdog
 
 INTERRUPTED, PREEMPTED = 130, 143
 """Exit codes of a run that was told to stop and has saved: by its user (SIGINT), by a machine that goes away (SIGTERM)."""
@@ -149,7 +154,7 @@ class _Loop:
 
     def __init__(self, session: Session, console: Console, clock: Goodput, watchdog: Watchdog) -> None:
         self.session, self.config, self.console, self.clock = session, session.config, console, clock
-        before = session.step - skipping.updates(session.state.opt_state)  # skipped by earlier processes
+        before = session.step - gating.updates(session.state.opt_state)  # skipped by earlier processes
         self.watchdog, self.skips = watchdog, Skips(session.config.train.max_skipped, before)
         self.run_folder = storage.as_path(self.config.train.out)
         self.lr = schedules.values(self.config.optimizer, self.config.train.steps)

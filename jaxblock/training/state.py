@@ -10,8 +10,8 @@ import optax
 from jax import Array
 from jax.sharding import Mesh
 
-from jaxblock.models.params import Table
-from jaxblock.parallel import axes
+from jaxblock.models.spec import Table
+from jaxblock.parallel import mesh as axes
 from jaxblock.types import Params
 
 

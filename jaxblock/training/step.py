@@ -17,11 +17,11 @@ from jaxblock.diffusion import sampling
 from jaxblock.diffusion.corruption import Ablation
 from jaxblock.diffusion.objective import Losses, losses
 from jaxblock.diffusion.sampling import Sampling
-from jaxblock.models import lora
-from jaxblock.models.params import Table
-from jaxblock.parallel import axes
-from jaxblock.training.precision import global_norm
-from jaxblock.training.skipping import gated, select
+from jaxblock.models.linear import lora
+from jaxblock.models.spec import Table
+from jaxblock.parallel import mesh as axes
+from jaxblock.training.optim.gating import gated, select
+from jaxblock.training.optim.precision import global_norm
 from jaxblock.training.state import TrainState, next_average, shardings
 from jaxblock.types import Canvas, Draw, Layout, Network, Normalize, Params
 

@@ -11,21 +11,24 @@ import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
-from jaxblock import hub, storage, wiring
-from jaxblock.config import Config
-from jaxblock.data.prepared import Prepared
+from jaxblock import build as wiring
+from jaxblock.config.config import Config
+from jaxblock.data.store.open import Prepared
 from jaxblock.errors import UserError
 from jaxblock.huggingface import fill
 from jaxblock.huggingface import load as huggingface
-from jaxblock.models import families, int8
-from jaxblock.models import lora as adapters
-from jaxblock.models import params as parameters
-from jaxblock.models.lora import Lora
-from jaxblock.models.params import Architecture, Table
-from jaxblock.parallel import axes
-from jaxblock.training import run_folder
-from jaxblock.training.checkpoint import Checkpoints
-from jaxblock.training.run_folder import Base, Run
+from jaxblock.io import hub, storage
+from jaxblock.models import spec as parameters
+from jaxblock.models.architecture import Architecture
+from jaxblock.models.families import registry as families
+from jaxblock.models.linear import int8
+from jaxblock.models.linear import lora as adapters
+from jaxblock.models.linear.lora import Lora
+from jaxblock.models.spec import Table
+from jaxblock.parallel import mesh as axes
+from jaxblock.training.checkpoints import run_folder
+from jaxblock.training.checkpoints.manager import Checkpoints
+from jaxblock.training.checkpoints.run_folder import Base, Run
 from jaxblock.types import Params
 
 _SAMPLE = 1 << 16  # bytes of a file's start and end that go into a fingerprint

@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 import pytest
 import tokenizers as huggingface
 
-from jaxblock.config import DataConfig
-from jaxblock.data import corpus, tokenizers
-from jaxblock.data.pieces import SentencePieceTokenizer
+from jaxblock.data.config import DataConfig
+from jaxblock.data.text import corpus
+from jaxblock.data.tokens import tokenizers
+from jaxblock.data.tokens.pieces import SentencePieceTokenizer
 
 LLADA_TEMPLATE = (
     "{% set rows = messages %}{% for m in rows %}"

@@ -10,11 +10,15 @@ from typing import Any
 import pytest
 import tokenizers as huggingface
 
-from jaxblock import hub
-from jaxblock.config import CanvasConfig, Config, DataConfig
-from jaxblock.data import prepare, prepared, tokenizers
-from jaxblock.data.pieces import SentencePieceTokenizer
+from jaxblock.config.config import Config
+from jaxblock.data.config import DataConfig
+from jaxblock.data.store import open as prepared
+from jaxblock.data.store import prepare
+from jaxblock.data.tokens import tokenizers
+from jaxblock.data.tokens.pieces import SentencePieceTokenizer
+from jaxblock.diffusion.config import CanvasConfig
 from jaxblock.errors import UserError
+from jaxblock.io import hub
 
 DREAM_TEMPLATE = (
     "{% for m in messages %}"

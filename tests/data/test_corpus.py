@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from jaxblock.data import corpus
+from jaxblock.data.text import corpus
 
 EVERY_LEVEL = pytest.mark.parametrize("level", corpus.LEVELS)
 

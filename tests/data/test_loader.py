@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxblock.config import CanvasConfig
-from jaxblock.data import loader, records
+from jaxblock.data import loader
 from jaxblock.data.loader import Batch, BatchAt
-from jaxblock.data.records import Record
+from jaxblock.data.store import records
+from jaxblock.data.store.records import Record
+from jaxblock.diffusion.config import CanvasConfig
 from jaxblock.errors import UserError
 
 CANVAS = CanvasConfig(prompt_len=8, response_len=12, block=4)

@@ -12,9 +12,13 @@ from typing import Any
 
 import pytest
 
-from jaxblock.config import CanvasConfig, Config, DataConfig
-from jaxblock.data import lengths, manifest, prepare, prepared, recipes
-from jaxblock.data.manifest import Manifest
+from jaxblock.config.config import Config
+from jaxblock.data.config import DataConfig
+from jaxblock.data.store import lengths, manifest, prepare
+from jaxblock.data.store import open as prepared
+from jaxblock.data.store.manifest import Manifest
+from jaxblock.data.text import recipes
+from jaxblock.diffusion.config import CanvasConfig
 from jaxblock.errors import UserError
 
 Jsonl = Callable[..., str]

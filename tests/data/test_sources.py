@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from jaxblock.config import DataConfig
-from jaxblock.data import recipes, sources, splits
+from jaxblock.data.config import DataConfig
+from jaxblock.data.text import recipes, sources, splits
 from jaxblock.errors import UserError
 
 GOOD = b'{"question": "q", "answer": "a"}\n'

@@ -8,13 +8,13 @@ from collections.abc import Callable
 
 import pytest
 
-from jaxblock.config import DataConfig
-from jaxblock.data import special, templates, tokenizers
-from jaxblock.data.encoding import Encoder
-from jaxblock.data.pieces import SentencePieceTokenizer
-from jaxblock.data.sources import Example
-from jaxblock.data.templates import Template
-from jaxblock.data.tokenizers import Tokenizer
+from jaxblock.data.config import DataConfig
+from jaxblock.data.text.sources import Example
+from jaxblock.data.tokens import special, templates, tokenizers
+from jaxblock.data.tokens.encoding import Encoder
+from jaxblock.data.tokens.pieces import SentencePieceTokenizer
+from jaxblock.data.tokens.templates import Template
+from jaxblock.data.tokens.tokenizers import Tokenizer
 from jaxblock.errors import UserError
 
 

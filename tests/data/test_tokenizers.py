@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxblock.config import DataConfig
-from jaxblock.data import special, templates, tokenizers
-from jaxblock.data.pieces import SentencePieceTokenizer
-from jaxblock.data.special import SpecialIds
-from jaxblock.data.tokenizers import Tokenizer
+from jaxblock.data.config import DataConfig
+from jaxblock.data.tokens import special, templates, tokenizers
+from jaxblock.data.tokens.pieces import SentencePieceTokenizer
+from jaxblock.data.tokens.special import SpecialIds
+from jaxblock.data.tokens.tokenizers import Tokenizer
 from jaxblock.errors import UserError
 
 

@@ -13,9 +13,9 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from jaxblock.diffusion import canvas as canvases
-from jaxblock.models import families
-from jaxblock.models import params as parameters
-from jaxblock.models.params import Architecture
+from jaxblock.models import spec as parameters
+from jaxblock.models.architecture import Architecture
+from jaxblock.models.families import registry as families
 from jaxblock.models.transformer import Transformer
 from jaxblock.types import Layout
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxblock.diffusion import canvas as canvases
-from jaxblock.diffusion import decoder, scoring
+from jaxblock.diffusion.decoding import decoder, scoring
 from jaxblock.types import Decoding, Layout, RuleName
 
 MASK, FILL, EOT = 9, 8, 7

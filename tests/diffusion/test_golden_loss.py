@@ -13,7 +13,7 @@ from jaxblock.diffusion import canvas as canvases
 from jaxblock.diffusion import corruption, objective, sampling
 from jaxblock.diffusion.corruption import Ablation
 from jaxblock.diffusion.sampling import Sampling, Uniforms
-from jaxblock.models import params as parameters
+from jaxblock.models import spec as parameters
 from jaxblock.types import Layout
 
 SUFFIX_PREFIX = [(1.0, 0.0), (1.0, 0.3), (0.0, 0.0), (0.0, 0.3), (0.5, 0.0), (0.5, 0.3)]

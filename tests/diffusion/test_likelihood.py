@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from jaxblock.diffusion import canvas as canvases
-from jaxblock.diffusion import decoder, likelihood
+from jaxblock.diffusion import likelihood
+from jaxblock.diffusion.decoding import decoder
 
 _nelbo = jax.jit(likelihood.nelbo, static_argnums=(0, 1, 2))
 TEXTS = ([1, 0, 6, 2, 2, 10, 7], [5, 3, 1, 7])

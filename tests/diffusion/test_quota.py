@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxblock.diffusion import scoring, transfer
+from jaxblock.diffusion.decoding import rules as transfer
+from jaxblock.diffusion.decoding import scoring
 from jaxblock.types import Scores, StepInfo
 
 WIDTH = 12

@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxblock.diffusion import canvas as canvases
-from jaxblock.diffusion import decoder, sampling
+from jaxblock.diffusion import sampling
 from jaxblock.diffusion.corruption import Ablation, corrupt
+from jaxblock.diffusion.decoding import decoder
 from jaxblock.diffusion.sampling import Sampling
 from jaxblock.types import Layout
 

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from jaxblock.diffusion import canvas as canvases
-from jaxblock.diffusion import decoder, scoring, transfer
+from jaxblock.diffusion.decoding import decoder, scoring
+from jaxblock.diffusion.decoding import rules as transfer
 from jaxblock.types import Decoding, Layout, StepInfo
 
 VOCAB, MASK, FILL, EOT = 7, 6, 0, 1

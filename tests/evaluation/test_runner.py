@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 import jaxblock
-from jaxblock import api
-from jaxblock.data.prepared import open_prepared
-from jaxblock.data.records import Record
+from jaxblock import model as api
+from jaxblock.data.store.open import open_prepared
+from jaxblock.data.store.records import Record
 from jaxblock.evaluation import runner
 from jaxblock.evaluation.runner import Evaluator
-from jaxblock.parallel import axes
+from jaxblock.parallel import mesh as axes
 
 
 @pytest.fixture(scope="module")

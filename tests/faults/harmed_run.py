@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxblock.cli import main
-from jaxblock.training.checkpoint import Checkpoints
+from jaxblock.training.checkpoints.manager import Checkpoints
 
 
 def harm(fault: str, disk: Path) -> None:

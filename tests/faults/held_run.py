@@ -14,7 +14,7 @@ from typing import Any
 from jaxblock.cli import main
 from jaxblock.evaluation.runner import Evaluator
 from jaxblock.training import loop
-from jaxblock.training.checkpoint import Checkpoints
+from jaxblock.training.checkpoints.manager import Checkpoints
 from tests import pod
 
 HELD = {"evaluation": 0, "step": 5, "save": 10, "end": pod.STEPS}

@@ -15,11 +15,11 @@ import orbax.checkpoint as ocp
 import pytest
 
 from jaxblock.errors import UserError
-from jaxblock.parallel import axes
-from jaxblock.training import checksums, retention
-from jaxblock.training.checkpoint import Checkpoints
-from jaxblock.training.retention import Keep
-from jaxblock.training.setup import MAY_CHANGE
+from jaxblock.parallel import mesh as axes
+from jaxblock.training.checkpoints import checksums, retention
+from jaxblock.training.checkpoints.manager import Checkpoints
+from jaxblock.training.checkpoints.retention import Keep
+from jaxblock.training.start import MAY_CHANGE
 from jaxblock.training.state import TrainState
 
 

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 import jaxblock
-from jaxblock import config_io
+from jaxblock.config import files as config_io
 from jaxblock.data.loader import BatchAt
-from jaxblock.data.prepared import open_prepared
+from jaxblock.data.store.open import open_prepared
 
 ROOT = Path(__file__).parents[2]
 POISONED = 4

@@ -21,8 +21,8 @@ import pytest
 
 import jaxblock
 from jaxblock.cli import main
-from jaxblock.training import checksums
-from jaxblock.training.checkpoint import Checkpoints
+from jaxblock.training.checkpoints import checksums
+from jaxblock.training.checkpoints.manager import Checkpoints
 from tests import pod
 
 ROOT = Path(__file__).parents[2]

@@ -17,14 +17,16 @@ import pytest
 
 import jaxblock
 from jaxblock.cli import main
-from jaxblock.config import OptimizerConfig
 from jaxblock.errors import UserError
-from jaxblock.models.params import ParamSpec
-from jaxblock.training import loop, skipping
-from jaxblock.training import optimizer as optimizers
+from jaxblock.models.spec import ParamSpec
+from jaxblock.training import loop
 from jaxblock.training import step as steps
-from jaxblock.training.checkpoint import Checkpoints
-from jaxblock.training.skipping import Skips, gated
+from jaxblock.training.checkpoints.manager import Checkpoints
+from jaxblock.training.guard.steps import Skips
+from jaxblock.training.optim import gating
+from jaxblock.training.optim import make as optimizers
+from jaxblock.training.optim.config import OptimizerConfig
+from jaxblock.training.optim.gating import gated
 
 
 @pytest.mark.parametrize(
@@ -120,7 +122,7 @@ def test_one_poisoned_batch_of_a_run_is_skipped(
     run, counts, save = tmp_path / "run", {}, Checkpoints.save
 
     def saved(self: Checkpoints, state: Any, step: int, *rest: Any) -> None:
-        counts[step] = skipping.updates(state.opt_state)
+        counts[step] = gating.updates(state.opt_state)
         save(self, state, step, *rest)
 
     monkeypatch.setattr(Checkpoints, "save", saved)

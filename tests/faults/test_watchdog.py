@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from jaxblock.training.watchdog import HUNG, Watchdog
+from jaxblock.training.guard.watchdog import HUNG, Watchdog
 from tests import pod
 from tests.faults.held_run import HELD
 
@@ -46,7 +46,7 @@ def test_a_run_that_moves_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_hang_may_end_the_process() -> None:
-    code = "import threading\nfrom jaxblock.training.watchdog import Watchdog\n"
+    code = "import threading\nfrom jaxblock.training.guard.watchdog import Watchdog\n"
     code += f"with Watchdog({BOUND}, 'abort'): threading.Event().wait()"
     root, environment = Path(__file__).parents[2], {**os.environ, "JAX_PLATFORMS": "cpu"}
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, env=environment)

@@ -8,8 +8,9 @@ from typing import Any
 import jax.numpy as jnp
 import pytest
 
-from jaxblock.models import families
-from jaxblock.models.params import Architecture, init
+from jaxblock.models.architecture import Architecture
+from jaxblock.models.families import registry as families
+from jaxblock.models.spec import init
 from jaxblock.types import Params
 
 SIZES: dict[str, Any] = {

@@ -18,8 +18,9 @@ from safetensors.numpy import load_file, save_file
 from jaxblock.errors import UserError
 from jaxblock.huggingface.load import load
 from jaxblock.huggingface.save import save
-from jaxblock.models import families
-from jaxblock.models.params import Architecture, init
+from jaxblock.models.architecture import Architecture
+from jaxblock.models.families import registry as families
+from jaxblock.models.spec import init
 
 ARCH = Architecture(
     family="llada",

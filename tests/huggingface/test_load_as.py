@@ -15,8 +15,9 @@ from jaxblock.errors import UserError
 from jaxblock.huggingface import fill
 from jaxblock.huggingface.load import architecture, load
 from jaxblock.huggingface.save import save
-from jaxblock.models import families, int8
-from jaxblock.parallel.axes import make_mesh, param_shardings
+from jaxblock.models.families import registry as families
+from jaxblock.models.linear import int8
+from jaxblock.parallel.mesh import make_mesh, param_shardings
 
 MESHES: list[Any] = [None, (1, 4, 2), (4, 2, 1)]
 

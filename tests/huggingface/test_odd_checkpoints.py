@@ -14,10 +14,10 @@ import pytest
 import jaxblock
 from jaxblock.errors import UserError
 from jaxblock.huggingface.save import save
-from jaxblock.models import families
-from jaxblock.models import lora as adaptation
-from jaxblock.models.lora import Lora
-from jaxblock.models.params import init
+from jaxblock.models.families import registry as families
+from jaxblock.models.linear import lora as adaptation
+from jaxblock.models.linear.lora import Lora
+from jaxblock.models.spec import init
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,10 @@ from safetensors.numpy import load_file, save_file
 from jaxblock.errors import UserError
 from jaxblock.huggingface import peft
 from jaxblock.huggingface.load import load
-from jaxblock.models import families
-from jaxblock.models import lora as adaptation
-from jaxblock.models import params as parameters
-from jaxblock.models.lora import Lora
+from jaxblock.models import spec as parameters
+from jaxblock.models.families import registry as families
+from jaxblock.models.linear import lora as adaptation
+from jaxblock.models.linear.lora import Lora
 from jaxblock.models.transformer import Transformer
 from jaxblock.types import Params
 

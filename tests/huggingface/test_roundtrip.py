@@ -19,10 +19,10 @@ from jaxblock.errors import UserError
 from jaxblock.huggingface import writer
 from jaxblock.huggingface.load import load
 from jaxblock.huggingface.save import save, verify
-from jaxblock.models import families
-from jaxblock.models.params import nest
+from jaxblock.models.families import registry as families
+from jaxblock.models.spec import nest
 from jaxblock.models.transformer import Transformer
-from jaxblock.parallel.axes import make_mesh, param_shardings
+from jaxblock.parallel.mesh import make_mesh, param_shardings
 from jaxblock.types import Params
 
 

@@ -14,10 +14,10 @@ import jaxblock
 from jaxblock.errors import UserError
 from jaxblock.huggingface import peft
 from jaxblock.huggingface.save import save
-from jaxblock.models import families
-from jaxblock.models import lora as adaptation
-from jaxblock.models import params as parameters
-from jaxblock.models.lora import Lora
+from jaxblock.models import spec as parameters
+from jaxblock.models.families import registry as families
+from jaxblock.models.linear import lora as adaptation
+from jaxblock.models.linear.lora import Lora
 
 IDS = np.arange(3, 15).reshape(2, 6)
 

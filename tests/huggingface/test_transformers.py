@@ -15,7 +15,7 @@ transformers = pytest.importorskip("transformers", reason="benchmarks/requiremen
 
 from jaxblock.huggingface.load import load  # noqa: E402
 from jaxblock.huggingface.save import save  # noqa: E402
-from jaxblock.models import families  # noqa: E402
+from jaxblock.models.families import registry as families  # noqa: E402
 from jaxblock.models.transformer import Transformer  # noqa: E402
 
 SIZES = {

@@ -17,8 +17,9 @@ from safetensors.numpy import load_file, save_file
 from jaxblock.errors import UserError
 from jaxblock.huggingface.load import load
 from jaxblock.huggingface.save import save
-from jaxblock.models import families
-from jaxblock.models.params import Architecture, RopeScaling, init
+from jaxblock.models.architecture import Architecture, RopeScaling
+from jaxblock.models.families import registry as families
+from jaxblock.models.spec import init
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "add-a-model.md"
 

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from jaxblock.errors import UserError
-from jaxblock.models import families
-from jaxblock.models.params import Architecture, RopeScaling, count
+from jaxblock.models.architecture import Architecture, RopeScaling
+from jaxblock.models.families import registry as families
+from jaxblock.models.spec import count
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",

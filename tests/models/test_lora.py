@@ -11,13 +11,15 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from jaxblock.errors import UserError
-from jaxblock.models import dream, families, int8, llada, lora
-from jaxblock.models import params as parameters
-from jaxblock.models.dense import LowRank, dense
-from jaxblock.models.lora import Lora
-from jaxblock.models.params import Architecture
+from jaxblock.models import spec as parameters
+from jaxblock.models.architecture import Architecture
+from jaxblock.models.families import dream, llada
+from jaxblock.models.families import registry as families
+from jaxblock.models.linear import int8, lora
+from jaxblock.models.linear.dense import LowRank, dense
+from jaxblock.models.linear.lora import Lora
 from jaxblock.models.transformer import Transformer
-from jaxblock.parallel import axes
+from jaxblock.parallel import mesh as axes
 from jaxblock.types import View
 
 B, T = 4, 6

@@ -12,14 +12,15 @@ import pytest
 from flax import nnx
 from jax.flatten_util import ravel_pytree
 
-from jaxblock.models import families, splash
-from jaxblock.models import params as parameters
-from jaxblock.models.attention import attend, backend_of
-from jaxblock.models.dense import matmul
+from jaxblock.models import spec as parameters
+from jaxblock.models.architecture import Architecture
+from jaxblock.models.attention import splash
+from jaxblock.models.attention.backends import attend, backend_of
 from jaxblock.models.embedding import look_up
-from jaxblock.models.params import Architecture
+from jaxblock.models.families import registry as families
+from jaxblock.models.linear.dense import matmul
 from jaxblock.models.transformer import Attention, Block, Transformer
-from jaxblock.parallel import axes
+from jaxblock.parallel import mesh as axes
 from jaxblock.types import View
 
 B, T, A = 2, 9, 3

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxblock.parallel import axes
+from jaxblock.parallel import mesh as axes
 
 USED = ("embed", "heads")
 MESHES = [

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxblock.plan import costs, hlo
+from jaxblock.fit import costs, hlo
 
 PROGRAM = """\
 HloModule by_hand, is_scheduled=true

@@ -11,15 +11,19 @@ from unittest.mock import Mock
 import jax
 import pytest
 
-from jaxblock import wiring
+from jaxblock import build as wiring
 from jaxblock.cli import main
-from jaxblock.config import CanvasConfig, Config, LoraConfig, MethodConfig, ModelConfig, TrainConfig
+from jaxblock.config.config import Config
+from jaxblock.diffusion.config import CanvasConfig, MethodConfig
 from jaxblock.errors import UserError
-from jaxblock.parallel import axes
-from jaxblock.plan import layout, programs, sizes, topology
-from jaxblock.training import abstract, ahead, memory
-from jaxblock.training.advice import Trial, advise
-from jaxblock.training.memory import Built
+from jaxblock.fit import compile as ahead
+from jaxblock.fit import layout, memory, programs, sizes, topology
+from jaxblock.fit import shapes as abstract
+from jaxblock.fit.advice import Trial, advise
+from jaxblock.fit.memory import Built
+from jaxblock.models.config import LoraConfig, ModelConfig
+from jaxblock.parallel import mesh as axes
+from jaxblock.training.config import TrainConfig
 
 SMALL = Config(
     canvas=CanvasConfig(16, 16, 4),

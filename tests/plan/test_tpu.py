@@ -10,13 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxblock import config_io, wiring
-from jaxblock.config import Config
+from jaxblock import build as wiring
+from jaxblock.config import files as config_io
+from jaxblock.config.config import Config
 from jaxblock.errors import UserError
-from jaxblock.models import families, lora
-from jaxblock.models.params import Architecture, count
-from jaxblock.parallel import axes
-from jaxblock.plan import command, sizes, topology
+from jaxblock.fit import process as command
+from jaxblock.fit import sizes, topology
+from jaxblock.models.architecture import Architecture
+from jaxblock.models.families import registry as families
+from jaxblock.models.linear import lora
+from jaxblock.models.spec import count
+from jaxblock.parallel import mesh as axes
 
 pytestmark = pytest.mark.slow
 

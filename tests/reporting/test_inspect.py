@@ -17,7 +17,9 @@ from jaxblock.diffusion import canvas as canvases
 from jaxblock.diffusion import corruption
 from jaxblock.diffusion.corruption import Ablation
 from jaxblock.diffusion.sampling import Sampling, draw, draw_uniforms
-from jaxblock.reporting import inspect, inspect_html, inspect_terminal
+from jaxblock.reporting import examine as inspect
+from jaxblock.reporting import html as inspect_html
+from jaxblock.reporting import terminal as inspect_terminal
 from jaxblock.types import Canvas, Draw, Layout
 
 MASK, FILL, EOT = 90, 91, 92

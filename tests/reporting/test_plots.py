@@ -11,7 +11,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from jaxblock.errors import UserError
-from jaxblock.reporting import metrics, plots
+from jaxblock.reporting import plots
+from jaxblock.training.observe import history as metrics
 
 
 def train(step: int, **more: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from rich.console import Console
 
-from jaxblock.reporting.progress import TrainProgress
+from jaxblock.training.observe.progress import TrainProgress
 
 
 def ticking(seconds: float) -> Iterator[float]:

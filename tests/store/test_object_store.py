@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 
 import jaxblock
-from jaxblock import jsonl, storage
 from jaxblock.cli import main
 from jaxblock.errors import UserError
-from jaxblock.reporting import metrics
-from jaxblock.training.metrics import MetricsLog, put_back
+from jaxblock.io import jsonl, storage
+from jaxblock.training.observe import history as metrics
+from jaxblock.training.observe.metrics import MetricsLog, put_back
 from tests import pod
 
 from .conftest import Store  # noqa: TID252

@@ -26,10 +26,10 @@ import numpy as np
 
 from jaxblock import verbs
 from jaxblock.cli import main
-from jaxblock.parallel import axes
+from jaxblock.parallel import mesh as axes
 from jaxblock.training import loop
-from jaxblock.training.goodput import Goodput
-from jaxblock.training.setup import Session
+from jaxblock.training.observe.goodput import Goodput
+from jaxblock.training.start import Session
 
 
 def digest(tree: Any) -> str:

@@ -15,11 +15,15 @@ from collections.abc import Callable
 import jax
 import pytest
 
-from jaxblock.config import CanvasConfig, Config, LoraConfig, MethodConfig, ModelConfig, TrainConfig
-from jaxblock.models import families, llada
-from jaxblock.models.params import Architecture
-from jaxblock.parallel import axes
-from jaxblock.training import abstract
+from jaxblock.config.config import Config
+from jaxblock.diffusion.config import CanvasConfig, MethodConfig
+from jaxblock.fit import shapes as abstract
+from jaxblock.models.architecture import Architecture
+from jaxblock.models.config import LoraConfig, ModelConfig
+from jaxblock.models.families import llada
+from jaxblock.models.families import registry as families
+from jaxblock.parallel import mesh as axes
+from jaxblock.training.config import TrainConfig
 
 VOCAB, D, P, R, ROWS = 4096, 64, 32, 32, 32
 ARCH = Architecture(

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxblock import wiring
+from jaxblock import build as wiring
 from jaxblock.cli import main
-from jaxblock.config import ModelConfig
-from jaxblock.models.params import init
-from jaxblock.training.debug import NanFinder, not_finite
+from jaxblock.models.config import ModelConfig
+from jaxblock.models.spec import init
+from jaxblock.training.guard.debug import NanFinder, not_finite
 
 
 def test_nan_finder_names_the_first_bad_layer_under_grad_and_vmap() -> None:

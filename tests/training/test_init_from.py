@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 
 import jaxblock
-from jaxblock import config_io
 from jaxblock.cli import main
+from jaxblock.config import files as config_io
+from jaxblock.fit import compile as ahead
+from jaxblock.fit import memory
 from jaxblock.huggingface import save
-from jaxblock.reporting import metrics
-from jaxblock.training import ahead, memory, weights
+from jaxblock.training import weights
+from jaxblock.training.observe import history as metrics
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,9 @@ import pytest
 import jaxblock
 from jaxblock.cli import main
 from jaxblock.errors import UserError
-from jaxblock.models.params import flatten
+from jaxblock.models.spec import flatten
 from jaxblock.training import weights
-from jaxblock.training.checkpoint import Checkpoints
+from jaxblock.training.checkpoints.manager import Checkpoints
 
 LORA = ["--lora.rank", "2", "--lora.alpha", "8", "--lora.dropout", "0.2", "--optimizer.ema", "0.5"]
 LORA += ["--train.steps", "6", "--train.save_every", "3"]

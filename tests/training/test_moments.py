@@ -13,17 +13,19 @@ import numpy as np
 import optax
 import pytest
 
-from jaxblock import wiring
-from jaxblock.config import ModelConfig, OptimizerConfig
-from jaxblock.models import families, params
-from jaxblock.models.params import Table, flatten
-from jaxblock.parallel import axes
-from jaxblock.training import adamw, moments
-from jaxblock.training import optimizer as optimizers
-from jaxblock.training.checkpoint import Checkpoints
-from jaxblock.training.moments import dequantise, quantise
-from jaxblock.training.precision import random_bits, stochastic_bfloat16
-from jaxblock.training.retention import Keep
+from jaxblock import build as wiring
+from jaxblock.models import spec as params
+from jaxblock.models.config import ModelConfig
+from jaxblock.models.families import registry as families
+from jaxblock.models.spec import Table, flatten
+from jaxblock.parallel import mesh as axes
+from jaxblock.training.checkpoints.manager import Checkpoints
+from jaxblock.training.checkpoints.retention import Keep
+from jaxblock.training.optim import adamw, moments
+from jaxblock.training.optim import make as optimizers
+from jaxblock.training.optim.config import OptimizerConfig
+from jaxblock.training.optim.moments import dequantise, quantise
+from jaxblock.training.optim.precision import random_bits, stochastic_bfloat16
 from jaxblock.training.state import TrainState, create, shardings
 
 Storage = Literal["float32", "bfloat16", "int8"]

@@ -13,19 +13,19 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import Mesh
 
-from jaxblock import config_io
 from jaxblock.cli import main
-from jaxblock.config import Config
+from jaxblock.config import files as config_io
+from jaxblock.config.config import Config
 from jaxblock.errors import UserError
-from jaxblock.models import families
-from jaxblock.models import params as parameters
-from jaxblock.models.params import Architecture
+from jaxblock.models import spec as parameters
+from jaxblock.models.architecture import Architecture
+from jaxblock.models.families import registry as families
 from jaxblock.parallel.chips import CHIPS
-from jaxblock.reporting import metrics
-from jaxblock.training import goodput, throughput, trackers
-from jaxblock.training.goodput import CAUSES, Goodput, earlier
-from jaxblock.training.throughput import Work
-from jaxblock.training.trackers import Trackers
+from jaxblock.training.observe import goodput, throughput, trackers
+from jaxblock.training.observe import history as metrics
+from jaxblock.training.observe.goodput import CAUSES, Goodput, earlier
+from jaxblock.training.observe.throughput import Work
+from jaxblock.training.observe.trackers import Trackers
 
 ROWS: list[dict[str, Any]] = [
     {"step": 1, "kind": "train", "loss": 2.0, "grad_norm": float("nan"), "loss_by_block": [[1.0, 2.0]]},

@@ -12,12 +12,13 @@ import numpy as np
 import optax
 import pytest
 
-from jaxblock import wiring
-from jaxblock.config import ModelConfig, OptimizerConfig
-from jaxblock.models import families
-from jaxblock.models.params import ParamSpec, Table, flatten, init
-from jaxblock.training import optimizer as optimizers
-from jaxblock.training import precision, schedules
+from jaxblock import build as wiring
+from jaxblock.models.config import ModelConfig
+from jaxblock.models.families import registry as families
+from jaxblock.models.spec import ParamSpec, Table, flatten, init
+from jaxblock.training.optim import make as optimizers
+from jaxblock.training.optim import precision, schedules
+from jaxblock.training.optim.config import OptimizerConfig
 from jaxblock.types import Params
 
 

@@ -19,13 +19,13 @@ from rich.console import Console
 
 import jaxblock
 from benchmarks import process_drift
-from jaxblock import config_io
 from jaxblock.cli import main
-from jaxblock.config import CanvasConfig
+from jaxblock.config import files as config_io
 from jaxblock.data.loader import Batch, BatchAt
-from jaxblock.data.records import Record
-from jaxblock.training.goodput import CAUSES
-from jaxblock.training.setup import set_up
+from jaxblock.data.store.records import Record
+from jaxblock.diffusion.config import CanvasConfig
+from jaxblock.training.observe.goodput import CAUSES
+from jaxblock.training.start import set_up
 from tests.training.recorded_run import draws
 
 ROOT = Path(__file__).parents[2]

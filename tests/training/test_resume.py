@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 
 import jaxblock
-from jaxblock import config_io
 from jaxblock.cli import main
-from jaxblock.config import Config
-from jaxblock.training import setup
+from jaxblock.config import files as config_io
+from jaxblock.config.config import Config
+from jaxblock.training import start as setup
 
 F_SETPIPE_SZ = 1031
 

@@ -12,15 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxblock import wiring
+from jaxblock import build as wiring
 from jaxblock.cli import main
-from jaxblock.config import CanvasConfig, LoraConfig, MethodConfig, ModelConfig, OptimizerConfig
 from jaxblock.data.loader import Batch
-from jaxblock.models import families, int8
-from jaxblock.models import params as parameters
-from jaxblock.models.params import Table
-from jaxblock.parallel import axes
-from jaxblock.training import optimizer as optimizers
+from jaxblock.diffusion.config import CanvasConfig, MethodConfig
+from jaxblock.models import spec as parameters
+from jaxblock.models.config import LoraConfig, ModelConfig
+from jaxblock.models.families import registry as families
+from jaxblock.models.linear import int8
+from jaxblock.models.spec import Table
+from jaxblock.parallel import mesh as axes
+from jaxblock.training.optim import make as optimizers
+from jaxblock.training.optim.config import OptimizerConfig
 from jaxblock.training.state import create, next_average
 from jaxblock.training.step import Objective, compile_step
 

@@ -14,14 +14,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import jaxblock
-from jaxblock.config import OptimizerConfig
 from jaxblock.diffusion.corruption import Ablation, corrupt
 from jaxblock.diffusion.objective import Losses, losses
 from jaxblock.diffusion.sampling import Sampling
-from jaxblock.models import lora
-from jaxblock.models.params import Table, flatten
-from jaxblock.training import optimizer as optimizers
-from jaxblock.training.schedules import schedule
+from jaxblock.models.linear import lora
+from jaxblock.models.spec import Table, flatten
+from jaxblock.training.optim import make as optimizers
+from jaxblock.training.optim.config import OptimizerConfig
+from jaxblock.training.optim.schedules import schedule
 from jaxblock.training.state import TrainState
 from jaxblock.training.step import Objective, train_step
 from jaxblock.types import Canvas, Draw, Layout, Params

@@ -1,0 +1,28 @@
+"""``Config``: the sections of all rooms, put together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from jaxblock.data.config import DataConfig
+from jaxblock.diffusion.config import CanvasConfig, MethodConfig
+from jaxblock.diffusion.decoding.config import DecodeConfig
+from jaxblock.evaluation.config import EvaluateConfig
+from jaxblock.models.config import LoraConfig, ModelConfig
+from jaxblock.training.config import TrainConfig
+from jaxblock.training.optim.config import OptimizerConfig
+
+
+@dataclass(frozen=True)
+class Config:
+    """All sections of a YAML file."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    canvas: CanvasConfig = field(default_factory=CanvasConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)

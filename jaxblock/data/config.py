@@ -1,0 +1,85 @@
+"""The `data` section: where text comes from and how it becomes tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+RecipeName = Literal["metamathqa", "gsm8k", "math"]
+"""Data sets that `prepare` knows by name (jaxblock/data/text/recipes.py)."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where text comes from, how it becomes tokens, and where the prepared result lies."""
+
+    prepared: str = "prepared"
+    """Folder of prepared data: `prepare` writes it, every other verb reads it."""
+    train: str = "builtin"
+    """Training records: a .jsonl, .json or .parquet file, `hf:NAME[@REVISION][:CONFIG][#SPLIT]` (the `datasets` library),
+    or `builtin`: the recipe's own source, else generated arithmetic word problems."""
+    validation: str | None = None
+    """Records scored during training; None takes `validation_records` of them from the training records (for generated
+    ones: held-out problems)."""
+    test: str | None = "builtin"
+    """Records for `decode` and `evaluate`, never trained on and never scored during training; None for none."""
+    validation_records: int = 128
+    """How many validation records to set apart when `validation` is None; a conversation counts as one, and is never split."""
+    recipe: RecipeName | None = None
+    """Field names, prompt, length rule and filter of a data set that the paper uses (docs/data.md); a field set here wins."""
+    test_recipe: RecipeName | None = None
+    """Recipe whose field names (and source, where `test` is `builtin`) the test records have; None for the training records'."""
+    prompt_field: str | None = None
+    """Field that holds the prompt; None for the recipe's, else `question`."""
+    response_field: str | None = None
+    """Field that holds the response; None for the recipe's, else `answer`."""
+    messages_field: str = "messages"
+    """Field of chat records ({"messages": [{"role": ..., "content": ...}]})."""
+    turns: Literal["last", "all"] = "last"
+    """Which assistant turns of a chat record are supervised: the last, or all, one row each (later turns absent)."""
+    prompt_template: str | None = None
+    """What a prompt is put into, at `{prompt}` (chat records are left alone); None for the recipe's, else the prompt itself."""
+    type_field: str = "type"
+    """Field that `exclude_types` looks at."""
+    exclude_types: tuple[str, ...] | None = None
+    """Training records whose type contains one of these texts are dropped and counted; None for the recipe's, else none."""
+    max_total_len: int | None = None
+    """Training records with more prompt and response tokens together are dropped and counted; None for the recipe's, else 0:
+    no such rule."""
+    max_records: int | None = None
+    """Keep the first so many training records that pass; None for the recipe's, else 0: all."""
+    level: str = "easy"
+    """Difficulty of the built-in corpus."""
+    builtin_train: int = 6_000
+    """Built-in training problems."""
+    builtin_test: int = 512
+    """Built-in held-out problems."""
+    seed: int = 0
+    """Seed of the built-in corpus and of the validation split."""
+    template: str = "chat"
+    """Chat template: `chat` (LLaDA's header layout), `plain` (Question/Answer), `tokenizer` (the checkpoint's own), or a Jinja file."""
+    system: str | None = None
+    """System message put before every conversation that has none of its own."""
+    tokenizer: str = "train"
+    """`train` fits a SentencePiece model on the training text; else a path to a .model, a tokenizer.json or a folder, or a
+    hub name."""
+    tokenizer_type: Literal["bpe", "unigram", "word", "char"] = "bpe"
+    """SentencePiece model type, when one is trained."""
+    vocab_size: int = 1024
+    """Largest vocabulary of a trained tokenizer, special tokens and 256 bytes included."""
+    split_digits: bool = False
+    """Trained tokenizer: every digit is its own token."""
+    mask_token: str | None = None
+    """The mask token's text; None for the checkpoint's own (a trained tokenizer: <|mdm_mask|>). A start that has none may name
+    an unused token here."""
+    add_mask_token: bool = False
+    """Add `mask_token` to the vocabulary of a tokenizer.json that lacks it, as the next id."""
+    eos_token: str | None = None
+    """End of sequence, fills the rest of the terminator's block; None for the checkpoint's own (trained: <|endoftext|>)."""
+    eot_token: str | None = None
+    """Ends a response; None for the token that the template writes there (trained: <|eot_id|>)."""
+    overlong: Literal["error", "drop", "truncate"] = "error"
+    """A prompt or response longer than the canvas: stop; drop and count it; or cut the response, which then has no
+    terminator (an over-long prompt is dropped even so)."""
+    overwrite: bool = False
+    """Replace an existing prepared folder."""

@@ -1,0 +1,151 @@
+"""Prepared records: one tokenised prompt and response each, in ArrayRecord files that are read at random."""
+
+from __future__ import annotations
+
+import pathlib
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, SupportsIndex
+
+import numpy as np
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from jaxblock.errors import UserError
+from jaxblock.io import storage
+
+_HEADER = struct.Struct("<6I")  # index, ids of the prompt and the response, bytes of the three texts
+_KEEP_IN_MEMORY = (
+    64 << 20
+)  # files up to this many bytes are read once: a random read costs 0.1 ms, more than a row's work
+
+
+@dataclass(frozen=True)
+class Record:
+    """One supervised response and what it answers.
+
+    Attributes:
+        prompt_ids: int32 [prompt tokens]: everything the model is given, the assistant's header included.
+        response_ids: int32 [response tokens]: the text and its terminator (none if it was cut); no fill.
+        prompt: The record's own question, untouched by the template.
+        response: The record's own answer, untouched by the template.
+        source: Where it came from, as in "train.jsonl:17".
+        index: Its place in its split.
+    """
+
+    prompt_ids: np.ndarray
+    response_ids: np.ndarray
+    prompt: str
+    response: str
+    source: str
+    index: int
+
+
+def encode(record: Record) -> bytes:
+    """A record as bytes, read back by `decode`."""
+    prompt_ids = np.ascontiguousarray(record.prompt_ids, "<i4")
+    response_ids = np.ascontiguousarray(record.response_ids, "<i4")
+    texts = [text.encode() for text in (record.prompt, record.response, record.source)]
+    header = _HEADER.pack(record.index, len(prompt_ids), len(response_ids), *map(len, texts))
+    return b"".join([header, prompt_ids.tobytes(), response_ids.tobytes(), *texts])
+
+
+def decode(content: bytes) -> Record:
+    """Reads what `encode` wrote.
+
+    Raises:
+        ValueError: If the bytes are not exactly one record.
+    """
+    index, n_prompt, n_response, *sizes = _HEADER.unpack_from(content)
+    end = _HEADER.size + 4 * (n_prompt + n_response)
+    if end + sum(sizes) != len(content):
+        raise ValueError(f"{len(content)} bytes hold no record of {end + sum(sizes)} bytes")
+    ids = np.frombuffer(content, "<i4", n_prompt + n_response, _HEADER.size).astype(np.int32)
+    texts = []
+    for size in sizes:
+        texts.append(content[end : end + size].decode())
+        end += size
+    return Record(ids[:n_prompt], ids[n_prompt:], texts[0], texts[1], texts[2], index)
+
+
+def file_of(folder: storage.PathLike, split: str) -> str:
+    """The path of a split's file in a prepared folder."""
+    return str(storage.as_path(folder) / f"{split}.array_record")
+
+
+def write(folder: pathlib.Path, split: str, records: Iterable[Record]) -> None:
+    """Writes a split's file into a local folder.
+
+    Raises:
+        UserError: If it cannot be written; what was written so far must then not be used.
+    """
+    path = file_of(folder, split)
+    try:
+        writer = ArrayRecordWriter(path, "group_size:1")  # 1: random access decompresses a single record
+        for record in records:
+            writer.write(encode(record))
+        writer.close()
+    except RuntimeError as error:
+        raise UserError(f"cannot write {path}: {error}") from error
+
+
+class Records(Sequence[Record]):
+    """Random access to a split's records, by threads and (it can be pickled) by worker processes."""
+
+    def __init__(self, folder: storage.PathLike, split: str) -> None:
+        """Opens a split of a prepared folder.
+
+        Raises:
+            UserError: If it is absent or damaged.
+        """
+        self.path = file_of(folder, split)
+        if not storage.as_path(self.path).exists():
+            raise UserError(
+                f"{self.path} does not exist: the prepared data have no split {split!r}; run `jaxblock prepare` first"
+            )
+        self._local = storage.localize(self.path)
+        self._open()
+
+    def _open(self) -> None:
+        local = self._local
+        try:
+            self._source = ArrayRecordDataSource(str(local))
+            small = local.stat().st_size <= _KEEP_IN_MEMORY
+            self._memory = self._source.__getitems__(range(len(self._source))) if small and len(self._source) else None
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"{self.path} is damaged: run `jaxblock prepare` again ({error})") from error
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return decode(self._bytes(index))
+
+    def lengths(self) -> np.ndarray:
+        """int32 [records, 2]: tokens of each prompt and each response."""
+        return np.array([_HEADER.unpack_from(self._bytes(i))[1:3] for i in range(len(self))], np.int32).reshape(-1, 2)
+
+    def _bytes(self, index: SupportsIndex) -> bytes:
+        i = index.__index__()
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"record {i} of {len(self)} in {self.path}")
+        return self._source[i % len(self)] if self._memory is None else self._memory[i]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "local": self._local}  # a worker reads this process's copy
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.path, self._local = state["path"], state["local"]
+        self._open()
+
+
+def read(folder: storage.PathLike, split: str) -> Records:
+    """Opens a split ("train", "validation" or "test") of a prepared folder.
+
+    Raises:
+        UserError: If it is absent or damaged.
+    """
+    return Records(folder, split)

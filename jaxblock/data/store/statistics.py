@@ -1,0 +1,59 @@
+"""Counts of prepared records: tokens, blocks, and questions that two splits share."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxblock.data.store.records import Record
+
+
+def describe(records: Sequence[Record], block: int) -> dict[str, Any]:
+    """Token statistics (prompt, response, total) and how many responses take 1, 2, ... blocks.
+
+    Args:
+        records: A split's records, at least one.
+        block: Response positions of a block.
+
+    Returns:
+        {"tokens": {"prompt": {"min", "mean", "median", "p95", "max"}, ...}, "blocks": {"1": responses, ...}}
+    """
+    prompt = np.array([len(record.prompt_ids) for record in records])
+    response = np.array([len(record.response_ids) for record in records])
+    blocks = Counter((-(-response // block)).tolist())
+    return {
+        "tokens": {"prompt": _spread(prompt), "response": _spread(response), "total": _spread(prompt + response)},
+        "blocks": {str(n): blocks[n] for n in sorted(blocks)},
+    }
+
+
+def overlaps(prompts: Mapping[str, Iterable[str]]) -> dict[str, int]:
+    """For each pair of splits, how many prompts of the second stand in the first too (blanks and case aside).
+
+    Args:
+        prompts: Split name -> its prompts.
+
+    Returns:
+        {"train and test": n, ...}
+    """
+    normal = {split: [" ".join(text.split()).casefold() for text in texts] for split, texts in prompts.items()}
+    names = list(normal)
+    counts = {}
+    for i, first in enumerate(names):
+        seen = set(normal[first])
+        for second in names[i + 1 :]:
+            counts[f"{first} and {second}"] = sum(text in seen for text in normal[second])
+    return counts
+
+
+def _spread(lengths: np.ndarray) -> dict[str, int | float]:
+    return {
+        "min": int(lengths.min()),
+        "mean": round(float(lengths.mean()), 2),
+        "median": float(np.median(lengths)),
+        "p95": round(float(np.percentile(lengths, 95)), 2),
+        "max": int(lengths.max()),
+    }

@@ -1,0 +1,188 @@
+"""Chat templates: messages -> the text that is tokenised. Jinja, sandboxed, as in Hugging Face tokenizers.
+
+What their renderer offers is offered here: `messages`, `add_generation_prompt`, `tools` and `documents` (none), the
+special tokens by name, `raise_exception`, `strftime_now`, `tojson`, loop controls and `{% generation %}`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+
+from jaxblock.errors import UserError
+from jaxblock.io import storage
+
+Message = Mapping[str, str]
+"""{"role": "system" | "user" | "assistant", "content": ...}"""
+
+# LLaDA's layout, after its own tokenizer's template: every turn has a header and an end.
+_CHAT = """\
+{{ bos_token }}
+{%- for message in messages %}
+{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim + eot_token }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
+{%- endif %}
+"""
+
+# The question's own end of turn stands right before the answer: no token can reach across that boundary.
+_PLAIN = """\
+{%- for message in messages %}
+{%- if message['role'] == 'system' %}
+{{- message['content'] | trim + '\\n\\n' }}
+{%- elif message['role'] == 'user' %}
+{{- 'Question: ' + message['content'] | trim + '\\nAnswer:' + eot_token }}
+{%- else %}
+{{- message['content'] | trim + eot_token }}
+{%- endif %}
+{%- endfor %}
+"""
+
+NAMED = {"chat": _CHAT, "plain": _PLAIN}
+
+_CONTROL = re.compile(r"<\|[^<>|\s]+\|>")
+
+
+@dataclass(frozen=True)
+class Template:
+    """A chat template and the token texts it may use.
+
+    Attributes:
+        name: As the config gives it.
+        source: The Jinja text.
+        tokens: Its variables `bos_token`, `eos_token`, `eot_token` and whatever else the tokenizer names.
+    """
+
+    name: str
+    source: str
+    tokens: Mapping[str, Any] = field(default_factory=dict)
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool, *, where: str = "") -> str:
+        """The conversation as text.
+
+        Args:
+            messages: Its turns.
+            add_generation_prompt: End with what comes before an assistant's words (a template may do so in any case).
+            where: What to name in an error, as in "train.jsonl:17".
+
+        Raises:
+            UserError: If the template does not compile, fails, or rejects the messages.
+        """
+        try:
+            return _compiled(self.source).render(
+                messages=messages,
+                add_generation_prompt=add_generation_prompt,
+                tools=None,
+                documents=None,
+                **self.tokens,
+            )
+        except jinja2.TemplateSyntaxError as error:
+            raise UserError(f"template {self.name!r}, line {error.lineno}: {error.message}") from error
+        except (
+            jinja2.TemplateError,
+            TypeError,
+            ValueError,
+            LookupError,
+            RecursionError,
+            AttributeError,
+            ArithmeticError,
+            OSError,
+        ) as error:
+            raise UserError(f"{where or 'a conversation'}: template {self.name!r} fails on it: {error}") from error
+
+    def control_tokens(self) -> tuple[str, ...]:
+        """Texts like <|name|> that the template itself writes; each must be one token of a trained tokenizer."""
+        return tuple(dict.fromkeys(_CONTROL.findall(self.source)))
+
+
+def find(name: str, *, tokenizer_template: Any = None) -> str:
+    """The Jinja source of a template.
+
+    Args:
+        name: `chat`, `plain`, `tokenizer` (the tokenizer folder's own), or the path of a Jinja file.
+        tokenizer_template: The chat template that came with the tokenizer, if any.
+
+    Raises:
+        UserError: If there is none of that name.
+    """
+    if name in NAMED:
+        return NAMED[name]
+    if name == "tokenizer":
+        if isinstance(tokenizer_template, list):  # several, by name
+            tokenizer_template = {entry.get("name"): entry.get("template") for entry in tokenizer_template}.get(
+                "default"
+            )
+        if not isinstance(tokenizer_template, str):
+            raise UserError(
+                "data.template = 'tokenizer': the tokenizer came with no chat template (chat_template in "
+                "tokenizer_config.json, "
+                "or chat_template.jinja); set data.template to chat, plain or a Jinja file"
+            )
+        return tokenizer_template
+    if not storage.as_path(name).exists():
+        known = ", ".join([*NAMED, "tokenizer"])
+        raise UserError(f"data.template: {name!r} is neither one of {known} nor a file")
+    try:
+        return storage.read_bytes(os.fspath(name)).decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"data.template: {name} is not UTF-8 at byte {error.start}") from error
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}` marks the assistant's words for other trainers' loss masks; here its body is just written."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        """The body in a scope of its own."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body, lineno=line)
+
+
+def _refuse(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    """Jinja's own filter would escape for HTML."""
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators and tuple(separators),
+        sort_keys=sort_keys,
+    )
+
+
+@functools.cache
+def _clock() -> datetime.datetime:
+    """One time for the whole process: a prompt and the conversation that begins with it must give the same date."""
+    return datetime.datetime.now()
+
+
+@functools.cache
+def _compiled(source: str) -> jinja2.Template:
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
+    )
+    environment.filters["tojson"] = _to_json
+    # Templates of Hugging Face models call these: on roles they do not know, and to tell today's date.
+    environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = lambda form: _clock().strftime(form)
+    return environment.from_string(source)

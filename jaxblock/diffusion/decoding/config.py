@@ -1,0 +1,61 @@
+"""The `decode` section: the settings of the blockwise decoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jaxblock.types import (
+    EosSuppression,
+    FactorRule,
+    Quota,
+    RuleName,
+)
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """The blockwise decoder."""
+
+    response_len: int | None = None
+    """R; None for the canvas's."""
+    block: int | None = None
+    """B; None for the canvas's."""
+    steps_per_block: int | None = None
+    """Decode steps of a block; None for one token a step. `confidence_threshold` and `factor` take as many as they need."""
+    rule: RuleName = "low_confidence"
+    """Transfer rule. A quota of positions: the most confident ones by LLaDA's `low_confidence` or Dream's `maskgit_plus`,
+    `topk_margin` or `entropy`, or `random` ones. No quota: `confidence_threshold`, `factor`, or Dream's `origin` (each
+    position by chance)."""
+    quota: Quota = "even"
+    """How a block's masks are split over its steps: LLaDA's `even`, dllm's linear rounding, or Dream's time grid."""
+    eps: float = 1e-3
+    """End of Dream's time grid, for `quota` dream and `rule` origin."""
+    threshold: float = 0.9
+    """`confidence_threshold`: commit every token at least this confident (always the best one)."""
+    factor: float = 1.0
+    """`factor`: accept rank n while (n + 1)(1 - confidence) <= factor."""
+    factor_rule: FactorRule = "strict"
+    """`factor`: `strict` stops at the first failure; `v1` (Fast-dLLM's later code) accepts it where it is the last rank."""
+    temperature: float = 0.0
+    """Sampling temperature (Gumbel noise); 0 is greedy."""
+    top_p: float | None = None
+    """Draw from the most probable tokens up to the one that takes their sum above this; None for all. Dream's rules also
+    measure confidence on what is left."""
+    top_k: int | None = None
+    """Draw from so many most probable tokens (after `top_p`); None for all."""
+    alg_temp: float = 0.0
+    """Draw the quota's positions without replacement from softmax(confidence / alg_temp); 0 takes the most confident."""
+    cfg_scale: float = 0.0
+    """Classifier-free guidance: un + (scale + 1)(cond - un); 0 for none."""
+    eos_suppression: EosSuppression = "none"
+    """Forbid the fill token (`logits`), or rank stop tokens last (`confidence`)."""
+    early_stop: bool = True
+    """Stop a row after the block that holds a stop token."""
+    stop_ids: tuple[int, ...] | None = None
+    """Tokens that end a response; None for the checkpoint's own (end of turn and end of sequence)."""
+    fill_id: int | None = None
+    """The token after a response's end; None for the checkpoint's end of sequence."""
+    seed: int = 0
+    """Seed of sampling; each prompt's key comes from its index."""
+    batch_size: int = 64
+    """Prompts decoded together."""

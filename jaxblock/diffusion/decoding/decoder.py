@@ -1,0 +1,197 @@
+"""The blockwise decoder: ``decode_block`` is the unit, ``decode`` scans it over the blocks of the canvas.
+
+Each step shows the network the same view that training builds (``canvas.view``), scores the active block's masks, and
+commits those that the transfer rule picks. Nothing committed is ever masked again, so ``commit_step`` rebuilds every
+intermediate canvas. The mask token is never committed.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+from jaxblock.diffusion.canvas import active_positions, block_tokens, view
+from jaxblock.diffusion.decoding import rules as transfer
+from jaxblock.diffusion.decoding.scoring import score
+from jaxblock.types import Canvas, Carry, Decoding, Layout, Network, Params, StepInfo, View
+
+
+class Decoded(NamedTuple):
+    """The result of ``decode``.
+
+    Attributes:
+        response: response tokens [B, R]; positions never decoded (early stop) hold the fill token.
+        commit_step: the row's decode step that committed each position; -1 where none did.
+        nfe: forward passes spent on each row.
+    """
+
+    response: Int[Array, "B R"]
+    commit_step: Int[Array, "B R"]
+    nfe: Int[Array, " B"]
+
+
+class _Loop(NamedTuple):
+    step: Array
+    tokens: Array
+    commit_step: Array
+    nfe: Array
+
+
+def start(layout: Layout, canvas: Canvas, seed: int | Int[Array, ""], prompt_index: Int[Array, " B"]) -> Carry:
+    """The state before the first block.
+
+    Args:
+        layout: the canvas's static part.
+        canvas: from ``canvas.for_decoding``.
+        seed: of sampling.
+        prompt_index: each prompt's own index: its random key, whatever batch it is in.
+    """
+    rows = canvas.ids.shape[0]
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), prompt_index)
+    return Carry(
+        ids=canvas.ids,
+        commit_step=jnp.full((rows, layout.response_len), -1, jnp.int32),
+        done=jnp.zeros(rows, bool),
+        nfe=jnp.zeros(rows, jnp.int32),
+        row_key=keys,
+        cache=None,
+    )
+
+
+def decode_block(
+    net: Network,
+    layout: Layout,
+    options: Decoding,
+    params: Params,
+    canvas: Canvas,
+    carry: Carry,
+    block: Int[Array, ""],
+) -> Carry:
+    """Decodes one block of every row that is not done.
+
+    Args:
+        net: the network (static).
+        layout: the canvas's static part.
+        options: the decoder's options (static).
+        params: the network's parameters.
+        canvas: lengths of the rows; its tokens are not read.
+        carry: the state after the blocks before.
+        block: which block.
+
+    Returns:
+        The state after this block.
+    """
+    rule = transfer.make_rule(options, layout.block)
+    most_steps = layout.block if transfer.sets_its_own_pace(options.rule) else options.steps_per_block
+    canvas = canvas._replace(ids=carry.ids)
+    blocks = jnp.full_like(canvas.prompt_len, block)
+    active, valid = active_positions(layout, canvas, blocks)
+    tokens = block_tokens(canvas, active)
+    live = valid & ~carry.done[:, None]
+    masks_at_start = jnp.sum((tokens == layout.mask_id) & live, axis=-1)
+
+    def unfinished(loop: _Loop) -> Array:
+        return (loop.step < most_steps) & jnp.any((loop.tokens == layout.mask_id) & live)
+
+    def step(loop: _Loop) -> _Loop:
+        eligible = (loop.tokens == layout.mask_id) & live
+        seen = view(layout, canvas, blocks, loop.tokens)
+        logits = _logits(net, layout, options, params, canvas, seen)
+        taken = loop.nfe // options.passes
+        keys = jax.vmap(jax.random.fold_in)(carry.row_key, taken)
+        scores = score(layout, options, logits, eligible, keys)
+        chosen = rule(scores, StepInfo(loop.step, masks_at_start))
+        return _Loop(
+            step=loop.step + 1,
+            tokens=jnp.where(chosen, scores.token, loop.tokens),
+            commit_step=jnp.where(chosen, taken[:, None], loop.commit_step),
+            nfe=loop.nfe + options.passes * jnp.any(eligible, axis=-1),
+        )
+
+    begin = _Loop(jnp.zeros((), jnp.int32), tokens, jnp.full(tokens.shape, -1, jnp.int32), carry.nfe)
+    loop = jax.lax.while_loop(unfinished, step, begin)
+    return _commit(layout, options, canvas, carry, block, live, loop)
+
+
+def _commit(
+    layout: Layout, options: Decoding, canvas: Canvas, carry: Carry, block: Array, live: Array, loop: _Loop
+) -> Carry:
+    """Writes a finished block back into the canvas and stops the rows whose text has ended."""
+    seen = view(layout, canvas, jnp.full_like(canvas.prompt_len, block), loop.tokens)
+    ids = jnp.where(carry.done[:, None], carry.ids, seen.ids)
+    at = jnp.arange(layout.response_len) - block * layout.block
+    inside = (at >= 0) & (at < layout.block)
+    here = jnp.clip(at, 0, layout.block - 1)
+    written = jnp.where(inside & live[:, here], loop.commit_step[:, here], carry.commit_step)
+    done = carry.done
+    if options.early_stop:
+        stops = jnp.isin(loop.tokens, jnp.asarray(layout.stop_ids)) & live
+        done = done | jnp.any(stops, axis=-1)
+    return carry._replace(ids=ids, commit_step=written, done=done, nfe=loop.nfe)
+
+
+def _logits(
+    net: Network, layout: Layout, options: Decoding, params: Params, canvas: Canvas, seen: View
+) -> Float[Array, "B A V"]:
+    """The active block's logits, guided away from the unconditional ones where the options say so."""
+    conditional = net.logits(params, net.hidden(params, seen)[0])
+    if not options.cfg_scale:
+        return conditional
+    in_prompt = jnp.arange(seen.ids.shape[1]) < canvas.prompt_len[:, None]
+    blind = seen._replace(ids=jnp.where(in_prompt, layout.mask_id, seen.ids))
+    unconditional = net.logits(params, net.hidden(params, blind)[0])
+    return unconditional + (options.cfg_scale + 1) * (conditional - unconditional)
+
+
+def decode(
+    net: Network,
+    layout: Layout,
+    options: Decoding,
+    params: Params,
+    canvas: Canvas,
+    seed: int | Int[Array, ""],
+    prompt_index: Int[Array, " B"],
+) -> Decoded:
+    """Decodes every block, left to right, by ``lax.scan``; blocks after which every row is done are skipped.
+
+    Args:
+        net: the network (static).
+        layout: the canvas's static part.
+        options: the decoder's options (static).
+        params: the network's parameters.
+        canvas: from ``canvas.for_decoding``.
+        seed: of sampling.
+        prompt_index: each prompt's own index.
+
+    Returns:
+        The responses, and when each token was committed.
+    """
+
+    def body(carry: Carry, block: Array) -> tuple[Carry, None]:
+        def go(carry: Carry) -> Carry:
+            return decode_block(net, layout, options, params, canvas, carry, block)
+
+        return jax.lax.cond(jnp.all(carry.done), lambda c: c, go, carry), None
+
+    first = start(layout, canvas, seed, prompt_index)
+    carry, _ = jax.lax.scan(body, first, jnp.arange(layout.n_blocks, dtype=jnp.int32))
+    return finish(layout, canvas, carry)
+
+
+def finish(layout: Layout, canvas: Canvas, carry: Carry) -> Decoded:
+    """Reads the responses off the canvas."""
+    at = canvas.prompt_len[:, None] + jnp.arange(layout.response_len)
+    response = jnp.take_along_axis(carry.ids, at, axis=1)
+    response = jnp.where(carry.commit_step < 0, layout.fill_id, response)
+    return Decoded(response, carry.commit_step, carry.nfe)
+
+
+def canvases(layout: Layout, decoded: Decoded, steps: int) -> Int[Array, "S B R"]:
+    """Every intermediate response: before the first step and after each of ``steps`` (S = steps + 1)."""
+    when = jnp.arange(-1, steps)[:, None, None]
+    known = (decoded.commit_step >= 0) & (decoded.commit_step <= when)
+    return jnp.where(known, decoded.response, layout.mask_id)

@@ -1,0 +1,39 @@
+"""The process that compiles a plan: a job as JSON on standard input, the plan as JSON on standard output.
+
+A process of its own, since the number of host devices and the platforms are settled before JAX starts, and since a
+compiler that gives up may take its process with it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+from jaxblock.config import files as config_io
+from jaxblock.errors import UserError
+from jaxblock.fit import plan, topology
+
+
+def main() -> int:
+    """Plans one job; the exit code is 0, or 3 with ``{"error": ...}`` for a mistake that the user can mend."""
+    # Libraries print to standard output now and then: it is kept for the plan.
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    job: dict[str, Any] = json.load(sys.stdin)
+    try:
+        config = config_io.from_tree(job.pop("config"), "the job")
+        where = topology.parse(job.pop("topology"))
+        result = plan.make(config, where, **job, say=lambda text: print(f"plan: {text}", file=sys.stderr, flush=True))
+    except UserError as error:
+        json.dump({"error": str(error)}, out)
+        out.flush()
+        return 3
+    json.dump(result, out)
+    out.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

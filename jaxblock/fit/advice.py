@@ -1,0 +1,162 @@
+"""What to change in a run that does not fit: the cheapest first, each tried by compiling it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from jaxblock.config.config import Config
+
+Fits = Callable[[Config], "Trial"]
+
+
+class Trial(NamedTuple):
+    """A config that was compiled, or that cannot fit whatever the compiler does.
+
+    Attributes:
+        needed: bytes of a device; of the arguments alone where those are too many already.
+        fits: it does.
+        compiled: the compiler was asked.
+    """
+
+    needed: float
+    fits: bool
+    compiled: bool
+
+
+class Change(NamedTuple):
+    """One way to need less memory.
+
+    Attributes:
+        flags: as they go on the command line.
+        cost: what it costs.
+        config: with the change made.
+    """
+
+    flags: str
+    cost: str
+    config: Config
+
+
+class Found(NamedTuple):
+    """A change, or several together, with what came of it.
+
+    Attributes:
+        flags: as they go on the command line.
+        cost: what it costs.
+        trial: what was found.
+    """
+
+    flags: str
+    cost: str
+    trial: Trial
+
+
+def changes(config: Config, ways: int, chips: int) -> Iterator[Change]:
+    """Single changes to a config that lower its memory, in the order of what they cost.
+
+    Args:
+        config: what does not fit; its mesh fields are those that were tried.
+        ways: rows are split over so many devices.
+        chips: of a slice.
+    """
+    train, model = config.train, config.model
+
+    def change(section: str, cost: str, **fields: Any) -> Change:
+        part = dataclasses.replace(getattr(config, section), **fields)
+        flags = " ".join(f"--{section}.{name} {value}" for name, value in fields.items())
+        return Change(flags, cost, dataclasses.replace(config, **{section: part}))
+
+    whole = train.fsdp * train.tensor
+    if whole < chips and chips % train.tensor == 0:
+        fsdp = chips // train.tensor
+        yield change("train", "weights are gathered layer by layer", fsdp=fsdp, data_parallel=1)
+    if model.remat in ("none", "dots"):
+        yield change("model", "the forward pass is computed twice: about a third more time", remat="full")
+    if config.method.objective == "classical" and model.loss_chunk is None:
+        chunk = _chunk(config.canvas.response_len)
+        yield change("model", "none to speak of: the head runs in parts", loss_chunk=chunk)
+    rows = train.batch_size // ways
+    parts = next((n for n in (2, 4, 8, 16) if rows % (n * train.accumulate) == 0 and rows > n * train.accumulate), 0)
+    if rows > train.accumulate:
+        most = rows if not parts else train.accumulate * parts
+        yield change("train", "parts of the batch go one after the other; the update stays the same", accumulate=most)
+        if most < rows:
+            yield change("train", "rows go one after the other; the update stays the same", accumulate=rows)
+    yield from _smaller_state(config, change)
+    if rows > 1:
+        yield change("train", "another run: half of the rows an update", batch_size=train.batch_size // 2)
+    if model.remat != "offload":
+        yield change("model", "layers' inputs travel to the host and back", remat="offload")
+    if not config.lora.rank and model.init_from is not None:
+        yield change("lora", "another method: adapters are trained, the weights are not", rank=64)
+
+
+def _smaller_state(config: Config, change: Callable[..., Change]) -> Iterator[Change]:
+    """Changes of types: what trains in fewer bytes."""
+    if config.lora.rank:
+        if config.model.quantize == "none":
+            yield change("model", "the frozen base is rounded to 8 bits", quantize="int8")
+        return
+    if config.optimizer.moments != "int8" and config.optimizer.name == "adamw":
+        yield change("optimizer", "moments are rounded to 8 bits", moments="int8")
+    if config.model.param_dtype == "float32":
+        yield change(
+            "model", "weights are rounded to 16 bits after each update, stochastically", param_dtype="bfloat16"
+        )
+
+
+def _chunk(length: int) -> int:
+    """The largest divisor of a response that is no longer than 32."""
+    return max(size for size in range(1, min(length, 32) + 1) if length % size == 0)
+
+
+def advise(config: Config, ways: int, chips: int, fits: Fits, tries: int) -> tuple[list[Found], Found | None]:
+    """Looks for the smallest change that makes a config fit.
+
+    Every single change is tried first, the cheapest first; where none is enough, they are made one on top of the other.
+
+    Args:
+        config: what does not fit.
+        ways: rows are split over so many devices.
+        chips: of a slice.
+        fits: tries a config.
+        tries: how many may be compiled; a config whose arguments alone are too large costs no try.
+
+    Returns:
+        (everything that was tried, the one that fits or None).
+    """
+    tried: list[Found] = []
+    left = tries
+    singles = list(changes(config, ways, chips))
+    for single in singles:
+        if left <= 0:
+            return tried, None
+        trial = fits(single.config)
+        left -= trial.compiled
+        tried.append(Found(single.flags, single.cost, trial))
+        if trial.fits:
+            return tried, tried[-1]
+    so_far, flags, costs = config, "", ""
+    made: set[str] = set()
+    while left > 0:
+        # Made anew after each: what a change is depends on those before (the batch per device, for one).
+        following = next((c for c in changes(so_far, ways, chips) if _field(c.flags) not in made), None)
+        if following is None:
+            break
+        made.add(_field(following.flags))
+        so_far = following.config
+        flags, costs = f"{flags} {following.flags}".strip(), f"{costs}; {following.cost}".strip("; ")
+        if following.flags in {single.flags for single in singles} and flags == following.flags:
+            continue  # alone it has been tried
+        trial = fits(so_far)
+        left -= trial.compiled
+        tried.append(Found(flags, costs, trial))
+        if trial.fits:
+            return tried, tried[-1]
+    return tried, None
+
+
+def _field(flags: str) -> str:
+    return flags.split()[0]

@@ -1,0 +1,119 @@
+"""A plan as tables for people."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from jaxblock.fit.memory import gib
+
+_OF_TEMPORARIES = ("gradients", "activations", "logits")
+
+
+def show(console: Console, plan: dict[str, Any]) -> None:
+    """Prints a plan.
+
+    Args:
+        console: where to.
+        plan: what ``plan.make`` gives.
+    """
+    chip, mesh = plan["chip"], plan["mesh"]
+    console.print(
+        f"[bold]{plan['topology']}[/]: {plan['devices']} x {chip['name']}, mesh "
+        + " x ".join(f"{name} {size}" for name, size in mesh.items() if size > 1 or name == "fsdp")
+        + f"; {plan['rows']} rows an update, {plan['rows_per_device']:g} a device",
+        highlight=False,
+    )
+    model = plan["model"]
+    console.print(f"{model['family']}, {model['parameters']:,} parameters, from {model['source']}", highlight=False)
+    for note in plan["notes"]:
+        console.print(f"note: {note}", highlight=False)
+    if plan["estimate_from_host"]:
+        console.print(
+            "ESTIMATE: no compiler for this platform is at hand; compiled for the host's CPU instead, whose temporaries and "
+            "collectives differ",
+            highlight=False,
+        )
+    console.print(_memory(plan))
+    console.print(_costs(plan))
+    _verdict(console, plan)
+
+
+def _memory(plan: dict[str, Any]) -> Table:
+    table = Table(title="memory of one device", title_justify="left")
+    for name in ("", "train step", "decode block"):
+        table.add_column(name, justify="left" if not name else "right")
+    train, decode = plan["train"], plan.get("decode")
+    programs = [train] + ([decode] if decode else [])
+
+    def row(name: str, value: Any, style: str | None = None) -> None:
+        cells = [value(program) for program in programs]
+        if any(cell is not None for cell in cells):
+            table.add_row(name, *("" if cell is None else gib(cell) for cell in cells), style=style)
+
+    for kind in ("parameters", "frozen base", "optimizer state", "moving average", "batch"):
+        row(kind, lambda program, kind=kind: program["parts"].get(kind))
+    row("temporaries", lambda program: program["memory"]["temporaries"])
+    for kind in _OF_TEMPORARIES:
+        row(f"  {kind} (by shape)", lambda program, kind=kind: program["parts"].get(kind), "dim")
+    row("outputs not in place", lambda program: program["memory"]["outputs"] or None)
+    row("program", lambda program: program["memory"]["code"] or None)
+    row("total", lambda program: program["memory"]["total"], "bold")
+    table.add_row(f"{plan['chip']['name']} can use", *(gib(plan["limit"]) for _ in programs))
+    return table
+
+
+def _costs(plan: dict[str, Any]) -> Table:
+    table = Table(title="costs of one device", title_justify="left")
+    for name in ("", "train step", "decode block, all steps"):
+        table.add_column(name, justify="left" if not name else "right")
+    programs = [plan["train"]] + ([plan["decode"]] if "decode" in plan else [])
+    programs = [program for program in programs if "flops" in program]
+    if not programs:
+        return table
+    table.add_row("matrix products", *(_flop(program["flops"]) for program in programs))
+    table.add_row("memory traffic", *(gib(program["traffic"]) for program in programs))
+    kinds = dict.fromkeys(kind for program in programs for kind in program["sent"])
+    for kind in kinds:
+        table.add_row(f"sent, {kind}", *(gib(program["sent"].get(kind, 0.0)) for program in programs))
+    return table
+
+
+def _verdict(console: Console, plan: dict[str, Any]) -> None:
+    guess = plan["train"].get("estimate")
+    if guess:
+        console.print(
+            f"step time, ESTIMATE (roofline, nothing ever waits): {_milliseconds(guess['step'])} by {guess['bound']} (compute "
+            f"{_milliseconds(guess['compute'])}, memory {_milliseconds(guess['memory'])}, links "
+            f"{_milliseconds(guess['links'])}"
+            + (f", across slices {_milliseconds(guess['across'])}" if guess["across"] else "")
+            + f"); at most {guess['tokens_per_second']:,.0f} tokens/s, {guess['tokens_per_second_per_chip']:,.0f} a chip",
+            highlight=False,
+        )
+    if plan["fits"]:
+        console.print(f"[bold green]it fits[/]: {plan['train']['memory']['total'] / plan['limit']:.0%} of the memory")
+    else:
+        console.print("[bold red]it does not fit[/]")
+        for one in plan.get("tried", []):
+            how = f"{gib(one['needed'])}" + ("" if one["compiled"] else " of arguments alone")
+            word = "[green]fits[/]" if one["fits"] else "does not fit"
+            console.print(f"  {one['flags']}: {word}, {how}  ({one['cost']})", highlight=False)
+        if plan.get("advice"):
+            console.print(f"[bold]smallest change that fits, compiled:[/] {plan['advice']['flags']}", highlight=False)
+        else:
+            console.print("nothing that was tried fits: plan for more chips, or raise --tries", highlight=False)
+    if "decode" in plan and not plan["decode"]["fits"]:
+        console.print("[red]the decoder does not fit[/]: set decode.batch_size lower", highlight=False)
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:,.1f} ms"
+
+
+def _flop(count: float) -> str:
+    for unit, name in ((1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP")):
+        if count >= unit:
+            return f"{count / unit:,.2f} {name}"
+    return f"{count:,.0f} FLOP"

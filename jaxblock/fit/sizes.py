@@ -1,0 +1,83 @@
+"""Where a plan has the network's sizes from: no weights are read, and no network is needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from jaxblock import build as wiring
+from jaxblock.config.config import Config
+from jaxblock.data.store import manifest as manifests
+from jaxblock.errors import UserError
+from jaxblock.huggingface import load as huggingface
+from jaxblock.io import storage
+from jaxblock.models.architecture import Architecture
+from jaxblock.models.families import registry as families
+from jaxblock.training.checkpoints import run_folder
+
+_LLADA_8B: dict[str, Any] = {
+    "model_type": "llada", "d_model": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 32, "mlp_hidden_size": 12288,
+    "embedding_size": 126464, "vocab_size": 126464, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "weight_tying": False,
+    "max_sequence_length": 4096, "mask_token_id": 126336, "eos_token_id": 126081, "pad_token_id": 126081,
+}  # fmt: skip
+_DREAM_7B: dict[str, Any] = {
+    "model_type": "Dream", "hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28,
+    "num_key_value_heads": 4, "intermediate_size": 18944, "vocab_size": 152064, "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0, "tie_word_embeddings": False, "max_position_embeddings": 131072, "mask_token_id": 151666,
+    "eos_token_id": 151643, "pad_token_id": 151643,
+}  # fmt: skip
+
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "GSAI-ML/LLaDA-8B-Instruct": _LLADA_8B,
+    "GSAI-ML/LLaDA-8B-Base": _LLADA_8B,
+    "GSAI-ML/LLaDA-1.5": _LLADA_8B,
+    "Dream-org/Dream-v0-Instruct-7B": _DREAM_7B,
+    "Dream-org/Dream-v0-Base-7B": _DREAM_7B,
+}
+"""What the config.json of well-known checkpoints says, as far as shapes and ids go."""
+
+
+def architecture(config: Config, given: str | None) -> tuple[Architecture, str]:
+    """The network that a config would train.
+
+    Args:
+        config: resolved and valid.
+        given: a config.json, or a folder or run that holds one; None for what the config starts from.
+
+    Returns:
+        (sizes and ids, where they are from).
+
+    Raises:
+        UserError: nothing says what the sizes are.
+    """
+    source = given or config.model.init_from
+    if source is None:
+        return _random(config)
+    path = Path(source)
+    if run_folder.is_run(source):
+        arch, said = run_folder.open_run(source).arch, f"{source}/{run_folder.MODEL}"
+    elif path.is_file():
+        arch, said = families.from_hf(storage.read_json(path), source), source
+    elif path.is_dir():
+        arch, said = huggingface.architecture(source), f"{source}/config.json"
+    elif source.split("@")[0] in PUBLISHED:
+        name = source.split("@")[0]
+        arch, said = families.from_hf(PUBLISHED[name], name), f"the published config.json of {name}"
+    else:
+        raise UserError(
+            f"{source} is neither a folder here nor a checkpoint whose sizes are known: give its config.json with "
+            "--model_config"
+        )
+    if arch.mask_id is None:
+        # Which token becomes the mask changes no cost.
+        arch = families.with_mask(arch, arch.vocab_size, config.model.alignment)
+    return arch, said
+
+
+def _random(config: Config) -> tuple[Architecture, str]:
+    """A random start has the vocabulary of its data; before they are prepared, the one that was asked for."""
+    folder = storage.as_path(config.data.prepared)
+    vocab, said = config.data.vocab_size, "the config's model section and data.vocab_size"
+    if (folder / "manifest.json").exists():
+        vocab, said = manifests.read(folder).vocab_size, f"the config's model section and {config.data.prepared}"
+    return wiring.architecture(config.model, vocab_size=vocab, mask_id=vocab - 1, eos_id=vocab - 2), said

@@ -1,0 +1,78 @@
+"""Names of the Hugging Face hub, and checkpoints in an object store: downloaded, and from there on folders like any other."""
+
+from __future__ import annotations
+
+import os
+import re
+
+import huggingface_hub
+from huggingface_hub import errors
+
+from jaxblock.errors import UserError
+from jaxblock.io import storage
+
+_NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
+
+# Weights, configs, tokenizers and chat templates: no code and no pickles.
+_WEIGHTS = ["*.safetensors"]
+_BESIDE = ["*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt"]
+_UNWANTED = ["*/*", "*.py", "*.bin", "*.pt", "*.pth"]  # subfolders hold the same weights in other formats
+_FILES = (".json", ".jsonl", ".model", ".yaml", ".safetensors")  # a mistyped path of a file is no hub name
+
+
+def local(name: storage.PathLike, *, weights: bool = True) -> str:
+    """The local folder of a model that is named by path or by hub name.
+
+    Args:
+        name: a path, returned as it is, or where nothing lies there ``org/name`` or ``org/name@revision``. The folder of
+            a checkpoint or of adapters at ``gs://`` is copied to a temporary folder of this process; that of a run is
+            returned as it is.
+        weights: download the weights too; a tokenizer does without.
+
+    Returns:
+        The path; whether it is of any use is its reader's to say.
+
+    Raises:
+        UserError: a hub name that cannot be downloaded.
+    """
+    text = os.fspath(name)
+    if storage.is_remote(text):
+        return _copied(text, weights)
+    match = _NAME.fullmatch(text)
+    if match is None or text.endswith(_FILES) or os.path.exists(text):
+        return text
+    repo, revision = match["repo"], match["revision"]
+    wanted = _WEIGHTS + _BESIDE if weights else _BESIDE
+    try:
+        return str(
+            huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=wanted, ignore_patterns=_UNWANTED)
+        )
+    except Exception as error:  # the client's, and those of the several HTTP libraries beneath it
+        raise UserError(f"{text} is no local folder, and {_why(error, repo, revision)}") from error
+
+
+def _copied(folder: str, weights: bool) -> str:
+    names = {entry.name for entry in storage.listed(folder)}
+    if not names & {"config.json", "adapter_config.json", "tokenizer.json", "tokenizer.model"}:
+        return folder
+    return str(storage.local_folder(folder, [*(_WEIGHTS if weights else ()), *_BESIDE, "*.py"]))  # code: for an export
+
+
+def _why(error: Exception, repo: str, revision: str | None) -> str:
+    if isinstance(error, errors.GatedRepoError):
+        return f"the hub repository {repo} is gated: accept its terms on its page there, and set HF_TOKEN to your access token"
+    if isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError):
+        return (
+            f"the hub has no repository {repo} that you may see: correct the name (or the path), or set HF_TOKEN to a "
+            "token that may read it"
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"the hub repository {repo} has no revision {revision}: correct what follows the @"
+    return (
+        f"{repo} could not be downloaded from the hub ({type(error).__name__}: {_first_line(error)}). Without a network: "
+        f"download it elsewhere (`hf download {repo}`), copy the folder here, and give its path"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0]

@@ -1,0 +1,393 @@
+"""The Python interface: logits, decode, stream, nelbo, save. A thin face over the pure functions; the verbs use it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import DTypeLike
+
+from jaxblock import build as wiring
+from jaxblock.config import files as config_io
+from jaxblock.data.tokens.encoding import Encoder
+from jaxblock.data.tokens.tokenizers import Tokenizer
+from jaxblock.diffusion import canvas as canvases
+from jaxblock.diffusion import likelihood
+from jaxblock.diffusion.config import CanvasConfig
+from jaxblock.diffusion.decoding import decoder
+from jaxblock.diffusion.decoding.config import DecodeConfig
+from jaxblock.errors import UserError
+from jaxblock.huggingface import load as huggingface_load
+from jaxblock.huggingface import peft
+from jaxblock.huggingface import save as huggingface_save
+from jaxblock.io import hub, storage
+from jaxblock.models.architecture import Architecture
+from jaxblock.models.linear import lora
+from jaxblock.models.transformer import Transformer
+from jaxblock.training.checkpoints import run_folder
+from jaxblock.types import Layout, Params
+
+Ids = Sequence[Sequence[int]] | np.ndarray | Array
+
+_logits = jax.jit(Transformer.all_logits, static_argnums=0)
+_decode = jax.jit(decoder.decode, static_argnums=(0, 1, 2))
+_decode_block = jax.jit(decoder.decode_block, static_argnums=(0, 1, 2))
+_nelbo = jax.jit(likelihood.nelbo, static_argnums=(0, 1, 2))
+
+
+class Decoded(NamedTuple):
+    """What ``Model.decode`` returns on request.
+
+    Attributes:
+        ids: responses [B, R].
+        canvases: the response after 0, 1, ... steps [S, B, R], mask ids where nothing is committed.
+        nfe: forward passes spent on each row [B].
+    """
+
+    ids: np.ndarray
+    canvases: np.ndarray
+    nfe: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A network with its weights, and what is needed to use it.
+
+    Attributes:
+        net: the network.
+        params: its weights.
+        canvas: default sizes of the canvas.
+        stop_ids: the tokens that end a response.
+        decode_defaults: the decoder's options where a call names none.
+        tokenizer: None where the folder holds none.
+        encoder: tokenizer and chat template together; None where the folder lacks either.
+        origin: the folder it came from.
+        base: the folder of the weights beneath adapters; None without adapters.
+    """
+
+    net: Transformer
+    params: Params
+    canvas: CanvasConfig
+    stop_ids: tuple[int, ...]
+    decode_defaults: DecodeConfig = DecodeConfig()
+    tokenizer: Tokenizer | None = None
+    encoder: Encoder | None = None
+    origin: str | None = None
+    base: str | None = None
+
+    @property
+    def arch(self) -> Architecture:
+        """Sizes and special ids."""
+        return self.net.arch
+
+    def logits(self, ids: Ids, attention_mask: Ids | None = None) -> np.ndarray:
+        """Logits of every position, as the network gives them, before any shift.
+
+        Args:
+            ids: tokens [B, T].
+            attention_mask: [B, T], 1 = real; hidden positions get logits of 0.
+
+        Returns:
+            float32 [B, T, V].
+
+        Raises:
+            UserError: rows of different lengths, or ids outside the vocabulary.
+        """
+        whole = _batch(ids)
+        if whole.size and (whole.min() < 0 or whole.max() >= self.arch.vocab_size):
+            raise UserError(f"ids hold one outside the vocabulary of {self.arch.vocab_size}")
+        rows, lengths, back = _flush_left(whole, attention_mask)
+        positions = np.broadcast_to(np.arange(rows.shape[1], dtype=np.int32), rows.shape)
+        out = np.asarray(_logits(self.net, self.params, rows, positions, lengths))
+        result = np.zeros((*whole.shape, out.shape[-1]), out.dtype)
+        for row, (source, length) in enumerate(zip(back, lengths, strict=True)):
+            result[row, source] = out[row, :length]
+        return result
+
+    def layout(self, options: DecodeConfig) -> Layout:
+        """The decoder's canvas under these options."""
+        return wiring.decoding_layout(self.canvas, options, self.arch, self.stop_ids)
+
+    def options(self, **fields: Any) -> DecodeConfig:
+        """The decoder's options: the model's defaults, with these fields replaced.
+
+        Raises:
+            UserError: a field that the decoder does not have, or a value it cannot take.
+        """
+        chosen: DecodeConfig = config_io.with_fields(self.decode_defaults, fields, "decode")
+        config_io.check_decode(chosen)
+        return chosen
+
+    def decode(
+        self,
+        prompt_ids: Ids,
+        attention_mask: Ids | None = None,
+        *,
+        return_steps: bool = False,
+        first_index: int = 0,
+        **options: Any,
+    ) -> np.ndarray | Decoded:
+        """Decodes responses block by block.
+
+        Args:
+            prompt_ids: prompts [B, P] (padded on either side where ``attention_mask`` says), or a list of lists.
+            attention_mask: [B, P], 1 = real.
+            return_steps: return ``Decoded``: also the canvas after every step, and the forward passes.
+            first_index: index of the first prompt; a prompt's random key comes from its index.
+            **options: any field of ``DecodeConfig``, by name.
+
+        Returns:
+            Response ids [B, R]; after an early stop the fill token.
+
+        Raises:
+            UserError: a prompt that is empty, holds the mask token, or does not fit the model.
+        """
+        chosen = self.options(**options)
+        layout = self.layout(chosen)
+        rows, lengths = self.prompts(prompt_ids, attention_mask, layout)
+        index = np.arange(first_index, first_index + len(rows), dtype=np.int32)
+        canvas = canvases.for_decoding(layout, jnp.asarray(rows), jnp.asarray(lengths), jnp.asarray(index))
+        found = _decode(self.net, layout, wiring.decoding(chosen, layout), self.params, canvas, chosen.seed, index)
+        if not return_steps:
+            return np.asarray(found.response)
+        steps = int(np.max(found.commit_step)) + 1
+        return Decoded(
+            np.asarray(found.response), np.asarray(decoder.canvases(layout, found, steps)), np.asarray(found.nfe)
+        )
+
+    def stream(self, prompt_ids: Sequence[int], *, index: int = 0, **options: Any) -> Iterator[tuple[np.ndarray, int]]:
+        """Decodes one prompt and yields as it goes, block by block; the result is ``decode``'s.
+
+        Args:
+            prompt_ids: one prompt.
+            index: its index (its random key).
+            **options: any field of ``DecodeConfig``.
+
+        Yields:
+            (the response so far [R], mask ids where nothing is committed; forward passes so far), one per decode step.
+        """
+        chosen = self.options(**options)
+        layout = self.layout(chosen)
+        settings = wiring.decoding(chosen, layout)
+        rows, lengths = self.prompts([prompt_ids], None, layout)
+        row = jnp.asarray([index], jnp.int32)
+        canvas = canvases.for_decoding(layout, jnp.asarray(rows), jnp.asarray(lengths), row)
+        carry = decoder.start(layout, canvas, chosen.seed, row)
+        shown = 0
+        for block in range(layout.n_blocks):
+            if bool(carry.done.all()):
+                break
+            carry = _decode_block(self.net, layout, settings, self.params, canvas, carry, jnp.int32(block))
+            steps = int(carry.nfe[0]) // settings.passes
+            states = np.asarray(decoder.canvases(layout, decoder.finish(layout, canvas, carry), steps))
+            for step in range(shown + 1, steps + 1):
+                yield states[step, 0], step * settings.passes
+            shown = steps
+
+    def text_ids(self, response: np.ndarray, **options: Any) -> list[int]:
+        """A response up to its first stop token (``options`` as for ``decode``: it may name other stop tokens)."""
+        stops = np.flatnonzero(np.isin(response, self.layout(self.options(**options)).stop_ids))
+        return np.asarray(response[: stops[0]] if len(stops) else response).tolist()
+
+    def prompts(self, prompt_ids: Ids, attention_mask: Ids | None, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+        """Prompts as the decoder takes them: flush left, padded to a width that few programs share.
+
+        The width is the canvas's, or for a longer prompt the next multiple of 16: so a prompt is computed in the same
+        shape whatever its neighbours are.
+
+        Returns:
+            (ids [B, P], lengths [B]).
+        """
+        if attention_mask is None and not isinstance(prompt_ids, np.ndarray | Array):
+            lists = [np.asarray(row, np.int32) for row in prompt_ids]
+            if any(row.ndim != 1 for row in lists):
+                raise UserError(
+                    "prompts are a batch: a list of lists of ids, or an array [B, P]; put one prompt in [ ]"
+                )
+            lengths = np.array([len(row) for row in lists], np.int32)
+            rows = np.zeros((len(lists), max(lengths, default=0)), np.int32)
+            for at, row in enumerate(lists):
+                rows[at, : len(row)] = row
+        else:
+            rows, lengths, _ = _flush_left(_batch(prompt_ids), attention_mask)
+        if not len(rows):
+            raise UserError("no prompts: give at least one")
+        for at, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            self.check_prompt(row[:length], f"prompt {at}", layout)
+        width = -(-max(self.canvas.prompt_len, rows.shape[1]) // 16) * 16
+        return np.pad(rows, ((0, 0), (0, width - rows.shape[1]))), lengths
+
+    def check_prompt(self, prompt: Sequence[int] | np.ndarray, name: str, layout: Layout) -> None:
+        """Raises UserError, naming the prompt, where it is empty, holds what no prompt may hold, or is too long."""
+        ids, arch = np.asarray(prompt), self.arch
+        if not ids.size:
+            raise UserError(f"{name} is empty: it needs at least one token")
+        if (ids == layout.mask_id).any():
+            raise UserError(f"{name} holds the mask token {layout.mask_id}: take it out")
+        if ids.min() < 0 or ids.max() >= arch.vocab_size:
+            raise UserError(f"{name} holds an id outside the vocabulary of {arch.vocab_size}")
+        if ids.size + layout.response_len > arch.max_len:
+            raise UserError(
+                f"{name} has {ids.size} tokens; with {layout.response_len} for the response it is longer than the "
+                f"model's {arch.max_len}"
+            )
+
+    def nelbo(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        response_ids: Sequence[Sequence[int]],
+        *,
+        response_len: int | None = None,
+        block: int | None = None,
+        samples: int | None = None,
+        seed: int = 0,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Upper bounds on the responses' negative log-likelihoods, in nats.
+
+        Args:
+            prompt_ids: one list per row.
+            response_ids: one list per row, the terminator included.
+            response_len: R; None for the canvas's.
+            block: B; None for the canvas's.
+            samples: masked sets per block, stratified by count; exact where 2^B - 1 is not more. None for B.
+            seed: of the masks.
+
+        Returns:
+            (NELBO [B], standard error of the masks drawn [B]; 0 where exact).
+
+        Raises:
+            UserError: a response that does not fit, or a row that holds the mask token.
+        """
+        layout = self.layout(self.options(response_len=response_len, block=block))
+        if samples is not None and samples < 1:
+            raise UserError(f"samples is {samples}: it must be at least 1")
+        if len(prompt_ids) != len(response_ids):
+            raise UserError(f"{len(prompt_ids)} prompts, but {len(response_ids)} responses: one of each per row")
+        rows, lengths = self.prompts(prompt_ids, None, layout)
+        responses = np.zeros((len(rows), layout.response_len), np.int32)
+        for at, response in enumerate(response_ids):
+            if not 1 <= len(response) <= layout.response_len:
+                raise UserError(
+                    f"row {at}: a response of {len(response)} tokens; response_len is {layout.response_len}"
+                )
+            if layout.mask_id in response:
+                raise UserError(f"row {at}: the response holds the mask token {layout.mask_id}")
+            if min(response) < 0 or max(response) >= self.arch.vocab_size:
+                raise UserError(f"row {at}: the response holds an id outside the vocabulary of {self.arch.vocab_size}")
+            responses[at, : len(response)] = response
+        text = np.array([len(response) for response in response_ids], np.int32)
+        index = np.arange(len(rows), dtype=np.int32)
+        canvas = canvases.from_rows(layout, *map(jnp.asarray, (rows, lengths, responses, text, index)))
+        found = _nelbo(self.net, layout, samples or layout.block, self.params, canvas, jax.random.key(seed))
+        value, error = likelihood.per_row(found)
+        return np.asarray(value), np.asarray(error)
+
+    def save(self, folder: storage.PathLike, dtype: DTypeLike | None = None) -> float:
+        """Writes a Hugging Face folder, reads it back and compares logits. Adapters are merged into their base.
+
+        Args:
+            folder: what to make; it must not exist.
+            dtype: the tensors' type; None keeps each one's own.
+
+        Returns:
+            The largest difference of any logit from the weights written (0 where the type is kept).
+
+        Raises:
+            UserError: the base is int8, or the folder exists or cannot be written.
+        """
+        merged = self.merged()
+        huggingface_save.save(folder, self.arch, merged.params, **self._companions(), dtype=dtype)
+        return huggingface_save.verify(folder, merged.net, merged.params, self._probe())
+
+    def save_adapter(self, folder: storage.PathLike) -> float:
+        """Writes the adapters alone in PEFT's format, reads them back and compares logits.
+
+        Args:
+            folder: what to make; it must not exist.
+
+        Returns:
+            The largest difference of any logit: 0.
+
+        Raises:
+            UserError: there are none, the folder exists or cannot be written, or the base's vocabulary was extended,
+                which an adapter cannot carry.
+        """
+        if self.net.lora is None:
+            raise UserError(f"{self.origin} holds no adapters: save it whole")
+        adapters, base = self.params[lora.KEY], self.base
+        if base is not None and run_folder.is_run(base):
+            base = None  # PEFT cannot load a run: the base is to be exported, and named by whoever loads the adapters
+        elif base is not None:
+            peft.check_rows(folder, self.arch, huggingface_load.architecture(hub.local(base)))
+        peft.save_adapter(
+            folder, self.arch, self.net.lora, adapters, base=base, companions=self._companions()["tokenizer"]
+        )
+        found, again = peft.load_adapter(storage.local_folder(folder, ["*.json", "*.safetensors"]), self.arch)
+        copy = dataclasses.replace(
+            self, net=dataclasses.replace(self.net, lora=found), params=lora.attach(self._weights(), again)
+        )
+        ids = np.asarray(self._probe())
+        difference = float(np.abs(copy.logits(ids) - self.logits(ids)).max())
+        if not difference == 0:
+            raise UserError(f"{folder}: logits of the saved adapters differ by {difference:.3g}; do not use it")
+        return difference
+
+    def merged(self) -> Model:
+        """The same network with its adapters added to its weights; itself where there are none.
+
+        Raises:
+            UserError: the weights are int8.
+        """
+        if self.net.int8:
+            raise UserError(
+                f"{self.origin} was loaded with int8 weights, which cannot be exported: load it with quantize none"
+            )
+        if self.net.lora is None:
+            return self
+        params = lora.merge(self.params, self.net.lora)
+        return dataclasses.replace(self, net=dataclasses.replace(self.net, lora=None), params=params, base=None)
+
+    def _weights(self) -> Params:
+        return {name: leaf for name, leaf in self.params.items() if name != lora.KEY}
+
+    def _companions(self) -> dict[str, Any]:
+        """Where the files lie that travel with the weights."""
+        if self.origin is None or not run_folder.is_run(self.origin):
+            return {"tokenizer": self.origin, "origin": self.base}
+        kept = storage.as_path(self.origin) / run_folder.ORIGIN
+        tokenizer = str(storage.as_path(self.origin) / run_folder.TOKENIZER)
+        return {"tokenizer": tokenizer, "origin": str(kept) if kept.exists() else None}
+
+    def _probe(self) -> Array:
+        """Tokens to compare logits on."""
+        width = min(64, self.arch.max_len)
+        return jnp.asarray(np.random.default_rng(0).integers(0, self.arch.vocab_size, (2, width), dtype=np.int32))
+
+
+def _batch(ids: Ids) -> np.ndarray:
+    try:
+        return np.asarray(ids, np.int32)
+    except ValueError as error:
+        raise UserError("ids are a batch [B, T]: rows of one length; pad them, and say so by attention_mask") from error
+
+
+def _flush_left(ids: np.ndarray, attention_mask: Ids | None) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+    """Moves each row's real tokens to the left. Returns (ids, lengths, the source positions of each row's tokens)."""
+    if ids.ndim != 2:
+        raise UserError(f"ids are a batch [B, T], but these have the shape {ids.shape}")
+    if attention_mask is None:
+        everything = [np.arange(ids.shape[1]) for _ in ids]
+        return ids, np.full(len(ids), ids.shape[1], np.int32), everything
+    real = np.asarray(attention_mask).astype(bool)
+    if real.shape != ids.shape:
+        raise UserError(f"attention_mask has the shape {real.shape}, the ids {ids.shape}: they must be equal")
+    sources = [np.flatnonzero(row) for row in real]
+    rows = np.zeros_like(ids)
+    for at, source in enumerate(sources):
+        rows[at, : len(source)] = ids[at, source]
+    return rows, np.array([len(source) for source in sources], np.int32), sources

@@ -1,0 +1,164 @@
+"""LLaDA: a Llama block without the causal mask. Its config.json and its table of parameters.
+
+RMSNorm, rotary positions (half-split), SwiGLU, no biases; keys and values may be grouped, embeddings may be tied.
+Names follow the published checkpoints (GSAI-ML/LLaDA-8B-*).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from jaxblock.models.architecture import Architecture
+from jaxblock.models.families import gated
+from jaxblock.models.families.config_json import Fields, with_rope_and_dtype
+from jaxblock.models.spec import Table
+
+MODEL_TYPES = ("llada",)
+
+TRAITS: dict[str, Any] = {"alignment": "same_position"}
+"""Fields of ``Architecture`` that all networks of the family share."""
+
+# What the network computes and we do not: a checkpoint that says otherwise would load and be wrong.
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "block_type": ("llama",),
+    "activation_type": ("silu", "swiglu"),
+    "layer_norm_type": ("rms",),
+    "rope": (True,),
+    "alibi": (False,),
+    "include_bias": (False,),
+    "include_qkv_bias": (False,),
+    "attention_layer_norm": (False,),
+    "scale_logits": (False,),
+    "input_emb_norm": (False,),
+    "multi_query_attention": (False,),
+}
+
+_BLOCK = "model.transformer.blocks.{layer}."
+_NAMES = {
+    "embed": "model.transformer.wte",
+    "attn_norm": _BLOCK + "attn_norm",
+    "q": _BLOCK + "q_proj",
+    "k": _BLOCK + "k_proj",
+    "v": _BLOCK + "v_proj",
+    "o": _BLOCK + "attn_out",
+    "mlp_norm": _BLOCK + "ff_norm",
+    "gate": _BLOCK + "ff_proj",
+    "up": _BLOCK + "up_proj",
+    "down": _BLOCK + "ff_out",
+    "final_norm": "model.transformer.ln_f",
+    "head": "model.transformer.ff_out",
+}
+
+CODE = "GSAI-ML/LLaDA-8B-Instruct"
+"""transformers has no LLaDA of its own: an export without model code beside it names the repository that has it."""
+
+
+def table(arch: Architecture) -> Table:
+    """Every tensor of the network (see ``gated.table``), under the published checkpoints' names."""
+    return gated.table(arch, _NAMES)
+
+
+def from_hf(config: Mapping[str, Any], where: str) -> Architecture:
+    """Reads LLaDA's config.json.
+
+    Args:
+        config: the parsed file.
+        where: its path, for messages.
+
+    Returns:
+        The architecture; every special id comes from the config.
+
+    Raises:
+        UserError: a field is missing, or asks for something that the network does not do.
+    """
+    fields = Fields(config, where, "LLaDA")
+    fields.check_fixed(_FIXED)
+    if fields.get("clip_qkv") is not None:
+        raise fields.refuse(f"clip_qkv is {fields.get('clip_qkv')!r}; this reader supports none")
+    if fields.rope_scaling() is not None:
+        raise fields.refuse("rope_scaling is set, which LLaDA's own code does not know: take it out")
+    d_model, n_heads = fields.size("d_model"), fields.size("n_heads")
+    n_kv_heads = fields.size("n_kv_heads", n_heads)
+    fields.check_heads(d_model, n_heads, n_kv_heads)
+    vocab = fields.size("embedding_size") if fields.get("embedding_size") else fields.size("vocab_size")
+    eos_id = fields.need_token("eos_token_id", vocab)
+    return Architecture(
+        **TRAITS,
+        family="llada",
+        vocab_size=vocab,
+        d_model=d_model,
+        n_layers=fields.size("n_layers"),
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        head_dim=d_model // n_heads,
+        mlp_dim=fields.size("mlp_hidden_size", fields.get("mlp_ratio", 4) * d_model),
+        norm_eps=fields.number("rms_norm_eps", 1e-5),
+        rope_theta=fields.rope_theta(),
+        max_len=fields.size("max_sequence_length", 4096),
+        tie_embeddings=bool(fields.get("weight_tying", False)),
+        mask_id=fields.need_token("mask_token_id", vocab),
+        eos_id=eos_id,
+        pad_id=fields.token("pad_token_id", vocab, eos_id) or 0,
+        end_ids=fields.tokens("eos_token_id", vocab)[1:],
+        init_std=fields.get("init_std") if fields.get("init_fn") == "normal" else None,
+        extra=fields.kept(),
+    )
+
+
+def to_hf(arch: Architecture, dtype: str) -> dict[str, Any]:
+    """The config.json of a network, in the layout of the published checkpoints.
+
+    Args:
+        arch: sizes and ids; what ``from_hf`` read and did not use is written back as it was.
+        dtype: the tensors' type, as torch spells it.
+
+    Returns:
+        The dict to write.
+    """
+    config: dict[str, Any] = {
+        "activation_type": "silu",
+        "alibi": False,
+        "architectures": ["LLaDAModelLM"],
+        "attention_dropout": 0.0,
+        "attention_layer_norm": False,
+        "auto_map": {
+            "AutoConfig": CODE + "--configuration_llada.LLaDAConfig",
+            "AutoModel": CODE + "--modeling_llada.LLaDAModelLM",
+            "AutoModelForCausalLM": CODE + "--modeling_llada.LLaDAModelLM",
+        },
+        "block_type": "llama",
+        "embedding_dropout": 0.0,
+        "include_bias": False,
+        "include_qkv_bias": False,
+        "init_fn": "mitchell" if arch.init_std is None else "normal",
+        "input_emb_norm": False,
+        "layer_norm_type": "rms",
+        "mlp_ratio": 4,
+        "model_type": "llada",
+        "residual_dropout": 0.0,
+        "rope": True,
+        "rope_full_precision": True,
+        "scale_logits": False,
+        "use_cache": False,
+    }
+    config |= {key: json.loads(value) for key, value in arch.extra}
+    config |= {
+        "d_model": arch.d_model,
+        "embedding_size": arch.vocab_size,
+        "eos_token_id": [arch.eos_id, *arch.end_ids] if arch.end_ids else arch.eos_id,
+        "mask_token_id": arch.mask_id,
+        "max_sequence_length": arch.max_len,
+        "mlp_hidden_size": arch.mlp_dim,
+        "n_heads": arch.n_heads,
+        "n_kv_heads": arch.n_kv_heads,
+        "n_layers": arch.n_layers,
+        "pad_token_id": arch.pad_id,
+        "rms_norm_eps": arch.norm_eps,
+        "vocab_size": arch.vocab_size,
+        "weight_tying": arch.tie_embeddings,
+    }
+    if arch.init_std is not None:
+        config["init_std"] = arch.init_std
+    return with_rope_and_dtype(config, arch, dtype)

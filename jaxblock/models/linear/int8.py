@@ -1,0 +1,51 @@
+"""An int8 base: each layer's matrices as whole numbers and one scale a column. For frozen weights under LoRA only.
+
+Half of bfloat16's memory. Embedding, head, norms and biases keep their type.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int8
+
+from jaxblock.models.spec import ParamSpec, Table
+
+SCALE = "_scale"
+"""``blocks/q`` is int8 and ``blocks/q_scale`` its columns' scales."""
+
+
+def quantised(spec: ParamSpec) -> bool:
+    """Whether a tensor is kept in int8: the matrices of the layers."""
+    return spec.stacked and spec.is_matrix
+
+
+def table(base: Table) -> Table:
+    """The specs of the int8 network: the matrices' type, and their scales beside them."""
+    specs: dict[str, ParamSpec] = {}
+    for path, spec in base.items():
+        specs[path] = spec
+        if quantised(spec):
+            specs[path] = replace(spec, dtype="int8")
+            (n_layers, _, n_out), (_, _, axis) = spec.shape, spec.axes
+            specs[path + SCALE] = ParamSpec((n_layers, n_out), ("layers", axis), None, "", dtype="float32")
+    return specs
+
+
+@partial(jax.jit, donate_argnums=0)
+def quantise(w: Float[Array, "*layers I O"]) -> tuple[Int8[Array, "*layers I O"], Float[Array, "*layers O"]]:
+    """Rounds each column to 255 levels, symmetric about 0.
+
+    Args:
+        w: matrices; their memory is given up.
+
+    Returns:
+        (whole numbers, scales); ``numbers * scales`` is within half a scale of w.
+    """
+    wide = w.astype(jnp.float32)
+    scale = jnp.maximum(jnp.max(jnp.abs(wide), axis=-2), jnp.finfo(jnp.float32).tiny) / 127.0
+    return jnp.round(wide / scale[..., None, :]).astype(jnp.int8), scale

@@ -1,0 +1,143 @@
+"""LoRA: low-rank adapters as a second tree beside a frozen base, under ``params["lora"]``.
+
+For each target ``blocks/q`` the adapters are ``blocks/q/a`` [L, in, R] and ``blocks/q/b`` [L, R, out]; the network adds
+``x @ a @ b * alpha / rank``. The base's tree and its names do not change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from jaxblock.errors import UserError
+from jaxblock.models.spec import ParamSpec, Table, flatten, nest
+from jaxblock.types import Params
+
+KEY = "lora"
+"""Where the adapters lie in the parameters."""
+
+Unmatched = Literal["error", "ignore"]
+
+
+@dataclass(frozen=True)
+class Lora:
+    """What is adapted, and how. Static.
+
+    Attributes:
+        rank: R.
+        alpha: the branch is multiplied by alpha / rank.
+        dropout: chance that an input of a branch is dropped in training.
+        targets: paths of the adapted matrices in the family's table, in the table's order.
+    """
+
+    rank: int
+    alpha: float
+    dropout: float
+    targets: tuple[str, ...]
+
+    @property
+    def scale(self) -> float:
+        """What each branch is multiplied by."""
+        return self.alpha / self.rank
+
+
+def resolve(table: Table, names: Sequence[str], unmatched: Unmatched = "error") -> tuple[str, ...]:
+    """Finds the matrices that target names mean.
+
+    A name is ours, the same for every family (``q``, ``k``, ``v``, ``o``, ``gate``, ``up``, ``down``, or ``all`` of
+    them), or the checkpoint's own module name (``q_proj``, ``attn_out``), as PEFT matches it: by the last component.
+
+    Args:
+        table: the family's specs.
+        names: target names.
+        unmatched: what to do with a name that matches nothing.
+
+    Returns:
+        Paths of the table, in its order, each once.
+
+    Raises:
+        UserError: a name matches nothing (under ``error``), or none does.
+    """
+    matrices = {path: spec for path, spec in table.items() if spec.stacked and spec.is_matrix}
+    found: set[str] = set()
+    for name in names:
+        hits = {p for p, s in matrices.items() if name in ("all", p.removeprefix("blocks/"), _module(s))}
+        if not hits and unmatched == "error":
+            known = ", ".join(f"{p.removeprefix('blocks/')} ({_module(s)})" for p, s in matrices.items())
+            raise UserError(
+                f"lora.targets: {name!r} matches no matrix of this family; it has {known}. Correct the name, or set "
+                "lora.unmatched to ignore (the matrix is then not adapted)"
+            )
+        found |= hits
+    if not found:
+        raise UserError(f"lora.targets: none of {', '.join(map(repr, names)) or 'no names'} matches a matrix")
+    return tuple(path for path in table if path in found)
+
+
+def _module(spec: ParamSpec) -> str:
+    return spec.hf_name.removesuffix(".weight").rsplit(".", 1)[-1]
+
+
+def table(base: Table, lora: Lora) -> Table:
+    """The adapters' specs: shapes, axes and initialisation, as those of any network.
+
+    ``a`` begins with PEFT's variance (uniform within 1/sqrt(in) there, a cut normal here), ``b`` with zeros, so that the
+    adapted network begins as the base.
+
+    Args:
+        base: the family's specs.
+        lora: what is adapted.
+
+    Returns:
+        Specs by path (``blocks/q/a``). ``hf_name`` is PEFT's.
+    """
+    specs = {}
+    for path in lora.targets:
+        n_layers, n_in, n_out = base[path].shape
+        peft_name = "base_model.model." + base[path].hf_name.removesuffix(".weight")
+        a, b = (n_layers, n_in, lora.rank), (n_layers, lora.rank, n_out)
+        std = (3 * n_in) ** -0.5
+        specs[f"{path}/a"] = ParamSpec(
+            a, ("layers", "adapter", None), std, f"{peft_name}.lora_A.weight", transpose=True
+        )
+        specs[f"{path}/b"] = ParamSpec(
+            b, ("layers", None, "adapter"), 0.0, f"{peft_name}.lora_B.weight", transpose=True
+        )
+    return specs
+
+
+def attach(base: Params, adapters: Params) -> Params:
+    """What the network takes: adapters beside their base, or (with no base) a network that is trained itself."""
+    return {**base, KEY: adapters} if base else adapters
+
+
+def merge(params: Params, lora: Lora) -> Params:
+    """The base with every branch added to its matrix: ``w + a @ b * scale``, computed in float32, in the base's type.
+
+    Args:
+        params: base and adapters; no adapted matrix may be int8.
+        lora: what is adapted.
+
+    Returns:
+        A tree without adapters.
+    """
+    flat = flatten({name: leaf for name, leaf in params.items() if name != KEY})
+    adapters = flatten(params[KEY])
+    for path in lora.targets:
+        flat[path] = _merged(flat[path], adapters[f"{path}/a"], adapters[f"{path}/b"], lora.scale)
+    return nest(flat)
+
+
+def _add(w: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
+    def layer(w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+        wide = jnp.promote_types(w.dtype, jnp.float32)
+        return (w.astype(wide) + jnp.matmul(a, b, precision="highest") * scale).astype(w.dtype)
+
+    return jax.lax.map(lambda wab: layer(*wab), (w, a, b))  # one layer at a time: float32 copies stay small
+
+
+_merged = jax.jit(_add, static_argnums=3)

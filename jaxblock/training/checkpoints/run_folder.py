@@ -1,0 +1,183 @@
+"""A run folder: what ``train`` leaves, and what every later verb needs of it.
+
+config.yaml     the resolved config
+model.json      the architecture, as config.json would give it
+base.json       the weights beneath adapters (LoRA runs only)
+manifest.json   the prepared data's manifest
+tokenizer/      tokenizer and template
+origin/         model code and generation config of the checkpoint it began with (if any), for the export
+metrics.jsonl   one row per log line and evaluation
+checkpoints/    Orbax
+plots/          PNG
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from etils import epath
+
+from jaxblock.config import files as config_io
+from jaxblock.config.config import Config
+from jaxblock.data.store import manifest as manifests
+from jaxblock.data.store.manifest import Manifest
+from jaxblock.data.store.open import Prepared, open_prepared
+from jaxblock.errors import UserError
+from jaxblock.huggingface import companions
+from jaxblock.io import storage
+from jaxblock.models.architecture import Architecture
+from jaxblock.models.families import registry as families
+from jaxblock.training.checkpoints.manager import Checkpoints
+
+CONFIG, MODEL, BASE, TOKENIZER, ORIGIN = "config.yaml", "model.json", "base.json", "tokenizer", "origin"
+
+Wanted = Literal["latest", "best"] | int
+"""Which checkpoint of a run."""
+
+
+class Base(NamedTuple):
+    """The weights beneath adapters, as a run folder remembers them.
+
+    Attributes:
+        folder: where they were.
+        fingerprint: of their content: adapters fit no other base.
+        step: the checkpoint, where the folder is a run's.
+    """
+
+    folder: str
+    fingerprint: str
+    step: int | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder, opened for reading."""
+
+    folder: epath.Path
+    config: Config
+    arch: Architecture
+    prepared: Prepared
+    base: Base | None
+
+    @property
+    def manifest(self) -> Manifest:
+        """The manifest of the data the run was trained on."""
+        return self.prepared.manifest
+
+
+def is_run(folder: storage.PathLike) -> bool:
+    """Whether a folder holds a run."""
+    path = storage.as_path(folder)
+    return (path / CONFIG).exists() and (path / MODEL).exists()
+
+
+def begin(
+    folder: storage.PathLike,
+    config: Config,
+    arch: Architecture,
+    prepared: Prepared,
+    base: Base | None,
+    source: str | None,
+) -> None:
+    """Makes the folder with all but metrics and checkpoints in it, whole or not at all.
+
+    Args:
+        folder: the run folder; it may exist if it is empty.
+        config: the resolved config.
+        arch: the network's sizes and ids.
+        prepared: the data.
+        base: the weights beneath adapters; None without adapters.
+        source: the run or Hugging Face folder that the weights came from; None for random ones.
+
+    Raises:
+        UserError: the folder holds something else, or cannot be written.
+    """
+    with storage.new_folder(folder, marker=CONFIG) as scratch:
+        storage.copy_files(storage.as_path(prepared.folder) / TOKENIZER, scratch / TOKENIZER)
+        manifests.write(scratch, prepared.manifest)
+        storage.write_json(scratch / MODEL, families.to_hf(arch, config.model.param_dtype))
+        if source is not None:
+            kept = storage.as_path(source) / ORIGIN
+            if not is_run(source):
+                companions.keep(source, scratch / ORIGIN)
+            elif kept.exists():
+                storage.copy_files(kept, scratch / ORIGIN)
+        if base is not None:
+            storage.write_json(scratch / BASE, base._asdict())
+        storage.write_text(scratch / CONFIG, config_io.dump(config))
+
+
+def open_run(folder: storage.PathLike) -> Run:
+    """Opens a run folder.
+
+    Raises:
+        UserError: it is no run, or a file of it is damaged.
+    """
+    path = storage.as_path(folder)
+    if not is_run(path):
+        raise UserError(f"{path} is not the folder of a training run (no {CONFIG} and {MODEL})")
+    arch = families.from_hf(storage.read_json(path / MODEL), str(path / MODEL))
+    config = config_io.load(str(path / CONFIG))
+    return Run(path, config, arch, open_prepared(path), _base(path) if config.lora.rank else None)
+
+
+def _base(path: epath.Path) -> Base:
+    try:
+        return Base(**storage.read_json(path / BASE))
+    except (TypeError, UserError) as error:
+        raise UserError(
+            f"{path / BASE}, which names the base of this run's adapters, cannot be read: {error}"
+        ) from error
+
+
+def check_model(run: Run, saved: dict[str, Any]) -> None:
+    """Compares model.json with what was written when a checkpoint was saved.
+
+    Args:
+        run: the run.
+        saved: the checkpoint's plain values.
+
+    Raises:
+        UserError: model.json was changed, or is another run's; names the fields and both values.
+    """
+    now = families.to_hf(run.arch, run.config.model.param_dtype)
+    before = saved.get("model", now)
+    changed = [
+        f"{name} = {before.get(name)!r} then, {now.get(name)!r} now"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    ]
+    if changed:
+        raise UserError(
+            f"{run.folder / MODEL} does not describe the network that was trained: {'; '.join(changed)}. Put it back"
+        )
+
+
+def find_step(run: Run, wanted: Wanted = "latest") -> int:
+    """The step of one of the run's whole checkpoints.
+
+    Args:
+        run: the run.
+        wanted: the newest, the best by the run's `train.keep_best`, or that of a step.
+
+    Raises:
+        UserError: there is no such checkpoint; lists those there are.
+    """
+    checkpoints = Checkpoints(run.folder)
+    try:
+        steps = checkpoints.steps()
+        if not steps:
+            raise UserError(f"{run.folder} has no whole checkpoint yet; train until the first save (train.save_every)")
+        found = steps[-1] if wanted == "latest" else checkpoints.best() if wanted == "best" else wanted
+    finally:
+        checkpoints.close()
+    there = ", ".join(map(str, steps))
+    if found is None:
+        raise UserError(
+            f"{run.folder}: no checkpoint was saved as the best (train.keep_best is {run.config.train.keep_best}); there "
+            f"are those of steps {there}"
+        )
+    if found not in steps:
+        raise UserError(f"{run.folder} has no whole checkpoint of step {found}; there are {there}")
+    return int(found)

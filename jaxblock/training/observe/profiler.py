@@ -1,0 +1,100 @@
+"""A trace of a few steps, for TensorBoard's profile page, Perfetto or XProf."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxblock.io import storage
+
+FOLDER = "profile"
+
+
+class Profiler:
+    """Traces the steps of a window. What goes wrong with it is said, and stops nothing."""
+
+    def __init__(
+        self,
+        window: tuple[int, int] | None,
+        run: storage.PathLike,
+        process: int,
+        processes: int,
+        say: Callable[[str], None],
+    ) -> None:
+        """Nothing is traced before the window's first step.
+
+        Args:
+            window: first and last step; None for none.
+            run: the run folder; the trace goes into ``profile``, with a folder for each process where there are several.
+            process: this process's index.
+            processes: how many.
+            say: told where the trace is, or why there is none.
+        """
+        self._window, self._say = window, say
+        self.folder = storage.as_path(run) / FOLDER
+        if processes > 1:
+            self.folder /= f"process-{process}"
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        self._running = False
+
+    def skip_to(self, step: int) -> None:
+        """The run goes on from a step: says so where the window is before it, wholly or in part."""
+        if self._window is not None and step >= self._window[0]:
+            first, last = self._window
+            self._say(f"no trace: train.profile is steps {first} to {last}, and the run goes on from step {step}")
+            self._window = None
+
+    def before(self, step: int) -> None:
+        """Begins to trace if this is the window's first step.
+
+        Args:
+            step: about to be done, counted from 1.
+        """
+        if self._window is None or step != self._window[0]:
+            return
+        try:
+            if storage.is_remote(self.folder):
+                self._scratch = tempfile.TemporaryDirectory(prefix="jaxblock-profile-")
+            jax.profiler.start_trace(self._scratch.name if self._scratch else os.fspath(self.folder))
+            self._running = True
+        except Exception as error:
+            self._failed(error)
+
+    def after(self, step: int, result: Any) -> None:
+        """Ends the trace if this was the window's last step; the device is waited for.
+
+        Args:
+            step: done.
+            result: of it.
+        """
+        if self._running and self._window is not None and step == self._window[1]:
+            jax.block_until_ready(result)
+            self.close()
+
+    def close(self) -> None:
+        """Ends a trace under way."""
+        if not self._running:
+            return
+        self._running = False
+        try:
+            jax.profiler.stop_trace()
+            if self._scratch is not None:
+                self._upload(Path(self._scratch.name))
+                self._scratch.cleanup()
+        except Exception as error:
+            self._failed(error)
+            return
+        self._say(f"the trace is in {os.fspath(self.folder)} (tensorboard --logdir, with tensorboard-plugin-profile)")
+
+    def _upload(self, scratch: Path) -> None:
+        for file in sorted(path for path in scratch.rglob("*") if path.is_file()):
+            storage.write_bytes(self.folder / file.relative_to(scratch), file.read_bytes(), overwrite=True)
+
+    def _failed(self, error: Exception) -> None:
+        self._window, self._running = None, False
+        self._say(f"no trace: {str(error) or type(error).__name__}; training goes on")

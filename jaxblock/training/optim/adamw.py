@@ -1,0 +1,126 @@
+"""AdamW in one pass over each tensor, written over its gradient: no float32 copy of the whole network appears.
+
+What a chain of Optax transformations keeps between its links (float32 gradients, directions, updates) is four bytes a
+weight and more. Here a step holds weights, gradients and moments, and the float32 values of one layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from jaxblock.training.optim.config import OptimizerConfig
+from jaxblock.training.optim.gating import Gated, no_update, select
+from jaxblock.training.optim.moments import kept
+from jaxblock.training.optim.precision import clip_share, path_name, random_bits, rounded_update, wide
+from jaxblock.types import Params
+
+LOOP_FROM = 2**24
+"""Stacked tensors of at least so many weights are updated layer by layer; smaller ones at once, which is faster."""
+
+
+class AdamState(NamedTuple):
+    """The updates done, and the moments, each a tree over the parameters' paths."""
+
+    step: Array
+    mu: Any
+    nu: Any
+
+
+def adamw(config: OptimizerConfig, rate: optax.Schedule, decays: Callable[[str], bool], seed: int) -> Gated:
+    """w <- w - lr * (m_hat / (sqrt(v_hat) + eps) + weight_decay * w), as PyTorch's AdamW after its clipping.
+
+    Updates have the gradients' type. For bfloat16 gradients and weights that is exact wherever the update is smaller
+    than half the weight (Sterbenz); where it is larger, the update itself is rounded to 8 bits.
+
+    Args:
+        config: the ``optimizer`` section.
+        rate: learning rate by update.
+        decays: whether a path's weights decay.
+        seed: of stochastic rounding.
+    """
+    first, second = kept(config.moments, signed=True), kept(config.moments, signed=False)
+
+    def init(params: Params) -> AdamState:
+        params = wide(params)
+        return AdamState(
+            jnp.zeros((), jnp.int32), jax.tree.map(first.zeros, params), jax.tree.map(second.zeros, params)
+        )
+
+    def update(
+        grads: Params, state: AdamState, params: Params, *, finite: Array | bool = True
+    ) -> tuple[Params, AdamState]:
+        step = state.step + 1
+        share, lr = clip_share(grads, config.clip_norm), rate(state.step)
+        unbias1, unbias2 = (1 - b ** step.astype(jnp.float32) for b in (config.b1, config.b2))
+
+        def one(path: str, p: Array, layer: Array | None, g: Array, mu: Any, nu: Any) -> tuple[Array, Any, Any]:
+            gradient, weight = wide(g) * share, wide(p)
+            m = config.b1 * first.read(mu) + (1 - config.b1) * gradient
+            v = config.b2 * second.read(nu) + (1 - config.b2) * gradient**2
+            if config.moments == "float32":
+                m, v = _in_place(select(finite, (m, v), (mu, nu)))
+            change = (m / unbias1) / (jnp.sqrt(v / unbias2) + config.eps)
+            if config.weight_decay and decays(path):
+                change += config.weight_decay * weight
+            change = -lr * change
+            if config.rounding == "stochastic" and p.dtype == jnp.bfloat16:
+                change = rounded_update(
+                    weight, change, random_bits(seed, state.step, f"weights/{path}", p.shape, layer)
+                )
+            bits = random_bits(seed, state.step, f"moments/{path}", p.shape, layer)
+            after = first.write(m, bits), second.write(v, bits >> 16)
+            if config.moments != "float32":
+                after = select(finite, after, (mu, nu))
+            return no_update(finite, change.astype(g.dtype)), *after
+
+        def leaf(path: Any, g: Array, p: Array, mu: Any, nu: Any) -> tuple[Array, Any, Any]:
+            if g.ndim < 3 or g.size < LOOP_FROM:
+                return one(path_name(path), p, None, g, mu, nu)
+            return _by_layer(lambda *slices: one(path_name(path), *slices), p, (g, mu, nu))
+
+        rows = jax.tree_util.tree_map_with_path(leaf, grads, params, state.mu, state.nu)
+        updates, mu, nu = (jax.tree.map(lambda g, row, at=at: row[at], grads, rows) for at in range(3))
+        return updates, AdamState(select(finite, step, state.step), mu, nu)
+
+    return Gated(init, update)
+
+
+def _in_place(moments: tuple[Array, Array]) -> tuple[Array, Array]:
+    """New moments, written over the old before the update is made of them.
+
+    XLA for CPUs writes one result a fusion: it would make update and moments each of the old ones, and copy these for
+    it. Elsewhere one fusion writes all three.
+    """
+
+    def apart(*moments: Array) -> Any:
+        return jax.lax.optimization_barrier(moments)
+
+    def together(*moments: Array) -> Any:
+        return moments
+
+    done: tuple[Array, Array] = jax.lax.platform_dependent(*moments, cpu=apart, default=together)
+    return done
+
+
+def _by_layer(one: Callable[..., tuple[Array, Any, Any]], p: Array, stacked: Any) -> tuple[Array, Any, Any]:
+    """``one`` on a slice of axis 0 after the other, each written over what it was made of."""
+
+    def layer(at: Array, carry: Any) -> Any:
+        def here(x: Array) -> Array:
+            return jax.lax.dynamic_index_in_dim(x, at, keepdims=False)
+
+        def put(x: Array, new: Array) -> Array:
+            return jax.lax.dynamic_update_index_in_dim(x, new, at, 0)
+
+        # Read once, then written: a read that was fused into a write would make the compiler copy the whole tensor.
+        weight, slices = jax.lax.optimization_barrier((here(p), jax.tree.map(here, carry)))
+        return jax.tree.map(put, carry, jax.lax.optimization_barrier(one(weight, at, *slices)))
+
+    done: tuple[Array, Any, Any] = jax.lax.fori_loop(0, len(p), layer, stacked)
+    return done

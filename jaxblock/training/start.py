@@ -1,0 +1,305 @@
+"""From a config to everything a run needs, in the order of precedence that is written here.
+
+1. The run folder holds a whole checkpoint, and ``train.resume`` is not ``never``: the run goes on from it.
+   ``model.init_from`` is not read again. The config must be the one the run began with, except for ``MAY_CHANGE``.
+2. ``model.init_from`` names a run or a Hugging Face folder: its weights and architecture, a new optimizer, step 0.
+3. Random weights from ``train.seed`` and the ``model`` section's sizes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh
+from rich.console import Console
+
+from jaxblock import build as wiring
+from jaxblock.config import files as config_io
+from jaxblock.config.config import Config
+from jaxblock.data.loader import Batch
+from jaxblock.data.store.open import Prepared, open_prepared
+from jaxblock.data.store.records import Record
+from jaxblock.errors import UserError
+from jaxblock.io import storage
+from jaxblock.models.families import registry as families
+from jaxblock.models.linear import lora
+from jaxblock.models.transformer import Transformer
+from jaxblock.parallel import mesh as axes
+from jaxblock.parallel import processes as distributed
+from jaxblock.training import weights
+from jaxblock.training.checkpoints import run_folder
+from jaxblock.training.checkpoints.manager import Checkpoints
+from jaxblock.training.checkpoints.retention import Keep
+from jaxblock.training.checkpoints.run_folder import Base
+from jaxblock.training.guard.debug import NanFinder, not_finite
+from jaxblock.training.observe import metrics, trackers
+from jaxblock.training.optim import make as optimizers
+from jaxblock.training.state import TrainState, create
+from jaxblock.training.step import Objective
+from jaxblock.types import Params
+
+MAY_CHANGE = {
+    "data": {"prepared", "overwrite"},
+    "model": {"remat", "attention", "scan_layers", "init_from", "init_step", "loss_chunk"},
+    "train": {
+        "out", "resume", "log_every", "eval_every", "eval_problems", "eval_nelbo_rows", "save_every", "keep",
+        "keep_every", "keep_best", "max_skipped", "watchdog_seconds", "on_hang",
+        "tensorboard", "wandb", "wandb_project", "profile",
+        "loader_workers", "debug", "data_parallel", "fsdp", "tensor", "slices", "accumulate",
+    },
+    "decode": {field.name for field in dataclasses.fields(config_io.Config().decode)},
+    "evaluate": {field.name for field in dataclasses.fields(config_io.Config().evaluate)},
+}  # fmt: skip
+"""Fields that a resumed run may change: they do not change what is learnt (up to rounding)."""
+
+
+@dataclass(frozen=True)
+class Session:
+    """A run, ready to go."""
+
+    config: Config
+    prepared: Prepared
+    validation: Sequence[Record]
+    net: Transformer
+    objective: Objective
+    optimizer: optax.GradientTransformation
+    mesh: Mesh
+    state: TrainState
+    frozen: Params
+    base: Base | None
+    checkpoints: Checkpoints
+    step: int
+    resumed: bool
+    nans: NanFinder | None
+    process_index: int
+    process_count: int
+    ready: Any
+
+    def params(self, trained: Params) -> Params:
+        """What the network takes: what is trained, beside the frozen base where there is one."""
+        return lora.attach(self.frozen, trained)
+
+    def scored(self, state: TrainState) -> Params:
+        """The parameters that evaluations use: the average where there is one."""
+        return self.params(state.params if state.average is None else state.average)
+
+    def on_mesh(self, batch: Batch) -> Batch:
+        """This process's rows as its part of the global batch."""
+        where = axes.sharding(self.mesh, "batch")
+        if self.process_count == 1:
+            return jax.device_put(batch, where)  # one call for all arrays
+        return Batch(*(jax.make_array_from_process_local_data(where, leaf) for leaf in batch))
+
+
+Compile = Callable[[Config, Transformer, Objective, optax.GradientTransformation, Mesh], Any]
+
+
+def set_up(config: Config, console: Console, compile_first: Compile | None = None) -> Session:
+    """Opens data, weights and run folder.
+
+    Args:
+        config: resolved and valid.
+        console: where people are told what is going on.
+        compile_first: called before any weights are read, which takes minutes for a large network: it may refuse a run
+            that does not fit. What it returns is the session's ``ready``.
+
+    Raises:
+        UserError: anything that would make the run wrong or lose something.
+    """
+    process_index, process_count = distributed.start()
+    console.quiet = process_index > 0  # one process speaks for all
+    train = config.train
+    trackers.check(train)
+    folder, nans = storage.as_path(train.out), NanFinder() if train.debug else None
+    prepared = open_prepared(config.data.prepared)
+    check_data(config, prepared)
+    checkpoints, step = _checkpoints(config, folder, console)
+    if checkpoints is None and process_index == 0:
+        _check_place(folder)
+    saved = _check_resume(config, folder, checkpoints, step, prepared) if checkpoints is not None else {}
+    mesh = _mesh(config)
+    resumed = run_folder.open_run(folder) if step is not None else None
+    arch = weights.architecture(config, prepared, resumed)
+    wiring.check_decoding(config.canvas, config.decode, arch)
+    net = wiring.network(arch, config.model, wiring.adapters(config.lora, arch), nans.layer if nans else None)
+    optimizer = optimizers.make(config.optimizer, train.steps, net.trainable, train.seed)
+    loss, ready = objective(config, net, prepared.special.stop_ids), None
+    if compile_first is not None and not train.debug and (step or 0) < train.steps:
+        with jax.set_mesh(mesh):
+            ready = compile_first(config, net, loss, optimizer, mesh)
+    begun = weights.begin(config, prepared, mesh, resumed, console)
+    with jax.set_mesh(mesh):
+        state = create(begun.trained, optimizer, mesh, net.trainable, averaged=config.optimizer.ema > 0)
+    if checkpoints is None:
+        distributed.wait("every process has looked at the run folder")
+        if process_index == 0:
+            run_folder.begin(folder, config, begun.arch, prepared, begun.base, begun.source)
+        distributed.wait("the run folder is there")
+        checkpoints = _open(config, folder, console)
+    elif step is None:
+        console.out(f"{train.out} ended before its first checkpoint: beginning again", highlight=False)
+    else:
+        state = _restored(checkpoints, step, state, folder, saved)
+        console.out(f"going on from step {step:,} of {train.out}", highlight=False)
+    if train.debug and (bad := not_finite(state.params)):
+        raise UserError(f"these weights hold NaN or infinity before the first step: {', '.join(bad)}")
+    held_out = prepared.records("validation") if "validation" in prepared.manifest.splits else []
+    return Session(
+        config=config,
+        prepared=prepared,
+        validation=[held_out[i] for i in range(min(len(held_out), max(train.eval_problems, train.eval_nelbo_rows)))],
+        net=net,
+        objective=loss,
+        optimizer=optimizer,
+        mesh=mesh,
+        state=state,
+        frozen=begun.frozen,
+        base=begun.base,
+        checkpoints=checkpoints,
+        step=step or 0,
+        resumed=step is not None,
+        nans=nans,
+        process_index=process_index,
+        process_count=process_count,
+        ready=ready,
+    )
+
+
+def _restored(
+    checkpoints: Checkpoints, step: int, like: TrainState, folder: storage.PathLike, saved: Mapping[str, Any]
+) -> TrainState:
+    """A checkpoint's state; the rows of metrics that it kept go where they belong."""
+    state = checkpoints.restore(step, like)
+    if jax.process_index() == 0:
+        metrics.put_back(folder, saved.get(metrics.WAITING, []))
+    return state
+
+
+def _check_place(folder: storage.PathLike) -> None:
+    """Whether a new run may be made there."""
+    storage.check_vacant(folder, marker=run_folder.CONFIG)
+    path = storage.as_path(folder)
+    try:
+        storage.check_writable(path.parent if storage.is_remote(folder) else path.absolute().parent)
+    except UserError as error:
+        raise UserError(f"train.out {folder}: {error}") from error
+
+
+def _mesh(config: Config) -> Mesh:
+    train = config.train
+    mesh = axes.make_mesh(train.data_parallel, train.fsdp, train.tensor, slices=train.slices)
+    ways = mesh.size // train.tensor
+    if train.batch_size % (ways * train.accumulate):
+        parts = f" in {train.accumulate} parts (train.accumulate)" if train.accumulate > 1 else ""
+        raise UserError(
+            f"train.batch_size {train.batch_size} does not split over {ways} devices{parts}: use a multiple of "
+            f"{ways * train.accumulate}"
+        )
+    return mesh
+
+
+def objective(config: Config, net: Transformer, stop_ids: tuple[int, ...]) -> Objective:
+    """The loss that the config describes. ``classical`` has one block, so ``pairs`` and sequences are the same."""
+    method = config.method
+    if method.objective == "classical":
+        method = dataclasses.replace(method, blocks="per_sequence")
+    return Objective(
+        net=net,
+        layout=wiring.training_layout(config.canvas, method, net.arch, stop_ids),
+        sampling=wiring.sampling(method),
+        normalize=method.normalize,
+        ablation=wiring.ablation(method),
+        seed=config.train.seed,
+        rows=config.train.batch_size,
+        dropout=net.lora is not None and net.lora.dropout > 0,
+    )
+
+
+def meta(session: Session) -> dict[str, Any]:
+    """What is saved with a checkpoint besides the arrays: what a resume must agree on."""
+    base = {} if session.base is None else {"base": session.base.fingerprint}
+    return {
+        **base,
+        "data": session.prepared.manifest.fingerprint,
+        "config": config_io.to_tree(session.config),
+        "model": families.to_hf(session.net.arch, session.config.model.param_dtype),
+    }
+
+
+def _open(config: Config, folder: storage.PathLike, console: Console) -> Checkpoints:
+    train = config.train
+    keep = Keep(train.keep, train.keep_every, train.keep_best)
+    return Checkpoints(folder, keep, lambda text: console.out(text, highlight=False))
+
+
+def _checkpoints(config: Config, folder: storage.PathLike, console: Console) -> tuple[Checkpoints | None, int | None]:
+    """The run folder's checkpoints and the step to resume from; (None, None) where there is nothing to resume."""
+    exists = run_folder.is_run(folder)
+    if config.train.resume == "never" and exists:
+        raise UserError(f"{folder} already holds a run; choose another train.out (train.resume auto goes on with it)")
+    checkpoints = _open(config, folder, console) if exists else None
+    step = checkpoints.recover() if checkpoints else None
+    if config.train.resume == "must" and step is None:
+        raise UserError(f"train.resume is must, but {folder} has no whole checkpoint; set it to auto to begin a run")
+    return checkpoints, step
+
+
+def check_data(config: Config, prepared: Prepared) -> None:
+    """Raises UserError where the canvas may be too small for the prepared records."""
+    canvas, there = config.canvas, prepared.manifest.canvas_config
+    for name in ("prompt_len", "response_len"):
+        if getattr(canvas, name) < getattr(there, name):
+            raise UserError(
+                f"canvas.{name} is {getattr(canvas, name)}, but {config.data.prepared} was prepared with "
+                f"{getattr(there, name)}: records may be longer; use the same, or prepare again"
+            )
+    if canvas.total_len is not None:
+        for split in prepared.manifest.splits:
+            longest = int(prepared.records(split).lengths().sum(-1).max(initial=0))
+            if longest > canvas.total_len:
+                raise UserError(
+                    f"canvas.total_len is {canvas.total_len}, but a {split} record of {config.data.prepared} has {longest} "
+                    "tokens: prepare with data.max_total_len set to it, or raise it"
+                )
+
+
+def _check_resume(
+    config: Config, folder: storage.PathLike, checkpoints: Checkpoints, step: int | None, prepared: Prepared
+) -> dict[str, Any]:
+    """What an existing run was begun with must be what this config says. Returns what was saved with its checkpoint."""
+    run = run_folder.open_run(folder)
+    if step is None:
+        # Without a checkpoint the start is made again: it must be the same start.
+        saved: dict[str, Any] = {"data": run.manifest.fingerprint, "config": config_io.to_tree(run.config)}
+        may_change = {**MAY_CHANGE, "model": MAY_CHANGE["model"] - {"init_from", "init_step"}}
+    else:
+        saved, may_change = checkpoints.meta(step), MAY_CHANGE
+        run_folder.check_model(run, saved)
+    _check_same(config, folder, saved["config"], may_change)
+    if saved["data"] != prepared.manifest.fingerprint:
+        raise UserError(
+            f"{folder} was trained on other data than {config.data.prepared} holds now: a resumed run would not be "
+            "exact. Prepare the same data, or begin a run with model.init_from"
+        )
+    return saved
+
+
+def _check_same(
+    config: Config, folder: storage.PathLike, before: dict[str, Any], may_change: Mapping[str, set[str]]
+) -> None:
+    changed = [
+        f"{section}.{name} = {before.get(section, {}).get(name)!r} then, {value!r} now"
+        for section, values in config_io.to_tree(config).items()
+        for name, value in values.items()
+        if name not in may_change.get(section, set()) and before.get(section, {}).get(name) != value
+    ]
+    if changed:
+        raise UserError(
+            f"{folder} was begun with other settings: {'; '.join(changed)}. Undo that, or begin another run "
+            "(train.out) from this one (model.init_from)"
+        )
