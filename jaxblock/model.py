@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 
 from jaxblock import build as wiring
 from jaxblock.config import files as config_io
+from jaxblock.data.loader import pad_ids
 from jaxblock.data.tokens.encoding import Encoder
 from jaxblock.data.tokens.tokenizers import Tokenizer
 from jaxblock.diffusion import canvas as canvases
@@ -204,23 +205,20 @@ class Model:
             (ids [B, P], lengths [B]).
         """
         if attention_mask is None and not isinstance(prompt_ids, np.ndarray | Array):
-            lists = [np.asarray(row, np.int32) for row in prompt_ids]
-            if any(row.ndim != 1 for row in lists):
+            prompts = [np.asarray(row, np.int32) for row in prompt_ids]
+            if any(row.ndim != 1 for row in prompts):
                 raise UserError(
                     "prompts are a batch: a list of lists of ids, or an array [B, P]; put one prompt in [ ]"
                 )
-            lengths = np.array([len(row) for row in lists], np.int32)
-            rows = np.zeros((len(lists), max(lengths, default=0)), np.int32)
-            for at, row in enumerate(lists):
-                rows[at, : len(row)] = row
+            longest = max(map(len, prompts), default=0)
         else:
             rows, lengths, _ = _flush_left(_batch(prompt_ids), attention_mask)
-        if not len(rows):
+            prompts, longest = [row[:length] for row, length in zip(rows, lengths, strict=True)], rows.shape[1]
+        if not prompts:
             raise UserError("no prompts: give at least one")
-        for at, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-            self.check_prompt(row[:length], f"prompt {at}", layout)
-        width = -(-max(self.canvas.prompt_len, rows.shape[1]) // 16) * 16
-        return np.pad(rows, ((0, 0), (0, width - rows.shape[1]))), lengths
+        for at, prompt in enumerate(prompts):
+            self.check_prompt(prompt, f"prompt {at}", layout)
+        return pad_ids(prompts, -(-max(self.canvas.prompt_len, longest) // 16) * 16)
 
     def check_prompt(self, prompt: Sequence[int] | np.ndarray, name: str, layout: Layout) -> None:
         """Raises UserError, naming the prompt, where it is empty, holds what no prompt may hold, or is too long."""
@@ -269,7 +267,6 @@ class Model:
         if len(prompt_ids) != len(response_ids):
             raise UserError(f"{len(prompt_ids)} prompts, but {len(response_ids)} responses: one of each per row")
         rows, lengths = self.prompts(prompt_ids, None, layout)
-        responses = np.zeros((len(rows), layout.response_len), np.int32)
         for at, response in enumerate(response_ids):
             if not 1 <= len(response) <= layout.response_len:
                 raise UserError(
@@ -279,8 +276,7 @@ class Model:
                 raise UserError(f"row {at}: the response holds the mask token {layout.mask_id}")
             if min(response) < 0 or max(response) >= self.arch.vocab_size:
                 raise UserError(f"row {at}: the response holds an id outside the vocabulary of {self.arch.vocab_size}")
-            responses[at, : len(response)] = response
-        text = np.array([len(response) for response in response_ids], np.int32)
+        responses, text = pad_ids(response_ids, layout.response_len)
         index = np.arange(len(rows), dtype=np.int32)
         canvas = canvases.from_rows(layout, *map(jnp.asarray, (rows, lengths, responses, text, index)))
         found = _nelbo(self.net, layout, samples or layout.block, self.params, canvas, jax.random.key(seed))
@@ -387,7 +383,5 @@ def _flush_left(ids: np.ndarray, attention_mask: Ids | None) -> tuple[np.ndarray
     if real.shape != ids.shape:
         raise UserError(f"attention_mask has the shape {real.shape}, the ids {ids.shape}: they must be equal")
     sources = [np.flatnonzero(row) for row in real]
-    rows = np.zeros_like(ids)
-    for at, source in enumerate(sources):
-        rows[at, : len(source)] = ids[at, source]
-    return rows, np.array([len(source) for source in sources], np.int32), sources
+    rows, lengths = pad_ids([row[source] for row, source in zip(ids, sources, strict=True)], ids.shape[1])
+    return rows, lengths, sources

@@ -17,7 +17,7 @@ from jaxblock import build as wiring
 from jaxblock import loading
 from jaxblock import model as api
 from jaxblock.config.config import Config
-from jaxblock.data.loader import pad_rows
+from jaxblock.data.loader import filled, pad_records
 from jaxblock.data.store import prepare as preparing
 from jaxblock.data.store.open import Prepared, open_prepared
 from jaxblock.data.store.records import Record
@@ -93,7 +93,7 @@ def examine_records(
     block = None
     if config.method.blocks == "pairs" and config.method.objective == "blockwise":
         block = np.zeros(len(records), np.int32)
-    batch = pad_rows(records, config.canvas, block=block)
+    batch = pad_records(records, config.canvas, block=block)
     sized = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=len(records)))
     special, manifest = prepared.special, prepared.manifest
     arch = wiring.architecture(config.model, vocab_size=manifest.vocab_size, mask_id=special.mask, eos_id=special.eos)
@@ -229,8 +229,7 @@ def _decoded_lines(model: api.Model, prompts: list[tuple[str, str]], ids: list[l
     size = min(size, len(ids))
     for at in range(0, len(ids), size):
         part = ids[at : at + size]
-        # A short last batch is filled up, so that it compiles no more.
-        found = model.decode([*part, *part[:1] * (size - len(part))], return_steps=True, first_index=at)
+        found = model.decode(filled(part, size), return_steps=True, first_index=at)
         assert isinstance(found, api.Decoded)
         for row in range(len(part)):
             text_ids = model.text_ids(found.ids[row])

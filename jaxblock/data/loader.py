@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import grain
 import numpy as np
@@ -20,6 +20,7 @@ from jaxblock.diffusion.config import CanvasConfig
 from jaxblock.errors import UserError
 
 Kind = Literal["per_sequence", "pairs"]
+Row = TypeVar("Row")
 
 
 class Batch(NamedTuple):
@@ -53,7 +54,31 @@ class RandomAccess(Protocol):
     def __getitem__(self, index: int, /) -> Any: ...
 
 
-def pad_rows(
+def pad_ids(rows: Sequence[Sequence[int] | np.ndarray], width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Lays rows of token ids out in one array, each starting at position 0 and followed by zeros.
+
+    Args:
+        rows: B rows of token ids, none longer than `width`.
+        width: The number of positions of the array.
+
+    Returns:
+        (ids int32 [B, width], lengths int32 [B]).
+    """
+    ids = np.zeros((len(rows), width), np.int32)
+    for row, values in zip(ids, rows, strict=True):
+        row[: len(values)] = values
+    return ids, np.array([len(values) for values in rows], np.int32)
+
+
+def filled(rows: Sequence[Row], size: int) -> list[Row]:
+    """Fills a short last batch up to `size` rows with copies of its first row, so that its shape needs no new compilation.
+
+    The caller drops what is computed for the copies.
+    """
+    return [*rows, *([rows[0]] * (size - len(rows)))]
+
+
+def pad_records(
     records: Sequence[Record],
     canvas: CanvasConfig,
     *,
@@ -66,15 +91,13 @@ def pad_rows(
         records: B records.
         canvas: Gives P and R.
         block: int32 [B], the active block of each row; None for -1.
-        row_id: int32 [B]; None for 0 to B - 1.
+        row_id: int32 [B], each row's place in the global batch; None for 0 to B - 1.
 
     Raises:
         UserError: If a record is longer than the canvas.
     """
     n = len(records)
-    prompt_ids = np.zeros((n, canvas.prompt_len), np.int32)
-    response_ids = np.zeros((n, canvas.response_len), np.int32)
-    for row, record in enumerate(records):
+    for record in records:
         for name, ids, limit in (
             ("prompt", record.prompt_ids, canvas.prompt_len),
             ("response", record.response_ids, canvas.response_len),
@@ -84,13 +107,13 @@ def pad_rows(
                     f"{record.source}: the {name} has {len(ids)} tokens, more than canvas.{name}_len = {limit}; "
                     f"set canvas.{name}_len to what the data were prepared with, or prepare them again"
                 )
-        prompt_ids[row, : len(record.prompt_ids)] = record.prompt_ids
-        response_ids[row, : len(record.response_ids)] = record.response_ids
+    prompt_ids, prompt_len = pad_ids([record.prompt_ids for record in records], canvas.prompt_len)
+    response_ids, text_len = pad_ids([record.response_ids for record in records], canvas.response_len)
     return Batch(
         prompt_ids=prompt_ids,
-        prompt_len=np.array([len(record.prompt_ids) for record in records], np.int32),
+        prompt_len=prompt_len,
         response_ids=response_ids,
-        text_len=np.array([len(record.response_ids) for record in records], np.int32),
+        text_len=text_len,
         block=np.full(n, -1, np.int32) if block is None else block.astype(np.int32),
         index=np.array([record.index for record in records], np.int32),
         row_id=np.arange(n, dtype=np.int32) if row_id is None else row_id.astype(np.int32),
@@ -147,7 +170,7 @@ class BatchAt:
         if self._pairs is not None:
             chosen = self._pairs[places]
             places, block = chosen[:, 0].tolist(), chosen[:, 1]
-        return pad_rows([self._records[place] for place in places], self._canvas, block=block, row_id=self._rows)
+        return pad_records([self._records[place] for place in places], self._canvas, block=block, row_id=self._rows)
 
 
 def batches(

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jaxblock import build as wiring
-from jaxblock.data.loader import pad_rows
+from jaxblock.data.loader import filled, pad_ids, pad_records
 from jaxblock.data.store.records import Record
 from jaxblock.data.tokens.encoding import Encoder
 from jaxblock.diffusion import canvas as canvases
@@ -156,13 +156,10 @@ class Evaluator:
         return self._compiled[key]
 
     def _prompts(self, batch: Sequence[Record], size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Prompts, lengths and indices; a short last batch is filled up with its first row, so that it compiles no more."""
-        filled = [*batch, *([batch[0]] * (size - len(batch)))]
-        rows = np.zeros((size, self.canvas.prompt_len), np.int32)
-        for at, record in enumerate(filled):
-            rows[at, : len(record.prompt_ids)] = record.prompt_ids
-        lengths = np.array([len(record.prompt_ids) for record in filled], np.int32)
-        return rows, lengths, np.array([record.index for record in filled], np.int32)
+        """Returns the prompts [size, P], their lengths and their records' indices; a short last batch is filled up."""
+        records = filled(batch, size)
+        ids, lengths = pad_ids([record.prompt_ids for record in records], self.canvas.prompt_len)
+        return ids, lengths, np.array([record.index for record in records], np.int32)
 
     def _graded(self, record: Record, response: np.ndarray, nfe: int, stop_ids: tuple[int, ...]) -> dict[str, Any]:
         stops = np.flatnonzero(np.isin(response, stop_ids))
@@ -201,8 +198,8 @@ class Evaluator:
         run = jax.jit(_nelbo_of_rows, static_argnums=(0, 1, 2), out_shardings=_everywhere(params))
         values, errors, blocks, lengths, counts = [], [], [], [], []
         for at in range(0, len(records), size):
-            part = list(records[at : at + size])
-            batch = pad_rows([*part, *([part[0]] * (size - len(part)))], self.canvas)
+            part = records[at : at + size]
+            batch = pad_records(filled(part, size), self.canvas)
             ids = (batch.prompt_ids, batch.prompt_len, batch.response_ids, batch.text_len, batch.index)
             keep = np.arange(size) < len(part)
             rows = _split_rows(params, (keep, *ids))

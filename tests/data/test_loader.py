@@ -90,7 +90,7 @@ def test_bad_files_are_named(source: records.Records, tmp_path: pathlib.Path) ->
 
 
 def test_rows_are_flush_left_and_named() -> None:
-    batch = loader.pad_rows([_record(3, 2, 3), _record(1, 8, 12)], CANVAS)
+    batch = loader.pad_records([_record(3, 2, 3), _record(1, 8, 12)], CANVAS)
     assert batch.prompt_ids.tolist()[0] == [300, 301, 0, 0, 0, 0, 0, 0]
     assert batch.response_ids.tolist()[0] == [-301] * 3 + [0] * 9
     for name, expected in [
@@ -105,7 +105,7 @@ def test_rows_are_flush_left_and_named() -> None:
     with pytest.raises(
         UserError, match=r"some.jsonl:1: the response has 13 tokens, more than canvas.response_len = 12"
     ):
-        loader.pad_rows([_record(0, 1, 13)], CANVAS)
+        loader.pad_records([_record(0, 1, 13)], CANVAS)
 
 
 def test_every_pair_is_listed_once() -> None:
