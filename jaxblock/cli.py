@@ -326,9 +326,9 @@ def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
 
 
 def _config_of(checkpoint: str) -> str | None:
-    from jaxblock.io import storage
+    from jaxblock.io.paths import as_path
 
-    path = storage.as_path(checkpoint) / "config.yaml"
+    path = as_path(checkpoint) / "config.yaml"
     return str(path) if path.exists() else None
 
 

@@ -14,7 +14,8 @@ from jaxblock.diffusion.config import CanvasConfig
 from jaxblock.errors import UserError
 from jaxblock.huggingface import load as huggingface_load
 from jaxblock.huggingface import peft
-from jaxblock.io import hub, storage
+from jaxblock.io.hub import local_checkpoint
+from jaxblock.io.paths import PathLike
 from jaxblock.model import Model
 from jaxblock.models.architecture import Architecture
 from jaxblock.models.families import registry as families
@@ -26,10 +27,10 @@ from jaxblock.types import Alignment
 
 
 def load(
-    folder: storage.PathLike,
+    folder: PathLike,
     *,
     dtype: str | None = None,
-    base: storage.PathLike | None = None,
+    base: PathLike | None = None,
     quantize: Literal["none", "int8"] | None = None,
     mask_id: int | None = None,
     alignment: Alignment | None = None,
@@ -60,7 +61,7 @@ def load(
         return _from_run(folder, dtype, base, quantize, step)
     if step != "latest":
         raise UserError(f"{folder} is no run, so it has no checkpoint {step}: leave `step` out")
-    weights_folder, found = _adapters_of(hub.local(folder), base)
+    weights_folder, found = _adapters_of(local_checkpoint(folder), base)
     to_int8 = quantize == "int8"
     if to_int8 and found is None:
         raise UserError(f"{folder}: quantize int8 is for the weights beneath adapters, and there are none")
@@ -96,10 +97,10 @@ def load(
     )
 
 
-def _adapters_of(folder: str, base: storage.PathLike | None) -> tuple[str, str | None]:
+def _adapters_of(folder: str, base: PathLike | None) -> tuple[str, str | None]:
     """(the folder of the weights, the folder of the adapters or None)."""
     if peft.is_adapter(folder):
-        beneath = hub.local(base if base is not None else peft.base_of(folder))
+        beneath = local_checkpoint(base if base is not None else peft.base_of(folder))
         if run_folder.is_run(beneath):
             raise UserError(f"{beneath}, the base of {folder}, is a run: export it, and give the export as base")
         return beneath, folder
@@ -114,9 +115,9 @@ def _stop_ids(arch: Architecture, tokenizer: Tokenizer | None) -> tuple[int, ...
 
 
 def _from_run(
-    folder: storage.PathLike,
+    folder: PathLike,
     dtype: str | None,
-    base: storage.PathLike | None,
+    base: PathLike | None,
     quantize: str | None,
     step: run_folder.Wanted,
 ) -> Model:
@@ -142,5 +143,5 @@ def _from_run(
     )
 
 
-def _has_tokenizer(folder: storage.PathLike) -> bool:
+def _has_tokenizer(folder: PathLike) -> bool:
     return tokenizers.present(folder)

@@ -26,7 +26,9 @@ from jaxblock.errors import UserError
 from jaxblock.huggingface import load as huggingface_load
 from jaxblock.huggingface import peft
 from jaxblock.huggingface import save as huggingface_save
-from jaxblock.io import hub, storage
+from jaxblock.io.hub import local_checkpoint
+from jaxblock.io.paths import PathLike, as_path
+from jaxblock.io.remote import local_folder
 from jaxblock.models.architecture import Architecture
 from jaxblock.models.linear import lora
 from jaxblock.models.transformer import Transformer
@@ -283,7 +285,7 @@ class Model:
         value, error = likelihood.per_row(found)
         return np.asarray(value), np.asarray(error)
 
-    def save(self, folder: storage.PathLike, dtype: DTypeLike | None = None) -> float:
+    def save(self, folder: PathLike, dtype: DTypeLike | None = None) -> float:
         """Writes a Hugging Face folder, reads it back and compares logits. Adapters are merged into their base.
 
         Args:
@@ -300,7 +302,7 @@ class Model:
         huggingface_save.save(folder, self.arch, merged.params, **self._companions(), dtype=dtype)
         return huggingface_save.verify(folder, merged.net, merged.params, self._probe())
 
-    def save_adapter(self, folder: storage.PathLike) -> float:
+    def save_adapter(self, folder: PathLike) -> float:
         """Writes the adapters alone in PEFT's format, reads them back and compares logits.
 
         Args:
@@ -319,11 +321,11 @@ class Model:
         if base is not None and run_folder.is_run(base):
             base = None  # PEFT cannot load a run: the base is to be exported, and named by whoever loads the adapters
         elif base is not None:
-            peft.check_rows(folder, self.arch, huggingface_load.architecture(hub.local(base)))
+            peft.check_rows(folder, self.arch, huggingface_load.architecture(local_checkpoint(base)))
         peft.save_adapter(
             folder, self.arch, self.net.lora, adapters, base=base, companions=self._companions()["tokenizer"]
         )
-        found, again = peft.load_adapter(storage.local_folder(folder, ["*.json", "*.safetensors"]), self.arch)
+        found, again = peft.load_adapter(local_folder(folder, ["*.json", "*.safetensors"]), self.arch)
         copy = dataclasses.replace(
             self, net=dataclasses.replace(self.net, lora=found), params=lora.attach(self._weights(), again)
         )
@@ -355,8 +357,8 @@ class Model:
         """Where the files lie that travel with the weights."""
         if self.origin is None or not run_folder.is_run(self.origin):
             return {"tokenizer": self.origin, "origin": self.base}
-        kept = storage.as_path(self.origin) / run_folder.ORIGIN
-        tokenizer = str(storage.as_path(self.origin) / run_folder.TOKENIZER)
+        kept = as_path(self.origin) / run_folder.ORIGIN
+        tokenizer = str(as_path(self.origin) / run_folder.TOKENIZER)
         return {"tokenizer": tokenizer, "origin": str(kept) if kept.exists() else None}
 
     def _probe(self) -> Array:

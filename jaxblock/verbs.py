@@ -26,7 +26,9 @@ from jaxblock.errors import UserError
 from jaxblock.evaluation import problems, runner, statistics
 from jaxblock.fit import process as planning
 from jaxblock.fit import report as plan_report
-from jaxblock.io import storage
+from jaxblock.io.files import check_absent, check_writable, read_bytes, write_text
+from jaxblock.io.folders import check_vacant, folder_bytes, new_folder
+from jaxblock.io.paths import as_path
 from jaxblock.reporting import html as inspect_html
 from jaxblock.reporting import terminal as inspect_terminal
 from jaxblock.reporting.examine import Examined, draw_steps, examine
@@ -61,7 +63,7 @@ def prepare(options: Prepare, config: Config) -> int:
 def inspect(options: Inspect, config: Config) -> int:
     """Shows records as training feeds them."""
     if options.html:
-        storage.check_absent(options.html)
+        check_absent(options.html)
     prepared = open_prepared(config.data.prepared)
     examined, layout = examine_records(config, prepared, options.split, options.records, options.steps)
     about = (
@@ -70,7 +72,7 @@ def inspect(options: Inspect, config: Config) -> int:
     )
     inspect_terminal.show(Console(), layout, examined, prepared.tokenizer.piece, about)
     if options.html:
-        storage.write_text(options.html, inspect_html.page(layout, examined, prepared.tokenizer.piece, about=about))
+        write_text(options.html, inspect_html.page(layout, examined, prepared.tokenizer.piece, about=about))
         _say(f"wrote {options.html}")
     return 0
 
@@ -144,7 +146,7 @@ def decode(options: Decode, config: Config) -> int:
     if options.out:
         if options.watch:
             raise UserError("watch shows the canvas and writes no file: leave out either --watch or --out")
-        storage.check_absent(options.out)
+        check_absent(options.out)
     model = dataclasses.replace(
         loading.load(options.checkpoint, base=options.base, step=options.step),
         canvas=config.canvas,
@@ -169,7 +171,7 @@ def decode(options: Decode, config: Config) -> int:
         return 0
     lines = _decoded_lines(model, prompts, ids, config.decode.batch_size)
     if options.out:
-        storage.write_text(options.out, "".join(lines))
+        write_text(options.out, "".join(lines))
         _say(f"wrote {options.out}")
     else:
         for line in lines:
@@ -196,7 +198,7 @@ def _prompts(options: Decode, config: Config) -> Iterator[tuple[str, str]]:
     if options.file is None and sys.stdin.isatty():
         _say("reading prompts from standard input, one a line; end with Ctrl-D")
     name = options.file or "standard input"
-    content = sys.stdin.buffer.read() if options.file is None else storage.read_bytes(options.file)
+    content = sys.stdin.buffer.read() if options.file is None else read_bytes(options.file)
     field = recipes.resolve(config.data).prompt_field or "question"
     # Not splitlines: a prompt may hold other line separators (U+2028, form feed).
     for number, raw in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
@@ -244,8 +246,8 @@ def _decoded_lines(model: api.Model, prompts: list[tuple[str, str]], ids: list[l
 
 def evaluate(options: Evaluate, config: Config) -> int:
     """Scores a checkpoint and writes problems.jsonl and summary.json."""
-    storage.check_vacant(options.out, marker="summary.json")
-    storage.check_writable(storage.as_path(options.out).parent)
+    check_vacant(options.out, marker="summary.json")
+    check_writable(as_path(options.out).parent)
     model = loading.load(options.checkpoint, base=options.base, step=options.step)
     prepared = open_prepared(config.data.prepared)
     setup.check_data(config, prepared)
@@ -279,7 +281,7 @@ def evaluate(options: Evaluate, config: Config) -> int:
         "devices": [str(device) for device in jax.devices()],
     }
     result = runner.summary(solved, bound, about)
-    with storage.new_folder(options.out, marker="summary.json") as folder:
+    with new_folder(options.out, marker="summary.json") as folder:
         (folder / "problems.jsonl").write_text(problems.dump(solved.rows), encoding="utf-8")
         if settings.compare:
             test = statistics.compare(settings.compare, folder / "problems.jsonl")
@@ -340,7 +342,7 @@ def export(options: Export, config: Config) -> int:
             options.checkpoint, base=options.base, quantize="none" if is_int8 else None, step=options.step
         )
         difference = model.save(options.out, options.dtype)
-    size = storage.size_of(options.out)
+    size = folder_bytes(options.out)
     print(f"wrote {options.out} ({size / 1e6:.1f} MB); read back: largest difference of any logit {difference:.3g}")
     return 0
 
@@ -350,7 +352,7 @@ def plan(options: Plan, config: Config) -> int:
     if options.tries < 0:
         raise UserError(f"tries is {options.tries}: it must be 0 or more")
     if options.json:
-        storage.check_absent(options.json)
+        check_absent(options.json)
     found = planning.run(
         config,
         options.topology,
@@ -361,6 +363,6 @@ def plan(options: Plan, config: Config) -> int:
     )
     plan_report.show(Console(), found)
     if options.json:
-        storage.write_text(options.json, json.dumps(found, indent=1) + "\n")
+        write_text(options.json, json.dumps(found, indent=1) + "\n")
         _say(f"wrote {options.json}")
     return 0

@@ -17,7 +17,7 @@ import pytest
 from jaxblock import cli
 from jaxblock.cli import main
 from jaxblock.errors import UserError
-from jaxblock.io import storage
+from jaxblock.training.checkpoints import run_folder
 
 ROOT = Path(__file__).parents[1]
 
@@ -242,7 +242,7 @@ def test_a_full_disk_leaves_nothing_that_looks_whole(
         "evaluate": [*run, "--out", str(out), "--evaluate.problems", "4"],
         "export": [*run, "--out", str(out)],
     }
-    places = {"train": (storage, "copy_files"), "decode": (os, "fsync"), "export": (shutil, "copyfile")}
+    places = {"train": (run_folder, "copy_files"), "decode": (os, "fsync"), "export": (shutil, "copyfile")}
     for verb, arguments in verbs.items():
         with monkeypatch.context() as patch:
             if verb in places:

@@ -19,7 +19,7 @@ import yaml
 from jaxblock.config.config import Config
 from jaxblock.diffusion.decoding.config import DecodeConfig
 from jaxblock.errors import UserError
-from jaxblock.io import storage
+from jaxblock.io.files import read_bytes
 from jaxblock.types import DREAM_MEASURES, RANKED_BY_QUOTA, TAKE_A_QUOTA
 
 
@@ -48,7 +48,7 @@ def load(path: str | None) -> Config:
     if path is None:
         return Config()
     try:
-        tree = yaml.load(storage.read_bytes(path).decode(), _OnceOnly)  # noqa: S506 (a SafeLoader)
+        tree = yaml.load(read_bytes(path).decode(), _OnceOnly)  # noqa: S506 (a SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML: {error}") from error
     return from_tree({} if tree is None else tree, path)

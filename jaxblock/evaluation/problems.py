@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from jaxblock.errors import UserError
-from jaxblock.io import storage
+from jaxblock.io.files import read_bytes
+from jaxblock.io.paths import PathLike
 
 
 class Problem(NamedTuple):
@@ -49,7 +50,7 @@ def dump(rows: Iterable[Mapping[str, Any]]) -> str:
     return "".join(lines)
 
 
-def read(path: storage.PathLike) -> dict[int, Problem]:
+def read(path: PathLike) -> dict[int, Problem]:
     """Reads a per-problem file.
 
     Args:
@@ -62,7 +63,7 @@ def read(path: storage.PathLike) -> dict[int, Problem]:
         UserError: the file is absent or empty, or a line is not such a row, or an index occurs twice.
     """
     try:
-        text = storage.read_bytes(path).decode("utf-8")
+        text = read_bytes(path).decode("utf-8")
     except (UserError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot read per-problem results ({error}); `evaluate` writes such a file") from error
     problems: dict[int, Problem] = {}

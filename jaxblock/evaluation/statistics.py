@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxblock.errors import UserError
 from jaxblock.evaluation import problems
-from jaxblock.io import storage
+from jaxblock.io.paths import PathLike
 
 Numbers = Sequence[int | float] | np.ndarray
 
@@ -175,7 +175,7 @@ def mcnemar_p(only_a: int, only_b: int) -> float:
     return float(_binomial_test(only_a, discordant).pvalue) if discordant else 1.0
 
 
-def compare(path_a: storage.PathLike, path_b: storage.PathLike) -> McNemar:
+def compare(path_a: PathLike, path_b: PathLike) -> McNemar:
     """McNemar's paired test from two per-problem files.
 
     Args:

@@ -10,7 +10,8 @@ from jaxblock.config.config import Config
 from jaxblock.data.store import manifest as manifests
 from jaxblock.errors import UserError
 from jaxblock.huggingface import load as huggingface
-from jaxblock.io import storage
+from jaxblock.io.files import read_json
+from jaxblock.io.paths import as_path
 from jaxblock.models.architecture import Architecture
 from jaxblock.models.families import registry as families
 from jaxblock.training.checkpoints import run_folder
@@ -57,7 +58,7 @@ def architecture(config: Config, given: str | None) -> tuple[Architecture, str]:
     if run_folder.is_run(source):
         arch, said = run_folder.open_run(source).arch, f"{source}/{run_folder.MODEL}"
     elif path.is_file():
-        arch, said = families.from_hf(storage.read_json(path), source), source
+        arch, said = families.from_hf(read_json(path), source), source
     elif path.is_dir():
         arch, said = huggingface.architecture(source), f"{source}/config.json"
     elif source.split("@")[0] in PUBLISHED:
@@ -76,7 +77,7 @@ def architecture(config: Config, given: str | None) -> tuple[Architecture, str]:
 
 def _random(config: Config) -> tuple[Architecture, str]:
     """A random start has the vocabulary of its data; before they are prepared, the one that was asked for."""
-    folder = storage.as_path(config.data.prepared)
+    folder = as_path(config.data.prepared)
     vocab, said = config.data.vocab_size, "the config's model section and data.vocab_size"
     if (folder / "manifest.json").exists():
         vocab, said = manifests.read(folder).vocab_size, f"the config's model section and {config.data.prepared}"

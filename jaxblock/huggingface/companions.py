@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxblock.errors import UserError
-from jaxblock.io import storage
+from jaxblock.io.files import read_bytes, read_json
+from jaxblock.io.paths import PathLike, as_path
 from jaxblock.models.architecture import Architecture
 
 GENERATION = "generation_config.json"
@@ -28,7 +29,7 @@ _TOKENIZER = (
 _CODE = ("configuration_*.py", "modeling_*.py", "tokenization_*.py", "generation_*.py")
 
 
-def copy_code(source: storage.PathLike | None, target: Path) -> None:
+def copy_code(source: PathLike | None, target: Path) -> None:
     """Copies a checkpoint's own Python files, which transformers asks its user for. They are never run.
 
     Args:
@@ -36,8 +37,8 @@ def copy_code(source: storage.PathLike | None, target: Path) -> None:
         target: the folder that is being made.
     """
     for pattern in _CODE if source is not None else ():
-        for file in storage.as_path(source or ".").glob(pattern):
-            (target / file.name).write_bytes(storage.read_bytes(file))
+        for file in as_path(source or ".").glob(pattern):
+            (target / file.name).write_bytes(read_bytes(file))
 
 
 def point_at_code(config: dict[str, Any], folder: Path, repository: str | None) -> None:
@@ -61,7 +62,7 @@ def point_at_code(config: dict[str, Any], folder: Path, repository: str | None) 
     }
 
 
-def keep(source: storage.PathLike, target: Path) -> None:
+def keep(source: PathLike, target: Path) -> None:
     """Sets aside what an export will want of the checkpoint that a run starts from: model code and generation config.
 
     Args:
@@ -70,11 +71,11 @@ def keep(source: storage.PathLike, target: Path) -> None:
     """
     target.mkdir()
     copy_code(source, target)
-    if (storage.as_path(source) / GENERATION).exists():
-        (target / GENERATION).write_bytes(storage.read_bytes(storage.as_path(source) / GENERATION))
+    if (as_path(source) / GENERATION).exists():
+        (target / GENERATION).write_bytes(read_bytes(as_path(source) / GENERATION))
 
 
-def copy(source: storage.PathLike | None, target: Path) -> None:
+def copy(source: PathLike | None, target: Path) -> None:
     """Copies a tokenizer's files and its chat template.
 
     Args:
@@ -86,18 +87,18 @@ def copy(source: storage.PathLike | None, target: Path) -> None:
     """
     if source is None:
         return
-    folder = storage.as_path(source)
+    folder = as_path(source)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the folder of the tokenizer's files")
     for pattern in _TOKENIZER:
         for file in folder.glob(pattern):
-            (target / file.name).write_bytes(storage.read_bytes(file))
+            (target / file.name).write_bytes(read_bytes(file))
     # Readers of the checkpoint look for the chat template under this name.
     if (target / "template.jinja").exists() and not (target / "chat_template.jinja").exists():
         shutil.copyfile(target / "template.jinja", target / "chat_template.jinja")
 
 
-def generation_config(source: storage.PathLike | None, arch: Architecture) -> dict[str, Any]:
+def generation_config(source: PathLike | None, arch: Architecture) -> dict[str, Any]:
     """What generation_config.json is to say: what the origin's says, and what it leaves unsaid.
 
     Args:
@@ -108,8 +109,8 @@ def generation_config(source: storage.PathLike | None, arch: Architecture) -> di
         The dict to write.
     """
     origin: dict[str, Any] = {}
-    if source is not None and (storage.as_path(source) / GENERATION).exists():
-        origin = dict(storage.read_json(storage.as_path(source) / GENERATION))
+    if source is not None and (as_path(source) / GENERATION).exists():
+        origin = dict(read_json(as_path(source) / GENERATION))
     bos = json.loads(dict(arch.extra).get("bos_token_id", "null"))
     known = {"bos_token_id": bos, "pad_token_id": arch.pad_id, **origin, "mask_token_id": arch.mask_id}
     ends = origin.get("eos_token_id")

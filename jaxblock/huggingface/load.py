@@ -16,7 +16,8 @@ from jaxblock.errors import UserError
 from jaxblock.huggingface import fill, shards
 from jaxblock.huggingface.fill import stored_shape, tensor_names
 from jaxblock.huggingface.shards import Contents
-from jaxblock.io import storage
+from jaxblock.io.files import read_json
+from jaxblock.io.paths import PathLike, is_remote
 from jaxblock.models.architecture import Architecture
 from jaxblock.models.families import registry as families
 from jaxblock.models.linear import int8 as quantisation
@@ -24,7 +25,7 @@ from jaxblock.models.spec import ParamSpec, Table, flatten, nest
 from jaxblock.types import Params
 
 
-def architecture(folder: storage.PathLike) -> Architecture:
+def architecture(folder: PathLike) -> Architecture:
     """Reads config.json.
 
     Args:
@@ -36,21 +37,21 @@ def architecture(folder: storage.PathLike) -> Architecture:
     Raises:
         UserError: there is no such folder or no config.json in it, or it is of a family that we do not know.
     """
-    if storage.is_remote(folder):
+    if is_remote(folder):
         raise UserError(f"{folder}: neither a run nor a checkpoint is there (no config.yaml, no config.json)")
     path = Path(folder)
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; give a local folder that holds config.json and safetensors files")
     if not (path / "config.json").is_file():
         raise UserError(f"{path}: no config.json, so this is no Hugging Face checkpoint; give the folder that holds it")
-    config = storage.read_json(path / "config.json")
+    config = read_json(path / "config.json")
     if not isinstance(config, dict):
         raise UserError(f"{path / 'config.json'}: must be a JSON object; download the checkpoint again")
     return families.from_hf(config, str(path / "config.json"))
 
 
 def load(
-    folder: storage.PathLike,
+    folder: PathLike,
     *,
     dtype: DTypeLike | None = None,
     shardings: Params | None = None,

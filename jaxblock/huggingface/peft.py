@@ -17,7 +17,9 @@ from jaxblock.huggingface import companions as beside
 from jaxblock.huggingface import fill, shards, writer
 from jaxblock.huggingface.load import listed, same_tree
 from jaxblock.huggingface.shards import Contents
-from jaxblock.io import storage
+from jaxblock.io.files import read_json, write_json
+from jaxblock.io.folders import check_vacant, new_folder
+from jaxblock.io.paths import PathLike, is_remote
 from jaxblock.models.architecture import Architecture
 from jaxblock.models.families import registry as families
 from jaxblock.models.families.config_json import ALIGNMENT
@@ -54,14 +56,14 @@ _FIXED: dict[str, tuple[Any, ...]] = {
 
 
 def save_adapter(
-    folder: storage.PathLike,
+    folder: PathLike,
     arch: Architecture,
     lora: Lora,
     adapters: Params,
     *,
     base: str | None,
     dtype: DTypeLike | None = None,
-    companions: storage.PathLike | None = None,
+    companions: PathLike | None = None,
 ) -> None:
     """Writes adapters so that ``peft`` loads them onto their base. The folder appears whole or not at all.
 
@@ -84,16 +86,16 @@ def save_adapter(
             f"cannot export to {folder}: these are not the adapters that were described: {'; '.join(problems)}"
         )
     pending = writer.pending_tensors(table, flatten(adapters), dtype)
-    storage.check_vacant(folder, marker=CONFIG)
-    with storage.new_folder(folder, marker=CONFIG) as scratch:
+    check_vacant(folder, marker=CONFIG)
+    with new_folder(folder, marker=CONFIG) as scratch:
         beside.copy(companions, scratch)
         writer.write(scratch / WEIGHTS, pending, pending)
         if _autoregressive(arch) and arch.mask_id is not None:
-            storage.write_json(scratch / START, {"mask_token_id": arch.mask_id, ALIGNMENT: arch.alignment})
-        storage.write_json(scratch / CONFIG, _config(arch, lora, base))
+            write_json(scratch / START, {"mask_token_id": arch.mask_id, ALIGNMENT: arch.alignment})
+        write_json(scratch / CONFIG, _config(arch, lora, base))
 
 
-def check_rows(folder: storage.PathLike, arch: Architecture, base: Architecture) -> None:
+def check_rows(folder: PathLike, arch: Architecture, base: Architecture) -> None:
     """Raises UserError where adapters alone would be of no use: the vocabulary grew, and their base has no such rows.
 
     Args:
@@ -109,7 +111,7 @@ def check_rows(folder: storage.PathLike, arch: Architecture, base: Architecture)
         )
 
 
-def start_of(folder: storage.PathLike, arch: Architecture) -> Architecture:
+def start_of(folder: PathLike, arch: Architecture) -> Architecture:
     """An adapter's base as a diffusion network: an autoregressive one has its mask token and alignment from the adapters.
 
     Args:
@@ -122,7 +124,7 @@ def start_of(folder: storage.PathLike, arch: Architecture) -> Architecture:
     path = Path(folder) / START
     if arch.mask_id is not None or not path.is_file():
         return arch
-    said = storage.read_json(path)
+    said = read_json(path)
     mask_id = said.get("mask_token_id") if isinstance(said, dict) else None
     if not isinstance(mask_id, int) or said.get(ALIGNMENT) not in ("same_position", "shifted"):
         raise UserError(f"{path}: names no mask_token_id and {ALIGNMENT}: export the adapters again")
@@ -179,25 +181,25 @@ def _module(hf_name: str) -> str:
     return hf_name.removesuffix(".weight").removesuffix(".bias")
 
 
-def is_adapter(folder: storage.PathLike) -> bool:
+def is_adapter(folder: PathLike) -> bool:
     """Whether a folder holds adapters in PEFT's format."""
-    return not storage.is_remote(folder) and (Path(folder) / CONFIG).is_file()
+    return not is_remote(folder) and (Path(folder) / CONFIG).is_file()
 
 
-def base_of(folder: storage.PathLike) -> str:
+def base_of(folder: PathLike) -> str:
     """The folder or hub name of the base that adapters say they belong to.
 
     Raises:
         UserError: they do not say.
     """
-    config = storage.read_json(Path(folder) / CONFIG)
+    config = read_json(Path(folder) / CONFIG)
     base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
     if not isinstance(base, str) or not base:
         raise UserError(f"{Path(folder) / CONFIG}: no base_model_name_or_path: say where the base is (`base`)")
     return base
 
 
-def load_adapter(folder: storage.PathLike, arch: Architecture) -> tuple[Lora, Params]:
+def load_adapter(folder: PathLike, arch: Architecture) -> tuple[Lora, Params]:
     """Reads adapters that ``save_adapter`` or PEFT wrote.
 
     Args:
@@ -214,7 +216,7 @@ def load_adapter(folder: storage.PathLike, arch: Architecture) -> tuple[Lora, Pa
     path = Path(folder)
     if not (path / CONFIG).is_file():
         raise UserError(f"{path}: no {CONFIG}, so these are no PEFT adapters; give the folder that holds it")
-    config = storage.read_json(path / CONFIG)
+    config = read_json(path / CONFIG)
     _check_kind(path / CONFIG, config)
     contents = shards.scan_file(path / WEIGHTS)
     base = families.table(arch)

@@ -17,7 +17,10 @@ from jaxblock.errors import UserError
 from jaxblock.huggingface import companions, shards, writer
 from jaxblock.huggingface.load import load, same_tree
 from jaxblock.huggingface.writer import pending_tensors
-from jaxblock.io import storage
+from jaxblock.io.files import check_writable, write_json
+from jaxblock.io.folders import check_vacant, new_folder
+from jaxblock.io.paths import PathLike, is_remote
+from jaxblock.io.remote import local_folder
 from jaxblock.models.architecture import Architecture
 from jaxblock.models.families import registry as families
 from jaxblock.models.linear.lora import KEY
@@ -30,12 +33,12 @@ MARKER = "config.json"
 
 
 def save(
-    folder: storage.PathLike,
+    folder: PathLike,
     arch: Architecture,
     params: Params,
     *,
-    tokenizer: storage.PathLike | None = None,
-    origin: storage.PathLike | None = None,
+    tokenizer: PathLike | None = None,
+    origin: PathLike | None = None,
     dtype: DTypeLike | None = None,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
@@ -64,11 +67,11 @@ def save(
         raise UserError(f"cannot export to {folder}: these are not the parameters of the architecture: {listed}")
     pending = pending_tensors(table, flatten(params), dtype)
     files = writer.plan(pending, max_shard_bytes)
-    storage.check_vacant(folder, marker=MARKER)
+    check_vacant(folder, marker=MARKER)
     size = sum(t.n_bytes for t in pending.values())
-    if not storage.is_remote(folder):
-        storage.check_writable(Path(folder).absolute().parent, need_bytes=size)
-    with storage.new_folder(folder, marker=MARKER) as scratch:
+    if not is_remote(folder):
+        check_writable(Path(folder).absolute().parent, need_bytes=size)
+    with new_folder(folder, marker=MARKER) as scratch:
         origin = tokenizer if origin is None else origin
         companions.copy(tokenizer, scratch)
         companions.copy_code(origin, scratch)
@@ -76,18 +79,18 @@ def save(
             writer.write(scratch / name, tensors, pending)
         if len(files) > 1:
             where = {tensor: name for name, tensors in files.items() for tensor in tensors}
-            storage.write_json(scratch / shards.INDEX, {"metadata": {"total_size": size}, "weight_map": where})
-        storage.write_json(scratch / companions.GENERATION, companions.generation_config(origin, arch))
+            write_json(scratch / shards.INDEX, {"metadata": {"total_size": size}, "weight_map": where})
+        write_json(scratch / companions.GENERATION, companions.generation_config(origin, arch))
         sizes: Counter[str] = Counter()
         for tensor in pending.values():
             sizes[tensor.dtype.name] += tensor.n_bytes
         config = families.to_hf(arch, sizes.most_common(1)[0][0])
         code: str | None = getattr(families.FAMILIES[arch.family], "CODE", None)
         companions.point_at_code(config, scratch, code)
-        storage.write_json(scratch / MARKER, config)
+        write_json(scratch / MARKER, config)
 
 
-def _check_whole(folder: storage.PathLike, params: Params) -> None:
+def _check_whole(folder: PathLike, params: Params) -> None:
     if KEY in params:
         raise UserError(
             f"cannot export to {folder}: these parameters hold LoRA adapters beside their base: merge them first "
@@ -101,7 +104,7 @@ def _check_whole(folder: storage.PathLike, params: Params) -> None:
         )
 
 
-def verify(folder: storage.PathLike, net: Transformer, params: Params, ids: Int[Array, "B T"]) -> float:
+def verify(folder: PathLike, net: Transformer, params: Params, ids: Int[Array, "B T"]) -> float:
     """Reads an exported folder back and compares logits.
 
     Args:
@@ -118,7 +121,7 @@ def verify(folder: storage.PathLike, net: Transformer, params: Params, ids: Int[
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding if isinstance(leaf, Array) else None, params)
     # An export in an object store is downloaded: what is compared is what was stored.
-    arch, again = load(storage.local_folder(folder, ["*.json", "*.safetensors"]), shardings=shardings)
+    arch, again = load(local_folder(folder, ["*.json", "*.safetensors"]), shardings=shardings)
     if families.table(arch) != families.table(net.arch) or _ids(arch) != _ids(net.arch):
         raise UserError(f"{folder}: config.json gives another network than the one exported: {arch} against {net.arch}")
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)

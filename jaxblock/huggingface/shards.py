@@ -16,7 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jaxblock.errors import UserError
-from jaxblock.io import storage
+from jaxblock.io.files import read_json
 
 INDEX = "model.safetensors.index.json"
 
@@ -95,7 +95,7 @@ def _read_index(folder: Path) -> dict[str, str]:
     path = folder / INDEX
     if not path.exists():
         return {}
-    index = storage.read_json(path)
+    index = read_json(path)
     promised = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(promised, dict) or not all(isinstance(file, str) for file in promised.values()) or not promised:
         raise UserError(f"{path}: no weight_map of tensor names to file names; download the checkpoint again")

@@ -9,7 +9,9 @@ import huggingface_hub
 from huggingface_hub import errors
 
 from jaxblock.errors import UserError
-from jaxblock.io import storage
+from jaxblock.io.folders import list_folder
+from jaxblock.io.paths import PathLike, is_remote
+from jaxblock.io.remote import local_folder
 
 _NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
 
@@ -20,7 +22,7 @@ _UNWANTED = ["*/*", "*.py", "*.bin", "*.pt", "*.pth"]  # subfolders hold the sam
 _FILES = (".json", ".jsonl", ".model", ".yaml", ".safetensors")  # a mistyped path of a file is no hub name
 
 
-def local(name: storage.PathLike, *, weights: bool = True) -> str:
+def local_checkpoint(name: PathLike, *, weights: bool = True) -> str:
     """The local folder of a model that is named by path or by hub name.
 
     Args:
@@ -36,7 +38,7 @@ def local(name: storage.PathLike, *, weights: bool = True) -> str:
         UserError: a hub name that cannot be downloaded.
     """
     text = os.fspath(name)
-    if storage.is_remote(text):
+    if is_remote(text):
         return _copied(text, weights)
     match = _NAME.fullmatch(text)
     if match is None or text.endswith(_FILES) or os.path.exists(text):
@@ -52,10 +54,10 @@ def local(name: storage.PathLike, *, weights: bool = True) -> str:
 
 
 def _copied(folder: str, weights: bool) -> str:
-    names = {entry.name for entry in storage.listed(folder)}
+    names = {entry.name for entry in list_folder(folder)}
     if not names & {"config.json", "adapter_config.json", "tokenizer.json", "tokenizer.model"}:
         return folder
-    return str(storage.local_folder(folder, [*(_WEIGHTS if weights else ()), *_BESIDE, "*.py"]))  # code: for an export
+    return str(local_folder(folder, [*(_WEIGHTS if weights else ()), *_BESIDE, "*.py"]))  # code: for an export
 
 
 def _why(error: Exception, repo: str, revision: str | None) -> str:

@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
-from jaxblock.io import storage
+from jaxblock.io.files import write_bytes
+from jaxblock.io.paths import PathLike, as_path
 from jaxblock.training.observe import history as metrics
 from jaxblock.training.observe.history import Metrics
 
@@ -40,7 +41,7 @@ _STYLE: Any = {
 }
 
 
-def plot_run(metrics_path: storage.PathLike, out: storage.PathLike) -> list[str]:
+def plot_run(metrics_path: PathLike, out: PathLike) -> list[str]:
     """Draws a run: ``loss.png``, ``nelbo.png``, ``pass_at_1.png``, and ``curves.png`` with everything on one page.
 
     Args:
@@ -53,7 +54,7 @@ def plot_run(metrics_path: storage.PathLike, out: storage.PathLike) -> list[str]
     Raises:
         UserError: the metrics cannot be read or the pictures not written.
     """
-    run, folder = metrics.read(metrics_path), storage.as_path(out)
+    run, folder = metrics.read(metrics_path), as_path(out)
     single: dict[str, Callable[[Axes, Metrics], None]] = {
         "loss.png": draw_loss,
         "nelbo.png": draw_nelbo,
@@ -76,7 +77,7 @@ def plot_run(metrics_path: storage.PathLike, out: storage.PathLike) -> list[str]
     return written
 
 
-def plot_comparison(runs: Mapping[str, storage.PathLike], path: storage.PathLike) -> str:
+def plot_comparison(runs: Mapping[str, PathLike], path: PathLike) -> str:
     """Draws held-out NELBO and Pass@1 of several runs on common axes.
 
     A run with a single evaluation (a starting point) is drawn as a level line across the picture. Training losses are
@@ -304,8 +305,8 @@ def _say_empty(axes: Axes, text: str) -> None:
     axes.grid(False)
 
 
-def _save(figure: Figure, path: storage.PathLike) -> str:
+def _save(figure: Figure, path: PathLike) -> str:
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": "jaxblock"})
-    storage.write_bytes(path, buffer.getvalue(), overwrite=True)
+    write_bytes(path, buffer.getvalue(), overwrite=True)
     return os.fspath(path)

@@ -26,7 +26,7 @@ from jaxblock.evaluation.runner import Bound, Evaluator, Solved
 from jaxblock.fit import compile as ahead
 from jaxblock.fit import shapes as abstract
 from jaxblock.fit.compile import Ahead
-from jaxblock.io import storage
+from jaxblock.io.paths import as_path
 from jaxblock.models.transformer import Transformer
 from jaxblock.parallel import processes as distributed
 from jaxblock.training.checkpoints import retention
@@ -156,7 +156,7 @@ class _Loop:
         self.session, self.config, self.console, self.clock = session, session.config, console, clock
         before = session.step - gating.updates(session.state.opt_state)  # skipped by earlier processes
         self.watchdog, self.skips = watchdog, Skips(session.config.train.max_skipped, before)
-        self.run_folder = storage.as_path(self.config.train.out)
+        self.run_folder = as_path(self.config.train.out)
         self.lr = schedules.values(self.config.optimizer, self.config.train.steps)
         self.log: Trackers | None = None
         if session.process_index == 0:

@@ -25,7 +25,9 @@ from jaxblock.data.loader import Batch
 from jaxblock.data.store.open import Prepared, open_prepared
 from jaxblock.data.store.records import Record
 from jaxblock.errors import UserError
-from jaxblock.io import storage
+from jaxblock.io.files import check_writable
+from jaxblock.io.folders import check_vacant
+from jaxblock.io.paths import PathLike, as_path, is_remote
 from jaxblock.models.families import registry as families
 from jaxblock.models.linear import lora
 from jaxblock.models.transformer import Transformer
@@ -115,7 +117,7 @@ def set_up(config: Config, console: Console, compile_first: Compile | None = Non
     console.quiet = process_index > 0  # one process speaks for all
     train = config.train
     trackers.check(train)
-    folder, nans = storage.as_path(train.out), NanFinder() if train.debug else None
+    folder, nans = as_path(train.out), NanFinder() if train.debug else None
     prepared = open_prepared(config.data.prepared)
     check_data(config, prepared)
     checkpoints, step = _checkpoints(config, folder, console)
@@ -171,7 +173,7 @@ def set_up(config: Config, console: Console, compile_first: Compile | None = Non
 
 
 def _restored(
-    checkpoints: Checkpoints, step: int, like: TrainState, folder: storage.PathLike, saved: Mapping[str, Any]
+    checkpoints: Checkpoints, step: int, like: TrainState, folder: PathLike, saved: Mapping[str, Any]
 ) -> TrainState:
     """A checkpoint's state; the rows of metrics that it kept go where they belong."""
     state = checkpoints.restore(step, like)
@@ -180,12 +182,12 @@ def _restored(
     return state
 
 
-def _check_place(folder: storage.PathLike) -> None:
+def _check_place(folder: PathLike) -> None:
     """Whether a new run may be made there."""
-    storage.check_vacant(folder, marker=run_folder.CONFIG)
-    path = storage.as_path(folder)
+    check_vacant(folder, marker=run_folder.CONFIG)
+    path = as_path(folder)
     try:
-        storage.check_writable(path.parent if storage.is_remote(folder) else path.absolute().parent)
+        check_writable(path.parent if is_remote(folder) else path.absolute().parent)
     except UserError as error:
         raise UserError(f"train.out {folder}: {error}") from error
 
@@ -231,13 +233,13 @@ def meta(session: Session) -> dict[str, Any]:
     }
 
 
-def _open(config: Config, folder: storage.PathLike, console: Console) -> Checkpoints:
+def _open(config: Config, folder: PathLike, console: Console) -> Checkpoints:
     train = config.train
     keep = Keep(train.keep, train.keep_every, train.keep_best)
     return Checkpoints(folder, keep, lambda text: console.out(text, highlight=False))
 
 
-def _checkpoints(config: Config, folder: storage.PathLike, console: Console) -> tuple[Checkpoints | None, int | None]:
+def _checkpoints(config: Config, folder: PathLike, console: Console) -> tuple[Checkpoints | None, int | None]:
     """The run folder's checkpoints and the step to resume from; (None, None) where there is nothing to resume."""
     exists = run_folder.is_run(folder)
     if config.train.resume == "never" and exists:
@@ -269,7 +271,7 @@ def check_data(config: Config, prepared: Prepared) -> None:
 
 
 def _check_resume(
-    config: Config, folder: storage.PathLike, checkpoints: Checkpoints, step: int | None, prepared: Prepared
+    config: Config, folder: PathLike, checkpoints: Checkpoints, step: int | None, prepared: Prepared
 ) -> dict[str, Any]:
     """What an existing run was begun with must be what this config says. Returns what was saved with its checkpoint."""
     run = run_folder.open_run(folder)
@@ -289,9 +291,7 @@ def _check_resume(
     return saved
 
 
-def _check_same(
-    config: Config, folder: storage.PathLike, before: dict[str, Any], may_change: Mapping[str, set[str]]
-) -> None:
+def _check_same(config: Config, folder: PathLike, before: dict[str, Any], may_change: Mapping[str, set[str]]) -> None:
     changed = [
         f"{section}.{name} = {before.get(section, {}).get(name)!r} then, {value!r} now"
         for section, values in config_io.to_tree(config).items()

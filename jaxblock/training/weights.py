@@ -17,7 +17,9 @@ from jaxblock.data.store.open import Prepared
 from jaxblock.errors import UserError
 from jaxblock.huggingface import fill
 from jaxblock.huggingface import load as huggingface
-from jaxblock.io import hub, storage
+from jaxblock.io.files import read_bytes
+from jaxblock.io.hub import local_checkpoint
+from jaxblock.io.paths import as_path
 from jaxblock.models import spec as parameters
 from jaxblock.models.architecture import Architecture
 from jaxblock.models.families import registry as families
@@ -68,7 +70,7 @@ def architecture(config: Config, prepared: Prepared, run: Run | None) -> Archite
     if run is not None:
         return run.arch
     if config.model.init_from is not None:
-        return _architecture(hub.local(config.model.init_from, weights=False), config, prepared)
+        return _architecture(local_checkpoint(config.model.init_from, weights=False), config, prepared)
     special, vocab = prepared.special, prepared.manifest.vocab_size
     return wiring.architecture(config.model, vocab_size=vocab, mask_id=special.mask, eos_id=special.eos)
 
@@ -87,7 +89,7 @@ def begin(config: Config, prepared: Prepared, mesh: Mesh, run: Run | None, conso
         UserError: the source is no checkpoint, is of another vocabulary, or is not the base that a resumed run's
             adapters were trained on.
     """
-    source = None if config.model.init_from is None else hub.local(config.model.init_from)
+    source = None if config.model.init_from is None else local_checkpoint(config.model.init_from)
     seed, dtype = config.train.seed, config.model.param_dtype
     if config.lora.rank:
         assert source is not None  # config_io checks it
@@ -176,7 +178,7 @@ def identify(source: str, wanted: run_folder.Wanted = "latest") -> Base:
     Raises:
         UserError: it holds adapters itself, or has no such checkpoint.
     """
-    path = storage.as_path(source)
+    path = as_path(source)
     if run_folder.is_run(source):
         run = run_folder.open_run(source)
         if run.config.lora.rank:
@@ -185,7 +187,7 @@ def identify(source: str, wanted: run_folder.Wanted = "latest") -> Base:
                 "(`jaxblock export`) and set model.init_from to the export"
             )
         step = run_folder.find_step(run, wanted)
-        files = (storage.read_bytes(path / name) for name in (run_folder.MODEL, run_folder.CONFIG))
+        files = (read_bytes(path / name) for name in (run_folder.MODEL, run_folder.CONFIG))
         content = b"".join(files) + str(step).encode()
         return Base(source, hashlib.sha256(content).hexdigest(), step)
     digest = hashlib.sha256()
@@ -205,7 +207,7 @@ def _check_base(source: str, remembered: Base | None) -> Base:
         UserError: it is another.
     """
     assert remembered is not None  # run_folder.open_run checks it
-    if not storage.as_path(source).is_dir():
+    if not as_path(source).is_dir():
         raise UserError(
             f"{source}, the base of these adapters, is not there: set model.init_from (from Python: `base`) to where it is"
         )
@@ -300,7 +302,7 @@ def read_run(
         if dtype is not None:
             params = jax.tree.map(functools.partial(_cast, dtype=dtype), params)
         return params, step, None
-    source = hub.local(base or str(run.config.model.init_from))
+    source = local_checkpoint(base or str(run.config.model.init_from))
     found = _check_base(source, run.base)
     frozen = read_base(source, run.arch, mesh, dtype or run.config.model.param_dtype, found.step, to_int8)
     return adapters.attach(frozen, params), step, lora

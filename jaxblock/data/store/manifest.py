@@ -15,7 +15,8 @@ from jaxblock.data.config import DataConfig
 from jaxblock.data.tokens.special import SpecialIds
 from jaxblock.diffusion.config import CanvasConfig
 from jaxblock.errors import UserError
-from jaxblock.io import storage
+from jaxblock.io.files import read_json, write_json
+from jaxblock.io.paths import PathLike, as_path
 
 FILE = "manifest.json"
 FORMAT = 1
@@ -65,22 +66,22 @@ class Manifest:
         return CanvasConfig(**self.canvas)
 
 
-def write(folder: storage.PathLike, manifest: Manifest) -> None:
+def write(folder: PathLike, manifest: Manifest) -> None:
     """Writes the manifest, and so declares the folder whole."""
-    storage.write_json(storage.as_path(folder) / FILE, dataclasses.asdict(manifest))
+    write_json(as_path(folder) / FILE, dataclasses.asdict(manifest))
 
 
-def read(folder: storage.PathLike) -> Manifest:
+def read(folder: PathLike) -> Manifest:
     """A prepared folder's manifest.
 
     Raises:
         UserError: If there is none, or it is another version's.
     """
     name = os.fspath(folder)
-    path = storage.as_path(folder) / FILE
+    path = as_path(folder) / FILE
     if not path.exists():
         raise UserError(f"data.prepared: {name} holds no prepared data (no {FILE}); run `jaxblock prepare` first")
-    content = storage.read_json(path)
+    content = read_json(path)
     try:
         if content["format"] != FORMAT:
             raise UserError(

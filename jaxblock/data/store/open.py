@@ -15,7 +15,8 @@ from jaxblock.data.tokens.special import SpecialIds
 from jaxblock.data.tokens.templates import Template
 from jaxblock.data.tokens.tokenizers import Tokenizer
 from jaxblock.errors import UserError
-from jaxblock.io import storage
+from jaxblock.io.files import read_bytes
+from jaxblock.io.paths import PathLike, as_path
 
 
 @dataclass(frozen=True)
@@ -46,23 +47,23 @@ class Prepared:
         return records.read(self.folder, split)
 
 
-def open_prepared(folder: storage.PathLike) -> Prepared:
+def open_prepared(folder: PathLike) -> Prepared:
     """Opens a prepared folder.
 
     Raises:
         UserError: If it is absent, not whole, or damaged.
     """
     manifest = manifests.read(folder)
-    local = storage.as_path(folder) / "tokenizer"
+    local = as_path(folder) / "tokenizer"
     tokenizer = tokenizers.load(local)
-    source = storage.read_bytes(local / "template.jinja").decode()
+    source = read_bytes(local / "template.jinja").decode()
     template = Template(manifest.template["name"], source, manifest.template["tokens"])
     return Prepared(
         os.fspath(folder), manifest, tokenizer, Encoder(tokenizer, template, manifest.special, manifest.data_config)
     )
 
 
-def encoder_of(folder: storage.PathLike, tokenizer: Tokenizer, mask_id: int | None, eos_id: int) -> Encoder | None:
+def encoder_of(folder: PathLike, tokenizer: Tokenizer, mask_id: int | None, eos_id: int) -> Encoder | None:
     """Tokenizer and chat template of a checkpoint's folder, where no manifest says which belong together.
 
     Args:
@@ -76,8 +77,8 @@ def encoder_of(folder: storage.PathLike, tokenizer: Tokenizer, mask_id: int | No
     """
     if mask_id is None:
         return None
-    own = storage.as_path(folder) / "template.jinja"
-    source = storage.read_bytes(own).decode() if own.exists() else tokenizer.settings.get("chat_template")
+    own = as_path(folder) / "template.jinja"
+    source = read_bytes(own).decode() if own.exists() else tokenizer.settings.get("chat_template")
     if source is None:
         return None
     found = templates.find("tokenizer", tokenizer_template=source)

@@ -22,7 +22,9 @@ from jaxblock.data.tokens.encoding import Encoder
 from jaxblock.data.tokens.templates import Template
 from jaxblock.data.tokens.tokenizers import Tokenizer
 from jaxblock.errors import UserError
-from jaxblock.io import storage
+from jaxblock.io.files import write_text
+from jaxblock.io.folders import check_vacant, new_folder
+from jaxblock.io.paths import as_path
 
 Progress = Callable[[str], None]
 
@@ -72,14 +74,14 @@ def prepare(config: Config, progress: Progress = _silent) -> Manifest:
     lengths.check()
     for split, some in made.items():
         report[split] |= statistics.describe(some, config.canvas.block)
-    with storage.new_folder(config.data.prepared, marker=manifests.FILE, overwrite=config.data.overwrite) as folder:
+    with new_folder(config.data.prepared, marker=manifests.FILE, overwrite=config.data.overwrite) as folder:
         return _write(folder, config, fingerprint, loaded.inputs, encoder, made, report)
 
 
 def _existing(config: Config, fingerprint: str) -> Manifest | None:
     """The manifest of a folder that already holds this very result; None if it is to be made."""
     folder = config.data.prepared
-    path = storage.as_path(folder)
+    path = as_path(folder)
     if (path / manifests.FILE).exists():
         try:
             there = manifests.read(folder)
@@ -88,7 +90,7 @@ def _existing(config: Config, fingerprint: str) -> Manifest | None:
                 raise
             return None
         files = [records.file_of(folder, split) for split in there.splits]
-        if there.fingerprint == fingerprint and all(storage.as_path(file).exists() for file in files):
+        if there.fingerprint == fingerprint and all(as_path(file).exists() for file in files):
             return there
         if not config.data.overwrite:
             changed = (
@@ -99,7 +101,7 @@ def _existing(config: Config, fingerprint: str) -> Manifest | None:
                 f"data.prepared: {folder} holds data prepared otherwise ({changed}). Set data.overwrite to replace "
                 "them, or another data.prepared"
             )
-    storage.check_vacant(folder, marker=manifests.FILE, overwrite=config.data.overwrite)
+    check_vacant(folder, marker=manifests.FILE, overwrite=config.data.overwrite)
     return None
 
 
@@ -145,7 +147,7 @@ def _write(
     for split, some in made.items():
         records.write(folder, split, some)
     encoder.tokenizer.save(folder / "tokenizer")
-    storage.write_text(folder / "tokenizer" / "template.jinja", encoder.template.source)
+    write_text(folder / "tokenizer" / "template.jinja", encoder.template.source)
     manifest = Manifest(
         format=manifests.FORMAT,
         fingerprint=fingerprint,

@@ -13,7 +13,8 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from jaxblock.errors import UserError
-from jaxblock.io import storage
+from jaxblock.io.paths import PathLike, as_path
+from jaxblock.io.remote import local_file
 
 _HEADER = struct.Struct("<6I")  # index, ids of the prompt and the response, bytes of the three texts
 _KEEP_IN_MEMORY = (
@@ -69,9 +70,9 @@ def decode(content: bytes) -> Record:
     return Record(ids[:n_prompt], ids[n_prompt:], texts[0], texts[1], texts[2], index)
 
 
-def file_of(folder: storage.PathLike, split: str) -> str:
+def file_of(folder: PathLike, split: str) -> str:
     """The path of a split's file in a prepared folder."""
-    return str(storage.as_path(folder) / f"{split}.array_record")
+    return str(as_path(folder) / f"{split}.array_record")
 
 
 def write(folder: pathlib.Path, split: str, records: Iterable[Record]) -> None:
@@ -93,18 +94,18 @@ def write(folder: pathlib.Path, split: str, records: Iterable[Record]) -> None:
 class Records(Sequence[Record]):
     """Random access to a split's records, by threads and (it can be pickled) by worker processes."""
 
-    def __init__(self, folder: storage.PathLike, split: str) -> None:
+    def __init__(self, folder: PathLike, split: str) -> None:
         """Opens a split of a prepared folder.
 
         Raises:
             UserError: If it is absent or damaged.
         """
         self.path = file_of(folder, split)
-        if not storage.as_path(self.path).exists():
+        if not as_path(self.path).exists():
             raise UserError(
                 f"{self.path} does not exist: the prepared data have no split {split!r}; run `jaxblock prepare` first"
             )
-        self._local = storage.localize(self.path)
+        self._local = local_file(self.path)
         self._open()
 
     def _open(self) -> None:
@@ -142,7 +143,7 @@ class Records(Sequence[Record]):
         self._open()
 
 
-def read(folder: storage.PathLike, split: str) -> Records:
+def read(folder: PathLike, split: str) -> Records:
     """Opens a split ("train", "validation" or "test") of a prepared folder.
 
     Raises:

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from jaxblock.errors import UserError
-from jaxblock.io import storage
+from jaxblock.io.files import read_bytes, sha256
+from jaxblock.io.remote import local_file
 
 HUB = "hf:"
 _HUB_NAME = re.compile(
@@ -51,7 +52,7 @@ def rows(path: str, split: str) -> Iterator[Row]:
         return _dataset(path, split)
     if path.endswith(".parquet"):
         return _parquet(path)
-    content = storage.read_bytes(path)
+    content = read_bytes(path)
     bare = content.removeprefix(b"\xef\xbb\xbf").lstrip()
     if path.endswith(".json") and bare.startswith(b"["):
         return _array(path, content)
@@ -60,7 +61,7 @@ def rows(path: str, split: str) -> Iterator[Row]:
 
 def digest(path: str) -> str | None:
     """SHA-256 of a file's bytes; None for a data set, which has no file of its own."""
-    return None if path.startswith(HUB) else storage.sha256(path)
+    return None if path.startswith(HUB) else sha256(path)
 
 
 def _json_lines(path: str, content: bytes) -> Iterator[Row]:
@@ -146,7 +147,7 @@ def _parquet(path: str) -> Iterator[Row]:
             f"{path}: Parquet needs the pyarrow library: pip install pyarrow, or give JSON lines"
         ) from error
     name, index = os.path.basename(path), 0
-    local = storage.localize(path)
+    local = local_file(path)
     if not local.exists():
         raise UserError(f"cannot read {path}: there is no such file")
     try:

@@ -11,7 +11,7 @@ from typing import Any, SupportsIndex
 import sentencepiece
 
 from jaxblock.errors import UserError
-from jaxblock.io import storage
+from jaxblock.io.folders import write_files
 
 _SPACE = "\u2581"  # SentencePiece's own sign for a space
 _SPACE_BYTES = tuple(f"<0x{byte:02X}>" for byte in _SPACE.encode())
@@ -150,7 +150,7 @@ class SentencePieceTokenizer:
         return str(self._model.id_to_piece(int(token_id)))
 
     def save(self, folder: pathlib.Path) -> None:
-        storage.write_files(folder, self._files)
+        write_files(folder, self._files)
 
     @property
     def _has_bytes(self) -> bool:

@@ -11,7 +11,9 @@ from jaxblock.data.config import DataConfig
 from jaxblock.data.tokens.templates import Template
 from jaxblock.data.tokens.tokenizers import EOS, EOT, MASK, HuggingFaceTokenizer, Tokenizer, bos_text, text_of
 from jaxblock.errors import UserError
-from jaxblock.io import hub, storage
+from jaxblock.io.files import read_json
+from jaxblock.io.hub import local_checkpoint
+from jaxblock.io.paths import PathLike, as_path
 
 TURN_ENDS = (EOT, "<|im_end|>")
 """End-of-turn tokens by the families' own names: config.json says only what the end of sequence is."""
@@ -45,7 +47,7 @@ class SpecialIds:
         return (self.eot,) if self.eot == self.eos else (self.eot, self.eos)
 
 
-def checkpoint_ids(path: storage.PathLike) -> dict[str, int]:
+def checkpoint_ids(path: PathLike) -> dict[str, int]:
     """What the config.json beside a tokenizer says: {"mask": id, "eos": id}, either absent if it does not say.
 
     Args:
@@ -54,11 +56,11 @@ def checkpoint_ids(path: storage.PathLike) -> dict[str, int]:
     Raises:
         UserError: If there is a config.json that is no JSON object.
     """
-    target = storage.as_path(hub.local(path, weights=False))
+    target = as_path(local_checkpoint(path, weights=False))
     file = (target if target.is_dir() else target.parent) / "config.json"
     if not file.exists():
         return {}
-    content = storage.read_json(file)
+    content = read_json(file)
     if not isinstance(content, dict):
         raise UserError(f"{file}: a checkpoint's config.json holds one JSON object, this does not")
     found = {}

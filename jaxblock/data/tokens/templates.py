@@ -22,7 +22,8 @@ import jinja2.parser
 import jinja2.sandbox
 
 from jaxblock.errors import UserError
-from jaxblock.io import storage
+from jaxblock.io.files import read_bytes
+from jaxblock.io.paths import as_path
 
 Message = Mapping[str, str]
 """{"role": "system" | "user" | "assistant", "content": ...}"""
@@ -132,11 +133,11 @@ def find(name: str, *, tokenizer_template: Any = None) -> str:
                 "or chat_template.jinja); set data.template to chat, plain or a Jinja file"
             )
         return tokenizer_template
-    if not storage.as_path(name).exists():
+    if not as_path(name).exists():
         known = ", ".join([*NAMED, "tokenizer"])
         raise UserError(f"data.template: {name!r} is neither one of {known} nor a file")
     try:
-        return storage.read_bytes(os.fspath(name)).decode()
+        return read_bytes(os.fspath(name)).decode()
     except UnicodeDecodeError as error:
         raise UserError(f"data.template: {name} is not UTF-8 at byte {error.start}") from error
 

@@ -14,7 +14,9 @@ from jaxblock.data.config import DataConfig
 from jaxblock.data.tokens import merges
 from jaxblock.data.tokens.pieces import SentencePieceTokenizer, train_model
 from jaxblock.errors import UserError
-from jaxblock.io import hub, storage
+from jaxblock.io.folders import write_files
+from jaxblock.io.hub import local_checkpoint
+from jaxblock.io.paths import PathLike, as_path, explained
 
 MASK, EOS, EOT, BOS = "<|mdm_mask|>", "<|endoftext|>", "<|eot_id|>", "<|startoftext|>"
 """Special tokens of a tokenizer that is trained here, where the config gives them no other names; LLaDA's."""
@@ -122,7 +124,7 @@ class HuggingFaceTokenizer:
         return self._tokenizer.id_to_token(int(token_id)) or f"<{int(token_id)}>"
 
     def save(self, folder: pathlib.Path) -> None:
-        storage.write_files(folder, self._files)
+        write_files(folder, self._files)
 
     def with_special_token(self, text: str, name: str) -> HuggingFaceTokenizer:
         """Another tokenizer with one more special token, whose id is this one's `vocab_size`.
@@ -203,13 +205,13 @@ def train(texts: Iterable[str], config: DataConfig, extra_symbols: Sequence[str]
     )
 
 
-def present(folder: storage.PathLike) -> bool:
+def present(folder: PathLike) -> bool:
     """Whether a folder holds what `load` reads a tokenizer from."""
-    names = {entry.name for entry in storage.as_path(folder).iterdir()}
+    names = {entry.name for entry in as_path(folder).iterdir()}
     return "tokenizer.json" in names or "merges.txt" in names or any(name.endswith(".model") for name in names)
 
 
-def load(path: storage.PathLike) -> Tokenizer:
+def load(path: PathLike) -> Tokenizer:
     """Reads a tokenizer: a SentencePiece .model, a tokenizer.json, or a folder (or hub name) that holds one.
 
     In a folder tokenizer.json comes first, then vocab.json with merges.txt (of a Qwen2 tokenizer, as Dream ships it), then
@@ -221,9 +223,9 @@ def load(path: storage.PathLike) -> Tokenizer:
     Raises:
         UserError: If there is none or it cannot be read.
     """
-    name = hub.local(path, weights=False)
-    target = storage.as_path(name)
-    with storage.explained("read the tokenizer", name):
+    name = local_checkpoint(path, weights=False)
+    target = as_path(name)
+    with explained("read the tokenizer", name):
         if target.is_dir():
             models = sorted(entry.name for entry in target.iterdir() if entry.name.endswith(".model"))
             names = ["tokenizer.json", "merges.txt", *models]

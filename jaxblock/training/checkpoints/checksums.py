@@ -13,13 +13,14 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from jaxblock.io import storage
+from jaxblock.io.files import read_json, write_json
+from jaxblock.io.paths import PathLike, as_path
 
 _SEAL = re.compile(r"whole-(\d+)-of-(\d+)\.json")
 _CHUNK = 1 << 22
 
 
-def seal(folder: storage.PathLike, share: int = 0, shares: int = 1) -> None:
+def seal(folder: PathLike, share: int = 0, shares: int = 1) -> None:
     """Writes the sizes and checksums of this share of the folder's files. The folder must not change any more.
 
     Args:
@@ -31,32 +32,32 @@ def seal(folder: storage.PathLike, share: int = 0, shares: int = 1) -> None:
         UserError: the list cannot be written.
         OSError: a file cannot be read.
     """
-    root = storage.as_path(folder)
+    root = as_path(folder)
     names = sorted(_files(root))[share::shares]
     sums = {name: _sum(root / name) for name in names}
-    storage.write_json(root / f"whole-{share}-of-{shares}.json", sums, overwrite=True)
+    write_json(root / f"whole-{share}-of-{shares}.json", sums, overwrite=True)
 
 
-def sealed(folder: storage.PathLike) -> bool:
+def sealed(folder: PathLike) -> bool:
     """Whether every share of the folder has its list: nothing was cut short."""
-    found = [match for match in map(_SEAL.fullmatch, _names(storage.as_path(folder))) if match]
+    found = [match for match in map(_SEAL.fullmatch, _names(as_path(folder))) if match]
     return any(sum(match[2] == shares for match in found) == int(shares) for shares in {match[2] for match in found})
 
 
-def unlisted(folder: storage.PathLike) -> bool:
+def unlisted(folder: PathLike) -> bool:
     """Whether the folder has no list at all, as one from before there were lists: nothing says that it is cut short."""
-    return not any(map(_SEAL.fullmatch, _names(storage.as_path(folder))))
+    return not any(map(_SEAL.fullmatch, _names(as_path(folder))))
 
 
-def unseal(folder: storage.PathLike) -> None:
+def unseal(folder: PathLike) -> None:
     """Takes the lists away: the folder is whole no more."""
-    root = storage.as_path(folder)
+    root = as_path(folder)
     for name in _names(root):
         if _SEAL.fullmatch(name):
             (root / name).unlink()
 
 
-def damage(folder: storage.PathLike, under: str = "", share: int = 0, shares: int = 1) -> str | None:
+def damage(folder: PathLike, under: str = "", share: int = 0, shares: int = 1) -> str | None:
     """What is wrong with a folder; None where every file is as it was when it was sealed.
 
     Args:
@@ -68,13 +69,13 @@ def damage(folder: storage.PathLike, under: str = "", share: int = 0, shares: in
     Raises:
         PermissionError: a file may not be read, which says nothing of its content.
     """
-    root = storage.as_path(folder)
+    root = as_path(folder)
     if not sealed(root):
         return f"it was never finished{_missing(root)}"
     expected: dict[str, list[int]] = {}
     for name in filter(_SEAL.fullmatch, _names(root)):
         try:
-            expected |= storage.read_json(root / name)
+            expected |= read_json(root / name)
         except Exception as error:
             return f"{name} cannot be read ({error})"
     for name in [name for name in sorted(expected) if name.startswith(under)][share::shares]:

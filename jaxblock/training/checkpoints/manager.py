@@ -22,7 +22,8 @@ import tensorstore as ts
 from etils import epath
 
 from jaxblock.errors import UserError
-from jaxblock.io import storage
+from jaxblock.io.folders import move_folder
+from jaxblock.io.paths import PathLike, as_path, is_remote
 from jaxblock.parallel import processes as distributed
 from jaxblock.training.checkpoints import checksums, retention
 from jaxblock.training.checkpoints.retention import Keep
@@ -47,7 +48,7 @@ class Checkpoints:
     """
 
     def __init__(
-        self, run: storage.PathLike, keep: Keep | None = None, tell: Callable[[str], None] = lambda text: None
+        self, run: PathLike, keep: Keep | None = None, tell: Callable[[str], None] = lambda text: None
     ) -> None:
         """Opens the run's checkpoints.
 
@@ -56,9 +57,9 @@ class Checkpoints:
             keep: which to keep; None keeps all (readers).
             tell: gets a line when a save fails or a checkpoint is found damaged; may be called from a thread.
         """
-        folder = storage.as_path(run) / FOLDER
-        self.folder = os.fspath(folder if storage.is_remote(run) else folder.absolute())
-        self._root, self._keep, self._tell = storage.as_path(self.folder), keep, tell
+        folder = as_path(run) / FOLDER
+        self.folder = os.fspath(folder if is_remote(run) else folder.absolute())
+        self._root, self._keep, self._tell = as_path(self.folder), keep, tell
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._thread: threading.Thread | None = None
         self._saving: int | None = None
@@ -246,7 +247,7 @@ class Checkpoints:
 
     def _refused(self) -> Exception | None:
         """Why nothing can be written here. Orbax would wait ten minutes for a folder that could not be made."""
-        if storage.is_remote(self.folder):
+        if is_remote(self.folder):
             return None
         probe = self._root / f".probe-{jax.process_index()}"
         try:
@@ -280,7 +281,7 @@ class Checkpoints:
 
     def _delete(self, folder: epath.Path) -> None:
         """A kill in the middle leaves nothing that looks whole."""
-        if not storage.is_remote(self.folder):
+        if not is_remote(self.folder):
             gone = folder.parent / (folder.name + _LEAVING)
             os.rename(folder, gone)
             gone.rmtree()
@@ -305,7 +306,7 @@ class Checkpoints:
         """Removes what was not committed, or being deleted, when a run was killed."""
         with contextlib.suppress(OSError):
             for entry in list(self._root.iterdir()) if self._root.exists() else []:
-                if entry.name.endswith(_LEAVING) and storage.is_remote(self.folder):
+                if entry.name.endswith(_LEAVING) and is_remote(self.folder):
                     going = self._root / entry.name.removesuffix(_LEAVING)
                     if going.exists():
                         going.rmtree()
@@ -319,7 +320,7 @@ class Checkpoints:
             number += 1
         try:
             where.mkdir(parents=True, exist_ok=True)
-            storage.move_folder(self._at(step), target)
+            move_folder(self._at(step), target)
             fate = f"moved to {os.fspath(target)}"
         except (OSError, UserError) as error:
             fate = f"left where it is ({_first_line(error)})"
@@ -409,7 +410,7 @@ def _read_all(item: epath.Path) -> None:
     if not (item / "_METADATA").exists():
         raise ValueError(f"{item.name}/_METADATA is missing")
     path = os.fspath(item)
-    base = path.rstrip("/") + "/" if storage.is_remote(item) else f"file://{path}/"
+    base = path.rstrip("/") + "/" if is_remote(item) else f"file://{path}/"
     stored = ts.KvStore.open({"driver": "ocdbt", "base": base}).result()
     keys = stored.list().result()
     if not keys:

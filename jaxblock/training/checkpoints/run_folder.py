@@ -25,7 +25,9 @@ from jaxblock.data.store.manifest import Manifest
 from jaxblock.data.store.open import Prepared, open_prepared
 from jaxblock.errors import UserError
 from jaxblock.huggingface import companions
-from jaxblock.io import storage
+from jaxblock.io.files import read_json, write_json, write_text
+from jaxblock.io.folders import copy_files, new_folder
+from jaxblock.io.paths import PathLike, as_path
 from jaxblock.models.architecture import Architecture
 from jaxblock.models.families import registry as families
 from jaxblock.training.checkpoints.manager import Checkpoints
@@ -66,14 +68,14 @@ class Run:
         return self.prepared.manifest
 
 
-def is_run(folder: storage.PathLike) -> bool:
+def is_run(folder: PathLike) -> bool:
     """Whether a folder holds a run."""
-    path = storage.as_path(folder)
+    path = as_path(folder)
     return (path / CONFIG).exists() and (path / MODEL).exists()
 
 
 def begin(
-    folder: storage.PathLike,
+    folder: PathLike,
     config: Config,
     arch: Architecture,
     prepared: Prepared,
@@ -93,38 +95,38 @@ def begin(
     Raises:
         UserError: the folder holds something else, or cannot be written.
     """
-    with storage.new_folder(folder, marker=CONFIG) as scratch:
-        storage.copy_files(storage.as_path(prepared.folder) / TOKENIZER, scratch / TOKENIZER)
+    with new_folder(folder, marker=CONFIG) as scratch:
+        copy_files(as_path(prepared.folder) / TOKENIZER, scratch / TOKENIZER)
         manifests.write(scratch, prepared.manifest)
-        storage.write_json(scratch / MODEL, families.to_hf(arch, config.model.param_dtype))
+        write_json(scratch / MODEL, families.to_hf(arch, config.model.param_dtype))
         if source is not None:
-            kept = storage.as_path(source) / ORIGIN
+            kept = as_path(source) / ORIGIN
             if not is_run(source):
                 companions.keep(source, scratch / ORIGIN)
             elif kept.exists():
-                storage.copy_files(kept, scratch / ORIGIN)
+                copy_files(kept, scratch / ORIGIN)
         if base is not None:
-            storage.write_json(scratch / BASE, base._asdict())
-        storage.write_text(scratch / CONFIG, config_io.dump(config))
+            write_json(scratch / BASE, base._asdict())
+        write_text(scratch / CONFIG, config_io.dump(config))
 
 
-def open_run(folder: storage.PathLike) -> Run:
+def open_run(folder: PathLike) -> Run:
     """Opens a run folder.
 
     Raises:
         UserError: it is no run, or a file of it is damaged.
     """
-    path = storage.as_path(folder)
+    path = as_path(folder)
     if not is_run(path):
         raise UserError(f"{path} is not the folder of a training run (no {CONFIG} and {MODEL})")
-    arch = families.from_hf(storage.read_json(path / MODEL), str(path / MODEL))
+    arch = families.from_hf(read_json(path / MODEL), str(path / MODEL))
     config = config_io.load(str(path / CONFIG))
     return Run(path, config, arch, open_prepared(path), _base(path) if config.lora.rank else None)
 
 
 def _base(path: epath.Path) -> Base:
     try:
-        return Base(**storage.read_json(path / BASE))
+        return Base(**read_json(path / BASE))
     except (TypeError, UserError) as error:
         raise UserError(
             f"{path / BASE}, which names the base of this run's adapters, cannot be read: {error}"

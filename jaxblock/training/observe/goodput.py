@@ -27,7 +27,8 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import jax.monitoring
 
-from jaxblock.io import jsonl, storage
+from jaxblock.io.json_lines import read_jsonl_bytes
+from jaxblock.io.paths import PathLike
 
 Cause = Literal["start", "compile", "step", "data", "evaluation", "save", "lost"]
 CAUSES: tuple[Cause, ...] = get_args(Cause)
@@ -51,7 +52,7 @@ class Earlier(NamedTuple):
     step_seconds: float | None = None
 
 
-def earlier(metrics: storage.PathLike, step: int) -> Earlier:
+def earlier(metrics: PathLike, step: int) -> Earlier:
     """Reads what earlier processes wrote, before the rows after ``step`` are taken out.
 
     Args:
@@ -64,7 +65,7 @@ def earlier(metrics: storage.PathLike, step: int) -> Earlier:
     Raises:
         UserError: the file cannot be read.
     """
-    rows = list(_rows(jsonl.read(metrics).splitlines()))
+    rows = list(_rows(read_jsonl_bytes(metrics).splitlines()))
     told = [row for row in rows if row["kind"] == KIND]
     kept = next((row for row in reversed(told) if row["step"] <= step), None)
     seconds: dict[str, float] = {}

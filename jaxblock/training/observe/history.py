@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxblock.errors import UserError
-from jaxblock.io import jsonl, storage
+from jaxblock.io.files import read_bytes
+from jaxblock.io.json_lines import read_jsonl_bytes
+from jaxblock.io.paths import PathLike
 
 Row = dict[str, Any]
 
@@ -28,8 +30,8 @@ class Metrics(NamedTuple):
     evals: list[Row]
 
 
-def read(path: storage.PathLike) -> Metrics:
-    """Reads a metrics file: one file, or the parts of it that an object store holds (``jsonl``).
+def read(path: PathLike) -> Metrics:
+    """Reads a metrics file: one file, or the parts of it that an object store holds (``io.json_lines``).
 
     A run that was interrupted and resumed repeats the steps after its last checkpoint: the later rows replace the
     earlier ones. A last line without its line break was cut off by a kill and is left out.
@@ -44,7 +46,7 @@ def read(path: storage.PathLike) -> Metrics:
         UserError: the file cannot be read, or a line is not such a row.
     """
     try:
-        text = (jsonl.read(path) or storage.read_bytes(path)).decode("utf-8")
+        text = (read_jsonl_bytes(path) or read_bytes(path)).decode("utf-8")
     except (UserError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot read the metrics ({error}); is this the folder of a training run?") from error
     *lines, cut = text.split("\n")

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxblock.io import jsonl, storage
+from jaxblock.io.json_lines import Lines, read_jsonl_bytes
+from jaxblock.io.paths import PathLike, as_path, explained
 from jaxblock.training.step import StepMetrics
 from jaxblock.types import Sum
 
@@ -19,10 +20,10 @@ WAITING = "metrics"
 
 
 class MetricsLog:
-    """Appends rows to ``metrics.jsonl`` (in an object store: writes parts of it, `jsonl`); a resumed run appends to the
+    """Appends rows to ``metrics.jsonl`` (in an object store: writes parts of it, `io.json_lines`); a resumed run appends to the
     rows up to its checkpoint."""
 
-    def __init__(self, run: storage.PathLike, step: int) -> None:
+    def __init__(self, run: PathLike, step: int) -> None:
         """Opens the file. Rows of later steps than ``step``, which the run makes again, are taken out.
 
         Args:
@@ -32,9 +33,9 @@ class MetricsLog:
         Raises:
             UserError: the folder cannot be written.
         """
-        self.path = storage.as_path(run) / FILE
-        with storage.explained("write metrics", self.path):
-            self._lines = jsonl.Lines(self.path, lambda line: json.loads(line)["step"] <= step)
+        self.path = as_path(run) / FILE
+        with explained("write metrics", self.path):
+            self._lines = Lines(self.path, lambda line: json.loads(line)["step"] <= step)
 
     def write(self, row: dict[str, Any]) -> None:
         """Appends one row with at least ``step`` and ``kind``; a kill loses at most a cut last line (an object store:
@@ -54,7 +55,7 @@ class MetricsLog:
         self._lines.close()
 
 
-def put_back(run: storage.PathLike, rows: Sequence[str]) -> None:
+def put_back(run: PathLike, rows: Sequence[str]) -> None:
     """Writes rows that a checkpoint kept, before its run goes on; those that were written after all are left out.
 
     Args:
@@ -64,11 +65,11 @@ def put_back(run: storage.PathLike, rows: Sequence[str]) -> None:
     Raises:
         UserError: they still cannot be written.
     """
-    path = storage.as_path(run) / FILE
-    there = set(jsonl.read(path).splitlines()) if rows else set()
+    path = as_path(run) / FILE
+    there = set(read_jsonl_bytes(path).splitlines()) if rows else set()
     missing = [row for row in rows if row.encode() not in there]
     if missing:
-        lines = jsonl.Lines(path, lambda line: True)
+        lines = Lines(path, lambda line: True)
         for row in missing:
             lines.append(row)
         lines.close()

@@ -10,7 +10,8 @@ from typing import Any
 
 import jax
 
-from jaxblock.io import storage
+from jaxblock.io.files import write_bytes
+from jaxblock.io.paths import PathLike, as_path, is_remote
 
 FOLDER = "profile"
 
@@ -21,7 +22,7 @@ class Profiler:
     def __init__(
         self,
         window: tuple[int, int] | None,
-        run: storage.PathLike,
+        run: PathLike,
         process: int,
         processes: int,
         say: Callable[[str], None],
@@ -36,7 +37,7 @@ class Profiler:
             say: told where the trace is, or why there is none.
         """
         self._window, self._say = window, say
-        self.folder = storage.as_path(run) / FOLDER
+        self.folder = as_path(run) / FOLDER
         if processes > 1:
             self.folder /= f"process-{process}"
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
@@ -58,7 +59,7 @@ class Profiler:
         if self._window is None or step != self._window[0]:
             return
         try:
-            if storage.is_remote(self.folder):
+            if is_remote(self.folder):
                 self._scratch = tempfile.TemporaryDirectory(prefix="jaxblock-profile-")
             jax.profiler.start_trace(self._scratch.name if self._scratch else os.fspath(self.folder))
             self._running = True
@@ -93,7 +94,7 @@ class Profiler:
 
     def _upload(self, scratch: Path) -> None:
         for file in sorted(path for path in scratch.rglob("*") if path.is_file()):
-            storage.write_bytes(self.folder / file.relative_to(scratch), file.read_bytes(), overwrite=True)
+            write_bytes(self.folder / file.relative_to(scratch), file.read_bytes(), overwrite=True)
 
     def _failed(self, error: Exception) -> None:
         self._window, self._running = None, False

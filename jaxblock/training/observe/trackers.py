@@ -16,7 +16,8 @@ from typing import Any, Protocol
 
 from jaxblock.config.config import Config
 from jaxblock.errors import UserError
-from jaxblock.io import storage
+from jaxblock.io.files import read_json, write_json
+from jaxblock.io.paths import PathLike, as_path, is_remote
 from jaxblock.training.config import TrainConfig
 from jaxblock.training.observe.metrics import MetricsLog, scalars
 
@@ -49,7 +50,7 @@ def check(train: TrainConfig) -> None:
     for name, (package, wanted) in asked.items():
         if wanted and importlib.util.find_spec(package) is None:
             raise UserError(f"train.{name} needs {package}: {_installing(package)}")
-    if storage.is_remote(train.out) and (train.tensorboard or train.wandb == "offline"):
+    if is_remote(train.out) and (train.tensorboard or train.wandb == "offline"):
         name = "train.tensorboard" if train.tensorboard else "train.wandb offline"
         raise UserError(
             f"{name} writes to a local folder, and train.out is {train.out}: leave it off; the pictures in plots/ are "
@@ -68,7 +69,7 @@ def _installing(package: str) -> str:
 class TensorBoard:
     """Event files in ``tensorboard/`` of the run folder; every number of a row is a scalar ``kind/name``."""
 
-    def __init__(self, run: storage.PathLike, step: int) -> None:
+    def __init__(self, run: PathLike, step: int) -> None:
         """Opens the files.
 
         Args:
@@ -113,7 +114,7 @@ class WeightsAndBiases:
         import wandb
 
         train = config.train
-        remote = storage.is_remote(train.out)
+        remote = is_remote(train.out)
         online = train.wandb == "online"
         try:
             self._run = wandb.init(
@@ -146,11 +147,11 @@ class WeightsAndBiases:
         self._run.finish()
 
 
-def _wandb_id(run: storage.PathLike) -> str:
-    path = storage.as_path(run) / WANDB_ID
+def _wandb_id(run: PathLike) -> str:
+    path = as_path(run) / WANDB_ID
     if not path.exists():
-        storage.write_json(path, {"id": secrets.token_hex(4)})
-    return str(storage.read_json(path)["id"])
+        write_json(path, {"id": secrets.token_hex(4)})
+    return str(read_json(path)["id"])
 
 
 class Trackers:

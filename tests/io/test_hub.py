@@ -45,7 +45,7 @@ def test_a_hub_name_is_downloaded(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     download = stand_in(monkeypatch, tmp_path / "cache")
-    assert hub.local(name) == str(tmp_path / "cache")
+    assert hub.local_checkpoint(name) == str(tmp_path / "cache")
     ((asked, options),) = download.asked
     assert (asked, options["revision"]) == (repo, revision)
 
@@ -55,7 +55,7 @@ def test_neither_code_nor_pickles_are_asked_for(monkeypatch: pytest.MonkeyPatch,
 
     monkeypatch.chdir(tmp_path)
     download = stand_in(monkeypatch, tmp_path)
-    hub.local("org/name")
+    hub.local_checkpoint("org/name")
     options = download.asked[0][1]
     wanted = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json"]
     wanted += ["tokenizer.model", "chat_template.jinja", "merges.txt", "generation_config.json", "adapter_config.json"]
@@ -70,9 +70,9 @@ def test_what_lies_here_is_taken_from_here(monkeypatch: pytest.MonkeyPatch, tmp_
     (tmp_path / "org" / "name").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     for name in ("org/name", str(tmp_path), "/nowhere/at/all", "nowhere", "a/b/c", "./a/b", "../a"):
-        assert hub.local(name) == name
-    assert hub.local(tmp_path / "org") == str(tmp_path / "org")
-    assert hub.local("org/tokenizer.json") == "org/tokenizer.json"  # a mistyped file's path is told as such
+        assert hub.local_checkpoint(name) == name
+    assert hub.local_checkpoint(tmp_path / "org") == str(tmp_path / "org")
+    assert hub.local_checkpoint("org/tokenizer.json") == "org/tokenizer.json"  # a mistyped file's path is told as such
     assert download.asked == []
 
 
@@ -99,7 +99,7 @@ def test_what_went_wrong_says_what_to_do(
     monkeypatch.chdir(tmp_path)
     stand_in(monkeypatch, _error(error))
     with pytest.raises(UserError, match=f"^org/name@v2 is no local folder, and .*{message}"):
-        hub.local("org/name@v2")
+        hub.local_checkpoint("org/name@v2")
 
 
 def test_a_tokenizer_may_be_a_hub_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from collections.abc import Callable
 from etils import epath
 
 from jaxblock.errors import UserError
-from jaxblock.io import storage
+from jaxblock.io.files import write_bytes
+from jaxblock.io.paths import PathLike, as_path, explained, is_remote
 
 PERIOD = 60.0
 """Seconds for which lines wait for others before a part is written."""
@@ -28,7 +29,7 @@ _LOG = logging.getLogger(__name__)
 class Lines:
     """A growing file, opened by its one writer."""
 
-    def __init__(self, path: storage.PathLike, keep: Callable[[bytes], bool], *, period: float = PERIOD) -> None:
+    def __init__(self, path: PathLike, keep: Callable[[bytes], bool], *, period: float = PERIOD) -> None:
         """Opens the file, or begins it. What a kill has cut off at its end is taken out.
 
         Args:
@@ -39,14 +40,14 @@ class Lines:
         Raises:
             UserError: it cannot be read or written.
         """
-        self.path = storage.as_path(path)
-        self._remote = storage.is_remote(path)
+        self.path = as_path(path)
+        self._remote = is_remote(path)
         self._period, self._since = period, time.monotonic()
         self._waiting: list[bytes] = []
         self._begun = 0  # bytes of the first of them that a full disk took
         self._number = 0
-        with storage.explained("write", self.path):
-            there = read(self.path).splitlines(keepends=True)
+        with explained("write", self.path):
+            there = read_jsonl_bytes(self.path).splitlines(keepends=True)
             kept = [line for line in there if line.endswith(b"\n") and keep(line)]
             if self._remote:
                 parts = _parts(self.path)
@@ -55,7 +56,7 @@ class Lines:
                     self._merge(kept)
                 return
             if kept != there:
-                storage.write_bytes(self.path, b"".join(kept), overwrite=True)
+                write_bytes(self.path, b"".join(kept), overwrite=True)
             self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (what waits, waits with us)
 
     def append(self, line: str) -> None:
@@ -67,7 +68,7 @@ class Lines:
         """
         if not self._remote:
             self._waiting.append((line + "\n").encode())
-            with storage.explained("write", self.path):
+            with explained("write", self.path):
                 self._write_out()
             return
         self._waiting.append((line + "\n").encode())
@@ -77,7 +78,7 @@ class Lines:
     def flush(self) -> None:
         """Writes what waits, to an object store as a part; a failure is logged, and it goes with what comes next."""
         try:
-            with storage.explained("write", self.path):
+            with explained("write", self.path):
                 if self._remote:
                     self._write_part()
                 else:
@@ -96,12 +97,12 @@ class Lines:
             UserError: it cannot be written.
         """
         if not self._remote:
-            with storage.explained("write", self.path), self._file:
+            with explained("write", self.path), self._file:
                 self._write_out()
             return
         self._write_part()
         if len(_parts(self.path)) > 1:
-            self._merge(read(self.path).splitlines(keepends=True))
+            self._merge(read_jsonl_bytes(self.path).splitlines(keepends=True))
 
     def _write_out(self) -> None:
         """A full disk may take a part of a line: the rest waits."""
@@ -119,18 +120,18 @@ class Lines:
 
     def _put(self, kind: str, lines: list[bytes]) -> None:
         name = f"{self.path.stem}-{self._number + 1:06d}{kind}{self.path.suffix}"
-        storage.write_bytes(self.path.parent / name, b"".join(lines), overwrite=True)
+        write_bytes(self.path.parent / name, b"".join(lines), overwrite=True)
         self._number += 1
 
     def _merge(self, lines: list[bytes]) -> None:
         old = _parts(self.path, superseded=True)
         self._put("-all", lines)
-        with storage.explained("join the parts of", self.path):
+        with explained("join the parts of", self.path):
             for part in old:
                 part.unlink()
 
 
-def read(path: storage.PathLike) -> bytes:
+def read_jsonl_bytes(path: PathLike) -> bytes:
     """All lines, from the one file, from its parts (also where a bucket was copied to a local disk), or from both.
 
     Args:
@@ -142,17 +143,10 @@ def read(path: storage.PathLike) -> bytes:
     Raises:
         UserError: it cannot be read.
     """
-    whole = storage.as_path(path)
-    with storage.explained("read", path):
+    whole = as_path(path)
+    with explained("read", path):
         first = [whole] if whole.exists() else []
         return b"".join(part.read_bytes() for part in [*first, *_parts(whole)])
-
-
-def exists(path: storage.PathLike) -> bool:
-    """Whether there is such a file, or a part of it."""
-    whole = storage.as_path(path)
-    with storage.explained("look at", path):
-        return whole.exists() or bool(_parts(whole))
 
 
 def _number(part: epath.Path) -> int:

@@ -9,7 +9,9 @@ import pathlib
 import pytest
 
 from jaxblock.errors import UserError
-from jaxblock.io import storage
+from jaxblock.io.files import check_writable, read_bytes, read_json, sha256, write_text
+from jaxblock.io.folders import check_vacant, new_folder
+from jaxblock.io.paths import as_path
 
 
 def _names(folder: pathlib.Path) -> list[str]:
@@ -24,26 +26,26 @@ def _fill(folder: pathlib.Path, text: str = "new") -> None:
 
 def test_a_file_is_replaced_only_when_asked(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "a" / "file"
-    storage.write_text(path, "one")
+    write_text(path, "one")
     with pytest.raises(UserError, match="exists already"):
-        storage.write_text(path, "two")
+        write_text(path, "two")
     assert path.read_text() == "one"
-    storage.write_text(path, "two", overwrite=True)
+    write_text(path, "two", overwrite=True)
     assert path.read_text() == "two"
     assert _names(path.parent) == ["file"]
-    assert storage.sha256(path) == "3fc4ccfe745870e2c0d99f71f30ff0656c8dedd41cc1d7d3d376b0dbe685e2f3"
+    assert sha256(path) == "3fc4ccfe745870e2c0d99f71f30ff0656c8dedd41cc1d7d3d376b0dbe685e2f3"
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file"
-    storage.write_text(path, "old")
+    write_text(path, "old")
 
     def full(fd: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match=f"cannot write {path}: the disk is full"):
-        storage.write_text(path, "new", overwrite=True)
+        write_text(path, "new", overwrite=True)
     assert path.read_text() == "old"
     assert _names(tmp_path) == ["file"]
 
@@ -51,13 +53,13 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: pathlib.Path, monkeypatch: py
 @pytest.mark.parametrize(
     ("action", "cause"),
     [
-        (lambda root: storage.read_bytes(root / "none"), "no such file"),
-        (lambda root: storage.read_bytes(root), "folder, not a file"),
-        (lambda root: storage.write_text(root / "file" / "x", ""), "a file stands where a folder"),
-        (lambda root: storage.check_writable(root / "file" / "x"), "a file, not a folder"),
-        (lambda root: storage.check_writable(root / "sub", need_bytes=1 << 60), "bytes needed"),
-        (lambda root: storage.read_json(root / "file"), "not a JSON file"),
-        (lambda root: storage.as_path("ftp://x"), "unknown kind of address"),
+        (lambda root: read_bytes(root / "none"), "no such file"),
+        (lambda root: read_bytes(root), "folder, not a file"),
+        (lambda root: write_text(root / "file" / "x", ""), "a file stands where a folder"),
+        (lambda root: check_writable(root / "file" / "x"), "a file, not a folder"),
+        (lambda root: check_writable(root / "sub", need_bytes=1 << 60), "bytes needed"),
+        (lambda root: read_json(root / "file"), "not a JSON file"),
+        (lambda root: as_path("ftp://x"), "unknown kind of address"),
     ],
 )
 def test_errors_name_the_cause(tmp_path: pathlib.Path, action, cause: str) -> None:
@@ -68,12 +70,12 @@ def test_errors_name_the_cause(tmp_path: pathlib.Path, action, cause: str) -> No
 
 def test_an_unwritable_path_is_named() -> None:
     with pytest.raises(UserError, match="cannot write to /proc/jaxblock"):
-        storage.check_writable("/proc/jaxblock")
+        check_writable("/proc/jaxblock")
 
 
 def test_a_folder_appears_whole(tmp_path: pathlib.Path) -> None:
     target = tmp_path / "made"
-    with storage.new_folder(target, marker="MARK") as folder:
+    with new_folder(target, marker="MARK") as folder:
         _fill(folder)
         assert not target.exists()
     assert (target / "sub" / "data").read_text() == "new"
@@ -83,7 +85,7 @@ def test_a_folder_appears_whole(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize("error", [ValueError("broken"), KeyboardInterrupt(), OSError(errno.ENOSPC, "full"), None])
 def test_a_failed_folder_leaves_nothing(tmp_path: pathlib.Path, error: BaseException | None) -> None:
     expected = UserError if error is None or isinstance(error, OSError) else type(error)
-    with pytest.raises(expected), storage.new_folder(tmp_path / "made", marker="MARK") as folder:
+    with pytest.raises(expected), new_folder(tmp_path / "made", marker="MARK") as folder:
         (folder / "data").write_text("half")  # and without an error: no marker
         if error is not None:
             raise error
@@ -98,15 +100,15 @@ def test_what_may_be_replaced(tmp_path: pathlib.Path) -> None:
     (foreign / "thesis.tex").write_text("years of work")
     file.write_text("")
     with pytest.raises(UserError, match="overwrite"):
-        storage.check_vacant(whole, marker="MARK")
+        check_vacant(whole, marker="MARK")
     for overwrite in (False, True):
-        storage.check_vacant(empty, marker="MARK", overwrite=overwrite)
-        storage.check_vacant(tmp_path / "absent", marker="MARK", overwrite=overwrite)
+        check_vacant(empty, marker="MARK", overwrite=overwrite)
+        check_vacant(tmp_path / "absent", marker="MARK", overwrite=overwrite)
         for target in (foreign, file):
             with pytest.raises(UserError, match="choose another path"):
-                storage.check_vacant(target, marker="MARK", overwrite=overwrite)
+                check_vacant(target, marker="MARK", overwrite=overwrite)
     for target in (whole, empty):
-        with storage.new_folder(target, marker="MARK", overwrite=True) as folder:
+        with new_folder(target, marker="MARK", overwrite=True) as folder:
             _fill(folder)
         assert (target / "sub" / "data").read_text() == "new"
     assert _names(tmp_path) == ["empty", "file", "foreign", "whole"]
@@ -126,7 +128,7 @@ def test_a_failed_swap_brings_the_old_folder_back(tmp_path: pathlib.Path, monkey
     monkeypatch.setattr(os, "rename", fails_into_place)
     with (
         pytest.raises(UserError, match="permission denied"),
-        storage.new_folder(target, marker="MARK", overwrite=True) as folder,
+        new_folder(target, marker="MARK", overwrite=True) as folder,
     ):
         _fill(folder)
     assert (target / "sub" / "data").read_text() == "old"

@@ -17,7 +17,11 @@ import pytest
 import jaxblock
 from jaxblock.cli import main
 from jaxblock.errors import UserError
-from jaxblock.io import jsonl, storage
+from jaxblock.io.files import read_bytes
+from jaxblock.io.folders import check_vacant, folder_bytes, list_folder, new_folder
+from jaxblock.io.json_lines import Lines
+from jaxblock.io.paths import as_path
+from jaxblock.io.remote import local_file, local_folder
 from jaxblock.training.observe import history as metrics
 from jaxblock.training.observe.metrics import MetricsLog, put_back
 from tests import pod
@@ -33,16 +37,16 @@ def _fill(folder: Path, text: str) -> None:
 
 def test_a_folder_gets_its_marker_last_and_loses_it_first(store: Store) -> None:
     for text in ("old", "new"):
-        with storage.new_folder("gs://bucket/made", marker="MARK", overwrite=True) as folder:
+        with new_folder("gs://bucket/made", marker="MARK", overwrite=True) as folder:
             _fill(folder, text)
     assert store.log[:3] == ["write made/sub/data", "write made/MARK", "delete made/MARK"]
     assert store.log[-2:] == ["write made/sub/data", "write made/MARK"]
-    assert storage.read_bytes("gs://bucket/made/sub/data") == b"new" and storage.size_of("gs://bucket/made") == 3
-    assert storage.localize("gs://bucket/made/sub/data").read_text() == "new"
+    assert read_bytes("gs://bucket/made/sub/data") == b"new" and folder_bytes("gs://bucket/made") == 3
+    assert local_file("gs://bucket/made/sub/data").read_text() == "new"
     with pytest.raises(UserError, match="gs://bucket/none"):
-        storage.read_bytes("gs://bucket/none")
+        read_bytes("gs://bucket/none")
     with pytest.raises(UserError, match="overwrite"):
-        storage.check_vacant("gs://bucket/made", marker="MARK")
+        check_vacant("gs://bucket/made", marker="MARK")
     assert store.refused == []
 
 
@@ -50,7 +54,7 @@ def test_an_upload_that_fails_leaves_no_marker(store: Store) -> None:
     store.failing = re.compile("sub/data")
     with (
         pytest.raises(UserError, match="cannot write gs://bucket/made"),
-        storage.new_folder("gs://bucket/made", marker="MARK") as folder,
+        new_folder("gs://bucket/made", marker="MARK") as folder,
     ):
         _fill(folder, "new")
     assert store.names() == []
@@ -58,25 +62,25 @@ def test_an_upload_that_fails_leaves_no_marker(store: Store) -> None:
 
 def test_a_large_file_goes_up_and_comes_down_in_pieces(store: Store) -> None:
     content = np.random.default_rng(0).bytes(13 << 20)
-    with storage.new_folder("gs://bucket/made", marker="MARK") as folder:
+    with new_folder("gs://bucket/made", marker="MARK") as folder:
         _fill(folder, "x")
         (folder / "large").write_bytes(content)
     assert store.content("made/large") == content
-    local = storage.local_folder("gs://bucket/made", ["lar*"])
+    local = local_folder("gs://bucket/made", ["lar*"])
     assert [file.name for file in local.iterdir()] == ["large"] and (local / "large").read_bytes() == content
 
 
 def test_what_another_process_writes_is_seen(store: Store) -> None:
-    assert storage.listed("gs://bucket/run") == []
+    assert list_folder("gs://bucket/run") == []
     store.put("bucket", "run/config.yaml", b"{}", {})
-    assert [entry.name for entry in storage.listed("gs://bucket/run")] == ["config.yaml"]
-    assert storage.as_path("gs://bucket/run/config.yaml").exists()
+    assert [entry.name for entry in list_folder("gs://bucket/run")] == ["config.yaml"]
+    assert as_path("gs://bucket/run/config.yaml").exists()
 
 
 PATH = "gs://bucket/run/metrics.jsonl"
 
 
-def _append(lines: jsonl.Lines, *steps: int) -> None:
+def _append(lines: Lines, *steps: int) -> None:
     for step in steps:
         lines.append(json.dumps({"step": step, "kind": "train"}))
 
@@ -86,7 +90,7 @@ def _steps() -> list[int]:
 
 
 def test_a_growing_file_is_parts_written_once(store: Store, tmp_path: Path) -> None:
-    lines = jsonl.Lines(PATH, lambda line: True)
+    lines = Lines(PATH, lambda line: True)
     _append(lines, 1, 2)
     assert store.log == []  # they wait for others
     lines.flush()
@@ -104,7 +108,7 @@ def test_a_growing_file_is_parts_written_once(store: Store, tmp_path: Path) -> N
     # A kill between the two, and the run goes on from step 2: nothing is lost, nothing is there twice.
     store.put("bucket", "run/metrics-000002.jsonl", b'{"step": 3, "kind": "train"}\n', {})
     assert _steps() == [1, 2, 3]
-    resumed = jsonl.Lines(PATH, lambda line: json.loads(line)["step"] <= 2, period=0.0)
+    resumed = Lines(PATH, lambda line: json.loads(line)["step"] <= 2, period=0.0)
     assert _steps() == [1, 2]
     _append(resumed, 3, 4)
     assert _steps() == [1, 2, 3, 4]
@@ -112,7 +116,7 @@ def test_a_growing_file_is_parts_written_once(store: Store, tmp_path: Path) -> N
 
 
 def test_a_store_that_is_away_for_a_while_loses_no_rows(store: Store, caplog: pytest.LogCaptureFixture) -> None:
-    lines = jsonl.Lines(PATH, lambda line: True, period=0.0)
+    lines = Lines(PATH, lambda line: True, period=0.0)
     store.failing = re.compile("metrics")
     _append(lines, 1, 2)
     assert "wait for the next part" in caplog.text and store.names() == []
@@ -202,7 +206,7 @@ def test_adapters_live_in_a_bucket(store: Store, tiny_config: Path, tiny_run: Pa
         where = ["--checkpoint", f"gs://bucket/{checkpoint}", "--config", str(tiny_config)]
         out = f"gs://bucket/answers/{checkpoint}.jsonl"
         assert main(["decode", *where, "--file", "gs://bucket/prompts.txt", "--out", out]) == 0
-        answers.append(storage.read_bytes(out))
+        answers.append(read_bytes(out))
         score = ["--evaluate.problems", "2", "--evaluate.nelbo_rows", "2", "--out", f"gs://bucket/score/{checkpoint}"]
         assert main(["evaluate", *where, *score]) == 0
     assert answers[0] == answers[1] and len(answers[0].splitlines()) == 2

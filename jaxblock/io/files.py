@@ -1,0 +1,127 @@
+"""Reads and writes single files, each of which is at any moment either whole or absent."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from typing import Any
+
+from jaxblock.errors import UserError
+from jaxblock.io.paths import PathLike, as_path, explained, is_remote, temporary_sibling
+
+
+def read_bytes(path: PathLike) -> bytes:
+    """Reads a file's bytes.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    with explained("read", path):
+        return as_path(path).read_bytes()
+
+
+def read_json(path: PathLike) -> Any:
+    """Reads the value of a JSON file.
+
+    Raises:
+        UserError: the file cannot be read or is not JSON.
+    """
+    try:
+        return json.loads(read_bytes(path))
+    except ValueError as error:
+        raise UserError(f"{os.fspath(path)}: not a JSON file ({error})") from error
+
+
+def sha256(path: PathLike) -> str:
+    """Computes a file's SHA-256 in hexadecimal, without holding the file in memory.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    with explained("read", path), as_path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_bytes(path: PathLike, content: bytes, *, overwrite: bool = False) -> None:
+    """Writes a file so that it is either whole or absent, and makes its parent folders.
+
+    Args:
+        path: the file.
+        content: the bytes to write.
+        overwrite: whether an existing file is replaced.
+
+    Raises:
+        UserError: the file exists and `overwrite` is off, or it cannot be written; an existing file is then untouched.
+    """
+    target = as_path(path)
+    with explained("write", path):
+        if not overwrite and target.exists():
+            raise _already_there(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if is_remote(path):
+            target.write_bytes(content)  # an object appears whole when its upload ends
+            return
+        temporary = temporary_sibling(target)
+        try:
+            with open(temporary, "xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+
+
+def write_text(path: PathLike, content: str, *, overwrite: bool = False) -> None:
+    """Writes text in UTF-8 as `write_bytes` does."""
+    write_bytes(path, content.encode(), overwrite=overwrite)
+
+
+def write_json(path: PathLike, value: Any, *, overwrite: bool = False) -> None:
+    """Writes a value as indented JSON as `write_bytes` does."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n", overwrite=overwrite)
+
+
+def check_absent(path: PathLike) -> None:
+    """Checks, before long work, that `write_bytes` could make a file at `path`.
+
+    Raises:
+        UserError: something is there, or its folder cannot be written.
+    """
+    target = as_path(path)
+    with explained("look at", path):
+        there = target.exists()
+    if there:
+        raise _already_there(path)
+    check_writable(target.parent)
+
+
+def check_writable(folder: PathLike, *, need_bytes: int = 0) -> None:
+    """Checks, before long work, that files can be made in a folder, and makes the folder if it is absent.
+
+    Args:
+        folder: the folder.
+        need_bytes: the free space wanted on a local disk, in bytes.
+
+    Raises:
+        UserError: nothing can be written there or too little space is free.
+    """
+    with explained("write to", folder):
+        target = as_path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        if not is_remote(folder):
+            free = shutil.disk_usage(target).free
+            if free < need_bytes:
+                raise UserError(f"cannot write to {os.fspath(folder)}: {need_bytes:,} bytes needed, {free:,} free")
+        probe = target / f".probe-{secrets.token_hex(4)}"
+        probe.write_bytes(b"jaxblock")
+        probe.unlink()
+
+
+def _already_there(path: PathLike) -> UserError:
+    return UserError(f"{os.fspath(path)} exists already and is not overwritten: choose another path or move it away")

@@ -1,0 +1,161 @@
+"""Makes, moves and copies folders that are at any moment either whole or absent.
+
+A local disk has an atomic rename: a folder is written under a temporary name beside its own and then moved into place. An
+object store (``gs://``) has none: there one agreed file, the folder's *commit marker*, is written last, and a folder
+without it is not whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+
+from etils import epath
+
+from jaxblock.errors import UserError
+from jaxblock.io.files import read_bytes
+from jaxblock.io.paths import PathLike, as_path, explained, is_remote, temporary_sibling
+from jaxblock.io.remote import upload_folder
+
+
+@contextlib.contextmanager
+def new_folder(path: PathLike, *, marker: str, overwrite: bool = False) -> Iterator[pathlib.Path]:
+    """Yields a local scratch folder that becomes the folder `path` if the block ends well, and vanishes if it raises.
+
+    Args:
+        path: the folder to make.
+        marker: the name of the file, made by the block, that says that the folder is whole. It is uploaded last; and no
+            folder that has none is ever replaced, so that a mistyped path cannot delete what is not ours.
+        overwrite: whether an existing whole folder is replaced.
+
+    Yields:
+        The scratch folder, on the same disk as `path` where that is local.
+
+    Raises:
+        UserError: `path` exists and may not be replaced, or it cannot be written.
+    """
+    check_vacant(path, marker=marker, overwrite=overwrite)
+    target = as_path(path)
+    with contextlib.ExitStack() as cleaning, explained("write", path):
+        if is_remote(path):
+            scratch = pathlib.Path(cleaning.enter_context(tempfile.TemporaryDirectory(prefix="jaxblock-")))
+        else:
+            target = as_path(os.path.realpath(target))  # a link to a folder stays a link
+            target.parent.mkdir(parents=True, exist_ok=True)
+            scratch = temporary_sibling(target)
+            scratch.mkdir()
+            cleaning.callback(shutil.rmtree, scratch, ignore_errors=True)
+        yield scratch
+        if not (scratch / marker).exists():
+            raise FileNotFoundError(errno.ENOENT, f"the commit marker {marker} was not written")
+        if is_remote(path):
+            upload_folder(scratch, target, marker)
+        else:
+            _move_into_place(scratch, target)
+
+
+def check_vacant(path: PathLike, *, marker: str, overwrite: bool = False) -> None:
+    """Checks that a folder may be made at `path`, by the rules of `new_folder`.
+
+    Raises:
+        UserError: something is there that may not be replaced.
+    """
+    target, name = as_path(path), os.fspath(path)
+    with explained("look at", path):
+        if not target.exists():
+            return
+        if not target.is_dir():
+            raise UserError(f"{name} is a file, and a folder is to be made there: choose another path")
+        if not any(True for _ in target.iterdir()):
+            return
+        if not (target / marker).exists():
+            raise UserError(
+                f"{name} exists and holds no {marker}, so it is not replaced: choose another path or move it away"
+            )
+    if not overwrite:
+        raise UserError(
+            f"{name} exists already and is not overwritten: choose another path (or, for prepared data, set data.overwrite)"
+        )
+
+
+def write_files(folder: PathLike, files: Mapping[str, bytes]) -> None:
+    """Writes several files, by name, into a folder that is being made; unlike `write_bytes` each may be left in part.
+
+    Raises:
+        UserError: one of them cannot be written.
+    """
+    with explained("write to", folder):
+        target = as_path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            (target / name).write_bytes(content)
+
+
+def copy_files(source: PathLike, target: pathlib.Path) -> None:
+    """Copies the files directly in a folder, local or remote, into a local folder, which is made if absent.
+
+    Raises:
+        UserError: one of them cannot be read or written.
+    """
+    write_files(target, {entry.name: read_bytes(entry) for entry in list_folder(source) if not entry.is_dir()})
+
+
+def list_folder(folder: PathLike) -> list[epath.Path]:
+    """Lists the files and folders directly in a folder, sorted by name; none where there is no such folder.
+
+    Raises:
+        UserError: the folder cannot be read.
+    """
+    with explained("read", folder):
+        path = as_path(folder)
+        return sorted(path.iterdir(), key=lambda entry: entry.name) if path.is_dir() else []
+
+
+def folder_bytes(folder: PathLike) -> int:
+    """Adds up the sizes of all files in a folder and the folders in it, in bytes."""
+    entries = list_folder(folder)
+    with explained("look at", folder):
+        return sum(folder_bytes(entry) if entry.is_dir() else entry.stat().length for entry in entries)
+
+
+def move_folder(source: PathLike, target: PathLike) -> None:
+    """Moves a folder to a place that does not exist yet: by rename, or in an object store by copy, then removal.
+
+    Raises:
+        UserError: it cannot be moved.
+    """
+    with explained("move", source):
+        if not is_remote(source):
+            os.rename(source, target)
+            return
+        _copy_tree(as_path(source), as_path(target))
+        as_path(source).rmtree()
+
+
+def _copy_tree(source: epath.Path, target: epath.Path) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    for entry in source.iterdir():
+        if entry.is_dir():
+            _copy_tree(entry, target / entry.name)
+        else:
+            entry.copy(target / entry.name)
+
+
+def _move_into_place(scratch: pathlib.Path, target: epath.Path) -> None:
+    """Replaces what is at `target` by a finished folder; if that fails, the old folder is put back."""
+    if not target.exists():
+        os.rename(scratch, target)
+        return
+    old = temporary_sibling(target)
+    os.rename(target, old)
+    try:
+        os.rename(scratch, target)
+    except OSError:
+        os.rename(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,83 @@
+"""Local paths and addresses of an object store (``gs://bucket/folder``) in one type, and errors that name the path."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import pathlib
+import secrets
+from collections.abc import Iterator
+
+import fsspec
+from etils import epath
+
+from jaxblock.errors import UserError
+
+PathLike = str | os.PathLike[str]
+
+_ADVICE = {
+    errno.ENOSPC: "the disk is full: free some space or choose another folder",
+    errno.EDQUOT: "the disk quota is used up: free some space or choose another folder",
+    errno.EACCES: "permission denied: choose a path you may use",
+    errno.EPERM: "operation not permitted: choose a path you may use",
+    errno.EROFS: "the file system is read-only: choose another folder",
+    errno.ENOENT: "there is no such file or folder",
+    errno.ENOTDIR: "a part of this path is a file, not a folder",
+    errno.EEXIST: "a file stands where a folder is needed: choose another path",
+    errno.EISDIR: "this is a folder, not a file",
+    errno.ENAMETOOLONG: "the name is too long",
+}
+
+
+def as_path(path: PathLike) -> epath.Path:
+    """Makes a path object from a local path or an address (``gs://bucket/folder``).
+
+    Raises:
+        UserError: the kind of address is unknown.
+    """
+    if is_remote(path):
+        # Other processes write there too: a remembered listing would hide their files for as long as we live.
+        fsspec.config.conf.setdefault("gs", {}).setdefault("use_listings_cache", False)
+    try:
+        return epath.Path(path)
+    except KeyError as error:
+        raise UserError(
+            f"{os.fspath(path)}: unknown kind of address {error}; use a local path or gs://bucket/..."
+        ) from error
+
+
+def is_remote(path: PathLike) -> bool:
+    """Returns whether a path names an object store, which has neither atomic rename nor append."""
+    return "://" in os.fspath(path)
+
+
+@contextlib.contextmanager
+def explained(action: str, path: PathLike) -> Iterator[None]:
+    """Turns errors of the operating system or the object store into a `UserError` that names the path and the cause.
+
+    Args:
+        action: what is being done, as in "cannot {action} {path}".
+        path: the path that the message names.
+
+    Raises:
+        UserError: in place of any OSError; for a remote path in place of any error of its client.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except OSError as error:
+        cause = _ADVICE.get(error.errno or 0, error.strerror or str(error))
+        raise UserError(f"cannot {action} {os.fspath(path)}: {cause}") from error
+    except Exception as error:
+        if not is_remote(path):
+            raise
+        raise UserError(
+            f"cannot {action} {os.fspath(path)}: {error} (gs:// needs `pip install jaxblock[gcs]` and credentials)"
+        ) from error
+
+
+def temporary_sibling(target: epath.Path) -> pathlib.Path:
+    """Returns a hidden, unused name beside `target`: on the same disk, so that a rename puts it in the target's place."""
+    return pathlib.Path(target.parent) / f".{target.name}.partial-{os.getpid()}-{secrets.token_hex(4)}"
