@@ -65,7 +65,7 @@ def _data(session: Session):  # type: ignore[no-untyped-def]
 
 
 def _step(session: Session):  # type: ignore[no-untyped-def]
-    return compile_step(session.objective, session.optimizer, session.state, session.mesh, session.net.table)
+    return compile_step(session.objective, session.optimizer, session.state, session.mesh, session.net.param_table)
 
 
 def measure(session: Session, saves: int, steps: int) -> dict[str, float]:

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from jaxblock import build as wiring
 from jaxblock.diffusion import canvas as canvases
 from jaxblock.diffusion.decoding import decoder
-from jaxblock.models import spec as parameters
 from jaxblock.models.config import ModelConfig
+from jaxblock.models.spec import init_params
 from jaxblock.parallel.host_memory import keep_freed_memory
 from jaxblock.types import Layout
 
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     settings = ModelConfig(d_model=args.d, n_layers=args.layers, n_heads=8, mlp_dim=args.d * 8 // 3 // 8 * 8)
     arch = wiring.architecture(settings, vocab_size=args.vocab, mask_id=args.vocab - 1, eos_id=1)
     net = wiring.network(arch, settings)
-    params = parameters.init(net.table, 0, "float32")
+    params = init_params(net.param_table, 0, "float32")
     layout = Layout(args.response, args.block, "same_position", "aligned", None, arch.mask_id, 1, (1,))
     options = decoder.Decoding(steps_per_block=args.block)
     key = jax.random.key(0)

@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 def measure(session, config: Config, steps: int) -> dict[str, float]:  # type: ignore[no-untyped-def]
     """Medians in milliseconds: each host part with the device idle, then the step of a free-running loop."""
     data = batches(session.prepared.records("train"), canvas=config.canvas, seed=0, batch_size=config.train.batch_size)
-    step_fn = compile_step(session.objective, session.optimizer, session.state, session.mesh, session.net.table)
+    step_fn = compile_step(session.objective, session.optimizer, session.state, session.mesh, session.net.param_table)
     state, window = session.state, []
     for _ in range(5):
         state, metrics = step_fn(state, session.on_mesh(next(data)), {})

@@ -30,9 +30,10 @@ from jaxblock.huggingface import fill, writer
 from jaxblock.huggingface.load import architecture, load
 from jaxblock.huggingface.save import save
 from jaxblock.models.architecture import Architecture
-from jaxblock.models.families import registry as families
+from jaxblock.models.families import registry
 from jaxblock.models.spec import ParamSpec, Table
-from jaxblock.parallel.mesh import make_mesh, param_shardings
+from jaxblock.parallel.mesh import make_mesh
+from jaxblock.parallel.rules import param_shardings
 
 GB = 1e9
 
@@ -43,7 +44,7 @@ def make(folder: Path, arch: Architecture, shard_bytes: int) -> Table:
     Returns:
         Its table.
     """
-    table = families.table(arch)
+    table = registry.param_table(arch)
     block = np.random.default_rng(0).integers(0, 1 << 16, 1 << 20, np.uint16)
     block = (block & 0xBFFF).astype(np.uint16)  # clears an exponent bit: no infinities and no NaN
     bf16 = jax.dtypes.canonicalize_dtype("bfloat16")
@@ -62,7 +63,7 @@ def make(folder: Path, arch: Architecture, shard_bytes: int) -> Table:
     files = writer.plan(pending, shard_bytes)
     for file, names in files.items():
         writer.write(folder / file, names, pending)
-    (folder / "config.json").write_text(json.dumps(families.to_hf(arch, "bfloat16")))
+    (folder / "config.json").write_text(json.dumps(registry.to_hf(arch, "bfloat16")))
     return table
 
 
@@ -78,7 +79,7 @@ def measure(folder: str, out: str | None) -> dict[str, float]:
     devices = jax.device_count()
     shardings = None
     if devices > 1:
-        shardings = param_shardings(make_mesh(1, devices), families.table(architecture(folder)))
+        shardings = param_shardings(make_mesh(1, devices), registry.param_table(architecture(folder)))
     before = peak_bytes()
     begin = time.perf_counter()
     arch, params = load(folder, shardings=shardings)

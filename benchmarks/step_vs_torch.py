@@ -28,11 +28,11 @@ from jaxblock import build as wiring
 from jaxblock.data.loader import Batch
 from jaxblock.diffusion.config import CanvasConfig, MethodConfig
 from jaxblock.diffusion.corruption import corrupt
-from jaxblock.models import spec as parameters
 from jaxblock.models.config import ModelConfig
+from jaxblock.models.spec import flatten, init_params, matmul_flops_per_token
 from jaxblock.models.transformer import Transformer
-from jaxblock.parallel import mesh as axes
 from jaxblock.parallel.host_memory import keep_freed_memory
+from jaxblock.parallel.mesh import make_mesh
 from jaxblock.training import state as states
 from jaxblock.training.optim import make as optimizers
 from jaxblock.training.optim.config import OptimizerConfig
@@ -76,8 +76,8 @@ def llama(net: Transformer, params: Any) -> LlamaForCausalLM:
     )
     model = LlamaForCausalLM(config).float()
     tensors = {}
-    for path, leaf in parameters.flatten(params).items():
-        spec, array = net.table[path], np.array(leaf)
+    for path, leaf in flatten(params).items():
+        spec, array = net.param_table[path], np.array(leaf)
         for layer, part in enumerate(array) if spec.stacked else [(0, array)]:
             tensors[NAMES[path].format(layer=layer)] = torch.from_numpy(
                 part.T.copy() if spec.transpose else part.copy()
@@ -121,7 +121,7 @@ def random_batch(batch: int, canvas: CanvasConfig, vocab: int) -> Batch:
 
 def flops(net: Transformer, batch: int, width: int, head_positions: int) -> float:
     """Analytic matmul FLOPs of forward and backward: what a side computes, with the head at so many positions of a row."""
-    body = width * parameters.matmul_flops_per_token(net.table, net.arch, width, head=False)
+    body = width * matmul_flops_per_token(net.param_table, net.arch, width, head=False)
     return 3 * batch * (body + head_positions * 2.0 * net.arch.vocab_size * net.arch.d_model)
 
 
@@ -153,7 +153,7 @@ def compare(batch: int, args: argparse.Namespace) -> dict[str, float]:
     layout = wiring.training_layout(canvas, PAPER, arch, (1,))
     objective = Objective(net, layout, wiring.sampling(PAPER), "sequences", wiring.ablation(PAPER), 0, batch)
     rows = random_batch(batch, canvas, args.vocab)
-    start = parameters.init(net.table, 0, "float32")
+    start = init_params(net.param_table, 0, "float32")
 
     laid = objective.canvas(rows)
     draws, _ = objective.draw(rows, laid, 0)
@@ -173,12 +173,12 @@ def compare(batch: int, args: argparse.Namespace) -> dict[str, float]:
     )
     assert abs(ours_loss - theirs_loss) <= 2e-5 * abs(theirs_loss), (ours_loss, theirs_loss)
 
-    optimizer = optimizers.make(OptimizerConfig(lr=1e-5, schedule="constant", warmup_steps=0), 1000, net.table)
-    mesh = axes.make_mesh(1, devices=jax.devices()[:1])
+    optimizer = optimizers.make(OptimizerConfig(lr=1e-5, schedule="constant", warmup_steps=0), 1000, net.param_table)
+    mesh = make_mesh(1, devices=jax.devices()[:1])
     adam = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0)
     with jax.set_mesh(mesh):
-        state = states.create(start, optimizer, mesh, net.table)
-        step_fn = compile_step(objective, optimizer, state, mesh, net.table)
+        state = states.create(start, optimizer, mesh, net.param_table)
+        step_fn = compile_step(objective, optimizer, state, mesh, net.param_table)
 
         def ours() -> None:
             nonlocal state

@@ -18,7 +18,7 @@ from jaxblock.errors import UserError
 from jaxblock.models.architecture import Architecture
 from jaxblock.models.attention.backends import backend_of
 from jaxblock.models.config import LoraConfig, ModelConfig
-from jaxblock.models.families import registry as families
+from jaxblock.models.families import registry
 from jaxblock.models.linear import lora
 from jaxblock.models.linear.lora import Lora
 from jaxblock.models.transformer import Transformer
@@ -31,7 +31,7 @@ def architecture(model: ModelConfig, *, vocab_size: int, mask_id: int, eos_id: i
     Raises:
         UserError: ``model.alignment`` is not the family's.
     """
-    traits = families.traits(model.family, model.alignment)
+    traits = registry.traits(model.family, model.alignment)
     return Architecture(
         **traits,
         family=model.family,
@@ -92,7 +92,7 @@ def adapters(config: LoraConfig, arch: Architecture) -> Lora | None:
     """
     if not config.rank:
         return None
-    targets = lora.resolve(families.table(arch), config.targets, config.unmatched)
+    targets = lora.resolve(registry.param_table(arch), config.targets, config.unmatched)
     return Lora(config.rank, config.alpha, config.dropout, targets)
 
 

@@ -205,9 +205,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     code = _guarded(given, traces)
     if code in (1, 2, LOST) and "jax" in sys.modules:
-        from jaxblock.parallel import processes as distributed
+        from jaxblock.parallel import processes
 
-        distributed.leave(code, 0.0 if code == LOST else 15.0)
+        processes.leave(code, 0.0 if code == LOST else 15.0)
     return code
 
 
@@ -255,9 +255,9 @@ def _guarded(given: list[str], traces: bool) -> int:
 
 
 def _partner_lost(error: Exception) -> bool:
-    from jaxblock.parallel import processes as distributed
+    from jaxblock.parallel import processes
 
-    return distributed.partner_lost(error)
+    return processes.partner_lost(error)
 
 
 def _hush() -> None:

@@ -18,7 +18,7 @@ from jaxblock.io.hub import local_checkpoint
 from jaxblock.io.paths import PathLike
 from jaxblock.model import Model
 from jaxblock.models.architecture import Architecture
-from jaxblock.models.families import registry as families
+from jaxblock.models.families import registry
 from jaxblock.models.linear import lora
 from jaxblock.models.transformer import Transformer
 from jaxblock.training import weights
@@ -67,7 +67,7 @@ def load(
         raise UserError(f"{folder}: quantize int8 is for the weights beneath adapters, and there are none")
     arch = huggingface_load.architecture(weights_folder)
     if mask_id is not None or alignment is not None:
-        arch = families.with_mask(arch, arch.need_mask_id() if mask_id is None else mask_id, alignment)
+        arch = registry.with_mask(arch, arch.need_mask_id() if mask_id is None else mask_id, alignment)
     elif found is not None:
         arch = peft.start_of(found, arch)
     # Adapters for another base are found out before gigabytes are read.

@@ -317,7 +317,7 @@ BROKEN: dict[Rule, list[dict[str, str]]] = {
         {"diffusion.canvas": "def f():\n    import jaxblock.storage"},
         {"models.llada": "from jaxblock import storage", "storage": ""},
         {"models.llada": "from jaxblock.diffusion import canvas", "diffusion.canvas": ""},
-        {"parallel.axes": "from jaxblock.models.params import Table"},
+        {"parallel.rules": "from jaxblock.models.params import Table"},
         {"training.step": "from jaxblock.data.loader import Batch"},
         {"training.optimizer": "from jaxblock.huggingface.load import load"},
         {"data.loader": "import jaxblock.models.params as params", "models.params": ""},
@@ -385,7 +385,7 @@ from jaxblock.types import View
 
 nnx.merge(nnx.split(module)[0], params)
 """,
-    "parallel.axes": """'''Ours.'''
+    "parallel.rules": """'''Ours.'''
 from jax.sharding import PartitionSpec
 
 PartitionSpec()

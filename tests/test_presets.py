@@ -14,8 +14,8 @@ from jaxblock.config import files as config_io
 from jaxblock.config.config import Config
 from jaxblock.fit import shapes as abstract
 from jaxblock.models.architecture import Architecture
-from jaxblock.models.families import registry as families
-from jaxblock.parallel import mesh as axes
+from jaxblock.models.families import registry
+from jaxblock.parallel.mesh import make_mesh
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 GB = 1e9
@@ -55,8 +55,8 @@ PRESETS: dict[str, tuple[dict[str, Any], tuple[int, int, int], float, float]] = 
 
 def preset(name: str) -> tuple[Config, Architecture]:
     config = config_io.validate(config_io.load(str(CONFIGS / f"{name}.yaml")))
-    arch = families.from_hf(PRESETS[name][0], name)
-    return config, arch if arch.mask_id is not None else families.with_mask(arch, 0, config.model.alignment)
+    arch = registry.from_hf(PRESETS[name][0], name)
+    return config, arch if arch.mask_id is not None else registry.with_mask(arch, 0, config.model.alignment)
 
 
 def whole(tree: Any) -> float:
@@ -71,7 +71,7 @@ def build() -> Callable[[str], tuple[abstract.Abstract, Config]]:
     def build(name: str) -> tuple[abstract.Abstract, Config]:
         config, arch = preset(name)
         shape = PRESETS[name][1]
-        return abstract.build(config, arch, axes.make_mesh(*shape, devices=jax.devices()[: math.prod(shape)])), config
+        return abstract.build(config, arch, make_mesh(*shape, devices=jax.devices()[: math.prod(shape)])), config
 
     return build
 

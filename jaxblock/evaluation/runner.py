@@ -25,7 +25,7 @@ from jaxblock.diffusion.decoding.config import DecodeConfig
 from jaxblock.evaluation.graders import grader
 from jaxblock.evaluation.statistics import Estimate, Proportion, mean_se, ratio_se, wilson
 from jaxblock.models.transformer import Transformer
-from jaxblock.parallel import mesh as axes
+from jaxblock.parallel import rules
 from jaxblock.types import Decoding, Layout, Params
 
 
@@ -229,7 +229,7 @@ class Evaluator:
 def _everywhere(params: Params) -> Any:
     """The results' place: whole on every device, so that each process of a group can read them."""
     place = jax.tree.leaves(params)[0].sharding
-    return axes.replicated(place.mesh) if isinstance(place, NamedSharding) else None
+    return rules.replicated(place.mesh) if isinstance(place, NamedSharding) else None
 
 
 def _split_rows(params: Params, arrays: tuple[np.ndarray, ...]) -> tuple[Any, ...]:
@@ -238,11 +238,11 @@ def _split_rows(params: Params, arrays: tuple[np.ndarray, ...]) -> tuple[Any, ..
     place = jax.tree.leaves(params)[0].sharding
     if not isinstance(place, NamedSharding) or not isinstance(place.mesh, Mesh):
         return arrays
-    where = axes.sharding(place.mesh, "batch")
+    where = rules.sharding(place.mesh, "batch")
     try:
         where.shard_shape(arrays[0].shape)
     except ValueError:
-        where = axes.replicated(place.mesh)
+        where = rules.replicated(place.mesh)
     return tuple(jax.make_array_from_callback(rows.shape, where, rows.__getitem__) for rows in arrays)
 
 

@@ -16,7 +16,7 @@ from jaxblock.fit import shapes as abstract
 from jaxblock.fit.advice import Fits, Found, Trial, advise
 from jaxblock.fit.memory import Built, gib
 from jaxblock.models.architecture import Architecture
-from jaxblock.parallel import mesh as axes
+from jaxblock.parallel.mesh import make_mesh
 
 Say = Callable[[str], None]
 
@@ -107,7 +107,7 @@ def trier(arch: Architecture, devices: Sequence[jax.Device], limit: float, say: 
     def fits(config: Config) -> Trial:
         train = config.train
         try:
-            mesh = axes.make_mesh(train.data_parallel, train.fsdp, train.tensor, slices=train.slices, devices=devices)
+            mesh = make_mesh(train.data_parallel, train.fsdp, train.tensor, slices=train.slices, devices=devices)
             found = abstract.build(config, arch, mesh)
             least = float(abstract.bytes_per_device((found.state, found.frozen)))
             if least > limit:

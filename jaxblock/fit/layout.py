@@ -11,7 +11,7 @@ from jaxblock.config.config import Config
 from jaxblock.errors import UserError
 from jaxblock.fit import topology as topologies
 from jaxblock.fit.topology import Topology
-from jaxblock.parallel import mesh as axes
+from jaxblock.parallel.mesh import make_mesh
 
 
 def settle(config: Config, topology: Topology) -> tuple[Config, list[str]]:
@@ -65,4 +65,4 @@ def mesh(config: Config, topology: Topology) -> Mesh:
     """The mesh of a settled config, of devices to compile for."""
     train = config.train
     devices = topologies.devices(topology)
-    return axes.make_mesh(train.data_parallel, train.fsdp, train.tensor, slices=train.slices, devices=devices)
+    return make_mesh(train.data_parallel, train.fsdp, train.tensor, slices=train.slices, devices=devices)

@@ -12,9 +12,9 @@ from jaxblock.fit.advice import Found, advise
 from jaxblock.fit.estimate import estimate
 from jaxblock.fit.programs import Program
 from jaxblock.fit.topology import Topology
-from jaxblock.models import spec as params
 from jaxblock.models.architecture import Architecture
-from jaxblock.models.families import registry as families
+from jaxblock.models.families import registry
+from jaxblock.models.spec import count_params
 
 Say = Callable[[str], None]
 
@@ -80,7 +80,7 @@ def make(
 
 
 def _count(arch: Architecture) -> int:
-    return params.count(families.table(arch))
+    return count_params(registry.param_table(arch))
 
 
 def _tokens(config: Config) -> int:

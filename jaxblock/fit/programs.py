@@ -19,9 +19,9 @@ from jaxblock.fit import shapes as abstract
 from jaxblock.fit.costs import Costs
 from jaxblock.fit.memory import Memory
 from jaxblock.fit.shapes import Abstract, bytes_per_device
-from jaxblock.models import spec as parameters
 from jaxblock.models.architecture import Architecture
-from jaxblock.models.linear import lora as adapters
+from jaxblock.models.linear.lora import attach
+from jaxblock.models.spec import abstract_params
 from jaxblock.training import start as setup
 
 
@@ -93,11 +93,11 @@ def activations(config: Config, arch: Architecture, rows: int, platform: str) ->
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=rows))
     net = wiring.network(arch, config.model, wiring.adapters(config.lora, arch), platform=platform)
     objective = setup.objective(config, net, (arch.eos_id,))
-    trained = parameters.abstract(net.trainable, "float32" if net.lora else config.model.param_dtype)
-    frozen = parameters.abstract(net.table, config.model.param_dtype) if net.lora else {}
+    trained = abstract_params(net.trainable, "float32" if net.lora else config.model.param_dtype)
+    frozen = abstract_params(net.param_table, config.model.param_dtype) if net.lora else {}
 
     def kept(trained: Any, frozen: Any, batch: Any) -> Any:
-        total = lambda params: objective(adapters.attach(frozen, params), batch, jnp.int32(0)).loss.total  # noqa: E731
+        total = lambda params: objective(attach(frozen, params), batch, jnp.int32(0)).loss.total  # noqa: E731
         return jax.vjp(total, trained)[1]
 
     leaves = jax.tree.leaves(jax.eval_shape(kept, trained, frozen, abstract.batch(config)))
@@ -117,7 +117,7 @@ def decode_block(config: Config, arch: Architecture, mesh: Mesh) -> Program:
     net = wiring.network(arch, config.model, lora, platform=mesh.devices.flat[0].platform)
     params = abstract.placed(net.trainable, mesh, "float32" if lora else config.model.param_dtype)
     if lora:
-        params = adapters.attach(abstract.placed(net.table, mesh, config.model.param_dtype), params)
+        params = attach(abstract.placed(net.param_table, mesh, config.model.param_dtype), params)
     place = wiring.decoding_layout(config.canvas, config.decode, arch, (arch.eos_id,))
     options = wiring.decoding(config.decode, place)
     ways = layout.ways(config)

@@ -13,11 +13,10 @@ from jax.sharding import Mesh
 from jaxblock import build as wiring
 from jaxblock.config.config import Config
 from jaxblock.data.loader import Batch
-from jaxblock.models import spec as parameters
 from jaxblock.models.architecture import Architecture
-from jaxblock.models.spec import Table
+from jaxblock.models.spec import Table, abstract_params
 from jaxblock.models.transformer import Transformer
-from jaxblock.parallel import mesh as axes
+from jaxblock.parallel import rules
 from jaxblock.training import start as setup
 from jaxblock.training.optim import make as optimizers
 from jaxblock.training.state import TrainState, begin_average, shardings
@@ -54,7 +53,7 @@ def build(config: Config, arch: Architecture, mesh: Mesh) -> Abstract:
     optimizer = optimizers.make(config.optimizer, config.train.steps, net.trainable, config.train.seed)
     state, frozen = shapes(config, net, optimizer, mesh)
     objective = setup.objective(config, net, (arch.eos_id,))
-    frozen_table: Table | None = net.table if lora else None
+    frozen_table: Table | None = net.param_table if lora else None
     how: Any = {"accumulate": config.train.accumulate, "ema": config.optimizer.ema}
 
     def lower() -> jax.stages.Lowered:
@@ -74,7 +73,7 @@ def shapes(config: Config, net: Transformer, optimizer: optax.GradientTransforma
         optimizer: the update rule.
         mesh: where they would be.
     """
-    params = parameters.abstract(net.trainable, "float32" if net.lora else config.model.param_dtype)
+    params = abstract_params(net.trainable, "float32" if net.lora else config.model.param_dtype)
     opt_state = jax.eval_shape(optimizer.init, params)
     averaged = config.optimizer.ema > 0
     where = shardings(opt_state, mesh, net.trainable, averaged=averaged)
@@ -83,13 +82,13 @@ def shapes(config: Config, net: Transformer, optimizer: optax.GradientTransforma
     state = _placed(TrainState(params, opt_state, step, average), where)
     frozen: Any = {}
     if net.lora:
-        frozen = placed(net.table, mesh, config.model.param_dtype)
+        frozen = placed(net.param_table, mesh, config.model.param_dtype)
     return state, frozen
 
 
 def placed(table: Table, mesh: Mesh, dtype: str) -> Any:
     """The weights of a table as shapes, each with where it lies on a mesh."""
-    return _placed(parameters.abstract(table, dtype), axes.param_shardings(mesh, table))
+    return _placed(abstract_params(table, dtype), rules.param_shardings(mesh, table))
 
 
 def bytes_per_device(tree: Any) -> int:

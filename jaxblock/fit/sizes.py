@@ -13,7 +13,7 @@ from jaxblock.huggingface import load as huggingface
 from jaxblock.io.files import read_json
 from jaxblock.io.paths import as_path
 from jaxblock.models.architecture import Architecture
-from jaxblock.models.families import registry as families
+from jaxblock.models.families import registry
 from jaxblock.training.checkpoints import run_folder
 
 _LLADA_8B: dict[str, Any] = {
@@ -58,12 +58,12 @@ def architecture(config: Config, given: str | None) -> tuple[Architecture, str]:
     if run_folder.is_run(source):
         arch, said = run_folder.open_run(source).arch, f"{source}/{run_folder.MODEL}"
     elif path.is_file():
-        arch, said = families.from_hf(read_json(path), source), source
+        arch, said = registry.from_hf(read_json(path), source), source
     elif path.is_dir():
         arch, said = huggingface.architecture(source), f"{source}/config.json"
     elif source.split("@")[0] in PUBLISHED:
         name = source.split("@")[0]
-        arch, said = families.from_hf(PUBLISHED[name], name), f"the published config.json of {name}"
+        arch, said = registry.from_hf(PUBLISHED[name], name), f"the published config.json of {name}"
     else:
         raise UserError(
             f"{source} is neither a folder here nor a checkpoint whose sizes are known: give its config.json with "
@@ -71,7 +71,7 @@ def architecture(config: Config, given: str | None) -> tuple[Architecture, str]:
         )
     if arch.mask_id is None:
         # Which token becomes the mask changes no cost.
-        arch = families.with_mask(arch, arch.vocab_size, config.model.alignment)
+        arch = registry.with_mask(arch, arch.vocab_size, config.model.alignment)
     return arch, said
 
 

@@ -77,7 +77,7 @@ def leaf(spec: ParamSpec, stored: Mapping[str, Stored], dtype: DTypeLike | None,
 
 
 def quantised(leaf: Array, numbers: Sharding, scales: Sharding) -> tuple[Array, Array]:
-    """The int8 form of a leaf (``models.int8.quantise``), its two arrays where they belong; the leaf is given up."""
+    """The int8 form of a leaf (``models.linear.int8.quantise``), its two arrays where they belong; the leaf is given up."""
     found = jax.jit(int8.quantise, out_shardings=(numbers, scales))(leaf)
     jax.block_until_ready(found)
     leaf.delete()

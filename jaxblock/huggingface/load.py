@@ -19,7 +19,7 @@ from jaxblock.huggingface.shards import Contents
 from jaxblock.io.files import read_json
 from jaxblock.io.paths import PathLike, is_remote
 from jaxblock.models.architecture import Architecture
-from jaxblock.models.families import registry as families
+from jaxblock.models.families import registry
 from jaxblock.models.linear import int8 as quantisation
 from jaxblock.models.spec import ParamSpec, Table, flatten, nest
 from jaxblock.types import Params
@@ -47,7 +47,7 @@ def architecture(folder: PathLike) -> Architecture:
     config = read_json(path / "config.json")
     if not isinstance(config, dict):
         raise UserError(f"{path / 'config.json'}: must be a JSON object; download the checkpoint again")
-    return families.from_hf(config, str(path / "config.json"))
+    return registry.from_hf(config, str(path / "config.json"))
 
 
 def load(
@@ -66,14 +66,14 @@ def load(
     Args:
         folder: a local folder with config.json and safetensors (one file, or shards with an index).
         dtype: cast to this type; None keeps each tensor's own.
-        shardings: nested dict of shardings (``parallel.axes.param_shardings``); None puts all on one device.
+        shardings: nested dict of shardings (``parallel.rules.param_shardings``); None puts all on one device.
         arch: what the file is read as, None for what it says itself: special ids, an autoregressive file's alignment
             and a longer vocabulary may differ (new rows of embedding and head are the mean of the file's).
         int8: quantise the layers' matrices, each leaf as soon as it is filled; ``shardings`` are then those of
-            ``models.int8.table``.
+            ``models.linear.int8.int8_table``.
 
     Returns:
-        (the architecture, parameters as its table describes them, or ``models.int8.table``).
+        (the architecture, parameters as its table describes them, or ``models.linear.int8.int8_table``).
 
     Raises:
         UserError: not a checkpoint, a pickle, or tensors missing, extra, mis-shaped, of a type that we cannot keep, or
@@ -84,12 +84,12 @@ def load(
     if arch is not None:
         _check_same_network(path, own, arch)
     contents = shards.scan(path)
-    _check(path, own, families.table(own), contents, dtype)
+    _check(path, own, registry.param_table(own), contents, dtype)
     wanted = own if arch is None else arch
     placed = flatten(shardings) if shardings is not None else {}
     default = SingleDeviceSharding(jax.local_devices()[0])
     flat: dict[str, Array] = {}
-    for name, spec in families.table(wanted).items():
+    for name, spec in registry.param_table(wanted).items():
         where = placed.get(name) or default
         flat[name] = fill.leaf(spec, contents.stored, dtype, where)
         if int8 and quantisation.quantised(spec):
@@ -103,7 +103,7 @@ _MAY_DIFFER = {"vocab_size", "mask_id", "eos_id", "pad_id", "end_ids", "init_std
 
 def _check_same_network(folder: Path, own: Architecture, wanted: Architecture) -> None:
     """Raises UserError where a file cannot be read as another architecture."""
-    free = _MAY_DIFFER if "alignment" in families.FAMILIES[own.family].TRAITS else _MAY_DIFFER | {"alignment"}
+    free = _MAY_DIFFER if "alignment" in registry.FAMILIES[own.family].TRAITS else _MAY_DIFFER | {"alignment"}
     pairs = [(f.name, getattr(own, f.name), getattr(wanted, f.name)) for f in fields(Architecture)]
     differing = [f"{name} is {a}, not {b}" for name, a, b in pairs if name not in free and a != b]
     if wanted.vocab_size < own.vocab_size:
@@ -161,7 +161,7 @@ def _drop_tied_head(
     arch: Architecture, table: Table, contents: Contents, extra: list[str]
 ) -> tuple[list[str], list[str]]:
     """A tied checkpoint may store the head once more: fine where it equals the embedding, else an error."""
-    head = families.table(replace(arch, tie_embeddings=False))["head"].hf_name
+    head = registry.param_table(replace(arch, tie_embeddings=False))["head"].hf_name
     embed = table["embed"].hf_name
     if head not in extra or embed not in contents.stored:
         return extra, []

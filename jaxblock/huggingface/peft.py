@@ -21,10 +21,9 @@ from jaxblock.io.files import read_json, write_json
 from jaxblock.io.folders import check_vacant, new_folder
 from jaxblock.io.paths import PathLike, is_remote
 from jaxblock.models.architecture import Architecture
-from jaxblock.models.families import registry as families
+from jaxblock.models.families import registry
 from jaxblock.models.families.config_json import ALIGNMENT
-from jaxblock.models.linear import lora as adaptation
-from jaxblock.models.linear.lora import Lora
+from jaxblock.models.linear.lora import Lora, adapter_table
 from jaxblock.models.spec import Table, flatten, nest
 from jaxblock.types import Params
 
@@ -71,7 +70,7 @@ def save_adapter(
         folder: what to make; it must not exist (or be empty).
         arch: the base's.
         lora: what is adapted.
-        adapters: as ``models.lora.table`` describes them.
+        adapters: as ``models.linear.lora.adapter_table`` describes them.
         base: the base's folder or hub name, for ``base_model_name_or_path``.
         dtype: cast to this type; None keeps float32.
         companions: a folder whose tokenizer files are copied; None for none.
@@ -79,7 +78,7 @@ def save_adapter(
     Raises:
         UserError: the folder exists or cannot be written, the adapters are not those of the architecture.
     """
-    table = adaptation.table(families.table(arch), lora)
+    table = adapter_table(registry.param_table(arch), lora)
     problems = same_tree(adapters, table)
     if problems:
         raise UserError(
@@ -128,11 +127,11 @@ def start_of(folder: PathLike, arch: Architecture) -> Architecture:
     mask_id = said.get("mask_token_id") if isinstance(said, dict) else None
     if not isinstance(mask_id, int) or said.get(ALIGNMENT) not in ("same_position", "shifted"):
         raise UserError(f"{path}: names no mask_token_id and {ALIGNMENT}: export the adapters again")
-    return families.with_mask(arch, mask_id, said[ALIGNMENT])
+    return registry.with_mask(arch, mask_id, said[ALIGNMENT])
 
 
 def _autoregressive(arch: Architecture) -> bool:
-    return "alignment" not in families.FAMILIES[arch.family].TRAITS
+    return "alignment" not in registry.FAMILIES[arch.family].TRAITS
 
 
 def _config(arch: Architecture, lora: Lora, base: str | None) -> dict[str, Any]:
@@ -147,7 +146,7 @@ def _config(arch: Architecture, lora: Lora, base: str | None) -> dict[str, Any]:
         "modules_to_save": None,
         "peft_type": "LORA",
         "r": lora.rank,
-        "target_modules": target_modules(families.table(arch), lora),
+        "target_modules": target_modules(registry.param_table(arch), lora),
         # PEFT's wrapper of this type asks the base for methods that the diffusion families' code may lack.
         "task_type": "CAUSAL_LM" if _autoregressive(arch) else None,
         "use_dora": False,
@@ -207,7 +206,7 @@ def load_adapter(folder: PathLike, arch: Architecture) -> tuple[Lora, Params]:
         arch: the base's.
 
     Returns:
-        (what is adapted, the adapters in float32, as ``models.lora.table`` describes them).
+        (what is adapted, the adapters in float32, as ``models.linear.lora.adapter_table`` describes them).
 
     Raises:
         UserError: no adapters are there, they are of a kind that the network does not do, or their tensors are not
@@ -219,10 +218,10 @@ def load_adapter(folder: PathLike, arch: Architecture) -> tuple[Lora, Params]:
     config = read_json(path / CONFIG)
     _check_kind(path / CONFIG, config)
     contents = shards.scan_file(path / WEIGHTS)
-    base = families.table(arch)
+    base = registry.param_table(arch)
     lora = Lora(config.get("r", 8), float(config.get("lora_alpha", 8)), float(config.get("lora_dropout") or 0), ())
     lora = replace(lora, targets=_targets(lora, base, contents))
-    table = adaptation.table(base, lora)
+    table = adapter_table(base, lora)
     _check_tensors(path, arch, table, contents)
     where = SingleDeviceSharding(jax.local_devices()[0])
     return lora, nest({name: fill.leaf(spec, contents.stored, np.float32, where) for name, spec in table.items()})
@@ -248,7 +247,7 @@ def _targets(lora: Lora, base: Table, contents: Contents) -> tuple[str, ...]:
     """The matrices that the file has tensors for."""
     found = contents.stored.keys() | contents.damaged.keys()
     matrices = tuple(path for path, spec in base.items() if spec.stacked and spec.is_matrix)
-    pairs = adaptation.table(base, replace(lora, targets=matrices))
+    pairs = adapter_table(base, replace(lora, targets=matrices))
     adapted = {path.rsplit("/", 1)[0] for path, spec in pairs.items() if found & set(fill.tensor_names(spec))}
     return tuple(path for path in matrices if path in adapted)
 

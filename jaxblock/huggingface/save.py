@@ -22,7 +22,7 @@ from jaxblock.io.folders import check_vacant, new_folder
 from jaxblock.io.paths import PathLike, is_remote
 from jaxblock.io.remote import local_folder
 from jaxblock.models.architecture import Architecture
-from jaxblock.models.families import registry as families
+from jaxblock.models.families import registry
 from jaxblock.models.linear.lora import KEY
 from jaxblock.models.spec import flatten
 from jaxblock.models.transformer import Transformer
@@ -49,7 +49,7 @@ def save(
     Args:
         folder: what to make; it must not exist (or be empty).
         arch: sizes and ids; what its own config.json held besides is written back.
-        params: as the family's table describes them; adapters are merged first (``models.lora.merge``).
+        params: as the family's table describes them; adapters are merged first (``models.linear.lora.merge``).
         tokenizer: a folder whose tokenizer files are copied; None for none.
         origin: a folder whose generation config and model code, if any, are copied; None for those of ``tokenizer``.
         dtype: cast to this type; None keeps each tensor's own.
@@ -59,7 +59,7 @@ def save(
         UserError: the folder exists or cannot be written, the parameters are not those of the architecture, are of a
             type that safetensors' readers do not share, or are spread over several processes.
     """
-    table = families.table(arch)
+    table = registry.param_table(arch)
     _check_whole(folder, params)
     problems = same_tree(params, table)
     if problems:
@@ -84,8 +84,8 @@ def save(
         sizes: Counter[str] = Counter()
         for tensor in pending.values():
             sizes[tensor.dtype.name] += tensor.n_bytes
-        config = families.to_hf(arch, sizes.most_common(1)[0][0])
-        code: str | None = getattr(families.FAMILIES[arch.family], "CODE", None)
+        config = registry.to_hf(arch, sizes.most_common(1)[0][0])
+        code: str | None = getattr(registry.FAMILIES[arch.family], "CODE", None)
         companions.point_at_code(config, scratch, code)
         write_json(scratch / MARKER, config)
 
@@ -122,7 +122,7 @@ def verify(folder: PathLike, net: Transformer, params: Params, ids: Int[Array, "
     shardings = jax.tree.map(lambda leaf: leaf.sharding if isinstance(leaf, Array) else None, params)
     # An export in an object store is downloaded: what is compared is what was stored.
     arch, again = load(local_folder(folder, ["*.json", "*.safetensors"]), shardings=shardings)
-    if families.table(arch) != families.table(net.arch) or _ids(arch) != _ids(net.arch):
+    if registry.param_table(arch) != registry.param_table(net.arch) or _ids(arch) != _ids(net.arch):
         raise UserError(f"{folder}: config.json gives another network than the one exported: {arch} against {net.arch}")
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
     length = jnp.full(ids.shape[0], ids.shape[1], jnp.int32)

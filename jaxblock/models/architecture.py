@@ -32,7 +32,7 @@ class Architecture:
     """The sizes and special ids of a network, as its checkpoint's config.json gives them.
 
     Attributes:
-        family: key of ``models.families.FAMILIES``.
+        family: key of ``models.families.registry.FAMILIES``.
         mask_id: the mask token; None for an autoregressive checkpoint that has none yet.
         alignment: which hidden state predicts a token (see ``Layout``).
         eos_id: end of sequence; fills the rest of the terminator's block.

@@ -58,7 +58,7 @@ Table = Mapping[str, ParamSpec]
 """Specs by path; ``/`` separates levels: ``blocks/q``."""
 
 
-def init(table: Table, seed: int, dtype: DTypeLike) -> Params:
+def init_params(table: Table, seed: int, dtype: DTypeLike) -> Params:
     """Random weights. A tensor's values depend on the seed, its path and its shape, never on the other tensors.
 
     Args:
@@ -87,7 +87,7 @@ def _draw(spec: ParamSpec, seed: int, path: str, dtype: DTypeLike) -> jax.Array:
     return values.astype(dtype)
 
 
-def abstract(table: Table, dtype: DTypeLike) -> Params:
+def abstract_params(table: Table, dtype: DTypeLike) -> Params:
     """Shapes and types of the parameters, nothing allocated."""
     return nest({path: jax.ShapeDtypeStruct(spec.shape, spec.dtype or dtype) for path, spec in table.items()})
 
@@ -102,7 +102,7 @@ def flatten(tree: Params) -> dict[str, Any]:
     return traverse_util.flatten_dict(tree, sep="/")
 
 
-def count(table: Table) -> int:
+def count_params(table: Table) -> int:
     """How many parameters."""
     return sum(int(np.prod(spec.shape)) for spec in table.values())
 

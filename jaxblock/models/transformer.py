@@ -22,12 +22,12 @@ from jaxtyping import Float, Int
 from jaxblock.models.architecture import Architecture, RopeScaling
 from jaxblock.models.attention.backends import Backend, attend
 from jaxblock.models.embedding import look_up
-from jaxblock.models.families import registry as families
+from jaxblock.models.families import registry
 from jaxblock.models.linear import int8, lora
 from jaxblock.models.linear.dense import LowRank, Split, Weight, dense, product, ready, widely
 from jaxblock.models.linear.lora import Lora
 from jaxblock.models.spec import ParamSpec, Table
-from jaxblock.parallel.mesh import constrain
+from jaxblock.parallel.rules import constrain
 from jaxblock.types import Params, View
 
 Remat = Literal["none", "dots", "full", "offload"]
@@ -198,19 +198,19 @@ class Transformer:
     check_layer: Callable[[int, Array], None] | None = None
 
     @cached_property
-    def table(self) -> Table:
+    def param_table(self) -> Table:
         """The specs of the weights, adapters not among them."""
-        table = families.table(self.arch)
-        return int8.table(table) if self.int8 else table
+        table = registry.param_table(self.arch)
+        return int8.int8_table(table) if self.int8 else table
 
     @cached_property
     def trainable(self) -> Table:
         """The specs of what is trained: the adapters where there are any, else the weights."""
-        return self.table if self.lora is None else lora.table(families.table(self.arch), self.lora)
+        return self.param_table if self.lora is None else lora.adapter_table(registry.param_table(self.arch), self.lora)
 
     @cached_property
     def _graph(self) -> nnx.GraphDef:
-        specs = {p.removeprefix("blocks/"): s for p, s in self.table.items() if s.stacked}
+        specs = {p.removeprefix("blocks/"): s for p, s in self.param_table.items() if s.stacked}
         attention = Attention(self.attention, self.causal)
         module = nnx.eval_shape(lambda: Block(specs, self.arch, attention))
         return nnx.split(module)[0]

@@ -28,7 +28,7 @@ from jaxblock.fit import shapes as abstract
 from jaxblock.fit.compile import Ahead
 from jaxblock.io.paths import as_path
 from jaxblock.models.transformer import Transformer
-from jaxblock.parallel import processes as distributed
+from jaxblock.parallel import processes
 from jaxblock.training.checkpoints import retention
 from jaxblock.training.guard.interrupt import Interrupt, shielded
 from jaxblock.training.guard.steps import Skips
@@ -99,7 +99,7 @@ def _compile(
         console.out(text, highlight=False)
 
     state, frozen = abstract.shapes(config, net, optimizer, mesh)
-    frozen_table = None if net.lora is None else net.table
+    frozen_table = None if net.lora is None else net.param_table
     how: Any = {"accumulate": config.train.accumulate, "ema": config.optimizer.ema}
     compiled = compile_step(objective, optimizer, state, mesh, net.trainable, frozen_table, **how)
     return ahead.prepare(compiled, config, net.arch, mesh, state, frozen, say)
@@ -195,7 +195,7 @@ class _Loop:
                 self._write(self.clock.row(step))
             else:
                 self._write({"step": step, "kind": "resume"})
-            stopping = distributed.any_of(stop.asked)
+            stopping = processes.any_of(stop.asked)
             while step < train.steps and not stopping:
                 self.watchdog.at("step", step)
                 self.clock.charge("step")
@@ -220,18 +220,18 @@ class _Loop:
                 if evaluate:
                     jax.block_until_ready(metrics)  # evaluating waits for it too: it is training's time
                     self._evaluate(session.scored(state), step, progress)
-                    save = distributed.any_of(save or session.checkpoints.improves(self._score(step)))
+                    save = processes.any_of(save or session.checkpoints.improves(self._score(step)))
                 if evaluate or save:
                     self._write(self.clock.row(step))  # before the save: a checkpoint's time is told up to it
                 if save:
                     self._save(state, step)
                 if session.process_count == 1 or step % train.log_every == 0:
-                    stopping = distributed.any_of(stop.asked)  # a group stops together; asking waits for the device
+                    stopping = processes.any_of(stop.asked)  # a group stops together; asking waits for the device
             if stopping:
                 if window.metrics:
                     self._report(window, progress)
                 self._save(state, step)
-            code = 0 if not stopping else PREEMPTED if distributed.any_of(stop.terminated) else INTERRUPTED
+            code = 0 if not stopping else PREEMPTED if processes.any_of(stop.terminated) else INTERRUPTED
         self.watchdog.at("end", step)
         with self.clock.during("save"):
             session.checkpoints.close()
@@ -301,7 +301,7 @@ class _Loop:
     def _arithmetic(self, work: Work, seconds: float) -> dict[str, float]:
         net = self.session.net
         adapters = None if net.lora is None else net.trainable
-        return throughput.speeds(throughput.model_flops(net.table, net.arch, work, adapters), seconds, self.peak)
+        return throughput.speeds(throughput.model_flops(net.param_table, net.arch, work, adapters), seconds, self.peak)
 
     def _evaluate(self, params: Any, step: int, progress: TrainProgress) -> None:
         self.watchdog.at("evaluation", step)
@@ -350,7 +350,7 @@ class _Loop:
             self.saved = step
 
     def _end(self, step: int, code: int) -> Outcome:
-        if distributed.any_of(self.session.checkpoints.failed == step):
+        if processes.any_of(self.session.checkpoints.failed == step):
             raise UserError(
                 f"the state after step {step:,}, the last one, could not be saved in {self.session.checkpoints.folder} (see "
                 "above). Mend that, and run the same command again: it goes on from the last whole checkpoint"

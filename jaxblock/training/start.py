@@ -28,11 +28,11 @@ from jaxblock.errors import UserError
 from jaxblock.io.files import check_writable
 from jaxblock.io.folders import check_vacant
 from jaxblock.io.paths import PathLike, as_path, is_remote
-from jaxblock.models.families import registry as families
+from jaxblock.models.families import registry
 from jaxblock.models.linear import lora
 from jaxblock.models.transformer import Transformer
-from jaxblock.parallel import mesh as axes
-from jaxblock.parallel import processes as distributed
+from jaxblock.parallel import processes, rules
+from jaxblock.parallel.mesh import make_mesh
 from jaxblock.training import weights
 from jaxblock.training.checkpoints import run_folder
 from jaxblock.training.checkpoints.manager import Checkpoints
@@ -92,7 +92,7 @@ class Session:
 
     def on_mesh(self, batch: Batch) -> Batch:
         """This process's rows as its part of the global batch."""
-        where = axes.sharding(self.mesh, "batch")
+        where = rules.sharding(self.mesh, "batch")
         if self.process_count == 1:
             return jax.device_put(batch, where)  # one call for all arrays
         return Batch(*(jax.make_array_from_process_local_data(where, leaf) for leaf in batch))
@@ -113,7 +113,7 @@ def set_up(config: Config, console: Console, compile_first: Compile | None = Non
     Raises:
         UserError: anything that would make the run wrong or lose something.
     """
-    process_index, process_count = distributed.start()
+    process_index, process_count = processes.start()
     console.quiet = process_index > 0  # one process speaks for all
     train = config.train
     trackers.check(train)
@@ -138,10 +138,10 @@ def set_up(config: Config, console: Console, compile_first: Compile | None = Non
     with jax.set_mesh(mesh):
         state = create(begun.trained, optimizer, mesh, net.trainable, averaged=config.optimizer.ema > 0)
     if checkpoints is None:
-        distributed.wait("every process has looked at the run folder")
+        processes.wait("every process has looked at the run folder")
         if process_index == 0:
             run_folder.begin(folder, config, begun.arch, prepared, begun.base, begun.source)
-        distributed.wait("the run folder is there")
+        processes.wait("the run folder is there")
         checkpoints = _open(config, folder, console)
     elif step is None:
         console.out(f"{train.out} ended before its first checkpoint: beginning again", highlight=False)
@@ -194,7 +194,7 @@ def _check_place(folder: PathLike) -> None:
 
 def _mesh(config: Config) -> Mesh:
     train = config.train
-    mesh = axes.make_mesh(train.data_parallel, train.fsdp, train.tensor, slices=train.slices)
+    mesh = make_mesh(train.data_parallel, train.fsdp, train.tensor, slices=train.slices)
     ways = mesh.size // train.tensor
     if train.batch_size % (ways * train.accumulate):
         parts = f" in {train.accumulate} parts (train.accumulate)" if train.accumulate > 1 else ""
@@ -229,7 +229,7 @@ def meta(session: Session) -> dict[str, Any]:
         **base,
         "data": session.prepared.manifest.fingerprint,
         "config": config_io.to_tree(session.config),
-        "model": families.to_hf(session.net.arch, session.config.model.param_dtype),
+        "model": registry.to_hf(session.net.arch, session.config.model.param_dtype),
     }
 
 

@@ -11,7 +11,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from jaxblock.models.spec import Table
-from jaxblock.parallel import mesh as axes
+from jaxblock.parallel import rules
 from jaxblock.types import Params
 
 
@@ -85,8 +85,8 @@ def shardings(abstract_opt_state: Any, mesh: Mesh, table: Table, *, averaged: bo
     Returns:
         A ``TrainState`` of shardings.
     """
-    params = axes.param_shardings(mesh, table)
-    whole = axes.replicated(mesh)
+    params = rules.param_shardings(mesh, table)
+    whole = rules.replicated(mesh)
 
     def place(path: tuple[Any, ...], leaf: Any) -> Any:
         keys = [str(part.key) for part in path if isinstance(part, jax.tree_util.DictKey)]
@@ -97,7 +97,7 @@ def shardings(abstract_opt_state: Any, mesh: Mesh, table: Table, *, averaged: bo
         names = (
             name if size == full else None for name, size, full in zip(spec.axes, leaf.shape, spec.shape, strict=True)
         )
-        return axes.sharding(mesh, *names)
+        return rules.sharding(mesh, *names)
 
     opt_state = jax.tree_util.tree_map_with_path(place, abstract_opt_state)
     placed: Any = TrainState(params, opt_state, whole, params if averaged else None)  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ from jaxblock.diffusion.objective import Losses, losses
 from jaxblock.diffusion.sampling import Sampling
 from jaxblock.models.linear import lora
 from jaxblock.models.spec import Table
-from jaxblock.parallel import mesh as axes
+from jaxblock.parallel import rules
 from jaxblock.training.optim.gating import gated, select
 from jaxblock.training.optim.precision import global_norm
 from jaxblock.training.state import TrainState, next_average, shardings
@@ -152,7 +152,7 @@ def gradients(
 
 def _interleaved(x: Array, parts: int) -> Array:
     split = x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
-    return axes.constrain(split, None, "batch", *(None,) * (split.ndim - 2))
+    return rules.constrain(split, None, "batch", *(None,) * (split.ndim - 2))
 
 
 def train_step(
@@ -217,12 +217,12 @@ def compile_step(
         A function of (state, batch, frozen); ``frozen`` is {} where there is no base.
     """
     placed = shardings(state.opt_state, mesh, table, averaged=state.average is not None)
-    frozen_placed = axes.param_shardings(mesh, frozen_table) if frozen_table else {}
+    frozen_placed = rules.param_shardings(mesh, frozen_table) if frozen_table else {}
     return jax.jit(
         lambda state, batch, frozen: train_step(
             objective, optimizer, state, batch, frozen, accumulate=accumulate, ema=ema
         ),
-        in_shardings=(placed, axes.sharding(mesh, "batch"), frozen_placed),
-        out_shardings=(placed, axes.replicated(mesh)),
+        in_shardings=(placed, rules.sharding(mesh, "batch"), frozen_placed),
+        out_shardings=(placed, rules.replicated(mesh)),
         donate_argnums=0,
     )

@@ -20,14 +20,13 @@ from jaxblock.huggingface import load as huggingface
 from jaxblock.io.files import read_bytes
 from jaxblock.io.hub import local_checkpoint
 from jaxblock.io.paths import as_path
-from jaxblock.models import spec as parameters
 from jaxblock.models.architecture import Architecture
-from jaxblock.models.families import registry as families
+from jaxblock.models.families import registry
 from jaxblock.models.linear import int8
-from jaxblock.models.linear import lora as adapters
-from jaxblock.models.linear.lora import Lora
-from jaxblock.models.spec import Table
-from jaxblock.parallel import mesh as axes
+from jaxblock.models.linear.lora import Lora, adapter_table, attach, merge
+from jaxblock.models.spec import Table, abstract_params, count_params, flatten, init_params, nest
+from jaxblock.parallel import rules
+from jaxblock.parallel.mesh import make_mesh
 from jaxblock.training.checkpoints import run_folder
 from jaxblock.training.checkpoints.manager import Checkpoints
 from jaxblock.training.checkpoints.run_folder import Base, Run
@@ -99,24 +98,24 @@ def begin(config: Config, prepared: Prepared, mesh: Mesh, run: Run | None, conso
         base = _check_base(source, run.base) if run is not None else identify(source, config.model.init_step)
         base = base._replace(folder=str(config.model.init_from))  # not the copy of one that is elsewhere
         frozen = read_base(source, arch, mesh, dtype, base.step, config.model.quantize == "int8")
-        table = adapters.table(families.table(arch), lora)
+        table = adapter_table(registry.param_table(arch), lora)
         if run is None:
-            counts = f"{parameters.count(table):,} in adapters of {', '.join(_short(lora))}"
+            counts = f"{count_params(table):,} in adapters of {', '.join(_short(lora))}"
             console.out(f"starting from {config.model.init_from}: {counts} are trained", highlight=False)
         return Weights(arch, lora, _random(table, seed, "float32", mesh), frozen, base, source)
     if run is not None:
         # Values come from the checkpoint; random ones hold their place (and their shardings) until then.
-        return Weights(run.arch, None, _random(families.table(run.arch), seed, dtype, mesh), {}, None, source)
+        return Weights(run.arch, None, _random(registry.param_table(run.arch), seed, dtype, mesh), {}, None, source)
     if source is None:
         arch = architecture(config, prepared, None)
-        table = families.table(arch)
-        console.out(f"random weights: {parameters.count(table):,} parameters", highlight=False)
+        table = registry.param_table(arch)
+        console.out(f"random weights: {count_params(table):,} parameters", highlight=False)
         return Weights(arch, None, _random(table, seed, dtype, mesh), {}, None, None)
     arch = _architecture(source, config, prepared)
     if run_folder.is_run(source):
         params, step, lora = read_run(run_folder.open_run(source), mesh, dtype, step=config.model.init_step)
         where = f"step {step:,} of {source}"
-        params = params if lora is None else adapters.merge(params, lora)
+        params = params if lora is None else merge(params, lora)
     else:
         where = str(config.model.init_from)
         params = read_base(source, arch, mesh, dtype, None, False)
@@ -129,8 +128,8 @@ def _short(lora: Lora) -> list[str]:
 
 
 def _random(table: Table, seed: int, dtype: str, mesh: Mesh) -> Params:
-    placed = axes.param_shardings(mesh, table)
-    params: Params = jax.jit(lambda: parameters.init(table, seed, dtype), out_shardings=placed)()
+    placed = rules.param_shardings(mesh, table)
+    params: Params = jax.jit(lambda: init_params(table, seed, dtype), out_shardings=placed)()
     return params
 
 
@@ -142,7 +141,7 @@ def _architecture(source: str, config: Config, prepared: Prepared) -> Architectu
     arch = run_folder.open_run(source).arch if is_run else huggingface.architecture(source)
     special, alignment = prepared.special, config.model.alignment
     if arch.mask_id is None:
-        arch = families.with_mask(arch, special.mask, alignment)
+        arch = registry.with_mask(arch, special.mask, alignment)
         arch = dataclasses.replace(arch, eos_id=special.eos, end_ids=(), pad_id=special.eos)
     elif alignment not in (None, arch.alignment):
         raise UserError(
@@ -233,25 +232,25 @@ def read_base(
         step: the checkpoint of a run; None for the newest.
         to_int8: quantise the layers' matrices.
     """
-    table = families.table(arch)
+    table = registry.param_table(arch)
     if run_folder.is_run(source):
         run = run_folder.open_run(source)
         params, _, _ = read_run(run, mesh, dtype, step="latest" if step is None else step)
         return _quantised(params, table, mesh) if to_int8 else params
-    placed = axes.param_shardings(mesh, int8.table(table) if to_int8 else table)
+    placed = rules.param_shardings(mesh, int8.int8_table(table) if to_int8 else table)
     return huggingface.load(source, dtype=dtype, shardings=placed, arch=arch, int8=to_int8)[1]
 
 
 def _quantised(params: Params, table: Table, mesh: Mesh) -> Params:
-    placed = parameters.flatten(axes.param_shardings(mesh, int8.table(table)))
+    placed = flatten(rules.param_shardings(mesh, int8.int8_table(table)))
     flat: dict[str, Any] = {}
-    for path, leaf in parameters.flatten(params).items():
+    for path, leaf in flatten(params).items():
         if int8.quantised(table[path]):
             scale = path + int8.SCALE
             flat[path], flat[scale] = fill.quantised(leaf, placed[path], placed[scale])
         else:
             flat[path] = leaf
-    return parameters.nest(flat)
+    return nest(flat)
 
 
 def read_run(
@@ -282,17 +281,15 @@ def read_run(
     step = run_folder.find_step(run, step)
     checkpoints = Checkpoints(run.folder)
     run_folder.check_model(run, checkpoints.meta(step))
-    mesh = mesh or axes.make_mesh(1, devices=jax.local_devices()[:1])
+    mesh = mesh or make_mesh(1, devices=jax.local_devices()[:1])
     lora = wiring.adapters(run.config.lora, run.arch)
-    table = families.table(run.arch)
-    trained, stored = (
-        (table, run.config.model.param_dtype) if lora is None else (adapters.table(table, lora), "float32")
-    )
+    table = registry.param_table(run.arch)
+    trained, stored = (table, run.config.model.param_dtype) if lora is None else (adapter_table(table, lora), "float32")
     averaged = run.config.optimizer.ema > 0
     like = jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        parameters.abstract(trained, "float32" if averaged else stored),
-        axes.param_shardings(mesh, trained),
+        abstract_params(trained, "float32" if averaged else stored),
+        rules.param_shardings(mesh, trained),
     )
     params = checkpoints.restore_params(step, like, average=averaged)
     if averaged and stored != "float32":
@@ -305,7 +302,7 @@ def read_run(
     source = local_checkpoint(base or str(run.config.model.init_from))
     found = _check_base(source, run.base)
     frozen = read_base(source, run.arch, mesh, dtype or run.config.model.param_dtype, found.step, to_int8)
-    return adapters.attach(frozen, params), step, lora
+    return attach(frozen, params), step, lora
 
 
 def _cast(leaf: jax.Array, dtype: str) -> jax.Array:

@@ -13,9 +13,9 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from jaxblock.diffusion import canvas as canvases
-from jaxblock.models import spec as parameters
 from jaxblock.models.architecture import Architecture
-from jaxblock.models.families import registry as families
+from jaxblock.models.families import registry
+from jaxblock.models.spec import init_params, nest
 from jaxblock.models.transformer import Transformer
 from jaxblock.types import Layout
 
@@ -37,7 +37,7 @@ def make_net(dtype="float64", seed=0, **changes):
     ids = dict(mask_id=MASK, eos_id=FILL, pad_id=FILL)
     rest = dict(norm_eps=1e-5, rope_theta=100.0, max_len=64, tie_embeddings=False)
     net = Transformer(Architecture("llada", **{**sizes, **rest, **ids, **changes}), dtype=dtype)
-    return net, jax.jit(lambda: jax.tree.map(lambda x: 2.5 * x, parameters.init(net.table, seed, dtype)))()
+    return net, jax.jit(lambda: jax.tree.map(lambda x: 2.5 * x, init_params(net.param_table, seed, dtype)))()
 
 
 def make_layout(context="aligned", alignment="same_position", block=3, response_len=R):
@@ -197,14 +197,14 @@ def golden_model(shared):
     def load(name):
         if name not in made:
             folder = shared / "golden" / "forward" / name
-            arch = families.from_hf(json.loads((folder / "config.json").read_text()), str(folder))
+            arch = registry.from_hf(json.loads((folder / "config.json").read_text()), str(folder))
             tensors = load_file(folder / "model.safetensors")
             net, flat = Transformer(arch), {}
-            for path, spec in net.table.items():
+            for path, spec in net.param_table.items():
                 names = [spec.hf_name.format(layer=i) for i in range(arch.n_layers if spec.stacked else 1)]
                 stack = [tensors[x].T if spec.transpose else tensors[x] for x in names]
                 flat[path] = jnp.asarray(np.stack(stack) if spec.stacked else stack[0])
-            made[name] = net, parameters.nest(flat)
+            made[name] = net, nest(flat)
         return made[name]
 
     return load

@@ -13,7 +13,7 @@ from jaxblock.diffusion import canvas as canvases
 from jaxblock.diffusion import corruption, objective, sampling
 from jaxblock.diffusion.corruption import Ablation
 from jaxblock.diffusion.sampling import Sampling, Uniforms
-from jaxblock.models import spec as parameters
+from jaxblock.models.spec import flatten
 from jaxblock.types import Layout
 
 SUFFIX_PREFIX = [(1.0, 0.0), (1.0, 0.3), (0.0, 0.0), (0.0, 0.3), (0.5, 0.0), (0.5, 0.3)]
@@ -78,7 +78,7 @@ def _replay(uniforms, rates, prompt_len, block, layout):
 
 def _check_norms(grad, want, spec_table, n_layers):
     """Gradient norms by the checkpoint's names, and over all."""
-    flat = parameters.flatten(grad)
+    flat = flatten(grad)
     got = {}
     for path, spec in spec_table.items():
         for layer in range(n_layers if spec.stacked else 1):
@@ -128,7 +128,7 @@ def test_blockwise(golden, golden_model, suffix, prefix):
     (value, row_losses), grad = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     np.testing.assert_allclose(row_losses, z["row_loss"], rtol=2e-5)
     np.testing.assert_allclose(value, case["loss"], rtol=2e-5)
-    _check_norms(grad, norms[name], net.table, net.arch.n_layers)
+    _check_norms(grad, norms[name], net.param_table, net.arch.n_layers)
 
 
 @pytest.mark.parametrize("model", ["llada_mha", "llada_gqa_tied"])
@@ -174,4 +174,4 @@ def test_full_sequence(golden, golden_model, model):
             np.testing.assert_allclose(value / weight, case["losses"][loss]["loss"], rtol=2e-5, err_msg=loss)
             share = np.asarray(objective.normaliser(layout, canvas, normalize)[0] / weight)
             grad = jax.tree.map(lambda x, share=share: np.tensordot(share, x, 1), grads)
-            _check_norms(grad, norms[f"{name}/{loss}"], net.table, net.arch.n_layers)
+            _check_norms(grad, norms[f"{name}/{loss}"], net.param_table, net.arch.n_layers)

@@ -17,7 +17,8 @@ from jaxblock.data.store.open import open_prepared
 from jaxblock.data.store.records import Record
 from jaxblock.evaluation import runner
 from jaxblock.evaluation.runner import Evaluator
-from jaxblock.parallel import mesh as axes
+from jaxblock.parallel import rules
+from jaxblock.parallel.mesh import make_mesh
 
 
 @pytest.fixture(scope="module")
@@ -117,8 +118,8 @@ def test_summary_is_json(evaluator: Evaluator, model: api.Model, records: list[R
 def test_devices_share_the_rows_and_a_second_evaluation_compiles_nothing(
     evaluator: Evaluator, model: api.Model, records: list[Record], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mesh = axes.make_mesh(4, devices=jax.devices()[:4])
-    params = jax.device_put(model.params, axes.replicated(mesh))
+    mesh = make_mesh(4, devices=jax.devices()[:4])
+    params = jax.device_put(model.params, rules.replicated(mesh))
     split = dataclasses.replace(evaluator, decode=dataclasses.replace(evaluator.decode, batch_size=4))
     with jax.set_mesh(mesh):
         assert split.solve(params, records).rows == evaluator.solve(model.params, records).rows

@@ -15,7 +15,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 from jaxblock.errors import UserError
-from jaxblock.parallel import mesh as axes
+from jaxblock.parallel import rules
+from jaxblock.parallel.mesh import make_mesh
 from jaxblock.training.checkpoints import checksums, retention
 from jaxblock.training.checkpoints.manager import Checkpoints
 from jaxblock.training.checkpoints.retention import Keep
@@ -214,8 +215,8 @@ def test_a_restore_onto_other_meshes_is_exact(three: Path) -> None:
     """8 devices, then 4 x 2, then 1."""
     checkpoints = Checkpoints(three)
     for data, fsdp in ((1, 8), (4, 2), (1, 1)):
-        mesh = axes.make_mesh(data, fsdp, devices=jax.devices()[: data * fsdp])
-        whole, split = axes.replicated(mesh), axes.sharding(mesh, "batch")
+        mesh = make_mesh(data, fsdp, devices=jax.devices()[: data * fsdp])
+        whole, split = rules.replicated(mesh), rules.sharding(mesh, "batch")
         like = jax.tree.map(lambda leaf, w=whole, s=split: jax.device_put(leaf, s if leaf.ndim == 1 else w), _state())
         found = checkpoints.restore(30, like)
         for left, right in zip(jax.tree.leaves(found.params), jax.tree.leaves(_state(30.0).params), strict=True):

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import pytest
 
 from jaxblock.models.architecture import Architecture
-from jaxblock.models.families import registry as families
-from jaxblock.models.spec import init
+from jaxblock.models.families import registry
+from jaxblock.models.spec import init_params
 from jaxblock.types import Params
 
 SIZES: dict[str, Any] = {
@@ -34,8 +34,8 @@ Small = Callable[..., tuple[Architecture, Params]]
 
 
 def _small(family: str = "llada", dtype: Any = jnp.float32, **changes: Any) -> tuple[Architecture, Params]:
-    arch = Architecture(family=family, **(SIZES | families.traits(family) | changes))
-    return arch, init(families.table(arch), 7, dtype)
+    arch = Architecture(family=family, **(SIZES | registry.traits(family) | changes))
+    return arch, init_params(registry.param_table(arch), 7, dtype)
 
 
 @pytest.fixture(scope="session")

@@ -19,8 +19,8 @@ from jaxblock.errors import UserError
 from jaxblock.huggingface.load import load
 from jaxblock.huggingface.save import save
 from jaxblock.models.architecture import Architecture
-from jaxblock.models.families import registry as families
-from jaxblock.models.spec import init
+from jaxblock.models.families import registry
+from jaxblock.models.spec import init_params
 
 ARCH = Architecture(
     family="llada",
@@ -48,14 +48,14 @@ HEAD = "model.transformer.ff_out.weight"
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A sound checkpoint in one file."""
-    save(tmp_path / "checkpoint", ARCH, init(families.table(ARCH), 0, jnp.float32))
+    save(tmp_path / "checkpoint", ARCH, init_params(registry.param_table(ARCH), 0, jnp.float32))
     return tmp_path / "checkpoint"
 
 
 @pytest.fixture
 def sharded(tmp_path: Path) -> Path:
     """A sound checkpoint in several."""
-    save(tmp_path / "sharded", ARCH, init(families.table(ARCH), 0, jnp.float32), max_shard_bytes=2000)
+    save(tmp_path / "sharded", ARCH, init_params(registry.param_table(ARCH), 0, jnp.float32), max_shard_bytes=2000)
     return tmp_path / "sharded"
 
 
@@ -166,7 +166,7 @@ def test_code_in_a_checkpoint_is_carried_and_never_run(folder: Path, tmp_path: P
 
 
 def test_adapters_are_not_exported_as_a_checkpoint(tmp_path: Path) -> None:
-    params = init(families.table(ARCH), 0, jnp.float32)
+    params = init_params(registry.param_table(ARCH), 0, jnp.float32)
     with pytest.raises(UserError, match=r"hold LoRA adapters.*merge them first \(jaxblock\.models\.lora\.merge\)"):
         save(tmp_path / "out", ARCH, {**params, "lora": {"blocks": {}}})
     assert not (tmp_path / "out").exists()

@@ -15,9 +15,10 @@ from jaxblock.errors import UserError
 from jaxblock.huggingface import fill
 from jaxblock.huggingface.load import architecture, load
 from jaxblock.huggingface.save import save
-from jaxblock.models.families import registry as families
+from jaxblock.models.families import registry
 from jaxblock.models.linear import int8
-from jaxblock.parallel.mesh import make_mesh, param_shardings
+from jaxblock.parallel.mesh import make_mesh
+from jaxblock.parallel.rules import param_shardings
 
 MESHES: list[Any] = [None, (1, 4, 2), (4, 2, 1)]
 
@@ -27,9 +28,9 @@ MESHES: list[Any] = [None, (1, 4, 2), (4, 2, 1)]
 def test_new_rows_are_the_mean_of_the_old(small: Any, tmp_path: Path, mesh: Any, tied: bool) -> None:
     arch, params = small("llama", jnp.bfloat16, mask_id=None, tie_embeddings=tied)
     save(tmp_path / "out", arch, params)
-    wanted = families.with_mask(architecture(tmp_path / "out"), 40, "same_position")
+    wanted = registry.with_mask(architecture(tmp_path / "out"), 40, "same_position")
     assert (wanted.vocab_size, wanted.mask_id, wanted.alignment) == (64, 40, "same_position")
-    shardings = None if mesh is None else param_shardings(make_mesh(*mesh), families.table(wanted))
+    shardings = None if mesh is None else param_shardings(make_mesh(*mesh), registry.param_table(wanted))
     found, loaded = load(tmp_path / "out", arch=wanted, shardings=shardings)
     assert found == wanted
     for name, axis in {"embed": 0, "head": 1}.items() if not tied else [("embed", 0)]:
@@ -60,7 +61,7 @@ def test_other_sizes_are_named(small: Any, tmp_path: Path) -> None:
 def test_an_int8_base_is_what_quantise_makes_of_each_leaf(small: Any, tmp_path: Path, mesh: Any) -> None:
     arch, params = small("dream", jnp.bfloat16)
     save(tmp_path / "out", arch, params)
-    table = int8.table(families.table(arch))
+    table = int8.int8_table(registry.param_table(arch))
     shardings = None if mesh is None else param_shardings(make_mesh(*mesh), table)
     _, loaded = load(tmp_path / "out", int8=True, shardings=shardings)
     plain = params["blocks"]

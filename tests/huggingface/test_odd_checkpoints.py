@@ -14,10 +14,9 @@ import pytest
 import jaxblock
 from jaxblock.errors import UserError
 from jaxblock.huggingface.save import save
-from jaxblock.models.families import registry as families
-from jaxblock.models.linear import lora as adaptation
-from jaxblock.models.linear.lora import Lora
-from jaxblock.models.spec import init
+from jaxblock.models.families import registry
+from jaxblock.models.linear.lora import Lora, adapter_table, attach
+from jaxblock.models.spec import init_params
 
 
 @pytest.mark.parametrize(
@@ -34,9 +33,9 @@ from jaxblock.models.spec import init
     ],
 )
 def test_config_fields(small: Any, family: str, field: str, value: Any, message: str) -> None:
-    config = families.to_hf(small(family)[0], "float32")
+    config = registry.to_hf(small(family)[0], "float32")
     with pytest.raises(UserError, match=message):
-        families.from_hf({**config, field: value}, "config.json")
+        registry.from_hf({**config, field: value}, "config.json")
 
 
 def test_half_precision_is_computed_in_float32_and_kept(small: Any, tmp_path: Path) -> None:
@@ -60,9 +59,9 @@ def test_code_that_is_not_beside_the_weights_is_named(small: Any, tmp_path: Path
 
 def adapted(model: Any, base: Path) -> Any:
     lora = Lora(2, 4.0, 0.0, ("blocks/q",))
-    adapters = init(adaptation.table(families.table(model.arch), lora), 3, jnp.float32)
+    adapters = init_params(adapter_table(registry.param_table(model.arch), lora), 3, jnp.float32)
     net = dataclasses.replace(model.net, lora=lora)
-    return dataclasses.replace(model, net=net, params=adaptation.attach(model.params, adapters), base=str(base))
+    return dataclasses.replace(model, net=net, params=attach(model.params, adapters), base=str(base))
 
 
 def test_adapters_of_an_autoregressive_start_decode_as_they_were_trained(small: Any, tmp_path: Path) -> None:
@@ -79,7 +78,7 @@ def test_adapters_cannot_carry_rows_that_their_base_lacks(small: Any, tmp_path: 
     save(tmp_path / "base", arch, params)
     model = adapted(jaxblock.load(tmp_path / "base", mask_id=40), tmp_path / "base")
     # As a run's model.json gives it: what was read says the longer vocabulary too.
-    grown = families.from_hf(families.to_hf(model.arch, "float32"), "model.json")
+    grown = registry.from_hf(registry.to_hf(model.arch, "float32"), "model.json")
     model = dataclasses.replace(model, net=dataclasses.replace(model.net, arch=grown))
     with pytest.raises(UserError, match="vocabulary grew from 40 to 64 rows.*export the merged network"):
         model.save_adapter(tmp_path / "adapter")

@@ -17,10 +17,9 @@ from safetensors.numpy import load_file, save_file
 from jaxblock.errors import UserError
 from jaxblock.huggingface import peft
 from jaxblock.huggingface.load import load
-from jaxblock.models import spec as parameters
-from jaxblock.models.families import registry as families
-from jaxblock.models.linear import lora as adaptation
-from jaxblock.models.linear.lora import Lora
+from jaxblock.models.families import registry
+from jaxblock.models.linear.lora import Lora, adapter_table, attach, merge, resolve
+from jaxblock.models.spec import flatten, nest
 from jaxblock.models.transformer import Transformer
 from jaxblock.types import Params
 
@@ -29,10 +28,10 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 def random_adapters(arch: Any, lora: Lora) -> Params:
     """Both matrices random: PEFT's (and our) beginning has b = 0, which hides everything."""
-    table = adaptation.table(families.table(arch), lora)
+    table = adapter_table(registry.param_table(arch), lora)
     draw = np.random.default_rng(0)
     flat = {path: jnp.asarray(draw.normal(0, 0.2, spec.shape), jnp.float32) for path, spec in table.items()}
-    return parameters.nest(flat)
+    return nest(flat)
 
 
 def logits(net: Transformer, params: Params, ids: np.ndarray) -> np.ndarray:
@@ -58,20 +57,20 @@ def test_the_reference_adapters_unmerged_merged_and_written_back(shared: Path, g
     arch, base = load(shared / "golden" / "forward" / "llada_mha")
     lora, adapters = peft.load_adapter(golden, arch)
     assert lora == Lora(8, 16.0, 0.0, ("blocks/q", "blocks/k", "blocks/v", "blocks/up"))
-    both = adaptation.attach(base, adapters)
+    both = attach(base, adapters)
     oracle = np.load(shared / "golden" / "train" / "lora.merged_logits.npz")
-    merged = adaptation.merge(both, lora)
+    merged = merge(both, lora)
     for net, params in ((Transformer(arch, lora=lora), both), (Transformer(arch), merged)):
         got = logits(net, params, oracle["noisy_ids"])
         assert np.abs(got - oracle["logits"]).max() <= 2e-5 * np.abs(oracle["logits"]).max()
     for name, want in load_file(shared / "golden" / "train" / "lora.merged.safetensors").items():
         path, layer = next(
             (path, layer)
-            for path, spec in families.table(arch).items()
+            for path, spec in registry.param_table(arch).items()
             for layer in range(2)
             if spec.hf_name.format(layer=layer) == name
         )
-        np.testing.assert_allclose(parameters.flatten(merged)[path][layer].T, want, rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(flatten(merged)[path][layer].T, want, rtol=1e-6, atol=1e-7)
 
     peft.save_adapter(tmp_path / "out", arch, lora, adapters, base="GSAI-ML/LLaDA-8B-Instruct")
     before, after = load_file(golden / WEIGHTS), load_file(tmp_path / "out" / WEIGHTS)
@@ -89,7 +88,7 @@ def test_target_names_hit_the_adapted_modules_and_no_others(small: Any) -> None:
     from re import fullmatch
 
     for family, tied in (("llada", False), ("llada", True), ("dream", False)):
-        table = families.table(small(family, tie_embeddings=tied)[0])
+        table = registry.param_table(small(family, tie_embeddings=tied)[0])
         modules = {
             spec.hf_name.format(layer=layer).removesuffix(".weight"): path
             for path, spec in table.items()
@@ -190,7 +189,7 @@ def test_peft_agrees_on_what_a_name_hits(small: Any) -> None:
     theirs = pytest.importorskip("peft", reason="benchmarks/requirements.txt is not installed")
     from peft.tuners.tuners_utils import check_target_module_exists
 
-    found = peft.target_modules(families.table(small("llada")[0]), Lora(2, 4.0, 0.0, ("blocks/q", "blocks/down")))
+    found = peft.target_modules(registry.param_table(small("llada")[0]), Lora(2, 4.0, 0.0, ("blocks/q", "blocks/down")))
     modules = {"blocks.0.q_proj": 1, "blocks.11.ff_out": 1, "blocks.0.up_proj": 0, "blocks.0.ff_norm": 0, "ff_out": 0}
     for name, hit in modules.items():
         config = theirs.LoraConfig(target_modules=found)
@@ -214,7 +213,7 @@ def test_peft_itself_there_and_back(tmp_path: Path, name: str) -> None:
     base = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**sizes)).eval()
     base.save_pretrained(tmp_path / "base")
     arch, params = load(tmp_path / "base")
-    lora = Lora(4, 6.0, 0.0, adaptation.resolve(families.table(arch), MODELS[name]))
+    lora = Lora(4, 6.0, 0.0, resolve(registry.param_table(arch), MODELS[name]))
     adapters = random_adapters(arch, lora)
     ids = np.random.default_rng(0).integers(3, 48, (2, 12))
 
@@ -223,7 +222,7 @@ def test_peft_itself_there_and_back(tmp_path: Path, name: str) -> None:
             return model.eval()(torch.tensor(ids)).logits.numpy()
 
     plain = run(base)
-    want = logits(Transformer(arch, lora=lora, causal=True), adaptation.attach(params, adapters), ids)
+    want = logits(Transformer(arch, lora=lora, causal=True), attach(params, adapters), ids)
     peft.save_adapter(tmp_path / "ours", arch, lora, adapters, base=str(tmp_path / "base"))
     loaded = theirs.PeftModel.from_pretrained(base, tmp_path / "ours")
     got = run(loaded)

@@ -19,10 +19,11 @@ from jaxblock.errors import UserError
 from jaxblock.huggingface import writer
 from jaxblock.huggingface.load import load
 from jaxblock.huggingface.save import save, verify
-from jaxblock.models.families import registry as families
+from jaxblock.models.families import registry
 from jaxblock.models.spec import nest
 from jaxblock.models.transformer import Transformer
-from jaxblock.parallel.mesh import make_mesh, param_shardings
+from jaxblock.parallel.mesh import make_mesh
+from jaxblock.parallel.rules import param_shardings
 from jaxblock.types import Params
 
 
@@ -104,7 +105,7 @@ def test_each_device_gets_its_slice(
     monkeypatch.setattr(writer, "_SLICE_BYTES", 200)  # large matrices are fetched in slices; these are small
     arch, params = small("dream")
     save(tmp_path / "out", arch, params)
-    shardings = param_shardings(make_mesh(*mesh), families.table(arch))
+    shardings = param_shardings(make_mesh(*mesh), registry.param_table(arch))
     _, loaded = load(tmp_path / "out", shardings=shardings)
     assert_same_bits(params, loaded)
     assert all(leaf.sharding == s for leaf, s in zip(jax.tree.leaves(loaded), jax.tree.leaves(shardings), strict=True))
@@ -210,7 +211,7 @@ def test_the_host_never_holds_the_checkpoint_twice(small: Any, tmp_path: Path) -
     """On a CPU the parameters themselves are host memory, so the peak is one copy and a layer, not two copies."""
     sizes = {"vocab_size": 2048, "d_model": 512, "n_layers": 12, "n_heads": 8, "n_kv_heads": 8, "head_dim": 64}
     arch = dataclasses.replace(small()[0], **sizes, mlp_dim=1536)
-    flat = {path: np.zeros(spec.shape, np.float32) for path, spec in families.table(arch).items()}
+    flat = {path: np.zeros(spec.shape, np.float32) for path, spec in registry.param_table(arch).items()}
     save(tmp_path / "out", arch, nest(flat), max_shard_bytes=20_000_000)
     del flat
     done = subprocess.run(

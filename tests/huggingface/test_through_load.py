@@ -14,10 +14,9 @@ import jaxblock
 from jaxblock.errors import UserError
 from jaxblock.huggingface import peft
 from jaxblock.huggingface.save import save
-from jaxblock.models import spec as parameters
-from jaxblock.models.families import registry as families
-from jaxblock.models.linear import lora as adaptation
-from jaxblock.models.linear.lora import Lora
+from jaxblock.models.families import registry
+from jaxblock.models.linear.lora import Lora, adapter_table, attach, merge
+from jaxblock.models.spec import init_params, nest
 
 IDS = np.arange(3, 15).reshape(2, 6)
 
@@ -32,12 +31,12 @@ def test_a_folder_of_adapters_is_its_base_and_them(small: Any, tmp_path: Path) -
     arch, params = small("llada")
     save(tmp_path / "base", arch, params)
     lora = Lora(2, 4.0, 0.0, ("blocks/q", "blocks/down"))
-    table = adaptation.table(families.table(arch), lora)
+    table = adapter_table(registry.param_table(arch), lora)
     draw = np.random.default_rng(0)
     flat = {path: jnp.asarray(draw.normal(0, 0.3, spec.shape), jnp.float32) for path, spec in table.items()}
-    adapters = parameters.nest(flat)
+    adapters = nest(flat)
     peft.save_adapter(tmp_path / "adapters", arch, lora, adapters, base=str(tmp_path / "base"))
-    save(tmp_path / "merged", arch, adaptation.merge(adaptation.attach(params, adapters), lora))
+    save(tmp_path / "merged", arch, merge(attach(params, adapters), lora))
     want = jaxblock.load(tmp_path / "merged").logits(IDS)
     np.testing.assert_allclose(jaxblock.load(tmp_path / "adapters").logits(IDS), want, atol=1e-5)
     (tmp_path / "base").rename(tmp_path / "moved")
@@ -47,7 +46,7 @@ def test_a_folder_of_adapters_is_its_base_and_them(small: Any, tmp_path: Path) -
     with pytest.raises(UserError, match="base"):
         jaxblock.load(tmp_path / "adapters")
     other, _ = small("llada", d_model=32, head_dim=8)
-    save(tmp_path / "other", other, parameters.init(families.table(other), 0, jnp.float32))
+    save(tmp_path / "other", other, init_params(registry.param_table(other), 0, jnp.float32))
     with pytest.raises(UserError, match="do not fit their base"):
         jaxblock.load(tmp_path / "adapters", base=tmp_path / "other")
 

@@ -15,7 +15,7 @@ transformers = pytest.importorskip("transformers", reason="benchmarks/requiremen
 
 from jaxblock.huggingface.load import load  # noqa: E402
 from jaxblock.huggingface.save import save  # noqa: E402
-from jaxblock.models.families import registry as families  # noqa: E402
+from jaxblock.models.families import registry  # noqa: E402
 from jaxblock.models.transformer import Transformer  # noqa: E402
 
 SIZES = {
@@ -102,7 +102,7 @@ def test_a_start_with_an_added_mask_token_loads_in_transformers(tmp_path: Path) 
     torch.manual_seed(0)
     theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, tie_word_embeddings=True)).eval()
     theirs.save_pretrained(tmp_path / "theirs")
-    arch = families.with_mask(load(tmp_path / "theirs")[0], 48)
+    arch = registry.with_mask(load(tmp_path / "theirs")[0], 48)
     _, params = load(tmp_path / "theirs", arch=arch)
     save(tmp_path / "ours", arch, params, tokenizer=tmp_path / "theirs")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()

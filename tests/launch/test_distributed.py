@@ -73,9 +73,9 @@ def test_half_set_or_wrong(variables: dict[str, str], message: str) -> None:
 
 JOIN = """
 import jax
-from jaxblock.parallel import distributed
-first = distributed.start()
-assert first == distributed.start()
+from jaxblock.parallel import processes
+first = processes.start()
+assert first == processes.start()
 from jax.experimental.multihost_utils import process_allgather
 print('joined', *first, len(jax.devices()), process_allgather(jax.numpy.array(first[0] + 1)).tolist())
 """
@@ -98,7 +98,7 @@ def test_two_processes_join_over_loopback() -> None:
 
 
 def test_a_process_that_never_comes_is_told_within_the_timeout() -> None:
-    alone = "from jaxblock.parallel import distributed; distributed.start()"
+    alone = "from jaxblock.parallel import processes; processes.start()"
     group = THREE | {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1", "JAXBLOCK_START_TIMEOUT": "2"}
     done = subprocess.run(
         [sys.executable, "-c", alone], env=os.environ | group, capture_output=True, text=True, timeout=120
@@ -123,15 +123,15 @@ LOSES = """
 import os, signal
 import numpy as np
 from jaxblock import cli
-from jaxblock.parallel import distributed
+from jaxblock.parallel import processes
 def verb(options, config):
-    me, _ = distributed.start()
-    distributed.any_of(False)
+    me, _ = processes.start()
+    processes.any_of(False)
     if me == 1:
         if os.environ["HOW"] == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         raise cli.UserError("a mistake of process 1")
-    distributed.any_of(False)
+    processes.any_of(False)
 from jaxblock import verbs
 verbs.inspect = verb
 raise SystemExit(cli.main(["inspect"]))

@@ -18,8 +18,8 @@ from jaxblock.errors import UserError
 from jaxblock.huggingface.load import load
 from jaxblock.huggingface.save import save
 from jaxblock.models.architecture import Architecture, RopeScaling
-from jaxblock.models.families import registry as families
-from jaxblock.models.spec import init
+from jaxblock.models.families import registry
+from jaxblock.models.spec import init_params
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "add-a-model.md"
 
@@ -30,7 +30,7 @@ def exaone(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     (source,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
     module = ModuleType("jaxblock.models.exaone")
     exec(compile(source, str(PAGE), "exec"), module.__dict__)
-    monkeypatch.setitem(families.FAMILIES, "exaone", module)
+    monkeypatch.setitem(registry.FAMILIES, "exaone", module)
     return module
 
 
@@ -40,7 +40,7 @@ def test_the_worked_example_reads_and_writes_its_layout(exaone: ModuleType, tmp_
     sizes |= dict(norm_eps=1e-5, rope_theta=1e4, max_len=64, tie_embeddings=False, mask_id=None, eos_id=1, pad_id=2)
     sizes |= dict(alignment="shifted", rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 32))
     llama = Architecture("llama", **sizes)
-    params = init(families.table(llama), 0, jnp.bfloat16)
+    params = init_params(registry.param_table(llama), 0, jnp.bfloat16)
     save(tmp_path / "llama", llama, params)
 
     folder = tmp_path / "exaone"
@@ -75,9 +75,9 @@ def test_the_worked_example_reads_and_writes_its_layout(exaone: ModuleType, tmp_
     written = json.loads((tmp_path / "again" / "config.json").read_text())
     assert "num_hidden_layers" not in written and (written["num_layers"], written["embed_dropout"]) == (3, 0.0)
     arch_again, again = load(tmp_path / "again")
-    assert families.table(arch_again) == families.table(arch)
+    assert registry.param_table(arch_again) == registry.param_table(arch)
     jax.tree.map(np.testing.assert_array_equal, again, params)
-    assert families.with_mask(arch, 40).vocab_size == 64
+    assert registry.with_mask(arch, 40).vocab_size == 64
 
     (folder / "config.json").write_text(json.dumps(config | {"hidden_act": "gelu"}))
     with pytest.raises(UserError, match="hidden_act is 'gelu'"):
@@ -85,8 +85,8 @@ def test_the_worked_example_reads_and_writes_its_layout(exaone: ModuleType, tmp_
 
 
 def test_every_family_offers_what_the_page_asks_for(exaone: ModuleType) -> None:
-    parts = {"MODEL_TYPES", "TRAITS", "table", "from_hf", "to_hf"}
-    for module in families.FAMILIES.values():
+    parts = {"MODEL_TYPES", "TRAITS", "param_table", "from_hf", "to_hf"}
+    for module in registry.FAMILIES.values():
         assert parts <= vars(module).keys()
     text = PAGE.read_text(encoding="utf-8")
     assert all(f"`{part}`" in text for part in parts)

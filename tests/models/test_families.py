@@ -9,8 +9,8 @@ import pytest
 
 from jaxblock.errors import UserError
 from jaxblock.models.architecture import Architecture, RopeScaling
-from jaxblock.models.families import registry as families
-from jaxblock.models.spec import count
+from jaxblock.models.families import registry
+from jaxblock.models.spec import count_params
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -35,7 +35,7 @@ STRETCH = {
 
 
 def read(**changes: Any) -> Architecture:
-    return families.from_hf(LLAMA | changes, "config.json")
+    return registry.from_hf(LLAMA | changes, "config.json")
 
 
 def test_an_autoregressive_start_has_no_mask_and_predicts_the_next_token() -> None:
@@ -49,9 +49,9 @@ def test_an_autoregressive_start_has_no_mask_and_predicts_the_next_token() -> No
     "mask, rows", [(0, 100), (99, 100), (100, 128), (127, 128), (128, 192), (163, 192)], ids=lambda value: str(value)
 )
 def test_the_vocabulary_grows_only_for_a_mask_beyond_it(mask: int, rows: int) -> None:
-    arch = families.with_mask(read(), mask)
+    arch = registry.with_mask(read(), mask)
     assert (arch.mask_id, arch.vocab_size, arch.alignment) == (mask, rows, "shifted")
-    assert families.with_mask(read(), mask, "same_position").alignment == "same_position"
+    assert registry.with_mask(read(), mask, "same_position").alignment == "same_position"
 
 
 @pytest.mark.parametrize(
@@ -66,23 +66,23 @@ def test_the_vocabulary_grows_only_for_a_mask_beyond_it(mask: int, rows: int) ->
 )
 def test_a_mask_that_cannot_be_is_refused(arch: Architecture, arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        families.with_mask(arch, *arguments)
+        registry.with_mask(arch, *arguments)
 
 
 def test_a_diffusion_family_keeps_what_it_has() -> None:
     arch = read(model_type="Dream", mask_token_id=9)
-    assert families.with_mask(arch, 9, "shifted") == arch == families.with_mask(arch, 9)
+    assert registry.with_mask(arch, 9, "shifted") == arch == registry.with_mask(arch, 9)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
 def test_what_makes_it_a_diffusion_model_is_written_and_read_again(model_type: str) -> None:
-    arch = families.with_mask(read(model_type=model_type), 100, "same_position")
-    written = json.loads(json.dumps(families.to_hf(arch, "bfloat16")))
-    again = families.from_hf(written, "config.json")
+    arch = registry.with_mask(read(model_type=model_type), 100, "same_position")
+    written = json.loads(json.dumps(registry.to_hf(arch, "bfloat16")))
+    again = registry.from_hf(written, "config.json")
     assert (again.mask_id, again.alignment, again.vocab_size) == (100, "same_position", 128)
     assert written["torch_dtype"] == "bfloat16" and written["bos_token_id"] == 1
     # Without a mask token nothing of ours is in the file: it is an ordinary autoregressive checkpoint.
-    plain = families.to_hf(read(model_type=model_type), "bfloat16")
+    plain = registry.to_hf(read(model_type=model_type), "bfloat16")
     assert not {"mask_token_id", "logit_alignment"} & plain.keys()
 
 
@@ -94,7 +94,7 @@ def test_both_spellings_of_the_rotary_base(model_type: str, nested: bool) -> Non
         changes |= {"rope_theta": None, "rope_parameters": {"rope_theta": 7e4, "rope_type": "default"}}
     arch = read(**changes)
     assert arch.rope_theta == (7e4 if nested else 5e5) and arch.rope_scaling is None
-    assert families.from_hf(families.to_hf(arch, "float32"), "").rope_theta == arch.rope_theta
+    assert registry.from_hf(registry.to_hf(arch, "float32"), "").rope_theta == arch.rope_theta
 
 
 def test_both_spellings_of_a_stretched_rotary_base() -> None:
@@ -103,7 +103,7 @@ def test_both_spellings_of_a_stretched_rotary_base() -> None:
     new = read(rope_theta=None, rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, **STRETCH})
     assert old.rope_scaling == new.rope_scaling == want and old.rope_theta == new.rope_theta
     for arch in (old, new):
-        assert families.from_hf(families.to_hf(arch, "float32"), "").rope_scaling == want
+        assert registry.from_hf(registry.to_hf(arch, "float32"), "").rope_scaling == want
     assert read(rope_scaling={"type": "linear", "factor": 2}).rope_scaling == RopeScaling("linear", 2.0)
     with pytest.raises(UserError, match="'yarn' is not supported"):
         read(rope_scaling={"rope_type": "yarn", "factor": 4.0})
@@ -112,7 +112,7 @@ def test_both_spellings_of_a_stretched_rotary_base() -> None:
 def test_ends_are_a_token_or_a_list() -> None:
     arch = read(eos_token_id=[2, 7, 9], pad_token_id=0)
     assert (arch.eos_id, arch.end_ids, arch.pad_id) == (2, (7, 9), 0)
-    assert families.to_hf(arch, "float32")["eos_token_id"] == [2, 7, 9]
+    assert registry.to_hf(arch, "float32")["eos_token_id"] == [2, 7, 9]
 
 
 @pytest.mark.parametrize(
@@ -144,9 +144,9 @@ def test_real_sizes_have_their_published_number_of_parameters() -> None:
         model_type="Dream", vocab_size=152064, hidden_size=3584, num_hidden_layers=28, num_attention_heads=28,
         num_key_value_heads=4, intermediate_size=18944, mask_token_id=151666, eos_token_id=151643,
     )  # fmt: skip
-    assert count(families.table(dream)) == 7_615_616_512
+    assert count_params(registry.param_table(dream)) == 7_615_616_512
     qwen3 = read(
         model_type="qwen3", vocab_size=151936, hidden_size=1024, num_hidden_layers=28, num_attention_heads=16,
         num_key_value_heads=8, head_dim=128, intermediate_size=3072, tie_word_embeddings=True,
     )  # fmt: skip
-    assert count(families.table(qwen3)) == 596_049_920
+    assert count_params(registry.param_table(qwen3)) == 596_049_920

@@ -11,23 +11,23 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from jaxblock.errors import UserError
-from jaxblock.models import spec as parameters
 from jaxblock.models.architecture import Architecture
-from jaxblock.models.families import dream, llada
-from jaxblock.models.families import registry as families
+from jaxblock.models.families import dream, llada, registry
 from jaxblock.models.linear import int8, lora
 from jaxblock.models.linear.dense import LowRank, dense
 from jaxblock.models.linear.lora import Lora
+from jaxblock.models.spec import count_params, flatten, init_params, nest
 from jaxblock.models.transformer import Transformer
-from jaxblock.parallel import mesh as axes
-from jaxblock.types import View
+from jaxblock.parallel import rules
+from jaxblock.parallel.mesh import make_mesh
+from jaxblock.types import Params, View
 
 B, T = 4, 6
 ARCH = Architecture(
     "dream", vocab_size=16, d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=4, mlp_dim=24, norm_eps=1e-6,
     rope_theta=100.0, max_len=64, tie_embeddings=False, mask_id=11, eos_id=10, pad_id=10, **dream.TRAITS,
 )  # fmt: skip
-TABLE = families.table(ARCH)
+TABLE = registry.param_table(ARCH)
 ALL = lora.resolve(TABLE, ["all"])
 
 
@@ -39,11 +39,11 @@ def view() -> View:
 
 
 @pytest.fixture(scope="module")
-def adapted() -> tuple[Transformer, parameters.Params]:
+def adapted() -> tuple[Transformer, Params]:
     """A network with random adapters (``b`` not zero, as after training) on every matrix."""
     net = Transformer(ARCH, lora=Lora(3, 6.0, 0.0, ALL))
-    base = parameters.init(TABLE, 0, "float32")
-    adapters = parameters.init(net.trainable, 1, "float32")
+    base = init_params(TABLE, 0, "float32")
+    adapters = init_params(net.trainable, 1, "float32")
     filled = jax.tree.map(lambda x: 0.2 * jax.random.normal(jax.random.key(x.size), x.shape), adapters)
     return net, lora.attach(base, filled)
 
@@ -51,7 +51,7 @@ def adapted() -> tuple[Transformer, parameters.Params]:
 hidden = jax.jit(lambda net, params, view, keys=None: net.hidden(params, view, None, keys)[0], static_argnums=0)
 
 
-def test_a_branch_is_what_the_merged_matrix_does(adapted: tuple[Transformer, parameters.Params]) -> None:
+def test_a_branch_is_what_the_merged_matrix_does(adapted: tuple[Transformer, Params]) -> None:
     net, params = adapted
     merged = lora.merge(params, net.lora)
     assert merged.keys() == params.keys() - {"lora"}
@@ -65,21 +65,20 @@ def test_a_branch_is_what_the_merged_matrix_does(adapted: tuple[Transformer, par
 
 def test_adapters_begin_as_nothing_and_only_b_has_a_gradient_then() -> None:
     net = Transformer(ARCH, lora=Lora(3, 6.0, 0.0, ALL), remat="dots")
-    base, adapters = parameters.init(TABLE, 0, "bfloat16"), parameters.init(net.trainable, 1, "float32")
+    base, adapters = init_params(TABLE, 0, "bfloat16"), init_params(net.trainable, 1, "float32")
     assert all(
-        spec.shape == leaf.shape
-        for spec, leaf in zip(net.trainable.values(), parameters.flatten(adapters).values(), strict=True)
+        spec.shape == leaf.shape for spec, leaf in zip(net.trainable.values(), flatten(adapters).values(), strict=True)
     )
     np.testing.assert_array_equal(
         hidden(net, lora.attach(base, adapters), view()), hidden(dataclasses.replace(net, lora=None), base, view())
     )
     grads = jax.jit(jax.grad(lambda own: hidden(net, lora.attach(base, own), view()).sum()))(adapters)
-    for path, grad in parameters.flatten(grads).items():
+    for path, grad in flatten(grads).items():
         assert grad.dtype == jnp.float32
         assert bool(jnp.any(grad != 0)) == path.endswith("/b"), path
 
 
-def test_dropout_depends_on_the_row_alone(adapted: tuple[Transformer, parameters.Params]) -> None:
+def test_dropout_depends_on_the_row_alone(adapted: tuple[Transformer, Params]) -> None:
     """Neither on its neighbours, nor on how rows are split over devices, nor on how layers are run."""
     net, params = adapted
     net = dataclasses.replace(net, lora=dataclasses.replace(net.lora, dropout=0.5))
@@ -90,13 +89,13 @@ def test_dropout_depends_on_the_row_alone(adapted: tuple[Transformer, parameters
     np.testing.assert_allclose(turned[::-1], want, atol=1e-5)
     unrolled = hidden(dataclasses.replace(net, scan_layers=False), params, seen, keys)
     np.testing.assert_allclose(unrolled, want, atol=1e-5)
-    mesh = axes.make_mesh(2, 2, 2)
+    mesh = make_mesh(2, 2, 2)
     with jax.set_mesh(mesh):
-        placed = jax.device_put((seen, keys), axes.sharding(mesh, "batch"))
+        placed = jax.device_put((seen, keys), rules.sharding(mesh, "batch"))
         np.testing.assert_allclose(hidden(net, params, *placed), want, atol=1e-5)
 
 
-def test_every_layer_and_matrix_drops_inputs_of_its_own(adapted: tuple[Transformer, parameters.Params]) -> None:
+def test_every_layer_and_matrix_drops_inputs_of_its_own(adapted: tuple[Transformer, Params]) -> None:
     net, params = adapted
     rows = jax.random.split(jax.random.key(3), B)
     keys = [
@@ -125,7 +124,7 @@ def test_dropout_keeps_the_mean_and_drops_inputs_of_the_branch_alone() -> None:
 @pytest.mark.parametrize("family", ["llada", "dream"])
 def test_names_find_every_intended_matrix(family: str) -> None:
     arch = dataclasses.replace(ARCH, family=family, qkv_bias=family == "dream")
-    table = families.table(arch)
+    table = registry.param_table(arch)
     ours = ["q", "k", "v", "o", "gate", "up", "down"]
     assert lora.resolve(table, ours) == lora.resolve(table, ["all"]) == tuple(f"blocks/{n}" for n in ours)
     peft = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -143,17 +142,17 @@ def test_names_find_every_intended_matrix(family: str) -> None:
 def test_the_papers_adapters_have_as_many_parameters_as_the_paper_script_trains() -> None:
     sizes = dict(vocab_size=126464, d_model=4096, n_layers=32, n_heads=32, n_kv_heads=32, head_dim=128, mlp_dim=12288)
     arch = dataclasses.replace(ARCH, family="llada", qkv_bias=False, **sizes)
-    table = llada.table(arch)
+    table = llada.param_table(arch)
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     paper = Lora(256, 512.0, 0.05, lora.resolve(table, names, "ignore"))
-    assert parameters.count(lora.table(table, paper)) == 335_544_320
+    assert count_params(lora.adapter_table(table, paper)) == 335_544_320
 
 
-def test_int8_is_near_and_halves_the_matrices(adapted: tuple[Transformer, parameters.Params]) -> None:
+def test_int8_is_near_and_halves_the_matrices(adapted: tuple[Transformer, Params]) -> None:
     _, params = adapted
     base = {name: leaf for name, leaf in params.items() if name != "lora"}
     flat = {}
-    for path, leaf in parameters.flatten(base).items():
+    for path, leaf in flatten(base).items():
         if int8.quantised(TABLE[path]):
             numbers, scale = int8.quantise(jnp.array(leaf))
             assert (np.abs(numbers * scale[:, None, :] - leaf) <= scale[:, None, :] * 0.5001).all()
@@ -163,9 +162,9 @@ def test_int8_is_near_and_halves_the_matrices(adapted: tuple[Transformer, parame
             flat[path] = leaf
     net = Transformer(ARCH, int8=True)
     assert {p: (x.shape, x.dtype.name) for p, x in flat.items()} == {
-        p: (s.shape, s.dtype or "float32") for p, s in net.table.items()
+        p: (s.shape, s.dtype or "float32") for p, s in net.param_table.items()
     }
-    got = hidden(net, parameters.nest(flat), view())
+    got = hidden(net, nest(flat), view())
     want = hidden(Transformer(ARCH), base, view())
     assert 0 < np.abs(got - want).max() < 0.05 * np.abs(want).max()
     # The oracle: the same whole numbers as ordinary weights.
@@ -174,24 +173,24 @@ def test_int8_is_near_and_halves_the_matrices(adapted: tuple[Transformer, parame
         for p, x in flat.items()
         if p in TABLE
     }
-    np.testing.assert_allclose(got, hidden(Transformer(ARCH), parameters.nest(whole), view()), atol=2e-5)
+    np.testing.assert_allclose(got, hidden(Transformer(ARCH), nest(whole), view()), atol=2e-5)
 
 
 def test_adapters_on_int8_have_the_gradients_of_adapters_on_the_same_weights(
-    adapted: tuple[Transformer, parameters.Params],
+    adapted: tuple[Transformer, Params],
 ) -> None:
     net, params = adapted
     flat, whole = {}, {}
-    for path, leaf in parameters.flatten({k: v for k, v in params.items() if k != "lora"}).items():
+    for path, leaf in flatten({k: v for k, v in params.items() if k != "lora"}).items():
         flat[path] = whole[path] = leaf
         if int8.quantised(TABLE[path]):
             numbers, scale = int8.quantise(jnp.array(leaf))
             flat |= {path: numbers, path + int8.SCALE: scale}
             whole[path] = numbers * scale[:, None, :]
 
-    def gradient(net: Transformer, base: parameters.Params) -> jax.Array:
+    def gradient(net: Transformer, base: Params) -> jax.Array:
         loss = lambda own: jnp.sum(jnp.sin(net.hidden(lora.attach(base, own), view())[0]))  # noqa: E731
         return ravel_pytree(jax.jit(jax.grad(loss))(params["lora"]))[0]
 
-    got = gradient(dataclasses.replace(net, int8=True), parameters.nest(flat))
-    np.testing.assert_allclose(got, gradient(net, parameters.nest(whole)), rtol=1e-4, atol=1e-4)
+    got = gradient(dataclasses.replace(net, int8=True), nest(flat))
+    np.testing.assert_allclose(got, gradient(net, nest(whole)), rtol=1e-4, atol=1e-4)

@@ -12,15 +12,16 @@ import pytest
 from flax import nnx
 from jax.flatten_util import ravel_pytree
 
-from jaxblock.models import spec as parameters
 from jaxblock.models.architecture import Architecture
 from jaxblock.models.attention import splash
 from jaxblock.models.attention.backends import attend, backend_of
 from jaxblock.models.embedding import look_up
-from jaxblock.models.families import registry as families
+from jaxblock.models.families import registry
 from jaxblock.models.linear.dense import matmul
+from jaxblock.models.spec import abstract_params, count_params, flatten, init_params, matmul_flops_per_token
 from jaxblock.models.transformer import Attention, Block, Transformer
-from jaxblock.parallel import mesh as axes
+from jaxblock.parallel import rules
+from jaxblock.parallel.mesh import make_mesh
 from jaxblock.types import View
 
 B, T, A = 2, 9, 3
@@ -33,7 +34,7 @@ def make_arch(tied=False, **changes):
 
 
 # One program a table, where op by op would be dozens.
-init = jax.jit(lambda arch, seed: parameters.init(families.table(arch), seed, "float32"), static_argnums=(0, 1))
+init = jax.jit(lambda arch, seed: init_params(registry.param_table(arch), seed, "float32"), static_argnums=(0, 1))
 
 
 def make_view(seed=0):
@@ -92,7 +93,7 @@ def test_tied_embeddings_are_the_untied_network_with_both_uses_summed(plain):
     value, hidden, grad = value_and_grad(net, both, make_view())
     grad = ravel_pytree(both)[1](grad)
     tied = dataclasses.replace(net, arch=make_arch(tied=True))
-    assert tied.table.keys() == net.table.keys() - {"head"}
+    assert tied.param_table.keys() == net.param_table.keys() - {"head"}
     one = {name: leaf for name, leaf in params.items() if name != "head"}
     got = value_and_grad(tied, one, make_view())
     want = {name: leaf for name, leaf in grad.items() if name != "head"} | {"embed": grad["embed"] + grad["head"].T}
@@ -155,9 +156,9 @@ def test_splash_attention_is_the_oracles(heads, groups, queries):
 
     want = both(lambda *qkv: attend(*qkv, length, "reference"))(given)
     kernel = both(lambda *qkv: splash.attend(*qkv, length, interpret=True))
-    mesh = axes.make_mesh(2, 2, 2)
+    mesh = make_mesh(2, 2, 2)
     with jax.set_mesh(mesh):
-        split = kernel(jax.device_put(given, axes.sharding(mesh, "batch")))
+        split = kernel(jax.device_put(given, rules.sharding(mesh, "batch")))
     for got in (kernel(given), split):
         for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
@@ -176,16 +177,16 @@ def test_fused_kernels_are_for_sixteen_bits_and_backends_are_the_platforms():
 
 def test_the_table_is_the_modules_parameters():
     for arch in (make_arch(), make_arch(tied=True), make_arch(n_kv_heads=4)):
-        table = families.table(arch)
+        table = registry.param_table(arch)
         layer = {p.removeprefix("blocks/"): s for p, s in table.items() if s.stacked}
         module = nnx.eval_shape(lambda layer=layer, arch=arch: Block(layer, arch, Attention("xla", False)))
         state = {path[0]: leaf.shape for path, leaf in nnx.to_flat_state(nnx.state(module))}
         assert state == {name: spec.shape[1:] for name, spec in layer.items()}
         params = init(arch, 0)
-        flat = parameters.flatten(params)
+        flat = flatten(params)
         assert {p: x.shape for p, x in flat.items()} == {p: s.shape for p, s in table.items()}
-        assert jax.tree.map(jnp.shape, params) == jax.tree.map(lambda s: s.shape, parameters.abstract(table, "float32"))
-        assert parameters.count(table) == sum(x.size for x in flat.values())
+        assert jax.tree.map(jnp.shape, params) == jax.tree.map(lambda s: s.shape, abstract_params(table, "float32"))
+        assert count_params(table) == sum(x.size for x in flat.values())
         assert all(len(spec.axes) == len(spec.shape) for spec in table.values())
         assert len({spec.hf_name for spec in table.values()}) == len(table)
         assert {p for p, s in table.items() if not s.is_matrix} == {"final_norm", "blocks/attn_norm", "blocks/mlp_norm"}
@@ -193,15 +194,15 @@ def test_the_table_is_the_modules_parameters():
 
 def test_every_parameter_is_used(plain):
     _, params, (_, _, flat) = plain
-    for path, grad in parameters.flatten(ravel_pytree(params)[1](flat)).items():
+    for path, grad in flatten(ravel_pytree(params)[1](flat)).items():
         assert (np.abs(grad).reshape(len(grad), -1).max(-1) > 0).all() or path in ("embed", "final_norm"), path
         assert np.abs(grad).max() > 0, path
 
 
 def test_initialisation_follows_the_table():
     arch = make_arch(d_model=64, n_heads=8, head_dim=8, n_kv_heads=8, mlp_dim=128, vocab_size=512)
-    table = families.table(arch)
-    flat = parameters.flatten(init(arch, 0))
+    table = registry.param_table(arch)
+    flat = flatten(init(arch, 0))
     for path, spec in table.items():
         values = np.asarray(flat[path], np.float64)
         if spec.std is None:
@@ -307,8 +308,8 @@ def test_bfloat16_compute_keeps_float32_outputs(plain):
 
 def test_flops_count_the_matrices_and_attention():
     arch = make_arch()
-    table = families.table(arch)
+    table = registry.param_table(arch)
     per_layer = 16 * 16 + 2 * 16 * 8 + 16 * 16 + 3 * 16 * 24
-    forward = parameters.matmul_flops_per_token(table, arch, context=T)
+    forward = matmul_flops_per_token(table, arch, context=T)
     assert forward == 2 * (2 * per_layer + 13 * 16 + 2 * 2 * T * 16)
-    assert parameters.matmul_flops_per_token(table, arch, T, head=False) == forward - 2 * 13 * 16
+    assert matmul_flops_per_token(table, arch, T, head=False) == forward - 2 * 13 * 16

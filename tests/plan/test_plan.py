@@ -22,7 +22,7 @@ from jaxblock.fit import shapes as abstract
 from jaxblock.fit.advice import Trial, advise
 from jaxblock.fit.memory import Built
 from jaxblock.models.config import LoraConfig, ModelConfig
-from jaxblock.parallel import mesh as axes
+from jaxblock.parallel.mesh import make_mesh
 from jaxblock.training.config import TrainConfig
 
 SMALL = Config(
@@ -121,7 +121,7 @@ def test_what_a_compiler_says_of_memory() -> None:
 
 
 def test_training_that_cannot_fit_is_refused_with_what_helps() -> None:
-    mesh = axes.make_mesh(8)
+    mesh = make_mesh(8)
     step = abstract.build(SMALL, ARCH, mesh).lower()
     built = memory.build(step, 0.0)
     assert built.program is not None
@@ -145,7 +145,7 @@ def test_what_is_kept_for_the_backward_pass() -> None:
     assert kept("full") < kept("dots") < kept("none")
     assert kept("none", rows=8) == pytest.approx(2 * kept("none"), rel=0.01)
     # What a device then takes for it: temporaries of the compiled step are not far below what shapes say.
-    mesh = axes.make_mesh(8)
+    mesh = make_mesh(8)
     found = programs.train_step(SMALL, ARCH, mesh)
     assert found.parts["activations"] == kept("none")
     assert found.memory.temporaries > 0.5 * (found.parts["activations"] + found.parts["gradients"])

@@ -17,10 +17,10 @@ from jaxblock.errors import UserError
 from jaxblock.fit import process as command
 from jaxblock.fit import sizes, topology
 from jaxblock.models.architecture import Architecture
-from jaxblock.models.families import registry as families
+from jaxblock.models.families import registry
 from jaxblock.models.linear import lora
-from jaxblock.models.spec import count
-from jaxblock.parallel import mesh as axes
+from jaxblock.models.spec import count_params
+from jaxblock.parallel.mesh import make_mesh
 
 pytestmark = pytest.mark.slow
 
@@ -53,8 +53,8 @@ def test_memory_is_that_of_the_shapes_and_fits(plan: dict[str, Any], run: tuple[
     config, arch = run
     adapters = wiring.adapters(config.lora, arch)
     assert adapters is not None
-    trained = count(lora.table(families.table(arch), adapters))
-    state = (2 * count(families.table(arch)) + 12 * trained) / CHIPS
+    trained = count_params(lora.adapter_table(registry.param_table(arch), adapters))
+    state = (2 * count_params(registry.param_table(arch)) + 12 * trained) / CHIPS
     assert plan["train"]["memory"]["arguments"] == pytest.approx(state, rel=0.01)
     # Layers' inputs of a chip's rows are 1 GiB, the gathered head is another.
     assert 2 * 2**30 < plan["train"]["memory"]["temporaries"] < 4 * 2**30
@@ -64,7 +64,7 @@ def test_memory_is_that_of_the_shapes_and_fits(plan: dict[str, Any], run: tuple[
 def test_operations_are_three_passes_over_the_layers(plan: dict[str, Any], run: tuple[Config, Architecture]) -> None:
     """Forward, forward again, and backward to the inputs: the frozen weights have no gradients of their own."""
     _, arch = run
-    layers = count(families.table(arch)) - 2 * VOCAB * arch.d_model
+    layers = count_params(registry.param_table(arch)) - 2 * VOCAB * arch.d_model
     down = arch.n_layers * arch.d_model * arch.mlp_dim  # its output is not needed again
     tokens = ROWS / CHIPS * 512
     expected = 2 * tokens * (3 * layers - down)
@@ -76,7 +76,7 @@ def test_what_is_sent_is_weights_not_logits(plan: dict[str, Any], run: tuple[Con
     config, arch = run
     adapters = wiring.adapters(config.lora, arch)
     assert adapters is not None
-    trained = count(lora.table(families.table(arch), adapters))
+    trained = count_params(lora.adapter_table(registry.param_table(arch), adapters))
     gathered = 2.0 * (2 * _layers(arch) + _head(arch)) + 2 * 2.0 * trained
     _near_the_least(plan, gathered + 4.0 * trained, CHIPS)
     for one in plan["train"]["collectives"]:
@@ -103,25 +103,25 @@ def test_a_slice_of_the_mesh_is_a_slice_of_chips() -> None:
     """Only gradients may cross the data-centre network: whatever lies along the other axes is of one slice."""
     pytest.importorskip("libtpu")
     chips = list(topology.devices(topology.parse("2xv5e-16")))
-    mesh = axes.make_mesh(2, 4, 2, slices=2, devices=chips)
+    mesh = make_mesh(2, 4, 2, slices=2, devices=chips)
     found = [{chip.slice_index for chip in mesh.devices[at].flat} for at in range(2)]
     assert sorted(map(len, found)) == [1, 1] and found[0] != found[1]
     with pytest.raises(UserError, match=r"train.slices is 4, but these devices are of 2 slices"):
-        axes.make_mesh(2, 4, 1, slices=4, devices=chips)
+        make_mesh(2, 4, 1, slices=4, devices=chips)
 
 
 @pytest.mark.parametrize("name, mesh", [("v6e-64", (1, 32, 2)), ("v6e-64", (1, 64, 1)), ("v5p-8", (1, 2, 2))])
 def test_an_axis_may_split_a_side_of_the_slice(name: str, mesh: tuple[int, int, int]) -> None:
     """Tensor groups of two on 8 x 8 chips, and they are neighbours: one link apart."""
     pytest.importorskip("libtpu")
-    placed = axes.make_mesh(*mesh, devices=list(topology.devices(topology.parse(name)))).devices
+    placed = make_mesh(*mesh, devices=list(topology.devices(topology.parse(name)))).devices
     groups = np.array([chip.coords for chip in placed.flat]).reshape(*placed.shape, -1)
     assert len({chip.id for chip in placed.flat}) == placed.size
     assert (np.abs(np.diff(groups, axis=3)).sum(-1) == 1).all()
 
 
 def _layers(arch: Architecture) -> int:
-    return count(families.table(arch)) - 2 * VOCAB * arch.d_model
+    return count_params(registry.param_table(arch)) - 2 * VOCAB * arch.d_model
 
 
 def _head(arch: Architecture) -> int:

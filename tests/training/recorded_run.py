@@ -26,7 +26,7 @@ import numpy as np
 
 from jaxblock import verbs
 from jaxblock.cli import main
-from jaxblock.parallel import mesh as axes
+from jaxblock.parallel import rules
 from jaxblock.training import loop
 from jaxblock.training.observe.goodput import Goodput
 from jaxblock.training.start import Session
@@ -41,7 +41,7 @@ def draws(session: Session) -> Callable[[Any, int], str]:
     """Batch (this process's rows) and step -> digest of the global batch and of all that is drawn for it."""
     everything = jax.jit(
         lambda batch, step: (batch, session.objective.draw(batch, session.objective.canvas(batch), step)),
-        out_shardings=axes.replicated(session.mesh),
+        out_shardings=rules.replicated(session.mesh),
     )
     return lambda batch, step: digest(everything(session.on_mesh(batch), step))
 
@@ -58,7 +58,7 @@ def record(file: Path, stop: int) -> None:
 
     def step_of(self: Any) -> Any:
         step_fn, session = original(self), self.session
-        whole = jax.jit(lambda tree: tree, out_shardings=axes.replicated(session.mesh))
+        whole = jax.jit(lambda tree: tree, out_shardings=rules.replicated(session.mesh))
         drawn, counter = draws(session), itertools.count(session.step)
 
         def state_of(state: Any) -> str:

@@ -20,9 +20,9 @@ from jaxblock.diffusion.config import CanvasConfig, MethodConfig
 from jaxblock.fit import shapes as abstract
 from jaxblock.models.architecture import Architecture
 from jaxblock.models.config import LoraConfig, ModelConfig
-from jaxblock.models.families import llada
-from jaxblock.models.families import registry as families
-from jaxblock.parallel import mesh as axes
+from jaxblock.models.families import llada, registry
+from jaxblock.parallel import rules
+from jaxblock.parallel.mesh import make_mesh
 from jaxblock.training.config import TrainConfig
 
 VOCAB, D, P, R, ROWS = 4096, 64, 32, 32, 32
@@ -59,7 +59,7 @@ def program() -> Callable[..., jax.stages.Compiled]:
             lora=LoraConfig(rank),
             train=TrainConfig(batch_size=ROWS),
         )
-        return abstract.build(config, ARCH, axes.make_mesh(*mesh)).lower().compile()
+        return abstract.build(config, ARCH, make_mesh(*mesh)).lower().compile()
 
     return compiled
 
@@ -139,11 +139,11 @@ def test_a_frozen_base_has_no_gradient_to_sum(compiled: Callable[..., str]) -> N
 
 def test_families_share_the_rules() -> None:
     """A family whose axes had a name without a rule would be copied to every device."""
-    for family in families.FAMILIES:
-        arch = dataclasses.replace(ARCH, family=family, **families.traits(family))
-        for path, spec in families.table(arch).items():
+    for family in registry.FAMILIES:
+        arch = dataclasses.replace(ARCH, family=family, **registry.traits(family))
+        for path, spec in registry.param_table(arch).items():
             names = [name for name in spec.axes if name not in (None, "layers")]
-            assert all(name in axes.RULES for name in names), path
+            assert all(name in rules.RULES for name in names), path
             if spec.is_matrix:
                 assert len(names) == 2, path
 

@@ -13,7 +13,7 @@ import pytest
 from jaxblock import build as wiring
 from jaxblock.cli import main
 from jaxblock.models.config import ModelConfig
-from jaxblock.models.spec import init
+from jaxblock.models.spec import init_params
 from jaxblock.training.guard.debug import NanFinder, not_finite
 
 
@@ -22,7 +22,7 @@ def test_nan_finder_names_the_first_bad_layer_under_grad_and_vmap() -> None:
     arch = wiring.architecture(model, vocab_size=9, mask_id=8, eos_id=1)
     finder = NanFinder()
     net = wiring.network(arch, model, check_layer=finder.layer)
-    params = init(net.table, 0, "float32")
+    params = init_params(net.param_table, 0, "float32")
     params["blocks"]["gate"] = params["blocks"]["gate"].at[1, 0, 0].set(jnp.nan)
     assert not_finite(params) == ["blocks/gate (layer 1)"]
     ids = jnp.ones((2, 2, 4), jnp.int32)

@@ -14,11 +14,11 @@ import optax
 import pytest
 
 from jaxblock import build as wiring
-from jaxblock.models import spec as params
 from jaxblock.models.config import ModelConfig
-from jaxblock.models.families import registry as families
-from jaxblock.models.spec import Table, flatten
-from jaxblock.parallel import mesh as axes
+from jaxblock.models.families import registry
+from jaxblock.models.spec import ParamSpec, Table, abstract_params, count_params, flatten, init_params
+from jaxblock.parallel import rules
+from jaxblock.parallel.mesh import make_mesh
 from jaxblock.training.checkpoints.manager import Checkpoints
 from jaxblock.training.checkpoints.retention import Keep
 from jaxblock.training.optim import adamw, moments
@@ -33,7 +33,7 @@ Storage = Literal["float32", "bfloat16", "int8"]
 
 def _table(vocab_size: int, d_model: int, n_layers: int, n_heads: int, mlp_dim: int) -> Table:
     model = ModelConfig(d_model=d_model, n_layers=n_layers, n_heads=n_heads, mlp_dim=mlp_dim)
-    return families.table(wiring.architecture(model, vocab_size=vocab_size, mask_id=31, eos_id=1))
+    return registry.param_table(wiring.architecture(model, vocab_size=vocab_size, mask_id=31, eos_id=1))
 
 
 @pytest.fixture
@@ -174,7 +174,7 @@ def _fit(config: OptimizerConfig, dtype: str = "float32") -> float:
     inputs = jax.random.normal(key, (150, 32, 16)) * jnp.logspace(-1, 0.5, 16)
     truth = jax.random.normal(jax.random.fold_in(key, 1), (16, 8))
     noise = 0.1 * jax.random.normal(jax.random.fold_in(key, 2), (150, 32, 8))
-    optimizer = optimizers.make(config, 150, {"w": params.ParamSpec((16, 8), (None, None), 1.0, "w")})
+    optimizer = optimizers.make(config, 150, {"w": ParamSpec((16, 8), (None, None), 1.0, "w")})
 
     def loss(w: Any, x: jax.Array, e: jax.Array) -> jax.Array:
         return jnp.mean((x @ (w["w"].astype(jnp.float32) - truth) - e) ** 2)
@@ -217,7 +217,7 @@ def full() -> float:
 def test_small_updates_of_bfloat16_weights(rounding: Literal["nearest", "stochastic"], moves: bool) -> None:
     """200 updates of 1e-5 from 1, where bfloat16's neighbours are 1/256 below and 1/128 above."""
     config = OptimizerConfig(lr=1e-5, schedule="constant", warmup_steps=0, rounding=rounding)
-    optimizer = optimizers.make(config, 200, {"w": params.ParamSpec((64, 512), (None, None), 1.0, "w")})
+    optimizer = optimizers.make(config, 200, {"w": ParamSpec((64, 512), (None, None), 1.0, "w")})
     grads = {"w": jnp.ones((64, 512), jnp.bfloat16).at[:32].set(-1)}
     start = {"w": jnp.ones((64, 512), jnp.bfloat16)}
 
@@ -252,10 +252,10 @@ def test_bytes_of_state_for_each_weight_of_8b(fields: dict[str, Any], least: flo
     """Measured on the state's shapes; nothing is allocated."""
     table = _table(126_464, 4096, 32, 32, 12_288)
     optimizer = optimizers.make(OptimizerConfig(**fields), 10, table)
-    state = jax.eval_shape(optimizer.init, params.abstract(table, "bfloat16"))
+    state = jax.eval_shape(optimizer.init, abstract_params(table, "bfloat16"))
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    assert params.count(table) == 8_015_581_184
-    assert least <= size / params.count(table) <= most
+    assert count_params(table) == 8_015_581_184
+    assert least <= size / count_params(table) <= most
 
 
 Updated = tuple[TrainState, TrainState]
@@ -266,17 +266,17 @@ def updated() -> Iterator[Callable[[dict[str, Any]], Updated]]:
     """Three updates of bfloat16 weights: on one device, and on (2, 4) layer by layer. Without clipping, no sums differ."""
     whole = _table(256, 128, 2, 2, 256)
     table = {path: whole[path] for path in ("embed", "blocks/q", "blocks/attn_norm")}  # fewer tensors compile faster
-    start = jax.device_get(params.init(table, 0, "bfloat16"))
-    grads = jax.device_get(params.init(table, 1, "bfloat16"))
+    start = jax.device_get(init_params(table, 0, "bfloat16"))
+    grads = jax.device_get(init_params(table, 1, "bfloat16"))
 
     def run(fields: dict[str, Any]) -> Updated:
         optimizer = optimizers.make(OptimizerConfig(lr=1e-4, warmup_steps=0, clip_norm=0.0, **fields), 9, table)
         states = []
         for shape, devices, loop_from in (((1, 1), jax.devices()[:1], 2**24), ((2, 4), None, 0)):
             patch.setattr(adamw, "LOOP_FROM", loop_from)
-            mesh = axes.make_mesh(*shape, devices=devices)
+            mesh = make_mesh(*shape, devices=devices)
             with jax.set_mesh(mesh):
-                state = create(jax.device_put(start, axes.param_shardings(mesh, table)), optimizer, mesh, table)
+                state = create(jax.device_put(start, rules.param_shardings(mesh, table)), optimizer, mesh, table)
                 placed = shardings(state.opt_state, mesh, table)
 
                 def step(state: TrainState, grads: Any) -> TrainState:

@@ -17,9 +17,9 @@ from jaxblock.cli import main
 from jaxblock.config import files as config_io
 from jaxblock.config.config import Config
 from jaxblock.errors import UserError
-from jaxblock.models import spec as parameters
 from jaxblock.models.architecture import Architecture
-from jaxblock.models.families import registry as families
+from jaxblock.models.families import registry
+from jaxblock.models.spec import matmul_flops_per_token
 from jaxblock.parallel.chips import CHIPS
 from jaxblock.training.observe import goodput, throughput, trackers
 from jaxblock.training.observe import history as metrics
@@ -288,12 +288,12 @@ def test_arithmetic_against_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
         "llada", vocab_size=13, d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=4, mlp_dim=24, norm_eps=1e-5,
         rope_theta=100.0, max_len=64, mask_id=11, eos_id=10, pad_id=10, tie_embeddings=False,
     )  # fmt: skip
-    table = families.table(arch)
+    table = registry.param_table(arch)
     work = Work(rows=2, positions=20, predicted=8)
-    per_token = parameters.matmul_flops_per_token(table, arch, 10, head=False)
+    per_token = matmul_flops_per_token(table, arch, 10, head=False)
     head = 2 * arch.vocab_size * arch.d_model
     assert throughput.model_flops(table, arch, work) == 3 * (20 * per_token + 8 * head)
-    attention = per_token - parameters.matmul_flops_per_token(table, arch, 0, head=False)
+    attention = per_token - matmul_flops_per_token(table, arch, 0, head=False)
     assert throughput.model_flops(table, arch, work, {}) == 2 * (20 * per_token + 8 * head) + 20 * attention
 
     mesh = Mesh(jax.devices()[:4], ("data",))

@@ -14,8 +14,8 @@ import pytest
 
 from jaxblock import build as wiring
 from jaxblock.models.config import ModelConfig
-from jaxblock.models.families import registry as families
-from jaxblock.models.spec import ParamSpec, Table, flatten, init
+from jaxblock.models.families import registry
+from jaxblock.models.spec import ParamSpec, Table, flatten, init_params
 from jaxblock.training.optim import make as optimizers
 from jaxblock.training.optim import precision, schedules
 from jaxblock.training.optim.config import OptimizerConfig
@@ -25,7 +25,7 @@ from jaxblock.types import Params
 @pytest.fixture(scope="module")
 def table() -> Table:
     model = ModelConfig(d_model=8, n_layers=2, n_heads=2, mlp_dim=12)
-    return families.table(wiring.architecture(model, vocab_size=11, mask_id=10, eos_id=1))
+    return registry.param_table(wiring.architecture(model, vocab_size=11, mask_id=10, eos_id=1))
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_deepspeeds_schedule(shared: Path) -> None:
 def test_weight_decay_alone_shrinks_what_it_should(table: Table, decay: Literal["matrices", "all"]) -> None:
     """With a gradient of 0 an update is -lr * weight_decay * parameter, and nothing where there is no decay."""
     config = OptimizerConfig(lr=0.1, schedule="constant", warmup_steps=0, weight_decay=0.5, decay=decay)
-    params = init(table, 0, "float32")
+    params = init_params(table, 0, "float32")
     optimizer = optimizers.make(config, 10, table)
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
     norms = {"blocks/attn_norm", "blocks/mlp_norm", "final_norm"}
@@ -89,7 +89,7 @@ def test_weight_decay_alone_shrinks_what_it_should(table: Table, decay: Literal[
 def test_clipping_bounds_the_gradient_before_adam(table: Table, clip: float) -> None:
     """With a large eps Adam's first update is lr * g / (|g| + eps), nearly linear in g: clipping shows."""
     config = OptimizerConfig(lr=1.0, schedule="constant", warmup_steps=0, eps=1e6, clip_norm=clip)
-    params = init(table, 0, "float32")
+    params = init_params(table, 0, "float32")
     grads = jax.tree.map(jnp.ones_like, params)
     optimizer = optimizers.make(config, 10, table)
     updates, _ = optimizer.update(grads, optimizer.init(params), params)
@@ -115,7 +115,7 @@ def test_adamw_is_torchs(table: Table) -> None:
     config = OptimizerConfig(
         lr=0.05, schedule="constant", warmup_steps=0, weight_decay=0.3, decay="all", b2=0.99, eps=1e-3, clip_norm=2.0
     )
-    params = init(table, 0, "float32")
+    params = init_params(table, 0, "float32")
     theirs = {path: torch.nn.Parameter(torch.tensor(np.asarray(value))) for path, value in flatten(params).items()}
     adam = torch.optim.AdamW(theirs.values(), lr=0.05, betas=(0.9, 0.99), eps=1e-3, weight_decay=0.3)
     optimizer = optimizers.make(config, 5, table)
@@ -127,7 +127,7 @@ def test_adamw_is_torchs(table: Table) -> None:
 
     state = optimizer.init(params)
     for seed in range(5):
-        grads = init(table, seed + 1, "float32")
+        grads = init_params(table, seed + 1, "float32")
         params, state = step(params, state, grads)
         for path, grad in flatten(grads).items():
             theirs[path].grad = torch.tensor(np.asarray(grad))
@@ -138,7 +138,7 @@ def test_adamw_is_torchs(table: Table) -> None:
 
 
 def test_optimizer_state_is_float32_under_bfloat16_weights(table: Table) -> None:
-    state = optimizers.make(OptimizerConfig(), 10, table).init(init(table, 0, "bfloat16"))
+    state = optimizers.make(OptimizerConfig(), 10, table).init(init_params(table, 0, "bfloat16"))
     moments = {leaf.dtype for leaf in jax.tree.leaves(state) if leaf.ndim}
     assert moments == {jnp.dtype("float32")}
 

@@ -16,12 +16,12 @@ from jaxblock import build as wiring
 from jaxblock.cli import main
 from jaxblock.data.loader import Batch
 from jaxblock.diffusion.config import CanvasConfig, MethodConfig
-from jaxblock.models import spec as parameters
 from jaxblock.models.config import LoraConfig, ModelConfig
-from jaxblock.models.families import registry as families
+from jaxblock.models.families import registry
 from jaxblock.models.linear import int8
-from jaxblock.models.spec import Table
-from jaxblock.parallel import mesh as axes
+from jaxblock.models.spec import Table, flatten, init_params, nest
+from jaxblock.parallel import rules
+from jaxblock.parallel.mesh import make_mesh
 from jaxblock.training.optim import make as optimizers
 from jaxblock.training.optim.config import OptimizerConfig
 from jaxblock.training.state import create, next_average
@@ -105,11 +105,11 @@ def _method(case: Case) -> MethodConfig:
 def _base(objective: Objective) -> tuple[Any, Table]:
     """Frozen weights beneath adapters, in int8 where the network has them so."""
     net = objective.net
-    table = families.table(net.arch)
-    flat = parameters.flatten(parameters.init(table, 1, "float32"))
+    table = registry.param_table(net.arch)
+    flat = flatten(init_params(table, 1, "float32"))
     for path in [path for path, spec in table.items() if net.int8 and int8.quantised(spec)]:
         flat[path], flat[path + int8.SCALE] = int8.quantise(flat[path])
-    return jax.device_get(parameters.nest(flat)), net.table
+    return jax.device_get(nest(flat)), net.param_table
 
 
 def _moments(opt_state: Any) -> Any:
@@ -127,20 +127,20 @@ def train() -> Callable[[Case], Result]:
         chunk = 4 if case.objective == "classical" else None
         objective = _objective(_method(case), case.rank, quantize=case.quantize, dtype=case.dtype, loss_chunk=chunk)
         net = objective.net
-        start = jax.device_get(parameters.init(net.trainable, 0, "float32"))
+        start = jax.device_get(init_params(net.trainable, 0, "float32"))
         optimizer = optimizers.make(config, 9, net.trainable)
         one = case == case.on_one_device()._replace(accumulate=case.accumulate)
-        mesh = axes.make_mesh(*case[:3], slices=case.slices, devices=jax.devices()[:1] if one else None)
-        rows = axes.sharding(mesh, "batch")
+        mesh = make_mesh(*case[:3], slices=case.slices, devices=jax.devices()[:1] if one else None)
+        rows = rules.sharding(mesh, "batch")
         with jax.set_mesh(mesh):
             draw = jax.jit(lambda b, s: objective.draw(b, objective.canvas(b), s), in_shardings=(rows, None))
             draws = [jax.device_get(draw(batch, jnp.int32(step))) for step in range(3)]
-            params = jax.device_put(start, axes.param_shardings(mesh, net.trainable))
+            params = jax.device_put(start, rules.param_shardings(mesh, net.trainable))
             state = create(params, optimizer, mesh, net.trainable, averaged=True)
             base, base_table = {}, None
             if case.rank:
                 base, base_table = _base(objective)
-                base = jax.device_put(base, axes.param_shardings(mesh, base_table))
+                base = jax.device_put(base, rules.param_shardings(mesh, base_table))
             how = {"accumulate": case.accumulate, "ema": 0.9}
             step_fn = compile_step(objective, optimizer, state, mesh, net.trainable, base_table, **how)
             if case.dtype == "bfloat16" and EMITTERS in os.environ["XLA_FLAGS"]:
@@ -178,8 +178,8 @@ def test_any_mesh_and_any_parts_do_what_one_device_does_at_once(train: Callable[
     share = 1e-4 if case.rank else 2e-6
     pairs = zip((*several.params, *several.moments), (*one.params, *one.moments), (1, 1, 1, 2), strict=True)
     for ours, theirs, power in pairs:
-        ours = parameters.flatten(ours)
-        for path, value in parameters.flatten(theirs).items():
+        ours = flatten(ours)
+        for path, value in flatten(theirs).items():
             atol = power * share * np.abs(value).max()
             np.testing.assert_allclose(ours[path], value, rtol=0, atol=atol, err_msg=path)
 
@@ -221,8 +221,8 @@ def test_the_average_is_what_its_definition_says(train: Callable[[Case], Result]
 def test_optimizer_state_lies_where_its_parameters_lie(train: Callable[[Case], Result]) -> None:
     state = train(Case(2, 4)).state
     for moments in _moments(state.opt_state):
-        for path, moment in parameters.flatten(moments).items():
-            parameter = parameters.flatten(state.params)[path]
+        for path, moment in flatten(moments).items():
+            parameter = flatten(state.params)[path]
             assert moment.sharding.is_equivalent_to(parameter.sharding, parameter.ndim), path
             assert moment.addressable_shards[0].data.size == moment.size // 4, path
 

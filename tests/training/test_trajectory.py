@@ -144,7 +144,7 @@ def test_the_batches_are_what_the_paper_context_shows(golden: Golden, model: jax
 @pytest.mark.parametrize("name", ["full_wd0", "full_wd0.1", "full_engine_order_log_warmup"])
 def test_full_parameter_trajectory(golden: Golden, model: jaxblock.Model, name: str) -> None:
     params = _follow(golden, golden.runs[name], model)
-    _assert_stored(params, model.net.table, load_file(golden.folder / f"{name}.final.safetensors"))
+    _assert_stored(params, model.net.param_table, load_file(golden.folder / f"{name}.final.safetensors"))
 
 
 def test_lora_trajectory(golden: Golden, model: jaxblock.Model, tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_lora_trajectory(golden: Golden, model: jaxblock.Model, tmp_path: Path) 
     _assert_stored(trained, adapted.net.trainable, load_file(golden.folder / "lora.final.safetensors"), PEFT)
     params = lora.attach(model.params, trained)
     merged = lora.merge(params, adapted.net.lora)
-    targets = {path: model.net.table[path] for path in adapted.net.lora.targets}
+    targets = {path: model.net.param_table[path] for path in adapted.net.lora.targets}
     _assert_stored(merged, targets, load_file(golden.folder / "lora.merged.safetensors"))
     with np.load(golden.folder / "lora.merged_logits.npz") as arrays:
         ids, logits = arrays["noisy_ids"], arrays["logits"]

@@ -14,7 +14,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jaxtyping import Float, Int
 
-from jaxblock.parallel.mesh import per_device
+from jaxblock.parallel.collectives import per_device
 
 LANES = 128
 """The kernel's tile: lengths and the head's width are padded to multiples of it."""

@@ -193,7 +193,7 @@ def read_llama(
     Args:
         config: the parsed file.
         where: its path, for messages.
-        family: key of ``models.families.FAMILIES``.
+        family: key of ``models.families.registry.FAMILIES``.
         traits: what the family's networks share; without an ``alignment`` the family is autoregressive, and config.json
             may say it.
         attention_bias: what ``attention_bias`` must be where it is given.

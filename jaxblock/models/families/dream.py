@@ -22,9 +22,9 @@ CODE = "Dream-org/Dream-v0-Instruct-7B"
 """transformers has no Dream of its own: an export without model code beside it names the repository that has it."""
 
 
-def table(arch: Architecture) -> Table:
-    """Every tensor of the network (see ``gated.table``)."""
-    return gated.table(arch, gated.LLAMA_NAMES)
+def param_table(arch: Architecture) -> Table:
+    """Every tensor of the network (see ``gated.gated_table``)."""
+    return gated.gated_table(arch, gated.LLAMA_NAMES)
 
 
 def from_hf(config: Mapping[str, Any], where: str) -> Architecture:

@@ -26,7 +26,7 @@ LLAMA_NAMES: dict[str, str] = {
 """Module names of Llama's layout in transformers, which most families follow."""
 
 
-def table(arch: Architecture, names: Mapping[str, str]) -> Table:
+def gated_table(arch: Architecture, names: Mapping[str, str]) -> Table:
     """Every tensor of RMSNorm, grouped attention and a gated feed-forward layer, repeated.
 
     Args:

@@ -55,9 +55,9 @@ CODE = "GSAI-ML/LLaDA-8B-Instruct"
 """transformers has no LLaDA of its own: an export without model code beside it names the repository that has it."""
 
 
-def table(arch: Architecture) -> Table:
-    """Every tensor of the network (see ``gated.table``), under the published checkpoints' names."""
-    return gated.table(arch, _NAMES)
+def param_table(arch: Architecture) -> Table:
+    """Every tensor of the network (see ``gated.gated_table``), under the published checkpoints' names."""
+    return gated.gated_table(arch, _NAMES)
 
 
 def from_hf(config: Mapping[str, Any], where: str) -> Architecture:

@@ -19,9 +19,9 @@ TRAITS: dict[str, Any] = {"qk_norm": True}
 """Fields of ``Architecture`` that all networks of the family share."""
 
 
-def table(arch: Architecture) -> Table:
-    """Every tensor of the network (see ``gated.table``)."""
-    return gated.table(arch, gated.LLAMA_NAMES)
+def param_table(arch: Architecture) -> Table:
+    """Every tensor of the network (see ``gated.gated_table``)."""
+    return gated.gated_table(arch, gated.LLAMA_NAMES)
 
 
 def from_hf(config: Mapping[str, Any], where: str) -> Architecture:

@@ -72,9 +72,9 @@ def with_mask(arch: Architecture, mask_id: int, alignment: Alignment | None = No
     return replace(arch, mask_id=mask_id, alignment=chosen, vocab_size=rows)
 
 
-def table(arch: Architecture) -> Table:
+def param_table(arch: Architecture) -> Table:
     """The table of an architecture's family."""
-    return FAMILIES[arch.family].table(arch)
+    return FAMILIES[arch.family].param_table(arch)
 
 
 def from_hf(config: Mapping[str, Any], where: str) -> Architecture:

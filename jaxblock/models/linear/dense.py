@@ -16,11 +16,11 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float, Shaped
 
-from jaxblock.parallel import mesh as axes
+from jaxblock.parallel import collectives, rules
 
 
 class Split(NamedTuple):
-    """Logical names of a matrix's two dimensions (``parallel.axes``).
+    """Logical names of a matrix's two dimensions (``parallel.rules``).
 
     Attributes:
         stored: as it is stored, and its gradient with it.
@@ -153,17 +153,17 @@ def product(x: Float[Array, "*rows I"], w: Weight, out: DTypeLike, split: Split 
 
 def _own_part(w: Array, split: Split | None) -> Array:
     """w, pinned to where it is stored: the compiler would spread the gathered layout to what is kept of it."""
-    return w if split is None else axes.constrain(w, *split.stored)
+    return w if split is None else rules.constrain(w, *split.stored)
 
 
 def _whole(part: Array, dtype: DTypeLike, split: Split | None) -> Array:
     if jnp.dtype(dtype).itemsize < part.dtype.itemsize:
         part = part.astype(dtype)  # the narrower of the two is sent
-    return (part if split is None else axes.gather(part, *split.used)).astype(dtype)
+    return (part if split is None else collectives.gather(part, *split.used)).astype(dtype)
 
 
 def _to_sum(w: Array, split: Split | None) -> Array:
-    return w if split is None or not axes.splits_rows() else _parts(w, split)
+    return w if split is None or not collectives.splits_rows() else _parts(w, split)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -172,12 +172,12 @@ def _parts(w: Array, split: Split) -> Array:
 
     Stated as a function of w, the sum over devices is taken once for all that use w, and outside of any ``vmap``.
     """
-    return axes.stack_of_parts(w)
+    return collectives.shaped_like_partial_sums(w)
 
 
 _parts.defvjp(
-    lambda w, split: (axes.stack_of_parts(w), None),
-    lambda split, _, parts: (axes.sum_of_parts(parts, split.used, split.stored),),
+    lambda w, split: (collectives.shaped_like_partial_sums(w), None),
+    lambda split, _, parts: (collectives.sum_over_devices(parts, split.used, split.stored),),
 )
 
 
@@ -227,9 +227,9 @@ def _backward(
         dw = jax.lax.dot_general(x, grad, numbers, precision=precision(x), preferred_element_type=wide)
         return dw.astype(kept)
 
-    if split is None or not axes.splits_rows():
+    if split is None or not collectives.splits_rows():
         return dx, over_rows(x, grad), None
-    return dx, axes.parts_of_sum(over_rows, x, grad, split.used), None
+    return dx, collectives.partial_sums(over_rows, x, grad, split.used), None
 
 
 _product.defvjp(_forward, _backward)

@@ -24,7 +24,7 @@ def quantised(spec: ParamSpec) -> bool:
     return spec.stacked and spec.is_matrix
 
 
-def table(base: Table) -> Table:
+def int8_table(base: Table) -> Table:
     """The specs of the int8 network: the matrices' type, and their scales beside them."""
     specs: dict[str, ParamSpec] = {}
     for path, spec in base.items():

@@ -82,7 +82,7 @@ def _module(spec: ParamSpec) -> str:
     return spec.hf_name.removesuffix(".weight").rsplit(".", 1)[-1]
 
 
-def table(base: Table, lora: Lora) -> Table:
+def adapter_table(base: Table, lora: Lora) -> Table:
     """The adapters' specs: shapes, axes and initialisation, as those of any network.
 
     ``a`` begins with PEFT's variance (uniform within 1/sqrt(in) there, a cut normal here), ``b`` with zeros, so that the

@@ -24,7 +24,7 @@ from etils import epath
 from jaxblock.errors import UserError
 from jaxblock.io.folders import move_folder
 from jaxblock.io.paths import PathLike, as_path, is_remote
-from jaxblock.parallel import processes as distributed
+from jaxblock.parallel import processes
 from jaxblock.training.checkpoints import checksums, retention
 from jaxblock.training.checkpoints.retention import Keep
 from jaxblock.training.state import TrainState
@@ -92,7 +92,7 @@ class Checkpoints:
         """
         if jax.process_index() == 0:
             self._sweep()
-        distributed.wait("what was unfinished is gone")  # before anybody lists what there is
+        processes.wait("what was unfinished is gone")  # before anybody lists what there is
         for step in reversed(self._folders()):
             problem = _told_by_any(self._damage(step))
             if problem is None:
@@ -105,7 +105,7 @@ class Checkpoints:
                 return step
             if jax.process_index() == 0:
                 self._set_aside(step, problem)
-            distributed.wait("a damaged checkpoint is out of the way")
+            processes.wait("a damaged checkpoint is out of the way")
             if self._at(step).exists():
                 self._unusable.add(step)
         return None
@@ -396,7 +396,7 @@ def _told_by_any(problem: str | None) -> str | None:
     if jax.process_count() == 1:
         return problem
     text = np.frombuffer((problem or "").encode()[:_TOLD], np.uint8)
-    everywhere = distributed.gathered(np.pad(text, (0, _TOLD - len(text)))).reshape(-1, _TOLD).astype(np.uint8)
+    everywhere = processes.gathered(np.pad(text, (0, _TOLD - len(text)))).reshape(-1, _TOLD).astype(np.uint8)
     said = (row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in everywhere)
     return next(filter(None, said), None)
 

@@ -29,7 +29,7 @@ from jaxblock.io.files import read_json, write_json, write_text
 from jaxblock.io.folders import copy_files, new_folder
 from jaxblock.io.paths import PathLike, as_path
 from jaxblock.models.architecture import Architecture
-from jaxblock.models.families import registry as families
+from jaxblock.models.families import registry
 from jaxblock.training.checkpoints.manager import Checkpoints
 
 CONFIG, MODEL, BASE, TOKENIZER, ORIGIN = "config.yaml", "model.json", "base.json", "tokenizer", "origin"
@@ -98,7 +98,7 @@ def begin(
     with new_folder(folder, marker=CONFIG) as scratch:
         copy_files(as_path(prepared.folder) / TOKENIZER, scratch / TOKENIZER)
         manifests.write(scratch, prepared.manifest)
-        write_json(scratch / MODEL, families.to_hf(arch, config.model.param_dtype))
+        write_json(scratch / MODEL, registry.to_hf(arch, config.model.param_dtype))
         if source is not None:
             kept = as_path(source) / ORIGIN
             if not is_run(source):
@@ -119,7 +119,7 @@ def open_run(folder: PathLike) -> Run:
     path = as_path(folder)
     if not is_run(path):
         raise UserError(f"{path} is not the folder of a training run (no {CONFIG} and {MODEL})")
-    arch = families.from_hf(read_json(path / MODEL), str(path / MODEL))
+    arch = registry.from_hf(read_json(path / MODEL), str(path / MODEL))
     config = config_io.load(str(path / CONFIG))
     return Run(path, config, arch, open_prepared(path), _base(path) if config.lora.rank else None)
 
@@ -143,7 +143,7 @@ def check_model(run: Run, saved: dict[str, Any]) -> None:
     Raises:
         UserError: model.json was changed, or is another run's; names the fields and both values.
     """
-    now = families.to_hf(run.arch, run.config.model.param_dtype)
+    now = registry.to_hf(run.arch, run.config.model.param_dtype)
     before = saved.get("model", now)
     changed = [
         f"{name} = {before.get(name)!r} then, {now.get(name)!r} now"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from jaxblock.errors import UserError
-from jaxblock.parallel import processes as distributed
+from jaxblock.parallel import processes
 
 if TYPE_CHECKING:
     from jaxblock.training.step import StepMetrics
@@ -80,4 +80,4 @@ class Skips:
 
 def _records(index: np.ndarray) -> str:
     """The numbers of a batch's records, those of other processes too."""
-    return ", ".join(map(str, distributed.gathered(index).tolist()))
+    return ", ".join(map(str, processes.gathered(index).tolist()))

@@ -14,7 +14,7 @@ import time
 from types import TracebackType
 from typing import IO, Literal
 
-from jaxblock.parallel import processes as distributed
+from jaxblock.parallel import processes
 
 HUNG = 124
 """Exit code of a process that the watchdog ended, as of timeout(1)."""
@@ -80,7 +80,7 @@ class Watchdog:
 
     def _report(self, seconds: float) -> None:
         out = self._out or sys.__stderr__ or sys.stderr
-        index, count = distributed.place() or (0, 1)  # JAX is not asked: it may be what hangs
+        index, count = processes.place() or (0, 1)  # JAX is not asked: it may be what hangs
         who = f"process {index} of {count}" if count > 1 else "the run"
         fate = "it is ended now" if self._on_hang == "abort" else "it goes on waiting"
         print(

@@ -8,9 +8,8 @@ from typing import NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from jaxblock.models import spec as parameters
 from jaxblock.models.architecture import Architecture
-from jaxblock.models.spec import Table
+from jaxblock.models.spec import Table, matmul_flops_per_token
 from jaxblock.parallel.chips import chip_of
 
 
@@ -39,8 +38,8 @@ def model_flops(table: Table, arch: Architecture, work: Work, adapters: Table | 
             products for three.
     """
     context = round(work.positions / max(1, work.rows))
-    weights = parameters.matmul_flops_per_token(table, arch, 0, head=False)
-    attention = parameters.matmul_flops_per_token(table, arch, context, head=False) - weights
+    weights = matmul_flops_per_token(table, arch, 0, head=False)
+    attention = matmul_flops_per_token(table, arch, context, head=False) - weights
     head = 2.0 * arch.vocab_size * arch.d_model
     products = 3 if adapters is None else 2
     low_rank = 0.0 if adapters is None else sum(2.0 * math.prod(spec.shape) for spec in adapters.values())

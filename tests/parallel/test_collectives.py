@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxblock.parallel import mesh as axes
+from jaxblock.parallel import collectives, rules
+from jaxblock.parallel.mesh import make_mesh
 
 USED = ("embed", "heads")
 MESHES = [
@@ -28,8 +29,8 @@ def test_parts_add_up_to_the_sum_where_the_matrix_is_stored(
     one_stage: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(axes, "_ONE_STAGE", one_stage)
-    mesh = axes.make_mesh(**sizes)
+    monkeypatch.setattr(collectives, "_SINGLE_STAGE_LIMIT", one_stage)
+    mesh = make_mesh(**sizes)
     # Whole numbers: every order of adding gives the same.
     left = jax.random.randint(jax.random.key(0), (16, 3, 8), -9, 9).astype(jnp.float32)
     right = jax.random.randint(jax.random.key(1), (16, 3, 16), -9, 9).astype(jnp.float32)
@@ -38,15 +39,15 @@ def test_parts_add_up_to_the_sum_where_the_matrix_is_stored(
         return jnp.einsum("bti,bto->io", a, b)
 
     with jax.set_mesh(mesh):
-        parts = jax.jit(lambda a, b: axes.parts_of_sum(product, a, b, used))(left, right)
-        summed = jax.jit(lambda parts: axes.sum_of_parts(parts, used, stored))(parts)
-    assert summed.sharding.is_equivalent_to(axes.sharding(mesh, *stored), 2)
+        parts = jax.jit(lambda a, b: collectives.partial_sums(product, a, b, used))(left, right)
+        summed = jax.jit(lambda parts: collectives.sum_over_devices(parts, used, stored))(parts)
+    assert summed.sharding.is_equivalent_to(rules.sharding(mesh, *stored), 2)
     np.testing.assert_array_equal(summed, product(left, right))
 
 
 @pytest.mark.parametrize("size", [12, 16, 32, 64, 128, 256])
 def test_two_stages_leave_each_device_its_own_piece(size: int) -> None:
-    columns, rows = axes._stages(size)
+    columns, rows = collectives._reduce_scatter_stages(size)
     assert columns is not None and rows is not None
     held = {device: list(range(size)) for device in range(size)}  # pieces of the array, in order
     for groups in (columns, rows):
@@ -59,4 +60,4 @@ def test_two_stages_leave_each_device_its_own_piece(size: int) -> None:
 
 
 def test_a_prime_number_of_devices_has_one_stage() -> None:
-    assert axes._stages(13) == [None]
+    assert collectives._reduce_scatter_stages(13) == [None]
