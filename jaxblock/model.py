@@ -16,6 +16,7 @@ from jaxblock import build as wiring
 from jaxblock.config import files as config_io
 from jaxblock.data.loader import pad_ids
 from jaxblock.data.tokens.encoding import Encoder
+from jaxblock.data.tokens.special import first_stop
 from jaxblock.data.tokens.tokenizers import Tokenizer
 from jaxblock.diffusion import canvas as canvases
 from jaxblock.diffusion import likelihood
@@ -193,9 +194,9 @@ class Model:
             shown = steps
 
     def text_ids(self, response: np.ndarray, **options: Any) -> list[int]:
-        """A response up to its first stop token (``options`` as for ``decode``: it may name other stop tokens)."""
-        stops = np.flatnonzero(np.isin(response, self.layout(self.options(**options)).stop_ids))
-        return np.asarray(response[: stops[0]] if len(stops) else response).tolist()
+        """Returns the tokens of a response up to its first stop token; ``options`` as for ``decode``."""
+        ids: list[int] = np.asarray(response).tolist()
+        return ids[: first_stop(ids, self.layout(self.options(**options)).stop_ids)]
 
     def prompts(self, prompt_ids: Ids, attention_mask: Ids | None, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
         """Prompts as the decoder takes them: flush left, padded to a width that few programs share.

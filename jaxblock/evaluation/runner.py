@@ -17,6 +17,7 @@ from jaxblock import build as wiring
 from jaxblock.data.loader import filled, pad_ids, pad_records
 from jaxblock.data.store.records import Record
 from jaxblock.data.tokens.encoding import Encoder
+from jaxblock.data.tokens.special import first_stop
 from jaxblock.diffusion import canvas as canvases
 from jaxblock.diffusion import likelihood
 from jaxblock.diffusion.config import CanvasConfig
@@ -162,9 +163,9 @@ class Evaluator:
         return ids, lengths, np.array([record.index for record in records], np.int32)
 
     def _graded(self, record: Record, response: np.ndarray, nfe: int, stop_ids: tuple[int, ...]) -> dict[str, Any]:
-        stops = np.flatnonzero(np.isin(response, stop_ids))
-        text_ids = response[: stops[0]] if len(stops) else response
-        text = self.encoder.tokenizer.decode(text_ids.tolist())
+        ids = response.tolist()
+        end = first_stop(ids, stop_ids)
+        text = self.encoder.tokenizer.decode(ids[:end])
         verdict = grader(self.grader)(text, record.response)
         return {
             "index": record.index,
@@ -176,8 +177,8 @@ class Evaluator:
             "prompt": record.prompt,
             "response": text,
             "reference": record.response,
-            "stopped": bool(len(stops)),
-            "tokens": len(text_ids) + bool(len(stops)),
+            "stopped": end is not None,
+            "tokens": len(ids) if end is None else end + 1,
             "nfe": nfe,
         }
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from jaxblock.data.config import DataConfig
 from jaxblock.data.text.sources import Example, wrapped
-from jaxblock.data.tokens.special import SpecialIds
+from jaxblock.data.tokens.special import SpecialIds, first_stop
 from jaxblock.data.tokens.templates import Message, Template
 from jaxblock.data.tokens.tokenizers import Tokenizer
 from jaxblock.errors import UserError
@@ -63,7 +63,7 @@ class Encoder:
         ids = self.tokenizer.encode(self.text(example))
         self._check_prefix(prompt_ids, ids, where)
         rest = ids[len(prompt_ids) :]
-        end = next((i for i, token in enumerate(rest) if token in self.special.stop_ids), None)
+        end = first_stop(rest, self.special.stop_ids)
         if end is None:
             raise UserError(
                 f"{where}: template {self.template.name!r} does not end the response; end an assistant's turn with "

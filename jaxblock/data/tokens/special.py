@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from jaxblock.data.config import DataConfig
@@ -45,6 +45,18 @@ class SpecialIds:
     def stop_ids(self) -> tuple[int, ...]:
         """The ids that end a response, each once."""
         return (self.eot,) if self.eot == self.eos else (self.eot, self.eos)
+
+
+def first_stop(ids: Iterable[int], stop_ids: Collection[int]) -> int | None:
+    """Returns the position of the first token that ends a response, None where no token does.
+
+    ``ids[:first_stop(ids, stop_ids)]`` is thus the response's text without its terminator, in either case.
+
+    Args:
+        ids: the tokens of a response.
+        stop_ids: the ids that end a response.
+    """
+    return next((at for at, token in enumerate(ids) if token in stop_ids), None)
 
 
 def checkpoint_ids(path: PathLike) -> dict[str, int]:
