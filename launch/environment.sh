@@ -1,37 +1,14 @@
 # shellcheck shell=bash
-# Sourced by the launch scripts: finds a Python, makes .venv and installs what is asked for, once.
-# Sets: root (the repository), venv_python. Honours: PYTHON (which interpreter to make .venv from), and dry_run=yes, with
-# which commands are printed and not run.
+# Sourced by the launch scripts that need Python: finds a Python, makes .venv with it, and installs jaxblock there once.
+# Sets venv and venv_python. The variable PYTHON chooses the interpreter that .venv is made with.
+# shellcheck source=launch/command_line.sh
+source "$(dirname "${BASH_SOURCE[0]}")/command_line.sh"
 
-root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 venv="$root/.venv"
 venv_python="$venv/bin/python"
-dry_run=no
 
-# With dry_run a comment among the commands.
-say() {
-    local mark=''
-    if [ "$dry_run" = yes ]; then mark='# '; fi
-    printf "$mark%s\n" "$@"
-}
-
-# Runs a command, or with dry_run prints it as it could be pasted.
-execute() {
-    if [ "$dry_run" = yes ]; then
-        printf '%q ' "$@"
-        printf '\n'
-    else
-        "$@"
-    fi
-}
-
-fail() {
-    printf 'error: %s\n' "$*" >&2
-    exit 2
-}
-
-# A command may exist and not run (pyenv's shims), or run and not be able to make an environment (Debian's python3
-# without python3-venv): only trying tells.
+# python_fits PYTHON: whether this interpreter is new enough and can make environments. It has to be run to find out: pyenv
+# installs commands that only print an error, and Debian's python3 lacks venv unless python3-venv is installed.
 python_fits() {
     "$1" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
 }
@@ -54,7 +31,7 @@ Install one (Debian, Ubuntu: apt install python3.12 python3.12-venv; anywhere: h
 or name it: PYTHON=/path/to/python3.12 $0"
 }
 
-# fingerprint PYTHON FILES: what the environment was made from. When it changes, pip runs again.
+# fingerprint PYTHON FILES...: a hash of what the environment is made from. When it changes, pip runs again.
 fingerprint() {
     "$1" - "$root/requirements.txt" "$root/pyproject.toml" "${@:2}" <<'PY'
 import hashlib, pathlib, sys
@@ -65,14 +42,15 @@ print(digest.hexdigest())
 PY
 }
 
-# install_environment [EXTRAS]: jaxblock, editable, with the pinned versions of this Python where they have been tested.
+# install_environment [EXTRAS]: installs jaxblock, editable, with the tested versions of its dependencies (a constraints file
+# for this version of Python) where there are any.
 install_environment() {
     local extras="${1:-}" chosen python="$venv_python" constraints version now stamp
     if ! "$venv_python" -m pip --version >/dev/null 2>&1; then
         chosen="$(find_python)"
         say "making .venv with $("$chosen" --version) ($chosen)"
         execute "$chosen" -m venv --clear "$venv"
-        # In a dry run there is no other to ask for its version.
+        # In a dry run .venv is not made, so that this interpreter is the only one whose version can be asked.
         if [ "$dry_run" = yes ]; then python="$chosen"; fi
     fi
     version="$("$python" -c 'import sys; print("%d%d" % sys.version_info[:2])')"
@@ -80,7 +58,7 @@ install_environment() {
     local pins=()
     if [ -f "$constraints" ]; then pins=("$constraints"); fi
     now="$(fingerprint "$python" ${pins[@]+"${pins[@]}"})"
-    # The development extras hold everything else, so their stamp serves for the plain installation too.
+    # The development extras contain all other dependencies, so after them nothing is left to install.
     for stamp in "$venv/.installed-dev" "$venv/.installed-$extras"; do
         if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$now" ]; then
             say "dependencies: installed already in .venv"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The GPUs of this machine: one of them to debug on, or all of them as one process group.
+# Runs a command on the GPUs of this machine: on one of them to debug, or on all of them, in one process or several.
 set -euo pipefail
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
@@ -29,55 +29,22 @@ example:
 HELP
 }
 
-verb="${1:-}"
-case "$verb" in
-    setup | check | debug | run) shift ;;
-    -h | --help)
-        usage
-        exit 0
-        ;;
-    '')
-        usage >&2
-        exit 2
-        ;;
-    *) fail "unknown verb '$verb': one of setup, check, debug, run (--help explains them)" ;;
-esac
-
 gpu=0 gpus="${CUDA_VISIBLE_DEVICES:-}" processes=1 cuda=13
-while [ $# -gt 0 ]; do
-    option="$1"
-    case "$option" in
-        --gpu | --gpus | --processes | --cuda)
-            [ $# -ge 2 ] || fail "$option needs a value"
-            printf -v "${option#--}" '%s' "$2"
-            shift
-            ;;
-        --dry-run) dry_run=yes ;;
-        -h | --help)
-            usage
-            exit 0
-            ;;
-        --)
-            shift
-            break
-            ;;
-        *) fail "unknown argument '$option'; a command comes after --" ;;
-    esac
-    shift
-done
-case "$processes" in '' | *[!0-9]* | 0) fail "--processes must be a whole number above 0, not '$processes'" ;; esac
-case "$gpu" in '' | *[!0-9]*) fail "--gpu must be a whole number, not '$gpu'" ;; esac
+read_verb 'setup check debug run' "$@"
+read_options '--gpu --gpus --processes --cuda' '--dry-run' "${@:2}"
+check_whole_numbers gpu processes
+[ "$processes" -gt 0 ] || fail "--processes must be above 0"
 case "$gpus" in *[!0-9,]*) fail "--gpus must be numbers with commas between them, not '$gpus'" ;; esac
 case "$cuda" in 12 | 13) ;; *) fail "--cuda must be 12 or 13, not '$cuda'" ;; esac
 case "$verb" in
-    debug | run) [ $# -gt 0 ] || fail "$verb needs a command, after --" ;;
-    *) [ $# -eq 0 ] || fail "$verb takes no command" ;;
+    debug | run) [ ${#command[@]} -gt 0 ] || fail "$verb needs a command, after --" ;;
+    *) check_no_command "$verb" ;;
 esac
 
-# start NAME=VALUE... COMMAND...: runs the command with these variables, from .venv where there is one.
+# start NAME=VALUE... COMMAND...: runs the command with these variables set. Programs in .venv are found first.
 start() {
     local memory=()
-    # JAX refuses to start when both names are set.
+    # JAX refuses to start when both of the variable's names are set.
     if [ -z "${XLA_CLIENT_MEM_FRACTION:-}${XLA_PYTHON_CLIENT_MEM_FRACTION:-}" ]; then memory=(XLA_CLIENT_MEM_FRACTION=0.9); fi
     set -- env ${memory[@]+"${memory[@]}"} "$@"
     export PATH="$venv/bin:$PATH"
@@ -93,13 +60,9 @@ setup() {
 }
 
 check() {
-    local found=0
     [ -x "$venv_python" ] || [ "$dry_run" = yes ] || fail "there is no .venv here yet: launch/gpu.sh setup makes it"
-    execute "$venv_python" -c 'import jax
-for device in jax.devices():
-    print(device.id, device.platform, device.device_kind)
-raise SystemExit(jax.default_backend() != "gpu")' || found=$?
-    [ "$found" -eq 0 ] || fail "JAX sees no GPU: nvidia-smi shows the driver; launch/gpu.sh setup installs JAX for it"
+    execute "$venv_python" -c 'import jax; print(*(f"{d.id} {d.platform} {d.device_kind}" for d in jax.devices()), sep="\n"); '\
+'raise SystemExit(jax.default_backend() != "gpu")' || fail "JAX sees no GPU: nvidia-smi shows the driver; launch/gpu.sh setup installs JAX for it"
 }
 
 debug() {
@@ -127,8 +90,8 @@ run() {
     total="$(count_gpus)"
     [ $((total % processes)) -eq 0 ] || fail "$total GPUs do not divide among $processes processes"
     if [ -z "$gpus" ]; then gpus="$(seq -s , 0 $((total - 1)))"; fi
-    # Each process picks its share by its number in the group.
-    # shellcheck disable=SC2016  # the inner shell's
+    # Each process picks its share of the list by its number in the group.
+    # shellcheck disable=SC2016  # the variables are those of the inner shell
     start JAXBLOCK_GPUS="$gpus" JAXBLOCK_SHARE="$((total / processes))" "$root/launch/local_pod.sh" "$processes" --platform cuda -- \
         bash -c 'first=$((JAX_PROCESS_ID * JAXBLOCK_SHARE + 1))
 CUDA_VISIBLE_DEVICES="$(printf %s "$JAXBLOCK_GPUS" | cut -d , -f "$first-$((first + JAXBLOCK_SHARE - 1))")"
@@ -136,4 +99,4 @@ export CUDA_VISIBLE_DEVICES
 exec "$@"' share "$@"
 }
 
-"$verb" "$@"
+"$verb" ${command[@]+"${command[@]}"}

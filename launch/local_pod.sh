@@ -1,6 +1,9 @@
 #!/usr/bin/env bash
-# Several real processes on this machine, joined as a pod's are: for tests, and to try a command before renting.
+# Runs a command in several processes on this machine, joined like the hosts of a pod: for tests, and to try a command before
+# machines are rented.
 set -euo pipefail
+# shellcheck source=launch/command_line.sh
+source "$(dirname "${BASH_SOURCE[0]}")/command_line.sh"
 
 usage() {
     cat <<'HELP'
@@ -12,7 +15,7 @@ is returned. SIGINT and SIGTERM are passed on to all.
 
   --devices M   devices of each process (default: 1)
   --platform P  JAX_PLATFORMS (default: cpu); launch/gpu.sh asks for cuda
-  --port PORT   the coordinator's (default: one that is free)
+  --port PORT   port of the coordinator (default: one that is free)
   --grace S     seconds between SIGTERM and SIGKILL (default: 10)
 
 Exit codes 130 and 143 mean "told to stop and saved": the others, which are stopping too, are given 10 times the grace.
@@ -22,61 +25,22 @@ example:
 HELP
 }
 
-fail() {
-    printf 'error: %s (--help)\n' "$*" >&2
-    exit 2
-}
-
-case "${1:-}" in
-    '')
-        usage >&2
-        exit 2
-        ;;
-    -h | --help)
-        usage
-        exit 0
-        ;;
-    *[!0-9]* | 0) fail "how many processes? '$1' is no number above 0" ;;
-esac
-count="$1" devices=1 port='' grace=10 platform=cpu
-shift
-while [ $# -gt 0 ]; do
-    option="$1"
-    case "$option" in
-        --platform)
-            [ $# -ge 2 ] || fail "$option needs a value"
-            platform="$2"
-            shift
-            ;;
-        --devices | --port | --grace)
-            [ $# -ge 2 ] || fail "$option needs a value"
-            case "$2" in '' | *[!0-9]*) fail "$option must be a whole number, not '$2'" ;; esac
-            printf -v "${option#--}" '%s' "$2"
-            shift
-            ;;
-        -h | --help)
-            usage
-            exit 0
-            ;;
-        --)
-            shift
-            break
-            ;;
-        *) fail "unknown argument '$option'; the command comes after --" ;;
-    esac
-    shift
-done
-[ $# -gt 0 ] || fail "a command is needed, after --"
+help_if_asked "$@"
+case "$1" in *[!0-9]* | 0) fail "how many processes? '$1' is not a number above 0 (--help)" ;; esac
+count="$1" devices=1 port=0 grace=10 platform=cpu
+read_options '--devices --platform --port --grace' '' "${@:2}"
+check_whole_numbers devices port grace
+[ ${#command[@]} -gt 0 ] || fail "a command is needed, after -- (--help)"
 
 in_use() { (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
-while [ -z "$port" ]; do
-    port=$((20000 + RANDOM % 12000)) # below the range from which the system gives ports out
-    if in_use "$port"; then port=''; fi
+while [ "$port" -eq 0 ]; do
+    port=$((20000 + RANDOM % 12000)) # below the range of ports that the system gives to programs by itself
+    if in_use "$port"; then port=0; fi
 done
 
 scratch="$(mktemp -d)"
 mkfifo "$scratch/ended"
-exec 4<>"$scratch/ended" # both ends, so that neither writers nor the reader wait for the other to open it
+exec 4<>"$scratch/ended" # opened for both, since opening one end alone waits until somebody opens the other
 rm -r "$scratch"
 
 export JAX_PLATFORMS="$platform" JAX_COORDINATOR_ADDRESS="127.0.0.1:$port" JAX_NUM_PROCESSES="$count"
@@ -90,8 +54,8 @@ prefixed() {
     while IFS= read -r line || [ -n "$line" ]; do printf '[%s] %s\n' "$1" "$line"; done
 }
 
-# Runs the command as process $1 of the group and reports its number and its end. It outlives signals: a terminal sends
-# Ctrl-C to it too, and its report is what the script waits for.
+# member INDEX COMMAND...: runs the command as process INDEX of the group, and reports its process id and then its exit code
+# through descriptor 4. It ignores signals, since a terminal sends Ctrl-C to it too and the script waits for its report.
 member() {
     local index="$1" code=0
     shift
@@ -124,7 +88,7 @@ trap 'pass_on INT' INT
 trap 'pass_on TERM' TERM
 
 for ((index = 0; index < count; index++)); do
-    member "$index" "$@" &
+    member "$index" "${command[@]}" &
 done
 
 left=$count code=0 deadline=0
@@ -148,7 +112,7 @@ while [ "$left" -gt 0 ]; do
     if [ "$code" -ne 0 ] || [ "$asked" = yes ] || [ "$left" -eq 0 ]; then
         printf 'process %s ended with exit code %s\n' "$index" "$value" >&2
     elif [ "$value" -eq 130 ] || [ "$value" -eq 143 ]; then
-        printf 'process %s was told to stop and has: waiting for the others\n' "$index" >&2
+        printf 'process %s was told to stop and has stopped: waiting for the others\n' "$index" >&2
         deadline=$((SECONDS + 10 * grace))
     else
         printf 'process %s ended with exit code %s: ending the others\n' "$index" "$value" >&2

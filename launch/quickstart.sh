@@ -21,41 +21,23 @@ Environment:
 HELP
 }
 
-control=no
-out="$root/runs/quickstart"
-data="$root/prepared/quickstart"
-while [ $# -gt 0 ]; do
-    case "$1" in
-        --control) control=yes ;;
-        --out)
-            [ $# -ge 2 ] || fail "--out needs a folder"
-            out="$2" data="$2/prepared"
-            shift
-            ;;
-        --out=*) out="${1#--out=}" data="${1#--out=}/prepared" ;;
-        -h | --help)
-            usage
-            exit 0
-            ;;
-        *)
-            usage >&2
-            fail "unknown argument: $1"
-            ;;
-    esac
-    shift
-done
+control=no takes_command=no
+out="$root/runs/quickstart" data="$root/prepared/quickstart"
+# shellcheck disable=SC2317,SC2329  # called by read_options
+take_out() { out="$1" data="$1/prepared"; }
+read_options --out --control "$@"
 
 install_environment ""
 mkdir -p "$out" "$data" 2>/dev/null || fail "cannot make the folders $out and $data: choose another with --out"
 out="$(cd "$out" && pwd)"
 data="$(cd "$data" && pwd)"
-rmdir "$data" 2>/dev/null || true # where it was empty: it was made only to resolve its name
+rmdir "$data" 2>/dev/null || true # if it is empty, it was made only to find its absolute path, and prepare makes it
 record="$out/phases.jsonl"
 classical="$root/configs/quickstart_classical.yaml"
 blockwise="$root/configs/quickstart_blockwise.yaml"
 prepared=(--data.prepared "$data")
 
-# phase NAME VERB ARGUMENTS...: one verb, measured.
+# phase NAME VERB ARGUMENTS...: runs one verb of jaxblock and records its wall time and peak memory under NAME.
 phase() {
     local name="$1" code=0
     shift
@@ -67,7 +49,8 @@ phase() {
     fi
 }
 
-# score NAME RUN FOLDER ARGUMENTS...: always with the same decoder, so that the numbers compare.
+# score NAME RUN FOLDER ARGUMENTS...: evaluates RUN into FOLDER, always with the same decoder settings, so that scores can be
+# compared.
 score() {
     local name="$1" run="$2" folder="$3"
     shift 3
@@ -75,7 +58,7 @@ score() {
         say "" "== $name" "done already: $folder"
         return
     fi
-    # Left by an interrupted call, or older than the run that it scored.
+    # What is there was left by an interrupted call, or is older than the run that it scored.
     rm -f "$folder/summary.json" "$folder/problems.jsonl"
     phase "$name" evaluate --config "$blockwise" --checkpoint "$run" --out "$folder" "${prepared[@]}" "$@"
 }
@@ -104,7 +87,6 @@ say "" "== result"
     "before (classical):         =$out/score_before/summary.json" \
     "after (Blockwise SFT):      =$out/score_after/summary.json" \
     "control (more classical):   =$out/score_control/summary.json"
-quoted() { printf '%q ' "$@"; }
 cat <<DONE
 
 $data: the data as tokens, the tokenizer, a manifest of what was kept
@@ -115,11 +97,11 @@ $out:
   phases.jsonl             time and memory of every phase
 
 Try next:
-  source $(printf %q "$venv/bin/activate")
+  source $(quote "$venv/bin/activate")
   # what the model sees in training, and which tokens carry loss
-  jaxblock inspect --config $(quoted "$blockwise" "${prepared[@]}")
+  jaxblock inspect --config $(quote_all "$blockwise" "${prepared[@]}")
   # watch it decode, block by block
-  jaxblock decode --checkpoint $(quoted "$out/blockwise")--watch "Zoe keeps 9 keys. Zoe buys 5 more. Diego borrows 6 keys. How many keys are there now?"
+  jaxblock decode --checkpoint $(quote "$out/blockwise") --watch "Zoe keeps 9 keys. Zoe buys 5 more. Diego borrows 6 keys. How many keys are there now?"
   # every setting; your own JSONL goes in data.train
   jaxblock train --help
 DONE

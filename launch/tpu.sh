@@ -2,9 +2,10 @@
 # A TPU VM slice: create it, set it up, run a command on all its workers, see it through preemptions, delete it.
 set -euo pipefail
 
-root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+# shellcheck source=launch/command_line.sh
+source "$(dirname "${BASH_SOURCE[0]}")/command_line.sh"
 # shellcheck source=launch/tpu_resume.sh
-source "$root/launch/tpu_resume.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/tpu_resume.sh"
 
 usage() {
     cat <<'HELP'
@@ -49,40 +50,6 @@ example:
   launch/tpu.sh setup  --name pod --zone us-east5-a
   launch/tpu.sh run    --name pod --zone us-east5-a -- jaxblock train --config FILE --train.out gs://bucket/run
 HELP
-}
-
-fail() {
-    printf 'error: %s\n' "$*" >&2
-    exit 2
-}
-
-# One argument, quoted for any POSIX shell: unlike printf %q it does not depend on the remote shell being bash.
-quote() {
-    # In variables, since old and new bash read quotes inside a substitution differently.
-    local mark="'" escaped="'\\''"
-    case "$1" in
-        '' | *[!A-Za-z0-9_./:=,@%+-]*) printf "'%s'" "${1//$mark/$escaped}" ;;
-        *) printf '%s' "$1" ;;
-    esac
-}
-
-quote_all() {
-    local separator='' argument
-    for argument in "$@"; do
-        printf '%s' "$separator"
-        quote "$argument"
-        separator=' '
-    done
-}
-
-# Runs a command, or with --dry-run prints it as it could be pasted.
-execute() {
-    if [ "$dry_run" = yes ]; then
-        quote_all "$@"
-        printf '\n'
-    else
-        "$@"
-    fi
 }
 
 try_gcloud() {
@@ -251,7 +218,7 @@ stop() {
 
 logs() {
     local follow=''
-    if [ "$follow_log" = yes ]; then follow=' -F'; fi
+    if [ "$follow" = yes ]; then follow=' -F'; fi
     on_workers "tail -n $lines$follow \"\$HOME/jaxblock/logs/latest.log\""
 }
 
@@ -278,66 +245,28 @@ zone="${JAXBLOCK_TPU_ZONE:-}"
 project="${JAXBLOCK_TPU_PROJECT:-}"
 type="${JAXBLOCK_TPU_TYPE:-}"
 version="${JAXBLOCK_TPU_VERSION:-}"
-worker='' lines=50 spot=no follow_log=no yes=no dry_run=no
-variables=() queued=no recreate_it=no retries=20 backoff=30 poll=60
+worker='' lines=50 spot=no follow=no yes=no
+variables=() queued=no recreate=no retries=20 backoff=30 poll=60
 
-verb="${1:-}"
-case "$verb" in
-    create | setup | sync | run | logs | status | resume | stop | delete) shift ;;
-    -h | --help)
-        usage
-        exit 0
-        ;;
-    '')
-        usage >&2
-        exit 2
-        ;;
-    *) fail "unknown verb '$verb': one of create, setup, sync, run, logs, status, resume, stop, delete (--help explains them)" ;;
-esac
-while [ $# -gt 0 ]; do
-    option="$1"
-    case "$option" in
-        --name | --zone | --project | --type | --version | --worker | --lines | --retries | --backoff | --poll)
-            [ $# -ge 2 ] || fail "$option needs a value"
-            printf -v "${option#--}" '%s' "$2"
-            shift
-            ;;
-        --env)
-            [ $# -ge 2 ] || fail "--env needs a value"
-            case "$2" in [0-9]* | *[!A-Za-z0-9_]* | '') fail "--env must be the name of a variable, not '$2'" ;; esac
-            [ -n "${!2+set}" ] || fail "--env $2: $2 is not set here; export $2 first"
-            variables+=("$2")
-            shift
-            ;;
-        --spot) spot=yes ;;
-        --queued) queued=yes ;;
-        --recreate) recreate_it=yes ;;
-        --follow) follow_log=yes ;;
-        --yes) yes=yes ;;
-        --dry-run) dry_run=yes ;;
-        -h | --help)
-            usage
-            exit 0
-            ;;
-        --)
-            shift
-            break
-            ;;
-        *) fail "unknown argument '$option'; a command for the workers comes after --" ;;
-    esac
-    shift
-done
-if [ "$verb" != run ] && [ "$verb" != resume ] && [ $# -gt 0 ]; then fail "$verb takes no command"; fi
+# shellcheck disable=SC2317,SC2329  # called by read_options
+take_env() {
+    case "$1" in [0-9]* | *[!A-Za-z0-9_]* | '') fail "--env must be the name of a variable, not '$1'" ;; esac
+    [ -n "${!1+set}" ] || fail "--env $1: $1 is not set here; export $1 first"
+    variables+=("$1")
+}
+
+read_verb 'create setup sync run logs status resume stop delete' "$@"
+read_options '--name --zone --project --type --version --env --worker --lines --retries --backoff --poll' \
+    '--spot --queued --recreate --follow --yes --dry-run' "${@:2}"
+case "$verb" in run | resume) ;; *) check_no_command "$verb" ;; esac
 [ -n "$name" ] || fail "which slice? --name NAME, or JAXBLOCK_TPU_NAME"
 [ -n "$zone" ] || fail "in which zone? --zone ZONE, or JAXBLOCK_TPU_ZONE"
-for option in lines retries backoff poll; do
-    case "${!option}" in '' | *[!0-9]*) fail "--$option must be a number, not '${!option}'" ;; esac
-done
-if [ "$recreate_it" = yes ] && [ -z "$type" ]; then fail "--recreate needs --type"; fi
+check_whole_numbers lines retries backoff poll
+if [ "$recreate" = yes ] && [ -z "$type" ]; then fail "--recreate needs --type"; fi
 if [ -z "$worker" ]; then
     if [ "$verb" = logs ]; then worker=0; else worker=all; fi
 fi
 if [ "$dry_run" = no ] && ! command -v gcloud >/dev/null; then
     fail "gcloud is not on PATH: install the Google Cloud CLI, or see the commands with --dry-run"
 fi
-"$verb" "$@"
+"$verb" ${command[@]+"${command[@]}"}

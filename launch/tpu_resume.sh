@@ -61,7 +61,7 @@ attempt() {
 }
 
 recreate() {
-    [ "$recreate_it" = yes ] || fail "the slice $name is gone or was preempted; resume --recreate --type TYPE deletes what \
+    [ "$recreate" = yes ] || fail "the slice $name is gone or was preempted; resume --recreate --type TYPE deletes what \
 is left of it and creates it again"
     if [ "$state" != absent ]; then attempt delete_now || return 1; fi
     # A queued one is there after a while: it is set up when it is found so.
@@ -106,7 +106,7 @@ rehearse() {
     printf '# every %s s: the slice, and what the run is doing on each worker\n' "$poll"
     slice_state
     on_workers "$remote_status"
-    if [ "$recreate_it" = yes ]; then
+    if [ "$recreate" = yes ]; then
         printf '# where the slice was preempted or is gone:\n'
         delete_now
         create

@@ -47,13 +47,19 @@ def test_mistakes(script: str, arguments: list[str], message: str) -> None:
 def test_one_gpu_to_debug_on() -> None:
     done = start("gpu.sh", "debug", "--gpu", "2", "--dry-run", "--", "jaxblock", "train", "two words")
     assert "CUDA_VISIBLE_DEVICES=2 " in done.stdout and "PREALLOCATE=false" in done.stdout
-    assert "jaxblock train two\\ words" in done.stdout
+    assert shlex.split(done.stdout)[-3:] == ["jaxblock", "train", "two words"]
 
 
 @pytest.mark.parametrize("made", [False, True], ids=["without .venv", "with .venv"])
 def test_a_dry_setup_installs_nothing(tmp_path: Path, made: bool) -> None:
     """A stand-in Python notes what it is asked to do, and makes and installs nothing."""
-    for name in ("launch/gpu.sh", "launch/environment.sh", "requirements.txt", "pyproject.toml"):
+    for name in (
+        "launch/gpu.sh",
+        "launch/environment.sh",
+        "launch/command_line.sh",
+        "requirements.txt",
+        "pyproject.toml",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(LAUNCH.parent / name, tmp_path / name)
     version = f"{sys.version_info[0]}{sys.version_info[1]}"
@@ -73,7 +79,7 @@ esac
     python.chmod(0o755)
     done = start(str(tmp_path / "launch/gpu.sh"), "setup", "--cuda", "12", "--dry-run", PYTHON=str(python))
     assert done.returncode == 0, done.stderr
-    commands = [shlex.split(line)[1:] for line in done.stdout.replace("$'", "'").splitlines() if line[0] != "#"]
+    commands = [shlex.split(line)[1:] for line in done.stdout.splitlines() if line[0] != "#"]
     environment, jaxblock, jax, check = commands if not made else [None, *commands]
     assert environment == (None if made else ["-m", "venv", "--clear", str(tmp_path / ".venv")])
     constraint = ["--constraint", str(tmp_path / f"constraints-py{version}.txt")]

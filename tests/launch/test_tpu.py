@@ -119,7 +119,8 @@ def test_a_variable_reaches_the_run_in_a_file_that_nobody_else_reads(desk: Desk,
 def test_setup_sends_the_working_tree_and_makes_an_environment(desk: Desk, tmp_path: Path) -> None:
     repository = tmp_path / "repository"
     (repository / "launch").mkdir(parents=True)
-    for script in SCRIPT.parent.glob("tpu*.sh"):
+    scripts = [SCRIPT, SCRIPT.parent / "tpu_resume.sh", SCRIPT.parent / "command_line.sh"]
+    for script in scripts:
         shutil.copy(script, repository / "launch")
     for name in (".gitignore", "kept.py", "deleted.py", "with space.txt", ".venv"):
         (repository / name).write_text(".venv\n")
@@ -139,7 +140,7 @@ def test_setup_sends_the_working_tree_and_makes_an_environment(desk: Desk, tmp_p
     assert not Path(copy[4]).exists()
     with tarfile.open(kept) as archive:
         assert sorted(archive.getnames()) == [
-            ".gitignore", "kept.py", "launch/tpu.sh", "launch/tpu_resume.sh", "new.py", "with space.txt",
+            ".gitignore", "kept.py", *sorted(f"launch/{script.name}" for script in scripts), "new.py", "with space.txt",
         ]  # fmt: skip
     steps = remote[6]
     for needed in (
@@ -252,13 +253,15 @@ def test_delete_asks(desk: Desk, typed: str, deleted: bool) -> None:
         (["run", *SLICE], "needs a command"),
         (["resume", *SLICE], "needs a command"),
         (["resume", *SLICE, "--recreate", "--", "true"], "--recreate needs --type"),
-        (["resume", *SLICE, "--backoff", "soon", "--", "true"], "--backoff must be a number"),
+        (["resume", *SLICE, "--backoff", "soon", "--", "true"], "--backoff must be a whole number"),
         (["run", *SLICE, "--env", "KEY=1", "--", "true"], "--env must be the name of a variable, not 'KEY=1'"),
         (["run", *SLICE, "--env", "NOT_SET", "--", "true"], "NOT_SET is not set here; export NOT_SET first"),
         (["stop", *SLICE, "--", "true"], "stop takes no command"),
         (["run", *SLICE, "jaxblock"], "after --"),
-        (["logs", *SLICE, "--lines", "5; rm -rf /"], "must be a number"),
+        (["logs", *SLICE, "--lines", "5; rm -rf /"], "must be a whole number"),
         (["delete", *SLICE, "--name"], "--name needs a value"),
+        (["delete", *SLICE, "--yes=no"], "unknown argument '--yes=no'"),
+        (["delete", *SLICE, "--name --zone", "z"], "unknown argument '--name --zone'"),
     ],
 )
 def test_mistakes(desk: Desk, arguments: list[str], message: str) -> None:
