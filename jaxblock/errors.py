@@ -8,3 +8,8 @@ class UserError(Exception):
 
     The command line prints its text without a traceback (``--traceback`` shows one) and exits with code 2.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's text, at most 300 characters, or the error's type where it has no text."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

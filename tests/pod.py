@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 import jaxblock
-from jaxblock.training.observe import history as metrics
+from jaxblock.training.observe import metrics
 
 ROOT = Path(__file__).parents[1]
 STEPS = 40
@@ -68,7 +68,7 @@ def lines(group: subprocess.Popen[str]) -> Iterator[str]:
 def rows(run: str | Path) -> list[dict[str, Any]]:
     """What the training rows of its metrics say of learning (the rest is time)."""
     learnt = ("step", "loss", "grad_norm", "lr", "loss_by_block", "loss_by_count", "skipped")
-    return [{name: row[name] for name in learnt} for row in metrics.read(f"{run}/metrics.jsonl").train]
+    return [{name: row[name] for name in learnt} for row in metrics.read_metrics(f"{run}/metrics.jsonl").train]
 
 
 def check_same(run: str | Path, expected: Path) -> None:

@@ -17,8 +17,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from jaxblock.io.files import write_bytes
 from jaxblock.io.paths import PathLike, as_path
-from jaxblock.training.observe import history as metrics
-from jaxblock.training.observe.history import Metrics
+from jaxblock.training.observe import metrics
+from jaxblock.training.observe.metrics import Metrics
 
 COLOURS = ("#2f6db3", "#d9692b", "#3b9a5d", "#8a5fb0", "#b8476b", "#7a7a7a")
 _WIDE = 30
@@ -54,7 +54,7 @@ def plot_run(metrics_path: PathLike, out: PathLike) -> list[str]:
     Raises:
         UserError: the metrics cannot be read or the pictures not written.
     """
-    run, folder = metrics.read(metrics_path), as_path(out)
+    run, folder = metrics.read_metrics(metrics_path), as_path(out)
     single: dict[str, Callable[[Axes, Metrics], None]] = {
         "loss.png": draw_loss,
         "nelbo.png": draw_nelbo,
@@ -93,7 +93,7 @@ def plot_comparison(runs: Mapping[str, PathLike], path: PathLike) -> str:
     Raises:
         UserError: some metrics cannot be read.
     """
-    loaded = {label: metrics.read(file) for label, file in runs.items()}
+    loaded = {label: metrics.read_metrics(file) for label, file in runs.items()}
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(11, 4.2), layout=_roomy())
         for axes, draw in zip(figure.subplots(1, 2), (draw_nelbo, draw_pass_at_1), strict=True):

@@ -35,9 +35,10 @@ from jaxblock.training.guard.steps import Skips
 from jaxblock.training.guard.watchdog import Watchdog
 from jaxblock.training.observe import goodput, throughput
 from jaxblock.training.observe.goodput import Goodput
-from jaxblock.training.observe.metrics import FILE, WAITING, summarise
+from jaxblock.training.observe.metrics import METRICS_FILE, UNWRITTEN_ROWS
 from jaxblock.training.observe.profiler import Profiler
 from jaxblock.training.observe.progress import TrainProgress
+from jaxblock.training.observe.summary import summarise
 from jaxblock.training.observe.throughput import Work
 from jaxblock.training.observe.trackers import Trackers
 from jaxblock.training.optim import gating, schedules
@@ -161,12 +162,12 @@ class _Loop:
         self.log: Trackers | None = None
         if session.process_index == 0:
             begin = session.step if session.resumed else -1
-            clock.go_on(goodput.earlier(self.run_folder / FILE, begin))
-            self.log = Trackers(self.config, config_io.to_tree(self.config), begin, self._say)
+            clock.add_earlier(goodput.read_earlier_time(self.run_folder / METRICS_FILE, begin))
+            self.log = Trackers(self.config.train, config_io.to_tree(self.config), begin, self._say)
         who = (session.process_index, session.process_count)
         self.profiler = Profiler(self.config.train.profile, self.run_folder, *who, self._say)
         self.profiler.skip_to(session.step)
-        self.peak = throughput.peak(session.mesh)
+        self.peak = throughput.peak_flops(session.mesh)
         self.nans = session.nans
         self.ahead: Ahead | None = None
         self.evaluated: dict[str, Any] = {}
@@ -288,7 +289,7 @@ class _Loop:
         everywhere = self.session.process_count * self.config.method.draws
         now = self.clock.training()
         seconds = max(now - window.since, 1e-9)
-        self.clock.pace(seconds / count)
+        self.clock.note_step(seconds / count)
         speed = positions * everywhere / seconds
         # Of the last step, whether skipped or not: the optimizer counts updates, so earlier skipped steps are not among them.
         lr = float(self.lr[step - 1 - (self.skips.total - bool(found[-1].skipped))])
@@ -301,7 +302,8 @@ class _Loop:
     def _arithmetic(self, work: Work, seconds: float) -> dict[str, float]:
         net = self.session.net
         adapters = None if net.lora is None else net.trainable
-        return throughput.speeds(throughput.model_flops(net.param_table, net.arch, work, adapters), seconds, self.peak)
+        flops = throughput.model_flops(net.param_table, net.arch, work, adapters)
+        return throughput.utilisation(flops, seconds, self.peak)
 
     def _evaluate(self, params: Any, step: int, progress: TrainProgress) -> None:
         self.watchdog.at("evaluation", step)
@@ -343,7 +345,7 @@ class _Loop:
     def _save(self, state: Any, step: int) -> None:
         if step > self.saved:
             self.watchdog.at("save", step)
-            told = {} if self.log is None else {WAITING: self.log.flush()}
+            told = {} if self.log is None else {UNWRITTEN_ROWS: self.log.flush()}
             jax.block_until_ready(state.step)  # saving waits for it too: it is training's time
             with self.clock.during("save"):
                 self.session.checkpoints.save(state, step, {**meta(self.session), **told}, self._score(step))
@@ -360,7 +362,7 @@ class _Loop:
             told = self.clock.row(step)
             self.log.write(told)
             self.log.close()
-            self._say(goodput.said(told))
+            self._say(goodput.describe(told))
             from jaxblock.reporting import plots  # the better part of a second, which a start need not wait for
 
             plots.plot_run(self.log.path, self.run_folder / "plots")

@@ -116,7 +116,7 @@ def set_up(config: Config, console: Console, compile_first: Compile | None = Non
     process_index, process_count = processes.start()
     console.quiet = process_index > 0  # one process speaks for all
     train = config.train
-    trackers.check(train)
+    trackers.check_trackers(train)
     folder, nans = as_path(train.out), NanFinder() if train.debug else None
     prepared = open_prepared(config.data.prepared)
     check_data(config, prepared)
@@ -178,7 +178,7 @@ def _restored(
     """A checkpoint's state; the rows of metrics that it kept go where they belong."""
     state = checkpoints.restore(step, like)
     if jax.process_index() == 0:
-        metrics.put_back(folder, saved.get(metrics.WAITING, []))
+        metrics.restore_rows(folder, saved.get(metrics.UNWRITTEN_ROWS, []))
     return state
 
 

@@ -22,8 +22,8 @@ from jaxblock.io.folders import check_vacant, folder_bytes, list_folder, new_fol
 from jaxblock.io.json_lines import Lines
 from jaxblock.io.paths import as_path
 from jaxblock.io.remote import local_file, local_folder
-from jaxblock.training.observe import history as metrics
-from jaxblock.training.observe.metrics import MetricsLog, put_back
+from jaxblock.training.observe import metrics
+from jaxblock.training.observe.metrics import MetricsWriter, restore_rows
 from tests import pod
 
 from .conftest import Store  # noqa: TID252
@@ -86,7 +86,7 @@ def _append(lines: Lines, *steps: int) -> None:
 
 
 def _steps() -> list[int]:
-    return [row["step"] for row in metrics.read(PATH).train]
+    return [row["step"] for row in metrics.read_metrics(PATH).train]
 
 
 def test_a_growing_file_is_parts_written_once(store: Store, tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_a_growing_file_is_parts_written_once(store: Store, tmp_path: Path) -> N
     assert store.names() == ["run/metrics-000001.jsonl", "run/metrics-000002.jsonl"] and len(store.log) == 2
     for name in store.names():  # a copy on a local disk is read as well
         (tmp_path / Path(name).name).write_bytes(store.content(name))
-    assert [row["step"] for row in metrics.read(tmp_path / "metrics.jsonl").train] == _steps() == [1, 2, 3]
+    assert [row["step"] for row in metrics.read_metrics(tmp_path / "metrics.jsonl").train] == _steps() == [1, 2, 3]
     lines.close()
     assert store.names() == ["run/metrics-000003-all.jsonl"] and _steps() == [1, 2, 3]
     assert store.log[-3:-2] == ["write run/metrics-000003-all.jsonl"]  # first the whole, then the parts go
@@ -149,7 +149,7 @@ def test_a_run_lives_in_a_bucket(store: Store, tiny_config: Path, tiny_run: Path
     assert steps == {"80", "120"}
     assert [n for n in store.names("some folder/runs/one/plots")]
 
-    rows, local = metrics.read(f"{out}/metrics.jsonl"), metrics.read(tiny_run / "metrics.jsonl")
+    rows, local = metrics.read_metrics(f"{out}/metrics.jsonl"), metrics.read_metrics(tiny_run / "metrics.jsonl")
     assert [row["step"] for row in rows.train] == [row["step"] for row in local.train]
     assert [row["loss"] for row in rows.train] == [row["loss"] for row in local.train]
     assert main(["train", *flags]) == 0  # finished: says so, changes nothing
@@ -219,21 +219,21 @@ def test_rows_that_a_checkpoint_kept_are_written_once(store: Store) -> None:
     """The store fails when the checkpoint is saved: before it comes back the run is killed, or just after."""
     for killed in ("before", "after"):
         path = f"gs://bucket/{killed}/metrics.jsonl"
-        log = MetricsLog(f"gs://bucket/{killed}", -1)
+        log = MetricsWriter(f"gs://bucket/{killed}", -1)
         for step in (1, 2, 3):
             store.failing = re.compile("metrics") if step > 1 else None
             log.write({"step": step, "kind": "train"})
             log.flush()
-        kept = log.waiting()
+        kept = log.unwritten()
         assert [json.loads(row)["step"] for row in kept] == [2, 3]
         store.failing = None
         if killed == "after":
             log.write({"step": 4, "kind": "train"})
             log.flush()
         for _ in range(2):
-            put_back(f"gs://bucket/{killed}", kept)
-        MetricsLog(f"gs://bucket/{killed}", 3).close()
-        assert [row["step"] for row in metrics.read(path).train] == [1, 2, 3]
+            restore_rows(f"gs://bucket/{killed}", kept)
+        MetricsWriter(f"gs://bucket/{killed}", 3).close()
+        assert [row["step"] for row in metrics.read_metrics(path).train] == [1, 2, 3]
 
 
 @pytest.mark.slow
@@ -250,7 +250,7 @@ def test_a_run_that_is_killed_while_its_rows_wait_loses_none(store: Store, tiny_
     assert process.returncode == -signal.SIGKILL and not store.names("run/metrics")
     store.failing = None
     assert main(flags) == 0
-    ours, theirs = (metrics.read(f"{run}/metrics.jsonl") for run in (out, tiny_run))
+    ours, theirs = (metrics.read_metrics(f"{run}/metrics.jsonl") for run in (out, tiny_run))
     assert [(row["step"], row["loss"]) for row in ours.train] == [(row["step"], row["loss"]) for row in theirs.train]
     assert [row["step"] for row in ours.evals] == [row["step"] for row in theirs.evals]
 

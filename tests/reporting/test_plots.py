@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from jaxblock.errors import UserError
 from jaxblock.reporting import plots
-from jaxblock.training.observe import history as metrics
+from jaxblock.training.observe import metrics
 
 
 def train(step: int, **more: Any) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 def test_a_resumed_run_replaces_the_steps_it_repeats(tmp_path: Path) -> None:
     rows = [train(1), train(2), train(3, loss=9.0), evaluation(3, 1), train(2, loss=7.0), train(3, loss=8.0)]
-    got = metrics.read(write(tmp_path / "m.jsonl", rows))
+    got = metrics.read_metrics(write(tmp_path / "m.jsonl", rows))
     assert [(r["step"], r["loss"]) for r in got.train] == [(1, 2.5), (2, 7.0), (3, 8.0)]
     assert [r["step"] for r in got.evals] == [3]
 
@@ -40,12 +40,12 @@ def test_a_resumed_run_replaces_the_steps_it_repeats(tmp_path: Path) -> None:
 def test_a_line_cut_off_by_a_kill_is_left_out_and_a_broken_one_is_named(tmp_path: Path) -> None:
     path = write(tmp_path / "m.jsonl", [train(1)])
     path.write_text(path.read_text() + '{"step": 2, "ki', encoding="utf-8")
-    assert len(metrics.read(path).train) == 1
+    assert len(metrics.read_metrics(path).train) == 1
     path.write_text('{"step": 2, "ki\n' + json.dumps(train(3)) + "\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"m\.jsonl:1: not JSON"):
-        metrics.read(path)
+        metrics.read_metrics(path)
     with pytest.raises(UserError, match="cannot read the metrics"):
-        metrics.read(tmp_path / "absent.jsonl")
+        metrics.read_metrics(tmp_path / "absent.jsonl")
 
 
 def test_breakdowns_are_pooled_before_dividing() -> None:
@@ -86,7 +86,7 @@ def test_pictures_of_full_short_and_empty_runs(tmp_path: Path, name: str) -> Non
 
 
 def test_what_is_drawn_is_what_was_logged(tmp_path: Path) -> None:
-    run = metrics.read(write(tmp_path / "m.jsonl", RUNS["full"]))
+    run = metrics.read_metrics(write(tmp_path / "m.jsonl", RUNS["full"]))
     axes = Figure().subplots()
     plots.draw_pass_at_1(axes, run)
     line = axes.get_lines()[0]

@@ -18,7 +18,7 @@ from jaxblock.fit import compile as ahead
 from jaxblock.fit import memory
 from jaxblock.huggingface import save
 from jaxblock.training import weights
-from jaxblock.training.observe import history as metrics
+from jaxblock.training.observe import metrics
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def test_a_run_and_its_export_give_the_same_start(tiny_config: Path, tiny_run: P
         flags += ["--train.eval_every", "0", "--train.log_every", "40"]
         assert main(["train", "--config", str(tiny_config), *flags]) == 0
         first = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
-        last = metrics.read(tiny_run / "metrics.jsonl").evals[-1]
+        last = metrics.read_metrics(tiny_run / "metrics.jsonl").evals[-1]
         assert first["step"] == 0 and last["step"] == 120
         assert first["nelbo_per_token"] == pytest.approx(last["nelbo_per_token"], rel=1e-5)
         ends[source] = jax.tree.leaves(jaxblock.load(out).params)

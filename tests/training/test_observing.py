@@ -21,9 +21,8 @@ from jaxblock.models.architecture import Architecture
 from jaxblock.models.families import registry
 from jaxblock.models.spec import matmul_flops_per_token
 from jaxblock.parallel.chips import CHIPS
-from jaxblock.training.observe import goodput, throughput, trackers
-from jaxblock.training.observe import history as metrics
-from jaxblock.training.observe.goodput import CAUSES, Goodput, earlier
+from jaxblock.training.observe import goodput, metrics, throughput, trackers
+from jaxblock.training.observe.goodput import CAUSES, EarlierTime, Goodput, read_earlier_time
 from jaxblock.training.observe.throughput import Work
 from jaxblock.training.observe.trackers import Trackers
 
@@ -78,7 +77,7 @@ def test_a_tracker_that_fails_stops_nothing_and_is_told_of_once(
     _stand_in(monkeypatch, lambda **given: pages.append(_Page(**given)) or pages[-1])
     config, told = _config(tmp_path / "run", wandb="online", wandb_project="p", tensorboard=True), []
     for begin in (-1, 1):
-        log = Trackers(config, {"a": 1}, begin, told.append)
+        log = Trackers(config.train, {"a": 1}, begin, told.append)
         for row in (*ROWS, *ROWS[1:]):
             log.write(row)
         log.flush()
@@ -101,7 +100,7 @@ def test_a_tracker_that_fails_stops_nothing_and_is_told_of_once(
 
 def test_a_disk_that_is_full_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
-    log = Trackers(_config(tmp_path / "run"), {}, -1, told.append)
+    log = Trackers(_config(tmp_path / "run").train, {}, -1, told.append)
 
     def full(line: str) -> None:
         raise UserError("the disk is full")
@@ -118,12 +117,12 @@ def test_what_a_tracker_needs_is_said_before_the_run_starts(tmp_path: Path, monk
     have: set[str] = {"pip"}
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: sys.__spec__ if name in have else None)
     with pytest.raises(UserError, match="train.wandb needs wandb: '/my env/python' -m pip install wandb$"):
-        trackers.check(_config(tmp_path, wandb="offline").train)
+        trackers.check_trackers(_config(tmp_path, wandb="offline").train)
     have.clear()  # as in an environment that uv made
     advice = "train.tensorboard needs tensorboardX: uv pip install --python '/my env/python' tensorboardX$"
     with pytest.raises(UserError, match=advice):
-        trackers.check(_config(tmp_path, tensorboard=True).train)
-    trackers.check(_config(tmp_path).train)
+        trackers.check_trackers(_config(tmp_path, tensorboard=True).train)
+    trackers.check_trackers(_config(tmp_path).train)
 
     def refuse(**given: Any) -> None:
         raise RuntimeError("api_key not configured")
@@ -131,7 +130,7 @@ def test_what_a_tracker_needs_is_said_before_the_run_starts(tmp_path: Path, monk
     _stand_in(monkeypatch, refuse)
     said = r"did not begin \(api_key not configured\); run `wandb login` or set WANDB_API_KEY .*, or set train.wandb to offline$"
     with pytest.raises(UserError, match=said):
-        Trackers(_config(tmp_path / "run", wandb="online"), {}, -1, print)
+        Trackers(_config(tmp_path / "run", wandb="online").train, {}, -1, print)
 
 
 def test_trackers_that_need_a_local_folder_are_refused_in_a_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,8 +141,8 @@ def test_trackers_that_need_a_local_folder_are_refused_in_a_bucket(monkeypatch: 
     }.items():
         config = config_io.from_tree({"train": {"out": "gs://bucket/run", **train}}, "here")
         with pytest.raises(UserError, match=f"^{name} writes to a local folder, and train.out is gs://bucket/run"):
-            trackers.check(config.train)
-    trackers.check(config_io.from_tree({"train": {"out": "gs://bucket/run", "wandb": "online"}}, "here").train)
+            trackers.check_trackers(config.train)
+    trackers.check_trackers(config_io.from_tree({"train": {"out": "gs://bucket/run", "wandb": "online"}}, "here").train)
 
 
 def test_wandb_offline_writes_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +150,7 @@ def test_wandb_offline_writes_files(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
         monkeypatch.setenv(name, str(tmp_path / name))
     told: list[str] = []
-    log = Trackers(_config(tmp_path / "run", wandb="offline"), {"a": 1}, -1, told.append)
+    log = Trackers(_config(tmp_path / "run", wandb="offline").train, {"a": 1}, -1, told.append)
     for row in ROWS:
         log.write(row)
     log.close()
@@ -194,18 +193,18 @@ def test_time_is_split_without_rest(monkeypatch: pytest.MonkeyPatch) -> None:
             clock.charge(cause)
             time.now += 10
         assert clock.training() == 24
-        clock.pace(6.0)
-        clock.pace(7.0)
-        clock.pace(50.0)
+        clock.note_step(6.0)
+        clock.note_step(7.0)
+        clock.note_step(50.0)
         with clock.during("save"):
             time.now += 1
-        clock.go_on(goodput.Earlier({"step": 100.0, "lost": 3.0}, lost_seconds=5.0, lost_steps=2))
+        clock.add_earlier(EarlierTime({"step": 100.0, "lost": 3.0}, lost_seconds=5.0, lost_steps=2))
         row = clock.row(9)
     assert row["seconds"] == {
         "start": 3, "compile": 9, "step": 122, "data": 2, "evaluation": 1, "save": 1, "lost": 3 + 5 + 2 * 7,
     }  # fmt: skip
     assert row["step_seconds"] == 7.0 and row["goodput"] == pytest.approx(122 / 160)
-    assert goodput.said(row) == (
+    assert goodput.describe(row) == (
         "goodput 76%: step 122 s, lost 22 s, compile 9.0 s, start 3.0 s, data 2.0 s, evaluation 1.0 s, save 1.0 s"
     )
 
@@ -223,13 +222,13 @@ def test_what_a_killed_process_did_in_vain(tmp_path: Path) -> None:
         *({"step": step, "kind": "train"} for step in range(26, 30)),
     ]
     path = tmp_path / "metrics.jsonl"
-    assert earlier(path, -1) == goodput.Earlier({})
+    assert read_earlier_time(path, -1) == EarlierTime({})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 30, "ki')
-    at_ten = earlier(path, 10)
+    at_ten = read_earlier_time(path, 10)
     assert at_ten.seconds == {**dict.fromkeys(CAUSES, 0.0), "start": 4.0, "evaluation": 1.0, "step": 20.0}
     assert at_ten[1:] == (58.0 - 25.0, 4, 2.5)  # known up to step 25, then four steps
-    assert earlier(path, 29)[1:] == (0.0, 0, 2.5)
-    assert earlier(path, -1) == goodput.Earlier({}, 58.0, 4, 2.5)  # nothing was saved: everything was in vain
+    assert read_earlier_time(path, 29)[1:] == (0.0, 0, 2.5)
+    assert read_earlier_time(path, -1) == EarlierTime({}, 58.0, 4, 2.5)  # nothing was saved: everything was in vain
 
 
 def test_compiling_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,7 +269,7 @@ def test_a_run_says_where_its_time_went_and_leaves_a_trace(
         values = [row["seconds"][cause] for row in told]
         assert values == sorted(values) and values[-1] > 0
     # Readers look at what they know.
-    assert len(metrics.read(run / "metrics.jsonl").train) == 12
+    assert len(metrics.read_metrics(run / "metrics.jsonl").train) == 12
     assert all("mfu" not in row for row in _rows(run, "train"))  # a host's peak means nothing
 
 
@@ -297,7 +296,7 @@ def test_arithmetic_against_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     assert throughput.model_flops(table, arch, work, {}) == 2 * (20 * per_token + 8 * head) + 20 * attention
 
     mesh = Mesh(jax.devices()[:4], ("data",))
-    assert throughput.peak(mesh) is None and throughput.speeds(1e12, 2.0, None) == {}
+    assert throughput.peak_flops(mesh) is None and throughput.utilisation(1e12, 2.0, None) == {}
     monkeypatch.setattr(throughput, "chip_of", lambda device: CHIPS["v5e"])
-    assert throughput.peak(mesh) == 4 * 197e12
-    assert throughput.speeds(197e12, 2.0, 4 * 197e12) == {"model_flops_per_second": 98.5e12, "mfu": 0.125}
+    assert throughput.peak_flops(mesh) == 4 * 197e12
+    assert throughput.utilisation(197e12, 2.0, 4 * 197e12) == {"model_flops_per_second": 98.5e12, "mfu": 0.125}

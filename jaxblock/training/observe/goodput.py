@@ -1,34 +1,34 @@
-"""Where a run's time goes, by cause: measured on the host, which never waits for the device to know.
+"""Measures where a run's time goes, by cause. The host's clock alone is read: it never waits for the device.
 
-The time of a process is split without rest:
+Every second of a process belongs to one cause:
 
-start       from the call of ``train`` to the first thing that is done: data, weights, run folder, checkpoint
+start       from the call of ``train`` to the first evaluation or step: data, weights, run folder, checkpoint
 compile     tracing, lowering and compiling, whenever they happen (also for evaluations)
-step        training; the host's own work beside it
-data        the loop stood at the loader, and the device had nothing left to do when the batch came
+step        training, and the host's own work beside it
+data        the loop waits for the loader while the device has nothing left to do
 evaluation  scoring and decoding validation records
-save        the loop stood still for a checkpoint (most of a save runs beside the training)
-lost        what earlier processes did after the checkpoint that this one goes on from: it is done again
+save        the loop waits for a checkpoint (most of a save runs beside the training)
+lost        earlier processes' work after the checkpoint that this process continues from; it is done again
 
-A resumed run adds to what the run's ``metrics.jsonl`` says of the time before. Time between processes is nobody's.
+A resumed run adds its time to the time that the run's ``metrics.jsonl`` records for the processes before it. The time
+between two processes is not counted.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax.monitoring
 
-from jaxblock.io.json_lines import read_jsonl_bytes
 from jaxblock.io.paths import PathLike
+from jaxblock.training.observe.metrics import Row, readable_rows
 
 Cause = Literal["start", "compile", "step", "data", "evaluation", "save", "lost"]
 CAUSES: tuple[Cause, ...] = get_args(Cause)
@@ -36,14 +36,14 @@ KIND = "goodput"
 _COMPILING = "/jax/core/compile/"
 
 
-class Earlier(NamedTuple):
-    """What the processes before this one left of their time.
+class EarlierTime(NamedTuple):
+    """Holds the time that the processes before this one spent.
 
     Attributes:
-        seconds: by cause, up to the checkpoint that the run goes on from.
-        lost_seconds: known to have been spent after it.
-        lost_steps: done after it, of which only the number is known.
-        step_seconds: what a step took; None where it was not written.
+        seconds: by cause, up to the checkpoint that the run continues from.
+        lost_seconds: seconds known to have been spent after that checkpoint.
+        lost_steps: further steps done after it, whose time was not written.
+        step_seconds: how long a step took; None where it was not written.
     """
 
     seconds: dict[str, float]
@@ -52,78 +52,68 @@ class Earlier(NamedTuple):
     step_seconds: float | None = None
 
 
-def earlier(metrics: PathLike, step: int) -> Earlier:
-    """Reads what earlier processes wrote, before the rows after ``step`` are taken out.
+def read_earlier_time(metrics: PathLike, step: int) -> EarlierTime:
+    """Reads the time of earlier processes; called before the rows after ``step`` are removed from the file.
 
     Args:
         metrics: the run's ``metrics.jsonl``.
-        step: the run goes on from; -1 if it begins again.
+        step: the step that the run continues from; -1 if it begins again.
 
     Returns:
-        Their time; nothing where there is no such file. Lines that cannot be read are left out.
+        Their time; no time at all where there is no such file.
 
     Raises:
         UserError: the file cannot be read.
     """
-    rows = list(_rows(read_jsonl_bytes(metrics).splitlines()))
-    told = [row for row in rows if row["kind"] == KIND]
-    kept = next((row for row in reversed(told) if row["step"] <= step), None)
+    rows = readable_rows(metrics)
+    clocks = [row for row in rows if row["kind"] == KIND]
+    kept = next((row for row in reversed(clocks) if row["step"] <= step), None)
     seconds: dict[str, float] = {}
     if kept is not None:
         seconds = {cause: float(kept["seconds"].get(cause, 0.0)) for cause in CAUSES}
-    after = [row for row in told if row["step"] > step]
+    after = [row for row in clocks if row["step"] > step]
     lost = max(0.0, sum(after[-1]["seconds"].values()) - sum(seconds.values())) if after else 0.0
     known = after[-1]["step"] if after else max(step, 0)
     steps = max((row["step"] for row in rows), default=0) - known
-    pace = next((row["step_seconds"] for row in reversed(told) if row.get("step_seconds")), None)
-    return Earlier(seconds, lost, max(0, steps), pace)
-
-
-def _rows(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int) and isinstance(row.get("kind"), str):
-            yield row
+    step_seconds = next((row["step_seconds"] for row in reversed(clocks) if row.get("step_seconds")), None)
+    return EarlierTime(seconds, lost, max(0, steps), step_seconds)
 
 
 class Goodput:
-    """The clock of one process; a context manager, since it listens to JAX's compiler."""
+    """The clock of one process: a context manager, because it listens to JAX's compiler while it is open."""
 
     def __init__(self) -> None:
-        """Begins with ``start``."""
+        """Starts the clock; time counts as ``start`` until ``started`` is called."""
         self._seconds: dict[Cause, float] = dict.fromkeys(CAUSES, 0.0)
-        self._earlier = Earlier({})
-        self._paces: deque[float] = deque(maxlen=1000)
+        self._earlier = EarlierTime({})
+        self._step_seconds: deque[float] = deque(maxlen=1000)
         self._since = time.perf_counter()
         self._started = False
         self._thread = threading.get_ident()
-        self._compiles: list[tuple[float, float]] = []
+        self._compiles: list[tuple[float, float]] = []  # (begin, end), by the same clock
 
     def __enter__(self) -> Goodput:
-        """Begins to listen."""
+        """Begins to listen to the compiler."""
         jax.monitoring.register_event_duration_secs_listener(self._note)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Ends it."""
+        """Stops listening to the compiler."""
         jax.monitoring.unregister_event_duration_listener(self._note)
 
-    def go_on(self, before: Earlier) -> None:
-        """Adds the time of earlier processes to what is told."""
+    def add_earlier(self, before: EarlierTime) -> None:
+        """Makes ``row`` include the time of earlier processes."""
         self._earlier = before
 
     def started(self) -> None:
-        """What comes now is training, unless it is said to be something else."""
+        """Ends the start: time that no other cause claims counts as training from now on."""
         self.charge("start")
         self._started = True
 
     def charge(self, cause: Cause) -> None:
-        """Puts the time since the last such call down to a cause (but for what was compiled in it)."""
+        """Adds the time since the last call to a cause, except for what the compiler took of it."""
         now = time.perf_counter()
         compiled = sum(end - max(begin, self._since) for begin, end in self._compiles if end > self._since)
         self._compiles.clear()
@@ -135,7 +125,7 @@ class Goodput:
 
     @contextlib.contextmanager
     def during(self, cause: Cause) -> Iterator[None]:
-        """Puts the time of a block down to a cause."""
+        """Adds the time of a ``with`` block to a cause."""
         self.charge("step" if self._started else "start")
         try:
             yield
@@ -143,29 +133,29 @@ class Goodput:
             self.charge(cause)
 
     def training(self) -> float:
-        """Seconds of this process that went into steps and waits for their data."""
+        """Returns the seconds that this process has spent on steps and on waiting for their data."""
         self.charge("step" if self._started else "start")
         return self._seconds["step"] + self._seconds["data"]
 
-    def pace(self, seconds: float) -> None:
-        """Notes what a step of the last few took."""
-        self._paces.append(seconds)
+    def note_step(self, seconds: float) -> None:
+        """Records how long each of the last few steps took."""
+        self._step_seconds.append(seconds)
 
-    def row(self, step: int) -> dict[str, Any]:
-        """A row of metrics: seconds by cause, of all processes so far, and the share of ``step``.
+    def row(self, step: int) -> Row:
+        """Returns a row of metrics: the seconds of all processes so far, by cause, and the share of ``step``.
 
         Args:
-            step: updates done.
+            step: the number of updates done.
         """
         self.training()
-        pace = statistics.median(self._paces) if self._paces else self._earlier.step_seconds
-        before = self._earlier
-        seconds = {cause: before.seconds.get(cause, 0.0) + self._seconds[cause] for cause in CAUSES}
-        seconds["lost"] += before.lost_seconds + before.lost_steps * (pace or 0.0)
+        earlier = self._earlier
+        step_seconds = statistics.median(self._step_seconds) if self._step_seconds else earlier.step_seconds
+        seconds = {cause: earlier.seconds.get(cause, 0.0) + self._seconds[cause] for cause in CAUSES}
+        seconds["lost"] += earlier.lost_seconds + earlier.lost_steps * (step_seconds or 0.0)
         whole = sum(seconds.values())
         rounded = {cause: round(value, 3) for cause, value in seconds.items()}
         share = round(seconds["step"] / whole, 4) if whole else 0.0
-        return {"step": step, "kind": KIND, "goodput": share, "seconds": rounded, "step_seconds": pace}
+        return {"step": step, "kind": KIND, "goodput": share, "seconds": rounded, "step_seconds": step_seconds}
 
     def _note(self, event: str, duration_secs: float, **_: str | int) -> None:
         if not event.startswith(_COMPILING) or threading.get_ident() != self._thread:
@@ -173,12 +163,12 @@ class Goodput:
         end = time.perf_counter()
         begin = end - duration_secs
         while self._compiles and self._compiles[-1][0] >= begin:
-            self._compiles.pop()  # a part of this one: functions are traced inside functions
+            self._compiles.pop()  # it is part of this one: functions are traced inside functions
         self._compiles.append((begin, end))
 
 
-def said(row: dict[str, Any]) -> str:
-    """A row in a line: ``goodput 87%: step 120 s, compile 9.1 s, ...``, causes without time left out."""
+def describe(row: Row) -> str:
+    """Writes a row as one line, ``goodput 87%: step 120 s, compile 9.1 s, ...``, without the causes that took no time."""
     spent = sorted(row["seconds"].items(), key=lambda item: -item[1])
     parts = [f"{cause} {_short(seconds)}" for cause, seconds in spent if seconds >= 0.05]
     return f"goodput {row['goodput']:.0%}: {', '.join(parts)}"

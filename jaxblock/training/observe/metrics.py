@@ -1,73 +1,82 @@
-"""Rows of metrics: what is in them, and the file that they are always written to (others: ``trackers``)."""
+"""Writes and reads a run's ``metrics.jsonl``: one row a line, with at least ``step`` and ``kind``."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxblock.errors import UserError
+from jaxblock.io.files import read_bytes
 from jaxblock.io.json_lines import Lines, read_jsonl_bytes
 from jaxblock.io.paths import PathLike, as_path, explained
-from jaxblock.training.step import StepMetrics
-from jaxblock.types import Sum
 
-FILE = "metrics.jsonl"
-WAITING = "metrics"
-"""In a checkpoint's plain values: rows up to it that could not be written yet when it was saved."""
+METRICS_FILE = "metrics.jsonl"
+"""The file's name in the run folder."""
+UNWRITTEN_ROWS = "metrics"
+"""Where a checkpoint's plain values keep the rows that could not be written to the file when it was saved."""
+
+Row = dict[str, Any]
+"""One row of metrics; ``step`` is an integer, ``kind`` a text such as ``train`` or ``eval``."""
 
 
-class MetricsLog:
-    """Appends rows to ``metrics.jsonl`` (in an object store: writes parts of it, `io.json_lines`); a resumed run appends to the
-    rows up to its checkpoint."""
+class MetricsWriter:
+    """Appends rows to ``metrics.jsonl``; in an object store, which cannot append, writes numbered parts of it."""
 
     def __init__(self, run: PathLike, step: int) -> None:
-        """Opens the file. Rows of later steps than ``step``, which the run makes again, are taken out.
+        """Opens the file and removes the rows after ``step``, since the run makes them again.
 
         Args:
             run: the run folder, which exists.
-            step: the step the run goes on from; -1 if it begins.
+            step: the step that the run continues from; -1 if it begins.
 
         Raises:
             UserError: the folder cannot be written.
         """
-        self.path = as_path(run) / FILE
+        self.path = as_path(run) / METRICS_FILE
         with explained("write metrics", self.path):
             self._lines = Lines(self.path, lambda line: json.loads(line)["step"] <= step)
 
-    def write(self, row: dict[str, Any]) -> None:
-        """Appends one row with at least ``step`` and ``kind``; a kill loses at most a cut last line (an object store:
-        the rows of the last minute, which are after the checkpoint that the run goes on from: see ``flush``)."""
-        self._lines.append(json.dumps(finite(row)))
+    def write(self, row: Row) -> None:
+        """Appends one row.
+
+        If the process is killed, a local file loses at most this line. An object store loses the rows of the last
+        minute, all of them newer than the last checkpoint, because ``flush`` comes before every save.
+
+        Raises:
+            UserError: the file cannot be written now; the row is kept, and written with the next one.
+        """
+        self._lines.append(json.dumps(as_json(row)))
 
     def flush(self) -> None:
-        """Before a checkpoint: the rows before it are not made again."""
+        """Writes the rows that are still in memory; called before a checkpoint is saved."""
         self._lines.flush()
 
-    def waiting(self) -> list[str]:
-        """Rows, as lines, that could not be written yet: a checkpoint keeps them (``put_back``)."""
+    def unwritten(self) -> list[str]:
+        """Returns the rows, as lines, that could not be written yet; a checkpoint keeps them for ``restore_rows``."""
         return self._lines.waiting()
 
     def close(self) -> None:
-        """Closes the file."""
+        """Writes the rows that are still in memory and closes the file."""
         self._lines.close()
 
 
-def put_back(run: PathLike, rows: Sequence[str]) -> None:
-    """Writes rows that a checkpoint kept, before its run goes on; those that were written after all are left out.
+def restore_rows(run: PathLike, rows: Sequence[str]) -> None:
+    """Appends the rows that a checkpoint kept and that the file lacks; called before the run continues.
 
     Args:
         run: the run folder.
-        rows: lines, in order.
+        rows: the kept rows as lines, in order.
 
     Raises:
         UserError: they still cannot be written.
     """
-    path = as_path(run) / FILE
-    there = set(read_jsonl_bytes(path).splitlines()) if rows else set()
-    missing = [row for row in rows if row.encode() not in there]
+    path = as_path(run) / METRICS_FILE
+    present = set(read_jsonl_bytes(path).splitlines()) if rows else set()
+    missing = [row for row in rows if row.encode() not in present]
     if missing:
         lines = Lines(path, lambda line: True)
         for row in missing:
@@ -75,57 +84,129 @@ def put_back(run: PathLike, rows: Sequence[str]) -> None:
         lines.close()
 
 
-def summarise(window: list[StepMetrics]) -> dict[str, Any]:
-    """The metrics of several steps as host values: sums are added and weights are added, then divided.
-
-    Args:
-        window: host copies of each step's metrics.
-
-    Returns:
-        ``loss``, ``grad_norm`` (of the last step), ``loss_by_block`` and ``loss_by_count`` as [sum, weight] pairs, without
-        the steps that were skipped, whose count is ``skipped`` (all of them: NaN).
-    """
-    skipped = sum(bool(m.skipped) for m in window)
-    window = [m for m in window if not m.skipped] or window
-
-    def pooled(parts: list[Sum]) -> tuple[np.ndarray, np.ndarray]:
-        both = np.asarray([[p.total for p in parts], [p.weight for p in parts]], np.float64).sum(1)
-        return both[0, ...], both[1, ...]
-
-    total, weight = pooled([m.losses.loss for m in window])
-    by_block = pooled([m.losses.by_block for m in window])
-    by_count = pooled([m.losses.by_count for m in window])
-    return {
-        "loss": float(total / weight),
-        "grad_norm": float(window[-1].grad_norm),
-        "loss_by_block": np.stack(by_block, -1).round(4).tolist(),
-        "loss_by_count": np.stack(by_count, -1).round(4).tolist(),
-        "skipped": skipped,
-    }
-
-
-def finite(value: Any) -> Any:
-    """NaN and infinity have no JSON: they are written as text, so that every reader can parse the line."""
+def as_json(value: Any) -> Any:
+    """Replaces NaN and infinity, which JSON does not have, by their names, so that every reader can parse the line."""
     if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
+        return {key: as_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
+        return [as_json(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
 
 
-def scalars(row: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
-    """The numbers of a row as (name, value), those of nested values as ``outer/inner``; lists and texts are left out.
+class Metrics(NamedTuple):
+    """Holds the rows of a run that are plotted, in the order of their steps.
+
+    Attributes:
+        train: the rows of training steps (``loss``, ``lr``, ``grad_norm``, ``tokens_per_second``, ``loss_by_block``,
+            ``loss_by_count``; the last two hold a [sum, weight] pair per block index, and per masked count from 1).
+        evals: the rows of evaluations (``nelbo_per_token``: mean and se; ``pass_at_1``: correct, n, low, high).
+    """
+
+    train: list[Row]
+    evals: list[Row]
+
+
+def read_metrics(path: PathLike) -> Metrics:
+    """Reads a metrics file: a single file, or the parts of it that an object store holds.
+
+    A run that was interrupted and resumed repeats the steps after its last checkpoint: the later rows replace the
+    earlier ones. A last line that a kill has cut off is ignored, and so are rows of other kinds.
 
     Args:
-        row: of metrics.
-        prefix: in front of each name.
+        path: the file, such as ``RUN/metrics.jsonl``.
+
+    Raises:
+        UserError: the file cannot be read, or a line is not a row of metrics.
     """
-    found = []
-    for key, value in row.items():
-        if isinstance(value, dict):
-            found += scalars(value, f"{prefix}{key}/")
-        elif isinstance(value, int | float) and key not in ("step", "kind"):
-            found.append((prefix + key, float(value)))
-    return found
+    try:
+        text = (read_jsonl_bytes(path) or read_bytes(path)).decode("utf-8")
+    except (UserError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot read the metrics ({error}); is this the folder of a training run?") from error
+    *lines, last = text.split("\n")
+    if last and _is_json(last):
+        lines.append(last)
+    kept: dict[str, list[Row]] = {"train": [], "eval": []}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        row = _parsed(line, f"{path}:{number}")
+        rows = kept.get(row["kind"], [])
+        while rows and rows[-1]["step"] >= row["step"]:
+            rows.pop()
+        rows.append(row)
+    return Metrics(kept["train"], kept["eval"])
+
+
+def readable_rows(path: PathLike) -> list[Row]:
+    """Returns the file's rows of every kind, in the order they were written; lines that are not rows are left out.
+
+    Args:
+        path: the file, such as ``RUN/metrics.jsonl``; without it there are no rows.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    lines = read_jsonl_bytes(path).decode("utf-8", errors="replace").splitlines()
+    return [row for row in map(json.loads, filter(_is_json, lines)) if _is_row(row)]
+
+
+def _is_json(line: str) -> bool:
+    try:
+        json.loads(line)
+    except json.JSONDecodeError:
+        return False
+    return True
+
+
+def _is_row(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("step"), int) and isinstance(value.get("kind"), str)
+
+
+def _parsed(line: str, where: str) -> Row:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not JSON ({error}); repair or delete the line") from error
+    if not _is_row(row):
+        raise UserError(f"{where}: expected an object with an integer 'step' and a text 'kind'")
+    return row
+
+
+def series(rows: Iterable[Row], *path: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns one metric over the steps.
+
+    Args:
+        rows: the rows of one kind.
+        *path: the keys that lead to the value, such as ``"nelbo_per_token", "mean"``.
+
+    Returns:
+        Steps and values, both float64 [n]; rows without a finite value are left out.
+    """
+    steps, values = [], []
+    for row in rows:
+        value: Any = row
+        for key in path:
+            value = value.get(key) if isinstance(value, dict) else None
+        if isinstance(value, int | float) and math.isfinite(value):
+            steps.append(row["step"])
+            values.append(value)
+    return np.asarray(steps, np.float64), np.asarray(values, np.float64)
+
+
+def pooled(rows: Sequence[Row], key: str) -> np.ndarray:
+    """Returns the means of a breakdown over several rows: the sums and the weights are each added, then divided.
+
+    Args:
+        rows: the training rows.
+        key: ``loss_by_block`` or ``loss_by_count``.
+
+    Returns:
+        Means, float64 [entries]; NaN where an entry never had weight. Empty if no row has the breakdown.
+    """
+    breakdowns = [np.asarray(row[key], np.float64).reshape(-1, 2) for row in rows if row.get(key)]
+    total = np.zeros((max(map(len, breakdowns), default=0), 2))
+    for pairs in breakdowns:
+        total[: len(pairs)] += pairs
+    return np.divide(total[:, 0], total[:, 1], out=np.full(len(total), np.nan), where=total[:, 1] > 0)

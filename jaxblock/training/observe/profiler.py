@@ -1,4 +1,4 @@
-"""A trace of a few steps, for TensorBoard's profile page, Perfetto or XProf."""
+"""Traces a few steps with JAX's profiler, for TensorBoard's profile page, Perfetto or XProf."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from typing import Any
 
 import jax
 
+from jaxblock.errors import first_line
 from jaxblock.io.files import write_bytes
 from jaxblock.io.paths import PathLike, as_path, is_remote
 
-FOLDER = "profile"
+PROFILE_FOLDER = "profile"
+"""Folder of the run folder that holds the trace."""
 
 
 class Profiler:
-    """Traces the steps of a window. What goes wrong with it is said, and stops nothing."""
+    """Traces the steps of a window. A trace that fails is reported, and training goes on."""
 
     def __init__(
         self,
@@ -27,34 +29,34 @@ class Profiler:
         processes: int,
         say: Callable[[str], None],
     ) -> None:
-        """Nothing is traced before the window's first step.
+        """Sets up the profiler; tracing begins with the window's first step.
 
         Args:
-            window: first and last step; None for none.
-            run: the run folder; the trace goes into ``profile``, with a folder for each process where there are several.
+            window: the first and the last step to trace; None for no trace.
+            run: the run folder; the trace goes into ``profile`` there, where several processes have a folder each.
             process: this process's index.
-            processes: how many.
-            say: told where the trace is, or why there is none.
+            processes: the number of processes.
+            say: prints a line for the user: where the trace is, or why there is none.
         """
         self._window, self._say = window, say
-        self.folder = as_path(run) / FOLDER
+        self.folder = as_path(run) / PROFILE_FOLDER
         if processes > 1:
             self.folder /= f"process-{process}"
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         self._running = False
 
     def skip_to(self, step: int) -> None:
-        """The run goes on from a step: says so where the window is before it, wholly or in part."""
+        """Gives the trace up, and says so, if the step that the run continues from is already in the window or after it."""
         if self._window is not None and step >= self._window[0]:
             first, last = self._window
             self._say(f"no trace: train.profile is steps {first} to {last}, and the run goes on from step {step}")
             self._window = None
 
     def before(self, step: int) -> None:
-        """Begins to trace if this is the window's first step.
+        """Begins to trace if the window's first step comes next.
 
         Args:
-            step: about to be done, counted from 1.
+            step: the step that comes next, counted from 1.
         """
         if self._window is None or step != self._window[0]:
             return
@@ -67,18 +69,18 @@ class Profiler:
             self._failed(error)
 
     def after(self, step: int, result: Any) -> None:
-        """Ends the trace if this was the window's last step; the device is waited for.
+        """Waits for the device and ends the trace if the window's last step was just dispatched.
 
         Args:
-            step: done.
-            result: of it.
+            step: the step that was dispatched, counted from 1.
+            result: the arrays that it returns.
         """
         if self._running and self._window is not None and step == self._window[1]:
             jax.block_until_ready(result)
             self.close()
 
     def close(self) -> None:
-        """Ends a trace under way."""
+        """Ends the trace if one is running."""
         if not self._running:
             return
         self._running = False
@@ -98,4 +100,4 @@ class Profiler:
 
     def _failed(self, error: Exception) -> None:
         self._window, self._running = None, False
-        self._say(f"no trace: {str(error) or type(error).__name__}; training goes on")
+        self._say(f"no trace: {first_line(error)}; training goes on")

@@ -1,4 +1,4 @@
-"""Progress of a training run: a bar on a terminal, plain lines elsewhere. Takes host numbers, never device arrays."""
+"""Shows the progress of a training run: a bar on a terminal, plain lines elsewhere. It takes numbers, no device arrays."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.text import Text
 
 
 class TrainProgress:
-    """A context manager that shows step, loss, tokens/s, time left and the last evaluation."""
+    """Shows step, loss, tokens per second, time left and the last evaluation while its ``with`` block runs."""
 
     def __init__(
         self,
@@ -29,15 +29,15 @@ class TrainProgress:
         Args:
             total: the step at which the run ends.
             start: the step it begins at (above 0 after a resume).
-            every: steps between plain lines where there is no terminal.
-            console: where to; None for standard error, which leaves standard output to results.
-            clock: seconds, rising.
+            every: the number of steps between plain lines where there is no terminal.
+            console: the console to print to; None for standard error, which leaves standard output to results.
+            clock: returns the time in seconds; tests replace it.
         """
         self._total, self._every, self._clock = total, max(1, every), clock
         self._console = console or Console(stderr=True)
         self._recent: deque[tuple[float, int]] = deque(maxlen=200)
         self._step = start
-        self._spoken = start
+        self._printed = start
         self._numbers = ""
         self._bar: Progress | None = None
         self._task = TaskID(0)
@@ -66,12 +66,12 @@ class TrainProgress:
             self._bar = None
 
     def train(self, step: int, loss: float | None = None, tokens_per_second: float | None = None) -> None:
-        """Tells that steps are done.
+        """Shows that training has reached a step.
 
         Args:
-            step: updates done so far.
-            loss: a recent loss; None keeps what is shown (an older step's numbers cost no wait for the device).
-            tokens_per_second: a recent speed; None keeps what is shown.
+            step: the number of updates done.
+            loss: a recent loss; None keeps the one that is shown, so that nobody has to wait for the device.
+            tokens_per_second: a recent speed; only shown together with a loss.
         """
         self._step = step
         self._recent.append((self._clock(), step))
@@ -80,8 +80,8 @@ class TrainProgress:
             self._numbers = f"loss {loss:.4g}{speed}"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, numbers=f"{self._numbers}{self._left()}")
-        elif step - self._spoken >= self._every or (step == self._total and step != self._spoken):
-            self._spoken = step
+        elif step - self._printed >= self._every or (step == self._total and step != self._printed):
+            self._printed = step
             self._print(f"step {step:,}/{self._total:,}  {self._numbers}{self._left()}")
 
     def evaluation(
@@ -91,12 +91,12 @@ class TrainProgress:
         nelbo: float | None = None,
         pass_at_1: tuple[int, int] | None = None,
     ) -> None:
-        """Tells the result of an evaluation.
+        """Shows the result of an evaluation.
 
         Args:
-            step: the step it was made at.
-            nelbo: held-out NELBO, nats per text token.
-            pass_at_1: problems solved and problems tried.
+            step: the step after which the evaluation ran.
+            nelbo: the held-out NELBO, in nats per text token.
+            pass_at_1: the number of problems solved, and of problems tried.
         """
         parts = [] if nelbo is None else [f"NELBO {nelbo:.4g}"]
         if pass_at_1 is not None and pass_at_1[1]:
@@ -112,15 +112,15 @@ class TrainProgress:
         """Prints a line (above the bar where there is one).
 
         Args:
-            text: what to print, as it is.
+            text: the line, printed as it is.
         """
         self._print(text)
 
     def seconds_left(self) -> float | None:
-        """Time to the last step at the recent speed, evaluations not counted.
+        """Estimates the time to the last step at the recent speed, without evaluations.
 
         Returns:
-            Seconds; None until two steps were seen.
+            Seconds; None until two steps have been seen.
         """
         if len(self._recent) < 2:
             return None
@@ -139,5 +139,5 @@ class TrainProgress:
         return f"  {hours}:{minutes:02}:{seconds:02} left" if hours else f"  {minutes}:{seconds:02} left"
 
     def _print(self, text: str) -> None:
-        # Text, not str: brackets in a message are no markup.
+        # A Text and not a str, in which rich would take brackets for markup.
         self._console.print(Text(text), soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Arithmetic that training needs a second, and what share of the chips' published peak that is."""
+"""Computes how much arithmetic training needs per second, and what share of the chips' published peak that is."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from jaxblock.parallel.chips import chip_of
 
 
 class Work(NamedTuple):
-    """What goes through the network in some steps, over all processes and draws.
+    """Counts what went through the network in some steps, over all processes and draws.
 
     Attributes:
-        rows: rows, each draw counted.
-        positions: that a row's queries can see, of all rows.
-        predicted: that the vocabulary projection is needed for, of all rows.
+        rows: the number of rows, counted once for each draw.
+        positions: the positions that attention sees, summed over the rows.
+        predicted: the positions that need the vocabulary projection, summed over the rows.
     """
 
     rows: int
@@ -28,14 +28,14 @@ class Work(NamedTuple):
 
 
 def model_flops(table: Table, arch: Architecture, work: Work, adapters: Table | None = None) -> float:
-    """Floating-point operations of forward and backward passes: what the method needs, not what remat adds to it.
+    """Returns the floating-point operations of the forward and backward passes, without what remat computes again.
 
     Args:
-        table: the network's specs; the frozen base's with adapters.
-        arch: sizes.
-        work: what was done.
-        adapters: specs of the trained adapters; None where all weights are trained. A frozen matrix has no gradient: two
-            products for three.
+        table: the network's parameters; with adapters, those of the frozen base.
+        arch: the network's sizes.
+        work: what went through the network.
+        adapters: the trained adapters' parameters; None where all weights are trained. A frozen matrix has no
+            gradient, so it needs two products where a trained one needs three.
     """
     context = round(work.positions / max(1, work.rows))
     weights = matmul_flops_per_token(table, arch, 0, head=False)
@@ -47,21 +47,21 @@ def model_flops(table: Table, arch: Architecture, work: Work, adapters: Table | 
     return work.positions * per_position + work.predicted * products * head
 
 
-def peak(mesh: Mesh) -> float | None:
-    """Published bfloat16 operations a second of a mesh's devices together; None where a chip is not known."""
+def peak_flops(mesh: Mesh) -> float | None:
+    """Returns the published bfloat16 operations per second of a mesh's devices together; None for unknown chips."""
     device: jax.Device = mesh.devices.flat[0]
     chip = chip_of(device)
     return None if chip is None or chip.flops is None else chip.flops * mesh.size
 
 
-def speeds(flops: float, seconds: float, best: float | None) -> dict[str, float]:
-    """For a row of metrics; empty where the peak is not known, since a bare number of operations says little.
+def utilisation(flops: float, seconds: float, peak: float | None) -> dict[str, float]:
+    """Returns the entries of a metrics row that compare the work done with the peak; none where the peak is unknown.
 
     Args:
-        flops: of some steps (``model_flops``).
-        seconds: they took.
-        best: ``peak``.
+        flops: the operations of some steps (``model_flops``).
+        seconds: the time they took.
+        peak: the devices' peak (``peak_flops``).
     """
-    if best is None:
+    if peak is None:
         return {}
-    return {"model_flops_per_second": flops / seconds, "mfu": flops / seconds / best}
+    return {"model_flops_per_second": flops / seconds, "mfu": flops / seconds / peak}
