@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jaxblock import build as wiring
 from jaxblock.diffusion import canvas as canvases
 from jaxblock.diffusion.decoding import decoder
+from jaxblock.diffusion.decoding.config import DecodeConfig
 from jaxblock.models.config import ModelConfig
 from jaxblock.models.spec import init_params
 from jaxblock.parallel.host_memory import keep_freed_memory
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     net = wiring.network(arch, settings)
     params = init_params(net.param_table, 0, "float32")
     layout = Layout(args.response, args.block, "same_position", "aligned", None, arch.mask_id, 1, (1,))
-    options = decoder.Decoding(steps_per_block=args.block)
+    options = DecodeConfig(steps_per_block=args.block, early_stop=False)
     key = jax.random.key(0)
     prompt = jax.random.randint(key, (args.batch, args.prompt), 2, args.vocab - 1)
     row = jnp.arange(args.batch, dtype=jnp.int32)
@@ -67,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     few = max(4, steps // 8)
 
     def loop() -> Any:
-        return whole(net, layout, options, params, canvas, 0, row)
+        return whole(net, layout, options, params, canvas, 0)
 
     def forwards() -> Any:
         for _ in range(few):

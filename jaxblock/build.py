@@ -22,7 +22,7 @@ from jaxblock.models.families import registry
 from jaxblock.models.linear import lora
 from jaxblock.models.linear.lora import Lora
 from jaxblock.models.transformer import Transformer
-from jaxblock.types import Decoding, Layout
+from jaxblock.types import Layout
 
 
 def architecture(model: ModelConfig, *, vocab_size: int, mask_id: int, eos_id: int) -> Architecture:
@@ -147,23 +147,9 @@ def decoding_layout(
     return layout
 
 
-def decoding(decode: DecodeConfig, layout: Layout) -> Decoding:
-    """The decoder's options; ``steps_per_block`` defaults to one token a step.
-
-    Raises:
-        UserError: a number of steps below 1.
-    """
-    steps = layout.block if decode.steps_per_block is None else decode.steps_per_block
-    if steps < 1:
-        raise UserError(f"decode.steps_per_block is {steps}: it must be at least 1")
-    shared = {f: getattr(decode, f) for f in Decoding._fields if f != "steps_per_block"}
-    return Decoding(steps_per_block=steps, **shared)
-
-
 def check_decoding(canvas: CanvasConfig, decode: DecodeConfig, arch: Architecture) -> None:
     """Raises UserError where decoding on this canvas cannot work: before hours of other work, not after them."""
     layout = decoding_layout(canvas, decode, arch, ())
-    decoding(decode, layout)
     width = canvas.prompt_len + max(canvas.response_len, layout.response_len)
     if width > arch.max_len:
         raise UserError(

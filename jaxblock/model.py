@@ -156,12 +156,14 @@ class Model:
         rows, lengths = self.prompts(prompt_ids, attention_mask, layout)
         index = np.arange(first_index, first_index + len(rows), dtype=np.int32)
         canvas = canvases.for_decoding(layout, jnp.asarray(rows), jnp.asarray(lengths), jnp.asarray(index))
-        found = _decode(self.net, layout, wiring.decoding(chosen, layout), self.params, canvas, chosen.seed, index)
+        found = _decode(self.net, layout, chosen.static(layout.block), self.params, canvas, chosen.seed)
         if not return_steps:
             return np.asarray(found.response)
         steps = int(np.max(found.commit_step)) + 1
         return Decoded(
-            np.asarray(found.response), np.asarray(decoder.canvases(layout, found, steps)), np.asarray(found.nfe)
+            np.asarray(found.response),
+            np.asarray(decoder.responses_by_step(layout, found, steps)),
+            np.asarray(found.nfe),
         )
 
     def stream(self, prompt_ids: Sequence[int], *, index: int = 0, **options: Any) -> Iterator[tuple[np.ndarray, int]]:
@@ -177,18 +179,18 @@ class Model:
         """
         chosen = self.options(**options)
         layout = self.layout(chosen)
-        settings = wiring.decoding(chosen, layout)
+        settings = chosen.static(layout.block)
         rows, lengths = self.prompts([prompt_ids], None, layout)
         row = jnp.asarray([index], jnp.int32)
         canvas = canvases.for_decoding(layout, jnp.asarray(rows), jnp.asarray(lengths), row)
-        carry = decoder.start(layout, canvas, chosen.seed, row)
+        carry = decoder.start(layout, canvas, chosen.seed)
         shown = 0
         for block in range(layout.n_blocks):
             if bool(carry.done.all()):
                 break
             carry = _decode_block(self.net, layout, settings, self.params, canvas, carry, jnp.int32(block))
             steps = int(carry.nfe[0]) // settings.passes
-            states = np.asarray(decoder.canvases(layout, decoder.finish(layout, canvas, carry), steps))
+            states = np.asarray(decoder.responses_by_step(layout, decoder.finish(layout, canvas, carry), steps))
             for step in range(shown + 1, steps + 1):
                 yield states[step, 0], step * settings.passes
             shown = steps

@@ -117,30 +117,6 @@ class View(NamedTuple):
     valid: Bool[Array, "B A"]
 
 
-class Decoding(NamedTuple):
-    """The decoder's options. Static. Meanings as in ``config.DecodeConfig``."""
-
-    steps_per_block: int
-    rule: RuleName = "low_confidence"
-    quota: Quota = "even"
-    eps: float = 1e-3
-    threshold: float = 0.9
-    factor: float = 1.0
-    factor_rule: FactorRule = "strict"
-    temperature: float = 0.0
-    top_p: float | None = None
-    top_k: int | None = None
-    alg_temp: float = 0.0
-    cfg_scale: float = 0.0
-    eos_suppression: EosSuppression = "none"
-    early_stop: bool = False
-
-    @property
-    def passes(self) -> int:
-        """Forward passes of a step."""
-        return 2 if self.cfg_scale else 1
-
-
 class Scores(NamedTuple):
     """What a transfer rule chooses from.
 

@@ -27,7 +27,7 @@ from jaxblock.evaluation.graders import grader
 from jaxblock.evaluation.statistics import Estimate, Proportion, mean_se, ratio_se, wilson
 from jaxblock.models.transformer import Transformer
 from jaxblock.parallel import rules
-from jaxblock.types import Decoding, Layout, Params
+from jaxblock.types import Layout, Params
 
 
 class Solved(NamedTuple):
@@ -123,7 +123,7 @@ class Evaluator:
             Verdicts and costs.
         """
         layout = self.layout
-        options = wiring.decoding(self.decode, layout)
+        options = self.decode.static(layout.block)
         size = min(self.decode.batch_size, max(len(records), 1))
         batches = [records[at : at + size] for at in range(0, len(records), size)]
         inputs = [self._prompts(batch, size) for batch in batches]
@@ -143,7 +143,7 @@ class Evaluator:
         nfe = float(np.mean([row["nfe"] for row in rows])) if rows else float("nan")
         return Solved(rows, wilson(correct, len(rows)), nfe, tokens, spent)
 
-    def _decoder(self, params: Params, layout: Layout, options: Decoding, inputs: tuple[Any, ...]) -> Any:
+    def _decoder(self, params: Params, layout: Layout, options: DecodeConfig, inputs: tuple[Any, ...]) -> Any:
         """The decoder compiled for these shapes, ahead, so that the time of decoding is the time of decoding; kept, so that
         the evaluations of a run compile once."""
         given = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, getattr(leaf, "sharding", None)), (params, inputs))
@@ -249,7 +249,7 @@ def _split_rows(params: Params, arrays: tuple[np.ndarray, ...]) -> tuple[Any, ..
 
 def _decode_prompts(net, layout, options, params, seed, prompt_ids, prompt_len, index):  # type: ignore[no-untyped-def]
     canvas = canvases.for_decoding(layout, prompt_ids, prompt_len, index)
-    return decoder.decode(net, layout, options, params, canvas, seed, index)
+    return decoder.decode(net, layout, options, params, canvas, seed)
 
 
 def _nelbo_of_rows(  # type: ignore[no-untyped-def]

@@ -119,15 +119,14 @@ def decode_block(config: Config, arch: Architecture, mesh: Mesh) -> Program:
     if lora:
         params = attach(abstract.placed(net.param_table, mesh, config.model.param_dtype), params)
     place = wiring.decoding_layout(config.canvas, config.decode, arch, (arch.eos_id,))
-    options = wiring.decoding(config.decode, place)
     ways = layout.ways(config)
     rows = -(-config.decode.batch_size // ways) * ways
 
     def run(params: Any, prompts: Any, lengths: Any, block: Any) -> Any:
         index = jnp.arange(rows, dtype=jnp.int32)
         canvas = canvases.for_decoding(place, prompts, lengths, index)
-        carry = decoder.start(place, canvas, config.decode.seed, index)
-        return decoder.decode_block(net, place, options, params, canvas, carry, block)[:-2]
+        carry = decoder.start(place, canvas, config.decode.seed)
+        return decoder.decode_block(net, place, config.decode, params, canvas, carry, block)[:-2]
 
     whole: Any = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows, config.canvas.prompt_len), (rows,), ())]
     with jax.set_mesh(mesh):

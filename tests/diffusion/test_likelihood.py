@@ -12,6 +12,7 @@ import pytest
 from jaxblock.diffusion import canvas as canvases
 from jaxblock.diffusion import likelihood
 from jaxblock.diffusion.decoding import decoder
+from jaxblock.diffusion.decoding.config import DecodeConfig
 
 _nelbo = jax.jit(likelihood.nelbo, static_argnums=(0, 1, 2))
 TEXTS = ([1, 0, 6, 2, 2, 10, 7], [5, 3, 1, 7])
@@ -122,8 +123,8 @@ def test_the_decoder_samples_from_that_likelihood(x64, tiny, truth_of):
     draws, prompt = 20_000, jnp.array([1, 2], jnp.int32)
     many = jnp.arange(draws, dtype=jnp.int32)
     canvas = canvases.for_decoding(layout, jnp.tile(prompt, (draws, 1)), jnp.full(draws, 2, jnp.int32), many)
-    options = decoder.Decoding(steps_per_block=2, rule="random", temperature=1.0)
-    out = jax.jit(decoder.decode, static_argnums=(0, 1, 2))(net, layout, options, params, canvas, 0, many)
+    options = DecodeConfig(steps_per_block=2, early_stop=False, rule="random", temperature=1.0)
+    out = jax.jit(decoder.decode, static_argnums=(0, 1, 2))(net, layout, options, params, canvas, 0)
     response = np.asarray(out.response)
     assert response.max() < 4
     seen = np.bincount(response @ [4, 1], minlength=16)

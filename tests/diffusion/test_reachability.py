@@ -19,6 +19,7 @@ from jaxblock.diffusion import canvas as canvases
 from jaxblock.diffusion import sampling
 from jaxblock.diffusion.corruption import Ablation, corrupt
 from jaxblock.diffusion.decoding import decoder
+from jaxblock.diffusion.decoding.config import DecodeConfig
 from jaxblock.diffusion.sampling import Sampling
 from jaxblock.types import Layout
 
@@ -223,11 +224,13 @@ def test_the_real_decoder_passes_through_the_replays_states(alignment):
     prompts = [[1], [2, 3], [4, 5, 6, 0]]
     prompt_ids, prompt_len, _, _, index = _arrays(prompts, [[EOT]] * ROWS, layout)
     canvas = canvases.for_decoding(layout, prompt_ids, prompt_len, index)
-    options = decoder.Decoding(steps_per_block=layout.block, rule="random", temperature=1.0)
+    options = DecodeConfig(early_stop=False, rule="random", temperature=1.0)
     run = jax.jit(decoder.decode, static_argnums=(0, 1, 2))
-    out = jax.device_get(run(net, layout, options, params, canvas, 5, index))
+    out = jax.device_get(run(net, layout, options, params, canvas, 5))
     jax.effects_barrier()
-    rebuilt = np.asarray(decoder.canvases(layout, decoder.Decoded(*map(jnp.asarray, out)), layout.response_len))
+    rebuilt = np.asarray(
+        decoder.responses_by_step(layout, decoder.Responses(*map(jnp.asarray, out)), layout.response_len)
+    )
     assert len(net.views) == layout.response_len and out.nfe.tolist() == [layout.response_len] * ROWS
     for row, prompt in enumerate(prompts):
         order = np.argsort(out.commit_step[row])

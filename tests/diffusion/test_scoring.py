@@ -6,6 +6,7 @@ one way: the test must tell them apart.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import jax
@@ -16,7 +17,8 @@ import pytest
 from jaxblock.diffusion import canvas as canvases
 from jaxblock.diffusion.decoding import decoder, scoring
 from jaxblock.diffusion.decoding import rules as transfer
-from jaxblock.types import Decoding, Layout, StepInfo
+from jaxblock.diffusion.decoding.config import DecodeConfig
+from jaxblock.types import Layout, StepInfo
 
 VOCAB, MASK, FILL, EOT = 7, 6, 0, 1
 MANY = 20_000
@@ -87,14 +89,14 @@ FILTERS = [
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
 def test_filters_and_confidence_are_dreams(filters):
     """Candidates, and each measure on them: the mask token's probability counts wherever it survives."""
-    plain = Decoding(1, **filters)
+    plain = _decoding(1, **filters)
     with np.errstate(divide="ignore"):
         want = np.array([np.log(_kept(row, **filters)) for row in LOGITS])
     got = np.array(jax.nn.log_softmax(scoring.candidates(plain, MASK, jnp.asarray(LOGITS))))
     np.testing.assert_allclose(got, want, atol=2e-6)
     p = np.exp(want)
     for rule in ("maskgit_plus", "topk_margin", "entropy"):
-        found = _scores(plain._replace(rule=rule), many=3)
+        found = _scores(dataclasses.replace(plain, rule=rule), many=3)
         assert not (np.asarray(found.token) == MASK).any()
         for row, at in itertools.product(range(3), range(4)):
             others = np.sort(np.delete(p[at], np.argmax(p[at, :MASK])))
@@ -109,7 +111,7 @@ def test_filters_and_confidence_are_dreams(filters):
 
 def test_other_rules_filter_the_token_but_not_the_confidence():
     """LLaDA's family: -log p of the token under the un-noised softmax of all logits."""
-    options = Decoding(1, temperature=2.0, top_k=1, rule="low_confidence")
+    options = _decoding(1, temperature=2.0, top_k=1, rule="low_confidence")
     found = _scores(options, many=8)
     best = LOGITS[:, :MASK].argmax(-1)
     assert (np.asarray(found.token) == best).all(), "top_k 1 leaves nothing to draw"
@@ -146,7 +148,7 @@ def _without_mask(p):
 def test_tokens_are_drawn_from_what_the_filters_leave():
     """Each position's 20,000 tokens; every mistake of the oracle is rejected somewhere."""
     options = {"temperature": 3.0, "top_p": 0.7, "top_k": 4}
-    token = np.asarray(_scores(Decoding(1, rule="maskgit_plus", **options), many=MANY).token)
+    token = np.asarray(_scores(_decoding(1, rule="maskgit_plus", **options), many=MANY).token)
     seen = [np.bincount(token[:, at], minlength=VOCAB) for at in range(4)]
 
     def worst(**how):
@@ -174,12 +176,12 @@ def _sets(weights, size):
 def test_alg_temp_draws_positions_without_replacement(rule):
     """The quota's sets of two of four positions against the exact law; weights are exp(confidence / alg_temp)."""
     alg_temp = 0.4
-    options = Decoding(2, rule=rule, alg_temp=alg_temp)
+    options = _decoding(2, rule=rule, alg_temp=alg_temp)
     found = _scores(options, many=MANY)
     chosen = transfer.make_rule(options, 4)(found, StepInfo(jnp.int32(0), jnp.full(MANY, 4, jnp.int32)))
     chosen = np.asarray(chosen)
     assert (chosen.sum(-1) == 2).all(), "drawn with replacement, some rows would commit one"
-    surprise = np.asarray(_scores(options._replace(alg_temp=0.0)).surprise, float)[0]
+    surprise = np.asarray(_scores(dataclasses.replace(options, alg_temp=0.0)).surprise, float)[0]
     confidence = -surprise if rule == "entropy" else np.exp(-surprise)
     names = list(itertools.combinations(range(4), 2))
     seen = [(chosen[:, a] & chosen[:, b]).sum() for a, b in names]
@@ -200,8 +202,8 @@ def test_alg_temp_draws_positions_without_replacement(rule):
 
 def test_the_smallest_alg_temp_is_the_most_confident():
     for rule in ("maskgit_plus", "topk_margin", "entropy"):
-        sharp = _scores(Decoding(2, rule=rule, alg_temp=1e-5), many=50)
-        plain = _scores(Decoding(2, rule=rule), many=50)
+        sharp = _scores(_decoding(2, rule=rule, alg_temp=1e-5), many=50)
+        plain = _scores(_decoding(2, rule=rule), many=50)
         step = StepInfo(jnp.int32(0), jnp.full(50, 4, jnp.int32))
         take = transfer.by_quota(transfer.quota_table("even", 4, 2))
         np.testing.assert_array_equal(take(sharp, step), take(plain, step))
@@ -224,19 +226,23 @@ STILL = Still()
 _decode = jax.jit(decoder.decode, static_argnums=(0, 1, 2))
 
 
+def _decoding(steps, **fields):
+    return DecodeConfig(steps_per_block=steps, **{"early_stop": False, **fields})
+
+
 def _decoded(options, many):
     """``many`` prompts of one token, a response of one block of two."""
     layout = LAYOUT._replace(response_len=2, block=2)
     index = jnp.arange(many, dtype=jnp.int32)
     canvas = canvases.for_decoding(layout, jnp.full((many, 1), 2, jnp.int32), jnp.ones(many, jnp.int32), index)
     params = {"table": jnp.asarray(LOGITS[2:])}
-    return jax.device_get(_decode(STILL, layout, options, params, canvas, 5, index))
+    return jax.device_get(_decode(STILL, layout, options, params, canvas, 5))
 
 
 def test_origin_lifts_each_mask_by_chance_on_dreams_grid():
     """P(step i) = t_i - t_{i+1}, the rest in the last step; positions, steps and tokens independent of one another."""
     steps, eps = 3, 0.2
-    options = Decoding(steps, rule="origin", eps=eps, temperature=1.0)
+    options = _decoding(steps, rule="origin", eps=eps, temperature=1.0)
     out = _decoded(options, MANY)
     grid = np.linspace(1, eps, steps + 1)
     when = np.append(grid[:-2] - grid[1:-1], grid[-2])
@@ -255,11 +261,11 @@ def test_origin_lifts_each_mask_by_chance_on_dreams_grid():
     assert against(out.commit_step, np.full(steps, 1 / steps)) > 2, "the same chance in every step"
     together = np.repeat(out.commit_step[:, :1], 2, axis=1)
     assert against(together, when) > 2, "one coin for the whole block"
-    counted = _decoded(options._replace(rule="random", quota="dream"), MANY)
+    counted = _decoded(dataclasses.replace(options, rule="random", quota="dream"), MANY)
     assert against(counted.commit_step, when) > 2, "Dream's quota instead of its coin"
     finished = out.commit_step.max(-1) + 1
     np.testing.assert_array_equal(out.nfe, finished, "a block that is full takes no further forwards")
-    alone = _decoded(options._replace(steps_per_block=1, eps=1e-3), 5)
+    alone = _decoded(dataclasses.replace(options, steps_per_block=1, eps=1e-3), 5)
     assert (alone.commit_step == 0).all()
 
 
@@ -270,15 +276,15 @@ def test_suppressed_stop_tokens_come_last_under_every_measure(rule, alg_temp):
     logits = np.zeros((4, VOCAB), np.float32)
     logits[0, FILL], logits[2, EOT] = 9.0, 12.0
     logits[1, 3], logits[3, 4] = 2.0, 1.0
-    options = Decoding(2, rule=rule, alg_temp=alg_temp, eos_suppression="confidence", top_k=None)
+    options = _decoding(2, rule=rule, alg_temp=alg_temp, eos_suppression="confidence", top_k=None)
     found = _scores(options, logits, many=40)
     assert (np.asarray(found.token) == [FILL, 3, EOT, 4]).all()
     assert np.isinf(np.asarray(found.surprise)[:, [0, 2]]).all()
     assert np.isfinite(np.asarray(found.surprise)[:, [1, 3]]).all()
-    free = _scores(options._replace(eos_suppression="none"), logits, many=40)
+    free = _scores(dataclasses.replace(options, eos_suppression="none"), logits, many=40)
     if not alg_temp:
         assert (np.asarray(transfer.rank(free)) == [1, 2, 0, 3]).all()
-    never = _scores(options._replace(eos_suppression="logits"), logits, many=40)
+    never = _scores(dataclasses.replace(options, eos_suppression="logits"), logits, many=40)
     assert not (np.asarray(never.token) == FILL).any()
 
 
@@ -291,6 +297,6 @@ def test_where_the_mask_token_alone_would_pass_the_best_other_token_is_taken():
         ("low_confidence", "maskgit_plus", "topk_margin", "entropy", "random", "origin"),
         ({"top_p": 0.5}, {"top_k": 1}),
     ):
-        found = _scores(Decoding(1, rule=rule, temperature=1.0, **filters), logits, many=9, layout=layout)
+        found = _scores(_decoding(1, rule=rule, temperature=1.0, **filters), logits, many=9, layout=layout)
         assert (np.asarray(found.token) == 4).all()
         assert not np.isnan(np.asarray(found.surprise)).any()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from jaxblock.types import (
@@ -14,7 +15,7 @@ from jaxblock.types import (
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """The blockwise decoder."""
+    """The blockwise decoder: the static argument of its pure functions (``static`` makes two that compile alike equal)."""
 
     response_len: int | None = None
     """R; None for the canvas's."""
@@ -59,3 +60,33 @@ class DecodeConfig:
     """Seed of sampling; each prompt's key comes from its index."""
     batch_size: int = 64
     """Prompts decoded together."""
+
+    @property
+    def passes(self) -> int:
+        """Forward passes of a decode step: guidance takes a second one, of the network that does not see the prompt."""
+        return 2 if self.cfg_scale else 1
+
+    def steps(self, block: int) -> int:
+        """Returns the decode steps of a block of so many positions, where the rule does not set its own pace."""
+        return block if self.steps_per_block is None else self.steps_per_block
+
+    def static(self, block: int) -> DecodeConfig:
+        """Returns the settings that a compiled decoder depends on, with the defaults for all others.
+
+        The sizes and special ids are in the layout, the seed and the prompts are arguments: settings that differ in those
+        alone are equal here, so that a jitted function that takes them as a static argument is not compiled again.
+
+        Args:
+            block: positions of a block.
+        """
+        plain = DecodeConfig()
+        return dataclasses.replace(
+            self,
+            steps_per_block=self.steps(block),
+            response_len=plain.response_len,
+            block=plain.block,
+            stop_ids=plain.stop_ids,
+            fill_id=plain.fill_id,
+            seed=plain.seed,
+            batch_size=plain.batch_size,
+        )

@@ -16,12 +16,13 @@ from jaxtyping import Float, Int
 
 from jaxblock.diffusion.canvas import active_positions, block_tokens, view
 from jaxblock.diffusion.decoding import rules as transfer
+from jaxblock.diffusion.decoding.config import DecodeConfig
 from jaxblock.diffusion.decoding.scoring import score
-from jaxblock.types import Canvas, Carry, Decoding, Layout, Network, Params, StepInfo, View
+from jaxblock.types import Canvas, Carry, Layout, Network, Params, StepInfo, View
 
 
-class Decoded(NamedTuple):
-    """The result of ``decode``.
+class Responses(NamedTuple):
+    """The decoded responses of a batch.
 
     Attributes:
         response: response tokens [B, R]; positions never decoded (early stop) hold the fill token.
@@ -41,17 +42,17 @@ class _Loop(NamedTuple):
     nfe: Array
 
 
-def start(layout: Layout, canvas: Canvas, seed: int | Int[Array, ""], prompt_index: Int[Array, " B"]) -> Carry:
+def start(layout: Layout, canvas: Canvas, seed: int | Int[Array, ""]) -> Carry:
     """The state before the first block.
 
     Args:
         layout: the canvas's static part.
-        canvas: from ``canvas.for_decoding``.
-        seed: of sampling.
-        prompt_index: each prompt's own index: its random key, whatever batch it is in.
+        canvas: the prompts, from ``canvas.for_decoding``; a row's random key comes from its ``row_id``, whatever batch the
+            row is in.
+        seed: the seed of sampling.
     """
     rows = canvas.ids.shape[0]
-    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), prompt_index)
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), canvas.row_id)
     return Carry(
         ids=canvas.ids,
         commit_step=jnp.full((rows, layout.response_len), -1, jnp.int32),
@@ -65,7 +66,7 @@ def start(layout: Layout, canvas: Canvas, seed: int | Int[Array, ""], prompt_ind
 def decode_block(
     net: Network,
     layout: Layout,
-    options: Decoding,
+    options: DecodeConfig,
     params: Params,
     canvas: Canvas,
     carry: Carry,
@@ -86,7 +87,7 @@ def decode_block(
         The state after this block.
     """
     rule = transfer.make_rule(options, layout.block)
-    most_steps = layout.block if transfer.sets_its_own_pace(options.rule) else options.steps_per_block
+    most_steps = layout.block if transfer.sets_its_own_pace(options.rule) else options.steps(layout.block)
     canvas = canvas._replace(ids=carry.ids)
     blocks = jnp.full_like(canvas.prompt_len, block)
     active, valid = active_positions(layout, canvas, blocks)
@@ -118,7 +119,7 @@ def decode_block(
 
 
 def _commit(
-    layout: Layout, options: Decoding, canvas: Canvas, carry: Carry, block: Array, live: Array, loop: _Loop
+    layout: Layout, options: DecodeConfig, canvas: Canvas, carry: Carry, block: Array, live: Array, loop: _Loop
 ) -> Carry:
     """Writes a finished block back into the canvas and stops the rows whose text has ended."""
     seen = view(layout, canvas, jnp.full_like(canvas.prompt_len, block), loop.tokens)
@@ -135,7 +136,7 @@ def _commit(
 
 
 def _logits(
-    net: Network, layout: Layout, options: Decoding, params: Params, canvas: Canvas, seen: View
+    net: Network, layout: Layout, options: DecodeConfig, params: Params, canvas: Canvas, seen: View
 ) -> Float[Array, "B A V"]:
     """The active block's logits, guided away from the unconditional ones where the options say so."""
     conditional = net.logits(params, net.hidden(params, seen)[0])
@@ -150,12 +151,11 @@ def _logits(
 def decode(
     net: Network,
     layout: Layout,
-    options: Decoding,
+    options: DecodeConfig,
     params: Params,
     canvas: Canvas,
     seed: int | Int[Array, ""],
-    prompt_index: Int[Array, " B"],
-) -> Decoded:
+) -> Responses:
     """Decodes every block, left to right, by ``lax.scan``; blocks after which every row is done are skipped.
 
     Args:
@@ -163,9 +163,8 @@ def decode(
         layout: the canvas's static part.
         options: the decoder's options (static).
         params: the network's parameters.
-        canvas: from ``canvas.for_decoding``.
-        seed: of sampling.
-        prompt_index: each prompt's own index.
+        canvas: the prompts, from ``canvas.for_decoding``; a row's random key comes from its ``row_id``.
+        seed: the seed of sampling.
 
     Returns:
         The responses, and when each token was committed.
@@ -177,21 +176,21 @@ def decode(
 
         return jax.lax.cond(jnp.all(carry.done), lambda c: c, go, carry), None
 
-    first = start(layout, canvas, seed, prompt_index)
+    first = start(layout, canvas, seed)
     carry, _ = jax.lax.scan(body, first, jnp.arange(layout.n_blocks, dtype=jnp.int32))
     return finish(layout, canvas, carry)
 
 
-def finish(layout: Layout, canvas: Canvas, carry: Carry) -> Decoded:
+def finish(layout: Layout, canvas: Canvas, carry: Carry) -> Responses:
     """Reads the responses off the canvas."""
     at = canvas.prompt_len[:, None] + jnp.arange(layout.response_len)
     response = jnp.take_along_axis(carry.ids, at, axis=1)
     response = jnp.where(carry.commit_step < 0, layout.fill_id, response)
-    return Decoded(response, carry.commit_step, carry.nfe)
+    return Responses(response, carry.commit_step, carry.nfe)
 
 
-def canvases(layout: Layout, decoded: Decoded, steps: int) -> Int[Array, "S B R"]:
-    """Every intermediate response: before the first step and after each of ``steps`` (S = steps + 1)."""
+def responses_by_step(layout: Layout, responses: Responses, steps: int) -> Int[Array, "S B R"]:
+    """Rebuilds the responses before the first decode step and after each of ``steps`` (S = steps + 1), masks included."""
     when = jnp.arange(-1, steps)[:, None, None]
-    known = (decoded.commit_step >= 0) & (decoded.commit_step <= when)
-    return jnp.where(known, decoded.response, layout.mask_id)
+    known = (responses.commit_step >= 0) & (responses.commit_step <= when)
+    return jnp.where(known, responses.response, layout.mask_id)

@@ -13,7 +13,8 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Int
 
-from jaxblock.types import TAKE_A_QUOTA, Decoding, FactorRule, Quota, Rule, RuleName, Scores, StepInfo
+from jaxblock.diffusion.decoding.config import DecodeConfig
+from jaxblock.types import TAKE_A_QUOTA, FactorRule, Quota, Rule, RuleName, Scores, StepInfo
 
 
 def rank(scores: Scores) -> Int[Array, "B A"]:
@@ -155,7 +156,7 @@ def sets_its_own_pace(name: RuleName) -> bool:
     return name in ("confidence_threshold", "factor")
 
 
-def make_rule(options: Decoding, block: int) -> Rule:
+def make_rule(options: DecodeConfig, block: int) -> Rule:
     """The rule that the options name. What ``Scores.surprise`` holds for it is ``scoring.score``'s business.
 
     Args:
@@ -163,9 +164,9 @@ def make_rule(options: Decoding, block: int) -> Rule:
         block: positions of a block.
     """
     if options.rule in TAKE_A_QUOTA:
-        return by_quota(quota_table(options.quota, block, options.steps_per_block, options.eps))
+        return by_quota(quota_table(options.quota, block, options.steps(block), options.eps))
     if options.rule == "origin":
-        return by_chance(dream_chances(options.steps_per_block, options.eps))
+        return by_chance(dream_chances(options.steps(block), options.eps))
     if options.rule == "factor":
         return by_factor(options.factor, block, options.factor_rule)
     return by_threshold(options.threshold)

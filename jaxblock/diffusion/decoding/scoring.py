@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from jaxblock.types import DREAM_MEASURES, Decoding, Layout, RuleName, Scores
+from jaxblock.diffusion.decoding.config import DecodeConfig
+from jaxblock.types import DREAM_MEASURES, Layout, RuleName, Scores
 
 _TOKEN, _CHANCE, _POSITION = 0, 1, 2
 """What a row's key of a step is folded with, for each thing that is drawn."""
@@ -92,7 +93,7 @@ def keep_top_k(logits: Float[Array, "*rows V"], top_k: int) -> Bool[Array, "*row
     return logits >= last
 
 
-def candidates(options: Decoding, mask_id: int, logits: Float[Array, "*rows V"]) -> Float[Array, "*rows V"]:
+def candidates(options: DecodeConfig, mask_id: int, logits: Float[Array, "*rows V"]) -> Float[Array, "*rows V"]:
     """What the token is drawn from: divided by the temperature, then top-p, then top-k; -inf for what they cut.
 
     The filters see the mask token, as in Dream. They always leave the best other token: the mask token itself is never
@@ -116,7 +117,7 @@ def candidates(options: Decoding, mask_id: int, logits: Float[Array, "*rows V"])
 
 
 def score(
-    layout: Layout, options: Decoding, logits: Float[Array, "B A V"], eligible: Bool[Array, "B A"], keys: Array
+    layout: Layout, options: DecodeConfig, logits: Float[Array, "B A V"], eligible: Bool[Array, "B A"], keys: Array
 ) -> Scores:
     """Each position's token, and the surprise that the transfer rule ranks it by.
 
