@@ -3,176 +3,51 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import logging
 import os
 import sys
 import traceback
-from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, field, fields, replace
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import tyro
 
+from jaxblock.commands import decode, evaluate, export, inspect, plan, prepare, train
 from jaxblock.config import files as config_io
 from jaxblock.config.config import Config
-from jaxblock.data.config import DataConfig
-from jaxblock.diffusion.config import CanvasConfig, MethodConfig
-from jaxblock.diffusion.decoding.config import DecodeConfig
 from jaxblock.errors import UserError
-from jaxblock.evaluation.config import EvaluateConfig
-from jaxblock.models.config import LoraConfig, ModelConfig
+from jaxblock.io.paths import as_path
 from jaxblock.parallel import host_memory
-from jaxblock.training.config import TrainConfig
-from jaxblock.training.optim.config import OptimizerConfig
 
 LOST = 134
 """Exit code where another process of the group was lost; the abort of JAX's own runtime gives the same."""
 
 
-@dataclass(frozen=True)
-class Prepare:
-    """Turns text records into token records: tokenizer, chat template, length checks, ArrayRecord, manifest."""
-
-    config: str | None = None
-    """YAML file of sections; flags override it."""
-    data: DataConfig = field(default_factory=DataConfig)
-    canvas: CanvasConfig = field(default_factory=CanvasConfig)
+Options = TypeVar("Options")
 
 
-@dataclass(frozen=True)
-class Inspect:
-    """Shows what training feeds the model: token kinds, the block grid, masks, and which tokens carry loss."""
+class Command(NamedTuple, Generic[Options]):
+    """What the command line needs of a verb.
 
-    config: str | None = None
-    """YAML file of sections; flags override it."""
-    split: Literal["train", "validation", "test"] = "train"
-    """Which prepared records."""
-    records: tuple[int, ...] = (0, 1)
-    """Indices of the records to show."""
-    steps: int = 2
-    """How many training steps' draws to show for each."""
-    html: str | None = None
-    """Also write one self-contained HTML file here."""
-    data: DataConfig = field(default_factory=DataConfig)
-    canvas: CanvasConfig = field(default_factory=CanvasConfig)
-    method: MethodConfig = field(default_factory=MethodConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
+    Attributes:
+        options: a dataclass of its flags. Fields named as sections of ``Config`` are filled from the YAML file.
+        run: does the work: takes the options and the checked config, returns the exit code.
+    """
+
+    options: type[Options]
+    run: Callable[[Options, Config], int]
 
 
-@dataclass(frozen=True)
-class Train:
-    """Trains: Blockwise SFT or classical SFT, from random weights, a run or a Hugging Face folder; resumes exactly."""
-
-    config: str | None = None
-    """YAML file of sections; flags override it."""
-    data: DataConfig = field(default_factory=DataConfig)
-    canvas: CanvasConfig = field(default_factory=CanvasConfig)
-    method: MethodConfig = field(default_factory=MethodConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    decode: DecodeConfig = field(default_factory=DecodeConfig)
-    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-
-
-@dataclass(frozen=True)
-class Decode:
-    """Decodes prompts block by block: from the command line, a file, or standard input (one prompt a line)."""
-
-    checkpoint: str
-    """A run folder, a Hugging Face folder (or hub id), or a folder of PEFT adapters."""
-    prompts: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """Prompts; without any (and without `file`) they are read from standard input."""
-    config: str | None = None
-    """YAML file of sections; without one the run's own config is used. Flags override it."""
-    file: str | None = None
-    """Prompts: a text file (one a line), or .jsonl whose `data.prompt_field` is read."""
-    out: str | None = None
-    """Write JSON lines here instead of to standard output; an existing file is refused."""
-    watch: bool = False
-    """Show the canvas as it is filled, block by block."""
-    base: str | None = None
-    """Where the weights beneath adapters are; None for where they were in training."""
-    step: Literal["latest", "best"] | int = "latest"
-    """Which checkpoint of a run: the newest, the best by its `train.keep_best`, or that of a step."""
-    data: DataConfig = field(default_factory=DataConfig)
-    canvas: CanvasConfig = field(default_factory=CanvasConfig)
-    decode: DecodeConfig = field(default_factory=DecodeConfig)
-
-
-@dataclass(frozen=True)
-class Evaluate:
-    """Scores a checkpoint: Pass@1 with its interval, costs, NELBO; compares it with an earlier evaluation."""
-
-    checkpoint: str
-    """A run folder, a Hugging Face folder (or hub id), or a folder of PEFT adapters."""
-    out: str
-    """Folder for problems.jsonl and summary.json; an existing one is refused."""
-    config: str | None = None
-    """YAML file of sections; without one the run's own config is used. Flags override it."""
-    base: str | None = None
-    """Where the weights beneath adapters are; None for where they were in training."""
-    step: Literal["latest", "best"] | int = "latest"
-    """Which checkpoint of a run: the newest, the best by its `train.keep_best`, or that of a step."""
-    data: DataConfig = field(default_factory=DataConfig)
-    canvas: CanvasConfig = field(default_factory=CanvasConfig)
-    decode: DecodeConfig = field(default_factory=DecodeConfig)
-    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-
-
-@dataclass(frozen=True)
-class Export:
-    """Writes a checkpoint as a Hugging Face folder, or its adapters as PEFT's; reads it back and compares logits."""
-
-    checkpoint: str
-    """A run folder, a Hugging Face folder (or hub id), or a folder of PEFT adapters."""
-    out: str
-    """The folder to make; an existing one is refused."""
-    format: Literal["merged", "adapter"] = "merged"
-    """Adapters: merged into their base (a whole checkpoint), or alone in PEFT's format."""
-    base: str | None = None
-    """Where the weights beneath adapters are; None for where they were in training."""
-    step: Literal["latest", "best"] | int = "latest"
-    """Which checkpoint of a run: the newest, the best by its `train.keep_best`, or that of a step."""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Type of the tensors; None keeps each one's own."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Says what a run needs of a topology, before it is rented: compiles the real step and decoder without any device."""
-
-    topology: str
-    """`v5e-16`, `v6e-8`, `v5p-8` (4 chips), `2xv5e-256` (two slices), `h200-1`, `h100-8`, `cpu-8`."""
-    config: str | None = None
-    """YAML file of sections; flags override it."""
-    model_config: str | None = None
-    """config.json (or a folder or run) with the network's sizes; None for those of `model.init_from`."""
-    decoder: bool = True
-    """Compile the decoder too."""
-    tries: int = 6
-    """Changes that may be compiled in search of one that fits, where the run as it is does not."""
-    json: str | None = None
-    """Also write the plan here, with every large collective; an existing file is refused."""
-    data: DataConfig = field(default_factory=DataConfig)
-    canvas: CanvasConfig = field(default_factory=CanvasConfig)
-    method: MethodConfig = field(default_factory=MethodConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    decode: DecodeConfig = field(default_factory=DecodeConfig)
-
-
-VERBS: dict[str, type] = {
-    "prepare": Prepare,
-    "inspect": Inspect,
-    "train": Train,
-    "decode": Decode,
-    "evaluate": Evaluate,
-    "export": Export,
-    "plan": Plan,
+VERBS: dict[str, Command[Any]] = {
+    "prepare": Command(prepare.Options, prepare.run),
+    "inspect": Command(inspect.Options, inspect.run),
+    "train": Command(train.Options, train.run),
+    "decode": Command(decode.Options, decode.run),
+    "evaluate": Command(evaluate.Options, evaluate.run),
+    "export": Command(export.Options, export.run),
+    "plan": Command(plan.Options, plan.run),
 }
 
 
@@ -217,7 +92,8 @@ def _guarded(given: list[str], traces: bool) -> int:
         verb = given[0]
         if verb not in VERBS:
             raise UserError(f"unknown verb {verb!r}{_nearest_verb(verb)}")
-        code = _run(verb, parse(verb, given[1:]))
+        options = parse(verb, given[1:])
+        code = VERBS[verb].run(options, config_of(options))
         sys.stdout.flush()  # a closed pipe shows here, not while the interpreter ends
         return code
     except BrokenPipeError:
@@ -269,54 +145,46 @@ def _hush() -> None:
 
 
 def parse(verb: str, arguments: Sequence[str]) -> Any:
-    """A verb's settings: flag > YAML file > default.
+    """Reads a verb's options: a flag goes before the YAML file, and the file before the default.
 
     Args:
         verb: key of ``VERBS``.
-        arguments: its flags.
+        arguments: the flags.
 
     Returns:
-        An instance of the verb's class.
+        An instance of the verb's ``Options``.
 
     Raises:
         UserError: the YAML file is wrong. (Wrong flags end the process with tyro's message and code 2.)
     """
-    kind = VERBS[verb]
+    kind: Any = VERBS[verb].options
     path = _value_of("--config", arguments)
     if path is None and (checkpoint := _value_of("--checkpoint", arguments)) and verb in ("decode", "evaluate"):
         path = _config_of(checkpoint)
-    base = config_io.load(path)
-    sections = {f.name: getattr(base, f.name) for f in fields(Config)}
-    # Not kind(...): where a verb needs a value that no YAML gives, tyro must know that it is missing, and MISSING is
-    # not of the field's type.
-    default: Any = object.__new__(kind)
-    for entry in fields(kind):
-        object.__setattr__(default, entry.name, sections[entry.name] if entry.name in sections else _default(entry))
     return tyro.cli(
-        kind,
+        functools.partial(kind, **_sections(config_io.load(path), kind)),
         prog=f"jaxblock {verb}",
         description=(kind.__doc__ or "") + " Precedence: flag > YAML file > default.",
-        default=default,
         args=list(arguments),
         config=(tyro.conf.AvoidSubcommands,),
         use_underscores=True,
     )
 
 
-def _default(entry: Any) -> Any:
-    if entry.default is not MISSING:
-        return entry.default
-    return tyro.MISSING
-
-
 def config_of(options: Any) -> Config:
-    """The sections of a verb's settings, checked; sections that the verb does not have keep their defaults."""
-    names = {f.name for f in fields(Config)}
-    given = {f.name: getattr(options, f.name) for f in fields(options) if f.name in names}
-    return config_io.validate(replace(Config(), **given), given)
+    """Returns the config that a verb's options describe, checked; sections that the verb lacks keep their defaults."""
+    sections = _sections(options, Config)
+    return config_io.validate(replace(Config(), **sections), sections)
+
+
+def _sections(source: Any, target: Any) -> dict[str, Any]:
+    """Returns the sections of a config that both dataclasses have, with the values of ``source``."""
+    shared = {f.name for f in fields(source)} & {f.name for f in fields(target)} & {f.name for f in fields(Config)}
+    return {name: getattr(source, name) for name in shared}
 
 
 def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
+    """Returns what follows a flag on the command line; None where the flag is not given."""
     for at, argument in enumerate(arguments):
         if argument == flag and at + 1 < len(arguments):
             return arguments[at + 1]
@@ -326,27 +194,22 @@ def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
 
 
 def _config_of(checkpoint: str) -> str | None:
-    from jaxblock.io.paths import as_path
-
+    """Returns the path of the config that a run folder keeps; None where there is none."""
     path = as_path(checkpoint) / "config.yaml"
     return str(path) if path.exists() else None
 
 
 def _nearest_verb(verb: str) -> str:
+    """Returns the end of a complaint about an unknown verb: the one that was probably meant, or all of them."""
     close = difflib.get_close_matches(verb, VERBS, n=1)
     return f"; did you mean {close[0]}?" if close else f"; verbs: {', '.join(VERBS)}"
 
 
 def _overview() -> str:
+    """Returns the text of ``jaxblock --help``."""
     lines = ["usage: jaxblock VERB [--config FILE] [--section.field VALUE ...] [--traceback]", ""]
-    lines += [f"  {name:10} {(kind.__doc__ or '').splitlines()[0]}" for name, kind in VERBS.items()]
+    lines += [f"  {name:10} {(verb.options.__doc__ or '').splitlines()[0]}" for name, verb in VERBS.items()]
     return "\n".join([*lines, "", "jaxblock VERB --help shows every field, its default and what it does."])
-
-
-def _run(verb: str, options: Any) -> int:
-    from jaxblock import verbs
-
-    return int(getattr(verbs, verb)(options, config_of(options)))
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def test_help_shows_every_field_with_default_and_sentence(verb: str, capsys: pyt
     assert ended.value.code == 0
     # Boxes and line breaks out; words that a line break cut stay cut, so spaces go as well.
     shown = re.sub(r"[\s│╭╮╰╯─'\"]", "", capsys.readouterr().out)
-    kind = cli.VERBS[verb]
+    kind = cli.VERBS[verb].options
     for flag, default in _flags(kind, None).items():
         assert flag in shown, flag
         after = shown.split(flag, 1)[1]
@@ -191,9 +191,8 @@ def test_traceback_on_request(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_bug_shows_its_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from jaxblock import verbs
-
-    monkeypatch.setattr(verbs, "inspect", lambda options, config: 1 / 0)
+    broken = cli.VERBS["inspect"]._replace(run=lambda options, config: 1 // 0)
+    monkeypatch.setitem(cli.VERBS, "inspect", broken)
     assert main(["inspect"]) == 1
     told = capsys.readouterr().err
     assert "ZeroDivisionError" in told and "this is a bug" in told

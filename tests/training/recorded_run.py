@@ -24,7 +24,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxblock import verbs
 from jaxblock.cli import main
 from jaxblock.parallel import rules
 from jaxblock.training import loop
@@ -48,7 +47,7 @@ def draws(session: Session) -> Callable[[Any, int], str]:
 
 def record(file: Path, stop: int) -> None:
     """Puts the recorder into the loop of this process."""
-    original, training, goodput_row = loop._Loop._step, verbs.run_training, Goodput.row
+    original, training, goodput_row = loop._Loop._step, loop.train, Goodput.row
     told = [0.0]
 
     def note(**row: Any) -> None:
@@ -90,7 +89,7 @@ def record(file: Path, stop: int) -> None:
         told.append(time.perf_counter())
         return row
 
-    loop._Loop._step, verbs.run_training, Goodput.row = step_of, timed, noted  # type: ignore[method-assign]
+    loop._Loop._step, loop.train, Goodput.row = step_of, timed, noted  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,163 @@
+"""``jaxblock decode``: answers prompts with a checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from jaxblock.commands import say
+from jaxblock.config.config import Config
+from jaxblock.data.config import DataConfig
+from jaxblock.diffusion.config import CanvasConfig
+from jaxblock.diffusion.decoding.config import DecodeConfig
+from jaxblock.errors import UserError
+from jaxblock.io.files import check_absent, read_bytes, write_text
+
+if TYPE_CHECKING:
+    from jaxblock.model import Model
+
+
+@dataclass(frozen=True)
+class Options:
+    """Decodes prompts block by block: from the command line, a file, or standard input (one prompt a line)."""
+
+    checkpoint: str
+    """A run folder, a Hugging Face folder (or hub id), or a folder of PEFT adapters."""
+    prompts: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Prompts; without any (and without `file`) they are read from standard input."""
+    config: str | None = None
+    """YAML file of sections; without one the run's own config is used. Flags override it."""
+    file: str | None = None
+    """Prompts: a text file (one a line), or .jsonl whose `data.prompt_field` is read."""
+    out: str | None = None
+    """Write JSON lines here instead of to standard output; an existing file is refused."""
+    watch: bool = False
+    """Show the canvas as it is filled, block by block."""
+    base: str | None = None
+    """Where the weights beneath adapters are; None for where they were in training."""
+    step: Literal["latest", "best"] | int = "latest"
+    """Which checkpoint of a run: the newest, the best by its `train.keep_best`, or that of a step."""
+    data: DataConfig = field(default_factory=DataConfig)
+    canvas: CanvasConfig = field(default_factory=CanvasConfig)
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+
+
+def run(options: Options, config: Config) -> int:
+    """Decodes the prompts and prints one line of JSON for each, or shows them as they are filled."""
+    from jaxblock import loading
+
+    if options.out:
+        if options.watch:
+            raise UserError("watch shows the canvas and writes no file: leave out either --watch or --out")
+        check_absent(options.out)
+    model = dataclasses.replace(
+        loading.load(options.checkpoint, base=options.base, step=options.step),
+        canvas=config.canvas,
+        decode_defaults=config.decode,
+    )
+    # An autoregressive checkpoint has no mask token and no encoder: the mask token is the clearer complaint.
+    model.arch.need_mask_id()
+    if model.encoder is None:
+        raise UserError(
+            f"{options.checkpoint} has no tokenizer with a chat template, so text cannot become tokens; use "
+            "jaxblock.load(folder).decode(ids) from Python"
+        )
+    prompts = list(_prompts(options, config.data))
+    if not prompts:
+        raise UserError("no prompts: give some on the command line, by --file, or on standard input")
+    ids = [model.encoder.prompt(text, where=where) for where, text in prompts]
+    layout = model.layout(config.decode)
+    for (where, _), row in zip(prompts, ids, strict=True):
+        model.check_prompt(row, where, layout)
+    if options.watch:
+        for index, (_, text) in enumerate(prompts):
+            _watch(model, text, ids[index], index)
+        return 0
+    lines = _decoded_lines(model, prompts, ids, config.decode.batch_size)
+    if options.out:
+        write_text(options.out, "".join(lines))
+        say(f"wrote {options.out}")
+    else:
+        for line in lines:
+            print(line, end="", flush=True)
+    return 0
+
+
+def _prompts(options: Options, data: DataConfig) -> Iterator[tuple[str, str]]:
+    """Yields (where it stands, text) of every prompt, from the command line, a file or standard input."""
+    from jaxblock.data.text import recipes
+
+    if options.prompts:
+        yield from ((f"prompt {at}", text) for at, text in enumerate(options.prompts, 1))
+        return
+    if options.file is None and sys.stdin.isatty():
+        say("reading prompts from standard input, one a line; end with Ctrl-D")
+    name = options.file or "standard input"
+    content = sys.stdin.buffer.read() if options.file is None else read_bytes(options.file)
+    field_name = recipes.resolve(data).prompt_field or "question"
+    # Not splitlines: a prompt may hold other line separators (U+2028, form feed).
+    for number, raw in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        where = f"{name}:{number}"
+        try:
+            line = raw.decode().removesuffix("\r")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{where}: not UTF-8 text ({error}); convert the file to UTF-8") from error
+        if line.strip():
+            yield where, _prompt_of(line, where, field_name) if name.endswith(".jsonl") else line
+
+
+def _prompt_of(line: str, where: str, name: str) -> str:
+    """Returns the prompt field of a line of JSON."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not JSON ({error})") from error
+    if not isinstance(row, dict) or name not in row:
+        has = f"its fields are {', '.join(row)}" if isinstance(row, dict) else f"it is a {type(row).__name__}"
+        raise UserError(f"{where}: no field {name!r} ({has}); set data.prompt_field")
+    if not isinstance(row[name], str) or not row[name].strip():
+        raise UserError(f"{where}: field {name!r} must be text, not {row[name]!r}")
+    prompt: str = row[name]
+    return prompt
+
+
+def _watch(model: Model, text: str, ids: list[int], index: int) -> None:
+    """Decodes one prompt and shows its canvas after every step."""
+    from jaxblock.reporting.watch import Watch
+
+    assert model.tokenizer is not None
+    layout = model.layout(model.decode_defaults)
+    shown = Watch(
+        text, model.tokenizer.piece, mask_id=layout.mask_id, block=layout.block, stop_ids=layout.stop_ids, pause=0.05
+    )
+    with shown:
+        for response, nfe in model.stream(ids, index=index):
+            shown.step(response.tolist(), nfe)
+
+
+def _decoded_lines(model: Model, prompts: list[tuple[str, str]], ids: list[list[int]], size: int) -> Iterator[str]:
+    """Decodes the prompts in batches of ``size`` and yields a line of JSON for each."""
+    from jaxblock.data.loader import filled
+    from jaxblock.model import Decoded
+
+    assert model.tokenizer is not None
+    size = min(size, len(ids))
+    for at in range(0, len(ids), size):
+        part = ids[at : at + size]
+        decoded = model.decode(filled(part, size), return_steps=True, first_index=at)
+        assert isinstance(decoded, Decoded)
+        for row in range(len(part)):
+            text_ids = model.text_ids(decoded.ids[row])
+            answer = {
+                "prompt": prompts[at + row][1],
+                "response": model.tokenizer.decode(text_ids),
+                "tokens": len(text_ids),
+                "nfe": int(decoded.nfe[row]),
+            }
+            yield json.dumps(answer, ensure_ascii=False) + "\n"

@@ -1,0 +1,149 @@
+"""``jaxblock evaluate``: scores a checkpoint on prepared problems."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from jaxblock.commands import say
+from jaxblock.config.config import Config
+from jaxblock.data.config import DataConfig
+from jaxblock.diffusion.config import CanvasConfig
+from jaxblock.diffusion.decoding.config import DecodeConfig
+from jaxblock.errors import UserError
+from jaxblock.evaluation.config import EvaluateConfig
+from jaxblock.io.files import check_writable
+from jaxblock.io.folders import check_vacant, new_folder
+from jaxblock.io.paths import as_path
+
+if TYPE_CHECKING:
+    from jaxblock.data.store.open import Prepared
+    from jaxblock.data.store.records import Record
+    from jaxblock.evaluation.runner import Bound, Solved
+    from jaxblock.model import Model
+
+
+@dataclass(frozen=True)
+class Options:
+    """Scores a checkpoint: Pass@1 with its interval, costs, NELBO; compares it with an earlier evaluation."""
+
+    checkpoint: str
+    """A run folder, a Hugging Face folder (or hub id), or a folder of PEFT adapters."""
+    out: str
+    """Folder for problems.jsonl and summary.json; an existing one is refused."""
+    config: str | None = None
+    """YAML file of sections; without one the run's own config is used. Flags override it."""
+    base: str | None = None
+    """Where the weights beneath adapters are; None for where they were in training."""
+    step: Literal["latest", "best"] | int = "latest"
+    """Which checkpoint of a run: the newest, the best by its `train.keep_best`, or that of a step."""
+    data: DataConfig = field(default_factory=DataConfig)
+    canvas: CanvasConfig = field(default_factory=CanvasConfig)
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+
+def run(options: Options, config: Config) -> int:
+    """Scores the checkpoint, writes problems.jsonl and summary.json, and prints the summary."""
+    from jaxblock import loading
+    from jaxblock.data.store.open import open_prepared
+    from jaxblock.evaluation import problems, runner, statistics
+
+    check_vacant(options.out, marker="summary.json")
+    check_writable(as_path(options.out).parent)
+    model = loading.load(options.checkpoint, base=options.base, step=options.step)
+    prepared = open_prepared(config.data.prepared)
+    _check_fit(options, config, model, prepared)
+    settings = config.evaluate
+    source = prepared.records(settings.split)
+    count = len(source) if settings.problems is None else min(settings.problems, len(source))
+    if not count:
+        raise UserError(f"{config.data.prepared} has no {settings.split} records to score")
+    records = [source[index] for index in range(count)]
+    if settings.compare:
+        _check_comparable(settings.compare, records, settings.grader)
+    evaluator = runner.Evaluator(
+        model.net, config.canvas, prepared.encoder, config.decode, settings.grader, settings.nelbo_samples
+    )
+    begin = time.perf_counter()
+    solved = evaluator.solve(model.params, records, lambda done: say(f"decoded {done:,} of {count:,}"))
+    bound = evaluator.bound(model.params, records[: settings.nelbo_rows]) if settings.nelbo else None
+    dropped = sum(prepared.manifest.splits[settings.split]["dropped"].values())
+    result = runner.summary(solved, bound, _about(options, config, count, dropped))
+    with new_folder(options.out, marker="summary.json") as folder:
+        (folder / "problems.jsonl").write_text(problems.dump(solved.rows), encoding="utf-8")
+        if settings.compare:
+            test = statistics.compare(settings.compare, folder / "problems.jsonl")
+            result["compared_with"] = {"file": settings.compare, **test._asdict()}
+        (folder / "summary.json").write_text(json.dumps(result, indent=1) + "\n")
+    _print_summary(options, solved, bound, settings.grader, time.perf_counter() - begin)
+    if dropped:
+        print(
+            f"  note: {dropped:,} {settings.split} records were dropped in preparation and are not among the problems"
+        )
+    if settings.compare:
+        print(f"against {settings.compare}: {test}")
+    return 0
+
+
+def _check_fit(options: Options, config: Config, model: Model, prepared: Prepared) -> None:
+    """Raises UserError where data, checkpoint and canvas do not go together: before the work, not after it."""
+    from jaxblock import build
+    from jaxblock.training import start, weights
+
+    start.check_data(config, prepared)
+    weights.check_vocabulary(model.arch, prepared, options.checkpoint)
+    build.check_decoding(config.canvas, config.decode, model.arch)
+
+
+def _check_comparable(path: str, records: Sequence[Record], grader: str) -> None:
+    """Raises UserError where ``statistics.compare`` would: before the work, not after it."""
+    from jaxblock.evaluation import problems
+
+    earlier = problems.read(path)
+    index = {record.index: record for record in records}
+    if earlier.keys() != index.keys():
+        raise UserError(
+            f"evaluate.compare: {path} holds {len(earlier)} problems, this evaluation has {len(index)}, and they are "
+            "not the same ones: set evaluate.split and evaluate.problems as they were"
+        )
+    for at, problem in earlier.items():
+        if problem.grader != grader:
+            raise UserError(
+                f"evaluate.compare: {problem.where} was graded by {problem.grader}: set evaluate.grader to it"
+            )
+        if problem.prompt not in (None, index[at].prompt):
+            raise UserError(f"evaluate.compare: {problem.where} asks another question than this data's problem {at}")
+
+
+def _about(options: Options, config: Config, count: int, dropped: int) -> dict[str, object]:
+    """Describes what was evaluated and how, for summary.json."""
+    import jax
+
+    return {
+        "checkpoint": options.checkpoint,
+        "split": config.evaluate.split,
+        "problems": count,
+        "dropped_in_preparation": dropped,
+        "grader": config.evaluate.grader,
+        "decode": dataclasses.asdict(config.decode),
+        "canvas": dataclasses.asdict(config.canvas),
+        "devices": [str(device) for device in jax.devices()],
+    }
+
+
+def _print_summary(options: Options, solved: Solved, bound: Bound | None, grader: str, seconds: float) -> None:
+    """Prints Pass@1, the costs and the NELBO."""
+    print(f"{options.checkpoint}: Pass@1 {solved.pass_at_1}, grader {grader}")
+    print(
+        f"  {solved.nfe:.1f} forward passes a problem, {solved.tokens_per_forward:.2f} tokens per forward, "
+        f"{solved.tokens_per_second:,.0f} text tokens/s (prompts not counted); {seconds:.1f} s in all"
+    )
+    if bound is not None:
+        how = "exact" if bound.exact else "Monte Carlo"
+        print(f"  NELBO ({how}): {bound.per_text_token} nats per text token, {bound.per_sequence} per sequence")
+    print(f"  problems and summary in {options.out}")

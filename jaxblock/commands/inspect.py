@@ -1,0 +1,117 @@
+"""``jaxblock inspect``: shows records as training feeds them to the model."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from jaxblock.commands import say
+from jaxblock.config.config import Config
+from jaxblock.data.config import DataConfig
+from jaxblock.diffusion.config import CanvasConfig, MethodConfig
+from jaxblock.errors import UserError
+from jaxblock.io.files import check_absent, write_text
+from jaxblock.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from jaxblock.data.store.open import Prepared
+    from jaxblock.reporting.examine import Examined
+    from jaxblock.types import Layout
+
+
+@dataclass(frozen=True)
+class Options:
+    """Shows what training feeds the model: token kinds, the block grid, masks, and which tokens carry loss."""
+
+    config: str | None = None
+    """YAML file of sections; flags override it."""
+    split: Literal["train", "validation", "test"] = "train"
+    """Which prepared records."""
+    records: tuple[int, ...] = (0, 1)
+    """Indices of the records to show."""
+    steps: int = 2
+    """How many training steps' draws to show for each."""
+    html: str | None = None
+    """Also write one self-contained HTML file here."""
+    data: DataConfig = field(default_factory=DataConfig)
+    canvas: CanvasConfig = field(default_factory=CanvasConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def run(options: Options, config: Config) -> int:
+    """Shows the records in the terminal and, on request, writes them to an HTML file."""
+    from rich.console import Console
+
+    from jaxblock.data.store.open import open_prepared
+    from jaxblock.reporting import html, terminal
+
+    if options.html:
+        check_absent(options.html)
+    prepared = open_prepared(config.data.prepared)
+    examined, layout = examine_records(config, prepared, options.split, options.records, options.steps)
+    about = (
+        f"{config.method.objective}, law {config.method.law}, {config.method.weighting} weights, "
+        f"normalised by {config.method.normalize}, blocks {config.method.blocks}"
+    )
+    terminal.show(Console(), layout, examined, prepared.tokenizer.piece, about)
+    if options.html:
+        write_text(options.html, html.page(layout, examined, prepared.tokenizer.piece, about=about))
+        say(f"wrote {options.html}")
+    return 0
+
+
+def examine_records(
+    config: Config, prepared: Prepared, split: str, indices: tuple[int, ...], steps: int
+) -> tuple[list[Examined], Layout]:
+    """Examines records with the draws of the first training steps of a batch that is made of them.
+
+    Args:
+        config: the run's settings, checked.
+        prepared: the prepared data.
+        split: the split that the records are of.
+        indices: the records' indices in the split.
+        steps: how many training steps are drawn.
+
+    Returns:
+        (one examined record for each index, the layout of the training canvas).
+
+    Raises:
+        UserError: no index or no step was asked for, or an index is outside the split.
+    """
+    import numpy as np
+
+    from jaxblock import build
+    from jaxblock.data.loader import pad_records
+    from jaxblock.reporting.examine import draw_steps, examine
+    from jaxblock.training import start
+
+    source = prepared.records(split)
+    if not indices or steps < 1:
+        raise UserError("inspect needs at least one of `records` and at least 1 of `steps`")
+    for index in indices:
+        if not 0 <= index < len(source):
+            raise UserError(f"records: {split} has records 0 to {len(source) - 1}, not {index}")
+    records = [source[index] for index in indices]
+    block = None
+    if config.method.blocks == "pairs" and config.method.objective == "blockwise":
+        block = np.zeros(len(records), np.int32)
+    batch = pad_records(records, config.canvas, block=block)
+    sized = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=len(records)))
+    special, manifest = prepared.special, prepared.manifest
+    arch = build.architecture(config.model, vocab_size=manifest.vocab_size, mask_id=special.mask, eos_id=special.eos)
+    objective = start.objective(sized, build.network(arch, config.model), special.stop_ids)
+    canvas = objective.canvas(batch)
+    draws, noise = draw_steps(lambda step: objective.draw(batch, canvas, step), range(steps))
+    examined = examine(
+        objective.layout,
+        canvas,
+        draws,
+        normalize=objective.normalize,
+        ablation=objective.ablation,
+        noise=noise,
+        drawn_blocks=objective.drawn_blocks(batch),
+        labels=[f"{split} {record.index} ({record.source})" for record in records],
+    )
+    return examined, objective.layout
