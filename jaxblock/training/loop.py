@@ -31,7 +31,7 @@ from jaxblock.models.transformer import Transformer
 from jaxblock.parallel import processes
 from jaxblock.training.checkpoints import retention
 from jaxblock.training.guard.interrupt import Interrupt, shielded
-from jaxblock.training.guard.steps import Skips
+from jaxblock.training.guard.steps import SkippedSteps
 from jaxblock.training.guard.watchdog import Watchdog
 from jaxblock.training.observe import goodput, throughput
 from jaxblock.training.observe.goodput import Goodput
@@ -156,7 +156,7 @@ class _Loop:
     def __init__(self, session: Session, console: Console, clock: Goodput, watchdog: Watchdog) -> None:
         self.session, self.config, self.console, self.clock = session, session.config, console, clock
         before = session.step - gating.updates(session.state.opt_state)  # skipped by earlier processes
-        self.watchdog, self.skips = watchdog, Skips(session.config.train.max_skipped, before)
+        self.watchdog, self.skips = watchdog, SkippedSteps(session.config.train.max_skipped, before)
         self.run_folder = as_path(self.config.train.out)
         self.lr = schedules.values(self.config.optimizer, self.config.train.steps)
         self.log: Trackers | None = None
@@ -211,7 +211,7 @@ class _Loop:
                 self.profiler.after(step, metrics)
                 window.add(step, metrics, batch)
                 if self.nans is not None:
-                    self.nans.check(step, metrics, batch)
+                    self.nans.check(step, metrics, batch.index)
                 last = step == train.steps
                 window.due = last or step % train.log_every == 0
                 evaluate = last or bool(train.eval_every and step % train.eval_every == 0)
@@ -283,7 +283,7 @@ class _Loop:
         found = jax.device_get(window.metrics)
         if self.ahead is not None and step - count == self.session.step:
             self._say(self.ahead.compared(jax.local_devices()[0]))  # once: what the plan was worth
-        self._say(self.skips.look(found, step - count, window.indices))
+        self._say(self.skips.check(found, step - count, window.indices))
         row = summarise(found)
         positions = window.prompt_tokens + window.rows * self.config.canvas.response_len
         everywhere = self.session.process_count * self.config.method.draws

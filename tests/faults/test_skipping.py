@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -17,16 +16,19 @@ import pytest
 
 import jaxblock
 from jaxblock.cli import main
+from jaxblock.diffusion.objective import Losses
 from jaxblock.errors import UserError
 from jaxblock.models.spec import ParamSpec
 from jaxblock.training import loop
 from jaxblock.training import step as steps
 from jaxblock.training.checkpoints.manager import Checkpoints
-from jaxblock.training.guard.steps import Skips
+from jaxblock.training.guard.steps import SkippedSteps
 from jaxblock.training.optim import gating
 from jaxblock.training.optim import make as optimizers
 from jaxblock.training.optim.config import OptimizerConfig
 from jaxblock.training.optim.gating import gated
+from jaxblock.training.step import StepMetrics
+from jaxblock.types import Sum
 
 
 @pytest.mark.parametrize(
@@ -56,24 +58,22 @@ def test_a_skipped_update_changes_no_bit(settings: dict[str, Any] | None) -> Non
     assert not all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(moved), strict=True))
 
 
-def _metrics(skipped: bool) -> Any:
-    loss = SimpleNamespace(total=np.float32("nan" if skipped else 1))
-    return SimpleNamespace(
-        losses=SimpleNamespace(loss=loss), grad_norm=np.float32("inf" if skipped else 1), skipped=np.bool_(skipped)
-    )
+def _metrics(skipped: bool) -> StepMetrics:
+    loss, nothing = Sum(jnp.float32("nan" if skipped else 1), jnp.float32(1)), Sum(jnp.zeros(2), jnp.zeros(2))
+    return StepMetrics(Losses(loss, nothing, nothing), jnp.float32("inf" if skipped else 1), jnp.bool_(skipped))
 
 
 def test_only_too_many_in_a_row_stop_the_run() -> None:
-    skips = Skips(3)
+    skips = SkippedSteps(3)
     indices = [np.array([step, 100 + step]) for step in range(4)]
-    assert skips.look([_metrics(False)] * 4, 0, indices) is None
+    assert skips.check([_metrics(False)] * 4, 0, indices) is None
     assert "step 5 (train records 0, 100); 6 (train records 1, 101):" in (
-        skips.look([_metrics(s) for s in (True, True, False, False)], 4, indices) or ""
+        skips.check([_metrics(s) for s in (True, True, False, False)], 4, indices) or ""
     )
-    assert skips.look([_metrics(s) for s in (False, True, False, True)], 8, indices) is not None
+    assert skips.check([_metrics(s) for s in (False, True, False, True)], 8, indices) is not None
     with pytest.raises(UserError, match=r"3 steps in a row(.|\n)*step 12.*train records 3, 103(.|\n)*step 14.*1, 101"):
-        skips.look([_metrics(s) for s in (True, True, False, False)], 12, indices)
-    assert Skips(0).look([_metrics(True)] * 4, 0, indices) is not None
+        skips.check([_metrics(s) for s in (True, True, False, False)], 12, indices)
+    assert SkippedSteps(0).check([_metrics(True)] * 4, 0, indices) is not None
 
 
 @pytest.fixture

@@ -1,8 +1,6 @@
-"""Debug mode's detective: which layer, loss or gradient stopped being a number first, at which step, on which examples."""
+"""Finds, in debug mode, the layer, loss or gradient that is the first not to be finite, with its step and its examples."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -11,36 +9,43 @@ from jax import Array
 
 from jaxblock.errors import UserError
 from jaxblock.models.spec import flatten
+from jaxblock.training.step import StepMetrics
 from jaxblock.types import Params
-
-if TYPE_CHECKING:
-    from jaxblock.data.loader import Batch
-    from jaxblock.training.step import StepMetrics
 
 
 class NanFinder:
-    """Collects, during a step, the layers whose output is not finite; raises after it."""
+    """Records the layers whose output is not finite while a step runs, and raises an error after the step."""
 
     def __init__(self) -> None:
-        """Begins with nothing found."""
+        """Starts without any layer recorded."""
         self._layers: set[int] = set()
 
     def layer(self, index: int, hidden: Array) -> None:
-        """Looks at a layer's output (``Transformer.check_layer``); works under vmap and grad."""
+        """Records the layer if its output is not finite; the network calls this for every layer, under vmap and grad too.
+
+        Args:
+            index: the layer's number, from 0.
+            hidden: the layer's output.
+        """
         jax.debug.callback(self._note, jnp.int32(index), jnp.all(jnp.isfinite(hidden)))
 
     def _note(self, index: Array, finite: Array) -> None:
         if not bool(np.all(finite)):
             self._layers.add(int(np.min(index)))
 
-    def check(self, step: int, metrics: StepMetrics, batch: Batch) -> None:
-        """Raises if anything of this step was not finite.
+    def check(self, step: int, metrics: StepMetrics, records: np.ndarray) -> None:
+        """Raises an error if a layer, the loss or the gradient of this step was not finite.
+
+        Args:
+            step: the step's number, from 1.
+            metrics: what the step reported.
+            records: the numbers of the batch's training records.
 
         Raises:
             UserError: names the first layer, or says that the loss or the gradient was the first.
         """
         jax.effects_barrier()
-        rows = ", ".join(map(str, batch.index.tolist()))
+        rows = ", ".join(map(str, records.tolist()))
         if self._layers:
             raise UserError(
                 f"step {step}: layer {min(self._layers)} is the first whose output is not finite "
@@ -54,7 +59,7 @@ class NanFinder:
 
 
 def not_finite(params: Params) -> list[str]:
-    """The parameters that hold NaN or infinity, as ``blocks/q (layer 1)``; layers are counted from 0."""
+    """Returns the names of the parameters that hold NaN or infinity, as ``blocks/q (layer 1)``, layers from 0."""
     found = []
     for path, leaf in flatten(params).items():
         if path.startswith("blocks/"):

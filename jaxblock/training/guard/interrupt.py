@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: finish the step, save, say how to go on. A second Ctrl-C stops at once."""
+"""Turns Ctrl-C and SIGTERM into a request: the loop finishes its step, saves and ends. A second Ctrl-C stops at once."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from typing import Any
 
 @contextlib.contextmanager
 def shielded() -> Iterator[None]:
-    """Processes started in this block never see Ctrl-C, which a terminal sends to the whole group: we end them."""
-    resource_tracker.ensure_running()  # else it starts in the block, and unblocks the signal for its own ends
+    """Hides Ctrl-C, which a terminal sends to all processes, from those started in this block: the run ends them itself."""
+    resource_tracker.ensure_running()  # if it started inside the block, it would unblock the signal
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # a Ctrl-C of meanwhile arrives now
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # a Ctrl-C that came meanwhile is delivered now
 
 
 class Interrupt:
-    """A context manager that notes SIGINT and SIGTERM instead of dying of them.
+    """Records SIGINT and SIGTERM while its ``with`` block runs, instead of letting them end the process.
 
     Attributes:
-        asked: somebody wants the run to stop.
-        terminated: by SIGTERM: a machine is taken away, and a launcher should go on elsewhere.
+        asked: whether either signal asked the run to stop.
+        terminated: whether SIGTERM did: the machine is being taken away, and a launcher should restart the run.
     """
 
     def __init__(self) -> None:
-        """Nothing is caught before ``with``."""
+        """Prepares the handlers; no signal is caught before the ``with`` block."""
         self.asked = self.terminated = False
         self._before: dict[int, Any] = {}
 

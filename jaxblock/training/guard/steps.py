@@ -1,75 +1,73 @@
-"""Steps that count for nothing: where the loss or a gradient is not finite, parameters and optimizer state stay.
+"""Counts the steps that were skipped because their loss or gradient was not finite, and stops after too many in a row.
 
-The choice is made inside the compiled step, element by element where a tensor is written: nothing is copied, and the
-host need not look.
+The compiled step itself skips: parameters and optimizer state keep their values, element by element where each tensor
+is written (``optim.gating``), so that nothing is copied and the host need not look at every step.
 """
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from jaxblock.errors import UserError
 from jaxblock.parallel import processes
+from jaxblock.training.step import StepMetrics
 
-if TYPE_CHECKING:
-    from jaxblock.training.step import StepMetrics
+_MOST_NAMED = 10
 
 
-class Skips:
+class SkippedSteps:
     """Counts skipped steps on the host, and stops the run when there are too many in a row.
 
     Attributes:
-        total: steps skipped so far, those before a resume included.
+        total: the number of steps skipped so far, those before a resume included.
     """
 
     def __init__(self, limit: int, total: int = 0) -> None:
-        """Begins with an empty row.
+        """Starts to count.
 
         Args:
-            limit: so many in a row are too many; 0 for no limit.
-            total: skipped before.
+            limit: the number of skipped steps in a row that stops the run; 0 for no limit.
+            total: the number of steps that earlier processes skipped.
         """
         self._limit = limit
         self.total = total
-        self._row: list[tuple[int, StepMetrics, np.ndarray]] = []
+        self._in_a_row: list[tuple[int, StepMetrics, np.ndarray]] = []
 
-    def look(self, found: list[StepMetrics], before: int, indices: list[np.ndarray]) -> str | None:
-        """Looks at some steps' metrics. In a process group every process must, with the same metrics.
+    def check(self, steps: list[StepMetrics], before: int, records: list[np.ndarray]) -> str | None:
+        """Looks at the metrics of some steps. Every process of a group must call this, with the same metrics.
 
         Args:
-            found: on the host.
-            before: the step before the first of them.
-            indices: the record numbers of each step's batch (this process's part).
+            steps: the metrics of each step, copied to the host.
+            before: the number of the step before the first of them.
+            records: the record numbers of each step's batch, this process's part of them.
 
         Returns:
-            What to tell about skipped steps, with the records of all processes; None without any.
+            A line that names the skipped steps and the records of all processes; None if no step was skipped.
 
         Raises:
-            UserError: too many in a row; names the steps and the records.
+            UserError: too many steps in a row were skipped; names the steps and the records.
         """
         skipped = []
-        for step, (metrics, index) in enumerate(zip(found, indices, strict=True), before + 1):
+        for number, (metrics, batch) in enumerate(zip(steps, records, strict=True), before + 1):
             if not bool(metrics.skipped):
-                self._row = []
+                self._in_a_row = []
                 continue
             self.total += 1
-            skipped.append((step, index))
-            self._row.append((step, metrics, index))
-            if self._limit and len(self._row) >= self._limit:
+            skipped.append((number, batch))
+            self._in_a_row.append((number, metrics, batch))
+            if self._limit and len(self._in_a_row) >= self._limit:
                 self._stop()
         if not skipped:
             return None
-        steps = "; ".join(f"{step:,} (train records {_records(index)})" for step, index in skipped[:10])
-        more = f"; and {len(skipped) - 10} more" if len(skipped) > 10 else ""
-        return f"skipped step {steps}{more}: the loss or the gradient was not finite, and nothing was updated"
+        named = "; ".join(f"{number:,} (train records {_of_all(batch)})" for number, batch in skipped[:_MOST_NAMED])
+        more = f"; and {len(skipped) - _MOST_NAMED} more" if len(skipped) > _MOST_NAMED else ""
+        return f"skipped step {named}{more}: the loss or the gradient was not finite, and nothing was updated"
 
     def _stop(self) -> None:
         lines = [
-            f"step {step}: the loss is {float(m.losses.loss.total)}, the gradient's norm {float(m.grad_norm)} "
-            f"(train records {_records(index)})"
-            for step, m, index in self._row
+            f"step {number}: the loss is {float(metrics.losses.loss.total)}, the gradient's norm "
+            f"{float(metrics.grad_norm)} (train records {_of_all(batch)})"
+            for number, metrics, batch in self._in_a_row
         ]
         raise UserError(
             f"{len(lines)} steps in a row (train.max_skipped) could not be used:\n  " + "\n  ".join(lines) + "\n"
@@ -78,6 +76,6 @@ class Skips:
         )
 
 
-def _records(index: np.ndarray) -> str:
-    """The numbers of a batch's records, those of other processes too."""
-    return ", ".join(map(str, processes.gathered(index).tolist()))
+def _of_all(records: np.ndarray) -> str:
+    """Lists the numbers of a batch's records, those of the other processes too."""
+    return ", ".join(map(str, processes.gathered(records).tolist()))

@@ -1,7 +1,7 @@
-"""A thread that looks whether the run moves, and where it does not, prints where this process stands.
+"""Watches from a thread whether the run makes progress; when it does not, prints what every thread is doing.
 
-In a process group one process that hangs makes all others wait in their next collective: each prints its own place to
-its own standard error, and the one whose place differs is the one to look at.
+In a process group, one process that hangs makes all the others wait in their next collective operation. Each prints its
+own stacks to its own standard error, and the process whose stacks differ from the others' is the one that hangs.
 """
 
 from __future__ import annotations
@@ -17,21 +17,22 @@ from typing import IO, Literal
 from jaxblock.parallel import processes
 
 HUNG = 124
-"""Exit code of a process that the watchdog ended, as of timeout(1)."""
+"""Exit code of a process that the watchdog ended; timeout(1) uses the same."""
 
 
 class Watchdog:
-    """``with Watchdog(...) as dog``, then ``dog.at(stage, step)`` at every stage; each stage has the same time."""
+    """Reports a stage that takes too long: ``with Watchdog(...) as dog``, then ``dog.at(stage, step)`` as each begins."""
 
     def __init__(
         self, seconds: float, on_hang: Literal["report", "abort"] = "report", out: IO[str] | None = None
     ) -> None:
-        """Nothing runs before ``with``.
+        """Sets the limits; the thread starts with the ``with`` block.
 
         Args:
-            seconds: a stage that takes longer hangs; 0 never looks.
-            on_hang: ``abort`` ends the process with ``HUNG`` after the report, for a launcher that starts it again.
-            out: a real file to print to; None for standard error.
+            seconds: the longest time that a stage may take; 0 for no limit.
+            on_hang: ``report`` only reports; ``abort`` then ends the process with exit code ``HUNG``, so that a launcher
+                starts it again.
+            out: the file to print to, with a file descriptor of its own; None for standard error.
         """
         self._seconds, self._on_hang, self._out = seconds, on_hang, out
         self._changed = threading.Condition()
@@ -40,11 +41,11 @@ class Watchdog:
         self._thread: threading.Thread | None = None
 
     def at(self, stage: str, step: int) -> None:
-        """Says where the run is; costs a microsecond.
+        """Records that a stage begins, and gives it its full time. Takes about a microsecond.
 
         Args:
-            stage: what begins now.
-            step: updates done.
+            stage: the stage that begins now.
+            step: the number of updates done.
         """
         if self._thread is None:
             return
@@ -52,7 +53,7 @@ class Watchdog:
             self._stage, self._step, self._since, self._reported = stage, step, time.monotonic(), False
 
     def __enter__(self) -> Watchdog:
-        """Begins to look."""
+        """Starts the thread."""
         if self._seconds > 0:
             self._since = time.monotonic()
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -62,7 +63,7 @@ class Watchdog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Stops looking."""
+        """Ends the thread."""
         with self._changed:
             self._ended = True
             self._changed.notify()
@@ -80,7 +81,7 @@ class Watchdog:
 
     def _report(self, seconds: float) -> None:
         out = self._out or sys.__stderr__ or sys.stderr
-        index, count = processes.place() or (0, 1)  # JAX is not asked: it may be what hangs
+        index, count = processes.place() or (0, 1)  # JAX is not asked, since it may be what hangs
         who = f"process {index} of {count}" if count > 1 else "the run"
         fate = "it is ended now" if self._on_hang == "abort" else "it goes on waiting"
         print(
