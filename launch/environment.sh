@@ -7,8 +7,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/command_line.sh"
 venv="$root/.venv"
 venv_python="$venv/bin/python"
 
-# python_fits PYTHON: whether this interpreter is new enough and can make environments. It has to be run to find out: pyenv
-# installs commands that only print an error, and Debian's python3 lacks venv unless python3-venv is installed.
+# python_fits PYTHON: whether this interpreter is new enough and can make environments. Only running it shows that: pyenv
+# installs commands that just print an error, and Debian's python3 lacks venv unless python3-venv is installed.
 python_fits() {
     "$1" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
 }

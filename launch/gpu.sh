@@ -10,13 +10,13 @@ usage: launch/gpu.sh VERB [OPTIONS] [-- COMMAND...]
 
   setup    make .venv with JAX for CUDA (jax[cuda13]; --cuda 12 for older drivers)
   check    print what JAX sees
-  debug    run COMMAND on one GPU: nothing preallocated, errors where they arise (slow)
+  debug    run COMMAND on one GPU: no memory is preallocated, and errors show where they arise (slow)
   run      run COMMAND on all GPUs. One process sees them all, which is all that one machine needs; with --processes N
            each of N processes has its share of them, as on several machines
 
   --gpu N          debug: which GPU (default: 0)
-  --gpus LIST      run: which GPUs, as 0,1,4,5 (default: CUDA_VISIBLE_DEVICES, or all)
-  --processes N    run: processes (default: 1)
+  --gpus LIST      run: which GPUs, for example 0,1,4,5 (default: CUDA_VISIBLE_DEVICES, or all)
+  --processes N    run: how many processes (default: 1)
   --cuda 12|13     setup: which CUDA (default: 13)
   --dry-run        print the commands and their variables, and run nothing
 
@@ -61,8 +61,9 @@ setup() {
 
 check() {
     [ -x "$venv_python" ] || [ "$dry_run" = yes ] || fail "there is no .venv here yet: launch/gpu.sh setup makes it"
-    execute "$venv_python" -c 'import jax; print(*(f"{d.id} {d.platform} {d.device_kind}" for d in jax.devices()), sep="\n"); '\
-'raise SystemExit(jax.default_backend() != "gpu")' || fail "JAX sees no GPU: nvidia-smi shows the driver; launch/gpu.sh setup installs JAX for it"
+    execute "$venv_python" -c 'import jax; devices = jax.devices(); '\
+'print(*(f"{d.id} {d.platform} {d.device_kind}" for d in devices), sep="\n"); raise SystemExit(devices[0].platform != "gpu")' ||
+        fail "JAX sees no GPU: nvidia-smi shows the driver; launch/gpu.sh setup installs JAX for it"
 }
 
 debug() {
@@ -92,8 +93,8 @@ run() {
     if [ -z "$gpus" ]; then gpus="$(seq -s , 0 $((total - 1)))"; fi
     # Each process picks its share of the list by its number in the group.
     # shellcheck disable=SC2016  # the variables are those of the inner shell
-    start JAXBLOCK_GPUS="$gpus" JAXBLOCK_SHARE="$((total / processes))" "$root/launch/local_pod.sh" "$processes" --platform cuda -- \
-        bash -c 'first=$((JAX_PROCESS_ID * JAXBLOCK_SHARE + 1))
+    start JAXBLOCK_GPUS="$gpus" JAXBLOCK_SHARE="$((total / processes))" \
+        "$root/launch/local_pod.sh" "$processes" --platform cuda -- bash -c 'first=$((JAX_PROCESS_ID * JAXBLOCK_SHARE + 1))
 CUDA_VISIBLE_DEVICES="$(printf %s "$JAXBLOCK_GPUS" | cut -d , -f "$first-$((first + JAXBLOCK_SHARE - 1))")"
 export CUDA_VISIBLE_DEVICES
 exec "$@"' share "$@"

@@ -1,7 +1,9 @@
-"""Runs the phases of a launch script, with their wall time and peak memory on record. Standard library only.
+"""Runs the phases of a launch script and records how long each took and how much memory it needed.
 
 phases.py run RECORD NAME COMMAND...    runs a command, appends a JSON line to RECORD, ends with the command's exit code
 phases.py report RECORD [LABEL=FILE...] prints the phases, and the scores in each summary.json of `evaluate`
+
+It uses the standard library only.
 """
 
 from __future__ import annotations
@@ -18,18 +20,21 @@ from typing import Any
 
 
 def run(record: Path, name: str, command: list[str]) -> int:
-    """Runs one phase.
+    """Runs one phase as a child process and appends its wall time, peak memory and exit code to the record.
+
+    SIGTERM is passed on to the child process.
 
     Args:
-        record: JSON lines, one per finished phase.
-        name: of the phase.
-        command: what to run, with its arguments.
+        record: the file that gets one JSON line per finished phase.
+        name: the name of the phase in the record.
+        command: the program to run, with its arguments.
 
     Returns:
-        The exit code, as a shell gives it (128 + signal number).
+        The exit code as a shell would give it: 128 + signal number where a signal ended the process.
     """
     start = time.monotonic()
-    # Ctrl-C reaches the command too, which saves and ends by itself: dying here would lose its exit code and record.
+    # A terminal sends Ctrl-C to the child process as well, which saves and ends by itself. This process ignores it, so that it
+    # can still record the phase and return its exit code.
     signal.signal(signal.SIGINT, lambda number, frame: None)
     process = subprocess.Popen(command)
 
@@ -39,7 +44,7 @@ def run(record: Path, name: str, command: list[str]) -> int:
     signal.signal(signal.SIGTERM, forward)
     _, status, usage = os.wait4(process.pid, 0)
     code = os.waitstatus_to_exitcode(status)
-    # Linux counts in KiB, macOS in bytes. It is the peak of the largest process, not a sum over worker processes.
+    # The unit is KiB on Linux and bytes on macOS. It is the peak of the largest single process, not a sum over all of them.
     peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     entry = {"phase": name, "seconds": round(time.monotonic() - start, 1), "peak_bytes": peak, "exit": code}
     with open(record, "a", encoding="utf-8") as file:
@@ -48,16 +53,16 @@ def run(record: Path, name: str, command: list[str]) -> int:
 
 
 def report(record: Path, scores: list[str]) -> None:
-    """Prints a table of the phases, those of earlier calls included, and the scores.
+    """Prints a table of all phases in the record, with those of earlier calls, and then the scores.
 
     Args:
-        record: what `run` wrote; a phase that ran several times is shown by its longest run that succeeded.
-        scores: ``label=summary.json``; files that are absent are left out.
+        record: the file that `run` appended to; of a phase that ran several times the longest successful run is shown.
+        scores: entries of the form ``label=path/to/summary.json``; entries whose file does not exist are left out.
     """
     best: dict[str, dict[str, float]] = {}
     for line in record.read_text(encoding="utf-8").splitlines():
         entry = json.loads(line)
-        # A phase that finds its work done takes seconds: the run that did the work is the one to show.
+        # A phase that finds its work already done takes seconds; the run to show is the one that did the work.
         if entry["exit"] == 0 and entry["seconds"] >= best.get(entry["phase"], entry)["seconds"]:
             best[entry["phase"]] = entry
     width = max([len(name) for name in best] + [5])
@@ -74,7 +79,7 @@ def report(record: Path, scores: list[str]) -> None:
 
 
 def score_text(summary: dict[str, Any]) -> str:
-    """One evaluation in a line or two: Pass@1 with its 95% interval, the NELBO, and the paired test if there is one."""
+    """Formats one evaluation in a line or two: Pass@1 with its 95% interval, the NELBO, and the paired test if it has one."""
     rate = summary["pass_at_1"]
     share = rate["correct"] / rate["n"]
     text = f"Pass@1 {share:.1%} [{rate['low']:.1%}, {rate['high']:.1%}] ({rate['correct']} of {rate['n']})"
@@ -88,10 +93,10 @@ def score_text(summary: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """The two commands of this file.
+    """Runs the command (`run` or `report`) that the arguments name.
 
     Returns:
-        An exit code.
+        The exit code of the phase, 0 after a report, or 2 if the arguments are wrong.
     """
     match arguments:
         case ["run", record, name, *command] if command:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From nothing to a fine-tuned, scored and exported diffusion LM: launch/quickstart.sh [--control] [--out FOLDER]
+# Installs jaxblock and trains, scores and exports a small diffusion LM: launch/quickstart.sh [--control] [--out FOLDER]
 set -euo pipefail
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"

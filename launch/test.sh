@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole fast test suite, with its own environment: launch/test.sh [pytest arguments]
+# Runs the whole fast test suite in an environment that it makes: launch/test.sh [pytest arguments]
 set -euo pipefail
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
@@ -20,5 +20,5 @@ fi
 
 install_environment dev
 cd "$root"
-# A file's tests share compiled functions, so one process has them all.
+# The tests of a file share compiled functions, so they all run in one process.
 exec "$venv_python" -m pytest -m "not slow" -n "${JAXBLOCK_TEST_WORKERS:-2}" --dist loadfile "$@"

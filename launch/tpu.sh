@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# A TPU VM slice: create it, set it up, run a command on all its workers, see it through preemptions, delete it.
+# Manages a TPU VM slice: creates it, sets it up, runs a command on all its workers and restarts it after preemptions, and
+# deletes the slice.
 set -euo pipefail
 
 # shellcheck source=launch/command_line.sh
@@ -18,8 +19,8 @@ usage: launch/tpu.sh VERB --name NAME --zone ZONE [OPTIONS] [-- COMMAND...]
   logs     show the end of the latest log
   status   the slice's state, and what each worker's run is doing or how it ended
   resume   run COMMAND until it is done: start it again after a preemption, a stop, a kill or a hang that its watchdog
-           ended (train.on_hang abort), waiting longer each time. Ends with 0 when COMMAND has, and with COMMAND's code
-           when it failed
+           ended (train.on_hang abort), waiting longer each time. Its exit code is 0 when COMMAND succeeded, and that of
+           COMMAND when it failed
   stop     tell the run to save and end (SIGTERM), and wait for that
   delete   delete the slice and its disks, after asking
 
@@ -32,16 +33,17 @@ usage: launch/tpu.sh VERB --name NAME --zone ZONE [OPTIONS] [-- COMMAND...]
   --spot             create: cheaper, and may be taken away at any time
   --queued           create, delete, status, resume: a queued resource of the same name, which waits for capacity:
                      setup once status says ACTIVE
-  --env NAME         run, resume: COMMAND gets this variable as it is here, for example WANDB_API_KEY; once for each. Its
-                     value is sent in a file, which is deleted once read, and is on no command line
+  --env NAME         run, resume: COMMAND gets the value that this variable has here, for example WANDB_API_KEY; give the
+                     option once for each variable. The value is sent in a file, which is deleted once read, and appears
+                     on no command line
   --recreate         resume: delete a slice that was preempted, and only that, and create it again (--type, --spot, --queued)
-  --retries N        resume: so many restarts at most, and looks that fail in a row (default: 20)
-  --backoff S        resume: wait before the first restart or such a look, doubled up to 900 s; begins anew once a run
-                     has started (default: 30)
-  --poll S           resume, stop: seconds between looks (default: 60)
+  --retries N        resume: the most restarts, and the most checks in a row that may fail (default: 20)
+  --backoff S        resume: seconds to wait before the first restart or repeated check, doubled each time up to 900 and
+                     reset once a run has started (default: 30)
+  --poll S           resume, stop: seconds between two checks of the slice and the run (default: 60)
   --worker WORKER    setup, sync, run, status, stop: which workers (default: all); logs: whose (default: 0)
   --lines N          logs: how many lines (default: 50)
-  --follow           logs: go on as the log grows
+  --follow           logs: keep printing as the log grows
   --yes              delete: do not ask
   --dry-run          print every command, arguments quoted, and run nothing
 
@@ -62,14 +64,14 @@ tpu() {
     try_gcloud tpu-vm "$@" || fail "gcloud compute tpus tpu-vm $1 failed (above: why). --dry-run shows the command"
 }
 
-# on_workers COMMAND: a line of shell, run by each worker's login shell.
+# on_workers COMMAND: runs a line of shell in the login shell of each worker.
 on_workers() {
     tpu ssh "$name" --worker="$worker" --command="$1"
 }
 
 create() {
     [ -n "$type" ] || fail "create needs --type, for example --type v6e-8"
-    # The product is called v5e, its accelerator type v5litepod.
+    # The product is called v5e, but its accelerator type is v5litepod.
     case "$type" in v5e-*) type="v5litepod-${type#v5e-}" ;; esac
     if [ -z "$version" ]; then
         case "$type" in
@@ -89,11 +91,12 @@ create() {
         fail "gcloud compute tpus ${kind[0]} create failed (above: why). --dry-run shows the command"
 }
 
-# The images ship Python 3.10 or older, and we need 3.11. uv brings a Python of its own: no package source to add and no
-# apt lock to wait for (a fresh image upgrades itself for minutes); it comes from PyPI as one binary, so no script is
-# fetched from the web and piped into a shell. PIP_BREAK_SYSTEM_PACKAGES is for images whose Python is marked as managed.
-# The tree is unpacked over the old one, which keeps runs, logs and the environment.
-# shellcheck disable=SC2016  # $HOME is the worker's
+# These lines of shell run on the workers. The working tree is unpacked over the old one, so that runs, logs and the
+# environment are kept. The images ship Python 3.10 or older and jaxblock needs 3.11, so uv installs a Python: with it no
+# package source has to be added and no apt lock waited for (a fresh image upgrades itself for minutes), and since uv comes from
+# PyPI as one binary, no script from the web is piped into a shell. PIP_BREAK_SYSTEM_PACKAGES lets pip install uv where the
+# image marks its Python as managed by the system.
+# shellcheck disable=SC2016  # $HOME is expanded on the worker
 remote_sync='set -eu
 cd "$HOME"
 mkdir -p jaxblock/logs
@@ -108,12 +111,13 @@ if [ ! -x .venv/bin/python ]; then "$uv" venv --quiet --python 3.12 .venv; fi
 .venv/bin/python -c "import jax, jaxblock; print(\"worker ready: jax\", jax.__version__)"
 touch .venv/ready'
 
-# send COMMAND: the working tree to every worker, then a line of shell there.
+# send COMMAND: copies the working tree to every worker, then runs a line of shell there.
 send() {
     local archive
     archive="${TMPDIR:-/tmp}/jaxblock-$name.tar.gz"
-    # The files that git knows or would add, as they are now: no environment, no runs, and uncommitted changes too.
-    # shellcheck disable=SC2016  # $1 and $2 are the inner shell's
+    # Packs the files that git tracks or would add, in their present state: uncommitted changes are sent, but the environment
+    # and runs, which git ignores, are not.
+    # shellcheck disable=SC2016  # $1 and $2 are those of the inner shell
     local pack='cd "$1" && git ls-files -z --cached --others --exclude-standard |
         while IFS= read -r -d "" file; do if [ -e "$file" ]; then printf "%s\0" "$file"; fi; done |
         tar --null --files-from=- -czf "$2"'
@@ -132,14 +136,14 @@ sync() {
     send "$remote_sync"
 }
 
-# Sends the variables of --env. What is on a command line is seen by every user of either machine, and printed by --dry-run.
-# A subshell, so that the file goes however it ends.
+# Sends the variables of --env in a file. On a command line every user of both machines could read them, and --dry-run would
+# print them. The function runs in a subshell, so that its trap deletes the file however it ends.
 hand_over() (
     file=VARIABLES
     if [ "$dry_run" = yes ]; then
         printf '# VARIABLES: a file that sets %s\n' "${variables[*]}"
     else
-        file="$(mktemp)" # only its owner can read it, here and as scp makes it there
+        file="$(mktemp)" # only its owner can read it, and scp keeps that for the copy on the worker
         trap 'rm -f "$file"' EXIT
         for variable in "${variables[@]}"; do
             printf 'export %s=%s\n' "$variable" "$(quote "${!variable}")"
@@ -153,12 +157,12 @@ run() {
     local log read_variables=:
     if [ ${#variables[@]} -gt 0 ]; then
         hand_over || exit 2
-        # shellcheck disable=SC2016  # the worker's
+        # shellcheck disable=SC2016  # expanded on the worker
         read_variables='. "$HOME/jaxblock.env" && rm "$HOME/jaxblock.env" || exit 1'
     fi
     log="logs/$(date -u +%Y%m%d-%H%M%S).log"
-    # A TPU has one owner: a second process would fail minutes later, with a message about a lock file. The started
-    # command inherits descriptor 9, so the lock lasts exactly as long as it does.
+    # Only one process can use a TPU: a second one would fail minutes later, with a message about a lock file. The started
+    # command inherits descriptor 9, so the lock is held exactly as long as the command runs.
     on_workers "$read_variables
 cd \"\$HOME/jaxblock\" || exit 1
 exec 9>>logs/lock
@@ -173,9 +177,9 @@ ln -sf ${log#logs/} logs/latest.log
 echo \"started process \$(cat logs/pid), log: ~/jaxblock/$log\""
 }
 
-# One line per worker: "running PROCESS", "ended CODE", "lost" (gone without a code, as after a restart), "none", or
-# "not set up", as a new slice is and one whose setup failed.
-# shellcheck disable=SC2016  # the worker's
+# Prints one line per worker: "running PROCESS", "ended CODE", "lost" (the process is gone and left no exit code, as after a
+# restart of the machine), "none" (nothing was started), or "not set up" (a new slice, or one whose setup failed).
+# shellcheck disable=SC2016  # expanded on the worker
 remote_status='if [ ! -e "$HOME/jaxblock/.venv/ready" ]; then echo "run: not set up"; exit 0; fi
 cd "$HOME/jaxblock" || exit 1
 if [ -s logs/exit ]; then echo "run: ended $(cat logs/exit)"
@@ -195,7 +199,7 @@ status() {
     local state
     state="$(slice_state)" || fail "there is no slice $name in $zone, or it cannot be seen (above: why)"
     printf '%s\n' "$state"
-    # The workers of any other one cannot be reached.
+    # The workers can be reached only in these two states. (In a dry run the output is a command, not a state.)
     case "$state" in [A-Z]*) case "$state" in READY | ACTIVE) ;; *) return ;; esac ;; esac
     on_workers "$remote_status; tail -n 1 \"\$HOME/jaxblock/logs/latest.log\" 2>/dev/null || true"
 }
@@ -205,7 +209,7 @@ remote_stop='cd "$HOME/jaxblock" && if [ -s logs/pid ] && [ ! -s logs/exit ]; th
 
 stop() {
     local found
-    # A group stops together when one is told, but the others may be told too.
+    # One process that is told to stop stops the whole group; telling the others as well does no harm.
     on_workers "$remote_stop"
     while :; do
         found="$(on_workers "$remote_status")" || exit 2

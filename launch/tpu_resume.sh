@@ -1,14 +1,16 @@
 # shellcheck shell=bash
-# Sourced by tpu.sh: the verb "resume", which sees a run through preemptions, and tells what will pass from what will not.
+# Sourced by tpu.sh: the verb "resume", which restarts a run after preemptions and other failures that another try may mend,
+# and ends with advice at those that it cannot.
 # shellcheck disable=SC2154  # tpu.sh sets the options and remote_status
 
-# What became of the run, from every worker's line: running, setup (not even that was done), done, again, or failed CODE.
+# verdict LINES: prints what to do about the run, given the status line of every worker: running (wait), setup (set the workers
+# up, then start it), again (start it again), done, or failed CODE.
 verdict() {
     local found="$1" code
     case "$found" in *'run: running'*) echo running && return ;; *'run: not set up'*) echo setup && return ;; esac
     for code in $(printf '%s\n' "$found" | sed -n 's/.*run: ended \([0-9]*\).*/\1/p'); do
-        # 130 and 143: told to stop, and saved. 124: it hung, and the watchdog ended it. 137: killed, as by a host's
-        # maintenance. 134: another process of the group was lost. In each case the last checkpoint is whole.
+        # 130 and 143: it was told to stop, and saved. 124: it hung, and its watchdog ended it. 137: it was killed, for example
+        # by maintenance of the host. 134: another process of the group was lost. In each case the last checkpoint is whole.
         case "$code" in 0 | 124 | 130 | 134 | 137 | 143) ;; *) echo "failed $code" && return ;; esac
     done
     case "$found" in
@@ -18,7 +20,8 @@ verdict() {
     esac
 }
 
-# What gcloud says in its own words cannot be mended by trying again: prints what to do. Fails for anything else.
+# remedy MESSAGE: for an error message of gcloud that would come again at every try, prints what to do about it. Fails for any
+# other message.
 remedy() {
     case "$1" in
         *UNAUTHENTICATED* | *'gcloud auth login'*) echo "Log in (gcloud auth login), then start resume again." ;;
@@ -39,11 +42,12 @@ remedy() {
     esac
 }
 
-# The end of what the last command said to stderr: ssh tells the cause before gcloud's own last line.
+# Prints the last lines that a command wrote to stderr: ssh prints the cause a few lines before gcloud's own last line.
 last_error() {
     grep -v '^[[:space:]]*$' "$errors" | tail -n 6 || true
 }
 
+# Ends the script with advice if the last error is one that trying again cannot mend.
 end_if_hopeless() {
     local advice
     if advice="$(remedy "$(cat "$errors")")"; then
@@ -53,7 +57,7 @@ $advice"
     fi
 }
 
-# Runs a step whose failure another try may mend, its errors shown as they come.
+# attempt COMMAND...: runs a step that may be tried again when it fails, and shows its errors as they come.
 attempt() {
     { ("$@") 2>&1 >&3 3>&- | tee "$errors" >&2; } 3>&1 && return
     end_if_hopeless
@@ -64,17 +68,18 @@ recreate() {
     [ "$recreate" = yes ] || fail "the slice $name is gone or was preempted; resume --recreate --type TYPE deletes what \
 is left of it and creates it again"
     if [ "$state" != absent ]; then attempt delete_now || return 1; fi
-    # A queued one is there after a while: it is set up when it is found so.
+    # A queued slice is there only after a while: the check that finds it also finds that it must be set up.
     attempt create && [ "$queued" = no ] && attempt setup
 }
 
-# Sets state (the slice's) and what (to do about it). Waiting for capacity is no failure; not being able to look is.
+# Asks for the state of the slice and of the run. Sets `state` (the slice's) and `what` (what to do about it). Waiting for
+# capacity is no failure; not being able to ask (`unseen`) is.
 look() {
     local found
     what="wait"
     if ! state="$(slice_state 2>"$errors")"; then
         end_if_hopeless
-        # Not every failure means that the slice is gone: only "not found" does.
+        # Of all failures only "not found" means that the slice is gone.
         case "$(cat "$errors")" in *NOT_FOUND* | *'was not found'*) state=absent ;; *) what=unseen && return ;; esac
     fi
     case "$state" in
@@ -94,14 +99,14 @@ look() {
     esac
 }
 
-# The wait before a try, the how-many-th in a row: --backoff, doubled each time, 900 s at most.
+# backoff_of N: prints how many seconds to wait before the N-th try in a row: --backoff, doubled each time, 900 at most.
 backoff_of() {
     local seconds="$backoff" i
     for ((i = 1; i < $1 && seconds < 900; i++)); do seconds=$((seconds * 2)); done
     echo "$((seconds > 900 ? 900 : seconds))"
 }
 
-# What resume may do, in order.
+# rehearse COMMAND...: prints, for --dry-run, all commands that resume may run, in order.
 rehearse() {
     printf '# every %s s: the slice, and what the run is doing on each worker\n' "$poll"
     slice_state
@@ -116,7 +121,7 @@ rehearse() {
     run "$@"
 }
 
-# start_again COMMAND: unless it is the first start, waits before it. What fails here is found at the next look.
+# start_again COMMAND...: starts the run, after a wait unless this is the first start. What fails here shows at the next check.
 start_again() {
     local pause
     if [ "$starts" -gt 0 ]; then
@@ -132,6 +137,7 @@ start_again() {
     attempt run "$@" || true
 }
 
+# Waits before the next check after one that failed, or ends the script after too many of them in a row.
 look_again() {
     local pause
     unseen=$((unseen + 1))
