@@ -26,9 +26,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxblock.huggingface import fill, writer
-from jaxblock.huggingface.load import architecture, load
-from jaxblock.huggingface.save import save
+from jaxblock.huggingface.load import load_checkpoint, read_architecture
+from jaxblock.huggingface.placement import stored_shape, tensor_names
+from jaxblock.huggingface.save import save_checkpoint
+from jaxblock.huggingface.tensor_writer import PendingTensor, split_into_files, write_tensors
 from jaxblock.models.architecture import Architecture
 from jaxblock.models.families import registry
 from jaxblock.models.spec import ParamSpec, Table
@@ -50,19 +51,19 @@ def make(folder: Path, arch: Architecture, shard_bytes: int) -> Table:
     bf16 = jax.dtypes.canonicalize_dtype("bfloat16")
 
     def values(spec: ParamSpec, name: str) -> np.ndarray:
-        shape = fill.stored_shape(spec)
+        shape = stored_shape(spec)
         turned = np.roll(block, int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little") % block.size)
         return np.resize(turned, shape).view(bf16)
 
     pending = {
-        name: writer.Pending(np.dtype(bf16), fill.stored_shape(spec), lambda s=spec, n=name: values(s, n))
+        name: PendingTensor(np.dtype(bf16), stored_shape(spec), lambda s=spec, n=name: values(s, n))
         for spec in table.values()
-        for name in fill.tensor_names(spec)
+        for name in tensor_names(spec)
     }
     folder.mkdir()
-    files = writer.plan(pending, shard_bytes)
+    files = split_into_files(pending, shard_bytes)
     for file, names in files.items():
-        writer.write(folder / file, names, pending)
+        write_tensors(folder / file, names, pending)
     (folder / "config.json").write_text(json.dumps(registry.to_hf(arch, "bfloat16")))
     return table
 
@@ -79,16 +80,16 @@ def measure(folder: str, out: str | None) -> dict[str, float]:
     devices = jax.device_count()
     shardings = None
     if devices > 1:
-        shardings = param_shardings(make_mesh(1, devices), registry.param_table(architecture(folder)))
+        shardings = param_shardings(make_mesh(1, devices), registry.param_table(read_architecture(folder)))
     before = peak_bytes()
     begin = time.perf_counter()
-    arch, params = load(folder, shardings=shardings)
+    arch, params = load_checkpoint(folder, shardings=shardings)
     jax.block_until_ready(params)
     found = {"load_seconds": time.perf_counter() - begin, "load_peak": peak_bytes() - before}
     found["bytes"] = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     if out is not None:
         begin = time.perf_counter()
-        save(out, arch, params, max_shard_bytes=10**9)
+        save_checkpoint(out, arch, params, max_shard_bytes=10**9)
         found |= {"save_seconds": time.perf_counter() - begin, "save_peak": peak_bytes() - before}
     return found
 

@@ -12,8 +12,8 @@ from jaxblock.data.tokens.special import TURN_ENDS
 from jaxblock.data.tokens.tokenizers import Tokenizer
 from jaxblock.diffusion.config import CanvasConfig
 from jaxblock.errors import UserError
-from jaxblock.huggingface import load as huggingface_load
 from jaxblock.huggingface import peft
+from jaxblock.huggingface.load import load_checkpoint, read_architecture
 from jaxblock.io.hub import local_checkpoint
 from jaxblock.io.paths import PathLike
 from jaxblock.model import Model
@@ -65,14 +65,14 @@ def load(
     to_int8 = quantize == "int8"
     if to_int8 and found is None:
         raise UserError(f"{folder}: quantize int8 is for the weights beneath adapters, and there are none")
-    arch = huggingface_load.architecture(weights_folder)
+    arch = read_architecture(weights_folder)
     if mask_id is not None or alignment is not None:
         arch = registry.with_mask(arch, arch.need_mask_id() if mask_id is None else mask_id, alignment)
     elif found is not None:
-        arch = peft.start_of(found, arch)
+        arch = peft.with_saved_start(found, arch)
     # Adapters for another base are found out before gigabytes are read.
     adapted, adapters = (None, None) if found is None else peft.load_adapter(found, arch)
-    _, params = huggingface_load.load(weights_folder, dtype=dtype, arch=arch, int8=to_int8)
+    _, params = load_checkpoint(weights_folder, dtype=dtype, arch=arch, int8=to_int8)
     compute = dtype or params["final_norm"].dtype.name
     # Half precision is a way to store weights: its range is too small to compute in, and CPUs do not.
     compute = "float32" if compute == "float16" else compute
@@ -100,7 +100,7 @@ def load(
 def _adapters_of(folder: str, base: PathLike | None) -> tuple[str, str | None]:
     """(the folder of the weights, the folder of the adapters or None)."""
     if peft.is_adapter(folder):
-        beneath = local_checkpoint(base if base is not None else peft.base_of(folder))
+        beneath = local_checkpoint(base if base is not None else peft.read_base_name(folder))
         if run_folder.is_run(beneath):
             raise UserError(f"{beneath}, the base of {folder}, is a run: export it, and give the export as base")
         return beneath, folder

@@ -24,9 +24,9 @@ from jaxblock.diffusion.config import CanvasConfig
 from jaxblock.diffusion.decoding import decoder
 from jaxblock.diffusion.decoding.config import DecodeConfig
 from jaxblock.errors import UserError
-from jaxblock.huggingface import load as huggingface_load
 from jaxblock.huggingface import peft
-from jaxblock.huggingface import save as huggingface_save
+from jaxblock.huggingface.load import read_architecture
+from jaxblock.huggingface.save import save_checkpoint, verify_checkpoint
 from jaxblock.io.hub import local_checkpoint
 from jaxblock.io.paths import PathLike, as_path
 from jaxblock.io.remote import local_folder
@@ -302,8 +302,8 @@ class Model:
             UserError: the base is int8, or the folder exists or cannot be written.
         """
         merged = self.merged()
-        huggingface_save.save(folder, self.arch, merged.params, **self._companions(), dtype=dtype)
-        return huggingface_save.verify(folder, merged.net, merged.params, self._probe())
+        save_checkpoint(folder, self.arch, merged.params, **self._companions(), dtype=dtype)
+        return verify_checkpoint(folder, merged.net, merged.params, self._probe())
 
     def save_adapter(self, folder: PathLike) -> float:
         """Writes the adapters alone in PEFT's format, reads them back and compares logits.
@@ -324,9 +324,9 @@ class Model:
         if base is not None and run_folder.is_run(base):
             base = None  # PEFT cannot load a run: the base is to be exported, and named by whoever loads the adapters
         elif base is not None:
-            peft.check_rows(folder, self.arch, huggingface_load.architecture(local_checkpoint(base)))
+            peft.check_base_rows(folder, self.arch, read_architecture(local_checkpoint(base)))
         peft.save_adapter(
-            folder, self.arch, self.net.lora, adapters, base=base, companions=self._companions()["tokenizer"]
+            folder, self.arch, self.net.lora, adapters, base=base, tokenizer=self._companions()["tokenizer"]
         )
         found, again = peft.load_adapter(local_folder(folder, ["*.json", "*.safetensors"]), self.arch)
         copy = dataclasses.replace(

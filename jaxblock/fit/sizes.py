@@ -9,7 +9,7 @@ from jaxblock import build as wiring
 from jaxblock.config.config import Config
 from jaxblock.data.store import manifest as manifests
 from jaxblock.errors import UserError
-from jaxblock.huggingface import load as huggingface
+from jaxblock.huggingface.load import read_architecture
 from jaxblock.io.files import read_json
 from jaxblock.io.paths import as_path
 from jaxblock.models.architecture import Architecture
@@ -60,7 +60,7 @@ def architecture(config: Config, given: str | None) -> tuple[Architecture, str]:
     elif path.is_file():
         arch, said = registry.from_hf(read_json(path), source), source
     elif path.is_dir():
-        arch, said = huggingface.architecture(source), f"{source}/config.json"
+        arch, said = read_architecture(source), f"{source}/config.json"
     elif source.split("@")[0] in PUBLISHED:
         name = source.split("@")[0]
         arch, said = registry.from_hf(PUBLISHED[name], name), f"the published config.json of {name}"

@@ -41,7 +41,7 @@ def copy_code(source: PathLike | None, target: Path) -> None:
             (target / file.name).write_bytes(read_bytes(file))
 
 
-def point_at_code(config: dict[str, Any], folder: Path, repository: str | None) -> None:
+def point_auto_map_at(config: dict[str, Any], folder: Path, repository: str | None) -> None:
     """Makes config.json's auto_map name a repository where it means a Python file that is not beside it.
 
     What was downloaded by hub name comes without code, and transformers could not load an export that asks for it.
@@ -62,7 +62,7 @@ def point_at_code(config: dict[str, Any], folder: Path, repository: str | None) 
     }
 
 
-def keep(source: PathLike, target: Path) -> None:
+def copy_origin(source: PathLike, target: Path) -> None:
     """Sets aside what an export will want of the checkpoint that a run starts from: model code and generation config.
 
     Args:
@@ -75,7 +75,7 @@ def keep(source: PathLike, target: Path) -> None:
         (target / GENERATION).write_bytes(read_bytes(as_path(source) / GENERATION))
 
 
-def copy(source: PathLike | None, target: Path) -> None:
+def copy_tokenizer(source: PathLike | None, target: Path) -> None:
     """Copies a tokenizer's files and its chat template.
 
     Args:
@@ -98,7 +98,7 @@ def copy(source: PathLike | None, target: Path) -> None:
         shutil.copyfile(target / "template.jinja", target / "chat_template.jinja")
 
 
-def generation_config(source: PathLike | None, arch: Architecture) -> dict[str, Any]:
+def merged_generation_config(source: PathLike | None, arch: Architecture) -> dict[str, Any]:
     """What generation_config.json is to say: what the origin's says, and what it leaves unsaid.
 
     Args:

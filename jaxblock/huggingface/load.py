@@ -13,9 +13,8 @@ from jax.sharding import SingleDeviceSharding
 from jax.typing import DTypeLike
 
 from jaxblock.errors import UserError
-from jaxblock.huggingface import fill, shards
-from jaxblock.huggingface.fill import stored_shape, tensor_names
-from jaxblock.huggingface.shards import Contents
+from jaxblock.huggingface.placement import quantise_parameter, read_parameter, stored_shape, tensor_names
+from jaxblock.huggingface.tensor_files import DTYPES, FolderContents, read_tensor, scan_folder
 from jaxblock.io.files import read_json
 from jaxblock.io.paths import PathLike, is_remote
 from jaxblock.models.architecture import Architecture
@@ -25,7 +24,7 @@ from jaxblock.models.spec import ParamSpec, Table, flatten, nest
 from jaxblock.types import Params
 
 
-def architecture(folder: PathLike) -> Architecture:
+def read_architecture(folder: PathLike) -> Architecture:
     """Reads config.json.
 
     Args:
@@ -50,7 +49,7 @@ def architecture(folder: PathLike) -> Architecture:
     return registry.from_hf(config, str(path / "config.json"))
 
 
-def load(
+def load_checkpoint(
     folder: PathLike,
     *,
     dtype: DTypeLike | None = None,
@@ -79,11 +78,11 @@ def load(
         UserError: not a checkpoint, a pickle, or tensors missing, extra, mis-shaped, of a type that we cannot keep, or
             cut short: all of them named at once; or ``arch`` is of other sizes.
     """
-    own = architecture(folder)
+    own = read_architecture(folder)
     path = Path(folder)
     if arch is not None:
         _check_same_network(path, own, arch)
-    contents = shards.scan(path)
+    contents = scan_folder(path)
     _check(path, own, registry.param_table(own), contents, dtype)
     wanted = own if arch is None else arch
     placed = flatten(shardings) if shardings is not None else {}
@@ -91,10 +90,10 @@ def load(
     flat: dict[str, Array] = {}
     for name, spec in registry.param_table(wanted).items():
         where = placed.get(name) or default
-        flat[name] = fill.leaf(spec, contents.stored, dtype, where)
+        flat[name] = read_parameter(spec, contents.stored, dtype, where)
         if int8 and quantisation.quantised(spec):
             scale = name + quantisation.SCALE
-            flat[name], flat[scale] = fill.quantised(flat.pop(name), where, placed.get(scale) or default)
+            flat[name], flat[scale] = quantise_parameter(flat.pop(name), where, placed.get(scale) or default)
     return wanted, nest(flat)
 
 
@@ -115,7 +114,7 @@ def _check_same_network(folder: Path, own: Architecture, wanted: Architecture) -
         )
 
 
-def _check(folder: Path, arch: Architecture, table: Table, contents: Contents, dtype: DTypeLike | None) -> None:
+def _check(folder: Path, arch: Architecture, table: Table, contents: FolderContents, dtype: DTypeLike | None) -> None:
     expected = {name: spec for spec in table.values() for name in tensor_names(spec)}
     stored, damaged = contents.stored, contents.damaged
     extra = [name for name in stored if name not in expected]
@@ -123,13 +122,13 @@ def _check(folder: Path, arch: Architecture, table: Table, contents: Contents, d
     if arch.tie_embeddings:
         extra, difference = _drop_tied_head(arch, table, contents, extra)
         problems += difference
-    problems += listed("missing", [n for n in expected if n not in stored and n not in damaged])
-    problems += listed("not expected", extra)
-    problems += listed("damaged", [f"{name} ({why})" for name, why in damaged.items()])
+    problems += summary_line("missing", [n for n in expected if n not in stored and n not in damaged])
+    problems += summary_line("not expected", extra)
+    problems += summary_line("damaged", [f"{name} ({why})" for name, why in damaged.items()])
     shared = [(name, stored[name], spec) for name, spec in expected.items() if name in stored]
     wrong = [(n, s.shape, stored_shape(spec)) for n, s, spec in shared if s.shape != stored_shape(spec)]
-    problems += listed("wrong shape", [f"{n} is {list(a)}, config.json asks for {list(b)}" for n, a, b in wrong])
-    problems += listed("unsupported type", [f"{n} is {s.dtype}" for n, s, _ in shared if s.dtype not in shards.DTYPES])
+    problems += summary_line("wrong shape", [f"{n} is {list(a)}, config.json asks for {list(b)}" for n, a, b in wrong])
+    problems += summary_line("unsupported type", [f"{n} is {s.dtype}" for n, s, _ in shared if s.dtype not in DTYPES])
     if dtype is None:
         problems += _unkeepable(table, contents)
     if problems:
@@ -138,27 +137,27 @@ def _check(folder: Path, arch: Architecture, table: Table, contents: Contents, d
         raise UserError(f"{lines}\nDownload the checkpoint again, or correct config.json")
 
 
-def listed(what: str, items: Iterable[str]) -> list[str]:
+def summary_line(what: str, items: Iterable[str]) -> list[str]:
     """One line that counts and names some things; no line where there are none."""
     items = list(items)
     return [f"{what} ({len(items)}): {', '.join(items)}"] if items else []
 
 
-def _unkeepable(table: Table, contents: Contents) -> list[str]:
+def _unkeepable(table: Table, contents: FolderContents) -> list[str]:
     """Leaves whose type cannot be kept: float64 without jax_enable_x64, or layers of different types in one stack."""
     problems = []
     for spec in table.values():
-        types = {n: s.dtype for n in tensor_names(spec) if (s := contents.stored.get(n)) and s.dtype in shards.DTYPES}
+        types = {n: s.dtype for n in tensor_names(spec) if (s := contents.stored.get(n)) and s.dtype in DTYPES}
         if len(set(types.values())) > 1:
             mixed = (f"{name} {dtype}" for name, dtype in types.items())
-            problems += listed("layers of different types (set a type to cast to)", mixed)
+            problems += summary_line("layers of different types (set a type to cast to)", mixed)
         elif "F64" in types.values() and jax.dtypes.canonicalize_dtype(np.float64) != np.float64:
-            problems += listed("float64 (set a type to cast to)", types)
+            problems += summary_line("float64 (set a type to cast to)", types)
     return problems
 
 
 def _drop_tied_head(
-    arch: Architecture, table: Table, contents: Contents, extra: list[str]
+    arch: Architecture, table: Table, contents: FolderContents, extra: list[str]
 ) -> tuple[list[str], list[str]]:
     """A tied checkpoint may store the head once more: fine where it equals the embedding, else an error."""
     head = registry.param_table(replace(arch, tie_embeddings=False))["head"].hf_name
@@ -170,12 +169,12 @@ def _drop_tied_head(
     rows = max(1, (1 << 24) // max(1, int(np.prod(a.shape[1:]))))
     for start in range(0, a.shape[0] if same else 0, rows):
         bounds = ((start, min(start + rows, a.shape[0])), *((0, n) for n in a.shape[1:]))
-        same = same and shards.read(a, head, bounds).tobytes() == shards.read(b, embed, bounds).tobytes()
+        same = same and read_tensor(a, head, bounds).tobytes() == read_tensor(b, embed, bounds).tobytes()
     problem = f"{head} differs from {embed}, but config.json ties them; set weight_tying to false there"
     return [name for name in extra if name != head], [] if same else [problem]
 
 
-def same_tree(params: Params, table: Mapping[str, ParamSpec]) -> list[str]:
+def tree_differences(params: Params, table: Mapping[str, ParamSpec]) -> list[str]:
     """What differs between a tree of arrays and the table: leaves missing, extra or mis-shaped.
 
     Args:
@@ -186,7 +185,7 @@ def same_tree(params: Params, table: Mapping[str, ParamSpec]) -> list[str]:
         One line per difference.
     """
     flat = flatten(params)
-    problems = listed("missing", [path for path in table if path not in flat])
-    problems += listed("not expected", [path for path in flat if path not in table])
+    problems = summary_line("missing", [path for path in table if path not in flat])
+    problems += summary_line("not expected", [path for path in flat if path not in table])
     shared = [(path, flat[path].shape, spec.shape) for path, spec in table.items() if path in flat]
-    return problems + listed("wrong shape", [f"{p} is {list(a)}, not {list(b)}" for p, a, b in shared if a != b])
+    return problems + summary_line("wrong shape", [f"{p} is {list(a)}, not {list(b)}" for p, a, b in shared if a != b])

@@ -13,10 +13,11 @@ from jax.sharding import SingleDeviceSharding
 from jax.typing import DTypeLike
 
 from jaxblock.errors import UserError
-from jaxblock.huggingface import companions as beside
-from jaxblock.huggingface import fill, shards, writer
-from jaxblock.huggingface.load import listed, same_tree
-from jaxblock.huggingface.shards import Contents
+from jaxblock.huggingface.companions import copy_tokenizer
+from jaxblock.huggingface.load import summary_line, tree_differences
+from jaxblock.huggingface.placement import read_parameter, stored_shape, tensor_names
+from jaxblock.huggingface.tensor_files import DTYPES, FolderContents, scan_file
+from jaxblock.huggingface.tensor_writer import pending_tensors, write_tensors
 from jaxblock.io.files import read_json, write_json
 from jaxblock.io.folders import check_vacant, new_folder
 from jaxblock.io.paths import PathLike, is_remote
@@ -62,7 +63,7 @@ def save_adapter(
     *,
     base: str | None,
     dtype: DTypeLike | None = None,
-    companions: PathLike | None = None,
+    tokenizer: PathLike | None = None,
 ) -> None:
     """Writes adapters so that ``peft`` loads them onto their base. The folder appears whole or not at all.
 
@@ -73,28 +74,28 @@ def save_adapter(
         adapters: as ``models.linear.lora.adapter_table`` describes them.
         base: the base's folder or hub name, for ``base_model_name_or_path``.
         dtype: cast to this type; None keeps float32.
-        companions: a folder whose tokenizer files are copied; None for none.
+        tokenizer: a folder whose tokenizer files are copied; None for none.
 
     Raises:
         UserError: the folder exists or cannot be written, the adapters are not those of the architecture.
     """
     table = adapter_table(registry.param_table(arch), lora)
-    problems = same_tree(adapters, table)
+    problems = tree_differences(adapters, table)
     if problems:
         raise UserError(
             f"cannot export to {folder}: these are not the adapters that were described: {'; '.join(problems)}"
         )
-    pending = writer.pending_tensors(table, flatten(adapters), dtype)
+    pending = pending_tensors(table, flatten(adapters), dtype)
     check_vacant(folder, marker=CONFIG)
     with new_folder(folder, marker=CONFIG) as scratch:
-        beside.copy(companions, scratch)
-        writer.write(scratch / WEIGHTS, pending, pending)
+        copy_tokenizer(tokenizer, scratch)
+        write_tensors(scratch / WEIGHTS, pending, pending)
         if _autoregressive(arch) and arch.mask_id is not None:
             write_json(scratch / START, {"mask_token_id": arch.mask_id, ALIGNMENT: arch.alignment})
         write_json(scratch / CONFIG, _config(arch, lora, base))
 
 
-def check_rows(folder: PathLike, arch: Architecture, base: Architecture) -> None:
+def check_base_rows(folder: PathLike, arch: Architecture, base: Architecture) -> None:
     """Raises UserError where adapters alone would be of no use: the vocabulary grew, and their base has no such rows.
 
     Args:
@@ -110,7 +111,7 @@ def check_rows(folder: PathLike, arch: Architecture, base: Architecture) -> None
         )
 
 
-def start_of(folder: PathLike, arch: Architecture) -> Architecture:
+def with_saved_start(folder: PathLike, arch: Architecture) -> Architecture:
     """An adapter's base as a diffusion network: an autoregressive one has its mask token and alignment from the adapters.
 
     Args:
@@ -185,7 +186,7 @@ def is_adapter(folder: PathLike) -> bool:
     return not is_remote(folder) and (Path(folder) / CONFIG).is_file()
 
 
-def base_of(folder: PathLike) -> str:
+def read_base_name(folder: PathLike) -> str:
     """The folder or hub name of the base that adapters say they belong to.
 
     Raises:
@@ -217,14 +218,14 @@ def load_adapter(folder: PathLike, arch: Architecture) -> tuple[Lora, Params]:
         raise UserError(f"{path}: no {CONFIG}, so these are no PEFT adapters; give the folder that holds it")
     config = read_json(path / CONFIG)
     _check_kind(path / CONFIG, config)
-    contents = shards.scan_file(path / WEIGHTS)
+    contents = scan_file(path / WEIGHTS)
     base = registry.param_table(arch)
     lora = Lora(config.get("r", 8), float(config.get("lora_alpha", 8)), float(config.get("lora_dropout") or 0), ())
     lora = replace(lora, targets=_targets(lora, base, contents))
     table = adapter_table(base, lora)
     _check_tensors(path, arch, table, contents)
     where = SingleDeviceSharding(jax.local_devices()[0])
-    return lora, nest({name: fill.leaf(spec, contents.stored, np.float32, where) for name, spec in table.items()})
+    return lora, nest({name: read_parameter(spec, contents.stored, np.float32, where) for name, spec in table.items()})
 
 
 def _check_kind(where: Path, config: Any) -> None:
@@ -243,27 +244,27 @@ def _check_kind(where: Path, config: Any) -> None:
         raise UserError(f"{where}: r is {rank!r}; it must be a whole number above 0")
 
 
-def _targets(lora: Lora, base: Table, contents: Contents) -> tuple[str, ...]:
+def _targets(lora: Lora, base: Table, contents: FolderContents) -> tuple[str, ...]:
     """The matrices that the file has tensors for."""
     found = contents.stored.keys() | contents.damaged.keys()
     matrices = tuple(path for path, spec in base.items() if spec.stacked and spec.is_matrix)
     pairs = adapter_table(base, replace(lora, targets=matrices))
-    adapted = {path.rsplit("/", 1)[0] for path, spec in pairs.items() if found & set(fill.tensor_names(spec))}
+    adapted = {path.rsplit("/", 1)[0] for path, spec in pairs.items() if found & set(tensor_names(spec))}
     return tuple(path for path in matrices if path in adapted)
 
 
-def _check_tensors(folder: Path, arch: Architecture, table: Table, contents: Contents) -> None:
+def _check_tensors(folder: Path, arch: Architecture, table: Table, contents: FolderContents) -> None:
     """Raises UserError where the tensors are not those of this base's adapters; all that is wrong is named."""
-    expected = {name: fill.stored_shape(spec) for spec in table.values() for name in fill.tensor_names(spec)}
+    expected = {name: stored_shape(spec) for spec in table.values() for name in tensor_names(spec)}
     stored, damaged = contents.stored, contents.damaged
     problems = list(contents.notes)
-    problems += listed("missing", [name for name in expected if name not in stored and name not in damaged])
-    problems += listed("not of this base", [name for name in stored if name not in expected])
-    problems += listed("damaged", [f"{name} ({why})" for name, why in damaged.items()])
+    problems += summary_line("missing", [name for name in expected if name not in stored and name not in damaged])
+    problems += summary_line("not of this base", [name for name in stored if name not in expected])
+    problems += summary_line("damaged", [f"{name} ({why})" for name, why in damaged.items()])
     shared = [(name, stored[name].shape, shape) for name, shape in expected.items() if name in stored]
-    problems += listed("wrong shape", [f"{n} is {list(a)}, not {list(b)}" for n, a, b in shared if a != b])
+    problems += summary_line("wrong shape", [f"{n} is {list(a)}, not {list(b)}" for n, a, b in shared if a != b])
     odd = [f"{name} is {stored[name].dtype}" for name in expected if name in stored]
-    problems += listed("unsupported type", [text for text in odd if text.rsplit(" ", 1)[-1] not in shards.DTYPES])
+    problems += summary_line("unsupported type", [text for text in odd if text.rsplit(" ", 1)[-1] not in DTYPES])
     if not expected:
         problems.append("no matrix is adapted")
     if problems:

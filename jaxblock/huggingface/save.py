@@ -14,9 +14,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Int
 
 from jaxblock.errors import UserError
-from jaxblock.huggingface import companions, shards, writer
-from jaxblock.huggingface.load import load, same_tree
-from jaxblock.huggingface.writer import pending_tensors
+from jaxblock.huggingface import companions
+from jaxblock.huggingface.load import load_checkpoint, tree_differences
+from jaxblock.huggingface.tensor_files import INDEX
+from jaxblock.huggingface.tensor_writer import pending_tensors, split_into_files, write_tensors
 from jaxblock.io.files import check_writable, write_json
 from jaxblock.io.folders import check_vacant, new_folder
 from jaxblock.io.paths import PathLike, is_remote
@@ -32,7 +33,7 @@ MARKER = "config.json"
 """The file that says an exported folder is whole."""
 
 
-def save(
+def save_checkpoint(
     folder: PathLike,
     arch: Architecture,
     params: Params,
@@ -61,32 +62,32 @@ def save(
     """
     table = registry.param_table(arch)
     _check_whole(folder, params)
-    problems = same_tree(params, table)
+    problems = tree_differences(params, table)
     if problems:
         listed = "; ".join(problems)
         raise UserError(f"cannot export to {folder}: these are not the parameters of the architecture: {listed}")
     pending = pending_tensors(table, flatten(params), dtype)
-    files = writer.plan(pending, max_shard_bytes)
+    files = split_into_files(pending, max_shard_bytes)
     check_vacant(folder, marker=MARKER)
     size = sum(t.n_bytes for t in pending.values())
     if not is_remote(folder):
         check_writable(Path(folder).absolute().parent, need_bytes=size)
     with new_folder(folder, marker=MARKER) as scratch:
         origin = tokenizer if origin is None else origin
-        companions.copy(tokenizer, scratch)
+        companions.copy_tokenizer(tokenizer, scratch)
         companions.copy_code(origin, scratch)
         for name, tensors in files.items():
-            writer.write(scratch / name, tensors, pending)
+            write_tensors(scratch / name, tensors, pending)
         if len(files) > 1:
             where = {tensor: name for name, tensors in files.items() for tensor in tensors}
-            write_json(scratch / shards.INDEX, {"metadata": {"total_size": size}, "weight_map": where})
-        write_json(scratch / companions.GENERATION, companions.generation_config(origin, arch))
+            write_json(scratch / INDEX, {"metadata": {"total_size": size}, "weight_map": where})
+        write_json(scratch / companions.GENERATION, companions.merged_generation_config(origin, arch))
         sizes: Counter[str] = Counter()
         for tensor in pending.values():
             sizes[tensor.dtype.name] += tensor.n_bytes
         config = registry.to_hf(arch, sizes.most_common(1)[0][0])
         code: str | None = getattr(registry.FAMILIES[arch.family], "CODE", None)
-        companions.point_at_code(config, scratch, code)
+        companions.point_auto_map_at(config, scratch, code)
         write_json(scratch / MARKER, config)
 
 
@@ -104,7 +105,7 @@ def _check_whole(folder: PathLike, params: Params) -> None:
         )
 
 
-def verify(folder: PathLike, net: Transformer, params: Params, ids: Int[Array, "B T"]) -> float:
+def verify_checkpoint(folder: PathLike, net: Transformer, params: Params, ids: Int[Array, "B T"]) -> float:
     """Reads an exported folder back and compares logits.
 
     Args:
@@ -121,7 +122,7 @@ def verify(folder: PathLike, net: Transformer, params: Params, ids: Int[Array, "
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding if isinstance(leaf, Array) else None, params)
     # An export in an object store is downloaded: what is compared is what was stored.
-    arch, again = load(local_folder(folder, ["*.json", "*.safetensors"]), shardings=shardings)
+    arch, again = load_checkpoint(local_folder(folder, ["*.json", "*.safetensors"]), shardings=shardings)
     if registry.param_table(arch) != registry.param_table(net.arch) or _ids(arch) != _ids(net.arch):
         raise UserError(f"{folder}: config.json gives another network than the one exported: {arch} against {net.arch}")
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)

@@ -15,8 +15,8 @@ from jaxblock import build as wiring
 from jaxblock.config.config import Config
 from jaxblock.data.store.open import Prepared
 from jaxblock.errors import UserError
-from jaxblock.huggingface import fill
-from jaxblock.huggingface import load as huggingface
+from jaxblock.huggingface.load import load_checkpoint, read_architecture
+from jaxblock.huggingface.placement import quantise_parameter
 from jaxblock.io.files import read_bytes
 from jaxblock.io.hub import local_checkpoint
 from jaxblock.io.paths import as_path
@@ -138,7 +138,7 @@ def _architecture(source: str, config: Config, prepared: Prepared) -> Architectu
     is_run = run_folder.is_run(source)
     if not is_run and config.model.init_step != "latest":
         raise UserError(f"model.init_step is {config.model.init_step}, but {source} is no run: leave it out")
-    arch = run_folder.open_run(source).arch if is_run else huggingface.architecture(source)
+    arch = run_folder.open_run(source).arch if is_run else read_architecture(source)
     special, alignment = prepared.special, config.model.alignment
     if arch.mask_id is None:
         arch = registry.with_mask(arch, special.mask, alignment)
@@ -238,7 +238,7 @@ def read_base(
         params, _, _ = read_run(run, mesh, dtype, step="latest" if step is None else step)
         return _quantised(params, table, mesh) if to_int8 else params
     placed = rules.param_shardings(mesh, int8.int8_table(table) if to_int8 else table)
-    return huggingface.load(source, dtype=dtype, shardings=placed, arch=arch, int8=to_int8)[1]
+    return load_checkpoint(source, dtype=dtype, shardings=placed, arch=arch, int8=to_int8)[1]
 
 
 def _quantised(params: Params, table: Table, mesh: Mesh) -> Params:
@@ -247,7 +247,7 @@ def _quantised(params: Params, table: Table, mesh: Mesh) -> Params:
     for path, leaf in flatten(params).items():
         if int8.quantised(table[path]):
             scale = path + int8.SCALE
-            flat[path], flat[scale] = fill.quantised(leaf, placed[path], placed[scale])
+            flat[path], flat[scale] = quantise_parameter(leaf, placed[path], placed[scale])
         else:
             flat[path] = leaf
     return nest(flat)

@@ -16,8 +16,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxblock.errors import UserError
-from jaxblock.huggingface.load import load
-from jaxblock.huggingface.save import save
+from jaxblock.huggingface.load import load_checkpoint
+from jaxblock.huggingface.save import save_checkpoint
 from jaxblock.models.architecture import Architecture
 from jaxblock.models.families import registry
 from jaxblock.models.spec import init_params
@@ -48,14 +48,16 @@ HEAD = "model.transformer.ff_out.weight"
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A sound checkpoint in one file."""
-    save(tmp_path / "checkpoint", ARCH, init_params(registry.param_table(ARCH), 0, jnp.float32))
+    save_checkpoint(tmp_path / "checkpoint", ARCH, init_params(registry.param_table(ARCH), 0, jnp.float32))
     return tmp_path / "checkpoint"
 
 
 @pytest.fixture
 def sharded(tmp_path: Path) -> Path:
     """A sound checkpoint in several."""
-    save(tmp_path / "sharded", ARCH, init_params(registry.param_table(ARCH), 0, jnp.float32), max_shard_bytes=2000)
+    save_checkpoint(
+        tmp_path / "sharded", ARCH, init_params(registry.param_table(ARCH), 0, jnp.float32), max_shard_bytes=2000
+    )
     return tmp_path / "sharded"
 
 
@@ -146,7 +148,7 @@ def test_single_file(folder: Path, case: str) -> None:
     break_it, message = CASES[case]
     break_it(folder)
     with pytest.raises(UserError, match="(?m)" + message) as caught:
-        load(folder)
+        load_checkpoint(folder)
     assert str(folder) in str(caught.value)
 
 
@@ -157,9 +159,9 @@ def test_code_in_a_checkpoint_is_carried_and_never_run(folder: Path, tmp_path: P
     config(auto_map={"AutoConfig": "configuration_llada.LLaDAConfig", "AutoModel": "modeling_llada.LLaDAModelLM"})(
         folder
     )
-    arch, params = load(folder)
-    save(tmp_path / "again", arch, params, tokenizer=folder)
-    load(tmp_path / "again")
+    arch, params = load_checkpoint(folder)
+    save_checkpoint(tmp_path / "again", arch, params, tokenizer=folder)
+    load_checkpoint(tmp_path / "again")
     assert (tmp_path / "again" / "modeling_llada.py").read_text() == (folder / "modeling_llada.py").read_text()
     assert not (tmp_path / "again" / "setup.py").exists()
     assert not (tmp_path / "ran").exists() and not any("llada" in name and "models" not in name for name in sys.modules)
@@ -167,19 +169,21 @@ def test_code_in_a_checkpoint_is_carried_and_never_run(folder: Path, tmp_path: P
 
 def test_adapters_are_not_exported_as_a_checkpoint(tmp_path: Path) -> None:
     params = init_params(registry.param_table(ARCH), 0, jnp.float32)
-    with pytest.raises(UserError, match=r"hold LoRA adapters.*merge them first \(jaxblock\.models\.lora\.merge\)"):
-        save(tmp_path / "out", ARCH, {**params, "lora": {"blocks": {}}})
+    with pytest.raises(
+        UserError, match=r"hold LoRA adapters.*merge them first \(jaxblock\.models\.linear\.lora\.merge\)"
+    ):
+        save_checkpoint(tmp_path / "out", ARCH, {**params, "lora": {"blocks": {}}})
     assert not (tmp_path / "out").exists()
 
 
 def test_no_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
-        load(tmp_path / "nowhere")
+        load_checkpoint(tmp_path / "nowhere")
 
 
 def test_a_cast_mends_what_cannot_be_kept(folder: Path) -> None:
     change(lambda t: t.update({Q0: t[Q0].astype(np.float16), HEAD: t[HEAD].astype(np.float64)}))(folder)
-    assert load(folder, dtype=jnp.bfloat16)[1]["head"].dtype == jnp.bfloat16
+    assert load_checkpoint(folder, dtype=jnp.bfloat16)[1]["head"].dtype == jnp.bfloat16
 
 
 def reindex(edit: Callable[[dict[str, str]], Any]) -> Callable[[Path], None]:
@@ -219,11 +223,11 @@ def test_shards(sharded: Path, case: str) -> None:
     break_it, message = SHARDED[case]
     break_it(sharded)
     with pytest.raises(UserError, match=message):
-        load(sharded)
+        load_checkpoint(sharded)
 
 
 def test_shards_without_an_index_are_read_all_the_same(sharded: Path) -> None:
-    _, expected = load(sharded)
+    _, expected = load_checkpoint(sharded)
     (sharded / INDEX).unlink()
-    _, params = load(sharded)
+    _, params = load_checkpoint(sharded)
     jax.tree.map(np.testing.assert_array_equal, params, expected)

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from jaxblock.errors import UserError
-from jaxblock.huggingface import fill
-from jaxblock.huggingface.load import architecture, load
-from jaxblock.huggingface.save import save
+from jaxblock.huggingface import placement
+from jaxblock.huggingface.load import load_checkpoint, read_architecture
+from jaxblock.huggingface.save import save_checkpoint
 from jaxblock.models.families import registry
 from jaxblock.models.linear import int8
 from jaxblock.parallel.mesh import make_mesh
@@ -27,11 +27,11 @@ MESHES: list[Any] = [None, (1, 4, 2), (4, 2, 1)]
 @pytest.mark.parametrize("tied", [False, True])
 def test_new_rows_are_the_mean_of_the_old(small: Any, tmp_path: Path, mesh: Any, tied: bool) -> None:
     arch, params = small("llama", jnp.bfloat16, mask_id=None, tie_embeddings=tied)
-    save(tmp_path / "out", arch, params)
-    wanted = registry.with_mask(architecture(tmp_path / "out"), 40, "same_position")
+    save_checkpoint(tmp_path / "out", arch, params)
+    wanted = registry.with_mask(read_architecture(tmp_path / "out"), 40, "same_position")
     assert (wanted.vocab_size, wanted.mask_id, wanted.alignment) == (64, 40, "same_position")
     shardings = None if mesh is None else param_shardings(make_mesh(*mesh), registry.param_table(wanted))
-    found, loaded = load(tmp_path / "out", arch=wanted, shardings=shardings)
+    found, loaded = load_checkpoint(tmp_path / "out", arch=wanted, shardings=shardings)
     assert found == wanted
     for name, axis in {"embed": 0, "head": 1}.items() if not tied else [("embed", 0)]:
         old, new = np.asarray(params[name], np.float32), np.asarray(loaded[name], np.float32)
@@ -40,18 +40,18 @@ def test_new_rows_are_the_mean_of_the_old(small: Any, tmp_path: Path, mesh: Any,
         np.testing.assert_allclose(np.take(new, np.arange(40, 64), axis), mean, rtol=2**-8)
         assert loaded[name].dtype == jnp.bfloat16 and (shardings is None or loaded[name].sharding == shardings[name])
     # What grew is written, and read again as it is.
-    save(tmp_path / "again", wanted, loaded)
-    arch_again, again = load(tmp_path / "again")
+    save_checkpoint(tmp_path / "again", wanted, loaded)
+    arch_again, again = load_checkpoint(tmp_path / "again")
     assert (arch_again.vocab_size, arch_again.mask_id, arch_again.alignment) == (64, 40, "same_position")
     jax.tree.map(np.testing.assert_array_equal, again, loaded)
 
 
 def test_other_sizes_are_named(small: Any, tmp_path: Path) -> None:
     arch, params = small("llada")
-    save(tmp_path / "out", arch, params)
+    save_checkpoint(tmp_path / "out", arch, params)
     wrong = dataclasses.replace(arch, d_model=32, alignment="shifted", vocab_size=24, rope_theta=5e5, eos_id=3)
     with pytest.raises(UserError) as caught:
-        load(tmp_path / "out", arch=wrong)
+        load_checkpoint(tmp_path / "out", arch=wrong)
     for text in ("d_model is 16, not 32", "alignment is same_position, not shifted", "vocab_size is 40, more than 24"):
         assert text in str(caught.value)
     assert "rope_theta" in str(caught.value) and "eos_id" not in str(caught.value)
@@ -60,10 +60,10 @@ def test_other_sizes_are_named(small: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("mesh", MESHES)
 def test_an_int8_base_is_what_quantise_makes_of_each_leaf(small: Any, tmp_path: Path, mesh: Any) -> None:
     arch, params = small("dream", jnp.bfloat16)
-    save(tmp_path / "out", arch, params)
+    save_checkpoint(tmp_path / "out", arch, params)
     table = int8.int8_table(registry.param_table(arch))
     shardings = None if mesh is None else param_shardings(make_mesh(*mesh), table)
-    _, loaded = load(tmp_path / "out", int8=True, shardings=shardings)
+    _, loaded = load_checkpoint(tmp_path / "out", int8=True, shardings=shardings)
     plain = params["blocks"]
     assert loaded["blocks"].keys() == {p.removeprefix("blocks/") for p in table if p.startswith("blocks/")}
     for name, leaf in loaded["blocks"].items():
@@ -77,7 +77,7 @@ def test_an_int8_base_is_what_quantise_makes_of_each_leaf(small: Any, tmp_path: 
         assert (error <= scale[:, None] * 0.51).all()
     np.testing.assert_array_equal(loaded["embed"], params["embed"])
     with pytest.raises(UserError, match=r"int8 base is a rounded copy \(blocks/q.*without int8"):
-        save(tmp_path / "again", arch, loaded)
+        save_checkpoint(tmp_path / "again", arch, loaded)
 
 
 def test_the_transpose_on_an_accelerator_is_the_hosts(
@@ -85,8 +85,8 @@ def test_the_transpose_on_an_accelerator_is_the_hosts(
 ) -> None:
     """A CPU's matrices are transposed on the host; other devices are sent what the file holds."""
     arch, params = small("dream", jnp.bfloat16)
-    save(tmp_path / "out", arch, params)
+    save_checkpoint(tmp_path / "out", arch, params)
     grown = dataclasses.replace(arch, vocab_size=48)
-    here = load(tmp_path / "out", arch=grown)[1]
-    monkeypatch.setattr(fill, "_ready", lambda host, transpose, devices: (host, transpose))
-    jax.tree.map(np.testing.assert_array_equal, load(tmp_path / "out", arch=grown)[1], here)
+    here = load_checkpoint(tmp_path / "out", arch=grown)[1]
+    monkeypatch.setattr(placement, "_ready", lambda host, transpose, devices: (host, transpose))
+    jax.tree.map(np.testing.assert_array_equal, load_checkpoint(tmp_path / "out", arch=grown)[1], here)

@@ -13,7 +13,7 @@ import pytest
 
 import jaxblock
 from jaxblock.errors import UserError
-from jaxblock.huggingface.save import save
+from jaxblock.huggingface.save import save_checkpoint
 from jaxblock.models.families import registry
 from jaxblock.models.linear.lora import Lora, adapter_table, attach
 from jaxblock.models.spec import init_params
@@ -40,7 +40,7 @@ def test_config_fields(small: Any, family: str, field: str, value: Any, message:
 
 def test_half_precision_is_computed_in_float32_and_kept(small: Any, tmp_path: Path) -> None:
     arch, params = small("llada")
-    save(tmp_path / "half", arch, params, dtype=jnp.float16)
+    save_checkpoint(tmp_path / "half", arch, params, dtype=jnp.float16)
     model = jaxblock.load(tmp_path / "half")
     assert model.params["embed"].dtype == jnp.float16
     assert np.isfinite(model.logits([[3, 4, 5]])).all()
@@ -48,7 +48,7 @@ def test_half_precision_is_computed_in_float32_and_kept(small: Any, tmp_path: Pa
 
 def test_code_that_is_not_beside_the_weights_is_named(small: Any, tmp_path: Path) -> None:
     arch, params = small("llada")
-    save(tmp_path / "hub", arch, params)
+    save_checkpoint(tmp_path / "hub", arch, params)
     path = tmp_path / "hub" / "config.json"
     config = json.loads(path.read_text()) | {"auto_map": {"AutoModel": "modeling_llada.LLaDAModelLM"}}
     path.write_text(json.dumps(config))
@@ -66,7 +66,7 @@ def adapted(model: Any, base: Path) -> Any:
 
 def test_adapters_of_an_autoregressive_start_decode_as_they_were_trained(small: Any, tmp_path: Path) -> None:
     arch, params = small("llama", mask_id=None)
-    save(tmp_path / "base", arch, params)
+    save_checkpoint(tmp_path / "base", arch, params)
     model = adapted(jaxblock.load(tmp_path / "base", mask_id=39, alignment="same_position"), tmp_path / "base")
     model.save_adapter(tmp_path / "adapter")
     again = jaxblock.load(tmp_path / "adapter")
@@ -75,7 +75,7 @@ def test_adapters_of_an_autoregressive_start_decode_as_they_were_trained(small: 
 
 def test_adapters_cannot_carry_rows_that_their_base_lacks(small: Any, tmp_path: Path) -> None:
     arch, params = small("llama", mask_id=None)
-    save(tmp_path / "base", arch, params)
+    save_checkpoint(tmp_path / "base", arch, params)
     model = adapted(jaxblock.load(tmp_path / "base", mask_id=40), tmp_path / "base")
     # As a run's model.json gives it: what was read says the longer vocabulary too.
     grown = registry.from_hf(registry.to_hf(model.arch, "float32"), "model.json")
@@ -85,7 +85,7 @@ def test_adapters_cannot_carry_rows_that_their_base_lacks(small: Any, tmp_path: 
 
 
 def test_batches_that_are_none(small: Any, tmp_path: Path) -> None:
-    save(tmp_path / "base", *small("llada"))
+    save_checkpoint(tmp_path / "base", *small("llada"))
     model = jaxblock.load(tmp_path / "base")
     for call in (
         lambda: model.logits([[1, 2], [3]]),

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxblock.errors import UserError
 from jaxblock.huggingface import peft
-from jaxblock.huggingface.load import load
+from jaxblock.huggingface.load import load_checkpoint
 from jaxblock.models.families import registry
 from jaxblock.models.linear.lora import Lora, adapter_table, attach, merge, resolve
 from jaxblock.models.spec import flatten, nest
@@ -54,7 +54,7 @@ def golden(shared: Path, tmp_path: Path) -> Path:
 
 
 def test_the_reference_adapters_unmerged_merged_and_written_back(shared: Path, golden: Path, tmp_path: Path) -> None:
-    arch, base = load(shared / "golden" / "forward" / "llada_mha")
+    arch, base = load_checkpoint(shared / "golden" / "forward" / "llada_mha")
     lora, adapters = peft.load_adapter(golden, arch)
     assert lora == Lora(8, 16.0, 0.0, ("blocks/q", "blocks/k", "blocks/v", "blocks/up"))
     both = attach(base, adapters)
@@ -76,7 +76,7 @@ def test_the_reference_adapters_unmerged_merged_and_written_back(shared: Path, g
     before, after = load_file(golden / WEIGHTS), load_file(tmp_path / "out" / WEIGHTS)
     assert before.keys() == after.keys()
     assert all(before[name].tobytes() == after[name].tobytes() for name in before)
-    assert peft.is_adapter(tmp_path / "out") and peft.base_of(tmp_path / "out") == "GSAI-ML/LLaDA-8B-Instruct"
+    assert peft.is_adapter(tmp_path / "out") and peft.read_base_name(tmp_path / "out") == "GSAI-ML/LLaDA-8B-Instruct"
     again = peft.load_adapter(tmp_path / "out", arch)
     assert again[0] == lora
     with pytest.raises(UserError, match="exists"):
@@ -178,7 +178,7 @@ def test_what_is_no_adapter_of_this_base(small: Any, tmp_path: Path, case: str) 
     lora = Lora(4, 8.0, 0.1, ("blocks/q", "blocks/down"))
     peft.save_adapter(tmp_path / "out", arch, lora, random_adapters(arch, lora), base=None)
     with pytest.raises(UserError, match="say where the base is"):
-        peft.base_of(tmp_path / "out")
+        peft.read_base_name(tmp_path / "out")
     break_it(tmp_path / "out")
     with pytest.raises(UserError, match=message) as caught:
         peft.load_adapter(tmp_path / "out", arch)
@@ -212,7 +212,7 @@ def test_peft_itself_there_and_back(tmp_path: Path, name: str) -> None:
     sizes |= {"num_key_value_heads": 2, "intermediate_size": 40, "initializer_range": 0.2, "eos_token_id": 2}
     base = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**sizes)).eval()
     base.save_pretrained(tmp_path / "base")
-    arch, params = load(tmp_path / "base")
+    arch, params = load_checkpoint(tmp_path / "base")
     lora = Lora(4, 6.0, 0.0, resolve(registry.param_table(arch), MODELS[name]))
     adapters = random_adapters(arch, lora)
     ids = np.random.default_rng(0).integers(3, 48, (2, 12))

@@ -16,9 +16,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from jaxblock.errors import UserError
-from jaxblock.huggingface import writer
-from jaxblock.huggingface.load import load
-from jaxblock.huggingface.save import save, verify
+from jaxblock.huggingface import tensor_writer
+from jaxblock.huggingface.load import load_checkpoint
+from jaxblock.huggingface.save import save_checkpoint, verify_checkpoint
 from jaxblock.models.families import registry
 from jaxblock.models.spec import nest
 from jaxblock.models.transformer import Transformer
@@ -36,10 +36,10 @@ def assert_same_bits(a: Params, b: Params) -> None:
 @pytest.mark.parametrize("model", ["llada_mha", "llada_gqa_tied", "dream"])
 def test_a_reference_checkpoint_comes_out_as_it_was(shared: Path, model: str, tmp_path: Path) -> None:
     folder, out = shared / "golden" / "forward" / model, tmp_path / "export"
-    arch, params = load(folder)
-    save(out, arch, params)
+    arch, params = load_checkpoint(folder)
+    save_checkpoint(out, arch, params)
     ids = jnp.arange(16, dtype=jnp.int32).reshape(2, 8)
-    assert verify(out, Transformer(arch), params, ids) == 0.0
+    assert verify_checkpoint(out, Transformer(arch), params, ids) == 0.0
     before, after = load_file(folder / "model.safetensors"), load_file(out / "model.safetensors")
     assert before.keys() == after.keys()
     assert all(before[name].tobytes() == after[name].tobytes() for name in before)
@@ -63,11 +63,11 @@ def test_import_export_import_keeps_every_bit(small: Any, tmp_path: Path, family
     arch, params = small(family, dtype=dtype, tie_embeddings=tied)
     # Every bit pattern that is not NaN must survive, zero's sign and subnormals too.
     params["embed"] = params["embed"].at[0, :2].set(jnp.array([-0.0, 1e-40], dtype))
-    save(tmp_path / "a", arch, params)
-    arch_a, params_a = load(tmp_path / "a")
+    save_checkpoint(tmp_path / "a", arch, params)
+    arch_a, params_a = load_checkpoint(tmp_path / "a")
     assert_same_bits(params, params_a)
-    save(tmp_path / "b", arch_a, params_a, max_shard_bytes=3000)
-    arch_b, params_b = load(tmp_path / "b")
+    save_checkpoint(tmp_path / "b", arch_a, params_a, max_shard_bytes=3000)
+    arch_b, params_b = load_checkpoint(tmp_path / "b")
     assert_same_bits(params, params_b)
     assert arch_b == arch_a
     assert dataclasses.replace(arch_a, extra=(), init_std=arch.init_std) == arch
@@ -76,7 +76,7 @@ def test_import_export_import_keeps_every_bit(small: Any, tmp_path: Path, family
 
 def test_shards_are_whole_named_and_below_the_limit(small: Any, tmp_path: Path) -> None:
     arch, params = small()
-    save(tmp_path / "out", arch, params, max_shard_bytes=6000)
+    save_checkpoint(tmp_path / "out", arch, params, max_shard_bytes=6000)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     files = sorted(p.name for p in (tmp_path / "out").glob("*.safetensors"))
     assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
@@ -88,43 +88,43 @@ def test_shards_are_whole_named_and_below_the_limit(small: Any, tmp_path: Path) 
 
 def test_casts_on_the_way_in_and_out(small: Any, tmp_path: Path) -> None:
     arch, params = small()
-    save(tmp_path / "bf16", arch, params, dtype=jnp.bfloat16)
-    _, loaded = load(tmp_path / "bf16")
+    save_checkpoint(tmp_path / "bf16", arch, params, dtype=jnp.bfloat16)
+    _, loaded = load_checkpoint(tmp_path / "bf16")
     assert_same_bits(loaded, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
-    _, wide = load(tmp_path / "bf16", dtype=jnp.float32)
+    _, wide = load_checkpoint(tmp_path / "bf16", dtype=jnp.float32)
     assert_same_bits(wide, jax.tree.map(lambda x: x.astype(jnp.float32), loaded))
     # Other types, other logits: reported, and no error.
     ids = jnp.arange(12, dtype=jnp.int32).reshape(2, 6)
-    assert 0 < verify(tmp_path / "bf16", Transformer(arch), params, ids) < 1
+    assert 0 < verify_checkpoint(tmp_path / "bf16", Transformer(arch), params, ids) < 1
 
 
 @pytest.mark.parametrize("mesh", [(8, 1, 1), (2, 4, 1), (1, 4, 2), (2, 2, 2)])
 def test_each_device_gets_its_slice(
     small: Any, tmp_path: Path, mesh: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer, "_SLICE_BYTES", 200)  # large matrices are fetched in slices; these are small
+    monkeypatch.setattr(tensor_writer, "_SLICE_BYTES", 200)  # large matrices are fetched in slices; these are small
     arch, params = small("dream")
-    save(tmp_path / "out", arch, params)
+    save_checkpoint(tmp_path / "out", arch, params)
     shardings = param_shardings(make_mesh(*mesh), registry.param_table(arch))
-    _, loaded = load(tmp_path / "out", shardings=shardings)
+    _, loaded = load_checkpoint(tmp_path / "out", shardings=shardings)
     assert_same_bits(params, loaded)
     assert all(leaf.sharding == s for leaf, s in zip(jax.tree.leaves(loaded), jax.tree.leaves(shardings), strict=True))
-    save(tmp_path / "again", arch, loaded)
-    assert_same_bits(params, load(tmp_path / "again")[1])
+    save_checkpoint(tmp_path / "again", arch, loaded)
+    assert_same_bits(params, load_checkpoint(tmp_path / "again")[1])
 
 
 def test_a_tied_checkpoint_may_repeat_its_head(small: Any, tmp_path: Path) -> None:
     arch, params = small(tie_embeddings=True)
     untied, _ = small()
     for name, head in (("same", params["embed"].T), ("other", params["embed"].T + 1)):
-        save(tmp_path / name, untied, {**params, "head": head})
+        save_checkpoint(tmp_path / name, untied, {**params, "head": head})
         path = tmp_path / name / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"weight_tying": True}))
-    arch_again, loaded = load(tmp_path / "same")
+    arch_again, loaded = load_checkpoint(tmp_path / "same")
     assert arch_again.tie_embeddings
     assert_same_bits(params, loaded)
     with pytest.raises(UserError, match=r"ff_out\.weight differs from .*wte\.weight.*weight_tying"):
-        load(tmp_path / "other")
+        load_checkpoint(tmp_path / "other")
 
 
 def test_companions_travel_and_weights_do_not(small: Any, tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_companions_travel_and_weights_do_not(small: Any, tmp_path: Path) -> Non
     for name in ("tokenizer.model", "template.jinja", "modeling_llada.py", "old.safetensors", "notes.txt"):
         (source / name).write_text(name)
     (source / "generation_config.json").write_text('{"steps": 64, "eos_token_id": 0}')
-    save(tmp_path / "out", arch, params, tokenizer=source)
+    save_checkpoint(tmp_path / "out", arch, params, tokenizer=source)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "chat_template.jinja",
         "config.json",
@@ -155,17 +155,17 @@ def test_nothing_is_overwritten_and_nothing_half_written(
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("words")
     with pytest.raises(UserError, match="mine"):
-        save(tmp_path / "mine", arch, params)
-    save(tmp_path / "out", arch, params)
+        save_checkpoint(tmp_path / "mine", arch, params)
+    save_checkpoint(tmp_path / "out", arch, params)
     with pytest.raises(UserError, match="exists"):
-        save(tmp_path / "out", arch, params)
+        save_checkpoint(tmp_path / "out", arch, params)
 
     def full_disk(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writer.os, "fsync", full_disk)
+    monkeypatch.setattr(tensor_writer.os, "fsync", full_disk)
     with pytest.raises(UserError, match="full"):
-        save(tmp_path / "late", arch, params)
+        save_checkpoint(tmp_path / "late", arch, params)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "out"]
 
 
@@ -176,32 +176,32 @@ def test_a_wrong_tree_is_not_exported(small: Any, tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"missing \(1\): head.*not expected \(1\): bonus.*final_norm is \[3\], not \[16\]"
     ):
-        save(tmp_path / "out", arch, wrong)
+        save_checkpoint(tmp_path / "out", arch, wrong)
     with pytest.raises(UserError, match="embed is int32"):
-        save(tmp_path / "out", arch, {**params, "embed": params["embed"].astype(jnp.int32)})
+        save_checkpoint(tmp_path / "out", arch, {**params, "embed": params["embed"].astype(jnp.int32)})
 
 
 def test_verify_sees_a_changed_weight_and_a_changed_config(small: Any, tmp_path: Path) -> None:
     arch, params = small()
-    save(tmp_path / "out", arch, params)
+    save_checkpoint(tmp_path / "out", arch, params)
     ids = jnp.arange(12, dtype=jnp.int32).reshape(2, 6)
     changed = {**params, "final_norm": params["final_norm"].at[3].add(1e-3)}
     with pytest.raises(UserError, match="should be equal"):
-        verify(tmp_path / "out", Transformer(arch), changed, ids)
+        verify_checkpoint(tmp_path / "out", Transformer(arch), changed, ids)
     config = tmp_path / "out" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"mask_token_id": 3}))
     with pytest.raises(UserError, match="another network"):
-        verify(tmp_path / "out", Transformer(arch), params, ids)
+        verify_checkpoint(tmp_path / "out", Transformer(arch), params, ids)
 
 
 _PEAK = """
 import resource, sys
-from jaxblock.huggingface.load import load
+from jaxblock.huggingface.load import load_checkpoint
 import jax, numpy as np
 jax.block_until_ready(jax.numpy.zeros(8) + 1)
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = peak()
-_, params = load(sys.argv[1])
+_, params = load_checkpoint(sys.argv[1])
 print(peak() - before, sum(x.nbytes for x in jax.tree.leaves(params)))
 """
 
@@ -212,7 +212,7 @@ def test_the_host_never_holds_the_checkpoint_twice(small: Any, tmp_path: Path) -
     sizes = {"vocab_size": 2048, "d_model": 512, "n_layers": 12, "n_heads": 8, "n_kv_heads": 8, "head_dim": 64}
     arch = dataclasses.replace(small()[0], **sizes, mlp_dim=1536)
     flat = {path: np.zeros(spec.shape, np.float32) for path, spec in registry.param_table(arch).items()}
-    save(tmp_path / "out", arch, nest(flat), max_shard_bytes=20_000_000)
+    save_checkpoint(tmp_path / "out", arch, nest(flat), max_shard_bytes=20_000_000)
     del flat
     done = subprocess.run(
         [sys.executable, "-c", _PEAK, str(tmp_path / "out")], capture_output=True, text=True, check=True

@@ -13,7 +13,7 @@ import tokenizers
 import jaxblock
 from jaxblock.errors import UserError
 from jaxblock.huggingface import peft
-from jaxblock.huggingface.save import save
+from jaxblock.huggingface.save import save_checkpoint
 from jaxblock.models.families import registry
 from jaxblock.models.linear.lora import Lora, adapter_table, attach, merge
 from jaxblock.models.spec import init_params, nest
@@ -29,14 +29,14 @@ def words(folder: Path, count: int) -> None:
 
 def test_a_folder_of_adapters_is_its_base_and_them(small: Any, tmp_path: Path) -> None:
     arch, params = small("llada")
-    save(tmp_path / "base", arch, params)
+    save_checkpoint(tmp_path / "base", arch, params)
     lora = Lora(2, 4.0, 0.0, ("blocks/q", "blocks/down"))
     table = adapter_table(registry.param_table(arch), lora)
     draw = np.random.default_rng(0)
     flat = {path: jnp.asarray(draw.normal(0, 0.3, spec.shape), jnp.float32) for path, spec in table.items()}
     adapters = nest(flat)
     peft.save_adapter(tmp_path / "adapters", arch, lora, adapters, base=str(tmp_path / "base"))
-    save(tmp_path / "merged", arch, merge(attach(params, adapters), lora))
+    save_checkpoint(tmp_path / "merged", arch, merge(attach(params, adapters), lora))
     want = jaxblock.load(tmp_path / "merged").logits(IDS)
     np.testing.assert_allclose(jaxblock.load(tmp_path / "adapters").logits(IDS), want, atol=1e-5)
     (tmp_path / "base").rename(tmp_path / "moved")
@@ -46,13 +46,13 @@ def test_a_folder_of_adapters_is_its_base_and_them(small: Any, tmp_path: Path) -
     with pytest.raises(UserError, match="base"):
         jaxblock.load(tmp_path / "adapters")
     other, _ = small("llada", d_model=32, head_dim=8)
-    save(tmp_path / "other", other, init_params(registry.param_table(other), 0, jnp.float32))
+    save_checkpoint(tmp_path / "other", other, init_params(registry.param_table(other), 0, jnp.float32))
     with pytest.raises(UserError, match="do not fit their base"):
         jaxblock.load(tmp_path / "adapters", base=tmp_path / "other")
 
 
 def test_a_tokenizer_may_be_shorter_than_the_vocabulary_and_no_longer(small: Any, tmp_path: Path) -> None:
-    save(tmp_path / "out", *small("llama", mask_id=None))
+    save_checkpoint(tmp_path / "out", *small("llama", mask_id=None))
     words(tmp_path / "out", 30)
     assert jaxblock.load(tmp_path / "out").tokenizer is not None
     words(tmp_path / "out", 41)
@@ -63,7 +63,7 @@ def test_a_tokenizer_may_be_shorter_than_the_vocabulary_and_no_longer(small: Any
 
 
 def test_an_autoregressive_start_decodes_once_it_has_a_mask(small: Any, tmp_path: Path) -> None:
-    save(tmp_path / "out", *small("qwen2", mask_id=None))
+    save_checkpoint(tmp_path / "out", *small("qwen2", mask_id=None))
     plain = jaxblock.load(tmp_path / "out")
     options = {"response_len": 8, "block": 4, "steps_per_block": 4}
     with pytest.raises(UserError, match="mask_id"):

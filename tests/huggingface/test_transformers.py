@@ -13,8 +13,8 @@ import pytest
 torch = pytest.importorskip("torch", reason="benchmarks/requirements.txt is not installed")
 transformers = pytest.importorskip("transformers", reason="benchmarks/requirements.txt is not installed")
 
-from jaxblock.huggingface.load import load  # noqa: E402
-from jaxblock.huggingface.save import save  # noqa: E402
+from jaxblock.huggingface.load import load_checkpoint  # noqa: E402
+from jaxblock.huggingface.save import save_checkpoint  # noqa: E402
 from jaxblock.models.families import registry  # noqa: E402
 from jaxblock.models.transformer import Transformer  # noqa: E402
 
@@ -74,7 +74,7 @@ def test_there_and_back(case: str, tmp_path: Path) -> None:
             if parameter.ndim == 1:
                 parameter.add_(0.3 * torch.randn_like(parameter))
     theirs.save_pretrained(tmp_path / "theirs")
-    arch, params = load(tmp_path / "theirs")
+    arch, params = load_checkpoint(tmp_path / "theirs")
 
     ids = np.random.default_rng(0).integers(3, 48, (2, 40))
     with torch.no_grad():
@@ -84,7 +84,7 @@ def test_there_and_back(case: str, tmp_path: Path) -> None:
     got = Transformer(arch, causal=True).all_logits(params, jnp.asarray(ids, jnp.int32), positions, length)
     assert np.abs(np.asarray(got) - want).max() <= 2e-5 * np.abs(want).max()
 
-    save(tmp_path / "ours", arch, params, tokenizer=tmp_path / "theirs")
+    save_checkpoint(tmp_path / "ours", arch, params, tokenizer=tmp_path / "theirs")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     assert type(again) is type(theirs)
     before, after = theirs.state_dict(), again.state_dict()
@@ -94,7 +94,7 @@ def test_there_and_back(case: str, tmp_path: Path) -> None:
         np.testing.assert_array_equal(again(torch.tensor(ids)).logits.numpy(), want)
 
     same_rope_in_the_other_spelling(tmp_path / "theirs")
-    other, _ = load(tmp_path / "theirs")
+    other, _ = load_checkpoint(tmp_path / "theirs")
     assert (other.rope_theta, other.rope_scaling) == (arch.rope_theta, arch.rope_scaling)
 
 
@@ -102,9 +102,9 @@ def test_a_start_with_an_added_mask_token_loads_in_transformers(tmp_path: Path) 
     torch.manual_seed(0)
     theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, tie_word_embeddings=True)).eval()
     theirs.save_pretrained(tmp_path / "theirs")
-    arch = registry.with_mask(load(tmp_path / "theirs")[0], 48)
-    _, params = load(tmp_path / "theirs", arch=arch)
-    save(tmp_path / "ours", arch, params, tokenizer=tmp_path / "theirs")
+    arch = registry.with_mask(load_checkpoint(tmp_path / "theirs")[0], 48)
+    _, params = load_checkpoint(tmp_path / "theirs", arch=arch)
+    save_checkpoint(tmp_path / "ours", arch, params, tokenizer=tmp_path / "theirs")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
     assert again.config.vocab_size == 64 and again.config.mask_token_id == 48
     ids = torch.tensor([[5, 6, 7, 8]])

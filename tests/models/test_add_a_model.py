@@ -15,8 +15,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxblock.errors import UserError
-from jaxblock.huggingface.load import load
-from jaxblock.huggingface.save import save
+from jaxblock.huggingface.load import load_checkpoint
+from jaxblock.huggingface.save import save_checkpoint
 from jaxblock.models.architecture import Architecture, RopeScaling
 from jaxblock.models.families import registry
 from jaxblock.models.spec import init_params
@@ -41,7 +41,7 @@ def test_the_worked_example_reads_and_writes_its_layout(exaone: ModuleType, tmp_
     sizes |= dict(alignment="shifted", rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 32))
     llama = Architecture("llama", **sizes)
     params = init_params(registry.param_table(llama), 0, jnp.bfloat16)
-    save(tmp_path / "llama", llama, params)
+    save_checkpoint(tmp_path / "llama", llama, params)
 
     folder = tmp_path / "exaone"
     folder.mkdir()
@@ -67,21 +67,21 @@ def test_the_worked_example_reads_and_writes_its_layout(exaone: ModuleType, tmp_
     }
     (folder / "config.json").write_text(json.dumps({renamed(name): value for name, value in config.items()}))
 
-    arch, loaded = load(folder)
+    arch, loaded = load_checkpoint(folder)
     assert arch.family == "exaone" and (arch.n_layers, arch.norm_eps) == (3, 1e-5)
     assert arch.rope_scaling == llama.rope_scaling
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
-    save(tmp_path / "again", arch, loaded)
+    save_checkpoint(tmp_path / "again", arch, loaded)
     written = json.loads((tmp_path / "again" / "config.json").read_text())
     assert "num_hidden_layers" not in written and (written["num_layers"], written["embed_dropout"]) == (3, 0.0)
-    arch_again, again = load(tmp_path / "again")
+    arch_again, again = load_checkpoint(tmp_path / "again")
     assert registry.param_table(arch_again) == registry.param_table(arch)
     jax.tree.map(np.testing.assert_array_equal, again, params)
     assert registry.with_mask(arch, 40).vocab_size == 64
 
     (folder / "config.json").write_text(json.dumps(config | {"hidden_act": "gelu"}))
     with pytest.raises(UserError, match="hidden_act is 'gelu'"):
-        load(folder)
+        load_checkpoint(folder)
 
 
 def test_every_family_offers_what_the_page_asks_for(exaone: ModuleType) -> None:

@@ -16,7 +16,7 @@ from jaxblock.cli import main
 from jaxblock.config import files as config_io
 from jaxblock.fit import compile as ahead
 from jaxblock.fit import memory
-from jaxblock.huggingface import save
+from jaxblock.huggingface.save import save_checkpoint
 from jaxblock.training import weights
 from jaxblock.training.observe import metrics
 
@@ -116,7 +116,7 @@ def poisoned(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
         blocks = dict(model.params["blocks"])
         blocks[name] = blocks[name].at[1].set(blocks[name][1].at[(0,) * (blocks[name].ndim - 1)].set(value))
         folder = tmp_path_factory.mktemp("poisoned") / "hf"
-        save.save(folder, model.arch, {**model.params, "blocks": blocks})
+        save_checkpoint(folder, model.arch, {**model.params, "blocks": blocks})
         return folder
 
     return make

@@ -102,7 +102,7 @@ def begin(
         if source is not None:
             kept = as_path(source) / ORIGIN
             if not is_run(source):
-                companions.keep(source, scratch / ORIGIN)
+                companions.copy_origin(source, scratch / ORIGIN)
             elif kept.exists():
                 copy_files(kept, scratch / ORIGIN)
         if base is not None:

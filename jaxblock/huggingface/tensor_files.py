@@ -37,7 +37,7 @@ _CONVERT = (
 )
 
 
-class Stored(NamedTuple):
+class StoredTensor(NamedTuple):
     """Where a tensor lies.
 
     Attributes:
@@ -52,7 +52,7 @@ class Stored(NamedTuple):
 
 
 @dataclass
-class Contents:
+class FolderContents:
     """What a folder's safetensors files hold.
 
     Attributes:
@@ -61,12 +61,12 @@ class Contents:
         notes: what is wrong with files as a whole.
     """
 
-    stored: dict[str, Stored] = field(default_factory=dict)
+    stored: dict[str, StoredTensor] = field(default_factory=dict)
     damaged: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
-def scan(folder: Path) -> Contents:
+def scan_folder(folder: Path) -> FolderContents:
     """Opens every shard and lists its tensors; damage is collected, not raised.
 
     Args:
@@ -82,7 +82,7 @@ def scan(folder: Path) -> Contents:
     names = sorted(set(promised.values())) if promised else sorted(p.name for p in folder.glob("*.safetensors"))
     if not names:
         raise _no_shards(folder, "*.safetensors file")
-    contents = Contents()
+    contents = FolderContents()
     for name in names:
         _scan_file(folder / name, [t for t, file in promised.items() if file == name], contents)
     for tensor, file in promised.items():
@@ -106,7 +106,7 @@ def _read_index(folder: Path) -> dict[str, str]:
     return promised
 
 
-def scan_file(path: Path) -> Contents:
+def scan_file(path: Path) -> FolderContents:
     """Lists one safetensors file's tensors; damage is collected, not raised.
 
     Args:
@@ -120,7 +120,7 @@ def scan_file(path: Path) -> Contents:
     """
     if not path.is_file():
         raise _no_shards(path.parent, path.name)
-    contents = Contents()
+    contents = FolderContents()
     _scan_file(path, [], contents)
     return contents
 
@@ -134,7 +134,7 @@ def _no_shards(folder: Path, wanted: str) -> UserError:
     return UserError(f"{folder}: no {wanted}; give the folder that holds it beside its config")
 
 
-def _scan_file(path: Path, promised: list[str], contents: Contents) -> None:
+def _scan_file(path: Path, promised: list[str], contents: FolderContents) -> None:
     """Adds one shard's tensors; `promised` are those that the index puts there."""
     if not path.exists():
         contents.damaged |= dict.fromkeys(promised, f"its file {path.name} is missing")
@@ -143,7 +143,7 @@ def _scan_file(path: Path, promised: list[str], contents: Contents) -> None:
         with safe_open(path, framework="np") as file:
             names = file.keys()
             slices = {name: file.get_slice(name) for name in names}
-            found = {name: Stored(path, s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
+            found = {name: StoredTensor(path, s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
     except (SafetensorError, OSError) as error:
         cut = _diagnose(path)
         if cut is None:
@@ -180,7 +180,7 @@ def _diagnose(path: Path) -> dict[str, str] | None:
         return None
 
 
-def read(stored: Stored, name: str, bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
+def read_tensor(stored: StoredTensor, name: str, bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
     """A slice of one tensor, in stored orientation.
 
     The file is opened anew each time: dropping the mapping gives its pages back, so that what a process holds is this

@@ -13,8 +13,7 @@ from jax import Array
 from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
-from jaxblock.huggingface import shards
-from jaxblock.huggingface.shards import Stored
+from jaxblock.huggingface.tensor_files import DTYPES, StoredTensor, read_tensor
 from jaxblock.models.linear import int8
 from jaxblock.models.spec import ParamSpec
 
@@ -45,7 +44,9 @@ def transposed(x: np.ndarray) -> np.ndarray:
     return out.view(x.dtype)
 
 
-def leaf(spec: ParamSpec, stored: Mapping[str, Stored], dtype: DTypeLike | None, sharding: Sharding) -> Array:
+def read_parameter(
+    spec: ParamSpec, stored: Mapping[str, StoredTensor], dtype: DTypeLike | None, sharding: Sharding
+) -> Array:
     """One leaf of the tree. Each device's part is read from the files by itself.
 
     Args:
@@ -58,7 +59,7 @@ def leaf(spec: ParamSpec, stored: Mapping[str, Stored], dtype: DTypeLike | None,
         The leaf. Rows of the vocabulary that the file lacks are the mean of those that it has.
     """
     names = tensor_names(spec)
-    target = np.dtype(dtype) if dtype is not None else shards.DTYPES[stored[names[0]].dtype]
+    target = np.dtype(dtype) if dtype is not None else DTYPES[stored[names[0]].dtype]
     owners: dict[Bounds, list[jax.Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(spec.shape).items():
         bounds = tuple(s.indices(size)[:2] for s, size in zip(index or (), spec.shape, strict=True))
@@ -76,7 +77,7 @@ def leaf(spec: ParamSpec, stored: Mapping[str, Stored], dtype: DTypeLike | None,
     return whole
 
 
-def quantised(leaf: Array, numbers: Sharding, scales: Sharding) -> tuple[Array, Array]:
+def quantise_parameter(leaf: Array, numbers: Sharding, scales: Sharding) -> tuple[Array, Array]:
     """The int8 form of a leaf (``models.linear.int8.quantise``), its two arrays where they belong; the leaf is given up."""
     found = jax.jit(int8.quantise, out_shardings=(numbers, scales))(leaf)
     jax.block_until_ready(found)
@@ -87,7 +88,7 @@ def quantised(leaf: Array, numbers: Sharding, scales: Sharding) -> tuple[Array, 
 def _single(
     spec: ParamSpec,
     names: list[str],
-    stored: Mapping[str, Stored],
+    stored: Mapping[str, StoredTensor],
     dtype: np.dtype[Any],
     bounds: Bounds,
     devices: list[jax.Device],
@@ -96,7 +97,7 @@ def _single(
     one = stored[names[0]]
     inner = bounds[::-1] if spec.transpose else bounds
     held = tuple((min(first, size), min(last, size)) for (first, last), size in zip(inner, one.shape, strict=True))
-    host, transpose = _ready(shards.read(one, names[0], held), spec.transpose, devices)
+    host, transpose = _ready(read_tensor(one, names[0], held), spec.transpose, devices)
     inner = bounds if transpose != spec.transpose else inner
     missing = [(0, (last - first) - size) for (first, last), size in zip(inner, host.shape, strict=True)]
     parts = []
@@ -108,7 +109,7 @@ def _single(
 def _stack(
     spec: ParamSpec,
     names: list[str],
-    stored: Mapping[str, Stored],
+    stored: Mapping[str, StoredTensor],
     dtype: np.dtype[Any],
     bounds: Bounds,
     devices: list[jax.Device],
@@ -118,7 +119,7 @@ def _stack(
     first, last = bounds[0]
     parts = [jnp.zeros(tuple(stop - start for start, stop in bounds), dtype, device=d) for d in devices]
     for layer in range(first, last):
-        host, transpose = _ready(shards.read(stored[names[layer]], names[layer], inner), spec.transpose, devices)
+        host, transpose = _ready(read_tensor(stored[names[layer]], names[layer], inner), spec.transpose, devices)
         sent = [jax.device_put(host, device) for device in devices]
         parts = [_insert(p, x, layer - first, transpose) for p, x in zip(parts, sent, strict=True)]
         # Without the wait, transfers queue up and the host holds every layer that is still under way.

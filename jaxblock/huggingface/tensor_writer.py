@@ -16,14 +16,14 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from jaxblock.errors import UserError
-from jaxblock.huggingface.fill import stored_shape, tensor_names, transposed
-from jaxblock.huggingface.shards import DTYPES
+from jaxblock.huggingface.placement import stored_shape, tensor_names, transposed
+from jaxblock.huggingface.tensor_files import DTYPES
 from jaxblock.models.spec import ParamSpec, Table
 
 _SLICE_BYTES = 1 << 25
 
 
-class Pending(NamedTuple):
+class PendingTensor(NamedTuple):
     """A tensor about to be written: its type and shape now, its values only when asked for."""
 
     dtype: np.dtype[Any]
@@ -36,7 +36,7 @@ class Pending(NamedTuple):
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
 
-def plan(tensors: Mapping[str, Pending], max_shard_bytes: int) -> dict[str, list[str]]:
+def split_into_files(tensors: Mapping[str, PendingTensor], max_shard_bytes: int) -> dict[str, list[str]]:
     """Splits tensors over files, in order, none above the limit unless one tensor alone is.
 
     Args:
@@ -59,7 +59,7 @@ def plan(tensors: Mapping[str, Pending], max_shard_bytes: int) -> dict[str, list
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
 
 
-def write(path: Path, names: Iterable[str], tensors: Mapping[str, Pending]) -> None:
+def write_tensors(path: Path, names: Iterable[str], tensors: Mapping[str, PendingTensor]) -> None:
     """Writes one safetensors file, holding one tensor in memory at a time.
 
     Args:
@@ -89,7 +89,7 @@ def write(path: Path, names: Iterable[str], tensors: Mapping[str, Pending]) -> N
         os.fsync(file.fileno())
 
 
-def pending_tensors(table: Table, flat: Mapping[str, Any], dtype: DTypeLike | None) -> dict[str, Pending]:
+def pending_tensors(table: Table, flat: Mapping[str, Any], dtype: DTypeLike | None) -> dict[str, PendingTensor]:
     """Every tensor of a table, in the order of the network: embedding, layer by layer, then what follows the layers.
 
     Args:
@@ -119,7 +119,9 @@ def pending_tensors(table: Table, flat: Mapping[str, Any], dtype: DTypeLike | No
             raise UserError(
                 f"parameter {path} is spread over several processes; export from one: run `export` on the run folder"
             )
-        tensors[tensor_names(spec)[layer]] = Pending(target, stored_shape(spec), _fetch(leaf, spec, layer, target))
+        tensors[tensor_names(spec)[layer]] = PendingTensor(
+            target, stored_shape(spec), _fetch(leaf, spec, layer, target)
+        )
     return tensors
 
 
