@@ -151,7 +151,7 @@ def compare(batch: int, args: argparse.Namespace) -> dict[str, float]:
     arch = wiring.architecture(settings, vocab_size=args.vocab, mask_id=args.vocab - 1, eos_id=1)
     net = wiring.network(arch, settings)
     layout = wiring.training_layout(canvas, PAPER, arch, (1,))
-    objective = Objective(net, layout, wiring.sampling(PAPER), "sequences", wiring.ablation(PAPER), 0, batch)
+    objective = Objective(net, layout, PAPER, 0, batch)
     rows = random_batch(batch, canvas, args.vocab)
     start = init_params(net.param_table, 0, "float32")
 

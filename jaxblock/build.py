@@ -11,9 +11,7 @@ from jax import Array
 from jaxblock.config import files as config_io
 from jaxblock.config.config import Config
 from jaxblock.diffusion.config import CanvasConfig, MethodConfig
-from jaxblock.diffusion.corruption import Ablation
 from jaxblock.diffusion.decoding.config import DecodeConfig
-from jaxblock.diffusion.sampling import Sampling
 from jaxblock.errors import UserError
 from jaxblock.models.architecture import Architecture
 from jaxblock.models.attention.backends import backend_of
@@ -156,16 +154,6 @@ def check_decoding(canvas: CanvasConfig, decode: DecodeConfig, arch: Architectur
             f"canvas.prompt_len and the response make {width} positions, but the model was made for {arch.max_len}: "
             "set canvas.prompt_len, canvas.response_len or decode.response_len lower"
         )
-
-
-def sampling(method: MethodConfig) -> Sampling:
-    """Law, block choice, K and weighting."""
-    return Sampling(method.law, method.blocks, method.draws, method.weighting)
-
-
-def ablation(method: MethodConfig) -> Ablation:
-    """The ablation fields."""
-    return Ablation(method.prefix_mask_rate, method.suffix_mask_prob)
 
 
 def debug(config: Config) -> Config:

@@ -95,7 +95,7 @@ def examine_records(
             raise UserError(f"records: {split} has records 0 to {len(source) - 1}, not {index}")
     records = [source[index] for index in indices]
     block = None
-    if config.method.blocks == "pairs" and config.method.objective == "blockwise":
+    if config.method.pairs:
         block = np.zeros(len(records), np.int32)
     batch = pad_records(records, config.canvas, block=block)
     sized = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=len(records)))
@@ -108,8 +108,7 @@ def examine_records(
         objective.layout,
         canvas,
         draws,
-        normalize=objective.normalize,
-        ablation=objective.ablation,
+        method=objective.method,
         noise=noise,
         drawn_blocks=objective.drawn_blocks(batch),
         labels=[f"{split} {record.index} ({record.source})" for record in records],

@@ -52,3 +52,20 @@ class MethodConfig:
     """Ablation: chance that a response token before the active block is masked (never the prompt)."""
     suffix_mask_prob: float = 1.0
     """Ablation: chance that a response token after the active block is masked."""
+
+    @property
+    def pairs(self) -> bool:
+        """Whether the data name each row's active block; classical SFT has one block, so there a row is its whole sequence."""
+        return self.objective == "blockwise" and self.blocks == "pairs"
+
+    @property
+    def masks_per_block(self) -> int:
+        """Draws that share a block: antithetic draws come in pairs, and where the data name the block all draws share it."""
+        if self.pairs:
+            return self.draws
+        return 2 if self.law == "antithetic" else 1
+
+    @property
+    def needs_noise(self) -> bool:
+        """Whether the ablations mask tokens outside the active block by chance."""
+        return self.prefix_mask_rate > 0 or self.suffix_mask_prob < 1

@@ -14,8 +14,9 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from jaxblock.diffusion.canvas import supervised_end
-from jaxblock.diffusion.corruption import NO_ABLATION, Ablation, corrupt
-from jaxblock.types import Canvas, Draw, Layout, Network, Normalize, Params, Sum
+from jaxblock.diffusion.config import MethodConfig, Normalize
+from jaxblock.diffusion.corruption import CLEAN, corrupt
+from jaxblock.types import Canvas, Draw, Layout, Network, Params, Sum
 
 
 class Losses(NamedTuple):
@@ -38,12 +39,12 @@ def token_losses(
     layout: Layout,
     canvas: Canvas,
     draw: Draw,
-    ablation: Ablation = NO_ABLATION,
+    method: MethodConfig = CLEAN,
     noise: Float[Array, "B R"] | None = None,
     row_keys: Array | None = None,
 ) -> Float[Array, "B A"]:
     """-log p of the masked tokens of one draw per row, unweighted, in nats; 0 where nothing is masked."""
-    seen, targets = corrupt(layout, canvas, draw, ablation, noise)
+    seen, targets = corrupt(layout, canvas, draw, method, noise)
     hidden, _ = net.hidden(params, seen, None, row_keys)
     return jnp.where(draw.masked, net.nll(params, hidden, targets), 0.0)
 
@@ -54,8 +55,7 @@ def losses(
     layout: Layout,
     canvas: Canvas,
     draws: Draw,
-    normalize: Normalize,
-    ablation: Ablation = NO_ABLATION,
+    method: MethodConfig,
     noise: Float[Array, "K B R"] | None = None,
     *,
     row_keys: Array | None = None,
@@ -69,9 +69,8 @@ def losses(
         layout: the canvas's static part.
         canvas: prompts and responses.
         draws: with a leading K axis (``sampling.draw``).
-        normalize: what the sum is divided by (``normaliser``).
-        ablation: noise outside the block.
-        noise: its uniforms.
+        method: what the sum is divided by (``normaliser``), and the ablations outside the block.
+        noise: the ablations' uniforms by response position; read where ``method.needs_noise``.
         row_keys: keys of the network's dropout [K, B]; None for no dropout.
         drawn_blocks: the data's own blocks under ``pairs``; None where a row stands for its whole sequence.
 
@@ -80,10 +79,10 @@ def losses(
     """
 
     def one(draw: Draw, noise: Array | None, row_keys: Array | None) -> Array:
-        return token_losses(net, params, layout, canvas, draw, ablation, noise, row_keys)
+        return token_losses(net, params, layout, canvas, draw, method, noise, row_keys)
 
-    nll = jax.vmap(one)(draws, noise if ablation.needs_noise else None, row_keys)
-    share, weight = normaliser(layout, canvas, normalize, drawn_blocks)
+    nll = jax.vmap(one)(draws, noise if method.needs_noise else None, row_keys)
+    share, weight = normaliser(layout, canvas, method.normalize, drawn_blocks)
     total = jnp.sum(nll.sum(-1) * draws.weight * share)
 
     live = (draws.weight > 0)[..., None] & draws.masked

@@ -17,26 +17,11 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from jaxblock.diffusion.canvas import active_positions
-from jaxblock.types import Blocks, Canvas, Draw, Law, Layout, Weighting
+from jaxblock.diffusion.config import MethodConfig
+from jaxblock.types import Canvas, Draw, Layout
 
 RATE_FLOOR = 1e-3
 """The smallest mask rate of LLaDA's and the paper's training scripts."""
-
-
-class Sampling(NamedTuple):
-    """Which law, how blocks are chosen, and K. Static."""
-
-    law: Law
-    blocks: Blocks
-    draws: int
-    weighting: Weighting
-
-    @property
-    def masks_per_block(self) -> int:
-        """Draws that share a block: antithetic draws come in pairs, and under ``pairs`` all draws do."""
-        if self.blocks == "pairs":
-            return self.draws
-        return 2 if self.law == "antithetic" else 1
 
 
 class Uniforms(NamedTuple):
@@ -201,7 +186,7 @@ def choose_blocks(
 
 
 def draw(
-    sampling: Sampling,
+    method: MethodConfig,
     layout: Layout,
     canvas: Canvas,
     uniforms: Uniforms,
@@ -210,7 +195,7 @@ def draw(
     """The K draws of every row.
 
     Args:
-        sampling: law, block choice, K and weighting.
+        method: law, choice of blocks, K and weighting (static).
         layout: the canvas's static part.
         canvas: the rows; ``row_id`` picks each row's uniforms.
         uniforms: of the whole global batch.
@@ -220,30 +205,30 @@ def draw(
         A Draw whose arrays have a leading K axis: block [K, B], masked [K, B, A], weight [K, B]. A row's loss is the
         sum over its draws of weight * -log p over the masked set.
     """
-    each = sampling.masks_per_block
-    count = _stratify(uniforms) if sampling.law == "stratified_count" else uniforms.count
+    each = method.masks_per_block
+    count = _stratify(uniforms) if method.law == "stratified_count" else uniforms.count
     count, position = count[canvas.row_id], uniforms.position[canvas.row_id]
-    if sampling.blocks == "pairs":
+    if method.pairs:
         if block is None:
             raise ValueError("blocks='pairs' takes the active block from the data: pass block")
         chosen, share = block[:, None], jnp.ones((block.shape[0], 1), count.dtype)
     else:
-        chosen, share = choose_blocks(uniforms.block[canvas.row_id], canvas.n_blocks, sampling.draws // each)
+        chosen, share = choose_blocks(uniforms.block[canvas.row_id], canvas.n_blocks, method.draws // each)
     chosen = jnp.repeat(chosen, each, axis=1)
     share = jnp.repeat(share, each, axis=1) / each
     valid = _supervised(layout, canvas, chosen)
 
-    if sampling.law == "antithetic":
+    if method.law == "antithetic":
         first, second = position[:, 0::2], valid[:, 0::2]
         masked, weight = exact_count(count[:, 0::2], first, second)
         partner, partner_weight = complement(masked, first, second)
         masked = jnp.stack([masked, partner], axis=2).reshape(valid.shape)
         weight = jnp.stack([weight, partner_weight], axis=2).reshape(share.shape)
     else:
-        masked, weight = _LAWS[sampling.law](count, position, valid)
-    if sampling.weighting == "masked_mean":
+        masked, weight = _LAWS[method.law](count, position, valid)
+    if method.weighting == "masked_mean":
         weight = 1.0 / jnp.maximum(masked.sum(-1), 1).astype(share.dtype)
-    elif sampling.weighting == "uniform":
+    elif method.weighting == "uniform":
         weight = jnp.ones_like(share)
     return Draw(chosen.T, jnp.moveaxis(masked, 1, 0), (weight * share).T)
 

@@ -17,11 +17,10 @@ import numpy as np
 from jax import Array
 
 from jaxblock.diffusion.canvas import supervised_end
-from jaxblock.diffusion.corruption import Ablation, corrupt
+from jaxblock.diffusion.config import MethodConfig
+from jaxblock.diffusion.corruption import CLEAN, corrupt
 from jaxblock.diffusion.objective import normaliser
-from jaxblock.types import Canvas, Draw, Layout, Normalize, View
-
-_PLAIN = Ablation()
+from jaxblock.types import Canvas, Draw, Layout, View
 
 Kind = Literal["prompt", "response", "terminator", "fill", "padding", "unused", "hidden"]
 
@@ -146,8 +145,7 @@ def examine(
     canvas: Canvas,
     draws: Draw,
     *,
-    normalize: Normalize = "text_tokens",
-    ablation: Ablation = _PLAIN,
+    method: MethodConfig = CLEAN,
     noise: Array | None = None,
     drawn_blocks: Array | None = None,
     labels: Sequence[str] | None = None,
@@ -158,8 +156,7 @@ def examine(
         layout: the canvas's static part.
         canvas: prompts and responses, B rows.
         draws: with a leading K axis, as training gets them from ``sampling.draw``.
-        normalize: what the batch's loss is divided by.
-        ablation: noise outside the active block.
+        method: what the batch's loss is divided by, and the ablations outside the active block.
         noise: its uniforms [K, B, R].
         drawn_blocks: the data's blocks [B] under ``pairs``.
         labels: names of the rows; None numbers them.
@@ -167,17 +164,17 @@ def examine(
     Returns:
         One entry a row.
     """
-    share, divisor = normaliser(layout, canvas, normalize, drawn_blocks)
+    share, divisor = normaliser(layout, canvas, method.normalize, drawn_blocks)
     scale = np.asarray(share, np.float64) / max(float(divisor), 1e-30)
     shown: list[list[DrawShown]] = [[] for _ in range(canvas.ids.shape[0])]
     for k in range(draws.block.shape[0]):
         one: Draw = jax.tree.map(lambda x, k=k: x[k], draws)
-        uniforms = noise[k] if noise is not None and ablation.needs_noise else None
-        seen, targets = corrupt(layout, canvas, one, ablation, uniforms)
+        uniforms = noise[k] if noise is not None and method.needs_noise else None
+        seen, targets = corrupt(layout, canvas, one, method, uniforms)
         host = jax.tree.map(np.asarray, (canvas, one, seen, targets))
         for row, column in enumerate(shown):
             its: tuple[Canvas, Draw, View, np.ndarray] = jax.tree.map(lambda x, row=row: x[row], host)
-            column.append(_draw_shown(layout, *its, float(scale[row]), ablation))
+            column.append(_draw_shown(layout, *its, float(scale[row]), method))
     ends = np.asarray(supervised_end(layout, canvas))
     names = labels or [f"row {i}" for i in range(len(shown))]
     rows = [jax.tree.map(lambda x, i=i: np.asarray(x)[i], canvas) for i in range(len(shown))]
@@ -218,7 +215,7 @@ def _positions(layout: Layout, row: Canvas, end: int) -> tuple[Position, ...]:
 
 
 def _draw_shown(
-    layout: Layout, canvas: Canvas, one: Draw, seen: View, targets: np.ndarray, scale: float, ablation: Ablation
+    layout: Layout, canvas: Canvas, one: Draw, seen: View, targets: np.ndarray, scale: float, method: MethodConfig
 ) -> DrawShown:
     """One row's draw, all host arrays without the batch axis."""
     weight, length = float(one.weight), int(seen.length)
@@ -246,12 +243,12 @@ def _draw_shown(
         visible_len=length,
         rotary=(int(seen.positions[0]), int(seen.positions[max(0, length - 1)])),
         seen=positions,
-        findings=_findings(layout, canvas, one, seen, positions, ablation),
+        findings=_findings(layout, canvas, one, seen, positions, method),
     )
 
 
 def _findings(
-    layout: Layout, canvas: Canvas, one: Draw, seen: View, positions: Sequence[Seen], ablation: Ablation
+    layout: Layout, canvas: Canvas, one: Draw, seen: View, positions: Sequence[Seen], method: MethodConfig
 ) -> tuple[str, ...]:
     """What a person would call a mask bug, looked for in the arrays that the network is fed."""
     shift = 1 if layout.alignment == "shifted" else 0
@@ -264,7 +261,7 @@ def _findings(
         ("its target is not the record's token", lambda p, at: p.loss and p.target != canvas.ids[at]),
         ("is predicted from the wrong position", lambda p, at: p.loss and p.read_at != max(at - shift, 0)),
     ]
-    if layout.context == "aligned" and ablation.suffix_mask_prob == 1.0:
+    if layout.context == "aligned" and method.suffix_mask_prob == 1.0:
         checks.append(
             ("shows a token after the active block", lambda p, at: at >= block_end and p.visible and not p.masked)
         )

@@ -247,7 +247,7 @@ class _Loop:
             seed=train.seed,
             batch_size=train.batch_size,
             start_step=0 if train.overfit_one_batch else self.session.step,
-            kind=method.blocks if method.objective == "blockwise" else "per_sequence",
+            kind="pairs" if method.pairs else "per_sequence",
             process_index=self.session.process_index,
             process_count=self.session.process_count,
             workers=train.loader_workers,

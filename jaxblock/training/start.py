@@ -206,16 +206,11 @@ def _mesh(config: Config) -> Mesh:
 
 
 def objective(config: Config, net: Transformer, stop_ids: tuple[int, ...]) -> Objective:
-    """The loss that the config describes. ``classical`` has one block, so ``pairs`` and sequences are the same."""
-    method = config.method
-    if method.objective == "classical":
-        method = dataclasses.replace(method, blocks="per_sequence")
+    """The loss that the config describes."""
     return Objective(
         net=net,
-        layout=wiring.training_layout(config.canvas, method, net.arch, stop_ids),
-        sampling=wiring.sampling(method),
-        normalize=method.normalize,
-        ablation=wiring.ablation(method),
+        layout=wiring.training_layout(config.canvas, config.method, net.arch, stop_ids),
+        method=config.method,
         seed=config.train.seed,
         rows=config.train.batch_size,
         dropout=net.lora is not None and net.lora.dropout > 0,

@@ -14,16 +14,15 @@ from jax.sharding import Mesh
 
 from jaxblock.diffusion import canvas as canvases
 from jaxblock.diffusion import sampling
-from jaxblock.diffusion.corruption import Ablation
+from jaxblock.diffusion.config import MethodConfig
 from jaxblock.diffusion.objective import Losses, losses
-from jaxblock.diffusion.sampling import Sampling
 from jaxblock.models.linear import lora
 from jaxblock.models.spec import Table
 from jaxblock.parallel import rules
 from jaxblock.training.optim.gating import gated, select
 from jaxblock.training.optim.precision import global_norm
 from jaxblock.training.state import TrainState, next_average, shardings
-from jaxblock.types import Canvas, Draw, Layout, Network, Normalize, Params
+from jaxblock.types import Canvas, Draw, Layout, Network, Params
 
 if TYPE_CHECKING:
     from jaxblock.data.loader import Batch
@@ -51,9 +50,7 @@ class Objective:
     Attributes:
         net: the network.
         layout: the canvas's static part.
-        sampling: law, block choice, K, weighting.
-        normalize: what the sum is divided by.
-        ablation: noise outside the active block.
+        method: law, choice of blocks, K, weighting, what the sum is divided by, and the ablations.
         seed: of the draws.
         rows: the global batch size.
         dropout: the network's adapters drop inputs.
@@ -61,9 +58,7 @@ class Objective:
 
     net: Network
     layout: Layout
-    sampling: Sampling
-    normalize: Normalize
-    ablation: Ablation
+    method: MethodConfig
     seed: int
     rows: int
     dropout: bool = False
@@ -76,9 +71,9 @@ class Objective:
     def draw(self, batch: Batch, canvas: Canvas, step: Array | int) -> tuple[Draw, Array]:
         """The step's draws [K, B, ...] and the ablations' noise [K, B, R]: functions of (seed, step) and row alone."""
         uniforms = sampling.draw_uniforms(
-            self._key(step), self.rows, self.sampling.draws, self.layout, noise=self.ablation.needs_noise
+            self._key(step), self.rows, self.method.draws, self.layout, noise=self.method.needs_noise
         )
-        draws = sampling.draw(self.sampling, self.layout, canvas, uniforms, self.drawn_blocks(batch))
+        draws = sampling.draw(self.method, self.layout, canvas, uniforms, self.drawn_blocks(batch))
         return draws, jnp.moveaxis(uniforms.noise[canvas.row_id], 1, 0)
 
     def row_keys(self, canvas: Canvas, step: Array | int) -> Array | None:
@@ -86,7 +81,7 @@ class Objective:
         if not self.dropout:
             return None
         key = jax.random.fold_in(self._key(step), _DROPOUT)
-        per_draw = jax.vmap(lambda k: jax.random.fold_in(key, k))(jnp.arange(self.sampling.draws))
+        per_draw = jax.vmap(lambda k: jax.random.fold_in(key, k))(jnp.arange(self.method.draws))
         return jax.vmap(lambda k: jax.vmap(lambda row: jax.random.fold_in(k, row))(canvas.row_id))(per_draw)
 
     def _key(self, step: Array | int) -> Array:
@@ -94,7 +89,7 @@ class Objective:
 
     def drawn_blocks(self, batch: Batch) -> Array | None:
         """The data's own blocks [B] under ``pairs``; None where a row stands for its whole sequence."""
-        return jnp.asarray(batch.block) if self.sampling.blocks == "pairs" else None
+        return jnp.asarray(batch.block) if self.method.pairs else None
 
     def __call__(self, params: Params, batch: Batch, step: Array) -> Losses:
         """The objective's sums and weights."""
@@ -106,8 +101,7 @@ class Objective:
             self.layout,
             canvas,
             draws,
-            self.normalize,
-            self.ablation,
+            self.method,
             noise,
             row_keys=self.row_keys(canvas, step),
             drawn_blocks=self.drawn_blocks(batch),

@@ -11,8 +11,8 @@ import pytest
 
 from jaxblock.diffusion import canvas as canvases
 from jaxblock.diffusion import corruption, objective, sampling
-from jaxblock.diffusion.corruption import Ablation
-from jaxblock.diffusion.sampling import Sampling, Uniforms
+from jaxblock.diffusion.config import MethodConfig
+from jaxblock.diffusion.sampling import Uniforms
 from jaxblock.models.spec import flatten
 from jaxblock.types import Layout
 
@@ -100,12 +100,26 @@ def test_blockwise(golden, golden_model, suffix, prefix):
     layout = Layout(40, case["block_size"], "same_position", "paper", None, mask, pad, (pad,))
     canvas = _canvas(layout, z["input_ids"], z["prompt_len"], z["length"])
     block = jnp.asarray(z["block_index"], jnp.int32)
+    method = MethodConfig(
+        law="floored_bernoulli",
+        weighting="masked_mean",
+        normalize="sequences",
+        blocks="pairs",
+        prefix_mask_rate=prefix,
+        suffix_mask_prob=suffix,
+    )
     with jax.enable_x64(True):  # the stored uniforms and rates are float64
         uniforms = jax.tree.map(jnp.asarray, _replay(z["uniforms"], z["p"], z["prompt_len"], z["block_index"], layout))
-        draws = _draw(Sampling("floored_bernoulli", "pairs", 1, "masked_mean"), layout, canvas, uniforms, block)
+        draws = _draw(
+            method,
+            layout,
+            canvas,
+            uniforms,
+            block,
+        )
         draw = jax.tree.map(lambda x: x[0], draws)
-        ablation, noise = Ablation(prefix, suffix), uniforms.noise[:, 0]
-        view, targets = _corrupt(layout, canvas, draw, ablation, noise)
+        noise = uniforms.noise[:, 0]
+        view, targets = _corrupt(layout, canvas, draw, method, noise)
     flags = np.zeros(z["mask_flags"].shape, bool)
     for row, (at, masked, ok) in enumerate(zip(*map(np.asarray, (view.active, draw.masked, view.valid)), strict=True)):
         flags[row, at[masked & ok]] = True
@@ -119,7 +133,7 @@ def test_blockwise(golden, golden_model, suffix, prefix):
         def one(canvas, draws, noise, block):
             canvas, block = jax.tree.map(lambda x: x[None], (canvas, block))
             draws, noise = jax.tree.map(lambda x: x[:, None], (draws, noise))
-            out = objective.losses(net, params, layout, canvas, draws, "sequences", ablation, noise, drawn_blocks=block)
+            out = objective.losses(net, params, layout, canvas, draws, method, noise, drawn_blocks=block)
             return out.loss.total / out.loss.weight
 
         rows = jax.vmap(one, (0, 1, 1, 0))(canvas, draws, noise[None], block)
@@ -145,7 +159,9 @@ def test_full_sequence(golden, golden_model, model):
     block = jnp.zeros(rows, jnp.int32)
 
     def total(params, canvas, draws, normalize):
-        return objective.losses(net, params, layout, canvas, draws, normalize, drawn_blocks=canvas.n_blocks * 0).loss
+        return objective.losses(
+            net, params, layout, canvas, draws, MethodConfig(normalize=normalize), drawn_blocks=canvas.n_blocks * 0
+        ).loss
 
     def by_row(params, draws):
         canvases_of_one = jax.tree.map(lambda x: x[:, None], canvas)
@@ -160,9 +176,9 @@ def test_full_sequence(golden, golden_model, model):
         with jax.enable_x64(True):
             stored = z["uniforms"].astype(float), z["p_mask"].astype(float), z["prompt_len"]
             uniforms = _replay(*stored, np.zeros(rows, int), layout)
-            how = Sampling("floored_bernoulli", "pairs", 1, weighting)
+            how = MethodConfig(law="floored_bernoulli", blocks="pairs", weighting=weighting)
             draws = _draw(how, layout, canvas, jax.tree.map(jnp.asarray, uniforms), block)
-            view, _ = _corrupt(layout, canvas, jax.tree.map(lambda x: x[0], draws), Ablation())
+            view, _ = _corrupt(layout, canvas, jax.tree.map(lambda x: x[0], draws), how)
         np.testing.assert_array_equal(view.ids, z["noisy_ids"])
         draws = draws._replace(weight=draws.weight.astype(jnp.float32))
         sums = values(params, draws)

@@ -20,7 +20,8 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from jaxblock.diffusion import objective, sampling
-from jaxblock.diffusion.sampling import Sampling, Uniforms
+from jaxblock.diffusion.config import MethodConfig
+from jaxblock.diffusion.sampling import Uniforms
 
 SIZE, BLOCKS = 3, 3
 NODES, NODE_WEIGHTS = (lambda x, w: ((x + 1) / 2, w / 2))(*np.polynomial.legendre.leggauss(6))
@@ -111,7 +112,7 @@ def _combine(coefficients, grad):
 
 def expected_gradient(truth, how):
     """E over uniforms of the summed gradient of each row [row, parameter]."""
-    pairs = how.blocks == "pairs"
+    pairs = how.pairs
     canvas, block, origin = _rows(truth, pairs)
     rows = canvas.prompt_len.shape[0]
     chance, uniforms = _uniforms(how.law, rows, how.draws, pairs)
@@ -150,7 +151,7 @@ CASES = [
 @pytest.mark.parametrize("law, blocks, draws", CASES)
 def test_expected_gradient_is_the_nelbos(truths, context, law, blocks, draws):
     truth = truths[2][context]
-    how = Sampling(law, blocks, draws, "nelbo")
+    how = MethodConfig(law=law, blocks=blocks, draws=draws)
     assert error(expected_gradient(truth, how), nelbo_gradient(truth)) < 1e-8
 
 
@@ -173,7 +174,8 @@ def test_papers_masked_mean_is_the_formula(truths, monkeypatch, eps):
             for s in range(1, 2**n):
                 weights[i, k, s] *= _paper_coefficient(n, s.bit_count(), eps) if eps else 1 / (n + 1)
     want = np.stack([_combine(w, g) for w, g in zip(weights, truth.grad, strict=True)])
-    assert error(expected_gradient(truth, Sampling("floored_bernoulli", "pairs", 1, "masked_mean")), want) < 1e-8
+    paper = MethodConfig(law="floored_bernoulli", blocks="pairs", weighting="masked_mean")
+    assert error(expected_gradient(truth, paper), want) < 1e-8
 
 
 def _redrawn_with_one_over_t(count, position, valid):
@@ -199,14 +201,14 @@ def _caught(truth, how):
 
 def test_broken_laws_are_caught(truths, monkeypatch):
     truth = truths[2]["aligned"]
-    assert _caught(truth, Sampling("floored_bernoulli", "per_sequence", 1, "nelbo")), "t >= eps with 1/t"
-    assert _caught(truth, Sampling("exact_count", "per_sequence", 1, "masked_mean")), "a masked mean is no NELBO"
+    assert _caught(truth, MethodConfig(law="floored_bernoulli")), "t >= eps with 1/t"
+    assert _caught(truth, MethodConfig(weighting="masked_mean")), "a masked mean is no NELBO"
     monkeypatch.setitem(sampling._LAWS, "bernoulli", _redrawn_with_one_over_t)
-    assert _caught(truth, Sampling("bernoulli", "per_sequence", 1, "nelbo")), "1/t with redraw"
+    assert _caught(truth, MethodConfig(law="bernoulli")), "1/t with redraw"
     monkeypatch.setattr(sampling, "complement", _bare_complement)
-    assert _caught(truth, Sampling("antithetic", "per_sequence", 2, "nelbo")), "an empty complement"
+    assert _caught(truth, MethodConfig(law="antithetic", draws=2)), "an empty complement"
     monkeypatch.setattr(sampling, "choose_blocks", _without_k(sampling.choose_blocks))
-    assert _caught(truth, Sampling("exact_count", "per_sequence", 1, "nelbo")), "K_i is missing"
+    assert _caught(truth, MethodConfig()), "K_i is missing"
 
 
 def test_dividing_by_masked_tokens_is_biased(truths):
@@ -215,7 +217,7 @@ def test_dividing_by_masked_tokens_is_biased(truths):
     atoms, block = _count_atoms(), np.zeros(len(truth.n), int)
     _, uniforms = _uniforms("exact_count", 2, 1, pairs=True)
     canvas, _, _ = _rows(truth, pairs=False)
-    how = Sampling("exact_count", "pairs", 1, "uniform")
+    how = MethodConfig(blocks="pairs", weighting="uniform")
     draw = _draws(truth, how, uniforms, canvas, jnp.asarray(block, jnp.int32))
     sets = (draw.masked @ (1 << np.arange(SIZE)))[:, 0, :]
     grad = [truth.grad[i, 0][sets[:, i]] for i in range(2)]
@@ -242,24 +244,28 @@ def _shift_forgotten(net):
 
 
 REAL = {
-    "exact_count": ("aligned", Sampling("exact_count", "per_sequence", 4, "nelbo"), "text_tokens"),  # 4 > 3 blocks
-    "antithetic": ("shifted", Sampling("antithetic", "per_sequence", 2, "nelbo"), "sequence_mean"),
-    "paper": ("paper", Sampling("floored_bernoulli", "pairs", 2, "masked_mean"), "blocks"),
+    "exact_count": ("aligned", MethodConfig(draws=4)),  # 4 > 3 blocks
+    "antithetic": ("shifted", MethodConfig(law="antithetic", draws=2, normalize="sequence_mean")),
+    "paper": (
+        "paper",
+        MethodConfig(law="floored_bernoulli", blocks="pairs", draws=2, weighting="masked_mean", normalize="blocks"),
+    ),
 }
 
 
 @pytest.mark.parametrize("name", REAL)
 def test_losses_are_the_tables_combination(truths, name):
     """Value, gradient and tallies of real draws, K > K_i among them; a shift off by one is caught."""
-    context, how, normalize = REAL[name]
+    context, how = REAL[name]
+    normalize = how.normalize
     net, params, made = truths
     truth = made[context]
-    pairs = how.blocks == "pairs"
+    pairs = how.pairs
     canvas, block, origin = _rows(truth, pairs)
     rows = len(origin)
 
     def total(net, params, draw):
-        out = objective.losses(net, params, truth.layout, canvas, draw, normalize, drawn_blocks=block)
+        out = objective.losses(net, params, truth.layout, canvas, draw, how, drawn_blocks=block)
         return out.loss.total, out
 
     @jax.jit

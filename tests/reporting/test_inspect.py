@@ -15,8 +15,8 @@ from rich.console import Console
 
 from jaxblock.diffusion import canvas as canvases
 from jaxblock.diffusion import corruption
-from jaxblock.diffusion.corruption import Ablation
-from jaxblock.diffusion.sampling import Sampling, draw, draw_uniforms
+from jaxblock.diffusion.config import MethodConfig
+from jaxblock.diffusion.sampling import draw, draw_uniforms
 from jaxblock.reporting import examine as inspect
 from jaxblock.reporting import html as inspect_html
 from jaxblock.reporting import terminal as inspect_terminal
@@ -65,7 +65,7 @@ def test_every_position_is_named(context: str, rows: list[str]) -> None:
 
 def test_what_a_draw_shows_by_hand() -> None:
     form = layout()
-    record = inspect.examine(form, tiny(form), hand_draw(), normalize="text_tokens", labels=["a", "b"])[0]
+    record = inspect.examine(form, tiny(form), hand_draw(), labels=["a", "b"])[0]
     shown = record.draws[0]
     assert record.label == "a" and (record.prompt_len, record.text_len, record.n_blocks, record.length) == (2, 5, 2, 10)
     assert [s.id for s in shown.seen] == [1, 2, 11, 12, 13, 14, MASK, FILL, MASK, FILL, MASK]
@@ -86,33 +86,31 @@ def test_alignment_shift_and_window_are_shown() -> None:
 
 
 LAWS = ["exact_count", "bernoulli", "stratified_count", "antithetic", "floored_bernoulli"]
-MODES = [(law, "aligned", "per_sequence", Ablation()) for law in LAWS] + [
-    ("exact_count", "paper", "per_sequence", Ablation(0.3, 0.5)),
-    ("exact_count", "aligned", "per_sequence", Ablation(0.9, 0.2)),
-    ("antithetic", "aligned", "pairs", Ablation()),
+MODES = [("aligned", MethodConfig(law=law, draws=4)) for law in LAWS] + [
+    ("paper", MethodConfig(draws=4, prefix_mask_rate=0.3, suffix_mask_prob=0.5)),
+    ("aligned", MethodConfig(draws=4, prefix_mask_rate=0.9, suffix_mask_prob=0.2)),
+    ("aligned", MethodConfig(law="antithetic", blocks="pairs", draws=4)),
 ]
 
 
-@pytest.mark.parametrize(("law", "context", "blocks", "ablation"), MODES)
-def test_sound_masking_has_no_findings_and_shows_what_training_feeds(
-    law: Any, context: str, blocks: Any, ablation: Ablation
-) -> None:
+@pytest.mark.parametrize(("context", "method"), MODES)
+def test_sound_masking_has_no_findings_and_shows_what_training_feeds(context: str, method: MethodConfig) -> None:
     form = layout(context)
-    canvas, sampling = tiny(form), Sampling(law, blocks, 4, "nelbo")
-    block = jnp.array([1, 0], jnp.int32) if blocks == "pairs" else None
+    canvas = tiny(form)
+    block = jnp.array([1, 0], jnp.int32) if method.pairs else None
 
     def draw_of(step: int) -> tuple[Draw, jax.Array]:
-        uniforms = draw_uniforms(jax.random.key(step), 2, 4, form, noise=ablation.needs_noise)
-        return draw(sampling, form, canvas, uniforms, block), jnp.moveaxis(uniforms.noise, 1, 0)
+        uniforms = draw_uniforms(jax.random.key(step), 2, 4, form, noise=method.needs_noise)
+        return draw(method, form, canvas, uniforms, block), jnp.moveaxis(uniforms.noise, 1, 0)
 
     draws, noise = inspect.draw_steps(draw_of, [5, 6])
-    got = inspect.examine(form, canvas, draws, ablation=ablation, noise=noise, drawn_blocks=block)
+    got = inspect.examine(form, canvas, draws, method=method, noise=noise, drawn_blocks=block)
     assert [d.findings for record in got for d in record.draws] == [()] * 16
 
     expected, noise = draw_of(6)
     for k in range(4):
         one = jax.tree.map(lambda x, k=k: x[k], expected)
-        seen, _ = corruption.corrupt(form, canvas, one, ablation, noise[k] if ablation.needs_noise else None)
+        seen, _ = corruption.corrupt(form, canvas, one, method, noise[k] if method.needs_noise else None)
         for row, record in enumerate(got):
             shown = record.draws[4 + k]
             assert [s.id for s in shown.seen] == np.asarray(seen.ids[row]).tolist()

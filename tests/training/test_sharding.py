@@ -37,9 +37,7 @@ def _objective(method: MethodConfig, rank: int = 0, **model_fields: Any) -> Obje
     return Objective(
         net=wiring.network(arch, model, lora),
         layout=wiring.training_layout(CanvasConfig(12, 16, 4), method, arch, (2, 1)),
-        sampling=wiring.sampling(method),
-        normalize=method.normalize,
-        ablation=wiring.ablation(method),
+        method=method,
         seed=3,
         rows=ROWS,
         dropout=rank > 0,

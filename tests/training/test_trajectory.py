@@ -14,9 +14,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import jaxblock
-from jaxblock.diffusion.corruption import Ablation, corrupt
+from jaxblock.diffusion.config import MethodConfig
+from jaxblock.diffusion.corruption import corrupt
 from jaxblock.diffusion.objective import Losses, losses
-from jaxblock.diffusion.sampling import Sampling
 from jaxblock.models.linear import lora
 from jaxblock.models.spec import Table, flatten
 from jaxblock.training.optim import make as optimizers
@@ -73,12 +73,12 @@ class Replay(Objective):
     def __call__(self, params: Params, batch: Any, step: jax.Array) -> Losses:
         canvas, draw = batch
         draws = jax.tree.map(lambda x: x[None], draw)
-        return losses(self.net, params, self.layout, canvas, draws, self.normalize, drawn_blocks=draw.block)
+        return losses(self.net, params, self.layout, canvas, draws, self.method, drawn_blocks=draw.block)
 
 
 def _replay(model: jaxblock.Model, run: dict[str, Any]) -> Replay:
-    how = Sampling("floored_bernoulli", "pairs", 1, "masked_mean")
-    return Replay(model.net, _layout(model, run["block_size"]), how, "sequences", Ablation(), 0, run["batch"])
+    how = MethodConfig(law="floored_bernoulli", blocks="pairs", weighting="masked_mean", normalize="sequences")
+    return Replay(model.net, _layout(model, run["block_size"]), how, 0, run["batch"])
 
 
 def _optimizer_config(run: dict[str, Any]) -> OptimizerConfig:
