@@ -24,7 +24,8 @@ from jaxblock.models.attention.backends import Backend, attend
 from jaxblock.models.embedding import look_up
 from jaxblock.models.families import registry
 from jaxblock.models.linear import int8, lora
-from jaxblock.models.linear.dense import LowRank, Split, Weight, dense, product, ready, widely
+from jaxblock.models.linear.dense import LowRank, dense, rounded_once
+from jaxblock.models.linear.fsdp import GatheredWeight, Products, Split, gather_weight, matmul_gathered
 from jaxblock.models.linear.lora import Lora
 from jaxblock.models.spec import ParamSpec, Table
 from jaxblock.parallel.rules import constrain
@@ -67,14 +68,12 @@ _POLICIES: dict[str, Any] = {
     ),
 }
 
-_HEAD = Split.of(("embed", "vocab"))
-
 
 def rms_norm(x: Array, scale: Array, eps: float) -> Array:
     """RMSNorm in float32 (or wider), cast back, then scaled, as LLaDA does it; the scale's gradient is summed wide."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return widely(jnp.multiply, normed.astype(x.dtype), scale.astype(x.dtype))
+    return rounded_once(jnp.multiply, normed.astype(x.dtype), scale.astype(x.dtype))
 
 
 def rotary(positions: Int[Array, "B T"], arch: Architecture, dtype: DTypeLike) -> tuple[Array, Array]:
@@ -111,8 +110,10 @@ def pick(x: Float[Array, "B T *rest"], at: Int[Array, "B A"]) -> Float[Array, "B
 class Block(nnx.Module):
     """One layer. Its parameters are those of the table, under the table's names; some families lack some of them."""
 
-    def __init__(self, specs: dict[str, ParamSpec], arch: Architecture, attention: Attention):
-        self.arch, self.attention = arch, attention
+    def __init__(
+        self, specs: dict[str, ParamSpec], arch: Architecture, attention: Attention, products: Products = "fsdp"
+    ):
+        self.arch, self.attention, self.products = arch, attention, products
         self.splits = Splits(tuple((name, Split.of(spec.axes[1:])) for name, spec in specs.items() if spec.is_matrix))
         for name, spec in specs.items():
             setattr(self, name, nnx.Param(jnp.zeros(spec.shape[1:])))
@@ -144,7 +145,7 @@ class Block(nnx.Module):
 
         def project(name: str, h: Array) -> Array:
             weights = (self._own(name), self._own(name + int8.SCALE), self._own(name + "_bias"))
-            lora, split = branches.get(name), self.splits.of(name)
+            lora, split = branches.get(name), self.splits.of(name) if self.products == "fsdp" else None
             return dense(h, weights[0], scale=weights[1], bias=weights[2], lora=lora, split=split)
 
         def heads(name: str, h: Array, count: int) -> Array:
@@ -183,6 +184,7 @@ class Transformer:
         lora: adapters beside the weights, under ``params["lora"]``; None for none.
         int8: the layers' matrices are int8 (``models.int8``).
         causal: hide later keys, as an autoregressive checkpoint was trained: for comparing with its origin alone.
+        products: ``fsdp`` states the exchanges between devices, ``plain`` leaves them to the compiler (an oracle for tests).
         check_layer: called with (layer, hidden) after each unrolled layer; locates NaNs in debug mode.
     """
 
@@ -195,6 +197,7 @@ class Transformer:
     lora: Lora | None = None
     int8: bool = False
     causal: bool = False
+    products: Products = "fsdp"
     check_layer: Callable[[int, Array], None] | None = None
 
     @cached_property
@@ -212,7 +215,7 @@ class Transformer:
     def _graph(self) -> nnx.GraphDef:
         specs = {p.removeprefix("blocks/"): s for p, s in self.param_table.items() if s.stacked}
         attention = Attention(self.attention, self.causal)
-        module = nnx.eval_shape(lambda: Block(specs, self.arch, attention))
+        module = nnx.eval_shape(lambda: Block(specs, self.arch, attention, self.products))
         return nnx.split(module)[0]
 
     def hidden(
@@ -298,12 +301,16 @@ class Transformer:
         """float32 (or wider) logits of hidden states."""
         return self._logits(self._head(params, hidden.dtype), hidden)
 
-    def _head(self, params: Params, dtype: DTypeLike) -> Weight:
-        head = params["embed"].T if self.arch.tie_embeddings else params["head"]
-        return ready(head, dtype, _HEAD)
+    @property
+    def _head_split(self) -> Split | None:
+        return Split.of(("embed", "vocab")) if self.products == "fsdp" else None
 
-    def _logits(self, head: Weight, hidden: Array) -> Array:
-        return product(hidden, head, jnp.promote_types(hidden.dtype, jnp.float32), _HEAD)
+    def _head(self, params: Params, dtype: DTypeLike) -> GatheredWeight:
+        head = params["embed"].T if self.arch.tie_embeddings else params["head"]
+        return gather_weight(head, dtype, self._head_split)
+
+    def _logits(self, head: GatheredWeight, hidden: Array) -> Array:
+        return matmul_gathered(hidden, head, jnp.promote_types(hidden.dtype, jnp.float32), self._head_split)
 
     def nll(
         self, params: Params, hidden: Float[Array, "*rows A D"], targets: Int[Array, "*rows A"]
@@ -327,7 +334,7 @@ class Transformer:
         found = jax.lax.map(lambda part: one(head, *part), (hidden, targets))
         return jnp.moveaxis(found, 0, -2).reshape(*found.shape[1:-1], width + short)[..., :width]
 
-    def _nll(self, head: Weight, hidden: Array, targets: Array) -> Array:
+    def _nll(self, head: GatheredWeight, hidden: Array, targets: Array) -> Array:
         logits = self._logits(head, hidden)
         # Not a gather: where the vocabulary is split over devices, a gather would bring all logits to each of them.
         here = jnp.arange(logits.shape[-1]) == targets[..., None]

@@ -17,7 +17,7 @@ from jaxblock.models.attention import splash
 from jaxblock.models.attention.backends import attend, backend_of
 from jaxblock.models.embedding import look_up
 from jaxblock.models.families import registry
-from jaxblock.models.linear.dense import matmul
+from jaxblock.models.linear.fsdp import Split, matmul
 from jaxblock.models.spec import abstract_params, count_params, flatten, init_params, matmul_flops_per_token
 from jaxblock.models.transformer import Attention, Block, Transformer
 from jaxblock.parallel import rules
@@ -229,12 +229,12 @@ def test_the_gradient_of_a_product_is_that_of_plain_matmul(dtype, draws):
 
     def gradients(product, x, w, cotangent):
         def loss(x, w):
-            of_draw = lambda part: product(part, w, x.dtype)  # noqa: E731
+            of_draw = lambda part: product(part, w, x.dtype, Split.of(("embed", "mlp")))  # noqa: E731
             return jnp.vdot(cotangent, (jax.vmap(of_draw) if draws else of_draw)(x), precision="highest")
 
         return jax.grad(lambda x, w: loss(x, w).astype(jnp.float32), argnums=(0, 1))(x, w)
 
-    def plain(x, w, out):
+    def plain(x, w, out, _):
         return jnp.matmul(x, w, precision="highest", preferred_element_type=out)
 
     (dx, dw) = gradients(matmul, x, weight, cotangent)
