@@ -19,12 +19,12 @@ import jax.numpy as jnp
 
 from jaxblock import build as wiring
 from jaxblock.diffusion import canvas as canvases
+from jaxblock.diffusion.canvas import Layout
 from jaxblock.diffusion.decoding import decoder
 from jaxblock.diffusion.decoding.config import DecodeConfig
 from jaxblock.models.config import ModelConfig
 from jaxblock.models.spec import init_params
 from jaxblock.parallel.host_memory import keep_freed_memory
-from jaxblock.types import Layout
 
 
 def seconds(call: Callable[[], Any]) -> float:
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     seen = canvases.view(layout, canvas, jnp.zeros_like(row), jnp.full((args.batch, args.block), arch.mask_id))
 
     whole = jax.jit(decoder.decode, static_argnums=(0, 1, 2))
-    bare = jax.jit(lambda params, seen: net.logits(params, net.hidden(params, seen)[0]))
+    bare = jax.jit(lambda params, seen: net.logits(params, net.hidden(params, seen)))
     steps = args.response
     few = max(4, steps // 8)
 

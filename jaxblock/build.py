@@ -10,6 +10,7 @@ from jax import Array
 
 from jaxblock.config import files as config_io
 from jaxblock.config.config import Config
+from jaxblock.diffusion.canvas import Layout
 from jaxblock.diffusion.config import CanvasConfig, MethodConfig
 from jaxblock.diffusion.decoding.config import DecodeConfig
 from jaxblock.errors import UserError
@@ -20,7 +21,6 @@ from jaxblock.models.families import registry
 from jaxblock.models.linear import lora
 from jaxblock.models.linear.lora import Lora
 from jaxblock.models.transformer import Transformer
-from jaxblock.types import Layout
 
 
 def architecture(model: ModelConfig, *, vocab_size: int, mask_id: int, eos_id: int) -> Architecture:

@@ -21,9 +21,9 @@ from jaxblock.models.architecture import Architecture
 from jaxblock.models.families import registry
 from jaxblock.models.linear import lora
 from jaxblock.models.transformer import Transformer
+from jaxblock.settings import Alignment
 from jaxblock.training import weights
 from jaxblock.training.checkpoints import run_folder
-from jaxblock.types import Alignment
 
 
 def load(

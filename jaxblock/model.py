@@ -20,6 +20,7 @@ from jaxblock.data.tokens.special import first_stop
 from jaxblock.data.tokens.tokenizers import Tokenizer
 from jaxblock.diffusion import canvas as canvases
 from jaxblock.diffusion import likelihood
+from jaxblock.diffusion.canvas import Layout
 from jaxblock.diffusion.config import CanvasConfig
 from jaxblock.diffusion.decoding import decoder
 from jaxblock.diffusion.decoding.config import DecodeConfig
@@ -34,7 +35,7 @@ from jaxblock.models.architecture import Architecture
 from jaxblock.models.linear import lora
 from jaxblock.models.transformer import Transformer
 from jaxblock.training.checkpoints import run_folder
-from jaxblock.types import Layout, Params
+from jaxblock.types import Params
 
 Ids = Sequence[Sequence[int]] | np.ndarray | Array
 

@@ -16,8 +16,8 @@ from jaxblock.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from jaxblock.data.store.open import Prepared
+    from jaxblock.diffusion.canvas import Layout
     from jaxblock.reporting.examine import Examined
-    from jaxblock.types import Layout
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,9 @@ from typing import Any, Literal, Union, get_args, get_origin
 import yaml
 
 from jaxblock.config.config import Config
-from jaxblock.diffusion.decoding.config import DecodeConfig
+from jaxblock.diffusion.decoding.config import DREAM_MEASURES, RANKED_BY_QUOTA, TAKE_A_QUOTA, DecodeConfig
 from jaxblock.errors import UserError
 from jaxblock.io.files import read_bytes
-from jaxblock.types import DREAM_MEASURES, RANKED_BY_QUOTA, TAKE_A_QUOTA
 
 
 class _OnceOnly(yaml.SafeLoader):

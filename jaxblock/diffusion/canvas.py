@@ -7,11 +7,67 @@ decided here, once, so the two cannot drift apart.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Int
 
-from jaxblock.types import Canvas, Layout, View
+from jaxblock.diffusion.config import Context
+from jaxblock.settings import Alignment
+from jaxblock.types import View
+
+
+class Layout(NamedTuple):
+    """What is static about a canvas. Hashable: a jitted function may close over it or take it as a static argument.
+
+    Attributes:
+        response_len: R, the response positions of a row; a multiple of ``block`` under ``aligned``.
+        block: B, response positions of one block (A, in array shapes).
+        alignment: ``same_position``: the hidden state at i predicts token i. ``shifted``: the one at i - 1 does.
+        context: ``aligned`` (the decoder's own view) or ``paper`` (the published training script's view).
+        suffix_window: how many positions after the active block are visible; None means all of them.
+        mask_id: the mask token.
+        fill_id: fills the rest of the terminator's block (the end-of-sequence token).
+        stop_ids: the tokens that end a response.
+        total_len: under ``paper``: canvas positions T, prompt and response together; None for room for the longest of
+            each.
+    """
+
+    response_len: int
+    block: int
+    alignment: Alignment
+    context: Context
+    suffix_window: int | None
+    mask_id: int
+    fill_id: int
+    stop_ids: tuple[int, ...]
+    total_len: int | None = None
+
+    @property
+    def n_blocks(self) -> int:
+        """How many blocks the response canvas holds (the last may be short under ``paper``)."""
+        return -(-self.response_len // self.block)
+
+
+class Canvas(NamedTuple):
+    """Prompts and responses of a batch, flush left: the prompt at 0, the response at ``prompt_len``.
+
+    Attributes:
+        ids: tokens; after ``length`` they are never seen.
+        prompt_len: tokens of the prompt.
+        length: visible positions, the prompt included.
+        text_len: response tokens that are text, the terminator counted, the fill not.
+        n_blocks: K_i, the blocks of this row that may be active.
+        row_id: the row's index in the global batch (indexes the step's uniforms).
+    """
+
+    ids: Int[Array, "B T"]
+    prompt_len: Int[Array, " B"]
+    length: Int[Array, " B"]
+    text_len: Int[Array, " B"]
+    n_blocks: Int[Array, " B"]
+    row_id: Int[Array, " B"]
 
 
 def from_rows(

@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from jaxblock.types import (
-    Blocks,
-    Context,
-    Law,
-    Normalize,
-    Weighting,
-)
+Context = Literal["aligned", "paper"]
+Law = Literal["exact_count", "bernoulli", "stratified_count", "antithetic", "floored_bernoulli"]
+Weighting = Literal["nelbo", "masked_mean", "uniform"]
+Normalize = Literal["text_tokens", "supervised_tokens", "sequences", "sequence_mean", "blocks", "canvas_tokens"]
+Blocks = Literal["per_sequence", "pairs"]
 
 
 @dataclass(frozen=True)

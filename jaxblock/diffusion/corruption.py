@@ -6,9 +6,10 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from jaxblock.diffusion.canvas import active_positions, block_start, block_tokens, supervised_end, view
+from jaxblock.diffusion.canvas import Canvas, Layout, active_positions, block_start, block_tokens, supervised_end, view
 from jaxblock.diffusion.config import MethodConfig
-from jaxblock.types import Canvas, Draw, Layout, View
+from jaxblock.diffusion.sampling import Draw
+from jaxblock.types import View
 
 CLEAN = MethodConfig()
 """A method without ablations: the prefix is clean, and everything after the active block is masked."""

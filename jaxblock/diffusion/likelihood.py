@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
-from jaxblock.diffusion.canvas import active_positions
+from jaxblock.diffusion.canvas import Canvas, Layout, active_positions
 from jaxblock.diffusion.objective import token_losses
-from jaxblock.diffusion.sampling import smallest
-from jaxblock.types import Canvas, Draw, Layout, Network, Params, Sum
+from jaxblock.diffusion.sampling import Draw, smallest
+from jaxblock.types import Network, Params, Sum
 
 
 class Nelbo(NamedTuple):
@@ -118,8 +118,3 @@ def _enumerated(layout: Layout, valid: Array, index: Array) -> tuple[Array, Arra
 def per_row(estimate: Nelbo) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
     """NELBO of each row's whole response, and the standard error that the masks drawn leave."""
     return estimate.per_block.sum(-1), jnp.sqrt(estimate.variance.sum(-1))
-
-
-def text_tokens(canvas: Canvas) -> Int[Array, " B"]:
-    """What a per-token NELBO divides by: the terminator counts, the fill does not, so that B and presets compare."""
-    return canvas.text_len

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from jaxblock.diffusion.canvas import supervised_end
+from jaxblock.diffusion.canvas import Canvas, Layout, supervised_end
 from jaxblock.diffusion.config import MethodConfig, Normalize
 from jaxblock.diffusion.corruption import CLEAN, corrupt
-from jaxblock.types import Canvas, Draw, Layout, Network, Params, Sum
+from jaxblock.diffusion.sampling import Draw
+from jaxblock.types import Network, Params, Sum
 
 
 class Losses(NamedTuple):
@@ -45,7 +46,7 @@ def token_losses(
 ) -> Float[Array, "B A"]:
     """-log p of the masked tokens of one draw per row, unweighted, in nats; 0 where nothing is masked."""
     seen, targets = corrupt(layout, canvas, draw, method, noise)
-    hidden, _ = net.hidden(params, seen, None, row_keys)
+    hidden = net.hidden(params, seen, row_keys)
     return jnp.where(draw.masked, net.nll(params, hidden, targets), 0.0)
 
 

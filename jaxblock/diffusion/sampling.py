@@ -16,12 +16,19 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from jaxblock.diffusion.canvas import active_positions
+from jaxblock.diffusion.canvas import Canvas, Layout, active_positions
 from jaxblock.diffusion.config import MethodConfig
-from jaxblock.types import Canvas, Draw, Layout
 
 RATE_FLOOR = 1e-3
 """The smallest mask rate of LLaDA's and the paper's training scripts."""
+
+
+class Draw(NamedTuple):
+    """One active block per row, the positions masked in it, and the weight of each masked token's loss."""
+
+    block: Int[Array, " B"]
+    masked: Bool[Array, "B A"]
+    weight: Float[Array, " B"]
 
 
 class Uniforms(NamedTuple):

@@ -20,6 +20,7 @@ from jaxblock.data.tokens.encoding import Encoder
 from jaxblock.data.tokens.special import first_stop
 from jaxblock.diffusion import canvas as canvases
 from jaxblock.diffusion import likelihood
+from jaxblock.diffusion.canvas import Layout
 from jaxblock.diffusion.config import CanvasConfig
 from jaxblock.diffusion.decoding import decoder
 from jaxblock.diffusion.decoding.config import DecodeConfig
@@ -27,7 +28,7 @@ from jaxblock.evaluation.graders import grader
 from jaxblock.evaluation.statistics import Estimate, Proportion, mean_se, ratio_se, wilson
 from jaxblock.models.transformer import Transformer
 from jaxblock.parallel import rules
-from jaxblock.types import Layout, Params
+from jaxblock.types import Params
 
 
 class Solved(NamedTuple):

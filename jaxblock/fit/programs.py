@@ -126,7 +126,7 @@ def decode_block(config: Config, arch: Architecture, mesh: Mesh) -> Program:
         index = jnp.arange(rows, dtype=jnp.int32)
         canvas = canvases.for_decoding(place, prompts, lengths, index)
         carry = decoder.start(place, canvas, config.decode.seed)
-        return decoder.decode_block(net, place, config.decode, params, canvas, carry, block)[:-2]
+        return decoder.decode_block(net, place, config.decode, params, canvas, carry, block)[:-1]
 
     whole: Any = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows, config.canvas.prompt_len), (rows,), ())]
     with jax.set_mesh(mesh):

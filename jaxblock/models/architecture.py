@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from jaxblock.errors import UserError
-from jaxblock.types import Alignment
+from jaxblock.settings import Alignment
 
 
 class RopeScaling(NamedTuple):

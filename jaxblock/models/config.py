@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from jaxblock.types import (
-    Alignment,
-)
+from jaxblock.settings import Alignment
 
 
 @dataclass(frozen=True)

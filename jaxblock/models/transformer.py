@@ -218,22 +218,19 @@ class Transformer:
         module = nnx.eval_shape(lambda: Block(specs, self.arch, attention, self.products))
         return nnx.split(module)[0]
 
-    def hidden(
-        self, params: Params, view: View, cache: None = None, row_keys: Array | None = None
-    ) -> tuple[Float[Array, "B A D"], None]:
+    def hidden(self, params: Params, view: View, row_keys: Array | None = None) -> Float[Array, "B A D"]:
         """Hidden states at ``view.at`` after the last norm.
 
         Args:
             params: the table's nested dict.
             view: what the network sees.
-            cache: the seam for cache policies; without one every position is computed.
             row_keys: one random key a row [B], for the adapters' dropout; None for no dropout.
 
         Returns:
-            ([B, A, D], the cache).
+            Hidden states [B, A, D].
         """
         x = self.trunk(params, view.ids, view.positions, view.length, view.at, row_keys)
-        return rms_norm(x, params["final_norm"], self.arch.norm_eps), cache
+        return rms_norm(x, params["final_norm"], self.arch.norm_eps)
 
     def trunk(
         self,

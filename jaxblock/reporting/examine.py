@@ -16,11 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxblock.diffusion.canvas import supervised_end
+from jaxblock.diffusion.canvas import Canvas, Layout, supervised_end
 from jaxblock.diffusion.config import MethodConfig
 from jaxblock.diffusion.corruption import CLEAN, corrupt
 from jaxblock.diffusion.objective import normaliser
-from jaxblock.types import Canvas, Draw, Layout, View
+from jaxblock.diffusion.sampling import Draw
+from jaxblock.types import View
 
 Kind = Literal["prompt", "response", "terminator", "fill", "padding", "unused", "hidden"]
 

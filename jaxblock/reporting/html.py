@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from html import escape
 
+from jaxblock.diffusion.canvas import Layout
 from jaxblock.reporting.examine import MEANING, DrawShown, Examined, Position, Seen
 from jaxblock.reporting.pieces import visible
 from jaxblock.reporting.terminal import describe, draw_summary, summary
-from jaxblock.types import Layout
 
 _CSS = """
 :root { --ink:#1d2330; --soft:#6a7280; --line:#d9dde3; --paper:#f6f7f9; --card:#ffffff;

@@ -10,9 +10,9 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from jaxblock.diffusion.canvas import Layout
 from jaxblock.reporting.examine import MEANING, DrawShown, Examined, Kind, Seen
 from jaxblock.reporting.pieces import MASK_GLYPH, visible
-from jaxblock.types import Layout
 
 _STYLE: dict[Kind, str] = {
     "prompt": "bright_blue",

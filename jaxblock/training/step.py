@@ -14,15 +14,17 @@ from jax.sharding import Mesh
 
 from jaxblock.diffusion import canvas as canvases
 from jaxblock.diffusion import sampling
+from jaxblock.diffusion.canvas import Canvas, Layout
 from jaxblock.diffusion.config import MethodConfig
 from jaxblock.diffusion.objective import Losses, losses
+from jaxblock.diffusion.sampling import Draw
 from jaxblock.models.linear import lora
 from jaxblock.models.spec import Table
 from jaxblock.parallel import rules
 from jaxblock.training.optim.gating import gated, select
 from jaxblock.training.optim.precision import global_norm
 from jaxblock.training.state import TrainState, next_average, shardings
-from jaxblock.types import Canvas, Draw, Layout, Network, Params
+from jaxblock.types import Network, Params
 
 if TYPE_CHECKING:
     from jaxblock.data.loader import Batch

@@ -13,11 +13,11 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from jaxblock.diffusion import canvas as canvases
+from jaxblock.diffusion.canvas import Layout
 from jaxblock.models.architecture import Architecture
 from jaxblock.models.families import registry
 from jaxblock.models.spec import init_params, nest
 from jaxblock.models.transformer import Transformer
-from jaxblock.types import Layout
 
 VOCAB, EOT, FILL, MASK = 11, 7, 8, 9
 P, R = 3, 9

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from jaxblock.diffusion import canvas as canvases
+from jaxblock.diffusion.canvas import Layout
 from jaxblock.diffusion.decoding import decoder, scoring
-from jaxblock.diffusion.decoding.config import DecodeConfig
-from jaxblock.types import Layout, RuleName
+from jaxblock.diffusion.decoding.config import DecodeConfig, RuleName
 
 MASK, FILL, EOT = 9, 8, 7
 PROMPTS = [[1], [2, 3], [4, 5, 6], [0, 1]]
@@ -70,10 +70,10 @@ def test_a_result_does_not_depend_on_the_batch(net, layout, name):
 class Fixed:
     """A network that says the same whatever it sees: ``table[prompt length, response position]`` are its logits."""
 
-    def hidden(self, params, view, cache=None, row_keys=None):
+    def hidden(self, params, view, row_keys=None):
         prompt_len = view.length - params["table"].shape[1]
         at = view.active - prompt_len[:, None]
-        return params["table"][prompt_len[:, None], at], cache
+        return params["table"][prompt_len[:, None], at]
 
     def logits(self, params, hidden):
         return hidden

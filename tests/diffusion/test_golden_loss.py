@@ -11,10 +11,10 @@ import pytest
 
 from jaxblock.diffusion import canvas as canvases
 from jaxblock.diffusion import corruption, objective, sampling
+from jaxblock.diffusion.canvas import Layout
 from jaxblock.diffusion.config import MethodConfig
 from jaxblock.diffusion.sampling import Uniforms
 from jaxblock.models.spec import flatten
-from jaxblock.types import Layout
 
 SUFFIX_PREFIX = [(1.0, 0.0), (1.0, 0.3), (0.0, 0.0), (0.0, 0.3), (0.5, 0.0), (0.5, 0.3)]
 FULL = {

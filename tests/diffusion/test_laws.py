@@ -237,8 +237,8 @@ def _shift_forgotten(net):
     class Wrong:
         logits, nll = net.logits, net.nll
 
-        def hidden(self, params, view, cache=None, row_keys=None):
-            return net.hidden(params, view._replace(at=view.active), cache)
+        def hidden(self, params, view, row_keys=None):
+            return net.hidden(params, view._replace(at=view.active))
 
     return Wrong()
 

@@ -10,9 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxblock.diffusion.decoding import rules as transfer
-from jaxblock.diffusion.decoding import scoring
-from jaxblock.types import Scores, StepInfo
+from jaxblock.diffusion.decoding import scoring, transfer
+from jaxblock.diffusion.decoding.transfer import Scores, StepInfo
 
 WIDTH = 12
 

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 
 from jaxblock.diffusion import canvas as canvases
 from jaxblock.diffusion import sampling
+from jaxblock.diffusion.canvas import Layout
 from jaxblock.diffusion.config import MethodConfig
 from jaxblock.diffusion.corruption import corrupt
 from jaxblock.diffusion.decoding import decoder
 from jaxblock.diffusion.decoding.config import DecodeConfig
-from jaxblock.types import Layout
 
 VOCAB, EOT, FILL, MASK = 11, 7, 8, 9
 P = 4
@@ -203,10 +203,10 @@ class Recorder:
     def __init__(self):
         self.views = []
 
-    def hidden(self, params, view, cache=None, row_keys=None):
+    def hidden(self, params, view, row_keys=None):
         jax.debug.callback(lambda *fields: self.views.append(type(view)(*map(np.asarray, fields))), *view, ordered=True)
         noise = jnp.sin(params["scale"] * (1.0 + view.ids[:, :, None] * jnp.arange(1, 6)))
-        return jnp.take_along_axis(noise.cumsum(1), view.at[..., None], axis=1), cache
+        return jnp.take_along_axis(noise.cumsum(1), view.at[..., None], axis=1)
 
     def logits(self, params, hidden):
         return hidden @ params["head"]

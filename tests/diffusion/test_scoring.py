@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 from jaxblock.diffusion import canvas as canvases
-from jaxblock.diffusion.decoding import decoder, scoring
-from jaxblock.diffusion.decoding import rules as transfer
+from jaxblock.diffusion.canvas import Layout
+from jaxblock.diffusion.decoding import decoder, scoring, transfer
 from jaxblock.diffusion.decoding.config import DecodeConfig
-from jaxblock.types import Layout, StepInfo
+from jaxblock.diffusion.decoding.transfer import StepInfo
 
 VOCAB, MASK, FILL, EOT = 7, 6, 0, 1
 MANY = 20_000
@@ -212,8 +212,8 @@ def test_the_smallest_alg_temp_is_the_most_confident():
 class Still:
     """A network whose logits do not depend on what it sees."""
 
-    def hidden(self, params, view, cache=None):
-        return jnp.broadcast_to(params["table"], (view.ids.shape[0], *params["table"].shape)), cache
+    def hidden(self, params, view):
+        return jnp.broadcast_to(params["table"], (view.ids.shape[0], *params["table"].shape))
 
     def logits(self, params, hidden):
         return hidden

@@ -48,7 +48,7 @@ def adapted() -> tuple[Transformer, Params]:
     return net, lora.attach(base, filled)
 
 
-hidden = jax.jit(lambda net, params, view, keys=None: net.hidden(params, view, None, keys)[0], static_argnums=0)
+hidden = jax.jit(lambda net, params, view, keys=None: net.hidden(params, view, keys), static_argnums=0)
 
 
 def test_a_branch_is_what_the_merged_matrix_does(adapted: tuple[Transformer, Params]) -> None:
@@ -189,7 +189,7 @@ def test_adapters_on_int8_have_the_gradients_of_adapters_on_the_same_weights(
             whole[path] = numbers * scale[:, None, :]
 
     def gradient(net: Transformer, base: Params) -> jax.Array:
-        loss = lambda own: jnp.sum(jnp.sin(net.hidden(lora.attach(base, own), view())[0]))  # noqa: E731
+        loss = lambda own: jnp.sum(jnp.sin(net.hidden(lora.attach(base, own), view())))  # noqa: E731
         return ravel_pytree(jax.jit(jax.grad(loss))(params["lora"]))[0]
 
     got = gradient(dataclasses.replace(net, int8=True), nest(flat))

@@ -54,7 +54,7 @@ def value_and_grad(net, params, view):
     targets = view.ids[:, :A]
 
     def loss(params):
-        hidden, _ = net.hidden(params, view)
+        hidden = net.hidden(params, view)
         return net.nll(params, hidden, targets).sum(), hidden
 
     (value, hidden), grad = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
@@ -116,7 +116,7 @@ def test_what_is_not_visible_does_not_matter_and_what_is_does(plain):
     net, params, _ = plain
     view = make_view()
     net = dataclasses.replace(net, attention="xla")
-    run = jax.jit(lambda view: net.hidden(params, view)[0])
+    run = jax.jit(lambda view: net.hidden(params, view))
     hidden = run(view)
     beyond = run(view._replace(ids=view.ids.at[1, 7:].set(3)))
     np.testing.assert_array_equal(hidden, beyond)
@@ -270,7 +270,7 @@ def test_remat_still_sees_the_products():
     def products(remat):
         net = Transformer(make_arch(), remat=remat)
         params = init(net.arch, 0)
-        loss = lambda p: net.nll(p, net.hidden(p, make_view())[0], make_view().ids[:, :A]).sum()  # noqa: E731
+        loss = lambda p: net.nll(p, net.hidden(p, make_view()), make_view().ids[:, :A]).sum()  # noqa: E731
         return str(jax.make_jaxpr(jax.grad(loss))(params)).count("dot_general")
 
     assert products("none") <= products("dots") < products("full")
@@ -280,7 +280,7 @@ def test_offload_sends_each_layers_input_to_the_host():
     """Without the name that its policy looks for, nothing would be sent, and no value would tell."""
     net = Transformer(make_arch(), remat="offload", dtype="bfloat16")
     params = init(net.arch, 0)
-    loss = lambda p: net.nll(p, net.hidden(p, make_view())[0], make_view().ids[:, :A]).sum()  # noqa: E731
+    loss = lambda p: net.nll(p, net.hidden(p, make_view()), make_view().ids[:, :A]).sum()  # noqa: E731
     text = str(jax.make_jaxpr(jax.grad(loss))(params))
     assert f"{net.arch.n_layers},{B},{T},{net.arch.d_model}" in re.findall(r"bf16<host>\[([\d,]+)\]", text)
 
@@ -299,7 +299,7 @@ def test_both_modes_of_nnx(plain):
 def test_bfloat16_compute_keeps_float32_outputs(plain):
     net, params, want = plain
     low = dataclasses.replace(net, dtype="bfloat16", attention="xla")
-    hidden = jax.jit(lambda p: low.hidden(p, make_view())[0])(jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
+    hidden = jax.jit(lambda p: low.hidden(p, make_view()))(jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
     assert hidden.dtype == jnp.bfloat16
     assert low.logits(params, hidden).dtype == jnp.float32
     assert low.nll(params, hidden, make_view().ids[:, :A]).dtype == jnp.float32

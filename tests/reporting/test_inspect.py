@@ -15,12 +15,12 @@ from rich.console import Console
 
 from jaxblock.diffusion import canvas as canvases
 from jaxblock.diffusion import corruption
+from jaxblock.diffusion.canvas import Canvas, Layout
 from jaxblock.diffusion.config import MethodConfig
-from jaxblock.diffusion.sampling import draw, draw_uniforms
+from jaxblock.diffusion.sampling import Draw, draw, draw_uniforms
 from jaxblock.reporting import examine as inspect
 from jaxblock.reporting import html as inspect_html
 from jaxblock.reporting import terminal as inspect_terminal
-from jaxblock.types import Canvas, Draw, Layout
 
 MASK, FILL, EOT = 90, 91, 92
 

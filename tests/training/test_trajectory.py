@@ -14,9 +14,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import jaxblock
+from jaxblock.diffusion.canvas import Canvas, Layout
 from jaxblock.diffusion.config import MethodConfig
 from jaxblock.diffusion.corruption import corrupt
 from jaxblock.diffusion.objective import Losses, losses
+from jaxblock.diffusion.sampling import Draw
 from jaxblock.models.linear import lora
 from jaxblock.models.spec import Table, flatten
 from jaxblock.training.optim import make as optimizers
@@ -24,7 +26,7 @@ from jaxblock.training.optim.config import OptimizerConfig
 from jaxblock.training.optim.schedules import schedule
 from jaxblock.training.state import TrainState
 from jaxblock.training.step import Objective, train_step
-from jaxblock.types import Canvas, Draw, Layout, Params
+from jaxblock.types import Params
 
 STEPS, WIDTH = 12, 40
 PEFT = "base_model.model."

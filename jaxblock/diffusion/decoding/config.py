@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Literal
 
-from jaxblock.types import (
-    EosSuppression,
-    FactorRule,
-    Quota,
-    RuleName,
-)
+RuleName = Literal[
+    "low_confidence", "random", "confidence_threshold", "factor", "maskgit_plus", "topk_margin", "entropy", "origin"
+]
+Quota = Literal["even", "dllm_linear", "dream"]
+FactorRule = Literal["strict", "v1"]
+EosSuppression = Literal["none", "logits", "confidence"]
+
+DREAM_MEASURES = ("maskgit_plus", "topk_margin", "entropy")
+"""Rules whose confidence is that of the distribution the token is drawn from: tempered, top-p and top-k applied."""
+RANKED_BY_QUOTA = ("low_confidence", *DREAM_MEASURES)
+"""Rules that commit the quota's number of most confident positions."""
+TAKE_A_QUOTA = (*RANKED_BY_QUOTA, "random")
+"""Rules that commit the quota's number of positions."""
 
 
 @dataclass(frozen=True)

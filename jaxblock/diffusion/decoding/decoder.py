@@ -12,13 +12,31 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
-from jaxblock.diffusion.canvas import active_positions, block_tokens, view
-from jaxblock.diffusion.decoding import rules as transfer
+from jaxblock.diffusion.canvas import Canvas, Layout, active_positions, block_tokens, view
+from jaxblock.diffusion.decoding import transfer
 from jaxblock.diffusion.decoding.config import DecodeConfig
 from jaxblock.diffusion.decoding.scoring import score
-from jaxblock.types import Canvas, Carry, Layout, Network, Params, StepInfo, View
+from jaxblock.types import Network, Params, View
+
+
+class Carry(NamedTuple):
+    """The decoder's state between blocks.
+
+    Attributes:
+        ids: the canvas as committed so far; what is not committed is a mask.
+        commit_step: the step, counted over the whole response, that committed each response position; -1 = still mask.
+        done: rows that stopped early.
+        nfe: forward passes spent on each row.
+        row_key: one random key a row, so that a row's result does not depend on its batch.
+    """
+
+    ids: Int[Array, "B T"]
+    commit_step: Int[Array, "B R"]
+    done: Bool[Array, " B"]
+    nfe: Int[Array, " B"]
+    row_key: Array
 
 
 class Responses(NamedTuple):
@@ -59,7 +77,6 @@ def start(layout: Layout, canvas: Canvas, seed: int | Int[Array, ""]) -> Carry:
         done=jnp.zeros(rows, bool),
         nfe=jnp.zeros(rows, jnp.int32),
         row_key=keys,
-        cache=None,
     )
 
 
@@ -105,7 +122,7 @@ def decode_block(
         taken = loop.nfe // options.passes
         keys = jax.vmap(jax.random.fold_in)(carry.row_key, taken)
         scores = score(layout, options, logits, eligible, keys)
-        chosen = rule(scores, StepInfo(loop.step, masks_at_start))
+        chosen = rule(scores, transfer.StepInfo(loop.step, masks_at_start))
         return _Loop(
             step=loop.step + 1,
             tokens=jnp.where(chosen, scores.token, loop.tokens),
@@ -139,12 +156,12 @@ def _logits(
     net: Network, layout: Layout, options: DecodeConfig, params: Params, canvas: Canvas, seen: View
 ) -> Float[Array, "B A V"]:
     """The active block's logits, guided away from the unconditional ones where the options say so."""
-    conditional = net.logits(params, net.hidden(params, seen)[0])
+    conditional = net.logits(params, net.hidden(params, seen))
     if not options.cfg_scale:
         return conditional
     in_prompt = jnp.arange(seen.ids.shape[1]) < canvas.prompt_len[:, None]
     blind = seen._replace(ids=jnp.where(in_prompt, layout.mask_id, seen.ids))
-    unconditional = net.logits(params, net.hidden(params, blind)[0])
+    unconditional = net.logits(params, net.hidden(params, blind))
     return unconditional + (options.cfg_scale + 1) * (conditional - unconditional)
 
 

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from jaxblock.diffusion.decoding.config import DecodeConfig
-from jaxblock.types import DREAM_MEASURES, Layout, RuleName, Scores
+from jaxblock.diffusion.canvas import Layout
+from jaxblock.diffusion.decoding.config import DREAM_MEASURES, DecodeConfig, RuleName
+from jaxblock.diffusion.decoding.transfer import Scores
 
 _TOKEN, _CHANCE, _POSITION = 0, 1, 2
 """What a row's key of a step is folded with, for each thing that is drawn."""

@@ -11,7 +11,7 @@ from jaxblock.errors import UserError
 from jaxblock.models.architecture import Architecture
 from jaxblock.models.families import dream, llada, llama, qwen2, qwen3
 from jaxblock.models.spec import Table
-from jaxblock.types import Alignment
+from jaxblock.settings import Alignment
 
 FAMILIES: dict[str, ModuleType] = {"llada": llada, "dream": dream, "llama": llama, "qwen2": qwen2, "qwen3": qwen3}
 

@@ -7,14 +7,41 @@ tau becomes -log tau. Ties go to the lowest index.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 
-from jaxblock.diffusion.decoding.config import DecodeConfig
-from jaxblock.types import TAKE_A_QUOTA, FactorRule, Quota, Rule, RuleName, Scores, StepInfo
+from jaxblock.diffusion.decoding.config import TAKE_A_QUOTA, DecodeConfig, FactorRule, Quota, RuleName
+
+
+class Scores(NamedTuple):
+    """What a transfer rule chooses from.
+
+    Attributes:
+        token: the token each position would be given.
+        surprise: smaller is more confident: -log of the rule's confidence, in nats (probabilities near 1 tie in
+            float32; this does not), or what the rule ranks by in its place (``scoring.score``).
+        eligible: still a mask, inside the active block.
+    """
+
+    token: Int[Array, "B A"]
+    surprise: Float[Array, "B A"]
+    eligible: Bool[Array, "B A"]
+
+
+class StepInfo(NamedTuple):
+    """Where a decode step stands: its index inside the block, and the masks each row had when the block began."""
+
+    step: Int[Array, ""]
+    masks_at_start: Int[Array, " B"]
+
+
+Rule = Callable[[Scores, StepInfo], Bool[Array, "B A"]]
+"""A transfer rule: which eligible positions this step commits."""
 
 
 def rank(scores: Scores) -> Int[Array, "B A"]:
