@@ -1,4 +1,4 @@
-"""The files that travel with weights: tokenizer, chat template, generation config, model code (copied, never run)."""
+"""Copies the files that travel with weights: tokenizer, chat template, generation config, model code (never run)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxblock.errors import UserError
-from jaxblock.io.files import read_bytes, read_json
+from jaxblock.io.files import read_json
+from jaxblock.io.folders import copy_files
 from jaxblock.io.paths import PathLike, as_path
 from jaxblock.models.architecture import Architecture
 
@@ -30,26 +31,25 @@ _CODE = ("configuration_*.py", "modeling_*.py", "tokenization_*.py", "generation
 
 
 def copy_code(source: PathLike | None, target: Path) -> None:
-    """Copies a checkpoint's own Python files, which transformers asks its user for. They are never run.
+    """Copies a checkpoint's own Python files, which transformers needs to load some families; we never run them.
 
     Args:
-        source: the folder they are in; None copies nothing.
+        source: the checkpoint's folder; None copies nothing.
         target: the folder that is being made.
     """
-    for pattern in _CODE if source is not None else ():
-        for file in as_path(source or ".").glob(pattern):
-            (target / file.name).write_bytes(read_bytes(file))
+    if source is not None:
+        copy_files(source, target, _CODE)
 
 
 def point_auto_map_at(config: dict[str, Any], folder: Path, repository: str | None) -> None:
-    """Makes config.json's auto_map name a repository where it means a Python file that is not beside it.
+    """Makes config.json's auto_map name a repository wherever it names a Python file that is not beside it.
 
-    What was downloaded by hub name comes without code, and transformers could not load an export that asks for it.
+    A checkpoint downloaded by hub name comes without code, and transformers could not load an export that asks for it.
 
     Args:
-        config: config.json; changed in place.
-        folder: the export, its code already in it.
-        repository: the hub name that has the family's code; None where transformers needs none.
+        config: the content of config.json; changed in place.
+        folder: the folder of the export, with its code already in it.
+        repository: the hub name of the repository with the family's code; None where transformers needs none.
     """
     named = config.get("auto_map")
     if repository is None or not isinstance(named, dict):
@@ -63,47 +63,43 @@ def point_auto_map_at(config: dict[str, Any], folder: Path, repository: str | No
 
 
 def copy_origin(source: PathLike, target: Path) -> None:
-    """Sets aside what an export will want of the checkpoint that a run starts from: model code and generation config.
+    """Copies what an export will need of the checkpoint that a run starts from: model code and generation config.
 
     Args:
-        source: a Hugging Face folder, or the folder that an earlier run has set aside.
-        target: a folder to make.
+        source: a Hugging Face folder, or the folder of such copies in an earlier run.
+        target: the folder to make.
     """
-    target.mkdir()
-    copy_code(source, target)
-    if (as_path(source) / GENERATION).exists():
-        (target / GENERATION).write_bytes(read_bytes(as_path(source) / GENERATION))
+    copy_files(source, target, (*_CODE, GENERATION))
 
 
 def copy_tokenizer(source: PathLike | None, target: Path) -> None:
     """Copies a tokenizer's files and its chat template.
 
     Args:
-        source: the folder they are in; None copies nothing.
+        source: the tokenizer's folder; None copies nothing.
         target: the folder that is being made.
 
     Raises:
-        UserError: there is no such folder.
+        UserError: there is no folder ``source``.
     """
     if source is None:
         return
     folder = as_path(source)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the folder of the tokenizer's files")
-    for pattern in _TOKENIZER:
-        for file in folder.glob(pattern):
-            (target / file.name).write_bytes(read_bytes(file))
+    copy_files(folder, target, _TOKENIZER)
     # Readers of the checkpoint look for the chat template under this name.
     if (target / "template.jinja").exists() and not (target / "chat_template.jinja").exists():
         shutil.copyfile(target / "template.jinja", target / "chat_template.jinja")
 
 
 def merged_generation_config(source: PathLike | None, arch: Architecture) -> dict[str, Any]:
-    """What generation_config.json is to say: what the origin's says, and what it leaves unsaid.
+    """Returns the content of an export's generation_config.json: the origin's, completed from the architecture.
 
     Args:
-        source: the folder of the origin's; None for none.
-        arch: special ids. Its end of sequence ends a response whatever the origin says, and its mask is the mask.
+        source: the folder that may hold the origin's generation config; None for no origin.
+        arch: the architecture with the special ids. Its end of sequence always ends a response, and its mask token
+            replaces the origin's.
 
     Returns:
         The dict to write.

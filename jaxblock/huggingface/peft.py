@@ -1,4 +1,4 @@
-"""Adapters in PEFT's format, in and out: ``adapter_config.json`` and ``adapter_model.safetensors``."""
+"""Reads and writes LoRA adapters in PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors``."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from jax.sharding import SingleDeviceSharding
 from jax.typing import DTypeLike
 
 from jaxblock.errors import UserError
+from jaxblock.huggingface.checks import check_no_problems, tensor_problems, tree_problems
 from jaxblock.huggingface.companions import copy_tokenizer
-from jaxblock.huggingface.load import summary_line, tree_differences
-from jaxblock.huggingface.placement import read_parameter, stored_shape, tensor_names
-from jaxblock.huggingface.tensor_files import DTYPES, FolderContents, scan_file
+from jaxblock.huggingface.placement import read_parameter, tensor_names
+from jaxblock.huggingface.tensor_files import FolderContents, scan_file
 from jaxblock.huggingface.tensor_writer import pending_tensors, write_tensors
 from jaxblock.io.files import read_json, write_json
 from jaxblock.io.folders import check_vacant, new_folder
@@ -29,14 +29,15 @@ from jaxblock.models.spec import Table, flatten, nest
 from jaxblock.types import Params
 
 CONFIG = "adapter_config.json"
-"""The file that says an exported folder is whole."""
+"""The file that is written last, and so says that an exported folder is whole."""
 
 WEIGHTS = "adapter_model.safetensors"
 
 START = "diffusion_start.json"
-"""Beside adapters of an autoregressive base: the mask token and alignment, which its own config.json does not name."""
+"""Holds the mask token and alignment beside adapters of an autoregressive base, whose own config.json names neither."""
 
-# What PEFT can do to a branch and we do not: an adapter that says otherwise would load and be wrong.
+# Settings of PEFT that change what a branch computes, and the values that we support: an adapter with another value would
+# load and give wrong results.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "alpha_pattern": ({}, None),
     "arrow_config": (None,),
@@ -68,19 +69,19 @@ def save_adapter(
     """Writes adapters so that ``peft`` loads them onto their base. The folder appears whole or not at all.
 
     Args:
-        folder: what to make; it must not exist (or be empty).
-        arch: the base's.
-        lora: what is adapted.
-        adapters: as ``models.linear.lora.adapter_table`` describes them.
+        folder: the folder to make; it must not exist (or be empty).
+        arch: the base's architecture.
+        lora: which matrices are adapted, and the rank and scale of their branches.
+        adapters: the weights, as ``models.linear.lora.adapter_table`` describes them.
         base: the base's folder or hub name, for ``base_model_name_or_path``.
-        dtype: cast to this type; None keeps float32.
-        tokenizer: a folder whose tokenizer files are copied; None for none.
+        dtype: the type to cast to; None keeps float32.
+        tokenizer: a folder whose tokenizer files are copied; None copies none.
 
     Raises:
-        UserError: the folder exists or cannot be written, the adapters are not those of the architecture.
+        UserError: the folder exists or cannot be written, or the adapters are not those of the architecture.
     """
     table = adapter_table(registry.param_table(arch), lora)
-    problems = tree_differences(adapters, table)
+    problems = tree_problems(adapters, table)
     if problems:
         raise UserError(
             f"cannot export to {folder}: these are not the adapters that were described: {'; '.join(problems)}"
@@ -96,12 +97,15 @@ def save_adapter(
 
 
 def check_base_rows(folder: PathLike, arch: Architecture, base: Architecture) -> None:
-    """Raises UserError where adapters alone would be of no use: the vocabulary grew, and their base has no such rows.
+    """Checks that the base has all rows of the vocabulary that the adapters were trained with.
 
     Args:
-        folder: what is to be exported, for the message.
-        arch: what the adapters were trained on.
-        base: what the base's own config.json says.
+        folder: the folder to export to, for the message.
+        arch: the architecture that the adapters were trained on.
+        base: the architecture in the base's own config.json.
+
+    Raises:
+        UserError: the vocabulary was extended, so that adapters without the new rows would be of no use.
     """
     if base.vocab_size < arch.vocab_size:
         raise UserError(
@@ -112,11 +116,11 @@ def check_base_rows(folder: PathLike, arch: Architecture, base: Architecture) ->
 
 
 def with_saved_start(folder: PathLike, arch: Architecture) -> Architecture:
-    """An adapter's base as a diffusion network: an autoregressive one has its mask token and alignment from the adapters.
+    """Gives an autoregressive base the mask token and alignment that were saved beside its adapters.
 
     Args:
-        folder: of the adapters.
-        arch: the base's own; one that has a mask token is returned as it is.
+        folder: the folder of the adapters.
+        arch: the base's own architecture; one that has a mask token is returned as it is.
 
     Raises:
         UserError: the file that names them is damaged, or they do not fit the base.
@@ -124,11 +128,11 @@ def with_saved_start(folder: PathLike, arch: Architecture) -> Architecture:
     path = Path(folder) / START
     if arch.mask_id is not None or not path.is_file():
         return arch
-    said = read_json(path)
-    mask_id = said.get("mask_token_id") if isinstance(said, dict) else None
-    if not isinstance(mask_id, int) or said.get(ALIGNMENT) not in ("same_position", "shifted"):
+    start = read_json(path)
+    mask_id = start.get("mask_token_id") if isinstance(start, dict) else None
+    if not isinstance(mask_id, int) or start.get(ALIGNMENT) not in ("same_position", "shifted"):
         raise UserError(f"{path}: names no mask_token_id and {ALIGNMENT}: export the adapters again")
-    return registry.with_mask(arch, mask_id, said[ALIGNMENT])
+    return registry.with_mask(arch, mask_id, start[ALIGNMENT])
 
 
 def _autoregressive(arch: Architecture) -> bool:
@@ -156,17 +160,14 @@ def _config(arch: Architecture, lora: Lora, base: str | None) -> dict[str, Any]:
 
 
 def target_modules(table: Table, lora: Lora) -> list[str] | str:
-    """The adapted modules as PEFT finds them.
+    """Returns the adapted modules as PEFT's ``target_modules`` names them.
 
     PEFT matches plain names by the last component, so LLaDA's ``ff_out`` would adapt the head too: where a plain name
-    means more than is adapted, a regular expression of whole names is given.
+    matches more than is adapted, one regular expression of whole names is returned.
 
     Args:
-        table: the base's specs.
-        lora: what is adapted.
-
-    Returns:
-        Plain names, or one regular expression.
+        table: the base's parameters.
+        lora: which of its matrices are adapted.
     """
     modules = {path: _module(spec.hf_name) for path, spec in table.items()}
     short = {path: name.rsplit(".", 1)[-1] for path, name in modules.items()}
@@ -182,15 +183,15 @@ def _module(hf_name: str) -> str:
 
 
 def is_adapter(folder: PathLike) -> bool:
-    """Whether a folder holds adapters in PEFT's format."""
+    """Returns whether a folder holds adapters in PEFT's format."""
     return not is_remote(folder) and (Path(folder) / CONFIG).is_file()
 
 
 def read_base_name(folder: PathLike) -> str:
-    """The folder or hub name of the base that adapters say they belong to.
+    """Reads the folder or hub name of the base that adapters were trained on.
 
     Raises:
-        UserError: they do not say.
+        UserError: adapter_config.json does not name it.
     """
     config = read_json(Path(folder) / CONFIG)
     base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
@@ -204,14 +205,14 @@ def load_adapter(folder: PathLike, arch: Architecture) -> tuple[Lora, Params]:
 
     Args:
         folder: a local folder.
-        arch: the base's.
+        arch: the base's architecture.
 
     Returns:
         (what is adapted, the adapters in float32, as ``models.linear.lora.adapter_table`` describes them).
 
     Raises:
-        UserError: no adapters are there, they are of a kind that the network does not do, or their tensors are not
-            this base's: all of them named at once.
+        UserError: there are no adapters, they are of a kind that the network does not support, or their tensors are not
+            those of this base (all of them are named at once).
     """
     path = Path(folder)
     if not (path / CONFIG).is_file():
@@ -229,7 +230,7 @@ def load_adapter(folder: PathLike, arch: Architecture) -> tuple[Lora, Params]:
 
 
 def _check_kind(where: Path, config: Any) -> None:
-    """Raises UserError where a config asks for more than low-rank branches of one rank."""
+    """Raises a UserError where a config asks for more than plain LoRA branches of one rank."""
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         found = config.get("peft_type") if isinstance(config, dict) else None
         raise UserError(f"{where}: peft_type is {found!r}; only LORA adapters are supported")
@@ -245,7 +246,7 @@ def _check_kind(where: Path, config: Any) -> None:
 
 
 def _targets(lora: Lora, base: Table, contents: FolderContents) -> tuple[str, ...]:
-    """The matrices that the file has tensors for."""
+    """Returns the paths of the base's matrices that the file has adapters for."""
     found = contents.stored.keys() | contents.damaged.keys()
     matrices = tuple(path for path, spec in base.items() if spec.stacked and spec.is_matrix)
     pairs = adapter_table(base, replace(lora, targets=matrices))
@@ -254,20 +255,12 @@ def _targets(lora: Lora, base: Table, contents: FolderContents) -> tuple[str, ..
 
 
 def _check_tensors(folder: Path, arch: Architecture, table: Table, contents: FolderContents) -> None:
-    """Raises UserError where the tensors are not those of this base's adapters; all that is wrong is named."""
-    expected = {name: stored_shape(spec) for spec in table.values() for name in tensor_names(spec)}
-    stored, damaged = contents.stored, contents.damaged
-    problems = list(contents.notes)
-    problems += summary_line("missing", [name for name in expected if name not in stored and name not in damaged])
-    problems += summary_line("not of this base", [name for name in stored if name not in expected])
-    problems += summary_line("damaged", [f"{name} ({why})" for name, why in damaged.items()])
-    shared = [(name, stored[name].shape, shape) for name, shape in expected.items() if name in stored]
-    problems += summary_line("wrong shape", [f"{n} is {list(a)}, not {list(b)}" for n, a, b in shared if a != b])
-    odd = [f"{name} is {stored[name].dtype}" for name in expected if name in stored]
-    problems += summary_line("unsupported type", [text for text in odd if text.rsplit(" ", 1)[-1] not in DTYPES])
-    if not expected:
+    """Raises a UserError that names every tensor that is not one of this base's adapters."""
+    problems = tensor_problems(contents, table, unexpected="not of this base")
+    if not table:
         problems.append("no matrix is adapted")
-    if problems:
-        sizes = f"{arch.family}, {arch.n_layers} layers, width {arch.d_model}"
-        lines = "\n  ".join([f"{folder}: these adapters do not fit their base ({sizes}):", *problems])
-        raise UserError(f"{lines}\nGive the base that they were trained on, or download the adapters again")
+    headline = (
+        f"{folder}: these adapters do not fit their base ({arch.family}, {arch.n_layers} layers, width {arch.d_model})"
+    )
+    advice = "Give the base that they were trained on, or download the adapters again"
+    check_no_problems(problems, headline, advice)

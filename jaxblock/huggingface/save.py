@@ -15,7 +15,8 @@ from jaxtyping import Int
 
 from jaxblock.errors import UserError
 from jaxblock.huggingface import companions
-from jaxblock.huggingface.load import load_checkpoint, tree_differences
+from jaxblock.huggingface.checks import tree_problems
+from jaxblock.huggingface.load import load_checkpoint
 from jaxblock.huggingface.tensor_files import INDEX
 from jaxblock.huggingface.tensor_writer import pending_tensors, split_into_files, write_tensors
 from jaxblock.io.files import check_writable, write_json
@@ -30,7 +31,7 @@ from jaxblock.models.transformer import Transformer
 from jaxblock.types import Params
 
 MARKER = "config.json"
-"""The file that says an exported folder is whole."""
+"""The file that is written last, and so says that an exported folder is whole."""
 
 
 def save_checkpoint(
@@ -48,24 +49,24 @@ def save_checkpoint(
     The host holds one layer's tensor at a time. The folder appears whole or not at all.
 
     Args:
-        folder: what to make; it must not exist (or be empty).
-        arch: sizes and ids; what its own config.json held besides is written back.
-        params: as the family's table describes them; adapters are merged first (``models.linear.lora.merge``).
-        tokenizer: a folder whose tokenizer files are copied; None for none.
+        folder: the folder to make; it must not exist (or be empty).
+        arch: the sizes and special ids; other fields of the config.json that it was read from are written back.
+        params: the weights as the family's table describes them, adapters merged (``models.linear.lora.merge``).
+        tokenizer: a folder whose tokenizer files are copied; None copies none.
         origin: a folder whose generation config and model code, if any, are copied; None for those of ``tokenizer``.
-        dtype: cast to this type; None keeps each tensor's own.
-        max_shard_bytes: above it the weights are split over several files with an index.
+        dtype: the type to cast to; None keeps each tensor's own.
+        max_shard_bytes: the size of weights, in bytes, above which they are split over several files with an index.
 
     Raises:
-        UserError: the folder exists or cannot be written, the parameters are not those of the architecture, are of a
-            type that safetensors' readers do not share, or are spread over several processes.
+        UserError: the folder exists or cannot be written; or the parameters are not those of the architecture, have a
+            type that other readers of safetensors do not know, or are spread over several processes.
     """
     table = registry.param_table(arch)
-    _check_whole(folder, params)
-    problems = tree_differences(params, table)
-    if problems:
-        listed = "; ".join(problems)
-        raise UserError(f"cannot export to {folder}: these are not the parameters of the architecture: {listed}")
+    _check_exportable(folder, params)
+    if problems := tree_problems(params, table):
+        raise UserError(
+            f"cannot export to {folder}: these are not the parameters of the architecture: {'; '.join(problems)}"
+        )
     pending = pending_tensors(table, flatten(params), dtype)
     files = split_into_files(pending, max_shard_bytes)
     check_vacant(folder, marker=MARKER)
@@ -91,7 +92,8 @@ def save_checkpoint(
         write_json(scratch / MARKER, config)
 
 
-def _check_whole(folder: PathLike, params: Params) -> None:
+def _check_exportable(folder: PathLike, params: Params) -> None:
+    """Raises a UserError where parameters hold separate adapters or were rounded to int8."""
     if KEY in params:
         raise UserError(
             f"cannot export to {folder}: these parameters hold LoRA adapters beside their base: merge them first "
@@ -109,21 +111,21 @@ def verify_checkpoint(folder: PathLike, net: Transformer, params: Params, ids: I
     """Reads an exported folder back and compares logits.
 
     Args:
-        folder: what `save` wrote.
-        net: the network it came from.
-        params: the parameters it came from; the copy is placed as they are.
-        ids: tokens to run, all visible.
+        folder: the folder that `save_checkpoint` wrote.
+        net: the network that was exported.
+        params: the parameters that were exported; those read back are placed on the devices in the same way.
+        ids: the tokens to run, all visible.
 
     Returns:
-        The largest absolute difference of any logit: 0 where the types are the same.
+        The largest absolute difference of any logit, which is 0 where the types are the same.
 
     Raises:
         UserError: the types are the same and the logits are not, or the folder's config.json gives another network.
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding if isinstance(leaf, Array) else None, params)
-    # An export in an object store is downloaded: what is compared is what was stored.
+    # An export in an object store is downloaded, so that what is compared is what was stored.
     arch, again = load_checkpoint(local_folder(folder, ["*.json", "*.safetensors"]), shardings=shardings)
-    if registry.param_table(arch) != registry.param_table(net.arch) or _ids(arch) != _ids(net.arch):
+    if registry.param_table(arch) != registry.param_table(net.arch) or _computed(arch) != _computed(net.arch):
         raise UserError(f"{folder}: config.json gives another network than the one exported: {arch} against {net.arch}")
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
     length = jnp.full(ids.shape[0], ids.shape[1], jnp.int32)
@@ -139,6 +141,7 @@ def verify_checkpoint(folder: PathLike, net: Transformer, params: Params, ids: I
     return difference
 
 
-def _ids(arch: Architecture) -> tuple[Any, ...]:
+def _computed(arch: Architecture) -> tuple[Any, ...]:
+    """Returns the fields that change what a network computes and that its table of parameters does not show."""
     shared = (arch.mask_id, arch.eos_id, arch.pad_id, arch.n_heads, arch.norm_eps, arch.alignment)
     return (*shared, arch.rope_theta, arch.rope_scaling)

@@ -1,6 +1,6 @@
-"""Safetensors files of one folder: what is in them, and all that is wrong with them.
+"""Lists and reads the tensors in the safetensors files of a folder, and collects all that is wrong with them.
 
-The `safetensors` library judges and reads; a header is parsed here only to say *which* tensors a damaged file lost.
+The `safetensors` library checks and reads; a header is parsed here only to say *which* tensors a damaged file lost.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(jnp.bfloat16),
 }
-"""The types we can hold, by safetensors' names."""
+"""The types that we can load and save, by the names that safetensors gives them."""
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _CONVERT = (
@@ -38,14 +38,16 @@ _CONVERT = (
 
 
 class StoredTensor(NamedTuple):
-    """Where a tensor lies.
+    """Says where a tensor is stored, and its type and shape.
 
     Attributes:
-        path: its file.
-        dtype: safetensors' name of its type.
-        shape: as stored (torch's orientation).
+        name: the tensor's name in the file.
+        path: the file that holds it.
+        dtype: the type, as safetensors names it.
+        shape: the shape as stored (in torch's orientation).
     """
 
+    name: str
     path: Path
     dtype: str
     shape: tuple[int, ...]
@@ -53,11 +55,11 @@ class StoredTensor(NamedTuple):
 
 @dataclass
 class FolderContents:
-    """What a folder's safetensors files hold.
+    """Lists what the safetensors files of a folder hold.
 
     Attributes:
-        stored: every readable tensor by name.
-        damaged: what is wrong, by tensor name.
+        stored: every readable tensor, by name.
+        damaged: what is wrong with each tensor that cannot be read, by name.
         notes: what is wrong with files as a whole.
     """
 
@@ -72,11 +74,8 @@ def scan_folder(folder: Path) -> FolderContents:
     Args:
         folder: a local folder with one safetensors file, or several with an index.
 
-    Returns:
-        Tensors, and all that is wrong.
-
     Raises:
-        UserError: there is no safetensors file at all, or the index is not an index.
+        UserError: there is no safetensors file at all, or the index cannot be understood.
     """
     promised = _read_index(folder)
     names = sorted(set(promised.values())) if promised else sorted(p.name for p in folder.glob("*.safetensors"))
@@ -92,6 +91,7 @@ def scan_folder(folder: Path) -> FolderContents:
 
 
 def _read_index(folder: Path) -> dict[str, str]:
+    """Returns the file of each tensor, by the tensor's name, as the index says it; empty without an index."""
     path = folder / INDEX
     if not path.exists():
         return {}
@@ -107,13 +107,7 @@ def _read_index(folder: Path) -> dict[str, str]:
 
 
 def scan_file(path: Path) -> FolderContents:
-    """Lists one safetensors file's tensors; damage is collected, not raised.
-
-    Args:
-        path: a local file.
-
-    Returns:
-        Tensors, and all that is wrong.
+    """Lists the tensors of one local safetensors file; damage is collected, not raised.
 
     Raises:
         UserError: there is no such file.
@@ -135,7 +129,7 @@ def _no_shards(folder: Path, wanted: str) -> UserError:
 
 
 def _scan_file(path: Path, promised: list[str], contents: FolderContents) -> None:
-    """Adds one shard's tensors; `promised` are those that the index puts there."""
+    """Adds the tensors of one file to `contents`; `promised` are the names of those that the index says are in it."""
     if not path.exists():
         contents.damaged |= dict.fromkeys(promised, f"its file {path.name} is missing")
         return
@@ -143,7 +137,7 @@ def _scan_file(path: Path, promised: list[str], contents: FolderContents) -> Non
         with safe_open(path, framework="np") as file:
             names = file.keys()
             slices = {name: file.get_slice(name) for name in names}
-            found = {name: StoredTensor(path, s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
+            found = {name: StoredTensor(name, path, s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
     except (SafetensorError, OSError) as error:
         cut = _diagnose(path)
         if cut is None:
@@ -159,7 +153,7 @@ def _scan_file(path: Path, promised: list[str], contents: FolderContents) -> Non
 
 
 def _diagnose(path: Path) -> dict[str, str] | None:
-    """The state of every tensor of a file that ends early; None if its header cannot be read or nothing is missing."""
+    """Describes every tensor of a file that ends early; None if its header cannot be read or nothing is missing."""
     try:
         with open(path, "rb") as file:
             header_len = int.from_bytes(file.read(8), "little")
@@ -180,19 +174,18 @@ def _diagnose(path: Path) -> dict[str, str] | None:
         return None
 
 
-def read_tensor(stored: StoredTensor, name: str, bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
-    """A slice of one tensor, in stored orientation.
+def read_tensor(tensor: StoredTensor, bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
+    """Reads a slice of one tensor, in the orientation in which it is stored.
 
-    The file is opened anew each time: dropping the mapping gives its pages back, so that what a process holds is this
-    tensor and not all that it has read so far.
+    The file is opened anew each time: dropping the mapping gives its pages back, so that a process holds this tensor in
+    memory and not all that it has read so far.
 
     Args:
-        stored: where the tensor lies.
-        name: its name.
+        tensor: the tensor to read.
         bounds: (start, stop) of each dimension.
 
     Returns:
-        An array of its own.
+        A copy of the slice.
     """
-    with safe_open(stored.path, framework="np") as file:
-        return np.asarray(file.get_slice(name)[tuple(slice(*b) for b in bounds)])
+    with safe_open(tensor.path, framework="np") as file:
+        return np.asarray(file.get_slice(tensor.name)[tuple(slice(*b) for b in bounds)])

@@ -1,6 +1,6 @@
 """Writes safetensors files, holding one tensor in memory at a time.
 
-The `safetensors` library's own writer wants a whole shard in memory, twice; the format is a header and the bytes.
+The `safetensors` library's own writer needs a whole file's tensors in memory, twice; the format is a header and the bytes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,13 @@ _SLICE_BYTES = 1 << 25
 
 
 class PendingTensor(NamedTuple):
-    """A tensor about to be written: its type and shape now, its values only when asked for."""
+    """Describes a tensor that is to be written, and fetches its values only when they are asked for.
+
+    Attributes:
+        dtype: the type in the file.
+        shape: the shape in the file.
+        fetch: returns the values on the host.
+    """
 
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
@@ -32,19 +38,19 @@ class PendingTensor(NamedTuple):
 
     @property
     def n_bytes(self) -> int:
-        """Size in the file."""
+        """Computes the tensor's size in the file, in bytes."""
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
 
 def split_into_files(tensors: Mapping[str, PendingTensor], max_shard_bytes: int) -> dict[str, list[str]]:
-    """Splits tensors over files, in order, none above the limit unless one tensor alone is.
+    """Splits tensors over files, in order; a file is above the limit only where one tensor alone is.
 
     Args:
-        tensors: by name, in the order in which they are to be written.
-        max_shard_bytes: limit of a file.
+        tensors: the tensors by name, in the order in which they are to be written.
+        max_shard_bytes: the largest size of a file, in bytes.
 
     Returns:
-        Tensor names by file name; a single file is ``model.safetensors``.
+        The names of each file's tensors, by file name; a single file is ``model.safetensors``.
     """
     groups: list[list[str]] = [[]]
     room = max_shard_bytes
@@ -64,11 +70,11 @@ def write_tensors(path: Path, names: Iterable[str], tensors: Mapping[str, Pendin
 
     Args:
         path: the file to make.
-        names: which tensors, in order.
-        tensors: all of them.
+        names: the names of the tensors to write, in order.
+        tensors: the tensors by name; others than those in ``names`` are not written.
 
     Raises:
-        OSError: the disk refuses.
+        OSError: the file cannot be written.
     """
     names = list(names)
     spelled = {dtype: name for name, dtype in DTYPES.items()}
@@ -90,18 +96,18 @@ def write_tensors(path: Path, names: Iterable[str], tensors: Mapping[str, Pendin
 
 
 def pending_tensors(table: Table, flat: Mapping[str, Any], dtype: DTypeLike | None) -> dict[str, PendingTensor]:
-    """Every tensor of a table, in the order of the network: embedding, layer by layer, then what follows the layers.
+    """Lists every tensor of a table in the network's order: embedding, layer by layer, then what follows the layers.
 
     Args:
-        table: the specs.
-        flat: arrays by path.
-        dtype: cast to this type; None keeps each tensor's own.
+        table: the parameters.
+        flat: their arrays, by the same paths.
+        dtype: the type to cast to; None keeps each tensor's own.
 
     Returns:
-        Tensors by the checkpoint's names.
+        The tensors by their names in the checkpoint.
 
     Raises:
-        UserError: one is of a type that safetensors' readers do not share, or spread over several processes.
+        UserError: one has a type that other readers of safetensors do not know, or is spread over several processes.
     """
     n_layers = max((s.shape[0] for s in table.values() if s.stacked), default=0)
     paths = list(table)
@@ -126,6 +132,8 @@ def pending_tensors(table: Table, flat: Mapping[str, Any], dtype: DTypeLike | No
 
 
 def _fetch(leaf: Any, spec: ParamSpec, layer: int, dtype: np.dtype[Any]) -> Callable[[], np.ndarray]:
+    """Returns a function that copies one layer of a parameter (or an unstacked one) to the host, as the file stores it."""
+
     def fetch() -> np.ndarray:
         if isinstance(leaf, Array) and spec.is_matrix and not spec.stacked:
             return _in_slices(leaf, dtype, spec.transpose)
@@ -136,10 +144,10 @@ def _fetch(leaf: Any, spec: ParamSpec, layer: int, dtype: np.dtype[Any]) -> Call
 
 
 def _in_slices(leaf: Array, dtype: np.dtype[Any], transpose: bool) -> np.ndarray:
-    """A copy on the host of a large matrix, as the file stores it.
+    """Copies a large matrix to the host, as the file stores it.
 
-    In slices, since a JAX array keeps the host's copy of itself as long as it lives; and shard by shard, since a slice
-    of the whole would be gathered on every device first.
+    It copies in slices, since a JAX array keeps the host's copy of itself as long as it exists; and shard by shard, since
+    a slice of the whole would be gathered on every device first.
     """
     bits = f"u{dtype.itemsize}"
     out = np.empty(leaf.shape[::-1] if transpose else leaf.shape, bits)

@@ -13,7 +13,8 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatch
 
 from etils import epath
 
@@ -96,13 +97,19 @@ def write_files(folder: PathLike, files: Mapping[str, bytes]) -> None:
             (target / name).write_bytes(content)
 
 
-def copy_files(source: PathLike, target: pathlib.Path) -> None:
-    """Copies the files directly in a folder, local or remote, into a local folder, which is made if absent.
+def copy_files(source: PathLike, target: pathlib.Path, patterns: Sequence[str] = ("*",)) -> None:
+    """Copies files that are directly in a folder, local or remote, into a local folder, which is made if absent.
+
+    Args:
+        source: the folder to copy from.
+        target: the local folder to copy into.
+        patterns: globs of the names of the files to copy.
 
     Raises:
-        UserError: one of them cannot be read or written.
+        UserError: one of the files cannot be read or written.
     """
-    write_files(target, {entry.name: read_bytes(entry) for entry in list_folder(source) if not entry.is_dir()})
+    files = [file for file in list_folder(source) if any(fnmatch(file.name, p) for p in patterns) and not file.is_dir()]
+    write_files(target, {file.name: read_bytes(file) for file in files})
 
 
 def list_folder(folder: PathLike) -> list[epath.Path]:

@@ -88,5 +88,5 @@ def test_the_transpose_on_an_accelerator_is_the_hosts(
     save_checkpoint(tmp_path / "out", arch, params)
     grown = dataclasses.replace(arch, vocab_size=48)
     here = load_checkpoint(tmp_path / "out", arch=grown)[1]
-    monkeypatch.setattr(placement, "_ready", lambda host, transpose, devices: (host, transpose))
+    monkeypatch.setattr(placement, "_transposed_on_cpu", lambda host, transpose, devices: (host, transpose))
     jax.tree.map(np.testing.assert_array_equal, load_checkpoint(tmp_path / "out", arch=grown)[1], here)

@@ -1,0 +1,89 @@
+"""Lists everything that is wrong with a checkpoint's tensors, so that one error message names all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+
+from jaxblock.errors import UserError
+from jaxblock.huggingface.placement import stored_shape, tensor_names
+from jaxblock.huggingface.tensor_files import DTYPES, FolderContents
+from jaxblock.models.spec import ParamSpec, Table, flatten
+from jaxblock.types import Params
+
+Shape = tuple[int, ...]
+
+
+def summary_line(what: str, items: Iterable[str]) -> list[str]:
+    """Returns one line that counts and names some things, or no line where there are none."""
+    items = list(items)
+    return [f"{what} ({len(items)}): {', '.join(items)}"] if items else []
+
+
+def shape_differences(
+    found: Mapping[str, Shape],
+    expected: Mapping[str, Shape],
+    *,
+    unexpected: str = "not expected",
+    unreadable: Collection[str] = (),
+) -> list[str]:
+    """Lists the arrays that are missing, not expected, or of another shape.
+
+    Args:
+        found: the shapes that are there, by name.
+        expected: the shapes that should be there, by name.
+        unexpected: what an array that is in ``found`` alone is called.
+        unreadable: names of arrays that are there but damaged, and thus not missing.
+
+    Returns:
+        One line for each kind of difference.
+    """
+    missing = [name for name in expected if name not in found and name not in unreadable]
+    wrong = [
+        f"{name} is {list(found[name])}, not {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    return [
+        *summary_line("missing", missing),
+        *summary_line(unexpected, [name for name in found if name not in expected]),
+        *summary_line("wrong shape", wrong),
+    ]
+
+
+def tensor_problems(
+    contents: FolderContents, table: Table, *, unexpected: str = "not expected", ignored: Collection[str] = ()
+) -> list[str]:
+    """Lists what is wrong with the tensors of a folder, as its files store them.
+
+    Args:
+        contents: the tensors found in the files.
+        table: the parameters that the files should hold.
+        unexpected: what a tensor that is no parameter of the table is called.
+        ignored: names of tensors that may be there besides.
+
+    Returns:
+        One line for each kind of problem.
+    """
+    stored = contents.stored
+    expected = {name: stored_shape(spec) for spec in table.values() for name in tensor_names(spec)}
+    shapes = {name: tensor.shape for name, tensor in stored.items() if name not in ignored}
+    odd = [n for n in expected if n in stored and stored[n].dtype not in DTYPES]
+    return [
+        *contents.notes,
+        *shape_differences(shapes, expected, unexpected=unexpected, unreadable=contents.damaged),
+        *summary_line("damaged", [f"{name} ({why})" for name, why in contents.damaged.items()]),
+        *summary_line("unsupported type", [f"{name} is {stored[name].dtype}" for name in odd]),
+    ]
+
+
+def tree_problems(params: Params, table: Mapping[str, ParamSpec]) -> list[str]:
+    """Lists what differs between a tree of arrays and the table that should describe it, one line a kind."""
+    found = {path: leaf.shape for path, leaf in flatten(params).items()}
+    return shape_differences(found, {path: spec.shape for path, spec in table.items()})
+
+
+def check_no_problems(problems: list[str], headline: str, advice: str) -> None:
+    """Raises a UserError with a headline, every problem on a line of its own, and advice, where there are problems."""
+    if problems:
+        lines = "\n  ".join([f"{headline}:", *problems])
+        raise UserError(f"{lines}\n{advice}")
