@@ -23,7 +23,7 @@ from jaxblock.io.folders import check_vacant, new_folder
 from jaxblock.io.paths import PathLike, is_remote
 from jaxblock.models.architecture import Architecture
 from jaxblock.models.families import registry
-from jaxblock.models.families.config_json import ALIGNMENT
+from jaxblock.models.families.llama import ALIGNMENT
 from jaxblock.models.linear.lora import Lora, adapter_table
 from jaxblock.models.spec import Table, flatten, nest
 from jaxblock.types import Params
@@ -136,7 +136,7 @@ def with_saved_start(folder: PathLike, arch: Architecture) -> Architecture:
 
 
 def _autoregressive(arch: Architecture) -> bool:
-    return "alignment" not in registry.FAMILIES[arch.family].TRAITS
+    return registry.FAMILIES[arch.family].alignment is None
 
 
 def _config(arch: Architecture, lora: Lora, base: str | None) -> dict[str, Any]:

@@ -87,8 +87,7 @@ def save_checkpoint(
         for tensor in pending.values():
             sizes[tensor.dtype.name] += tensor.n_bytes
         config = registry.to_hf(arch, sizes.most_common(1)[0][0])
-        code: str | None = getattr(registry.FAMILIES[arch.family], "CODE", None)
-        companions.point_auto_map_at(config, scratch, code)
+        companions.point_auto_map_at(config, scratch, registry.FAMILIES[arch.family].code)
         write_json(scratch / MARKER, config)
 
 

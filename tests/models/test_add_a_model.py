@@ -19,22 +19,24 @@ from jaxblock.huggingface.load import load_checkpoint
 from jaxblock.huggingface.save import save_checkpoint
 from jaxblock.models.architecture import Architecture, RopeScaling
 from jaxblock.models.families import registry
+from jaxblock.models.families.family import Family
 from jaxblock.models.spec import init_params
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "add-a-model.md"
 
 
 @pytest.fixture
-def exaone(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The page's Python, as the module that it says it is."""
+def exaone(monkeypatch: pytest.MonkeyPatch) -> Family:
+    """The page's Python, registered as the family that it describes."""
     (source,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
-    module = ModuleType("jaxblock.models.exaone")
+    module = ModuleType("jaxblock.models.families.exaone")
     exec(compile(source, str(PAGE), "exec"), module.__dict__)
-    monkeypatch.setitem(registry.FAMILIES, "exaone", module)
-    return module
+    family: Family = module.EXAONE
+    monkeypatch.setitem(registry.FAMILIES, family.name, family)
+    return family
 
 
-def test_the_worked_example_reads_and_writes_its_layout(exaone: ModuleType, tmp_path: Path) -> None:
+def test_the_worked_example_reads_and_writes_its_layout(exaone: Family, tmp_path: Path) -> None:
     """A Llama checkpoint under the other names is the same network, and comes out as it came in."""
     sizes: dict[str, Any] = dict(vocab_size=40, d_model=16, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=4, mlp_dim=24)
     sizes |= dict(norm_eps=1e-5, rope_theta=1e4, max_len=64, tie_embeddings=False, mask_id=None, eos_id=1, pad_id=2)
@@ -84,10 +86,11 @@ def test_the_worked_example_reads_and_writes_its_layout(exaone: ModuleType, tmp_
         load_checkpoint(folder)
 
 
-def test_every_family_offers_what_the_page_asks_for(exaone: ModuleType) -> None:
-    parts = {"MODEL_TYPES", "TRAITS", "param_table", "from_hf", "to_hf"}
-    for module in registry.FAMILIES.values():
-        assert parts <= vars(module).keys()
+def test_every_family_offers_what_the_page_asks_for(exaone: Family) -> None:
+    parts = Family.__dataclass_fields__
+    assert exaone.name in registry.FAMILIES
+    for name, family in registry.FAMILIES.items():
+        assert isinstance(family, Family) and family.name == name
     text = PAGE.read_text(encoding="utf-8")
     assert all(f"`{part}`" in text for part in parts)
     fields = re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`.*?) \|", text, re.M)))

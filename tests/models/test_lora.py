@@ -12,7 +12,7 @@ from jax.flatten_util import ravel_pytree
 
 from jaxblock.errors import UserError
 from jaxblock.models.architecture import Architecture
-from jaxblock.models.families import dream, llada, registry
+from jaxblock.models.families import registry
 from jaxblock.models.linear import int8, lora
 from jaxblock.models.linear.dense import LowRank, dense
 from jaxblock.models.linear.lora import Lora
@@ -25,7 +25,7 @@ from jaxblock.types import Params, View
 B, T = 4, 6
 ARCH = Architecture(
     "dream", vocab_size=16, d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=4, mlp_dim=24, norm_eps=1e-6,
-    rope_theta=100.0, max_len=64, tie_embeddings=False, mask_id=11, eos_id=10, pad_id=10, **dream.TRAITS,
+    rope_theta=100.0, max_len=64, tie_embeddings=False, mask_id=11, eos_id=10, pad_id=10, **registry.traits("dream"),
 )  # fmt: skip
 TABLE = registry.param_table(ARCH)
 ALL = lora.resolve(TABLE, ["all"])
@@ -142,7 +142,7 @@ def test_names_find_every_intended_matrix(family: str) -> None:
 def test_the_papers_adapters_have_as_many_parameters_as_the_paper_script_trains() -> None:
     sizes = dict(vocab_size=126464, d_model=4096, n_layers=32, n_heads=32, n_kv_heads=32, head_dim=128, mlp_dim=12288)
     arch = dataclasses.replace(ARCH, family="llada", qkv_bias=False, **sizes)
-    table = llada.param_table(arch)
+    table = registry.param_table(arch)
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     paper = Lora(256, 512.0, 0.05, lora.resolve(table, names, "ignore"))
     assert count_params(lora.adapter_table(table, paper)) == 335_544_320

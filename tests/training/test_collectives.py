@@ -20,7 +20,7 @@ from jaxblock.diffusion.config import CanvasConfig, MethodConfig
 from jaxblock.fit import shapes as abstract
 from jaxblock.models.architecture import Architecture
 from jaxblock.models.config import LoraConfig, ModelConfig
-from jaxblock.models.families import llada, registry
+from jaxblock.models.families import registry
 from jaxblock.parallel import rules
 from jaxblock.parallel.mesh import make_mesh
 from jaxblock.training.config import TrainConfig
@@ -28,7 +28,7 @@ from jaxblock.training.config import TrainConfig
 VOCAB, D, P, R, ROWS = 4096, 64, 32, 32, 32
 ARCH = Architecture(
     "llada", VOCAB, D, n_layers=2, n_heads=4, n_kv_heads=4, head_dim=16, mlp_dim=128, norm_eps=1e-5, rope_theta=1e4,
-    max_len=128, tie_embeddings=False, mask_id=7, eos_id=1, pad_id=1, **llada.TRAITS,
+    max_len=128, tie_embeddings=False, mask_id=7, eos_id=1, pad_id=1, **registry.traits("llada"),
 )  # fmt: skip
 _GATHERED = re.compile(r"= (.*?) all-gather(?:-start)?\(")
 _SHAPE = re.compile(r"\w+\[([\d,]*)\]")

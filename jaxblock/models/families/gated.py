@@ -7,24 +7,6 @@ from collections.abc import Mapping
 from jaxblock.models.architecture import Architecture
 from jaxblock.models.spec import ParamSpec, Table
 
-LLAMA_NAMES: dict[str, str] = {
-    "embed": "model.embed_tokens",
-    "attn_norm": "model.layers.{layer}.input_layernorm",
-    "q": "model.layers.{layer}.self_attn.q_proj",
-    "k": "model.layers.{layer}.self_attn.k_proj",
-    "v": "model.layers.{layer}.self_attn.v_proj",
-    "q_norm": "model.layers.{layer}.self_attn.q_norm",
-    "k_norm": "model.layers.{layer}.self_attn.k_norm",
-    "o": "model.layers.{layer}.self_attn.o_proj",
-    "mlp_norm": "model.layers.{layer}.post_attention_layernorm",
-    "gate": "model.layers.{layer}.mlp.gate_proj",
-    "up": "model.layers.{layer}.mlp.up_proj",
-    "down": "model.layers.{layer}.mlp.down_proj",
-    "final_norm": "model.norm",
-    "head": "lm_head",
-}
-"""Module names of Llama's layout in transformers, which most families follow."""
-
 
 def gated_table(arch: Architecture, names: Mapping[str, str]) -> Table:
     """Every tensor of RMSNorm, grouped attention and a gated feed-forward layer, repeated.

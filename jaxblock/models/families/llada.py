@@ -1,4 +1,4 @@
-"""LLaDA: a Llama block without the causal mask. Its config.json and its table of parameters.
+"""LLaDA: a Llama block without the causal mask, under a config.json and names of tensors of its own.
 
 RMSNorm, rotary positions (half-split), SwiGLU, no biases; keys and values may be grouped, embeddings may be tied.
 Names follow the published checkpoints (GSAI-ML/LLaDA-8B-*).
@@ -11,16 +11,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxblock.models.architecture import Architecture
-from jaxblock.models.families import gated
-from jaxblock.models.families.config_json import Fields, with_rope_and_dtype
-from jaxblock.models.spec import Table
+from jaxblock.models.families.config_json import Fields, add_rope_and_dtype
+from jaxblock.models.families.family import Family
 
-MODEL_TYPES = ("llada",)
-
-TRAITS: dict[str, Any] = {"alignment": "same_position"}
-"""Fields of ``Architecture`` that all networks of the family share."""
-
-# What the network computes and we do not: a checkpoint that says otherwise would load and be wrong.
+# What the network computes in one way only: a checkpoint that asks for another would load and be wrong.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "block_type": ("llama",),
     "activation_type": ("silu", "swiglu"),
@@ -51,42 +45,39 @@ _NAMES = {
     "head": "model.transformer.ff_out",
 }
 
-CODE = "GSAI-ML/LLaDA-8B-Instruct"
-"""transformers has no LLaDA of its own: an export without model code beside it names the repository that has it."""
+_CODE = "GSAI-ML/LLaDA-8B-Instruct"
 
 
-def param_table(arch: Architecture) -> Table:
-    """Every tensor of the network (see ``gated.gated_table``), under the published checkpoints' names."""
-    return gated.gated_table(arch, _NAMES)
-
-
-def from_hf(config: Mapping[str, Any], where: str) -> Architecture:
+def read_llada_config(config: Mapping[str, Any], where: str, family: Family) -> Architecture:
     """Reads LLaDA's config.json.
 
     Args:
         config: the parsed file.
-        where: its path, for messages.
+        where: the file's path, for messages.
+        family: LLaDA's record.
 
     Returns:
-        The architecture; every special id comes from the config.
+        The architecture; every special id comes from the file.
 
     Raises:
-        UserError: a field is missing, or asks for something that the network does not do.
+        UserError: a field is missing, or asks for something that the network does not compute.
     """
     fields = Fields(config, where, "LLaDA")
     fields.check_fixed(_FIXED)
     if fields.get("clip_qkv") is not None:
-        raise fields.refuse(f"clip_qkv is {fields.get('clip_qkv')!r}; this reader supports none")
+        raise fields.error(f"clip_qkv is {fields.get('clip_qkv')!r}; this reader supports none")
     if fields.rope_scaling() is not None:
-        raise fields.refuse("rope_scaling is set, which LLaDA's own code does not know: take it out")
+        raise fields.error("rope_scaling is set, which LLaDA's own code does not know: take it out")
     d_model, n_heads = fields.size("d_model"), fields.size("n_heads")
     n_kv_heads = fields.size("n_kv_heads", n_heads)
     fields.check_heads(d_model, n_heads, n_kv_heads)
     vocab = fields.size("embedding_size") if fields.get("embedding_size") else fields.size("vocab_size")
     eos_id = fields.need_token("eos_token_id", vocab)
     return Architecture(
-        **TRAITS,
-        family="llada",
+        family=family.name,
+        qkv_bias=family.qkv_bias,
+        qk_norm=family.qk_norm,
+        alignment=family.alignment or "same_position",
         vocab_size=vocab,
         d_model=d_model,
         n_layers=fields.size("n_layers"),
@@ -107,42 +98,19 @@ def from_hf(config: Mapping[str, Any], where: str) -> Architecture:
     )
 
 
-def to_hf(arch: Architecture, dtype: str) -> dict[str, Any]:
-    """The config.json of a network, in the layout of the published checkpoints.
+def make_llada_config(arch: Architecture, dtype: str, family: Family) -> dict[str, Any]:
+    """Makes a config.json in the layout of the published checkpoints.
 
     Args:
-        arch: sizes and ids; what ``from_hf`` read and did not use is written back as it was.
+        arch: the architecture; fields of the file that it was read from and that we do not use are written back.
         dtype: the tensors' type, as torch spells it.
+        family: LLaDA's record.
 
     Returns:
         The dict to write.
     """
-    config: dict[str, Any] = {
-        "activation_type": "silu",
-        "alibi": False,
-        "architectures": ["LLaDAModelLM"],
-        "attention_dropout": 0.0,
-        "attention_layer_norm": False,
-        "auto_map": {
-            "AutoConfig": CODE + "--configuration_llada.LLaDAConfig",
-            "AutoModel": CODE + "--modeling_llada.LLaDAModelLM",
-            "AutoModelForCausalLM": CODE + "--modeling_llada.LLaDAModelLM",
-        },
-        "block_type": "llama",
-        "embedding_dropout": 0.0,
-        "include_bias": False,
-        "include_qkv_bias": False,
-        "init_fn": "mitchell" if arch.init_std is None else "normal",
-        "input_emb_norm": False,
-        "layer_norm_type": "rms",
-        "mlp_ratio": 4,
-        "model_type": "llada",
-        "residual_dropout": 0.0,
-        "rope": True,
-        "rope_full_precision": True,
-        "scale_logits": False,
-        "use_cache": False,
-    }
+    config: dict[str, Any] = dict(family.new_config)
+    config["init_fn"] = "mitchell" if arch.init_std is None else "normal"
     config |= {key: json.loads(value) for key, value in arch.extra}
     config |= {
         "d_model": arch.d_model,
@@ -161,4 +129,40 @@ def to_hf(arch: Architecture, dtype: str) -> dict[str, Any]:
     }
     if arch.init_std is not None:
         config["init_std"] = arch.init_std
-    return with_rope_and_dtype(config, arch, dtype)
+    return add_rope_and_dtype(config, arch, dtype)
+
+
+LLADA = Family(
+    name="llada",
+    model_types=("llada",),
+    names=_NAMES,
+    from_hf=read_llada_config,
+    to_hf=make_llada_config,
+    alignment="same_position",
+    new_config={
+        "activation_type": "silu",
+        "alibi": False,
+        "architectures": ["LLaDAModelLM"],
+        "attention_dropout": 0.0,
+        "attention_layer_norm": False,
+        "auto_map": {
+            "AutoConfig": _CODE + "--configuration_llada.LLaDAConfig",
+            "AutoModel": _CODE + "--modeling_llada.LLaDAModelLM",
+            "AutoModelForCausalLM": _CODE + "--modeling_llada.LLaDAModelLM",
+        },
+        "block_type": "llama",
+        "embedding_dropout": 0.0,
+        "include_bias": False,
+        "include_qkv_bias": False,
+        "input_emb_norm": False,
+        "layer_norm_type": "rms",
+        "mlp_ratio": 4,
+        "model_type": "llada",
+        "residual_dropout": 0.0,
+        "rope": True,
+        "rope_full_precision": True,
+        "scale_logits": False,
+        "use_cache": False,
+    },
+    code=_CODE,
+)

@@ -1,39 +1,41 @@
-"""The families we know. Adding one is adding a module: ``MODEL_TYPES``, ``TRAITS``, ``table``, ``from_hf``, ``to_hf``."""
+"""The table of all families, and what is looked up in it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from types import ModuleType
 from typing import Any
 
 from jaxblock.errors import UserError
 from jaxblock.models.architecture import Architecture
-from jaxblock.models.families import dream, llada, llama, qwen2, qwen3
+from jaxblock.models.families.family import Family
+from jaxblock.models.families.gated import gated_table
+from jaxblock.models.families.llada import LLADA
+from jaxblock.models.families.llama import DREAM, LLAMA, QWEN2, QWEN3
 from jaxblock.models.spec import Table
 from jaxblock.settings import Alignment
 
-FAMILIES: dict[str, ModuleType] = {"llada": llada, "dream": dream, "llama": llama, "qwen2": qwen2, "qwen3": qwen3}
+FAMILIES: dict[str, Family] = {family.name: family for family in (LLADA, DREAM, LLAMA, QWEN2, QWEN3)}
+"""Every family that we can read and write, by its name."""
 
 
 def traits(family: str, alignment: Alignment | None = None) -> dict[str, Any]:
-    """What a family's networks have in common: fields of ``Architecture``.
+    """Returns the fields of ``Architecture`` that all networks of a family share.
 
     Args:
-        family: key of ``FAMILIES``.
-        alignment: of an autoregressive family; None for ``shifted``.
+        family: the family's name.
+        alignment: the logit alignment to give a network of an autoregressive family; None for ``shifted``.
 
     Raises:
-        UserError: the alignment of a diffusion family cannot be chosen.
+        UserError: another alignment was asked for than the one of a diffusion family.
     """
-    fixed: dict[str, Any] = FAMILIES[family].TRAITS
-    if "alignment" not in fixed:
-        return {**fixed, "alignment": alignment or "shifted"}
-    if alignment not in (None, fixed["alignment"]):
+    record = FAMILIES[family]
+    if record.alignment is not None and alignment not in (None, record.alignment):
         raise UserError(
-            f"model.alignment is {alignment}, but a {family} network's logits are {fixed['alignment']}: leave it unset"
+            f"model.alignment is {alignment}, but a {family} network's logits are {record.alignment}: leave it unset"
         )
-    return fixed
+    chosen = record.alignment or alignment or "shifted"
+    return {"qkv_bias": record.qkv_bias, "qk_norm": record.qk_norm, "alignment": chosen}
 
 
 _ROWS = 64
@@ -73,24 +75,26 @@ def with_mask(arch: Architecture, mask_id: int, alignment: Alignment | None = No
 
 
 def param_table(arch: Architecture) -> Table:
-    """The table of an architecture's family."""
-    return FAMILIES[arch.family].param_table(arch)
+    """Returns the specs of all parameters of an architecture, under its family's names."""
+    return gated_table(arch, FAMILIES[arch.family].names)
 
 
 def from_hf(config: Mapping[str, Any], where: str) -> Architecture:
-    """Reads a config.json of any family we know.
+    """Reads the parsed config.json of a checkpoint of any family in the table.
 
     Raises:
-        UserError: the model type is missing or unknown; the message lists those we know.
+        UserError: the model type is missing or unknown (the message lists the known ones), or the family's reader
+            refuses the file.
     """
     model_type = config.get("model_type")
-    for module in FAMILIES.values():
-        if model_type in module.MODEL_TYPES:
-            return module.from_hf(config, where)
-    known = sorted(t for m in FAMILIES.values() for t in m.MODEL_TYPES)
+    for family in FAMILIES.values():
+        if model_type in family.model_types:
+            return family.from_hf(config, where, family)
+    known = sorted(name for family in FAMILIES.values() for name in family.model_types)
     raise UserError(f"{where}: model_type is {model_type!r}; known types: {', '.join(known)}")
 
 
 def to_hf(arch: Architecture, dtype: str) -> dict[str, Any]:
-    """The config.json of an architecture."""
-    return FAMILIES[arch.family].to_hf(arch, dtype)
+    """Makes the config.json of an architecture, for tensors of a type as torch spells it."""
+    family = FAMILIES[arch.family]
+    return family.to_hf(arch, dtype, family)

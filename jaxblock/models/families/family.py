@@ -1,0 +1,41 @@
+"""The record that describes a family of checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxblock.models.architecture import Architecture
+from jaxblock.types import Alignment
+
+
+@dataclass(frozen=True)
+class Family:
+    """What distinguishes a family of checkpoints from the others: its traits, its config.json and its tensors' names.
+
+    Attributes:
+        name: the family's name, as ``Architecture.family`` and ``model.family`` have it.
+        model_types: the values of ``model_type`` in config.json that mean this family.
+        names: the checkpoint's module name for each of our tensors (see ``gated.gated_table``).
+        from_hf: reads a parsed config.json; takes it, its path for messages, and the family.
+        to_hf: makes a config.json; takes the architecture, the tensors' type as torch spells it, and the family.
+        qkv_bias: queries, keys and values have biases.
+        qk_norm: queries and keys are normalised by head before they are rotated.
+        alignment: the logit alignment that all networks of a family of diffusion models share. None for an
+            autoregressive family: its checkpoints have no mask token until they are given one (``registry.with_mask``),
+            and either alignment may be chosen.
+        new_config: fields of config.json that a network gets which was not read from one.
+        code: the hub repository with the family's model code, where transformers has none of its own.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    names: Mapping[str, str]
+    from_hf: Callable[[Mapping[str, Any], str, Family], Architecture]
+    to_hf: Callable[[Architecture, str, Family], dict[str, Any]]
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    alignment: Alignment | None = None
+    new_config: Mapping[str, Any] = field(default_factory=dict)
+    code: str | None = None
