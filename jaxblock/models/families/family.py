@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jaxblock.models.architecture import Architecture
-from jaxblock.types import Alignment
+from jaxblock.settings import Alignment
 
 
 @dataclass(frozen=True)
