@@ -24,11 +24,13 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from jaxblock import build as wiring
+from jaxblock import build
 from jaxblock.data.loader import Batch
+from jaxblock.diffusion import layouts
 from jaxblock.diffusion.config import CanvasConfig, MethodConfig
 from jaxblock.diffusion.corruption import corrupt
 from jaxblock.models.config import ModelConfig
+from jaxblock.models.families import registry
 from jaxblock.models.spec import flatten, init_params, matmul_flops_per_token
 from jaxblock.models.transformer import Transformer
 from jaxblock.parallel.host_memory import keep_freed_memory
@@ -148,9 +150,9 @@ def compare(batch: int, args: argparse.Namespace) -> dict[str, float]:
     """Checks that both do the same job, then times them in turns."""
     canvas = CanvasConfig(args.canvas // 2, args.canvas // 2, args.block, "paper")
     settings = ModelConfig(d_model=args.d, n_layers=args.layers, n_heads=8, mlp_dim=args.d * 8 // 3 // 8 * 8)
-    arch = wiring.architecture(settings, vocab_size=args.vocab, mask_id=args.vocab - 1, eos_id=1)
-    net = wiring.network(arch, settings)
-    layout = wiring.training_layout(canvas, PAPER, arch, (1,))
+    arch = registry.architecture_from_config(settings, vocab_size=args.vocab, mask_id=args.vocab - 1, eos_id=1)
+    net = build.network(arch, settings)
+    layout = layouts.training_layout(canvas, PAPER, arch, (1,))
     objective = Objective(net, layout, PAPER, 0, batch)
     rows = random_batch(batch, canvas, args.vocab)
     start = init_params(net.param_table, 0, "float32")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from jaxblock import build as wiring
+from jaxblock import build
 from jaxblock.data.store.open import encoder_of
 from jaxblock.data.tokens import tokenizers
 from jaxblock.data.tokens.special import TURN_ENDS
@@ -126,10 +126,10 @@ def _from_run(
     if run.base is None and (base is not None or quantize == "int8"):
         raise UserError(f"{folder} holds no adapters: leave out base and quantize")
     to_int8 = run.base is not None and (quantize or model.quantize) == "int8"
-    params, _, adapted = weights.read_run(
+    params, _, _ = weights.read_run(
         run, dtype=dtype, step=step, base=None if base is None else str(base), to_int8=to_int8
     )
-    net = dataclasses.replace(wiring.network(run.arch, model, adapted), int8=to_int8)
+    net = dataclasses.replace(build.network(run.arch, model, run.config.lora), int8=to_int8)
     return Model(
         net=net if dtype is None else dataclasses.replace(net, dtype=dtype),
         params=params,

@@ -12,14 +12,13 @@ import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
-from jaxblock import build as wiring
 from jaxblock.config import files as config_io
 from jaxblock.data.loader import pad_ids
 from jaxblock.data.tokens.encoding import Encoder
 from jaxblock.data.tokens.special import first_stop
 from jaxblock.data.tokens.tokenizers import Tokenizer
 from jaxblock.diffusion import canvas as canvases
-from jaxblock.diffusion import likelihood
+from jaxblock.diffusion import layouts, likelihood
 from jaxblock.diffusion.canvas import Layout
 from jaxblock.diffusion.config import CanvasConfig
 from jaxblock.diffusion.decoding import decoder
@@ -116,7 +115,7 @@ class Model:
 
     def layout(self, options: DecodeConfig) -> Layout:
         """The decoder's canvas under these options."""
-        return wiring.decoding_layout(self.canvas, options, self.arch, self.stop_ids)
+        return layouts.decoding_layout(self.canvas, options, self.arch, self.stop_ids)
 
     def options(self, **fields: Any) -> DecodeConfig:
         """The decoder's options: the model's defaults, with these fields replaced.

@@ -92,12 +92,12 @@ def run(options: Options, config: Config) -> int:
 
 def _check_fit(options: Options, config: Config, model: Model, prepared: Prepared) -> None:
     """Raises UserError where data, checkpoint and canvas do not go together: before the work, not after it."""
-    from jaxblock import build
+    from jaxblock.diffusion import layouts
     from jaxblock.training import start, weights
 
     start.check_data(config, prepared)
     weights.check_vocabulary(model.arch, prepared, options.checkpoint)
-    build.check_decoding(config.canvas, config.decode, model.arch)
+    layouts.check_decoding(config.canvas, config.decode, model.arch)
 
 
 def _check_comparable(path: str, records: Sequence[Record], grader: str) -> None:

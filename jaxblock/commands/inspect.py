@@ -84,6 +84,7 @@ def examine_records(
 
     from jaxblock import build
     from jaxblock.data.loader import pad_records
+    from jaxblock.models.families import registry
     from jaxblock.reporting.examine import draw_steps, examine
     from jaxblock.training import start
 
@@ -100,7 +101,9 @@ def examine_records(
     batch = pad_records(records, config.canvas, block=block)
     sized = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=len(records)))
     special, manifest = prepared.special, prepared.manifest
-    arch = build.architecture(config.model, vocab_size=manifest.vocab_size, mask_id=special.mask, eos_id=special.eos)
+    arch = registry.architecture_from_config(
+        config.model, vocab_size=manifest.vocab_size, mask_id=special.mask, eos_id=special.eos
+    )
     objective = start.objective(sized, build.network(arch, config.model), special.stop_ids)
     canvas = objective.canvas(batch)
     draws, noise = draw_steps(lambda step: objective.draw(batch, canvas, step), range(steps))

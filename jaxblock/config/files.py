@@ -17,6 +17,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import yaml
 
 from jaxblock.config.config import Config
+from jaxblock.diffusion.config import check_blocks
 from jaxblock.diffusion.decoding.config import DREAM_MEASURES, RANKED_BY_QUOTA, TAKE_A_QUOTA, DecodeConfig
 from jaxblock.errors import UserError
 from jaxblock.io.files import read_bytes
@@ -226,19 +227,6 @@ def _check_canvas(config: Config) -> None:
             "canvas.suffix_window hides what the paper context shows after the response: "
             "set canvas.context to aligned, or suffix_window to null",
         )
-
-
-def check_blocks(response_len: int, block: int, section: str) -> None:
-    """Raises UserError unless ``block`` divides ``response_len``; suggests the nearest sizes that do."""
-    if response_len % block == 0:
-        return
-    divisors = [b for b in range(1, response_len + 1) if response_len % b == 0]
-    near = min(divisors, key=lambda b: abs(b - block))
-    up = -(-response_len // block) * block
-    raise UserError(
-        f"{section}.block {block} does not divide {section}.response_len {response_len}: "
-        f"set block to {near} or response_len to {up}"
-    )
 
 
 def _check_method(config: Config) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from jaxblock.errors import UserError
+
 Context = Literal["aligned", "paper"]
 Law = Literal["exact_count", "bernoulli", "stratified_count", "antithetic", "floored_bernoulli"]
 Weighting = Literal["nelbo", "masked_mean", "uniform"]
@@ -67,3 +69,16 @@ class MethodConfig:
     def needs_noise(self) -> bool:
         """Whether the ablations mask tokens outside the active block by chance."""
         return self.prefix_mask_rate > 0 or self.suffix_mask_prob < 1
+
+
+def check_blocks(response_len: int, block: int, section: str) -> None:
+    """Raises UserError unless ``block`` divides ``response_len``; suggests the nearest sizes that do."""
+    if response_len % block == 0:
+        return
+    divisors = [b for b in range(1, response_len + 1) if response_len % b == 0]
+    near = min(divisors, key=lambda b: abs(b - block))
+    up = -(-response_len // block) * block
+    raise UserError(
+        f"{section}.block {block} does not divide {section}.response_len {response_len}: "
+        f"set block to {near} or response_len to {up}"
+    )

@@ -13,13 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from jaxblock import build as wiring
 from jaxblock.data.loader import filled, pad_ids, pad_records
 from jaxblock.data.store.records import Record
 from jaxblock.data.tokens.encoding import Encoder
 from jaxblock.data.tokens.special import first_stop
 from jaxblock.diffusion import canvas as canvases
-from jaxblock.diffusion import likelihood
+from jaxblock.diffusion import layouts, likelihood
 from jaxblock.diffusion.canvas import Layout
 from jaxblock.diffusion.config import CanvasConfig
 from jaxblock.diffusion.decoding import decoder
@@ -108,7 +107,7 @@ class Evaluator:
         Raises:
             UserError: the block does not divide the response.
         """
-        return wiring.decoding_layout(self.canvas, self.decode, self.net.arch, self.encoder.special.stop_ids)
+        return layouts.decoding_layout(self.canvas, self.decode, self.net.arch, self.encoder.special.stop_ids)
 
     def solve(
         self, params: Params, records: Sequence[Record], progress: Callable[[int], None] = lambda done: None
@@ -194,7 +193,7 @@ class Evaluator:
         Returns:
             Means with standard errors, and the breakdowns.
         """
-        layout = wiring.scoring_layout(self.canvas, self.net.arch, self.encoder.special.stop_ids)
+        layout = layouts.scoring_layout(self.canvas, self.net.arch, self.encoder.special.stop_ids)
         samples = self.nelbo_samples or layout.block
         size = min(64, len(records))
         run = jax.jit(_nelbo_of_rows, static_argnums=(0, 1, 2), out_shardings=_everywhere(params))

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxblock import build as wiring
+from jaxblock import build
 from jaxblock.config.config import Config
 from jaxblock.diffusion import canvas as canvases
+from jaxblock.diffusion import layouts
 from jaxblock.diffusion.decoding import decoder
 from jaxblock.fit import costs, hlo, layout, memory
 from jaxblock.fit import shapes as abstract
@@ -91,7 +92,7 @@ def activations(config: Config, arch: Architecture, rows: int, platform: str) ->
         platform: it would run on.
     """
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=rows))
-    net = wiring.network(arch, config.model, wiring.adapters(config.lora, arch), platform=platform)
+    net = build.network(arch, config.model, config.lora, platform=platform)
     objective = setup.objective(config, net, (arch.eos_id,))
     trained = abstract_params(net.trainable, "float32" if net.lora else config.model.param_dtype)
     frozen = abstract_params(net.param_table, config.model.param_dtype) if net.lora else {}
@@ -113,12 +114,11 @@ def decode_block(config: Config, arch: Architecture, mesh: Mesh) -> Program:
         arch: the network.
         mesh: of devices to compile for.
     """
-    lora = wiring.adapters(config.lora, arch)
-    net = wiring.network(arch, config.model, lora, platform=mesh.devices.flat[0].platform)
-    params = abstract.placed(net.trainable, mesh, "float32" if lora else config.model.param_dtype)
-    if lora:
+    net = build.network(arch, config.model, config.lora, platform=mesh.devices.flat[0].platform)
+    params = abstract.placed(net.trainable, mesh, "float32" if net.lora else config.model.param_dtype)
+    if net.lora:
         params = attach(abstract.placed(net.param_table, mesh, config.model.param_dtype), params)
-    place = wiring.decoding_layout(config.canvas, config.decode, arch, (arch.eos_id,))
+    place = layouts.decoding_layout(config.canvas, config.decode, arch, (arch.eos_id,))
     ways = layout.ways(config)
     rows = -(-config.decode.batch_size // ways) * ways
 

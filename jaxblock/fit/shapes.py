@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from jaxblock import build as wiring
+from jaxblock import build as assembly
 from jaxblock.config.config import Config
 from jaxblock.data.loader import Batch
 from jaxblock.models.architecture import Architecture
@@ -48,12 +48,11 @@ def build(config: Config, arch: Architecture, mesh: Mesh) -> Abstract:
     Raises:
         UserError: a tensor does not split over the mesh.
     """
-    lora = wiring.adapters(config.lora, arch)
-    net = wiring.network(arch, config.model, lora, platform=mesh.devices.flat[0].platform)
+    net = assembly.network(arch, config.model, config.lora, platform=mesh.devices.flat[0].platform)
     optimizer = optimizers.make(config.optimizer, config.train.steps, net.trainable, config.train.seed)
     state, frozen = shapes(config, net, optimizer, mesh)
     objective = setup.objective(config, net, (arch.eos_id,))
-    frozen_table: Table | None = net.param_table if lora else None
+    frozen_table: Table | None = net.param_table if net.lora else None
     how: Any = {"accumulate": config.train.accumulate, "ema": config.optimizer.ema}
 
     def lower() -> jax.stages.Lowered:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from jaxblock import build as wiring
 from jaxblock.config.config import Config
 from jaxblock.data.store import manifest as manifests
 from jaxblock.errors import UserError
@@ -81,4 +80,4 @@ def _random(config: Config) -> tuple[Architecture, str]:
     vocab, said = config.data.vocab_size, "the config's model section and data.vocab_size"
     if (folder / "manifest.json").exists():
         vocab, said = manifests.read(folder).vocab_size, f"the config's model section and {config.data.prepared}"
-    return wiring.architecture(config.model, vocab_size=vocab, mask_id=vocab - 1, eos_id=vocab - 2), said
+    return registry.architecture_from_config(config.model, vocab_size=vocab, mask_id=vocab - 1, eos_id=vocab - 2), said

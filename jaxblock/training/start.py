@@ -18,12 +18,13 @@ import optax
 from jax.sharding import Mesh
 from rich.console import Console
 
-from jaxblock import build as wiring
+from jaxblock import build
 from jaxblock.config import files as config_io
 from jaxblock.config.config import Config
 from jaxblock.data.loader import Batch
 from jaxblock.data.store.open import Prepared, open_prepared
 from jaxblock.data.store.records import Record
+from jaxblock.diffusion import layouts
 from jaxblock.errors import UserError
 from jaxblock.io.files import check_writable
 from jaxblock.io.folders import check_vacant
@@ -127,8 +128,8 @@ def set_up(config: Config, console: Console, compile_first: Compile | None = Non
     mesh = _mesh(config)
     resumed = run_folder.open_run(folder) if step is not None else None
     arch = weights.architecture(config, prepared, resumed)
-    wiring.check_decoding(config.canvas, config.decode, arch)
-    net = wiring.network(arch, config.model, wiring.adapters(config.lora, arch), nans.layer if nans else None)
+    layouts.check_decoding(config.canvas, config.decode, arch)
+    net = build.network(arch, config.model, config.lora, nans.layer if nans else None)
     optimizer = optimizers.make(config.optimizer, train.steps, net.trainable, train.seed)
     loss, ready = objective(config, net, prepared.special.stop_ids), None
     if compile_first is not None and not train.debug and (step or 0) < train.steps:
@@ -209,7 +210,7 @@ def objective(config: Config, net: Transformer, stop_ids: tuple[int, ...]) -> Ob
     """The loss that the config describes."""
     return Objective(
         net=net,
-        layout=wiring.training_layout(config.canvas, config.method, net.arch, stop_ids),
+        layout=layouts.training_layout(config.canvas, config.method, net.arch, stop_ids),
         method=config.method,
         seed=config.train.seed,
         rows=config.train.batch_size,

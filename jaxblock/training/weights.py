@@ -11,7 +11,6 @@ import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
-from jaxblock import build as wiring
 from jaxblock.config.config import Config
 from jaxblock.data.store.open import Prepared
 from jaxblock.errors import UserError
@@ -23,7 +22,7 @@ from jaxblock.io.paths import as_path
 from jaxblock.models.architecture import Architecture
 from jaxblock.models.families import registry
 from jaxblock.models.linear import int8
-from jaxblock.models.linear.lora import Lora, adapter_table, attach, merge
+from jaxblock.models.linear.lora import Lora, adapter_table, attach, lora_from_config, merge
 from jaxblock.models.spec import Table, abstract_params, count_params, flatten, init_params, nest
 from jaxblock.parallel import rules
 from jaxblock.parallel.mesh import make_mesh
@@ -71,7 +70,7 @@ def architecture(config: Config, prepared: Prepared, run: Run | None) -> Archite
     if config.model.init_from is not None:
         return _architecture(local_checkpoint(config.model.init_from, weights=False), config, prepared)
     special, vocab = prepared.special, prepared.manifest.vocab_size
-    return wiring.architecture(config.model, vocab_size=vocab, mask_id=special.mask, eos_id=special.eos)
+    return registry.architecture_from_config(config.model, vocab_size=vocab, mask_id=special.mask, eos_id=special.eos)
 
 
 def begin(config: Config, prepared: Prepared, mesh: Mesh, run: Run | None, console: Console) -> Weights:
@@ -93,7 +92,7 @@ def begin(config: Config, prepared: Prepared, mesh: Mesh, run: Run | None, conso
     if config.lora.rank:
         assert source is not None  # config_io checks it
         arch = run.arch if run is not None else _architecture(source, config, prepared)
-        lora = wiring.adapters(config.lora, arch)
+        lora = lora_from_config(config.lora, registry.param_table(arch))
         assert lora is not None
         base = _check_base(source, run.base) if run is not None else identify(source, config.model.init_step)
         base = base._replace(folder=str(config.model.init_from))  # not the copy of one that is elsewhere
@@ -282,7 +281,7 @@ def read_run(
     checkpoints = Checkpoints(run.folder)
     run_folder.check_model(run, checkpoints.meta(step))
     mesh = mesh or make_mesh(1, devices=jax.local_devices()[:1])
-    lora = wiring.adapters(run.config.lora, run.arch)
+    lora = lora_from_config(run.config.lora, registry.param_table(run.arch))
     table = registry.param_table(run.arch)
     trained, stored = (table, run.config.model.param_dtype) if lora is None else (adapter_table(table, lora), "float32")
     averaged = run.config.optimizer.ema > 0

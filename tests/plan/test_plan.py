@@ -11,7 +11,6 @@ from unittest.mock import Mock
 import jax
 import pytest
 
-from jaxblock import build as wiring
 from jaxblock.cli import main
 from jaxblock.config.config import Config
 from jaxblock.diffusion.config import CanvasConfig, MethodConfig
@@ -22,6 +21,7 @@ from jaxblock.fit import shapes as abstract
 from jaxblock.fit.advice import Trial, advise
 from jaxblock.fit.memory import Built
 from jaxblock.models.config import LoraConfig, ModelConfig
+from jaxblock.models.families import registry
 from jaxblock.parallel.mesh import make_mesh
 from jaxblock.training.config import TrainConfig
 
@@ -30,7 +30,7 @@ SMALL = Config(
     model=ModelConfig(d_model=64, n_layers=2, n_heads=2, mlp_dim=128),
     train=TrainConfig(batch_size=32, data_parallel=8, fsdp=1),
 )
-ARCH = wiring.architecture(SMALL.model, vocab_size=512, mask_id=511, eos_id=510)
+ARCH = registry.architecture_from_config(SMALL.model, vocab_size=512, mask_id=511, eos_id=510)
 
 
 def test_names_of_topologies() -> None:

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxblock import build as wiring
 from jaxblock.config import files as config_io
 from jaxblock.config.config import Config
 from jaxblock.errors import UserError
@@ -51,7 +50,7 @@ def plan(run: tuple[Config, Architecture]) -> dict[str, Any]:
 
 def test_memory_is_that_of_the_shapes_and_fits(plan: dict[str, Any], run: tuple[Config, Architecture]) -> None:
     config, arch = run
-    adapters = wiring.adapters(config.lora, arch)
+    adapters = lora.lora_from_config(config.lora, registry.param_table(arch))
     assert adapters is not None
     trained = count_params(lora.adapter_table(registry.param_table(arch), adapters))
     state = (2 * count_params(registry.param_table(arch)) + 12 * trained) / CHIPS
@@ -74,7 +73,7 @@ def test_operations_are_three_passes_over_the_layers(plan: dict[str, Any], run: 
 def test_what_is_sent_is_weights_not_logits(plan: dict[str, Any], run: tuple[Config, Architecture]) -> None:
     """Every weight is gathered once forward and once backward, the head once for both; adapters' gradients are summed."""
     config, arch = run
-    adapters = wiring.adapters(config.lora, arch)
+    adapters = lora.lora_from_config(config.lora, registry.param_table(arch))
     assert adapters is not None
     trained = count_params(lora.adapter_table(registry.param_table(arch), adapters))
     gathered = 2.0 * (2 * _layers(arch) + _head(arch)) + 2 * 2.0 * trained

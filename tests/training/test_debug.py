@@ -10,18 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxblock import build as wiring
+from jaxblock import build
 from jaxblock.cli import main
 from jaxblock.models.config import ModelConfig
+from jaxblock.models.families import registry
 from jaxblock.models.spec import init_params
 from jaxblock.training.guard.debug import NanFinder, not_finite
 
 
 def test_nan_finder_names_the_first_bad_layer_under_grad_and_vmap() -> None:
     model = ModelConfig(d_model=8, n_layers=3, n_heads=2, mlp_dim=8)
-    arch = wiring.architecture(model, vocab_size=9, mask_id=8, eos_id=1)
+    arch = registry.architecture_from_config(model, vocab_size=9, mask_id=8, eos_id=1)
     finder = NanFinder()
-    net = wiring.network(arch, model, check_layer=finder.layer)
+    net = build.network(arch, model, check_layer=finder.layer)
     params = init_params(net.param_table, 0, "float32")
     params["blocks"]["gate"] = params["blocks"]["gate"].at[1, 0, 0].set(jnp.nan)
     assert not_finite(params) == ["blocks/gate (layer 1)"]

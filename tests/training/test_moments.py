@@ -13,7 +13,6 @@ import numpy as np
 import optax
 import pytest
 
-from jaxblock import build as wiring
 from jaxblock.models.config import ModelConfig
 from jaxblock.models.families import registry
 from jaxblock.models.spec import ParamSpec, Table, abstract_params, count_params, flatten, init_params
@@ -33,7 +32,7 @@ Storage = Literal["float32", "bfloat16", "int8"]
 
 def _table(vocab_size: int, d_model: int, n_layers: int, n_heads: int, mlp_dim: int) -> Table:
     model = ModelConfig(d_model=d_model, n_layers=n_layers, n_heads=n_heads, mlp_dim=mlp_dim)
-    return registry.param_table(wiring.architecture(model, vocab_size=vocab_size, mask_id=31, eos_id=1))
+    return registry.param_table(registry.architecture_from_config(model, vocab_size=vocab_size, mask_id=31, eos_id=1))
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ import numpy as np
 import optax
 import pytest
 
-from jaxblock import build as wiring
 from jaxblock.models.config import ModelConfig
 from jaxblock.models.families import registry
 from jaxblock.models.spec import ParamSpec, Table, flatten, init_params
@@ -25,7 +24,7 @@ from jaxblock.types import Params
 @pytest.fixture(scope="module")
 def table() -> Table:
     model = ModelConfig(d_model=8, n_layers=2, n_heads=2, mlp_dim=12)
-    return registry.param_table(wiring.architecture(model, vocab_size=11, mask_id=10, eos_id=1))
+    return registry.param_table(registry.architecture_from_config(model, vocab_size=11, mask_id=10, eos_id=1))
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxblock import build as wiring
+from jaxblock import build
 from jaxblock.cli import main
 from jaxblock.data.loader import Batch
+from jaxblock.diffusion import layouts
 from jaxblock.diffusion.config import CanvasConfig, MethodConfig
 from jaxblock.models.config import LoraConfig, ModelConfig
 from jaxblock.models.families import registry
@@ -32,11 +33,10 @@ ROWS = 16
 
 def _objective(method: MethodConfig, rank: int = 0, **model_fields: Any) -> Objective:
     model = ModelConfig(d_model=16, n_layers=2, n_heads=2, mlp_dim=24, tie_embeddings=True, **model_fields)
-    arch = wiring.architecture(model, vocab_size=32, mask_id=31, eos_id=1)
-    lora = wiring.adapters(LoraConfig(rank, dropout=0.3), arch)
+    arch = registry.architecture_from_config(model, vocab_size=32, mask_id=31, eos_id=1)
     return Objective(
-        net=wiring.network(arch, model, lora),
-        layout=wiring.training_layout(CanvasConfig(12, 16, 4), method, arch, (2, 1)),
+        net=build.network(arch, model, LoraConfig(rank, dropout=0.3)),
+        layout=layouts.training_layout(CanvasConfig(12, 16, 4), method, arch, (2, 1)),
         method=method,
         seed=3,
         rows=ROWS,

@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxblock.errors import UserError
 from jaxblock.models.architecture import Architecture
+from jaxblock.models.config import ModelConfig
 from jaxblock.models.families.family import Family
 from jaxblock.models.families.gated import gated_table
 from jaxblock.models.families.llada import LLADA
@@ -72,6 +73,39 @@ def with_mask(arch: Architecture, mask_id: int, alignment: Alignment | None = No
         )
     rows = arch.vocab_size if mask_id < arch.vocab_size else -(-(mask_id + 1) // _ROWS) * _ROWS
     return replace(arch, mask_id=mask_id, alignment=chosen, vocab_size=rows)
+
+
+def architecture_from_config(model: ModelConfig, *, vocab_size: int, mask_id: int, eos_id: int) -> Architecture:
+    """Returns the architecture of a start from random weights, over a tokenizer's vocabulary.
+
+    Args:
+        model: the ``model`` section, which has the sizes.
+        vocab_size: how many ids the tokenizer has.
+        mask_id: the tokenizer's mask token.
+        eos_id: the tokenizer's end of sequence.
+
+    Raises:
+        UserError: ``model.alignment`` is not the family's.
+    """
+    return Architecture(
+        **traits(model.family, model.alignment),
+        family=model.family,
+        vocab_size=vocab_size,
+        d_model=model.d_model,
+        n_layers=model.n_layers,
+        n_heads=model.n_heads,
+        n_kv_heads=model.n_kv_heads or model.n_heads,
+        head_dim=model.d_model // model.n_heads,
+        mlp_dim=model.mlp_dim,
+        norm_eps=model.norm_eps,
+        rope_theta=model.rope_theta,
+        max_len=model.max_len,
+        tie_embeddings=model.tie_embeddings,
+        mask_id=mask_id,
+        eos_id=eos_id,
+        pad_id=eos_id,
+        init_std=model.init_std,
+    )
 
 
 def param_table(arch: Architecture) -> Table:

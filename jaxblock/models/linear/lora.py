@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxblock.errors import UserError
+from jaxblock.models.config import LoraConfig
 from jaxblock.models.spec import ParamSpec, Table, flatten, nest
 from jaxblock.types import Params
 
@@ -43,6 +44,21 @@ class Lora:
     def scale(self) -> float:
         """What each branch is multiplied by."""
         return self.alpha / self.rank
+
+
+def lora_from_config(config: LoraConfig, table: Table) -> Lora | None:
+    """Returns what the ``lora`` section adapts of a network; None where its rank is 0.
+
+    Args:
+        config: the ``lora`` section.
+        table: the family's specs.
+
+    Raises:
+        UserError: a target matches nothing.
+    """
+    if not config.rank:
+        return None
+    return Lora(config.rank, config.alpha, config.dropout, resolve(table, config.targets, config.unmatched))
 
 
 def resolve(table: Table, names: Sequence[str], unmatched: Unmatched = "error") -> tuple[str, ...]:

@@ -1,0 +1,117 @@
+"""Makes the canvas's static part for training, for decoding and for the NELBO, from the settings and a network's traits."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+from jaxblock.diffusion.canvas import Layout
+from jaxblock.diffusion.config import CanvasConfig, MethodConfig, check_blocks
+from jaxblock.diffusion.decoding.config import DecodeConfig
+from jaxblock.errors import UserError
+from jaxblock.settings import Alignment
+
+
+@runtime_checkable
+class NetworkTraits(Protocol):
+    """Names what a canvas depends on of a network; ``models.architecture.Architecture`` has all of it."""
+
+    @property
+    def alignment(self) -> Alignment:
+        """Which hidden state predicts a token."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """How many token ids there are."""
+        ...
+
+    @property
+    def eos_id(self) -> int:
+        """The end-of-sequence token, which fills the rest of a response's last block."""
+        ...
+
+    @property
+    def max_len(self) -> int:
+        """The longest sequence that the network was made for."""
+        ...
+
+    def need_mask_id(self) -> int:
+        """Returns the mask token; raises UserError where there is none."""
+        ...
+
+
+def training_layout(
+    canvas: CanvasConfig, method: MethodConfig, network: NetworkTraits, stop_ids: tuple[int, ...]
+) -> Layout:
+    """Returns the layout of a training step; classical SFT has one block, as long as the response.
+
+    Args:
+        canvas: the ``canvas`` section.
+        method: the ``method`` section.
+        network: the network's traits.
+        stop_ids: the tokens that end a response.
+    """
+    return Layout(
+        response_len=canvas.response_len,
+        block=canvas.response_len if method.objective == "classical" else canvas.block,
+        alignment=network.alignment,
+        context=canvas.context,
+        suffix_window=canvas.suffix_window,
+        mask_id=network.need_mask_id(),
+        fill_id=network.eos_id,
+        stop_ids=stop_ids,
+        total_len=canvas.total_len,
+    )
+
+
+def scoring_layout(canvas: CanvasConfig, network: NetworkTraits, stop_ids: tuple[int, ...]) -> Layout:
+    """Returns the layout of the NELBO: the decoder's, whatever a run's objective and context, so that runs compare."""
+    return decoding_layout(canvas, DecodeConfig(), network, stop_ids)
+
+
+def decoding_layout(
+    canvas: CanvasConfig, decode: DecodeConfig, network: NetworkTraits, stop_ids: tuple[int, ...]
+) -> Layout:
+    """Returns the layout of the decoder, which is always ``aligned``.
+
+    The view of the ``paper`` context shows where the answer ends, which a decoder cannot know.
+
+    Args:
+        canvas: the ``canvas`` section.
+        decode: the ``decode`` section; its sizes and special ids go before those of the canvas and the network.
+        network: the network's traits.
+        stop_ids: the tokens that end a response, where ``decode`` names none.
+
+    Raises:
+        UserError: the block does not divide the response, or a token cannot end or fill a response.
+    """
+    layout = Layout(
+        response_len=decode.response_len or canvas.response_len,
+        block=decode.block or canvas.block,
+        alignment=network.alignment,
+        context="aligned",
+        suffix_window=canvas.suffix_window,
+        mask_id=network.need_mask_id(),
+        fill_id=network.eos_id if decode.fill_id is None else decode.fill_id,
+        stop_ids=stop_ids if decode.stop_ids is None else decode.stop_ids,
+    )
+    check_blocks(layout.response_len, layout.block, "decode")
+    for name, ids in (("fill_id", (layout.fill_id,)), ("stop_ids", layout.stop_ids)):
+        for token in ids:
+            if token == layout.mask_id or not 0 <= token < network.vocab_size:
+                what = (
+                    "the mask token" if token == layout.mask_id else f"outside the vocabulary of {network.vocab_size}"
+                )
+                raise UserError(f"decode.{name}: {token} is {what}: name a token that ends or fills a response")
+    return layout
+
+
+def check_decoding(canvas: CanvasConfig, decode: DecodeConfig, network: NetworkTraits) -> None:
+    """Raises UserError where decoding on this canvas cannot work: before hours of other work, not after them."""
+    layout = decoding_layout(canvas, decode, network, ())
+    width = canvas.prompt_len + max(canvas.response_len, layout.response_len)
+    if width > network.max_len:
+        raise UserError(
+            f"canvas.prompt_len and the response make {width} positions, but the model was made for {network.max_len}: "
+            "set canvas.prompt_len, canvas.response_len or decode.response_len lower"
+        )
