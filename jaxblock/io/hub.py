@@ -1,4 +1,4 @@
-"""Names of the Hugging Face hub, and checkpoints in an object store: downloaded, and from there on folders like any other."""
+"""Downloads checkpoints named on the Hugging Face hub or kept in an object store into local folders."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 import huggingface_hub
 from huggingface_hub import errors
 
-from jaxblock.errors import UserError
+from jaxblock.errors import UserError, first_line
 from jaxblock.io.folders import list_folder
 from jaxblock.io.paths import PathLike, is_remote
 from jaxblock.io.remote import local_folder
@@ -19,27 +19,27 @@ _NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revisi
 _WEIGHTS = ["*.safetensors"]
 _BESIDE = ["*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt"]
 _UNWANTED = ["*/*", "*.py", "*.bin", "*.pt", "*.pth"]  # subfolders hold the same weights in other formats
-_FILES = (".json", ".jsonl", ".model", ".yaml", ".safetensors")  # a mistyped path of a file is no hub name
+_FILES = (".json", ".jsonl", ".model", ".yaml", ".safetensors")  # a name that ends so is a mistyped path
 
 
 def local_checkpoint(name: PathLike, *, weights: bool = True) -> str:
-    """The local folder of a model that is named by path or by hub name.
+    """Returns the local folder of a model that is named by path or by hub name, and downloads it if need be.
 
     Args:
-        name: a path, returned as it is, or where nothing lies there ``org/name`` or ``org/name@revision``. The folder of
-            a checkpoint or of adapters at ``gs://`` is copied to a temporary folder of this process; that of a run is
-            returned as it is.
-        weights: download the weights too; a tokenizer does without.
+        name: a path, which is returned as it is; or where no such file or folder exists ``org/name`` or
+            ``org/name@revision`` on the hub. The folder of a checkpoint or of adapters at ``gs://`` is copied to a
+            temporary folder of this process; that of a run is returned as it is.
+        weights: whether the weights are downloaded too; a tokenizer does not need them.
 
     Returns:
-        The path; whether it is of any use is its reader's to say.
+        The path, which is not checked further: whoever reads it says what is missing.
 
     Raises:
-        UserError: a hub name that cannot be downloaded.
+        UserError: the hub name cannot be downloaded.
     """
     text = os.fspath(name)
     if is_remote(text):
-        return _copied(text, weights)
+        return _copy_of_remote(text, weights)
     match = _NAME.fullmatch(text)
     if match is None or text.endswith(_FILES) or os.path.exists(text):
         return text
@@ -53,7 +53,8 @@ def local_checkpoint(name: PathLike, *, weights: bool = True) -> str:
         raise UserError(f"{text} is no local folder, and {_why(error, repo, revision)}") from error
 
 
-def _copied(folder: str, weights: bool) -> str:
+def _copy_of_remote(folder: str, weights: bool) -> str:
+    """Copies a checkpoint, adapters or a tokenizer from an object store; returns the address of any other folder."""
     names = {entry.name for entry in list_folder(folder)}
     if not names & {"config.json", "adapter_config.json", "tokenizer.json", "tokenizer.model"}:
         return folder
@@ -61,6 +62,7 @@ def _copied(folder: str, weights: bool) -> str:
 
 
 def _why(error: Exception, repo: str, revision: str | None) -> str:
+    """Explains a failed download and says what to do."""
     if isinstance(error, errors.GatedRepoError):
         return f"the hub repository {repo} is gated: accept its terms on its page there, and set HF_TOKEN to your access token"
     if isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError):
@@ -71,10 +73,6 @@ def _why(error: Exception, repo: str, revision: str | None) -> str:
     if isinstance(error, errors.RevisionNotFoundError):
         return f"the hub repository {repo} has no revision {revision}: correct what follows the @"
     return (
-        f"{repo} could not be downloaded from the hub ({type(error).__name__}: {_first_line(error)}). Without a network: "
+        f"{repo} could not be downloaded from the hub ({type(error).__name__}: {first_line(error)}). Without a network: "
         f"download it elsewhere (`hf download {repo}`), copy the folder here, and give its path"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0]

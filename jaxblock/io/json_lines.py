@@ -1,8 +1,8 @@
-"""A file of JSON lines that grows: one file on a local disk, numbered parts in an object store, which cannot append.
+"""Appends to files of JSON lines: one file on a local disk, numbered parts in an object store, which cannot append.
 
 ``metrics.jsonl`` in a bucket is ``metrics-000001.jsonl``, ``metrics-000002.jsonl``, ...: each part is written once. A part
-named ``metrics-000003-all.jsonl`` holds all that was before it, so that a long run does not leave thousands of objects and
-a crash between writing it and removing the others loses and repeats nothing.
+named ``metrics-000003-all.jsonl`` holds the lines of all parts before it, so that a long run does not leave thousands of
+objects, and a crash between writing it and removing the others neither loses nor repeats a line.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import logging
 import re
 import time
 from collections.abc import Callable
+from typing import Literal
 
 from etils import epath
 
@@ -19,32 +20,32 @@ from jaxblock.io.files import write_bytes
 from jaxblock.io.paths import PathLike, as_path, explained, is_remote
 
 PERIOD = 60.0
-"""Seconds for which lines wait for others before a part is written."""
+"""The time in seconds for which lines wait for others before a part is written."""
 MOST_LINES = 1000
-"""So many lines make a part, however quickly they came."""
+"""The number of waiting lines at which a part is written, however quickly they came."""
 
 _LOG = logging.getLogger(__name__)
 
 
-class Lines:
-    """A growing file, opened by its one writer."""
+class JsonlWriter:
+    """Appends lines to a file that no other process writes to."""
 
     def __init__(self, path: PathLike, keep: Callable[[bytes], bool], *, period: float = PERIOD) -> None:
-        """Opens the file, or begins it. What a kill has cut off at its end is taken out.
+        """Opens the file, or begins it; a last line that a kill has cut off is removed.
 
         Args:
-            path: as a single file would be named, local or ``gs://``.
-            keep: whether a line that is there already stays.
-            period: object store: seconds between parts.
+            path: the file's name, local or ``gs://``; in an object store the parts' names are made from it.
+            keep: returns whether a line that is there already stays.
+            period: the time in seconds between two parts in an object store.
 
         Raises:
-            UserError: it cannot be read or written.
+            UserError: the file cannot be read or written.
         """
         self.path = as_path(path)
         self._remote = is_remote(path)
         self._period, self._since = period, time.monotonic()
         self._waiting: list[bytes] = []
-        self._begun = 0  # bytes of the first of them that a full disk took
+        self._begun = 0  # bytes of the first waiting line that a full disk took
         self._number = 0
         with explained("write", self.path):
             there = read_jsonl_bytes(self.path).splitlines(keepends=True)
@@ -57,14 +58,14 @@ class Lines:
                 return
             if kept != there:
                 write_bytes(self.path, b"".join(kept), overwrite=True)
-            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (what waits, waits with us)
+            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (unwritten lines wait in this object)
 
     def append(self, line: str) -> None:
-        """Adds one line. On a local disk it is there when this returns; in an object store after ``flush`` or a while.
+        """Adds one line; on a local disk it is written when this returns, in an object store with the next part.
 
         Raises:
-            UserError: it cannot be written to a local disk; it waits, and is written with the next. An object store that
-                fails is asked again with the next part, and ``close`` raises.
+            UserError: the line cannot be written to a local disk; it waits, and is written with the next. An object store
+                that fails is tried again with the next part, and only ``close`` raises.
         """
         if not self._remote:
             self._waiting.append((line + "\n").encode())
@@ -76,7 +77,7 @@ class Lines:
             self.flush()
 
     def flush(self) -> None:
-        """Writes what waits, to an object store as a part; a failure is logged, and it goes with what comes next."""
+        """Writes the waiting lines, to an object store as a part; if that fails it is logged, and they wait on."""
         try:
             with explained("write", self.path):
                 if self._remote:
@@ -87,14 +88,14 @@ class Lines:
             _LOG.warning("%s; the lines wait for the next part", error)
 
     def waiting(self) -> list[str]:
-        """The lines that could not be written yet."""
+        """Returns the lines that are not written yet."""
         return [line.decode().removesuffix("\n") for line in self._waiting]
 
     def close(self) -> None:
-        """Writes what waits, and joins the parts of an object store.
+        """Writes the waiting lines, and joins the parts in an object store.
 
         Raises:
-            UserError: it cannot be written.
+            UserError: the lines cannot be written.
         """
         if not self._remote:
             with explained("write", self.path), self._file:
@@ -105,7 +106,7 @@ class Lines:
             self._merge(read_jsonl_bytes(self.path).splitlines(keepends=True))
 
     def _write_out(self) -> None:
-        """A full disk may take a part of a line: the rest waits."""
+        """Writes the waiting lines to a local disk; a full disk may take a part of a line, and the rest of it waits."""
         while self._waiting:
             self._begun += self._file.write(self._waiting[0][self._begun :])
             if self._begun == len(self._waiting[0]):
@@ -118,12 +119,14 @@ class Lines:
             self._put("", self._waiting)
             self._waiting = []
 
-    def _put(self, kind: str, lines: list[bytes]) -> None:
+    def _put(self, kind: Literal["", "-all"], lines: list[bytes]) -> None:
+        """Writes lines as the next part."""
         name = f"{self.path.stem}-{self._number + 1:06d}{kind}{self.path.suffix}"
         write_bytes(self.path.parent / name, b"".join(lines), overwrite=True)
         self._number += 1
 
     def _merge(self, lines: list[bytes]) -> None:
+        """Writes a part that holds all lines, then removes the parts before it."""
         old = _parts(self.path, superseded=True)
         self._put("-all", lines)
         with explained("join the parts of", self.path):
@@ -132,16 +135,16 @@ class Lines:
 
 
 def read_jsonl_bytes(path: PathLike) -> bytes:
-    """All lines, from the one file, from its parts (also where a bucket was copied to a local disk), or from both.
+    """Reads all lines from the one file, from its parts (also where a bucket was copied to a local disk), or from both.
 
     Args:
-        path: as a single file is named.
+        path: the file's name, from which its parts' names are made.
 
     Returns:
-        The bytes; none where there is no such file.
+        The bytes of all lines; empty where there is no such file.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the file cannot be read.
     """
     whole = as_path(path)
     with explained("read", path):
@@ -154,7 +157,12 @@ def _number(part: epath.Path) -> int:
 
 
 def _parts(path: epath.Path, *, superseded: bool = False) -> list[epath.Path]:
-    """The parts in order, from the last one that holds all before it (or with ``superseded``, all of them)."""
+    """Lists the parts in order.
+
+    Args:
+        path: the file's name, from which the parts' names are made.
+        superseded: whether parts whose lines a later ``-all`` part holds are listed too.
+    """
     if not path.parent.exists():
         return []
     form = re.compile(rf"{re.escape(path.stem)}-\d{{6,}}(-all)?{re.escape(path.suffix)}")

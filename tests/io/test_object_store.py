@@ -19,7 +19,6 @@ from jaxblock.cli import main
 from jaxblock.errors import UserError
 from jaxblock.io.files import read_bytes
 from jaxblock.io.folders import check_vacant, folder_bytes, list_folder, new_folder
-from jaxblock.io.json_lines import Lines
 from jaxblock.io.paths import as_path
 from jaxblock.io.remote import local_file, local_folder
 from jaxblock.training.observe import metrics
@@ -80,7 +79,7 @@ def test_what_another_process_writes_is_seen(store: Store) -> None:
 PATH = "gs://bucket/run/metrics.jsonl"
 
 
-def _append(lines: Lines, *steps: int) -> None:
+def _append(lines: JsonlWriter, *steps: int) -> None:
     for step in steps:
         lines.append(json.dumps({"step": step, "kind": "train"}))
 
@@ -90,7 +89,7 @@ def _steps() -> list[int]:
 
 
 def test_a_growing_file_is_parts_written_once(store: Store, tmp_path: Path) -> None:
-    lines = Lines(PATH, lambda line: True)
+    lines = JsonlWriter(PATH, lambda line: True)
     _append(lines, 1, 2)
     assert store.log == []  # they wait for others
     lines.flush()
@@ -108,7 +107,7 @@ def test_a_growing_file_is_parts_written_once(store: Store, tmp_path: Path) -> N
     # A kill between the two, and the run goes on from step 2: nothing is lost, nothing is there twice.
     store.put("bucket", "run/metrics-000002.jsonl", b'{"step": 3, "kind": "train"}\n', {})
     assert _steps() == [1, 2, 3]
-    resumed = Lines(PATH, lambda line: json.loads(line)["step"] <= 2, period=0.0)
+    resumed = JsonlWriter(PATH, lambda line: json.loads(line)["step"] <= 2, period=0.0)
     assert _steps() == [1, 2]
     _append(resumed, 3, 4)
     assert _steps() == [1, 2, 3, 4]
@@ -116,7 +115,7 @@ def test_a_growing_file_is_parts_written_once(store: Store, tmp_path: Path) -> N
 
 
 def test_a_store_that_is_away_for_a_while_loses_no_rows(store: Store, caplog: pytest.LogCaptureFixture) -> None:
-    lines = Lines(PATH, lambda line: True, period=0.0)
+    lines = JsonlWriter(PATH, lambda line: True, period=0.0)
     store.failing = re.compile("metrics")
     _append(lines, 1, 2)
     assert "wait for the next part" in caplog.text and store.names() == []

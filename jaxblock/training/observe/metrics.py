@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxblock.errors import UserError
 from jaxblock.io.files import read_bytes
-from jaxblock.io.json_lines import Lines, read_jsonl_bytes
+from jaxblock.io.json_lines import JsonlWriter, read_jsonl_bytes
 from jaxblock.io.paths import PathLike, as_path, explained
 
 METRICS_FILE = "metrics.jsonl"
@@ -38,7 +38,7 @@ class MetricsWriter:
         """
         self.path = as_path(run) / METRICS_FILE
         with explained("write metrics", self.path):
-            self._lines = Lines(self.path, lambda line: json.loads(line)["step"] <= step)
+            self._lines = JsonlWriter(self.path, lambda line: json.loads(line)["step"] <= step)
 
     def write(self, row: Row) -> None:
         """Appends one row.
@@ -78,7 +78,7 @@ def restore_rows(run: PathLike, rows: Sequence[str]) -> None:
     present = set(read_jsonl_bytes(path).splitlines()) if rows else set()
     missing = [row for row in rows if row.encode() not in present]
     if missing:
-        lines = Lines(path, lambda line: True)
+        lines = JsonlWriter(path, lambda line: True)
         for row in missing:
             lines.append(row)
         lines.close()
