@@ -19,6 +19,7 @@ from jaxblock.cli import main
 from jaxblock.errors import UserError
 from jaxblock.io.files import read_bytes
 from jaxblock.io.folders import check_vacant, folder_bytes, list_folder, new_folder
+from jaxblock.io.json_lines import JsonlWriter
 from jaxblock.io.paths import as_path
 from jaxblock.io.remote import local_file, local_folder
 from jaxblock.training.observe import metrics
