@@ -1,4 +1,4 @@
-"""What docs/ names must exist, and the numbers that docs/method.md states must come out again."""
+"""Checks that what the documentation names exists, and that the numbers in docs/method.md can be computed again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import pytest
 from jaxblock.config.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+FOLDERS = ("jaxblock", "launch", "configs", "tests", "benchmarks", "docs")
 FILES = {"json", "jsonl", "array_record"}  # `train.jsonl` is no setting
 SECTIONS = {
     section.name: {entry.name for entry in dataclasses.fields(getattr(Config(), section.name))}
@@ -23,13 +24,13 @@ SECTIONS = {
 
 
 def _unknown_fields(text: str) -> list[str]:
-    """Settings in code marks, such as `canvas.block`, that the config does not have."""
+    """Returns the settings in code marks, such as `canvas.block`, that the config does not have."""
     found = re.findall(rf"`(?:--)?({'|'.join(SECTIONS)})\.([a-z_]+)(?=[ :`])[^`]*`", text)
     return [f"{section}.{name}" for section, name in found if name not in SECTIONS[section] | FILES]
 
 
 def _missing_tests(text: str) -> list[str]:
-    """Tests in code marks, such as `room/test_thing.py::test_it`, that do not exist."""
+    """Returns the tests in code marks, such as `room/test_thing.py::test_it`, that do not exist."""
     missing, file = [], ""
     for path, test in re.findall(r"`((?:\w+/)?test_\w+\.py)?(?:::(test_\w+))?`", text):
         file = path or file
@@ -37,6 +38,21 @@ def _missing_tests(text: str) -> list[str]:
         if file and (not target.exists() or f"def {test}" not in target.read_text(encoding="utf-8")):
             missing.append(f"{file}::{test}")
     return missing
+
+
+def _missing_files(text: str) -> list[str]:
+    """Returns the files and folders of this repository that the text names and that do not exist.
+
+    A folder or pattern must begin at the root (`jaxblock/io/`, `configs/quickstart_*.yaml`). A Python file or a script may be
+    named by the end of its path (`optim/adamw.py`).
+    """
+    named = re.findall(rf"(?<![\w./-])(?:(?:{'|'.join(FOLDERS)})/[\w./*-]*\w[*/]?|[\w./-]+\.(?:py|sh|sbatch)\b)", text)
+    files = [f"/{file.relative_to(ROOT)}" for folder in FOLDERS for file in (ROOT / folder).rglob("*.*")]
+    return [
+        name
+        for name in dict.fromkeys(named)
+        if not any(ROOT.glob(name)) and not any(file.endswith(f"/{name}") for file in files)
+    ]
 
 
 def _dead_links(page: Path, text: str) -> list[str]:
@@ -55,6 +71,7 @@ def test_what_a_page_names_exists(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert _unknown_fields(text) == []
     assert _missing_tests(text) == []
+    assert _missing_files(text) == []
     assert _dead_links(page, text) == []
 
 
@@ -64,6 +81,8 @@ def test_names_that_do_not_exist_are_seen() -> None:
         "test_docs.py::test_no_such_thing",
         "nowhere/test_x.py::",
     ]
+    text = "`jaxblock/io/` (launch/*.sh, optim/adamw.py), `jaxblock/no/` and launch/no_*.sh, no/adamw.py; a.b/launch/x"
+    assert _missing_files(text) == ["jaxblock/no/", "launch/no_*.sh", "no/adamw.py"]
     text = "# Here\n[a](#here) [b](#there) [c](nothing.md) [d](https://x.y)"
     assert _dead_links(PAGES[0], text) == ["#there", "nothing.md"]
 
@@ -73,7 +92,7 @@ def _beta(a: int, b: int) -> Fraction:
 
 
 def _above_floor(powers_of_p: int, n: int, size: int, eps: Fraction) -> Fraction:
-    """C(n, l) / (1 - eps) * integral from eps to 1 of p^powers (1 - p)^(n - l)."""
+    """Returns C(n, l) / (1 - eps) * integral from eps to 1 of p^powers (1 - p)^(n - l), where l is `size`."""
     total = Fraction(0)
     for j in range(n - size + 1):
         k = powers_of_p + j + 1
@@ -82,7 +101,7 @@ def _above_floor(powers_of_p: int, n: int, size: int, eps: Fraction) -> Fraction
 
 
 def _against_exact_count(n: int) -> Iterator[Fraction]:
-    """rho of docs/method.md: the second moment of bernoulli over that of exact_count, by count."""
+    """Yields rho of docs/method.md: the second moment of bernoulli over that of exact_count, for each count."""
     yield sum((Fraction(1, k) for k in range(n, 2 * n)), Fraction(0))
     for size in range(2, n + 1):
         tail = _beta(size - 1, n - size + 1) - _beta(size - 1, 2 * n - size + 1)
@@ -107,7 +126,7 @@ def test_numbers_of_bernoulli_against_exact_count() -> None:
 
 def test_numbers_of_one_over_t_with_redraw() -> None:
     def factor(n: int, size: int, floor: float) -> float:
-        """l C(n, l) / (1 - floor) * integral of t^(l-1) (1-t)^(n-l) / (1 - (1-t)^n), on a grid in log t."""
+        """Returns l C(n, l) / (1 - floor) * integral of t^(l-1) (1-t)^(n-l) / (1 - (1-t)^n), on a grid in log t."""
         steps, total = 20_000, 0.0
         for i in range(steps):
             t = floor ** ((i + 0.5) / steps)
