@@ -1,39 +1,41 @@
-"""Batches in an order that is a pure function of (seed, step).
+"""Makes batches: pads rows, and orders them by a pure function of (seed, step).
 
 Step s of a run holds rows s * batch_size to (s + 1) * batch_size of an endless shuffled list, in which every epoch is a
 new permutation. Rows are addressed, not replayed: starting at step s reads nothing before it, and the only data state
 of a checkpoint is the step. Process i of n makes the i-th of n equal slices of each batch.
+
+No other module pads rows or fills up a short batch.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import NamedTuple, TypeVar
 
 import grain
 import numpy as np
 from absl import flags
 
-from jaxblock.data.store.records import Record
+from jaxblock.data.store.records import Record, Records
 from jaxblock.diffusion.config import CanvasConfig
 from jaxblock.errors import UserError
+from jaxblock.types import Blocks
 
-Kind = Literal["per_sequence", "pairs"]
 Row = TypeVar("Row")
 
 
 class Batch(NamedTuple):
-    """Rows of a batch on the host, int32 throughout; B rows, P and R the canvas's prompt and response positions.
+    """B rows on the host, int32 throughout; P and R are the canvas's prompt and response positions.
 
     Attributes:
-        prompt_ids: [B, P], 0 after the prompt.
-        prompt_len: [B]
-        response_ids: [B, R], 0 after the response (its terminator is its last token; no fill).
-        text_len: [B]
-        block: [B] the active block under `pairs`, else -1.
-        index: [B] the record's place in its split.
-        row_id: [B] the row's place in the global batch.
+        prompt_ids: The prompts' ids [B, P], 0 after each prompt's end.
+        prompt_len: The prompts' lengths [B].
+        response_ids: The responses' ids [B, R], 0 after each response's end (the terminator is its last token; no fill).
+        text_len: The responses' lengths [B].
+        block: The active blocks [B] under `pairs`, else -1.
+        index: The records' places in their split [B].
+        row_id: The rows' places in the global batch [B].
     """
 
     prompt_ids: np.ndarray
@@ -43,15 +45,6 @@ class Batch(NamedTuple):
     block: np.ndarray
     index: np.ndarray  # type: ignore[assignment]  # hides tuple.index, which no batch needs
     row_id: np.ndarray
-
-
-@runtime_checkable
-class RandomAccess(Protocol):
-    """A sized list of records (data.records.Records, or a plain list)."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Any: ...
 
 
 def pad_ids(rows: Sequence[Sequence[int] | np.ndarray], width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -89,9 +82,9 @@ def pad_records(
 
     Args:
         records: B records.
-        canvas: Gives P and R.
-        block: int32 [B], the active block of each row; None for -1.
-        row_id: int32 [B], each row's place in the global batch; None for 0 to B - 1.
+        canvas: The canvas settings, which give P and R.
+        block: The active block of each row, int32 [B]; None for -1.
+        row_id: Each row's place in the global batch, int32 [B]; None for 0 to B - 1.
 
     Raises:
         UserError: If a record is longer than the canvas.
@@ -120,13 +113,12 @@ def pad_records(
     )
 
 
-def pairs_of(records: RandomAccess, block: int) -> np.ndarray:
-    """int32 [pairs, 2]: every (record, block that holds a token of its response), records in order."""
-    lengths = getattr(records, "lengths", None)
-    if lengths is not None:
-        response_len = lengths()[:, 1]
+def pairs_of(records: Sequence[Record], block: int) -> np.ndarray:
+    """Lists every (record, block that holds a token of its response), records in order: int32 [pairs, 2]."""
+    if isinstance(records, Records):
+        response_len = records.lengths()[:, 1]
     else:
-        response_len = np.array([len(records[i].response_ids) for i in range(len(records))], np.int32)
+        response_len = np.array([len(record.response_ids) for record in records], np.int32)
     counts = -(-response_len // block)
     example = np.repeat(np.arange(len(counts)), counts)
     first = np.repeat(np.cumsum(counts) - counts, counts)
@@ -134,20 +126,20 @@ def pairs_of(records: RandomAccess, block: int) -> np.ndarray:
 
 
 class BatchAt:
-    """Step -> this process's rows of that step's batch. Holds no state, so threads and processes may share it."""
+    """Makes this process's rows of any step's batch. It holds no state, so threads and processes may share it."""
 
     def __init__(
         self,
-        records: RandomAccess,
+        records: Sequence[Record],
         *,
         canvas: CanvasConfig,
         seed: int,
         batch_size: int,
-        kind: Kind,
+        kind: Blocks,
         process_index: int = 0,
         process_count: int = 1,
     ) -> None:
-        """See `batches`."""
+        """Takes the arguments that `batches` documents."""
         if batch_size < 1 or batch_size % process_count:
             raise UserError(
                 f"train.batch_size = {batch_size} does not split over {process_count} processes: use a multiple of it"
@@ -174,29 +166,29 @@ class BatchAt:
 
 
 def batches(
-    records: RandomAccess,
+    records: Sequence[Record],
     *,
     canvas: CanvasConfig,
     seed: int,
     batch_size: int,
     start_step: int = 0,
-    kind: Kind = "per_sequence",
+    kind: Blocks = "per_sequence",
     process_index: int = 0,
     process_count: int = 1,
     workers: int = 0,
 ) -> Iterator[Batch]:
-    """Endless batches from `start_step` on, read ahead by threads or worker processes.
+    """Makes endless batches from `start_step` on, read ahead by threads or worker processes.
 
     Args:
         records: The training records (they must be picklable if `workers` > 0).
-        canvas: Lengths of a row, and the block of `pairs`.
+        canvas: The lengths of a row, and the size of the blocks of `pairs`.
         seed: Any integer of 0 or more; with the step it decides every row.
-        batch_size: Rows of the global batch, a multiple of `process_count`.
-        start_step: The first step.
+        batch_size: The number of rows of the global batch, a multiple of `process_count`.
+        start_step: The step of the first batch.
         kind: `per_sequence`: rows are records; `pairs`: rows are (record, block), each once an epoch.
-        process_index: Which slice of each batch is wanted.
-        process_count: How many slices there are.
-        workers: Worker processes; 0 reads ahead in two threads.
+        process_index: The number of the slice of each batch that is made here.
+        process_count: The number of slices of each batch.
+        workers: The number of worker processes; 0 reads ahead in two threads.
 
     Returns:
         An iterator (of Grain; its `close()` ends workers at once).

@@ -1,4 +1,4 @@
-"""What a prepared folder says about itself; written last, so that its presence means the folder is whole."""
+"""The manifest describes a prepared folder; it is written last, so that its presence means the folder is whole."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jaxblock.config.config import Config
 from jaxblock.data.config import DataConfig
 from jaxblock.data.tokens.special import SpecialIds
 from jaxblock.diffusion.config import CanvasConfig
@@ -20,26 +19,28 @@ from jaxblock.io.paths import PathLike, as_path
 
 FILE = "manifest.json"
 FORMAT = 1
-_ELSEWHERE = ("prepared", "overwrite")  # fields that do not change what is prepared
-_SEEN_LATER = ("context", "suffix_window", "total_len")  # what training shows of the same records
+# Settings that do not change what is prepared, but only where it is written or what training shows of it.
+_NOT_RECORDED_DATA = ("prepared", "overwrite")
+_NOT_RECORDED_CANVAS = ("context", "suffix_window", "total_len")
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """A prepared folder's description.
+    """The description of a prepared folder.
 
     Attributes:
-        format: The layout's version.
-        fingerprint: SHA-256 of all that decides the content: settings, inputs, tokenizer, template.
-        data: The data settings, those of a recipe among them.
+        format: The version of the folder's layout.
+        fingerprint: The SHA-256 of all that decides the content: settings, inputs, tokenizer, template.
+        data: The data settings, with what a recipe filled in.
         canvas: The canvas settings.
         inputs: For each split its source: {"path", "sha256", "records", "conversations"}.
-        tokenizer: {"kind", "files": name -> sha256}.
-        template: {"name", "source", "tokens"}.
-        special: The special ids.
-        vocab_size: Rows of the embedding that are needed: the largest id + 1.
-        splits: For each split {"kept", "dropped" and "cut" by reason, "tokens", "blocks"} (see `statistics.describe`).
-        overlaps: Prompts that two splits share, by name ("train and test").
+        tokenizer: The tokenizer's class and files: {"kind", "files": {name: sha256}}.
+        template: The chat template: {"name", "source", "tokens"}.
+        special: The ids of the special tokens.
+        vocab_size: The number of embedding rows that are needed: the largest id + 1.
+        splits: For each split {"kept", "dropped" and "cut" by reason, "tokens", "blocks"} (see
+            `statistics.length_statistics`).
+        overlaps: How many prompts two splits share, by the splits' names ("train and test").
     """
 
     format: int
@@ -56,26 +57,26 @@ class Manifest:
 
     @property
     def data_config(self) -> DataConfig:
-        """The settings the folder was prepared with."""
+        """The data settings that the folder was prepared with."""
         settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in self.data.items()}
         return DataConfig(**settings)
 
     @property
     def canvas_config(self) -> CanvasConfig:
-        """The canvas the folder was prepared with."""
+        """The canvas settings that the folder was prepared with."""
         return CanvasConfig(**self.canvas)
 
 
-def write(folder: PathLike, manifest: Manifest) -> None:
+def write_manifest(folder: PathLike, manifest: Manifest) -> None:
     """Writes the manifest, and so declares the folder whole."""
     write_json(as_path(folder) / FILE, dataclasses.asdict(manifest))
 
 
-def read(folder: PathLike) -> Manifest:
-    """A prepared folder's manifest.
+def read_manifest(folder: PathLike) -> Manifest:
+    """Reads the manifest of a prepared folder.
 
     Raises:
-        UserError: If there is none, or it is another version's.
+        UserError: If there is none, or another version wrote it.
     """
     name = os.fspath(folder)
     path = as_path(folder) / FILE
@@ -92,38 +93,43 @@ def read(folder: PathLike) -> Manifest:
         raise UserError(f"{path} is not a manifest of this version ({error}); prepare the data again") from error
 
 
-def settings(config: Config) -> dict[str, dict[str, Any]]:
-    """The (resolved) settings that decide what is prepared, and which a manifest records."""
-    data = {
-        key: list(value) if isinstance(value, tuple) else value  # as JSON gives it back
-        for key, value in dataclasses.asdict(config.data).items()
-        if key not in _ELSEWHERE
+def recorded_settings(data: DataConfig, canvas: CanvasConfig) -> dict[str, dict[str, Any]]:
+    """Returns the (resolved) settings that decide what is prepared, as a manifest records them."""
+    return {
+        "data": {
+            key: list(value) if isinstance(value, tuple) else value  # as JSON gives it back
+            for key, value in dataclasses.asdict(data).items()
+            if key not in _NOT_RECORDED_DATA
+        },
+        "canvas": {k: value for k, value in dataclasses.asdict(canvas).items() if k not in _NOT_RECORDED_CANVAS},
     }
-    canvas = {key: value for key, value in dataclasses.asdict(config.canvas).items() if key not in _SEEN_LATER}
-    return {"data": data, "canvas": canvas}
 
 
 def fingerprint(
-    config: Config, inputs: Mapping[str, Mapping[str, Any]], tokenizer: Mapping[str, Any], template: str
+    settings: Mapping[str, Mapping[str, Any]],
+    inputs: Mapping[str, Mapping[str, Any]],
+    tokenizer: Mapping[str, Any],
+    template: str,
 ) -> str:
-    """SHA-256 of everything that decides a prepared folder's content.
+    """Computes the SHA-256 of everything that decides a prepared folder's content.
 
     Args:
-        config: Its data and canvas sections count.
-        inputs: As in the manifest.
-        tokenizer: Name -> sha256 of given tokenizer files; empty for one trained here.
-        template: The Jinja source.
+        settings: The recorded settings.
+        inputs: The source of each split, as in the manifest.
+        tokenizer: The SHA-256 of each file of a given tokenizer by name, and the special ids of its checkpoint; empty
+            for a tokenizer trained here.
+        template: The chat template's Jinja source.
     """
     hashes = {split: entry["sha256"] for split, entry in inputs.items()}
-    content = [FORMAT, settings(config), hashes, dict(tokenizer), template]
+    content = [FORMAT, settings, hashes, dict(tokenizer), template]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def differences(old: Manifest, config: Config) -> list[str]:
-    """Which settings differ from those a folder was prepared with, as "data.level = 'easy' there, 'hard' here"."""
+def differences(old: Manifest, settings: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Lists which recorded settings differ from those of a folder, as "data.level = 'easy' there, 'hard' here"."""
     found = []
-    for section, values in settings(config).items():
-        before = getattr(old, section)
+    for section, before in (("data", old.data), ("canvas", old.canvas)):
+        values = settings[section]
         for key in sorted(before.keys() | values.keys()):
             if before.get(key) != values.get(key):
                 found.append(f"{section}.{key} = {before.get(key)!r} there, {values.get(key)!r} here")

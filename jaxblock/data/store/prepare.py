@@ -1,26 +1,29 @@
-"""`prepare`: text records in, a prepared folder out (records, tokenizer, template, manifest), whole or not at all."""
+"""Prepares text records: a folder of tokenised records, tokenizer, template and manifest, whole or not at all."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from jaxblock.config.config import Config
 from jaxblock.data.config import DataConfig
 from jaxblock.data.store import manifest as manifests
-from jaxblock.data.store import records, statistics
-from jaxblock.data.store.lengths import LengthPolicy, check_canvas
-from jaxblock.data.store.manifest import Manifest
-from jaxblock.data.store.records import Record
-from jaxblock.data.text import recipes, splits
-from jaxblock.data.text.sources import Example
-from jaxblock.data.tokens import special, templates, tokenizers
+from jaxblock.data.store.length_rules import LengthRules, check_canvas
+from jaxblock.data.store.manifest import Manifest, read_manifest, recorded_settings, write_manifest
+from jaxblock.data.store.records import Record, records_file, write_records
+from jaxblock.data.store.statistics import count_overlaps, length_statistics
+from jaxblock.data.text.examples import Example
+from jaxblock.data.text.recipes import with_recipe
+from jaxblock.data.text.splits import read_splits
 from jaxblock.data.tokens.encoding import Encoder
-from jaxblock.data.tokens.templates import Template
-from jaxblock.data.tokens.tokenizers import Tokenizer
+from jaxblock.data.tokens.load import load_tokenizer
+from jaxblock.data.tokens.sentencepiece_model import train_tokenizer
+from jaxblock.data.tokens.special import add_mask, find_special, ids_in_checkpoint
+from jaxblock.data.tokens.templates import Template, template_source
+from jaxblock.data.tokens.tokenizer import BOS, EOS, EOT, Tokenizer
+from jaxblock.diffusion.config import CanvasConfig
 from jaxblock.errors import UserError
 from jaxblock.io.files import write_text
 from jaxblock.io.folders import check_vacant, new_folder
@@ -33,136 +36,130 @@ def _silent(message: str) -> None:
     del message
 
 
-def prepare(config: Config, progress: Progress = _silent) -> Manifest:
-    """Prepares the data of a config in `config.data.prepared`.
+def prepare(data: DataConfig, canvas: CanvasConfig, progress: Progress = _silent) -> Manifest:
+    """Prepares data in the folder `data.prepared`.
 
-    If that folder already holds what the same settings and inputs give, it is left as it is.
+    A folder that already holds what the same settings and inputs give is left as it is.
 
     Args:
-        config: Its data and canvas sections are used.
-        progress: Called with a line now and then.
+        data: The data settings.
+        canvas: The canvas settings; records that do not fit the canvas are treated as `data.overlong` says.
+        progress: A function that is called with a line of text now and then.
 
     Returns:
         The folder's manifest.
 
     Raises:
-        UserError: For bad input (file and line named), bad settings, or a folder that may not be replaced; nothing is
-            written then.
+        UserError: If the input or a setting is bad (file and line are named), or the folder may not be replaced; nothing
+            is written then.
     """
-    check_canvas(config.canvas)
-    config = dataclasses.replace(config, data=recipes.resolve(config.data))
-    loaded = splits.load(config.data)
-    given = None if config.data.tokenizer == "train" else _given(config.data)
-    source = templates.find(
-        config.data.template, tokenizer_template=given.tokenizer.settings.get("chat_template") if given else None
-    )
-    origin = {**_hashes_of(given.tokenizer), **given.ids} if given else {}
-    fingerprint = manifests.fingerprint(config, loaded.inputs, origin, source)
-    there = _existing(config, fingerprint)
+    check_canvas(canvas)
+    data = with_recipe(data)
+    sources = read_splits(data)
+    given = None if data.tokenizer == "train" else _given_tokenizer(data)
+    own_template = given.tokenizer.settings.get("chat_template") if given else None
+    template = template_source(data.template, tokenizer_template=own_template)
+    settings = recorded_settings(data, canvas)
+    inputs = {split: source.described() for split, source in sources.items()}
+    origin = {**_sha256_of_files(given.tokenizer), **given.ids} if given else {}
+    fingerprint = manifests.fingerprint(settings, inputs, origin, template)
+    there = _prepared_before(data, settings, fingerprint)
     if there is not None:
-        progress(f"already prepared: {config.data.prepared} holds the same settings and inputs")
+        progress(f"already prepared: {data.prepared} holds the same settings and inputs")
         return there
 
-    encoder = _encoder(config, loaded.examples["train"], given, source, progress)
-    made: dict[str, list[Record]] = {}
+    encoder = _make_encoder(data, sources["train"].examples, given, template, progress)
+    records: dict[str, list[Record]] = {}
     report: dict[str, dict[str, Any]] = {}
-    lengths = LengthPolicy(config)
-    for split, examples in loaded.examples.items():
-        progress(f"{split}: {len(examples):,} records")
-        made[split], report[split] = lengths.apply(split, map(encoder.pair, examples), examples)
-        report[split]["dropped"] |= loaded.dropped.get(split, {})
-    lengths.check()
-    for split, some in made.items():
-        report[split] |= statistics.describe(some, config.canvas.block)
-    with new_folder(config.data.prepared, marker=manifests.FILE, overwrite=config.data.overwrite) as folder:
-        return _write(folder, config, fingerprint, loaded.inputs, encoder, made, report)
+    rules = LengthRules(data, canvas)
+    for split, source in sources.items():
+        progress(f"{split}: {len(source.examples):,} records")
+        pairs = map(encoder.prompt_and_response, source.examples)
+        records[split], report[split] = rules.apply(split, pairs, source.examples)
+        report[split]["dropped"] |= source.dropped
+    rules.check()
+    for split, some in records.items():
+        report[split] |= length_statistics(some, canvas.block)
+    manifest = Manifest(
+        format=manifests.FORMAT,
+        fingerprint=fingerprint,
+        **settings,
+        inputs=inputs,
+        tokenizer={"kind": type(encoder.tokenizer).__name__, "files": _sha256_of_files(encoder.tokenizer)},
+        template=dataclasses.asdict(encoder.template),
+        special=encoder.special,
+        vocab_size=max(encoder.tokenizer.vocab_size, 1 + max(dataclasses.astuple(encoder.special))),
+        splits=report,
+        overlaps=count_overlaps({split: [record.prompt for record in some] for split, some in records.items()}),
+    )
+    with new_folder(data.prepared, marker=manifests.FILE, overwrite=data.overwrite) as folder:
+        _write(folder, records, encoder, manifest)
+    return manifest
 
 
-def _existing(config: Config, fingerprint: str) -> Manifest | None:
-    """The manifest of a folder that already holds this very result; None if it is to be made."""
-    folder = config.data.prepared
-    path = as_path(folder)
+def _prepared_before(data: DataConfig, settings: dict[str, dict[str, Any]], fingerprint: str) -> Manifest | None:
+    """Returns the manifest of a folder that already holds this very result; None if the folder is to be written.
+
+    Raises:
+        UserError: If the folder holds something else and may not be replaced.
+    """
+    path = as_path(data.prepared)
     if (path / manifests.FILE).exists():
         try:
-            there = manifests.read(folder)
+            there = read_manifest(data.prepared)
         except UserError:
-            if not config.data.overwrite:
+            if not data.overwrite:
                 raise
             return None
-        files = [records.file_of(folder, split) for split in there.splits]
+        files = [records_file(data.prepared, split) for split in there.splits]
         if there.fingerprint == fingerprint and all(as_path(file).exists() for file in files):
             return there
-        if not config.data.overwrite:
-            changed = (
-                "; ".join(manifests.differences(there, config))
-                or "the content of its input, tokenizer or template files"
-            )
+        if not data.overwrite:
+            changed = "; ".join(manifests.differences(there, settings))
             raise UserError(
-                f"data.prepared: {folder} holds data prepared otherwise ({changed}). Set data.overwrite to replace "
+                f"data.prepared: {data.prepared} holds data prepared otherwise "
+                f"({changed or 'the content of its input, tokenizer or template files'}). Set data.overwrite to replace "
                 "them, or another data.prepared"
             )
-    check_vacant(folder, marker=manifests.FILE, overwrite=config.data.overwrite)
+    check_vacant(data.prepared, marker=manifests.FILE, overwrite=data.overwrite)
     return None
 
 
-class _Given(NamedTuple):
-    """A tokenizer that was not trained here, and what its checkpoint calls its special tokens."""
+class _GivenTokenizer(NamedTuple):
+    """A tokenizer that is not trained here, and the special ids that the config.json of its checkpoint gives."""
 
     tokenizer: Tokenizer
     ids: dict[str, int]
 
 
-def _given(data: DataConfig) -> _Given:
-    tokenizer, ids = tokenizers.load(data.tokenizer), special.checkpoint_ids(data.tokenizer)
-    return _Given(special.add_mask(tokenizer, data, ids) if data.add_mask_token else tokenizer, ids)
+def _given_tokenizer(data: DataConfig) -> _GivenTokenizer:
+    tokenizer, ids = load_tokenizer(data.tokenizer), ids_in_checkpoint(data.tokenizer)
+    return _GivenTokenizer(add_mask(tokenizer, data, ids) if data.add_mask_token else tokenizer, ids)
 
 
-def _encoder(config: Config, train: list[Example], given: _Given | None, source: str, progress: Progress) -> Encoder:
-    data = config.data
+def _make_encoder(
+    data: DataConfig, train: list[Example], given: _GivenTokenizer | None, source: str, progress: Progress
+) -> Encoder:
+    """Puts tokenizer, template and special ids together; trains the tokenizer where none is given."""
     if given is None:
         progress(f"training a {data.tokenizer_type} tokenizer on {len(train):,} records")
-        eos, eot = data.eos_token or tokenizers.EOS, data.eot_token or tokenizers.EOT
-        template = Template(data.template, source, {"bos_token": tokenizers.BOS, "eos_token": eos, "eot_token": eot})
+        tokens = {"bos_token": BOS, "eos_token": data.eos_token or EOS, "eot_token": data.eot_token or EOT}
+        template = Template(data.template, source, tokens)
         texts = (template.render(example.messages, False, where=example.where) for example in train)
-        given = _Given(tokenizers.train(texts, data, template.control_tokens()), {})
+        given = _GivenTokenizer(train_tokenizer(texts, data, template.control_tokens()), {})
     progress(f"tokenizer: {given.tokenizer.vocab_size:,} tokens")
-    template, ids = special.assemble(given.tokenizer, data.template, source, data, given.ids)
-    return Encoder(given.tokenizer, template, ids, data)
+    template, special = find_special(given.tokenizer, data.template, source, data, given.ids)
+    return Encoder(given.tokenizer, template, special, data)
 
 
-def _hashes_of(tokenizer: Tokenizer) -> dict[str, str]:
+def _sha256_of_files(tokenizer: Tokenizer) -> dict[str, str]:
     return {name: hashlib.sha256(content).hexdigest() for name, content in tokenizer.files.items()}
 
 
-def _write(
-    folder: pathlib.Path,
-    config: Config,
-    fingerprint: str,
-    inputs: Mapping[str, Mapping[str, Any]],
-    encoder: Encoder,
-    made: Mapping[str, list[Record]],
-    report: Mapping[str, dict[str, Any]],
-) -> Manifest:
-    """Fills the scratch folder; the manifest comes last."""
-    for split, some in made.items():
-        records.write(folder, split, some)
+def _write(folder: pathlib.Path, records: dict[str, list[Record]], encoder: Encoder, manifest: Manifest) -> None:
+    """Writes the files of a prepared folder, the manifest last."""
+    for split, some in records.items():
+        write_records(folder, split, some)
     encoder.tokenizer.save(folder / "tokenizer")
     write_text(folder / "tokenizer" / "template.jinja", encoder.template.source)
-    manifest = Manifest(
-        format=manifests.FORMAT,
-        fingerprint=fingerprint,
-        **manifests.settings(config),
-        inputs={split: dict(entry) for split, entry in inputs.items()},
-        tokenizer={"kind": type(encoder.tokenizer).__name__, "files": _hashes_of(encoder.tokenizer)},
-        template={
-            "name": encoder.template.name,
-            "source": encoder.template.source,
-            "tokens": dict(encoder.template.tokens),
-        },
-        special=encoder.special,
-        vocab_size=max(encoder.tokenizer.vocab_size, 1 + max(dataclasses.astuple(encoder.special))),
-        splits={split: dict(entry) for split, entry in report.items()},
-        overlaps=statistics.overlaps({split: [record.prompt for record in some] for split, some in made.items()}),
-    )
-    manifests.write(folder, manifest)
-    return manifest
+    write_manifest(folder, manifest)

@@ -1,4 +1,4 @@
-"""Prepared records: one tokenised prompt and response each, in ArrayRecord files that are read at random."""
+"""Prepared records, of one tokenised prompt and response each, in ArrayRecord files that are read at random."""
 
 from __future__ import annotations
 
@@ -17,22 +17,21 @@ from jaxblock.io.paths import PathLike, as_path
 from jaxblock.io.remote import local_file
 
 _HEADER = struct.Struct("<6I")  # index, ids of the prompt and the response, bytes of the three texts
-_KEEP_IN_MEMORY = (
-    64 << 20
-)  # files up to this many bytes are read once: a random read costs 0.1 ms, more than a row's work
+# Files up to this many bytes are read once: a random read costs 0.1 ms, more than everything else that a row needs.
+_KEEP_IN_MEMORY = 64 << 20
 
 
 @dataclass(frozen=True)
 class Record:
-    """One supervised response and what it answers.
+    """One supervised response and the prompt that it answers.
 
     Attributes:
         prompt_ids: int32 [prompt tokens]: everything the model is given, the assistant's header included.
         response_ids: int32 [response tokens]: the text and its terminator (none if it was cut); no fill.
         prompt: The record's own question, untouched by the template.
         response: The record's own answer, untouched by the template.
-        source: Where it came from, as in "train.jsonl:17".
-        index: Its place in its split.
+        source: The place the record came from, as in "train.jsonl:17".
+        index: The record's place in its split, from 0.
     """
 
     prompt_ids: np.ndarray
@@ -43,8 +42,8 @@ class Record:
     index: int
 
 
-def encode(record: Record) -> bytes:
-    """A record as bytes, read back by `decode`."""
+def encode_record(record: Record) -> bytes:
+    """Writes a record as bytes, from which `decode_record` reads it."""
     prompt_ids = np.ascontiguousarray(record.prompt_ids, "<i4")
     response_ids = np.ascontiguousarray(record.response_ids, "<i4")
     texts = [text.encode() for text in (record.prompt, record.response, record.source)]
@@ -52,8 +51,8 @@ def encode(record: Record) -> bytes:
     return b"".join([header, prompt_ids.tobytes(), response_ids.tobytes(), *texts])
 
 
-def decode(content: bytes) -> Record:
-    """Reads what `encode` wrote.
+def decode_record(content: bytes) -> Record:
+    """Reads a record from the bytes that `encode_record` wrote.
 
     Raises:
         ValueError: If the bytes are not exactly one record.
@@ -70,37 +69,37 @@ def decode(content: bytes) -> Record:
     return Record(ids[:n_prompt], ids[n_prompt:], texts[0], texts[1], texts[2], index)
 
 
-def file_of(folder: PathLike, split: str) -> str:
-    """The path of a split's file in a prepared folder."""
+def records_file(folder: PathLike, split: str) -> str:
+    """Returns the path of a split's file in a prepared folder."""
     return str(as_path(folder) / f"{split}.array_record")
 
 
-def write(folder: pathlib.Path, split: str, records: Iterable[Record]) -> None:
+def write_records(folder: pathlib.Path, split: str, records: Iterable[Record]) -> None:
     """Writes a split's file into a local folder.
 
     Raises:
         UserError: If it cannot be written; what was written so far must then not be used.
     """
-    path = file_of(folder, split)
+    path = records_file(folder, split)
     try:
         writer = ArrayRecordWriter(path, "group_size:1")  # 1: random access decompresses a single record
         for record in records:
-            writer.write(encode(record))
+            writer.write(encode_record(record))
         writer.close()
     except RuntimeError as error:
         raise UserError(f"cannot write {path}: {error}") from error
 
 
 class Records(Sequence[Record]):
-    """Random access to a split's records, by threads and (it can be pickled) by worker processes."""
+    """Gives random access to a split's records, to threads and (it can be pickled) to worker processes."""
 
     def __init__(self, folder: PathLike, split: str) -> None:
-        """Opens a split of a prepared folder.
+        """Opens a split ("train", "validation" or "test") of a prepared folder.
 
         Raises:
-            UserError: If it is absent or damaged.
+            UserError: If the split's file is absent or damaged.
         """
-        self.path = file_of(folder, split)
+        self.path = records_file(folder, split)
         if not as_path(self.path).exists():
             raise UserError(
                 f"{self.path} does not exist: the prepared data have no split {split!r}; run `jaxblock prepare` first"
@@ -123,10 +122,10 @@ class Records(Sequence[Record]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        return decode(self._bytes(index))
+        return decode_record(self._bytes(index))
 
     def lengths(self) -> np.ndarray:
-        """int32 [records, 2]: tokens of each prompt and each response."""
+        """Returns the number of tokens of each prompt and each response, int32 [records, 2]."""
         return np.array([_HEADER.unpack_from(self._bytes(i))[1:3] for i in range(len(self))], np.int32).reshape(-1, 2)
 
     def _bytes(self, index: SupportsIndex) -> bytes:
@@ -141,12 +140,3 @@ class Records(Sequence[Record]):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.path, self._local = state["path"], state["local"]
         self._open()
-
-
-def read(folder: PathLike, split: str) -> Records:
-    """Opens a split ("train", "validation" or "test") of a prepared folder.
-
-    Raises:
-        UserError: If it is absent or damaged.
-    """
-    return Records(folder, split)

@@ -1,4 +1,4 @@
-"""Counts of prepared records: tokens, blocks, and questions that two splits share."""
+"""Counts the tokens and blocks of prepared records, and the questions that two splits share."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import numpy as np
 from jaxblock.data.store.records import Record
 
 
-def describe(records: Sequence[Record], block: int) -> dict[str, Any]:
-    """Token statistics (prompt, response, total) and how many responses take 1, 2, ... blocks.
+def length_statistics(records: Sequence[Record], block: int) -> dict[str, Any]:
+    """Computes token statistics (prompt, response, total) and how many responses take 1, 2, ... blocks.
 
     Args:
-        records: A split's records, at least one.
-        block: Response positions of a block.
+        records: The records of a split, at least one.
+        block: The number of response positions of a block.
 
     Returns:
         {"tokens": {"prompt": {"min", "mean", "median", "p95", "max"}, ...}, "blocks": {"1": responses, ...}}
@@ -30,11 +30,11 @@ def describe(records: Sequence[Record], block: int) -> dict[str, Any]:
     }
 
 
-def overlaps(prompts: Mapping[str, Iterable[str]]) -> dict[str, int]:
-    """For each pair of splits, how many prompts of the second stand in the first too (blanks and case aside).
+def count_overlaps(prompts: Mapping[str, Iterable[str]]) -> dict[str, int]:
+    """Counts for each pair of splits how many prompts of the second are in the first too (blanks and case aside).
 
     Args:
-        prompts: Split name -> its prompts.
+        prompts: The prompts of each split, by its name.
 
     Returns:
         {"train and test": n, ...}

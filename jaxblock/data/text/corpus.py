@@ -1,8 +1,8 @@
 """The built-in corpus: multi-step arithmetic word problems in GSM8K's format, generated from a seed.
 
-A problem is a *chain* (a starting number and the operations applied to it, in order) told as a short story. Whether a chain belongs
-to training or to the held-out split depends on the chain alone: not on the seed, the level, the wording or how many problems are
-asked for. So no sequence of numbers seen in training is ever a test item, whatever two calls produced the two sets.
+A problem is a *chain* (a starting number and the operations applied to it, in order) told as a short story. Whether a
+chain belongs to training or to the held-out split depends on the chain alone: not on the seed, the level, the wording or
+how many problems are asked for. So no chain seen in training is ever a test item, whatever two calls made the two sets.
 """
 
 import bisect
@@ -16,23 +16,26 @@ import re
 from collections.abc import Iterator
 from typing import Any, Literal
 
-Split = Literal["train", "test"]
-Chain = tuple[Any, ...]  # (start, (operation, operand), ...)
+from jaxblock.data.text import stories
 
-TEST_SHARE = 1 / 8
+Split = Literal["train", "test"]
+Chain = tuple[Any, ...]
+"""(start, (operation, operand), ...): the start is a number, an operation one of "+", "-" and "*"."""
+
+TEST_SHARE = 1 / 8  # of all chains
 _OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 _LARGEST_FACTOR = 9  # "37 times as many" is no sentence of a story
-_COUNTABLE = 2_000_000  # chains that may be walked through one by one to count a split exactly
+_COUNTABLE = 2_000_000  # so many chains may be walked through one by one, to count a split exactly
 
 
 @dataclasses.dataclass(frozen=True)
 class Level:
-    """How hard the problems are.
+    """Bounds the numbers and operations of a problem.
 
     Attributes:
-        steps: Least and greatest number of dependent operations.
-        max_operand: Operands are drawn from 2 to this (factors at most 9).
-        max_total: The start and every running total stay within 0 to this.
+        steps: The least and the greatest number of dependent operations.
+        max_operand: The largest operand; operands are 2 or more (factors at most 9).
+        max_total: The largest start and running total; neither is below 0.
         operations: The operations used, out of "+", "-" and "*".
     """
 
@@ -50,146 +53,26 @@ LEVELS: dict[str, Level] = {
 }
 DEFAULT_LEVEL = "easy"
 
-_NAMES = tuple(
-    [
-        "Ada",
-        "Amir",
-        "Bea",
-        "Boris",
-        "Chloe",
-        "Dana",
-        "Diego",
-        "Elif",
-        "Emeka",
-        "Farah",
-        "Finn",
-        "Greta",
-        "Hana",
-        "Hugo",
-        "Ines",
-        "Ivan",
-        "Jun",
-        "Kofi",
-        "Lena",
-        "Luca",
-        "Maya",
-        "Mina",
-        "Nils",
-        "Noor",
-        "Olga",
-        "Omar",
-        "Petra",
-        "Quinn",
-        "Rosa",
-        "Sami",
-        "Tara",
-        "Theo",
-        "Uma",
-        "Viktor",
-        "Wanda",
-        "Yuki",
-        "Zane",
-        "Zoe",
-    ]
-)
-_THINGS = tuple(
-    [
-        "apples",
-        "badges",
-        "balloons",
-        "beads",
-        "books",
-        "bottles",
-        "buttons",
-        "candles",
-        "cards",
-        "carrots",
-        "coins",
-        "cookies",
-        "crayons",
-        "cups",
-        "eggs",
-        "flowers",
-        "keys",
-        "lemons",
-        "letters",
-        "marbles",
-        "muffins",
-        "pears",
-        "pencils",
-        "plums",
-        "postcards",
-        "ribbons",
-        "shells",
-        "spoons",
-        "stamps",
-        "stickers",
-        "tickets",
-        "tulips",
-    ]
-)
-# A number is never followed by a full stop: a tokenizer would make one token of the two, and another number of it.
-# Short sentences on purpose: a prompt token costs as much compute as a response token, and the quickstart runs on two cores.
-_OPENINGS = (
-    "{name} has {n} {things}.",
-    "{name} owns {n} {things}.",
-    "{name} counts {n} {things}.",
-    "{name} keeps {n} {things}.",
-    "{name} starts with {n} {things}.",
-)
-_SENTENCES = {
-    "+": (
-        "{other} gives {name} {n} more.",
-        "{name} buys {n} more.",
-        "{name} finds {n} {things}.",
-        "Then {other} adds {n} more.",
-        "A neighbour brings {n} {things}.",
-        "Later {name} gets {n} more.",
-        "{n} new {things} arrive.",
-        "{name} wins {n} {things}.",
-    ),
-    "-": (
-        "{other} takes {n} of them.",
-        "{name} gives {n} to {other}.",
-        "Then {name} loses {n} {things}.",
-        "{name} sells {n} {things}.",
-        "{other} borrows {n} {things}.",
-        "{n} of them go missing.",
-        "Later {name} mislays {n} {things}.",
-        "{name} throws away {n} {things}.",
-    ),
-    "*": (
-        "A lucky trade makes it {n} times as many.",
-        "Then there are {n} times as many {things}.",
-        "{other} helps {name} to {n} times as many.",
-    ),
-}
-_QUESTIONS = (
-    "How many {things} does {name} have now?",
-    "How many {things} are there now?",
-    "How many {things} are left?",
-    "How many {things} does that make?",
-)
 _STEP = re.compile(r"(\d+) ([-+*]) (\d+) = (\d+)")
 
 
 def generate(split: Split, n: int, *, level: str = DEFAULT_LEVEL, seed: int = 0) -> list[dict[str, str]]:
     """Makes `n` problems, no two of which share a chain.
 
-    The same arguments give the same problems in every process, and a smaller `n` gives a prefix of what a larger one gives. Chains are
-    drawn uniformly without replacement from all of the level's chains that belong to the split.
+    The same arguments give the same problems in every process, and a smaller `n` gives a prefix of what a larger one
+    gives. Chains are drawn uniformly without replacement from all of the level's chains that belong to the split.
 
     Args:
         split: "train" or "test"; their chains (and so their questions) are disjoint for any seeds and levels.
-        n: Number of problems.
-        level: A name in `LEVELS`.
-        seed: Which problems, in which order and in which words.
+        n: The number of problems.
+        level: The name of a level in `LEVELS`.
+        seed: The seed that decides which problems are made, in which order and in which words.
 
     Returns:
         Records {"question", "answer"}; an answer is one "a op b = c" line per step and a last line "#### N".
 
     Raises:
-        ValueError: For an unknown split or level, a negative `n`, or more problems than there are chains.
+        ValueError: If the split or level is unknown, `n` is negative, or there are fewer chains than `n`.
     """
     if split not in ("train", "test"):
         raise ValueError(f'split must be "train" or "test", not {split!r}')
@@ -206,7 +89,7 @@ def generate(split: Split, n: int, *, level: str = DEFAULT_LEVEL, seed: int = 0)
     for index in _shuffled(total, rng) if n else ():
         chain = _unrank(LEVELS[level], index)
         if split_of(chain) == split:
-            records.append({"question": _tell(chain, rng), "answer": _work(chain)})
+            records.append({"question": stories.tell(chain, rng), "answer": _worked_answer(chain)})
             if len(records) == n:
                 return records
     if n:
@@ -218,7 +101,7 @@ def generate(split: Split, n: int, *, level: str = DEFAULT_LEVEL, seed: int = 0)
 
 
 def split_of(chain: Chain) -> Split:
-    """The split that a chain belongs to: a pure function of its numbers and operations."""
+    """Returns the split that a chain belongs to, which is a pure function of its numbers and operations."""
     digest = hashlib.blake2b(repr(chain).encode(), digest_size=8).digest()
     return "test" if int.from_bytes(digest, "big") < TEST_SHARE * 2**64 else "train"
 
@@ -250,7 +133,7 @@ def chain_of(record: dict[str, str]) -> Chain:
 
 @functools.cache
 def _moves(level: Level, total: int) -> tuple[tuple[tuple[str, int], int], ...]:
-    """Every ((operation, operand), result) that may follow a running total."""
+    """Returns every ((operation, operand), result) that may follow a running total."""
     moves = []
     for operation in level.operations:
         largest = min(level.max_operand, _LARGEST_FACTOR) if operation == "*" else level.max_operand
@@ -263,14 +146,17 @@ def _moves(level: Level, total: int) -> tuple[tuple[tuple[str, int], int], ...]:
 
 @functools.cache
 def _ways(level: Level, total: int, steps: int) -> tuple[int, ...]:
-    """Running count, from 0, of the chains of `steps` further operations over the moves from `total`; its last entry counts them all."""
+    """Counts the chains that go on from `total` by `steps` operations, as running sums over its moves.
+
+    The first entry is 0; entry i + 1 counts the chains that begin with one of the moves 0 to i; the last counts them all.
+    """
     followers = (_ways(level, result, steps - 1)[-1] if steps > 1 else 1 for _, result in _moves(level, total))
     return tuple(itertools.accumulate(followers, initial=0))
 
 
 @functools.cache
 def _heads(level: Level) -> tuple[list[tuple[int, int]], list[int]]:
-    """Every (steps, start), and the running count, from 0, of the chains over them."""
+    """Returns every (steps, start), and the running sums of the numbers of chains that begin so, the first of them 0."""
     heads = [
         (steps, start) for steps in range(level.steps[0], level.steps[1] + 1) for start in range(2, level.max_total + 1)
     ]
@@ -278,7 +164,7 @@ def _heads(level: Level) -> tuple[list[tuple[int, int]], list[int]]:
 
 
 def _unrank(level: Level, index: int) -> Chain:
-    """The chain at `index` in the order: number of steps, start, first operation and so on."""
+    """Returns the chain at `index` when chains are sorted by number of steps, start, first operation and so on."""
     heads, begins = _heads(level)
     at = bisect.bisect(begins, index) - 1
     index -= begins[at]  # from here on, an index among the chains that share this beginning
@@ -294,7 +180,7 @@ def _unrank(level: Level, index: int) -> Chain:
 
 
 def _shuffled(total: int, rng: random.Random) -> Iterator[int]:
-    """A random permutation of range(total), made lazily: Fisher and Yates's shuffle on a sparse array."""
+    """Yields a random permutation of range(total) lazily, by Fisher and Yates's shuffle on a sparse array."""
     moved: dict[int, int] = {}
     for i in range(total):
         j = rng.randrange(i, total)
@@ -302,15 +188,7 @@ def _shuffled(total: int, rng: random.Random) -> Iterator[int]:
         yield picked
 
 
-def _tell(chain: Chain, rng: random.Random) -> str:
-    name, other = rng.sample(_NAMES, 2)
-    words = {"name": name, "other": other, "things": rng.choice(_THINGS)}
-    parts = [rng.choice(_OPENINGS).format(n=chain[0], **words)]
-    parts += [rng.choice(_SENTENCES[operation]).format(n=operand, **words) for operation, operand in chain[1:]]
-    return " ".join([*parts, rng.choice(_QUESTIONS).format(**words)])
-
-
-def _work(chain: Chain) -> str:
+def _worked_answer(chain: Chain) -> str:
     total, lines = chain[0], []
     for operation, operand in chain[1:]:
         result = _OPERATIONS[operation](total, operand)

@@ -1,7 +1,8 @@
-"""Rows of record files: JSON lines, a JSON array, Parquet, or a data set of the `datasets` library, each with its place."""
+"""Reads record files (JSON lines, a JSON array, Parquet) and data sets of the `datasets` library, each record with its place."""
 
 from __future__ import annotations
 
+import bisect
 import json
 import os
 import re
@@ -17,64 +18,81 @@ _HUB_NAME = re.compile(
     r"hf:(?P<name>[^@:#]+)(@(?P<revision>[^@:#]+))?(:(?P<config>[^@:#]+))?(#(?P<split>[^#]+))?", re.ASCII
 )
 _BLANK = re.compile(r"[ \t\r\n]*")
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class Row(NamedTuple):
-    """One record as it stands.
+    """One record of a file and its place.
 
     Attributes:
-        value: Its fields; anything but a dict is for the reader to refuse.
-        where: Path and place, for error messages.
-        source: File name and place, for the prepared record.
+        record: The record's fields.
+        where: The path and the place in the file, for error messages.
+        source: The file name and the place in the file, for the prepared record.
     """
 
-    value: Any
+    record: dict[str, Any]
     where: str
     source: str
 
 
-def rows(path: str, split: str) -> Iterator[Row]:
-    """Reads records.
+def read_rows(path: str, split: str) -> Iterator[Row]:
+    """Reads the records of a file or a data set.
 
     Args:
         path: A file, local or gs://: Parquet (.parquet), JSON (.json: one array, or lines) or JSON lines (anything else);
             or "hf:NAME[@REVISION][:CONFIG][#SPLIT]", where NAME may be a local folder that `datasets` can read.
-        split: The data set's split where the path names none.
+        split: The split of a data set whose path names none.
 
     Yields:
         Rows, named by line (JSON lines) or by index from 0 (the rest).
 
     Raises:
-        UserError: For what is missing, is not UTF-8 (with the byte's offset) or is not JSON (with the line), and for a
-            library that is not installed.
+        UserError: If the file is missing, is not UTF-8 (the byte's offset is named) or is not JSON (the line is named),
+            if a record is not an object, and if a library is not installed.
     """
     if path.startswith(HUB):
         return _dataset(path, split)
     if path.endswith(".parquet"):
         return _parquet(path)
     content = read_bytes(path)
-    bare = content.removeprefix(b"\xef\xbb\xbf").lstrip()
+    bare = content.removeprefix(_BYTE_ORDER_MARK).lstrip()
     if path.endswith(".json") and bare.startswith(b"["):
-        return _array(path, content)
+        return _json_array(path, content)
     return _json_lines(path, content)
 
 
-def digest(path: str) -> str | None:
-    """SHA-256 of a file's bytes; None for a data set, which has no file of its own."""
+def file_sha256(path: str) -> str | None:
+    """Returns the SHA-256 of a file's bytes; None for a data set, which has no file of its own."""
     return None if path.startswith(HUB) else sha256(path)
+
+
+def json_type(value: Any) -> str:
+    """Names the JSON type of a value for an error message, as in "a number"."""
+    if value is None or value == []:
+        return "null" if value is None else "an empty list"
+    names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
+    return names.get(type(value), f"a {type(value).__name__}")
+
+
+def _row(value: Any, where: str, source: str) -> Row:
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: a JSON object is expected, not {json_type(value)}")
+    return Row(value, where, source)
 
 
 def _json_lines(path: str, content: bytes) -> Iterator[Row]:
     name = os.path.basename(path)
-    offset = 3 if content.startswith(b"\xef\xbb\xbf") else 0  # a byte-order mark
+    offset = len(_BYTE_ORDER_MARK) if content.startswith(_BYTE_ORDER_MARK) else 0
     for line, raw in enumerate(content[offset:].split(b"\n"), 1):
         text = _decoded(raw, path, line, offset)
         offset += len(raw) + 1
         if text.strip():
-            yield Row(_parsed(text, f"{path}:{line}"), f"{path}:{line}", f"{name}:{line}")
+            where = f"{path}:{line}"
+            yield _row(_parsed_line(text, where), where, f"{name}:{line}")
 
 
 def _decoded(raw: bytes, path: str, line: int, offset: int) -> str:
+    """Decodes UTF-8; `line` and `offset` say where in the file the bytes begin."""
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
@@ -85,7 +103,7 @@ def _decoded(raw: bytes, path: str, line: int, offset: int) -> str:
         ) from error
 
 
-def _parsed(text: str, where: str) -> Any:
+def _parsed_line(text: str, where: str) -> Any:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
@@ -101,37 +119,35 @@ def _parsed(text: str, where: str) -> Any:
     return value
 
 
-def _array(path: str, content: bytes) -> Iterator[Row]:
-    """The elements one after another, so that an error names the line of its element."""
-    bom = 3 if content.startswith(b"\xef\xbb\xbf") else 0
-    text = _decoded(content[bom:], path, 1, bom)
-    name, read, line, seen, index = os.path.basename(path), json.JSONDecoder().raw_decode, 1, 0, 0
-    at = text.index("[") + 1
-    while True:
-        at = _after_blanks(text, at)
-        if text[at : at + 1] == "]":
-            break
-        line, seen = line + text.count("\n", seen, at), at
-        where = f"{path}:{line}"
+def _json_array(path: str, content: bytes) -> Iterator[Row]:
+    """Parses the elements one after another, so that an error names the line of its element."""
+    start = len(_BYTE_ORDER_MARK) if content.startswith(_BYTE_ORDER_MARK) else 0
+    text = _decoded(content[start:], path, 1, start)
+    line_ends = [found.start() for found in re.finditer("\n", text)]
+
+    def place(at: int) -> str:
+        return f"{path}:{1 + bisect.bisect_left(line_ends, at)}"
+
+    name, parse, index = os.path.basename(path), json.JSONDecoder().raw_decode, 0
+    at = _after_blanks(text, text.index("[") + 1)
+    while text[at : at + 1] != "]":
+        where = place(at)
         try:
-            value, at = read(text, at)
+            value, at = parse(text, at)
         except json.JSONDecodeError as error:
             raise UserError(f"{path}:{error.lineno}: not JSON at column {error.colno}: {error.msg}") from error
         except (ValueError, RecursionError) as error:
             raise UserError(f"{where}: not usable JSON: {error}") from error
-        yield Row(value, f"{where} (record {index})", f"{name}[{index}]")
-        index += 1
+        yield _row(value, f"{where} (record {index})", f"{name}[{index}]")
         at = _after_blanks(text, at)
         if text[at : at + 1] not in (",", "]"):
-            line += text.count("\n", seen, at)
             found = repr(text[at]) if at < len(text) else "the file ends"
-            raise UserError(
-                f"{path}:{line}: not a JSON array: a comma or ] must follow record {index - 1}, but {found}"
-            )
-        at += text[at] == ","
+            raise UserError(f"{place(at)}: not a JSON array: a comma or ] must follow record {index}, but {found}")
+        at = _after_blanks(text, at + (text[at] == ","))
+        index += 1
     rest = _after_blanks(text, at + 1)
     if rest < len(text):
-        raise UserError(f"{path}:{1 + text.count(chr(10), 0, rest)}: more follows the end of the JSON array")
+        raise UserError(f"{place(rest)}: more follows the end of the JSON array")
 
 
 def _after_blanks(text: str, at: int) -> int:
@@ -154,7 +170,7 @@ def _parquet(path: str) -> Iterator[Row]:
         with pyarrow.parquet.ParquetFile(local) as file:
             for batch in file.iter_batches():
                 for value in batch.to_pylist():
-                    yield Row(value, f"{path}[{index}]", f"{name}[{index}]")
+                    yield _row(value, f"{path}[{index}]", f"{name}[{index}]")
                     index += 1
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path}: not readable as Parquet ({error})") from error
@@ -181,7 +197,6 @@ def _dataset(path: str, split: str) -> Iterator[Row]:
             f"cannot load {path} (split {split!r}) through the datasets library: {type(error).__name__}: {first}. Without "
             "a network, download the files elsewhere and give their path"
         ) from error
-    for index, value in enumerate(table):
-        yield Row(
-            dict(value), f"{path} (split {split}) [{index}]", f"{name.rstrip('/').split('/')[-1]}/{split}[{index}]"
-        )
+    folder = name.rstrip("/").split("/")[-1]
+    for index, record in enumerate(table):
+        yield Row(dict(record), f"{path} (split {split}) [{index}]", f"{folder}/{split}[{index}]")

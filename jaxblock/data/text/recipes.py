@@ -1,4 +1,4 @@
-"""Recipes for the data sets of the paper: field names, prompt, length rule and filter, as one setting."""
+"""Recipes give the field names, prompt, length rule and filter of a data set that the paper uses by one setting."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{prompt}\n\n### Response: Let's think step by step."
 )
-"""The published code's prompt (its preprocessing script); one user turn."""
+"""The prompt of the published code's preprocessing script; it is one user turn."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a data set's name stands for.
+    """The settings that a data set's name stands for.
 
     Attributes:
-        prompt_field: Field of the prompt.
-        response_field: Field of the response.
-        train: Where its training records come from when no file is given.
-        test: The same for its test records; None if it has none.
-        exclude_types: Training records whose type contains one of these are dropped.
-        prompt_template: What a prompt is put into.
-        max_total_len: Most tokens of prompt and response together, in training.
-        max_records: Most training records.
+        prompt_field: The field that holds the prompt.
+        response_field: The field that holds the response.
+        train: The source of the training records when the config names no file.
+        test: The source of the test records when the config names no file; None if the data set has none.
+        exclude_types: Training records whose type contains one of these texts are dropped.
+        prompt_template: The text that a prompt is put into, at `{prompt}`.
+        max_total_len: Training records with more tokens of prompt and response together are dropped; 0 for no limit.
+        max_records: The number of training records that are kept; 0 for all.
     """
 
     prompt_field: str
@@ -49,10 +49,11 @@ RECIPES: dict[RecipeName, Recipe] = {
         "problem", "solution", "hf:DigitalLearningGmbH/MATH-lighteval", "hf:DigitalLearningGmbH/MATH-lighteval"
     ),
 }
+_NO_RECIPE = Recipe("question", "answer", BUILTIN, BUILTIN, prompt_template="{prompt}", max_total_len=0, max_records=0)
 
 
-def resolve(config: DataConfig) -> DataConfig:
-    """The settings with every field that a recipe may decide decided; a field that is set stays as it is.
+def with_recipe(config: DataConfig) -> DataConfig:
+    """Fills in every setting that a recipe may decide; a setting that is given stays as it is.
 
     Where `train` is `builtin`, a recipe's own source takes its place, and then that of `test` too.
 
@@ -61,19 +62,10 @@ def resolve(config: DataConfig) -> DataConfig:
 
     Returns:
         Settings without None in `prompt_field`, `response_field`, `prompt_template`, `exclude_types`, `max_total_len`
-        and `max_records`. Resolving them again changes nothing.
+        and `max_records`. Filling them in again changes nothing.
     """
-    recipe = Recipe("question", "answer", BUILTIN, BUILTIN, (), "{prompt}", 0, 0)
-    if config.recipe is not None:
-        recipe = RECIPES[config.recipe]
-    names = (
-        "prompt_field",
-        "response_field",
-        "prompt_template",
-        "exclude_types",
-        "max_total_len",
-        "max_records",
-    )
+    recipe = _NO_RECIPE if config.recipe is None else RECIPES[config.recipe]
+    names = ("prompt_field", "response_field", "prompt_template", "exclude_types", "max_total_len", "max_records")
     values = {name: getattr(recipe, name) for name in names if getattr(config, name) is None}
     if config.test == BUILTIN and config.test_recipe is not None:
         values["test"] = RECIPES[config.test_recipe].test
@@ -84,8 +76,8 @@ def resolve(config: DataConfig) -> DataConfig:
     return dataclasses.replace(config, **values)
 
 
-def for_test(config: DataConfig) -> DataConfig:
-    """Resolved settings with the field names of the test records."""
+def with_test_fields(config: DataConfig) -> DataConfig:
+    """Returns resolved settings with the field names of the test records, which `test_recipe` may decide."""
     if config.test_recipe is None:
         return config
     recipe = RECIPES[config.test_recipe]

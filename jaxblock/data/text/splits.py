@@ -1,102 +1,87 @@
-"""Which examples each split holds, and a hash of where they came from."""
+"""Decides which examples each split holds."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import dataclasses
 from typing import Any
 
 import numpy as np
 
 from jaxblock.data.config import DataConfig
-from jaxblock.data.text import corpus, recipes, sources
-from jaxblock.data.text.recipes import BUILTIN
-from jaxblock.data.text.sources import Example, Source
+from jaxblock.data.text import corpus
+from jaxblock.data.text.recipes import BUILTIN, with_test_fields
+from jaxblock.data.text.sources import Source, builtin_examples, builtin_source, read_source
 from jaxblock.errors import UserError
 
-
-@dataclass(frozen=True)
-class Splits:
-    """What each split ("train", "validation", "test") holds; absent if there is none.
-
-    Attributes:
-        examples: Its examples.
-        inputs: Where they came from: {"path", "sha256", "records", "conversations"}: "records" counts the examples, and
-            of a conversation there may be several.
-        dropped: Records left out already, by reason.
-    """
-
-    examples: dict[str, list[Example]]
-    inputs: dict[str, dict[str, Any]]
-    dropped: dict[str, dict[str, int]] = field(default_factory=dict)
+NAMES = ("train", "validation", "test")
 
 
-def load(config: DataConfig) -> Splits:
-    """Reads every split.
+def read_splits(config: DataConfig) -> dict[str, Source]:
+    """Reads every split that has examples, in the order of `NAMES`.
 
-    A validation split that no file gives is set apart: of a training file by a permutation seeded with `config.seed`,
-    of the built-in corpus from its held-out problems beyond the first `builtin_test`. Rows of one conversation stay
-    together.
+    Validation records that no file gives are set apart: of a training file by a permutation seeded with `config.seed`,
+    of the built-in corpus from its held-out problems beyond the first `builtin_test`. The examples of one conversation
+    stay together.
 
     Args:
-        config: Resolved settings (see `recipes.resolve`).
+        config: Resolved settings (see `recipes.with_recipe`).
 
     Raises:
-        UserError: For what `sources` refuses, settings that fit no split, and a built-in corpus that is not disjoint.
+        UserError: If a file or a record is refused (see `sources.read_source`), the settings fit no split, or the
+            built-in corpus is not disjoint.
     """
-    for name in ("validation_records", "builtin_train", "builtin_test"):
-        if getattr(config, name) < 0:
-            raise UserError(f"data.{name} = {getattr(config, name)}: it cannot be below 0")
+    for name, count in (
+        ("validation_records", config.validation_records),
+        ("builtin_train", config.builtin_train),
+        ("builtin_test", config.builtin_test),
+    ):
+        if count < 0:
+            raise UserError(f"data.{name} = {count}: it cannot be below 0")
     if config.train != BUILTIN and config.test == BUILTIN:
         raise UserError(
             f"data.test is `builtin` but data.train is {config.train!r}: set data.test to your own held-out records "
             "(.jsonl), or to null"
         )
-    return _builtin(config) if config.train == BUILTIN else _files(config)
+    found = _from_corpus(config) if config.train == BUILTIN else _from_files(config)
+    return {split: found[split] for split in NAMES if split in found and found[split].examples}
 
 
-def _builtin(config: DataConfig) -> Splits:
-    n_validation = config.validation_records if config.validation in (None, BUILTIN) else 0
+def _from_corpus(config: DataConfig) -> dict[str, Source]:
+    """Makes training problems, and held-out ones for the splits that no file gives."""
     if not config.builtin_train:
         raise UserError("data.builtin_train = 0 leaves nothing to train on")
-    held_out = sources.builtin("test", config.builtin_test + n_validation, config)
-    examples = {"train": sources.builtin("train", config.builtin_train, config)}
-    examples["validation"] = held_out[config.builtin_test :]
-    if config.test == BUILTIN:
-        examples["test"] = held_out[: config.builtin_test]
-    _check_disjoint(examples)
-    inputs = {split: _described(BUILTIN, sources.digest(some), some) for split, some in examples.items()}
-    for split in ("validation", "test"):
-        path = getattr(config, split)
-        if path not in (None, BUILTIN):
-            source = _read(split, path, config)
-            examples[split], inputs[split] = source.examples, _described(path, source.sha256, source.examples)
-    return _without_empty(examples, inputs, {})
+    n_validation = config.validation_records if config.validation in (None, BUILTIN) else 0
+    held_out = builtin_examples("test", config.builtin_test + n_validation, config)
+    train, validation = builtin_examples("train", config.builtin_train, config), held_out[config.builtin_test :]
+    test = held_out[: config.builtin_test] if config.test == BUILTIN else []
+    found = {split: builtin_source(some) for split, some in zip(NAMES, (train, validation, test), strict=True)}
+    _check_disjoint(found)
+    for split, path in (("validation", config.validation), ("test", config.test)):
+        if path is not None and path != BUILTIN:
+            found[split] = _read_file(split, path, config)
+    return found
 
 
-def _files(config: DataConfig) -> Splits:
-    paths = {"train": config.train, "validation": config.validation, "test": config.test}
+def _from_files(config: DataConfig) -> dict[str, Source]:
+    """Reads the files of the splits, and takes validation examples out of the training file where none is given."""
     if config.validation == BUILTIN:
         raise UserError(
             f"data.validation is `builtin` but data.train is {config.train!r}: set it to a file, or to null"
         )
-    given = {split: path for split, path in paths.items() if path is not None}
-    read = {split: _read(split, path, config) for split, path in given.items()}
-    examples = {split: source.examples for split, source in read.items()}
-    inputs = {split: _described(given[split], source.sha256, source.examples) for split, source in read.items()}
+    paths = zip(NAMES, (config.train, config.validation, config.test), strict=True)
+    found = {split: _read_file(split, path, config) for split, path in paths if path is not None}
     if config.validation is None:
-        examples["train"], examples["validation"] = _set_apart(examples["train"], config)
-        inputs["validation"] = _described(config.train, read["train"].sha256, examples["validation"])
-        inputs["train"] = _described(config.train, read["train"].sha256, examples["train"])
-    return _without_empty(examples, inputs, {"train": read["train"].dropped})
+        found["train"], found["validation"] = _set_apart(found["train"], config)
+    return found
 
 
-def _read(split: str, path: str, config: DataConfig) -> Source:
-    return sources.read(path, recipes.for_test(config) if split == "test" else config, split)
+def _read_file(split: str, path: str, config: DataConfig) -> Source:
+    return read_source(path, with_test_fields(config) if split == "test" else config, split)
 
 
-def _set_apart(everything: list[Example], config: DataConfig) -> tuple[list[Example], list[Example]]:
-    """(training, validation) examples; whole conversations are drawn, so that none stands in both."""
-    conversations = list(dict.fromkeys(example.conversation for example in everything))
+def _set_apart(train: Source, config: DataConfig) -> tuple[Source, Source]:
+    """Divides training examples into (training, validation); whole conversations are drawn, so that none is in both."""
+    conversations = list(dict.fromkeys(example.conversation for example in train.examples))
     n = config.validation_records
     if n >= len(conversations):
         raise UserError(
@@ -105,34 +90,17 @@ def _set_apart(everything: list[Example], config: DataConfig) -> tuple[list[Exam
         )
     order = np.random.default_rng([config.seed, 0x5E7]).permutation(len(conversations))
     chosen = {conversations[i] for i in order[:n].tolist()}
-    return (
-        [example for example in everything if example.conversation not in chosen],
-        [example for example in everything if example.conversation in chosen],
-    )
+    kept = [example for example in train.examples if example.conversation not in chosen]
+    taken = [example for example in train.examples if example.conversation in chosen]
+    return dataclasses.replace(train, examples=kept), dataclasses.replace(train, examples=taken, dropped={})
 
 
-def _without_empty(
-    examples: dict[str, list[Example]], inputs: dict[str, dict[str, Any]], dropped: dict[str, dict[str, int]]
-) -> Splits:
-    names = [split for split in ("train", "validation", "test") if examples.get(split)]
-    return Splits({split: examples[split] for split in names}, {split: inputs[split] for split in names}, dropped)
-
-
-def _described(path: str, sha256: str, examples: list[Example]) -> dict[str, Any]:
-    return {
-        "path": path,
-        "sha256": sha256,
-        "records": len(examples),
-        "conversations": len({example.conversation for example in examples}),
-    }
-
-
-def _check_disjoint(examples: dict[str, list[Example]]) -> None:
-    """The built-in corpus promises it; a silent breach would make every score meaningless."""
-    for view in (lambda example: corpus.chain_of({"answer": example.response}), lambda example: example.prompt):
+def _check_disjoint(splits: dict[str, Source]) -> None:
+    """Checks what the built-in corpus promises: a problem in two splits would make every score meaningless."""
+    for key in (lambda example: corpus.chain_of({"answer": example.response}), lambda example: example.prompt):
         seen: set[Any] = set()
-        for split, some in examples.items():
-            keys = {view(example) for example in some}
+        for split, source in splits.items():
+            keys = {key(example) for example in source.examples}
             if seen & keys:
                 raise UserError(
                     f"the built-in corpus's {split} problems repeat those of another split; please report this as a bug"

@@ -1,22 +1,26 @@
-"""Conversations -> ids of prompt and response, with the boundary between the two checked in tokens."""
+"""Turns conversations into ids of a prompt and a response, and checks the boundary between the two in tokens."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 
 from jaxblock.data.config import DataConfig
-from jaxblock.data.text.sources import Example, wrapped
-from jaxblock.data.tokens.special import SpecialIds, first_stop
-from jaxblock.data.tokens.templates import Message, Template
-from jaxblock.data.tokens.tokenizers import Tokenizer
+from jaxblock.data.text.examples import Example, Message, in_template
+from jaxblock.data.tokens.special import SpecialIds, find_special, first_stop
+from jaxblock.data.tokens.templates import Template, template_source
+from jaxblock.data.tokens.tokenizer import Tokenizer
 from jaxblock.errors import UserError
+from jaxblock.io.files import read_bytes
+from jaxblock.io.paths import PathLike, as_path
 
 
 class Encoder:
-    """Tokenizer, template and special ids put together: the one way from text to ids, in training and decoding."""
+    """Turns text into ids by a tokenizer, a chat template and special ids, in training and decoding alike."""
 
     def __init__(self, tokenizer: Tokenizer, template: Template, special: SpecialIds, config: DataConfig) -> None:
+        """Puts the parts together; of the data settings it uses `prompt_template` and `system`."""
         self.tokenizer, self.template, self.special = tokenizer, template, special
         self._config = config
         # A named unused token need not be marked as special in the tokenizer's files.
@@ -25,18 +29,18 @@ class Encoder:
         self._forbidden = re.compile("|".join(map(re.escape, sorted(forbidden, key=len, reverse=True))))
 
     def prompt(self, prompt: str | Sequence[Message], *, where: str = "the prompt") -> list[int]:
-        """Ids of a prompt up to where the response begins.
+        """Returns the ids of a prompt, up to where the response begins.
 
         Args:
-            prompt: A user's text, which is put into `data.prompt_template` as that of a record is; or a conversation that
-                ends with a user's turn, which is taken as it stands.
-            where: What to name in an error.
+            prompt: A user's text, which is put into `data.prompt_template` as a record's prompt is; or a conversation
+                that ends with a user's turn, which is taken as it stands.
+            where: The place that errors name, as in "train.jsonl:17".
 
         Raises:
             UserError: If the text holds a special token, or the template fails on it.
         """
         if isinstance(prompt, str):
-            prompt = [{"role": "user", "content": wrapped(prompt, self._config)}]
+            prompt = [{"role": "user", "content": in_template(prompt, self._config)}]
         text = self.template.render(self._checked(prompt, where), True, where=where)
         ids = self.tokenizer.encode(text)
         if self.special.mask in ids:
@@ -46,11 +50,11 @@ class Encoder:
         return ids
 
     def text(self, example: Example) -> str:
-        """The whole conversation as text (what a tokenizer is trained on)."""
+        """Returns the whole conversation as text."""
         return self.template.render(self._checked(example.messages, example.where), False, where=example.where)
 
-    def pair(self, example: Example) -> tuple[list[int], list[int]]:
-        """Ids of an example's prompt and of its response, the terminator included.
+    def prompt_and_response(self, example: Example) -> tuple[list[int], list[int]]:
+        """Returns the ids of an example's prompt and of its response, the terminator included.
 
         What a template writes after the terminator (a newline, or LLaDA's next assistant header) is dropped.
 
@@ -67,8 +71,7 @@ class Encoder:
         if end is None:
             raise UserError(
                 f"{where}: template {self.template.name!r} does not end the response; end an assistant's turn with "
-                f"{{{{ eot_token }}}} "
-                f"({self.tokenizer.piece(self.special.eot)}){self._unknown()}"
+                f"{{{{ eot_token }}}} ({self.tokenizer.piece(self.special.eot)}){self._unknown()}"
             )
         response_ids, surplus = rest[: end + 1], rest[end + 1 :]
         if end == 0:
@@ -77,11 +80,8 @@ class Encoder:
             raise UserError(
                 f"{where}: the response's tokens contain the mask token; take it out of the text or the template"
             )
-        if (
-            surplus
-            and surplus != prompt_ids[-len(surplus) :]
-            and self.tokenizer.decode(surplus, skip_special=True).strip()
-        ):
+        repeated = surplus == prompt_ids[-len(surplus) :]
+        if surplus and not repeated and self.tokenizer.decode(surplus, skip_special=True).strip():
             raise UserError(
                 f"{where}: template {self.template.name!r} writes more after the response's end: "
                 f"{self.tokenizer.decode(surplus, skip_special=False)!r}"
@@ -89,22 +89,20 @@ class Encoder:
         return prompt_ids, response_ids
 
     def _unknown(self) -> str:
-        """What a template written for another tokenizer (an Instruct model's, used with the Base model's) fails by."""
+        """Names the tokens that the template writes and the tokenizer lacks: a template made for another tokenizer fails so."""
         unknown = [text for text in self.template.control_tokens() if self.tokenizer.id_of(text) is None]
-        return (
-            f". The template writes {', '.join(unknown)}, which the tokenizer does not have as tokens"
-            if unknown
-            else ""
-        )
+        if not unknown:
+            return ""
+        return f". The template writes {', '.join(unknown)}, which the tokenizer does not have as tokens"
 
     def _checked(self, messages: Sequence[Message], where: str) -> list[Message]:
+        """Refuses special tokens in the messages' texts, and puts `data.system` before them where it is set."""
         for message in messages:
             found = self._forbidden.search(message["content"])
             if found:
                 raise UserError(
                     f"{where}: the {message['role']}'s text contains the special token {found[0]!r} at character "
-                    f"{found.start()}; "
-                    "take it out, or the model would be shown it as a control token"
+                    f"{found.start()}; take it out, or the model would be shown it as a control token"
                 )
         if self._config.system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self._config.system}, *messages]
@@ -119,10 +117,35 @@ class Encoder:
         alone, whole = (self._show(some, place) for some in (prompt_ids, ids))
         raise UserError(
             f"{where}: template {self.template.name!r} changes the prompt's tokens: token {place} is {alone} in the "
-            f"prompt alone and {whole} "
-            "once the response follows. Let the prompt end with a special token or a newline, and render it the "
-            "same both times"
+            f"prompt alone and {whole} once the response follows. Let the prompt end with a special token or a "
+            "newline, and render it the same both times"
         )
 
     def _show(self, ids: list[int], place: int) -> str:
         return f"{self.tokenizer.piece(ids[place])!r} (id {ids[place]})" if place < len(ids) else "absent"
+
+
+def checkpoint_encoder(folder: PathLike, tokenizer: Tokenizer, mask_id: int | None, eos_id: int) -> Encoder | None:
+    """Makes an encoder of a checkpoint's tokenizer and chat template, where no manifest says which belong together.
+
+    Args:
+        folder: The checkpoint's folder; a template.jinja in it (written by an export) comes before the chat template
+            that the tokenizer brought along.
+        tokenizer: The folder's tokenizer.
+        mask_id: The mask token's id in config.json; None if it has none.
+        eos_id: The id of the end of the sequence in config.json.
+
+    Returns:
+        The encoder; None without a template or a mask token.
+    """
+    if mask_id is None:
+        return None
+    brought, own = tokenizer.settings.get("chat_template"), as_path(folder) / "template.jinja"
+    source = read_bytes(own).decode() if own.exists() else brought
+    if source is None:
+        return None
+    config = DataConfig(tokenizer=os.fspath(folder))
+    name = "tokenizer" if source == brought else "template.jinja"
+    source = template_source("tokenizer", tokenizer_template=source)
+    template, special = find_special(tokenizer, name, source, config, {"mask": mask_id, "eos": eos_id})
+    return Encoder(tokenizer, template, special, config)

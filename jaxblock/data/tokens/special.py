@@ -1,4 +1,4 @@
-"""Special tokens: which ids a tokenizer and its checkpoint use for the mask, the end of sequence and the end of a turn."""
+"""Finds which ids a tokenizer and its checkpoint use for the mask, the end of a sequence and the end of a turn."""
 
 from __future__ import annotations
 
@@ -9,31 +9,32 @@ from dataclasses import dataclass
 
 from jaxblock.data.config import DataConfig
 from jaxblock.data.tokens.templates import Template
-from jaxblock.data.tokens.tokenizers import EOS, EOT, MASK, HuggingFaceTokenizer, Tokenizer, bos_text, text_of
+from jaxblock.data.tokens.tokenizer import BOS, EOS, EOT, MASK, Tokenizer, token_text
+from jaxblock.data.tokens.tokenizer_json import HuggingFaceTokenizer
 from jaxblock.errors import UserError
 from jaxblock.io.files import read_json
 from jaxblock.io.hub import local_checkpoint
 from jaxblock.io.paths import PathLike, as_path
 
 TURN_ENDS = (EOT, "<|im_end|>")
-"""End-of-turn tokens by the families' own names: config.json says only what the end of sequence is."""
+"""The model families' names of the end-of-turn token: config.json gives the end of the sequence alone."""
 
 _MASKS = (MASK, "<|mask|>", "<|MASK|>", "[MASK]", "<mask>")
 _ENDS = (EOS, "<|end_of_text|>", "</s>")
-_FREE = re.compile(r"mask|reserved|unused|extra|placeholder|dummy", re.IGNORECASE)
+_UNUSED = re.compile(r"mask|reserved|unused|extra|placeholder|dummy", re.IGNORECASE)
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _PROBE = "Zq7Probe"  # stands in no template, and nothing would trim or escape it
 
 
 @dataclass(frozen=True)
 class SpecialIds:
-    """Ids of the tokens that the method needs.
+    """The ids of the tokens that the method needs.
 
     Attributes:
-        mask: The mask token.
-        eos: End of sequence: fills the rest of the terminator's block.
-        eot: End of turn: ends a response.
-        pad: Padding; the tokenizer's own, else `eos`. Nothing that the model sees is padded.
+        mask: The id of the mask token.
+        eos: The id of the end of the sequence, which fills the rest of the terminator's block.
+        eot: The id of the end of a turn, which ends a response.
+        pad: The id of padding: the tokenizer's own, else `eos`. Nothing that the model sees is padded.
     """
 
     mask: int
@@ -59,14 +60,18 @@ def first_stop(ids: Iterable[int], stop_ids: Collection[int]) -> int | None:
     return next((at for at, token in enumerate(ids) if token in stop_ids), None)
 
 
-def checkpoint_ids(path: PathLike) -> dict[str, int]:
-    """What the config.json beside a tokenizer says: {"mask": id, "eos": id}, either absent if it does not say.
+def ids_in_checkpoint(path: PathLike) -> dict[str, int]:
+    """Reads the special ids that the config.json beside a tokenizer gives.
 
     Args:
-        path: A tokenizer's folder, file or hub name.
+        path: The tokenizer's folder, file or hub name.
+
+    Returns:
+        {"mask": id, "eos": id}, without an entry that config.json does not have. Of several end-of-sequence ids it is
+        the first.
 
     Raises:
-        UserError: If there is a config.json that is no JSON object.
+        UserError: If there is a config.json that is not a JSON object.
     """
     target = as_path(local_checkpoint(path, weights=False))
     file = (target if target.is_dir() else target.parent) / "config.json"
@@ -85,12 +90,12 @@ def checkpoint_ids(path: PathLike) -> dict[str, int]:
 
 
 def add_mask(tokenizer: Tokenizer, config: DataConfig, checkpoint: Mapping[str, int]) -> Tokenizer:
-    """The tokenizer with the mask token that `data.add_mask_token` asks for, under the next free id.
+    """Returns the tokenizer with the mask token that `data.add_mask_token` asks for added under the next free id.
 
     Args:
-        tokenizer: The checkpoint's.
-        config: Names the token; LLaDA's name if it does not.
-        checkpoint: As `checkpoint_ids` gives it.
+        tokenizer: The checkpoint's tokenizer.
+        config: The data settings; `mask_token` names the token, or LLaDA's name is used.
+        checkpoint: The ids that `ids_in_checkpoint` found.
 
     Raises:
         UserError: If there is a mask token already, or the tokenizer is a SentencePiece model.
@@ -115,44 +120,55 @@ def add_mask(tokenizer: Tokenizer, config: DataConfig, checkpoint: Mapping[str, 
     return tokenizer.with_special_token(text, "mask_token")
 
 
-def assemble(
-    tokenizer: Tokenizer, template: str, source: str, config: DataConfig, checkpoint: Mapping[str, int]
+def find_special(
+    tokenizer: Tokenizer, template_name: str, source: str, config: DataConfig, checkpoint: Mapping[str, int]
 ) -> tuple[Template, SpecialIds]:
-    """A template with the token texts it may use, and the special ids that go with it.
+    """Finds the special tokens of a tokenizer and gives the template the texts of those that it may write.
 
     Args:
-        tokenizer: What the texts are looked up in.
-        template: The template's name.
-        source: Its Jinja text.
-        config: Special tokens that it names win over everything else.
-        checkpoint: As `checkpoint_ids` gives it; wins over the tokenizer's own settings.
+        tokenizer: The tokenizer in which the tokens' texts are looked up.
+        template_name: The template's name, for error messages.
+        source: The template's Jinja text.
+        config: The data settings; special tokens that they name win over everything else.
+        checkpoint: The ids that `ids_in_checkpoint` found; they win over the tokenizer's own settings.
 
     Raises:
-        UserError: If a token cannot be found (naming the field to set), or the mask is used for something else too.
+        UserError: If a token cannot be found (the field to set is named), or the mask is used for something else too.
     """
-    eos = _end_of_sequence(tokenizer, config, checkpoint)
-    known = next((text for text in TURN_ENDS if tokenizer.id_of(text) is not None), tokenizer.piece(eos))
-    texts = {name: text_of(tokenizer.settings.get(name)) for name in _NAMED}
-    texts |= {"bos_token": bos_text(tokenizer), "eot_token": config.eot_token or known}
-    if template != "tokenizer" or not texts["eos_token"]:
+    eos = _eos_id(tokenizer, config, checkpoint)
+    eot = next((text for text in TURN_ENDS if tokenizer.id_of(text) is not None), tokenizer.piece(eos))
+    texts = {name: token_text(tokenizer.settings.get(name)) for name in _NAMED}
+    if not texts["bos_token"] and tokenizer.id_of(BOS) is not None:
+        texts["bos_token"] = BOS
+    if template_name != "tokenizer" or not texts["eos_token"]:
         texts["eos_token"] = tokenizer.piece(eos)
-    tokens = {name: text for name, text in texts.items() if text}  # templates ask which of them are defined
-    made = Template(template, source, tokens)
-    eot = config.eot_token or turn_end(tokenizer, made, config.system) or known
-    made = dataclasses.replace(made, tokens={**tokens, "eot_token": eot})
+    texts["eot_token"] = config.eot_token or eot
+    template = Template(template_name, source, {name: text for name, text in texts.items() if text})
+    eot = config.eot_token or turn_end(tokenizer, template, config.system) or eot
     eot_id = tokenizer.id_of(eot)
     if eot_id is None:
         raise _missing(tokenizer, config, "eot", eot, "set it to the token that ends an assistant turn")
-    return made, _checked(tokenizer, config, _mask(tokenizer, config, checkpoint), eos, eot_id)
+    template = dataclasses.replace(template, tokens={**template.tokens, "eot_token": eot})
+    mask = _mask_id(tokenizer, config, checkpoint)
+    if mask in (eos, eot_id):
+        raise UserError(
+            f"data.mask_token: {config.mask_token or f'id {mask}'!r} is also the end-of-sequence or end-of-turn token; the "
+            "mask must be a token of its own"
+        )
+    pad = tokenizer.id_of(texts["pad_token"]) if texts["pad_token"] else None
+    return template, SpecialIds(mask=mask, eos=eos, eot=eot_id, pad=eos if pad is None or pad == mask else pad)
 
 
 def turn_end(tokenizer: Tokenizer, template: Template, system: str | None = None) -> str | None:
-    """The special token that a template writes right after an assistant's words; None if it writes none.
+    """Finds the special token that a template writes right after an assistant's words, by rendering a conversation.
 
     Args:
-        tokenizer: Says which texts are special.
-        template: What is asked, by rendering a conversation.
-        system: A system message, where the template cannot do without.
+        tokenizer: The tokenizer, which knows the special tokens' texts.
+        template: The template in question.
+        system: A system message, for templates that need one.
+
+    Returns:
+        The token's text; None if the template writes none, or fails on the conversation.
     """
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
     if system is not None:
@@ -160,39 +176,38 @@ def turn_end(tokenizer: Tokenizer, template: Template, system: str | None = None
     try:
         text = template.render(messages, False)
     except UserError:
-        return None  # it will be said of a record, with its place
+        return None  # the first record meets the same error, and its message names the record's place
     rest = text[text.rfind(_PROBE) + len(_PROBE) :].lstrip() if _PROBE in text else ""
     return max((special for special in tokenizer.special_texts if rest.startswith(special)), key=len, default=None)
 
 
-def _mask(tokenizer: Tokenizer, config: DataConfig, checkpoint: Mapping[str, int]) -> int:
+def _mask_id(tokenizer: Tokenizer, config: DataConfig, checkpoint: Mapping[str, int]) -> int:
     if config.mask_token is None and "mask" in checkpoint:
         return checkpoint["mask"]
-    own = text_of(tokenizer.settings.get("mask_token"))
-    texts = [config.mask_token] if config.mask_token else [own, *_MASKS]
-    found = next((i for text in texts if text and (i := tokenizer.id_of(text)) is not None), None)
+    found = _first_known(tokenizer, config.mask_token, "mask_token", _MASKS)
     if found is None:
-        raise _missing(
-            tokenizer,
-            config,
-            "mask",
-            config.mask_token,
+        advice = (
             "set it to the token the checkpoint was trained with (the one its config.json calls mask_token_id); for a start "
-            "that has none, name an unused token, or set data.add_mask_token. Candidates: " + _candidates(tokenizer),
+            "that has none, name an unused token, or set data.add_mask_token. Candidates: " + _candidates(tokenizer)
         )
+        raise _missing(tokenizer, config, "mask", config.mask_token, advice)
     return found
 
 
-def _end_of_sequence(tokenizer: Tokenizer, config: DataConfig, checkpoint: Mapping[str, int]) -> int:
+def _eos_id(tokenizer: Tokenizer, config: DataConfig, checkpoint: Mapping[str, int]) -> int:
     if config.eos_token is None and checkpoint.get("eos", tokenizer.vocab_size) < tokenizer.vocab_size:
         return checkpoint["eos"]
-    own = text_of(tokenizer.settings.get("eos_token"))
-    texts = [config.eos_token] if config.eos_token else [own, *_ENDS]
-    found = next((i for text in texts if text and (i := tokenizer.id_of(text)) is not None), None)
+    found = _first_known(tokenizer, config.eos_token, "eos_token", _ENDS)
     if found is None:
         advice = "set it to the tokenizer's end-of-sequence token (LLaDA pads with it too)"
         raise _missing(tokenizer, config, "eos", config.eos_token, advice)
     return found
+
+
+def _first_known(tokenizer: Tokenizer, named: str | None, setting: str, usual: tuple[str, ...]) -> int | None:
+    """Looks a token up: the one that the config names, or else the one of the tokenizer's settings or of a usual name."""
+    texts = [named] if named else [token_text(tokenizer.settings.get(setting)), *usual]
+    return next((i for text in texts if text and (i := tokenizer.id_of(text)) is not None), None)
 
 
 def _missing(tokenizer: Tokenizer, config: DataConfig, name: str, text: str | None, advice: str) -> UserError:
@@ -204,17 +219,8 @@ def _missing(tokenizer: Tokenizer, config: DataConfig, name: str, text: str | No
 
 
 def _candidates(tokenizer: Tokenizer) -> str:
-    free = sorted((text for text in tokenizer.special_texts if _FREE.search(text)), key=lambda text: (len(text), text))
-    more = f" and {len(free) - 6} more" if len(free) > 6 else ""
-    return (", ".join(free[:6]) or "none by name") + more
-
-
-def _checked(tokenizer: Tokenizer, config: DataConfig, mask: int, eos: int, eot: int) -> SpecialIds:
-    if mask in (eos, eot):
-        raise UserError(
-            f"data.mask_token: {config.mask_token or f'id {mask}'!r} is also the end-of-sequence or end-of-turn token; the "
-            "mask must be a token of its own"
-        )
-    pad_text = text_of(tokenizer.settings.get("pad_token"))
-    pad = tokenizer.id_of(pad_text) if pad_text else None
-    return SpecialIds(mask=mask, eos=eos, eot=eot, pad=eos if pad is None or pad == mask else pad)
+    """Lists special tokens whose names say that they are unused, the shortest first."""
+    unused = [text for text in tokenizer.special_texts if _UNUSED.search(text)]
+    unused.sort(key=lambda text: (len(text), text))
+    more = f" and {len(unused) - 6} more" if len(unused) > 6 else ""
+    return (", ".join(unused[:6]) or "none by name") + more

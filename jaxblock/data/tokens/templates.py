@@ -1,7 +1,7 @@
-"""Chat templates: messages -> the text that is tokenised. Jinja, sandboxed, as in Hugging Face tokenizers.
+"""Chat templates turn messages into the text that is tokenised: Jinja in a sandbox, as Hugging Face renders it.
 
-What their renderer offers is offered here: `messages`, `add_generation_prompt`, `tools` and `documents` (none), the
-special tokens by name, `raise_exception`, `strftime_now`, `tojson`, loop controls and `{% generation %}`.
+Templates find here what Hugging Face's renderer offers: `messages`, `add_generation_prompt`, `tools` and `documents`
+(always none), the special tokens by name, `raise_exception`, `strftime_now`, `tojson`, loop controls and `{% generation %}`.
 """
 
 from __future__ import annotations
@@ -21,12 +21,10 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
+from jaxblock.data.text.examples import Message
 from jaxblock.errors import UserError
 from jaxblock.io.files import read_bytes
 from jaxblock.io.paths import as_path
-
-Message = Mapping[str, str]
-"""{"role": "system" | "user" | "assistant", "content": ...}"""
 
 # LLaDA's layout, after its own tokenizer's template: every turn has a header and an end.
 _CHAT = """\
@@ -59,12 +57,12 @@ _CONTROL = re.compile(r"<\|[^<>|\s]+\|>")
 
 @dataclass(frozen=True)
 class Template:
-    """A chat template and the token texts it may use.
+    """A chat template and the texts of the special tokens that it may write.
 
     Attributes:
-        name: As the config gives it.
+        name: The template's name, as the config gives it.
         source: The Jinja text.
-        tokens: Its variables `bos_token`, `eos_token`, `eot_token` and whatever else the tokenizer names.
+        tokens: The values of its variables `bos_token`, `eos_token`, `eot_token` and the tokenizer's others.
     """
 
     name: str
@@ -72,12 +70,13 @@ class Template:
     tokens: Mapping[str, Any] = field(default_factory=dict)
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool, *, where: str = "") -> str:
-        """The conversation as text.
+        """Renders a conversation as text.
 
         Args:
-            messages: Its turns.
-            add_generation_prompt: End with what comes before an assistant's words (a template may do so in any case).
-            where: What to name in an error, as in "train.jsonl:17".
+            messages: The turns of the conversation.
+            add_generation_prompt: Whether the text ends with what comes before an assistant's words (a template may
+                write that in any case).
+            where: The record that errors name, as in "train.jsonl:17".
 
         Raises:
             UserError: If the template does not compile, fails, or rejects the messages.
@@ -105,32 +104,30 @@ class Template:
             raise UserError(f"{where or 'a conversation'}: template {self.name!r} fails on it: {error}") from error
 
     def control_tokens(self) -> tuple[str, ...]:
-        """Texts like <|name|> that the template itself writes; each must be one token of a trained tokenizer."""
+        """Returns the texts like <|name|> that the template itself writes; each must be one token of a trained tokenizer."""
         return tuple(dict.fromkeys(_CONTROL.findall(self.source)))
 
 
-def find(name: str, *, tokenizer_template: Any = None) -> str:
-    """The Jinja source of a template.
+def template_source(name: str, *, tokenizer_template: Any = None) -> str:
+    """Returns the Jinja source of a template.
 
     Args:
-        name: `chat`, `plain`, `tokenizer` (the tokenizer folder's own), or the path of a Jinja file.
-        tokenizer_template: The chat template that came with the tokenizer, if any.
+        name: `chat`, `plain`, `tokenizer` (the template that came with the tokenizer), or the path of a Jinja file.
+        tokenizer_template: The template that came with the tokenizer, or a list of several by name; None without one.
 
     Raises:
-        UserError: If there is none of that name.
+        UserError: If there is no template of that name.
     """
     if name in NAMED:
         return NAMED[name]
     if name == "tokenizer":
-        if isinstance(tokenizer_template, list):  # several, by name
-            tokenizer_template = {entry.get("name"): entry.get("template") for entry in tokenizer_template}.get(
-                "default"
-            )
+        if isinstance(tokenizer_template, list):
+            named = {entry.get("name"): entry.get("template") for entry in tokenizer_template}
+            tokenizer_template = named.get("default")
         if not isinstance(tokenizer_template, str):
             raise UserError(
                 "data.template = 'tokenizer': the tokenizer came with no chat template (chat_template in "
-                "tokenizer_config.json, "
-                "or chat_template.jinja); set data.template to chat, plain or a Jinja file"
+                "tokenizer_config.json, or chat_template.jinja); set data.template to chat, plain or a Jinja file"
             )
         return tokenizer_template
     if not as_path(name).exists():
@@ -143,12 +140,12 @@ def find(name: str, *, tokenizer_template: Any = None) -> str:
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}` marks the assistant's words for other trainers' loss masks; here its body is just written."""
+    """Renders the body of `{% generation %}`, which marks the assistant's words for the loss masks of other trainers."""
 
     tags = {"generation"}
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        """The body in a scope of its own."""
+        """Parses the body, which gets a scope of its own."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return jinja2.nodes.Scope(body, lineno=line)
@@ -161,7 +158,7 @@ def _refuse(message: str) -> None:
 def _to_json(
     value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
-    """Jinja's own filter would escape for HTML."""
+    """Writes JSON as it is, where Jinja's own filter would escape it for HTML."""
     return json.dumps(
         value,
         ensure_ascii=ensure_ascii,
@@ -173,7 +170,7 @@ def _to_json(
 
 @functools.cache
 def _clock() -> datetime.datetime:
-    """One time for the whole process: a prompt and the conversation that begins with it must give the same date."""
+    """Returns one time for the whole process: a prompt and the conversation that begins with it must give the same date."""
     return datetime.datetime.now()
 
 

@@ -1,20 +1,20 @@
-"""Dream's tokenizer files, vocab.json and merges.txt, as one ``tokenizer.json``: the model ships no such file."""
+"""Makes a tokenizer.json of a Qwen2 tokenizer's vocab.json and merges.txt: Dream ships these two files only."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
 
-import tokenizers as huggingface
+import tokenizers
 
+from jaxblock.data.tokens.tokenizer import read_settings
 from jaxblock.errors import UserError
 
 FILES = ("vocab.json", "merges.txt")
 QWEN2_CLASSES = ("DreamTokenizer", "Qwen2Tokenizer", "Qwen2TokenizerFast")
-"""Values of `tokenizer_class` in tokenizer_config.json whose text is cut up as Qwen2's."""
+"""Values of `tokenizer_class` in tokenizer_config.json that stand for Qwen2's way of splitting a text."""
 
-# How Qwen2 cuts a text before its merges: contractions, words, single digits, punctuation, line ends, blanks.
+# What Qwen2 splits a text into before its merges: contractions, words, single digits, punctuation, line ends, blanks.
 _QWEN2_PARTS = "|".join(
     (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
@@ -28,13 +28,13 @@ _QWEN2_PARTS = "|".join(
 )
 
 
-def tokenizer_json(files: Mapping[str, bytes], settings: Mapping[str, Any], where: str) -> bytes:
-    """Builds the file.
+def tokenizer_json(files: Mapping[str, bytes], where: str) -> bytes:
+    """Makes the tokenizer.json.
 
     Args:
-        files: Contents of vocab.json and merges.txt by name.
-        settings: tokenizer_config.json: its class, and the added tokens with their ids.
-        where: What to name in errors.
+        files: The contents of vocab.json, merges.txt and tokenizer_config.json by name; the last one gives the
+            tokenizer's class, and the added tokens with their ids.
+        where: The folder that errors name.
 
     Returns:
         The bytes of a tokenizer.json.
@@ -42,6 +42,7 @@ def tokenizer_json(files: Mapping[str, bytes], settings: Mapping[str, Any], wher
     Raises:
         UserError: If the class is unknown, or the files do not make a tokenizer with these ids.
     """
+    settings = read_settings(files, where)
     kind = settings.get("tokenizer_class")
     if kind not in QWEN2_CLASSES:
         raise UserError(
@@ -53,17 +54,17 @@ def tokenizer_json(files: Mapping[str, bytes], settings: Mapping[str, Any], wher
         lines = files["merges.txt"].decode().split("\n")
         rules = [line.split() for line in lines if line.strip() and not line.startswith("#version")]
         pairs = [(left, right) for left, right in rules]
-        model = huggingface.models.BPE(json.loads(files["vocab.json"]), pairs)
+        model = tokenizers.models.BPE(json.loads(files["vocab.json"]), pairs)
         added = settings.get("added_tokens_decoder", {})
-        tokens = {int(i): huggingface.AddedToken(**entry) for i, entry in added.items()}
+        tokens = {int(i): tokenizers.AddedToken(**entry) for i, entry in added.items()}
     except Exception as error:  # the library raises plain Exception
         raise UserError(f"{where}: vocab.json, merges.txt or tokenizer_config.json cannot be used ({error})") from error
-    tokenizer = huggingface.Tokenizer(model)
-    tokenizer.normalizer = huggingface.normalizers.NFC()
-    parts = huggingface.pre_tokenizers.Split(huggingface.Regex(_QWEN2_PARTS), behavior="isolated")
-    to_bytes = huggingface.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = huggingface.pre_tokenizers.Sequence([parts, to_bytes])
-    tokenizer.decoder = huggingface.decoders.ByteLevel()
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.normalizer = tokenizers.normalizers.NFC()
+    parts = tokenizers.pre_tokenizers.Split(tokenizers.Regex(_QWEN2_PARTS), behavior="isolated")
+    to_bytes = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([parts, to_bytes])
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
     for token_id, token in sorted(tokens.items()):
         tokenizer.add_tokens([token])
         if tokenizer.token_to_id(token.content) != token_id:

@@ -1,4 +1,4 @@
-"""Lengths: which canvases are valid, and what happens to records that do not fit one."""
+"""Decides what happens to records that are too long, and counts them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxblock.config.config import Config
+from jaxblock.data.config import DataConfig
 from jaxblock.data.store.records import Record
-from jaxblock.data.text.sources import Example
+from jaxblock.data.text.examples import Example
 from jaxblock.diffusion.config import CanvasConfig
 from jaxblock.errors import UserError
 
@@ -35,18 +35,19 @@ def check_canvas(canvas: CanvasConfig) -> None:
         )
 
 
-class LengthPolicy:
-    """What happens to records that are too long, and the count of them.
+class LengthRules:
+    """Applies the rules on lengths to every split, and counts what they leave out.
 
     Training records pass the rule of `data.max_total_len` first, and only `data.max_records` of them are kept; then
     every record meets the canvas (`data.overlong`).
     """
 
-    def __init__(self, config: Config) -> None:
-        """Reads the rules of resolved settings (see `recipes.resolve`)."""
-        self._policy, self._canvas, self._data = config.data.overlong, config.canvas, config.data
-        self._first = ""
-        self._long: Counter[str] = Counter()
+    def __init__(self, data: DataConfig, canvas: CanvasConfig) -> None:
+        """Reads the rules of resolved settings (see `recipes.with_recipe`)."""
+        self._data, self._block = data, canvas.block
+        self._limits = {"prompt": canvas.prompt_len, "response": canvas.response_len}
+        self._first_complaint = ""
+        self._counts: Counter[str] = Counter()
         self._longest = {"prompt": 0, "response": 0}
 
     def apply(
@@ -55,20 +56,21 @@ class LengthPolicy:
         """Applies the rules to a split.
 
         Args:
-            split: Its name.
-            pairs: Ids of prompt and response of each example; not read beyond the last that is needed.
+            split: "train", "validation" or "test".
+            pairs: The ids of prompt and response of each example; not read beyond the last that is needed.
             examples: The examples themselves.
 
         Returns:
-            Records that fit, and {"kept", "dropped", "cut"} with reasons. Nothing is ever cut off a prompt.
+            Records that fit, and a report {"kept": records, "dropped": {reason: records}, "cut": {reason: records}}.
+            Nothing is ever cut off a prompt.
 
         Raises:
-            UserError: If none is left.
+            UserError: If no record is left.
         """
         kept: list[Record] = []
         dropped: Counter[str] = Counter()
         cut: Counter[str] = Counter()
-        # A validation split taken from the training records follows their rule.
+        # Validation records that are taken from the training records follow their rule.
         ruled = split == "train" or split == "validation" and self._data.validation is None
         most_tokens = self._data.max_total_len if ruled else None
         most_records = self._data.max_records if split == "train" else None
@@ -77,8 +79,8 @@ class LengthPolicy:
                 dropped["longer than data.max_total_len"] += 1
                 continue
             long = self._too_long(prompt_ids, response_ids, example.where)
-            if "response" in long and self._policy == "truncate" and "prompt" not in long:
-                response_ids = response_ids[: self._canvas.response_len]
+            if long == ["response"] and self._data.overlong == "truncate":
+                response_ids = response_ids[: self._limits["response"]]
                 cut["response too long"] += 1
             elif long:
                 dropped[f"{' and '.join(long)} too long"] += 1
@@ -93,44 +95,42 @@ class LengthPolicy:
             raise UserError(
                 f"all {len(examples)} {split} records have more than data.max_total_len = {most_tokens} tokens"
             )
-        if not kept and self._policy != "error":
+        if not kept and self._data.overlong != "error":
             raise UserError(
-                f"no {split} record fits the canvas ({self._canvas.prompt_len} + {self._canvas.response_len} tokens); "
+                f"no {split} record fits the canvas ({self._limits['prompt']} + {self._limits['response']} tokens); "
                 f"the longest prompt has {self._longest['prompt']} tokens, the longest response "
                 f"{self._longest['response']}"
             )
         return kept, {"kept": len(kept), "dropped": dict(dropped), "cut": dict(cut)}
 
     def check(self) -> None:
-        """Raises the error of the policy `error`, which names the first record and counts them all."""
-        if self._policy != "error" or not self._first:
+        """Stops where `data.overlong` is `error` and a record of any split was too long.
+
+        Raises:
+            UserError: The message names the first such record, counts them all, and says which lengths hold them.
+        """
+        if self._data.overlong != "error" or not self._first_complaint:
             return
-        count = f"{self._long['records']} of {self._long['all']} records are too long"
-        sides = [f"canvas.{side}_len = {self._needed(side)}" for side in ("prompt", "response") if self._long[side]]
+        counts = self._counts
+        needed = {"prompt": self._longest["prompt"], "response": -(-self._longest["response"] // self._block) * self._block}
+        sides = [f"canvas.{side}_len = {length}" for side, length in needed.items() if counts[side]]
         raise UserError(
-            f"{self._first}. {count} ({self._long['prompt']} prompts, {self._long['response']} responses). To keep "
-            "them all set "
-            f"{' and '.join(sides)}; or set data.overlong to `drop`, or to `truncate` (cuts responses, drops "
-            "over-long prompts)"
+            f"{self._first_complaint}. {counts['too long']} of {counts['records']} records are too long "
+            f"({counts['prompt']} prompts, {counts['response']} responses). To keep them all set {' and '.join(sides)}; "
+            "or set data.overlong to `drop`, or to `truncate` (cuts responses, drops over-long prompts)"
         )
 
     def _too_long(self, prompt_ids: list[int], response_ids: list[int], where: str) -> list[str]:
+        """Counts a record, and returns which of its sides ("prompt", "response") do not fit the canvas."""
         long = []
-        self._long["all"] += 1
         for side, ids in (("prompt", prompt_ids), ("response", response_ids)):
+            limit = self._limits[side]
             self._longest[side] = max(self._longest[side], len(ids))
-            limit = getattr(self._canvas, f"{side}_len")
             if len(ids) > limit:
                 long.append(side)
-                self._long[side] += 1
-                if not self._first:
-                    excess = len(ids) - limit
-                    self._first = (
-                        f"{where}: the {side} is {len(ids)} tokens long, {excess} more than canvas.{side}_len = {limit}"
-                    )
-        self._long["records"] += bool(long)
+                self._first_complaint = self._first_complaint or (
+                    f"{where}: the {side} is {len(ids)} tokens long, {len(ids) - limit} more than "
+                    f"canvas.{side}_len = {limit}"
+                )
+        self._counts.update(["records", *long, *(["too long"] if long else [])])
         return long
-
-    def _needed(self, side: str) -> int:
-        step = self._canvas.block if side == "response" else 1
-        return -(-self._longest[side] // step) * step

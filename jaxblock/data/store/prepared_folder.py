@@ -1,0 +1,67 @@
+"""Opens a prepared folder for the verbs that read it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from jaxblock.data.store.manifest import Manifest, read_manifest
+from jaxblock.data.store.records import Records
+from jaxblock.data.tokens.encoding import Encoder
+from jaxblock.data.tokens.load import load_tokenizer
+from jaxblock.data.tokens.special import SpecialIds
+from jaxblock.data.tokens.templates import Template
+from jaxblock.data.tokens.tokenizer import Tokenizer
+from jaxblock.errors import UserError
+from jaxblock.io.files import read_bytes
+from jaxblock.io.paths import PathLike, as_path
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An opened prepared folder.
+
+    Attributes:
+        folder: The folder's path.
+        manifest: The folder's description of itself.
+        tokenizer: The folder's tokenizer.
+        encoder: The tokenizer with the chat template and the special ids.
+    """
+
+    folder: str
+    manifest: Manifest
+    tokenizer: Tokenizer
+    encoder: Encoder
+
+    @property
+    def special(self) -> SpecialIds:
+        """The ids of the mask, the end of the sequence and the end of a turn."""
+        return self.encoder.special
+
+    def records(self, split: str) -> Records:
+        """Opens a split ("train", "validation" or "test") for random access.
+
+        Raises:
+            UserError: If the folder has no split of that name, or its file is damaged.
+        """
+        if split not in self.manifest.splits:
+            raise UserError(
+                f"{self.folder} holds no {split!r} records (only {', '.join(self.manifest.splits)}); set "
+                f"data.{split} and prepare again"
+            )
+        return Records(self.folder, split)
+
+
+def open_prepared(folder: PathLike) -> Prepared:
+    """Opens a prepared folder.
+
+    Raises:
+        UserError: If it is absent, not whole, or damaged.
+    """
+    manifest = read_manifest(folder)
+    local = as_path(folder) / "tokenizer"
+    tokenizer = load_tokenizer(local)
+    source = read_bytes(local / "template.jinja").decode()
+    template = Template(manifest.template["name"], source, manifest.template["tokens"])
+    encoder = Encoder(tokenizer, template, manifest.special, manifest.data_config)
+    return Prepared(os.fspath(folder), manifest, tokenizer, encoder)

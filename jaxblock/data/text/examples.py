@@ -1,0 +1,147 @@
+"""Turns one record into conversations with a supervised answer. Every complaint names the file and the line."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jaxblock.data.config import DataConfig
+from jaxblock.data.text.files import Row, json_type
+from jaxblock.errors import UserError
+
+Message = Mapping[str, str]
+"""{"role": "system" | "user" | "assistant", "content": ...}"""
+
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Example:
+    """A conversation whose last turn, the assistant's, is supervised.
+
+    Attributes:
+        messages: The turns; the last is the assistant's.
+        prompt: The question as the record has it, without `data.prompt_template` (of several turns: all of them, one
+            "role: text" a line).
+        response: The supervised answer as the record has it.
+        where: The path and the line, for error messages.
+        source: The file name and the line, for the prepared record, and the number of the assistant's turn where
+            several are supervised ("train.jsonl:17#2").
+        conversation: A name that all examples of one conversation share; they stay in one split.
+    """
+
+    messages: tuple[Message, ...]
+    prompt: str
+    response: str
+    where: str
+    source: str
+    conversation: str
+
+
+def examples_of(row: Row, config: DataConfig) -> list[Example]:
+    """Reads a record: one example of a question and its answer, one or several of a conversation.
+
+    Args:
+        row: The record and its place.
+        config: Resolved settings (see `recipes.with_recipe`): the names of the fields, and which turns are supervised.
+
+    Raises:
+        UserError: If a field is missing, empty or not text, or the messages are not a conversation.
+    """
+    if config.messages_field in row.record:
+        return _turns(row, _conversation(row, config.messages_field), config)
+    texts = []
+    for setting, name in (("prompt_field", config.prompt_field), ("response_field", config.response_field)):
+        if name not in row.record:
+            near = difflib.get_close_matches(str(name), row.record, n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise UserError(
+                f"{row.where}: no field {name!r}{hint}; set data.{setting} to one of "
+                f"{', '.join(map(repr, row.record)) or 'none: it is empty'}, or give {config.messages_field!r}"
+            )
+        texts.append(checked_text(row.record[name], f"field {name!r}", row.where))
+    return [question_and_answer(*texts, config, row.where, row.source)]
+
+
+def question_and_answer(prompt: str, response: str, config: DataConfig, where: str, source: str) -> Example:
+    """Makes the example of a single question and its answer; the question goes into `data.prompt_template`."""
+    messages = ({"role": "user", "content": in_template(prompt, config)}, {"role": "assistant", "content": response})
+    return Example(messages, prompt, response, where, source, where)
+
+
+def in_template(prompt: str, config: DataConfig) -> str:
+    """Puts a prompt into `data.prompt_template`, where one is set."""
+    return prompt if config.prompt_template is None else config.prompt_template.replace("{prompt}", prompt)
+
+
+def checked_text(value: Any, name: str, where: str) -> str:
+    """Returns a value that is text and not empty.
+
+    Raises:
+        UserError: If it is not a string, is blank, or cannot be written as UTF-8; `where` and `name` say what it is.
+    """
+    if not isinstance(value, str):
+        raise UserError(f"{where}: {name} must be a string, not {json_type(value)}")
+    if not value.strip():
+        raise UserError(f"{where}: {name} is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where}: {name} holds half of a surrogate pair at character {error.start}, which is no text"
+        ) from error
+    return value
+
+
+def _turns(row: Row, messages: list[Message], config: DataConfig) -> list[Example]:
+    """Makes one example for each supervised turn; the turns after it are not in it."""
+    spoken = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    first_user = next(number for number, message in enumerate(messages) if message["role"] == "user")
+    supervised = [number for number in spoken if number > first_user]  # a greeting answers nothing
+    every_turn = config.turns == "all"
+    examples = []
+    for number in supervised if every_turn else supervised[-1:]:
+        turn = spoken.index(number) + 1
+        asked = [message for message in messages[:number] if message["role"] != "system"]
+        prompt = asked[0]["content"] if len(asked) == 1 else "\n".join(f"{m['role']}: {m['content']}" for m in asked)
+        examples.append(
+            Example(
+                messages=tuple(messages[: number + 1]),
+                prompt=prompt,
+                response=messages[number]["content"],
+                where=f"{row.where}, assistant turn {turn}" if every_turn else row.where,
+                source=f"{row.source}#{turn}" if every_turn else row.source,
+                conversation=row.where,
+            )
+        )
+    return examples
+
+
+def _conversation(row: Row, field: str) -> list[Message]:
+    """Returns the messages of a record, checked: they end with the assistant's turn and contain a user's."""
+    value, where = row.record[field], row.where
+    if not isinstance(value, list) or not value:
+        raise UserError(
+            f"{where}: field {field!r} must be a list of messages with one or more in it, not {json_type(value)}"
+        )
+    messages: list[Message] = []
+    for number, message in enumerate(value):
+        name = f"{field}[{number}]"
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise UserError(f'{where}: {name} must be an object with "role" and "content"')
+        role = message["role"]
+        if role not in ROLES:
+            raise UserError(f"{where}: {name} has the role {role!r}; known are {', '.join(ROLES)}")
+        if role == "system" and number:
+            raise UserError(f"{where}: {name} is a system message, which must come first")
+        messages.append({"role": role, "content": checked_text(message["content"], f"{name}.content", where)})
+    if messages[-1]["role"] != "assistant":
+        raise UserError(
+            f"{where}: the last message must be the assistant's (it is what is learnt), not the "
+            f"{messages[-1]['role']}'s"
+        )
+    if not any(message["role"] == "user" for message in messages):
+        raise UserError(f"{where}: no user message comes before the assistant's last one")
+    return messages

@@ -1,0 +1,169 @@
+"""`SentencePieceTokenizer`, and the training of one that loses nothing of a text."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import SupportsIndex
+
+import sentencepiece
+
+from jaxblock.data.config import DataConfig
+from jaxblock.data.tokens.tokenizer import BOS, EOS, EOT, MASK, Tokenizer
+from jaxblock.errors import UserError
+
+_SPACE = "\u2581"  # SentencePiece's own sign for a space
+_SPACE_BYTES = tuple(f"<0x{byte:02X}>" for byte in _SPACE.encode())
+_BRACKETED = re.compile(r"<[^<>\s]+>|\[[A-Z_]+\]")
+
+
+def train_tokenizer(
+    texts: Iterable[str], config: DataConfig, extra_symbols: Sequence[str] = ()
+) -> SentencePieceTokenizer:
+    """Fits a SentencePiece model with identity normalisation and byte fallback, so that every text round-trips.
+
+    A vocabulary that the text cannot fill ends up smaller than asked.
+
+    Args:
+        texts: Rendered conversations, special tokens included.
+        config: The data settings; they give the model's type, its vocabulary size (which counts the 256 bytes, the
+            unknown piece, the newline and all special tokens) and the special tokens' texts.
+        extra_symbols: More texts that become one token each (those that the chat template writes).
+
+    Raises:
+        UserError: If the vocabulary is too small for the text's letters, bytes and special tokens, if a special token
+            is not in brackets, or if there is no text to fit.
+    """
+    named = (config.mask_token or MASK, config.eos_token or EOS, config.eot_token or EOT)
+    symbols = list(dict.fromkeys([*named, BOS, *extra_symbols]))
+    for symbol in symbols:
+        if not _BRACKETED.fullmatch(symbol):
+            raise UserError(f"the special token {symbol!r} of a trained tokenizer must be in brackets, as in <|name|>")
+    symbols.append("\n")
+    least = 256 + 1 + len(symbols) + 1
+    if config.vocab_size < least:
+        raise UserError(
+            f"data.vocab_size = {config.vocab_size} is too small: bytes and special tokens alone need {least}"
+        )
+    split = re.compile("|".join(map(re.escape, symbols)))
+    parts = [part for text in texts for part in split.split(text) if part]
+    if not parts:
+        raise UserError("the tokenizer cannot be trained: the training text is empty")
+    return SentencePieceTokenizer({"tokenizer.model": _fit(parts, config, symbols)}, "the trained tokenizer")
+
+
+def _fit(parts: Iterable[str], config: DataConfig, symbols: Sequence[str]) -> bytes:
+    """Fits the model to pieces of text that contain no special token; returns the bytes of the model file."""
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(parts),
+            model_writer=model,
+            model_type=config.tokenizer_type,
+            vocab_size=config.vocab_size,
+            hard_vocab_limit=False,
+            split_digits=config.split_digits,
+            user_defined_symbols=list(symbols),
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            byte_fallback=True,
+            unk_id=0,
+            bos_id=-1,
+            eos_id=-1,
+            pad_id=-1,
+            max_sentence_length=1 << 24,
+            num_threads=4,  # a fixed number, so that every machine fits the same model
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        needed = re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error))
+        if needed:
+            raise UserError(
+                f"data.vocab_size = {config.vocab_size} is too small for the letters of the training text: set at least "
+                f"{needed[1]}"
+            ) from error
+        raise UserError(
+            f"the tokenizer cannot be trained (data.tokenizer_type = {config.tokenizer_type!r}): {error}"
+        ) from error
+    return model.getvalue()
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model. Control tokens in a text become their ids; models trained here round-trip every text."""
+
+    def __init__(self, files: Mapping[str, bytes], where: str) -> None:
+        """Makes the tokenizer from the bytes of its files by name, one of which is "tokenizer.model".
+
+        Raises:
+            UserError: If the file is not a SentencePiece model; the message begins with `where`.
+        """
+        super().__init__(files, where)
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=files["tokenizer.model"])
+            self.vocab_size = self._model.get_piece_size()
+        except (RuntimeError, TypeError) as error:
+            raise UserError(f"{where}: not a SentencePiece model ({error})") from error
+        if not self.vocab_size:
+            raise UserError(f"{where}: not a SentencePiece model")
+        self._ids: dict[str, int] = {self._model.id_to_piece(i): i for i in range(self.vocab_size)}
+        self._has_bytes = _SPACE_BYTES[0] in self._ids and self._model.is_byte(self._ids[_SPACE_BYTES[0]])
+        self._special_ids = {i for text, i in self._ids.items() if self._is_special(text, i)}
+        self.special_texts = frozenset(self._model.id_to_piece(i) for i in self._special_ids)
+        self._split = self._splitter()
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for part in self._split.split(text) if self._split else [text]:
+            if part == _SPACE and self._has_bytes:
+                ids += [self._ids[byte] for byte in _SPACE_BYTES]
+            elif part in self.special_texts or part == "\n" and part in self._ids:
+                ids.append(self._ids[part])
+            elif part:
+                ids += self._with_real_spaces(self._model.encode(part))
+        return ids
+
+    def decode(self, ids: Iterable[SupportsIndex], skip_special: bool = True) -> str:
+        wanted = [int(i) for i in ids if not (skip_special and int(i) in self._special_ids)]
+        return str(self._model.decode(wanted))
+
+    def id_of(self, token_text: str) -> int | None:
+        return self._ids.get(token_text)
+
+    def piece(self, token_id: SupportsIndex) -> str:
+        return str(self._model.id_to_piece(int(token_id)))
+
+    def _is_special(self, text: str, i: int) -> bool:
+        """Tells whether a piece is special: a control piece, or one in brackets (<|eot_id|>) that the model finds in a text."""
+        if self._model.is_unknown(i) or self._model.is_byte(i):
+            return False
+        return self._model.is_control(i) or (_BRACKETED.fullmatch(text) is not None and i in self._model.encode(text))
+
+    def _splitter(self) -> re.Pattern[str] | None:
+        """Returns the pattern of the texts that are split off before the model sees the rest; None if there are none.
+
+        A model with a dummy prefix would put one before each part that follows a split. With such a model only control
+        tokens are split off, which it cannot find itself.
+        """
+        dummy_prefix = self._model.normalize("a") != "a"
+        apart = [text for text in self.special_texts if not dummy_prefix or self._model.is_control(self._ids[text])]
+        if not dummy_prefix:
+            apart += [text for text in ("\n", _SPACE) if self._has_bytes or text in self._ids]
+        if not apart:
+            return None
+        return re.compile("(" + "|".join(map(re.escape, sorted(apart, key=len, reverse=True))) + ")")
+
+    def _with_real_spaces(self, ids: list[int]) -> list[int]:
+        """Replaces spaces that fell back to bytes: SentencePiece writes the bytes of its own sign, which decode to that sign."""
+        if not self._has_bytes:
+            return ids
+        first, second, third = (self._ids[byte] for byte in _SPACE_BYTES)
+        if first not in ids:
+            return ids
+        mended: list[int] = []
+        for i in ids:
+            mended.append(i)
+            if mended[-3:] == [first, second, third]:
+                mended[-3:] = [self._ids["<0x20>"]]
+        return mended

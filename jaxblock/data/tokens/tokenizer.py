@@ -1,0 +1,83 @@
+"""`Tokenizer`: what the library asks of a tokenizer, whatever library runs it."""
+
+from __future__ import annotations
+
+import abc
+import json
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any, SupportsIndex
+
+from jaxblock.errors import UserError
+from jaxblock.io.folders import write_files
+
+MASK, EOS, EOT, BOS = "<|mdm_mask|>", "<|endoftext|>", "<|eot_id|>", "<|startoftext|>"
+"""LLaDA's special tokens, which a tokenizer trained here has unless the config names others."""
+
+
+class Tokenizer(abc.ABC):
+    """A tokenizer, made from the bytes of its files.
+
+    Attributes:
+        files: The content of the tokenizer's files by name, as `save` writes them.
+        settings: What tokenizer_config.json and special_tokens_map.json say, with the chat template that came along
+            under "chat_template"; empty if the tokenizer came without these files.
+        vocab_size: The number of rows that an embedding table needs: the largest id + 1.
+        special_texts: The texts of control tokens, which a record's own text must not contain.
+    """
+
+    vocab_size: int
+    special_texts: frozenset[str]
+
+    def __init__(self, files: Mapping[str, bytes], where: str) -> None:
+        """Keeps the files and reads the settings among them.
+
+        Raises:
+            UserError: If a settings file cannot be read; the message begins with `where`.
+        """
+        self.files: Mapping[str, bytes] = dict(files)
+        self.settings: Mapping[str, Any] = read_settings(files, where)
+
+    @abc.abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Returns the ids of a text; a special token's text becomes its id, and nothing is added at either end."""
+
+    @abc.abstractmethod
+    def decode(self, ids: Iterable[SupportsIndex], skip_special: bool = True) -> str:
+        """Returns the text of ids, with or without the texts of special tokens."""
+
+    @abc.abstractmethod
+    def id_of(self, token_text: str) -> int | None:
+        """Returns the id of the token with exactly this text; None if there is no such token."""
+
+    @abc.abstractmethod
+    def piece(self, token_id: SupportsIndex) -> str:
+        """Returns how the vocabulary writes a token, for display."""
+
+    def save(self, folder: pathlib.Path) -> None:
+        """Writes the tokenizer's files into a local folder, from which `load_tokenizer` reads them."""
+        write_files(folder, self.files)
+
+
+def read_settings(files: Mapping[str, bytes], where: str) -> dict[str, Any]:
+    """Reads a tokenizer's settings from its files: those of tokenizer_config.json win over those of older files.
+
+    Raises:
+        UserError: If a file is not JSON or not UTF-8; the message begins with `where`.
+    """
+    try:
+        older = json.loads(files.get("special_tokens_map.json", b"{}"))
+        settings = {**older, **json.loads(files.get("tokenizer_config.json", b"{}"))}
+        if "chat_template.jinja" in files:
+            settings["chat_template"] = files["chat_template.jinja"].decode()
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{where}: the tokenizer_config.json, special_tokens_map.json or chat_template.jinja beside it cannot be read ({error})"
+        ) from error
+    return dict(settings)
+
+
+def token_text(token: Any) -> str | None:
+    """Returns a token's text as tokenizer_config.json gives it: a string, or an object with the field "content"."""
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else None

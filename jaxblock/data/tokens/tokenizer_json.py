@@ -1,0 +1,85 @@
+"""`HuggingFaceTokenizer`: a tokenizer.json, run by the `tokenizers` library."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any, SupportsIndex
+
+import tokenizers
+
+from jaxblock.data.tokens.tokenizer import Tokenizer
+from jaxblock.errors import UserError
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A tokenizer that is described by a tokenizer.json."""
+
+    def __init__(self, files: Mapping[str, bytes], where: str) -> None:
+        """Makes the tokenizer from the bytes of its files by name, one of which is "tokenizer.json".
+
+        Raises:
+            UserError: If the files do not describe a tokenizer; the message begins with `where`.
+        """
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
+        except Exception as error:  # the library raises plain Exception
+            raise UserError(f"{where}: not a Hugging Face tokenizer.json ({error})") from error
+        super().__init__(files, where)
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1  # ids may have gaps
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        self.special_texts = frozenset(token.content for token in added if token.special)
+
+    def encode(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: Iterable[SupportsIndex], skip_special: bool = True) -> str:
+        return str(self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special))
+
+    def id_of(self, token_text: str) -> int | None:
+        return self._tokenizer.token_to_id(token_text)
+
+    def piece(self, token_id: SupportsIndex) -> str:
+        return self._tokenizer.id_to_token(int(token_id)) or f"<{int(token_id)}>"
+
+    def with_special_token(self, text: str, name: str) -> HuggingFaceTokenizer:
+        """Returns a tokenizer with one more special token, whose id is the `vocab_size` of this one.
+
+        Args:
+            text: The new token's text.
+            name: What the tokenizer's settings call the token, as in "mask_token"; the settings files say so too.
+
+        Raises:
+            UserError: If ids of the vocabulary are missing, so that the library would give the token another id.
+        """
+        tokenizer = tokenizers.Tokenizer.from_str(self.files["tokenizer.json"].decode())
+        entry: dict[str, Any] = {
+            "content": text,
+            "lstrip": False,
+            "normalized": False,
+            "rstrip": False,
+            "single_word": False,
+        }
+        tokenizer.add_special_tokens([tokenizers.AddedToken(**entry, special=True)])
+        token_id = tokenizer.token_to_id(text)
+        if token_id != self.vocab_size:
+            raise UserError(
+                f"cannot add {text!r} to the tokenizer: its ids have gaps, and {token_id} is not the first free id, "
+                f"{self.vocab_size}; name an unused token instead"
+            )
+        files = {**self.files, "tokenizer.json": tokenizer.to_str(pretty=True).encode()}
+        for file in ("tokenizer_config.json", "special_tokens_map.json"):
+            if file in files:
+                settings = {**json.loads(files[file]), name: text}
+                if "added_tokens_decoder" in settings:
+                    settings["added_tokens_decoder"] |= {str(token_id): {**entry, "special": True}}
+                files[file] = _json_bytes(settings)
+        if "added_tokens.json" in files:
+            files["added_tokens.json"] = _json_bytes({**json.loads(files["added_tokens.json"]), text: token_id})
+        return HuggingFaceTokenizer(files, f"the tokenizer with {text!r} added")
+
+
+def _json_bytes(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, indent=2, ensure_ascii=False).encode()
