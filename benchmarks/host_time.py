@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as name:
         config = settings(Path(name), args.d, args.layers, args.batch)
-        prepare(config)
+        prepare(config.data, config.canvas)
         session = set_up(config, Console(quiet=True))
         with jax.set_mesh(session.mesh):
             found = measure(session, config, args.steps)

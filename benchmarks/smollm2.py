@@ -32,7 +32,7 @@ import numpy as np
 
 import jaxblock
 from benchmarks import gguf_checkpoint
-from jaxblock.data.store.open import open_prepared
+from jaxblock.data.store.prepared_folder import open_prepared
 from jaxblock.model import Model
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -6,10 +6,10 @@ import dataclasses
 from typing import Literal
 
 from jaxblock import build
-from jaxblock.data.store.open import encoder_of
-from jaxblock.data.tokens import tokenizers
+from jaxblock.data.tokens.encoding import checkpoint_encoder
+from jaxblock.data.tokens.load import has_tokenizer, load_tokenizer
 from jaxblock.data.tokens.special import TURN_ENDS
-from jaxblock.data.tokens.tokenizers import Tokenizer
+from jaxblock.data.tokens.tokenizer import Tokenizer
 from jaxblock.diffusion.config import CanvasConfig
 from jaxblock.errors import UserError
 from jaxblock.huggingface import peft
@@ -78,8 +78,8 @@ def load(
     compute = "float32" if compute == "float16" else compute
     net = Transformer(arch, dtype=compute, lora=adapted, int8=to_int8)
     params = params if adapters is None else lora.attach(params, adapters)
-    named = found if found is not None and _has_tokenizer(found) else weights_folder
-    tokenizer = tokenizers.load(named) if _has_tokenizer(named) else None
+    named = found if found is not None and has_tokenizer(found) else weights_folder
+    tokenizer = load_tokenizer(named) if has_tokenizer(named) else None
     if tokenizer is not None and tokenizer.vocab_size > arch.vocab_size:
         raise UserError(
             f"{named}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, but the embedding of {weights_folder} has "
@@ -91,7 +91,7 @@ def load(
         canvas=CanvasConfig(),
         stop_ids=_stop_ids(arch, tokenizer),
         tokenizer=tokenizer,
-        encoder=None if tokenizer is None else encoder_of(named, tokenizer, arch.mask_id, arch.eos_id),
+        encoder=None if tokenizer is None else checkpoint_encoder(named, tokenizer, arch.mask_id, arch.eos_id),
         origin=named,
         base=None if found is None else weights_folder,
     )
@@ -141,7 +141,3 @@ def _from_run(
         origin=str(folder),
         base=None if run.base is None else str(base or model.init_from),
     )
-
-
-def _has_tokenizer(folder: PathLike) -> bool:
-    return tokenizers.present(folder)

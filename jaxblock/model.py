@@ -16,7 +16,7 @@ from jaxblock.config import files as config_io
 from jaxblock.data.loader import pad_ids
 from jaxblock.data.tokens.encoding import Encoder
 from jaxblock.data.tokens.special import first_stop
-from jaxblock.data.tokens.tokenizers import Tokenizer
+from jaxblock.data.tokens.tokenizer import Tokenizer
 from jaxblock.diffusion import canvas as canvases
 from jaxblock.diffusion import layouts, likelihood
 from jaxblock.diffusion.canvas import Layout

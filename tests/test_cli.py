@@ -247,9 +247,9 @@ def test_a_full_disk_leaves_nothing_that_looks_whole(
             if verb in places:
                 patch.setattr(*places[verb], _full)
             elif verb == "prepare":
-                from jaxblock.data.store import records
+                from jaxblock.data.store import prepare
 
-                patch.setattr(records, "write", _full)
+                patch.setattr(prepare, "write_records", _full)
             else:
                 real = Path.write_text
                 patch.setattr(

@@ -91,7 +91,7 @@ def run(options: Options, config: Config) -> int:
 
 def _prompts(options: Options, data: DataConfig) -> Iterator[tuple[str, str]]:
     """Yields (where it stands, text) of every prompt, from the command line, a file or standard input."""
-    from jaxblock.data.text import recipes
+    from jaxblock.data.text.recipes import with_recipe
 
     if options.prompts:
         yield from ((f"prompt {at}", text) for at, text in enumerate(options.prompts, 1))
@@ -100,7 +100,7 @@ def _prompts(options: Options, data: DataConfig) -> Iterator[tuple[str, str]]:
         say("reading prompts from standard input, one a line; end with Ctrl-D")
     name = options.file or "standard input"
     content = sys.stdin.buffer.read() if options.file is None else read_bytes(options.file)
-    field_name = recipes.resolve(data).prompt_field or "question"
+    field_name = with_recipe(data).prompt_field or "question"
     # Not splitlines: a prompt may hold other line separators (U+2028, form feed).
     for number, raw in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         where = f"{name}:{number}"

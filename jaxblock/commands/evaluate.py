@@ -21,7 +21,7 @@ from jaxblock.io.folders import check_vacant, new_folder
 from jaxblock.io.paths import as_path
 
 if TYPE_CHECKING:
-    from jaxblock.data.store.open import Prepared
+    from jaxblock.data.store.prepared_folder import Prepared
     from jaxblock.data.store.records import Record
     from jaxblock.evaluation.runner import Bound, Solved
     from jaxblock.model import Model
@@ -50,7 +50,7 @@ class Options:
 def run(options: Options, config: Config) -> int:
     """Scores the checkpoint, writes problems.jsonl and summary.json, and prints the summary."""
     from jaxblock import loading
-    from jaxblock.data.store.open import open_prepared
+    from jaxblock.data.store.prepared_folder import open_prepared
     from jaxblock.evaluation import problems, runner, statistics
 
     check_vacant(options.out, marker="summary.json")

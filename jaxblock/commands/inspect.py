@@ -15,7 +15,7 @@ from jaxblock.io.files import check_absent, write_text
 from jaxblock.training.config import TrainConfig
 
 if TYPE_CHECKING:
-    from jaxblock.data.store.open import Prepared
+    from jaxblock.data.store.prepared_folder import Prepared
     from jaxblock.diffusion.canvas import Layout
     from jaxblock.reporting.examine import Examined
 
@@ -44,7 +44,7 @@ def run(options: Options, config: Config) -> int:
     """Shows the records in the terminal and, on request, writes them to an HTML file."""
     from rich.console import Console
 
-    from jaxblock.data.store.open import open_prepared
+    from jaxblock.data.store.prepared_folder import open_prepared
     from jaxblock.reporting import html, terminal
 
     if options.html:

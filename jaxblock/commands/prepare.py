@@ -22,9 +22,9 @@ class Options:
 
 def run(options: Options, config: Config) -> int:
     """Prepares the data and prints how many records were kept and dropped, and why."""
-    from jaxblock.data.store import prepare
+    from jaxblock.data.store.prepare import prepare
 
-    manifest = prepare.prepare(config, say)
+    manifest = prepare(config.data, config.canvas, say)
     for split, report in manifest.splits.items():
         dropped = sum(report["dropped"].values())
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in report["dropped"].items())

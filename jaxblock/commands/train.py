@@ -39,7 +39,7 @@ def run(options: Options, config: Config) -> int:
 
     from jaxblock import build
     from jaxblock.commands.inspect import examine_records
-    from jaxblock.data.store.open import open_prepared
+    from jaxblock.data.store.prepared_folder import open_prepared
     from jaxblock.reporting import terminal
     from jaxblock.training import loop
 

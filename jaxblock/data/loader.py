@@ -18,9 +18,8 @@ import numpy as np
 from absl import flags
 
 from jaxblock.data.store.records import Record, Records
-from jaxblock.diffusion.config import CanvasConfig
+from jaxblock.diffusion.config import Blocks, CanvasConfig
 from jaxblock.errors import UserError
-from jaxblock.types import Blocks
 
 Row = TypeVar("Row")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxblock.config.config import Config
-from jaxblock.data.store import manifest as manifests
+from jaxblock.data.store.manifest import read_manifest
 from jaxblock.errors import UserError
 from jaxblock.huggingface.load import read_architecture
 from jaxblock.io.files import read_json
@@ -79,5 +79,5 @@ def _random(config: Config) -> tuple[Architecture, str]:
     folder = as_path(config.data.prepared)
     vocab, said = config.data.vocab_size, "the config's model section and data.vocab_size"
     if (folder / "manifest.json").exists():
-        vocab, said = manifests.read(folder).vocab_size, f"the config's model section and {config.data.prepared}"
+        vocab, said = read_manifest(folder).vocab_size, f"the config's model section and {config.data.prepared}"
     return registry.architecture_from_config(config.model, vocab_size=vocab, mask_id=vocab - 1, eos_id=vocab - 2), said

@@ -22,7 +22,7 @@ from jaxblock import build
 from jaxblock.config import files as config_io
 from jaxblock.config.config import Config
 from jaxblock.data.loader import Batch
-from jaxblock.data.store.open import Prepared, open_prepared
+from jaxblock.data.store.prepared_folder import Prepared, open_prepared
 from jaxblock.data.store.records import Record
 from jaxblock.diffusion import layouts
 from jaxblock.errors import UserError

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from jaxblock.config.config import Config
-from jaxblock.data.store.open import Prepared
+from jaxblock.data.store.prepared_folder import Prepared
 from jaxblock.errors import UserError
 from jaxblock.huggingface.load import load_checkpoint, read_architecture
 from jaxblock.huggingface.placement import quantise_parameter

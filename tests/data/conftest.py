@@ -11,8 +11,7 @@ import tokenizers as huggingface
 
 from jaxblock.data.config import DataConfig
 from jaxblock.data.text import corpus
-from jaxblock.data.tokens import tokenizers
-from jaxblock.data.tokens.pieces import SentencePieceTokenizer
+from jaxblock.data.tokens.sentencepiece_model import SentencePieceTokenizer, train_tokenizer
 
 LLADA_TEMPLATE = (
     "{% set rows = messages %}{% for m in rows %}"
@@ -36,7 +35,7 @@ SPECIALS = (
 def pieces() -> SentencePieceTokenizer:
     """A SentencePiece tokenizer trained on a few built-in problems."""
     texts = [f"{record['question']}\nuser assistant\n{record['answer']}" for record in corpus.generate("train", 300)]
-    return tokenizers.train(texts, DataConfig(vocab_size=700), SPECIALS)
+    return train_tokenizer(texts, DataConfig(vocab_size=700), SPECIALS)
 
 
 @pytest.fixture

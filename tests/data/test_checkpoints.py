@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import tokenizers as huggingface
 
-from jaxblock.config.config import Config
 from jaxblock.data.config import DataConfig
-from jaxblock.data.store import open as prepared
-from jaxblock.data.store import prepare
-from jaxblock.data.tokens import tokenizers
-from jaxblock.data.tokens.pieces import SentencePieceTokenizer
+from jaxblock.data.store.prepare import prepare
+from jaxblock.data.store.prepared_folder import Prepared, open_prepared
+from jaxblock.data.tokens.encoding import checkpoint_encoder
+from jaxblock.data.tokens.load import load_tokenizer
+from jaxblock.data.tokens.sentencepiece_model import SentencePieceTokenizer
 from jaxblock.diffusion.config import CanvasConfig
 from jaxblock.errors import UserError
 from jaxblock.io import hub
@@ -33,18 +33,18 @@ ROWS = [{"question": "How many?", "answer": "12"}]
 DREAM_ADDED = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|beginoftext|>", "<|mask|>")
 
 
-def _prepare(folder: pathlib.Path, rows: list[Any], **data: Any) -> prepared.Prepared:
+def _prepare(folder: pathlib.Path, rows: list[Any], **data: Any) -> Prepared:
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {"train": str(folder / "train.jsonl"), "test": None, "validation_records": 0, "template": "tokenizer"}
     out = str(folder / f"out{len(list(folder.glob('out*')))}")
-    config = Config(
-        data=DataConfig(**{"prepared": out, **settings, **data}), canvas=CanvasConfig(prompt_len=200, response_len=96)
+    prepare(
+        DataConfig(**{"prepared": out, **settings, **data}),
+        CanvasConfig(prompt_len=200, response_len=96),
     )
-    prepare.prepare(config)
-    return prepared.open_prepared(out)
+    return open_prepared(out)
 
 
-def _shown(opened: prepared.Prepared, ids: Any) -> str:
+def _shown(opened: Prepared, ids: Any) -> str:
     return opened.tokenizer.decode(ids, skip_special=False)
 
 
@@ -126,16 +126,16 @@ def test_dream_s_files_template_and_special_tokens(tmp_path: pathlib.Path, dream
     assert pieces == ["<|mask|>", "<|endoftext|>", "<|im_end|>"]
     # The export carries the original files beside the tokenizer.json that was made of them.
     assert sorted(opened.tokenizer.files) == ["merges.txt", "tokenizer.json", "tokenizer_config.json", "vocab.json"]
-    again = prepared.encoder_of(dream_folder, tokenizers.load(dream_folder), opened.special.mask, opened.special.eos)
+    again = checkpoint_encoder(dream_folder, load_tokenizer(dream_folder), opened.special.mask, opened.special.eos)
     assert again is not None and again.special == opened.special
     assert again.prompt("How many?") == record.prompt_ids.tolist()
-    assert prepared.encoder_of(dream_folder, opened.tokenizer, None, opened.special.eos) is None
+    assert checkpoint_encoder(dream_folder, opened.tokenizer, None, opened.special.eos) is None
 
 
 def test_dream_s_files_cut_texts_as_transformers_does(dream_folder: pathlib.Path) -> None:
     qwen2 = pytest.importorskip("transformers.models.qwen2.tokenization_qwen2").Qwen2Tokenizer
     theirs = qwen2(str(dream_folder / "vocab.json"), str(dream_folder / "merges.txt"))
-    ours = tokenizers.load(dream_folder)
+    ours = load_tokenizer(dream_folder)
     for text in ("It's 12 + 5 = 17!", "  a\n\n b\t\r\n", "they'LL said2apples", "Où? e\u0301 中文 😀", "\n \n1"):
         assert ours.encode(text) == theirs(text)["input_ids"]
         assert ours.decode(ours.encode(text)) == theirs.decode(theirs(text)["input_ids"])
@@ -167,11 +167,11 @@ def test_files_that_make_no_tokenizer_are_named(dream_folder: pathlib.Path) -> N
     ]:
         path.write_text(json.dumps({**settings, **change}))
         with pytest.raises(UserError, match=complaint):
-            tokenizers.load(dream_folder)
+            load_tokenizer(dream_folder)
     path.write_text(json.dumps(settings))
     (dream_folder / "merges.txt").write_text("zq zq\n")
     with pytest.raises(UserError, match="merges.txt or tokenizer_config.json cannot be used"):
-        tokenizers.load(dream_folder)
+        load_tokenizer(dream_folder)
 
 
 def test_what_config_json_calls_the_mask_wins_over_names(
@@ -223,11 +223,11 @@ def test_a_start_without_a_mask_names_candidates(tmp_path: pathlib.Path, start_f
 
 
 def test_a_mask_can_be_added_and_is_carried_along(tmp_path: pathlib.Path, start_folder: pathlib.Path) -> None:
-    before = tokenizers.load(start_folder)
+    before = load_tokenizer(start_folder)
     opened = _prepare(tmp_path, ROWS, tokenizer=str(start_folder), mask_token="<|mask|>", add_mask_token=True)
     assert opened.special.mask == before.vocab_size == opened.manifest.vocab_size - 1
     folder = pathlib.Path(opened.folder) / "tokenizer"
-    again = tokenizers.load(folder)
+    again = load_tokenizer(folder)
     assert again.id_of("<|mask|>") == before.vocab_size
     text = "How many?<|eot_id|>12"
     assert again.encode(text) == before.encode(text)

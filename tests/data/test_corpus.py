@@ -83,7 +83,7 @@ def test_fewer_problems_are_a_prefix_of_more_and_another_seed_gives_others():
 
 
 def test_the_same_in_another_process_with_another_hash_seed():
-    code = "from jaxblock.data import corpus; print(corpus.generate('test', 20, level='hard', seed=3))"
+    code = "from jaxblock.data.text import corpus; print(corpus.generate('test', 20, level='hard', seed=3))"
     outputs = [
         subprocess.run(
             [sys.executable, "-c", code],

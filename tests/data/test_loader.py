@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from jaxblock.data import loader
 from jaxblock.data.loader import Batch, BatchAt
 from jaxblock.data.store import records
-from jaxblock.data.store.records import Record
-from jaxblock.diffusion.config import CanvasConfig
+from jaxblock.data.store.records import Record, Records, decode_record, encode_record, write_records
+from jaxblock.diffusion.config import Blocks, CanvasConfig
 from jaxblock.errors import UserError
 
 CANVAS = CanvasConfig(prompt_len=8, response_len=12, block=4)
@@ -37,10 +37,10 @@ def _same(a: Batch, b: Batch) -> bool:
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> records.Records:
+def source(tmp_path_factory: pytest.TempPathFactory) -> Records:
     folder = tmp_path_factory.mktemp("records")
-    records.write(folder, "train", RECORDS)
-    return records.read(folder, "train")
+    write_records(folder, "train", RECORDS)
+    return Records(folder, "train")
 
 
 ids = st.lists(st.integers(0, 2**31 - 1), max_size=6).map(lambda values: np.array(values, np.int32))
@@ -50,7 +50,7 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 @settings(deadline=None)
 @given(st.builds(Record, ids, ids, texts, texts, texts, st.integers(0, 2**32 - 1)))
 def test_a_record_round_trips(record: Record) -> None:
-    again = records.decode(records.encode(record))
+    again = decode_record(encode_record(record))
     np.testing.assert_array_equal(again.prompt_ids, record.prompt_ids)
     np.testing.assert_array_equal(again.response_ids, record.response_ids)
     assert again.prompt_ids.dtype == again.response_ids.dtype == np.int32
@@ -61,11 +61,11 @@ def test_a_record_round_trips(record: Record) -> None:
         record.index,
     )
     with pytest.raises(ValueError, match="hold no record"):
-        records.decode(records.encode(record) + b"x")
+        decode_record(encode_record(record) + b"x")
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
-def test_a_file_is_read_at_random(source: records.Records, in_memory: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_read_at_random(source: Records, in_memory: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not in_memory:
         monkeypatch.setattr(records, "_KEEP_IN_MEMORY", 0)
     again = pickle.loads(pickle.dumps(source))
@@ -78,15 +78,15 @@ def test_a_file_is_read_at_random(source: records.Records, in_memory: bool, monk
         again[23]
 
 
-def test_bad_files_are_named(source: records.Records, tmp_path: pathlib.Path) -> None:
+def test_bad_files_are_named(source: Records, tmp_path: pathlib.Path) -> None:
     with pytest.raises(UserError, match="no split 'test'"):
-        records.read(tmp_path, "test")
+        Records(tmp_path, "test")
     content = pathlib.Path(source.path).read_bytes()
     (tmp_path / "test.array_record").write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match=r"test\.array_record is damaged"):
-        records.read(tmp_path, "test")
+        Records(tmp_path, "test")
     with pytest.raises(UserError, match="cannot write .*none"):
-        records.write(tmp_path / "none", "train", RECORDS)
+        write_records(tmp_path / "none", "train", RECORDS)
 
 
 def test_rows_are_flush_left_and_named() -> None:
@@ -139,7 +139,7 @@ def test_an_epoch_visits_everything_once_and_each_epoch_is_shuffled_anew(kind: s
     kind=st.sampled_from(["per_sequence", "pairs"]),
     n=st.sampled_from([2, 3, 6]),
 )
-def test_slices_of_processes_make_up_the_batch(seed: int, step: int, kind: loader.Kind, n: int) -> None:
+def test_slices_of_processes_make_up_the_batch(seed: int, step: int, kind: Blocks, n: int) -> None:
     def at(index: int, count: int) -> Batch:
         settings = {"canvas": CANVAS, "seed": seed, "batch_size": 12, "kind": kind}
         return BatchAt(RECORDS, **settings, process_index=index, process_count=count)(step)  # type: ignore[arg-type]
@@ -150,7 +150,7 @@ def test_slices_of_processes_make_up_the_batch(seed: int, step: int, kind: loade
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_start_at_any_step_and_any_worker_count_give_the_same_batches(source: records.Records, workers: int) -> None:
+def test_a_start_at_any_step_and_any_worker_count_give_the_same_batches(source: Records, workers: int) -> None:
     at = BatchAt(RECORDS, canvas=CANVAS, seed=1, batch_size=6, kind="pairs")
     for start in (13,) if workers else (0, 13):  # starting workers takes seconds
         batches = loader.batches(

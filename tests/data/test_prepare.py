@@ -14,10 +14,11 @@ import pytest
 
 from jaxblock.config.config import Config
 from jaxblock.data.config import DataConfig
-from jaxblock.data.store import lengths, manifest, prepare
-from jaxblock.data.store import open as prepared
-from jaxblock.data.store.manifest import Manifest
-from jaxblock.data.text import recipes
+from jaxblock.data.store.length_rules import check_canvas
+from jaxblock.data.store.manifest import Manifest, read_manifest
+from jaxblock.data.store.prepare import Progress, prepare
+from jaxblock.data.store.prepared_folder import open_prepared
+from jaxblock.data.text.recipes import with_recipe
 from jaxblock.diffusion.config import CanvasConfig
 from jaxblock.errors import UserError
 
@@ -32,20 +33,24 @@ def _config(folder: pathlib.Path, canvas: dict[str, Any] | None = None, **data: 
     )
 
 
+def _prepare(config: Config, progress: Progress = print) -> Manifest:
+    return prepare(config.data, config.canvas, progress)
+
+
 def _left(folder: pathlib.Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir())
 
 
 def test_the_builtin_corpus_from_text_to_records(tmp_path: pathlib.Path) -> None:
     config = _config(tmp_path)
-    made = prepare.prepare(config)
-    opened = prepared.open_prepared(tmp_path / "out")
-    assert opened.manifest == made == manifest.read(config.data.prepared)
+    made = _prepare(config)
+    opened = open_prepared(tmp_path / "out")
+    assert opened.manifest == made == read_manifest(config.data.prepared)
     assert _left(tmp_path) == ["out"]
     assert {split: entry["kept"] for split, entry in made.splits.items()} == {"train": 60, "validation": 4, "test": 6}
     assert made.overlaps == {"train and validation": 0, "train and test": 0, "validation and test": 0}
     assert made.vocab_size == opened.tokenizer.vocab_size <= 450
-    assert made.data_config == dataclasses.replace(recipes.resolve(config.data), prepared=DataConfig().prepared)
+    assert made.data_config == dataclasses.replace(with_recipe(config.data), prepared=DataConfig().prepared)
     assert made.canvas_config == config.canvas
 
     records = opened.records("test")
@@ -69,21 +74,21 @@ def test_a_second_call_finds_it_and_a_different_one_is_refused(tmp_path: pathlib
     rows = [(f"What is {n}?", f"It is {n}.") for n in range(20)]
     config = _config(tmp_path, train=jsonl("train.jsonl", rows), test=None)
     said: list[str] = []
-    made = prepare.prepare(config, said.append)
+    made = _prepare(config, said.append)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
     assert not any("already prepared" in line for line in said)
-    assert prepare.prepare(config, said.append) == made
+    assert _prepare(config, said.append) == made
     assert "already prepared" in said[-1]
 
     other = dataclasses.replace(config, canvas=dataclasses.replace(config.canvas, block=16))
     with pytest.raises(UserError, match=r"canvas.block = 8 there, 16 here\). Set data.overwrite"):
-        prepare.prepare(other)
+        _prepare(other)
     jsonl("train.jsonl", [*rows, ("And?", "Yes.")])
     with pytest.raises(UserError, match="the content of its input, tokenizer or template files"):
-        prepare.prepare(config)
+        _prepare(config)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
 
-    replaced = prepare.prepare(dataclasses.replace(config, data=dataclasses.replace(config.data, overwrite=True)))
+    replaced = _prepare(dataclasses.replace(config, data=dataclasses.replace(config.data, overwrite=True)))
     assert replaced.splits["train"]["kept"] == made.splits["train"]["kept"] + 1
     assert _left(tmp_path) == ["out", "train.jsonl"]
 
@@ -92,10 +97,10 @@ def test_a_foreign_folder_is_never_replaced(tmp_path: pathlib.Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("")
     with pytest.raises(UserError, match=r"holds no manifest\.json"):
-        prepare.prepare(_config(tmp_path, overwrite=True))
+        _prepare(_config(tmp_path, overwrite=True))
     assert _left(tmp_path / "out") == ["thesis.tex"]
     with pytest.raises(UserError, match="holds no prepared data"):
-        prepared.open_prepared(tmp_path / "out")
+        open_prepared(tmp_path / "out")
 
 
 def _long(jsonl: Jsonl) -> str:
@@ -115,7 +120,7 @@ def _long_config(folder: pathlib.Path, jsonl: Jsonl, overlong: str) -> Config:
 
 def test_too_long_is_an_error_by_default(tmp_path: pathlib.Path, jsonl: Jsonl) -> None:
     with pytest.raises(UserError) as caught:
-        prepare.prepare(_long_config(tmp_path, jsonl, "error"))
+        _prepare(_long_config(tmp_path, jsonl, "error"))
     message = str(caught.value)
     for part in (
         "train.jsonl:2: the response is 13 tokens long, 5 more than canvas.response_len = 8.",
@@ -136,10 +141,10 @@ def test_too_long_is_an_error_by_default(tmp_path: pathlib.Path, jsonl: Jsonl) -
 def test_too_long_may_be_dropped_or_cut(
     tmp_path: pathlib.Path, jsonl: Jsonl, overlong: str, kept: int, dropped: dict[str, int], cut: dict[str, int]
 ) -> None:
-    made = prepare.prepare(_long_config(tmp_path, jsonl, overlong))
+    made = _prepare(_long_config(tmp_path, jsonl, overlong))
     train = made.splits["train"]
     assert (train["kept"], train["dropped"], train["cut"]) == (kept, dropped, cut)
-    records = prepared.open_prepared(tmp_path / "out").records("train")
+    records = open_prepared(tmp_path / "out").records("train")
     assert [record.source for record in records] == ["train.jsonl:1", "train.jsonl:2"][:kept]
     assert [record.index for record in records] == list(range(kept))
     assert records[0].response_ids[-1] == made.special.eot
@@ -152,7 +157,7 @@ def test_nothing_that_fits_is_an_error(tmp_path: pathlib.Path, jsonl: Jsonl) -> 
     config = _long_config(tmp_path, jsonl, "drop")
     config = dataclasses.replace(config, canvas=dataclasses.replace(config.canvas, prompt_len=2))
     with pytest.raises(UserError, match="no train record fits the canvas .2 . 8 tokens.; the longest prompt has 13"):
-        prepare.prepare(config)
+        _prepare(config)
 
 
 @pytest.mark.parametrize(
@@ -166,14 +171,14 @@ def test_nothing_that_fits_is_an_error(tmp_path: pathlib.Path, jsonl: Jsonl) -> 
 )
 def test_a_block_that_does_not_divide_the_canvas(canvas: dict[str, int], complaint: str) -> None:
     with pytest.raises(UserError, match=complaint):
-        lengths.check_canvas(CanvasConfig(**canvas))
+        check_canvas(CanvasConfig(**canvas))
 
 
 def test_training_rules_hold_for_validation_taken_from_training_alone(tmp_path: pathlib.Path, jsonl: Jsonl) -> None:
     rows = [("a " * (1 + n % 4), "b") for n in range(24)]  # 2 to 5 tokens, and two ends of a turn
     config = _long_config(tmp_path, jsonl, "error")
     data = {"train": jsonl("some.jsonl", rows), "max_total_len": 6, "validation_records": 8}
-    made = prepare.prepare(dataclasses.replace(config, data=dataclasses.replace(config.data, **data)))
+    made = _prepare(dataclasses.replace(config, data=dataclasses.replace(config.data, **data)))
     for split in ("train", "validation"):
         report = made.splits[split]
         assert report["tokens"]["total"]["max"] == 6 and report["dropped"]["longer than data.max_total_len"] > 0
@@ -183,7 +188,7 @@ def test_training_rules_hold_for_validation_taken_from_training_alone(tmp_path: 
     )
 
     given = {"validation": jsonl("validation.jsonl", rows[:4]), "max_records": 5, "overwrite": True}
-    made = prepare.prepare(dataclasses.replace(config, data=dataclasses.replace(config.data, **data, **given)))
+    made = _prepare(dataclasses.replace(config, data=dataclasses.replace(config.data, **data, **given)))
     assert made.splits["validation"]["dropped"] == {} and made.splits["validation"]["kept"] == 4
     assert made.splits["train"]["kept"] == 5
     assert made.splits["train"]["dropped"] == {"longer than data.max_total_len": 1, "beyond data.max_records": 18}
@@ -192,7 +197,7 @@ def test_training_rules_hold_for_validation_taken_from_training_alone(tmp_path: 
 def test_bad_records_stop_it_before_anything_is_written(tmp_path: pathlib.Path, jsonl: Jsonl) -> None:
     train = jsonl("train.jsonl", [("q", "a"), ("the <|mdm_mask|> token", "a")])
     with pytest.raises(UserError, match=r"train\.jsonl:2: the user's text contains the special token '<\|mdm_mask\|>'"):
-        prepare.prepare(_config(tmp_path, train=train, test=None, validation_records=0))
+        _prepare(_config(tmp_path, train=train, test=None, validation_records=0))
     assert _left(tmp_path) == ["train.jsonl"]
 
 
@@ -202,40 +207,38 @@ def test_a_full_disk_leaves_nothing(tmp_path: pathlib.Path, monkeypatch: pytest.
 
     monkeypatch.setattr(os, "replace", full)  # the manifest's last step
     with pytest.raises(UserError, match="the disk is full"):
-        prepare.prepare(_config(tmp_path))
+        _prepare(_config(tmp_path))
     assert _left(tmp_path) == []
 
 
 def test_shared_questions_are_counted(tmp_path: pathlib.Path, jsonl: Jsonl) -> None:
     train = jsonl("train.jsonl", [("one", "1"), ("two", "2"), ("three", "3")])
     test = jsonl("test.jsonl", [("Two ", "2"), ("four", "4"), ("two", "2")])
-    made = prepare.prepare(_config(tmp_path, train=train, test=test, validation_records=0))
+    made = _prepare(_config(tmp_path, train=train, test=test, validation_records=0))
     assert made.overlaps == {"train and test": 2}
 
 
 def test_a_hugging_face_tokenizer_and_its_own_template(
     tmp_path: pathlib.Path, tokenizer_folder: Callable[..., str]
 ) -> None:
-    made = prepare.prepare(_config(tmp_path, tokenizer=tokenizer_folder(), template="tokenizer", system="Be brief."))
-    opened = prepared.open_prepared(tmp_path / "out")
+    made = _prepare(_config(tmp_path, tokenizer=tokenizer_folder(), template="tokenizer", system="Be brief."))
+    opened = open_prepared(tmp_path / "out")
     record = opened.records("train")[0]
     assert opened.encoder.prompt(record.prompt) == record.prompt_ids.tolist()
     text = opened.tokenizer.decode(record.prompt_ids, skip_special=False)
     assert text.startswith("<|startoftext|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>")
     assert sorted(made.tokenizer["files"]) == ["tokenizer.json", "tokenizer_config.json"]
-    assert prepare.prepare(
-        _config(tmp_path, tokenizer=made.data["tokenizer"], template="tokenizer", system="Be brief.")
-    )
+    assert _prepare(_config(tmp_path, tokenizer=made.data["tokenizer"], template="tokenizer", system="Be brief."))
 
 
 def test_another_versions_folder_is_named(tmp_path: pathlib.Path) -> None:
-    prepare.prepare(_config(tmp_path))
+    _prepare(_config(tmp_path))
     path = tmp_path / "out" / "manifest.json"
     content = json.loads(path.read_text())
     for changed, complaint in [({"format": 99}, "format 99"), ({"colour": "red"}, "not a manifest of this version")]:
         path.write_text(json.dumps({**content, **changed}))
         with pytest.raises(UserError, match=complaint):
-            prepared.open_prepared(tmp_path / "out")
+            open_prepared(tmp_path / "out")
 
 
 def test_gsm8k_is_prepared(tmp_path: pathlib.Path, shared: pathlib.Path) -> None:
@@ -243,7 +246,7 @@ def test_gsm8k_is_prepared(tmp_path: pathlib.Path, shared: pathlib.Path) -> None
     head = tmp_path / "train.jsonl"  # the whole takes seconds too, but not under runtime type checks
     head.write_bytes(b"".join(pathlib.Path(files["train"]).read_bytes().splitlines(keepends=True)[:2000]))
     canvas = {"prompt_len": 192, "response_len": 256, "block": 32}
-    made: Manifest = prepare.prepare(
+    made: Manifest = _prepare(
         _config(
             tmp_path,
             canvas,
@@ -254,7 +257,7 @@ def test_gsm8k_is_prepared(tmp_path: pathlib.Path, shared: pathlib.Path) -> None
             overlong="drop",
         )
     )
-    opened = prepared.open_prepared(tmp_path / "out")
+    opened = open_prepared(tmp_path / "out")
     for split, n in (("train", 2000 - 128), ("validation", 128), ("test", 1319)):
         report = made.splits[split]
         assert report["kept"] + sum(report["dropped"].values()) == n

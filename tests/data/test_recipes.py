@@ -12,10 +12,12 @@ import pytest
 
 from jaxblock.config.config import Config
 from jaxblock.data.config import DataConfig
-from jaxblock.data.store import open as prepared
-from jaxblock.data.store import prepare
 from jaxblock.data.store.manifest import Manifest
-from jaxblock.data.text import files, recipes, sources
+from jaxblock.data.store.prepare import prepare
+from jaxblock.data.store.prepared_folder import open_prepared
+from jaxblock.data.text.files import read_rows
+from jaxblock.data.text.recipes import with_recipe, with_test_fields
+from jaxblock.data.text.sources import read_source
 from jaxblock.diffusion.config import CanvasConfig
 from jaxblock.errors import UserError
 
@@ -40,21 +42,25 @@ def _config(folder: pathlib.Path, **data: Any) -> Config:
     return Config(data=DataConfig(**{**defaults, "vocab_size": 330, **data}), canvas=canvas)
 
 
+def _prepare(config: Config) -> Manifest:
+    return prepare(config.data, config.canvas)
+
+
 def _records(made: Manifest, config: Config, split: str = "train") -> list[Any]:
-    assert prepare.prepare(config) == made
-    return list(prepared.open_prepared(config.data.prepared).records(split))
+    assert _prepare(config) == made
+    return list(open_prepared(config.data.prepared).records(split))
 
 
 def test_metamathqa_leaves_out_gsm_and_what_is_long_and_counts_both(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "MetaMathQA.json"
     path.write_text(json.dumps(METAMATH, indent=1))
     config = _config(tmp_path, train=str(path), recipe="metamathqa")
-    made = prepare.prepare(config)
+    made = _prepare(config)
     assert made.splits["train"]["kept"] == 3
     assert made.splits["train"]["dropped"] == {"type contains 'GSM'": 2, "longer than data.max_total_len": 1}
     assert made.splits["train"]["tokens"]["total"]["max"] <= 256
     first, *others = _records(made, config)
-    opened = prepared.open_prepared(config.data.prepared)
+    opened = open_prepared(config.data.prepared)
     assert opened.tokenizer.decode(first.prompt_ids) == f"Question: {ASKED}\nAnswer:"
     assert (first.prompt, first.response, first.source) == ("What is 2 + 3?", "The answer is: 5", "MetaMathQA.json[0]")
     assert [record.source for record in others] == ["MetaMathQA.json[3]", "MetaMathQA.json[4]"]
@@ -62,11 +68,9 @@ def test_metamathqa_leaves_out_gsm_and_what_is_long_and_counts_both(tmp_path: pa
     assert opened.encoder.prompt("What is 2 + 3?") == first.prompt_ids.tolist()
     assert made.data["exclude_types"] == ["GSM"]
 
-    everything = prepare.prepare(
-        _config(tmp_path, train=str(path), recipe="metamathqa", exclude_types=(), max_records=2)
-    )
+    everything = _prepare(_config(tmp_path, train=str(path), recipe="metamathqa", exclude_types=(), max_records=2))
     assert everything.splits["train"]["dropped"] == {"beyond data.max_records": 4}
-    plain = prepare.prepare(
+    plain = _prepare(
         _config(tmp_path, train=str(path), recipe="metamathqa", prompt_template="{prompt}", max_total_len=0)
     )
     assert plain.splits["train"]["dropped"] == {"type contains 'GSM'": 2}
@@ -81,7 +85,7 @@ def test_a_rule_that_leaves_nothing_is_an_error(tmp_path: pathlib.Path) -> None:
         ({"type_field": "kind"}, r"train.json:1 .record 0.: no field 'kind', which data.exclude_types looks at"),
     ]:
         with pytest.raises(UserError, match=complaint):
-            prepare.prepare(_config(tmp_path, train=str(path), recipe="metamathqa", **settings))
+            _prepare(_config(tmp_path, train=str(path), recipe="metamathqa", **settings))
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["train.json"]
 
 
@@ -90,16 +94,16 @@ def test_a_test_split_of_another_recipe_is_never_filtered(tmp_path: pathlib.Path
     train.write_text(json.dumps(METAMATH))
     test.write_text(json.dumps({"question": "What is 2 + 3?" + " please" * 12, "answer": "5\n#### 5"}) + "\n")
     config = _config(tmp_path, train=str(train), test=str(test), recipe="metamathqa", test_recipe="gsm8k")
-    made = prepare.prepare(config)
+    made = _prepare(config)
     assert (made.splits["test"]["kept"], made.splits["test"]["dropped"]) == (1, {})
     assert made.splits["test"]["tokens"]["total"]["min"] > 256
     (record,) = _records(made, config, "test")
-    text = prepared.open_prepared(config.data.prepared).tokenizer.decode(record.prompt_ids)
+    text = open_prepared(config.data.prepared).tokenizer.decode(record.prompt_ids)
     assert text.startswith("Question: Below is an instruction") and record.response == "5\n#### 5"
 
 
 def test_what_a_recipe_decides_and_what_it_leaves() -> None:
-    plain = recipes.resolve(DataConfig())
+    plain = with_recipe(DataConfig())
     assert (plain.train, plain.test, plain.prompt_field, plain.response_field) == (
         "builtin",
         "builtin",
@@ -112,25 +116,25 @@ def test_what_a_recipe_decides_and_what_it_leaves() -> None:
         0,
         0,
     )
-    meta = recipes.resolve(DataConfig(recipe="metamathqa", test_recipe="gsm8k"))
+    meta = with_recipe(DataConfig(recipe="metamathqa", test_recipe="gsm8k"))
     assert (meta.train, meta.test) == ("hf:meta-math/MetaMathQA", "hf:openai/gsm8k:main")
-    assert (meta.prompt_field, recipes.for_test(meta).prompt_field) == ("query", "question")
+    assert (meta.prompt_field, with_test_fields(meta).prompt_field) == ("query", "question")
     assert (meta.exclude_types, meta.max_total_len, meta.max_records) == (("GSM",), 256, 20_000)
-    math = recipes.resolve(DataConfig(recipe="math", train="math.jsonl", prompt_field="q", max_records=5))
+    math = with_recipe(DataConfig(recipe="math", train="math.jsonl", prompt_field="q", max_records=5))
     assert (math.train, math.test, math.prompt_field, math.response_field) == ("math.jsonl", "builtin", "q", "solution")
     assert (math.exclude_types, math.max_records) == ((), 5)
-    assert recipes.resolve(DataConfig(recipe="metamathqa")).test is None
+    assert with_recipe(DataConfig(recipe="metamathqa")).test is None
     for config in (plain, meta, math):
-        assert recipes.resolve(config) == config
+        assert with_recipe(config) == config
     with pytest.raises(UserError, match="data.test is `builtin` but data.train is 'math.jsonl'"):
-        prepare.prepare(Config(data=math))
+        _prepare(Config(data=math))
 
 
 def test_gsm8k_by_recipe(tmp_path: pathlib.Path, shared: pathlib.Path) -> None:
     head = tmp_path / "train.jsonl"
     head.write_bytes(b"".join((shared / "data/gsm8k/train.jsonl").read_bytes().splitlines(keepends=True)[:300]))
     settings = {"recipe": "gsm8k", "tokenizer_type": "bpe", "vocab_size": 2000, "validation_records": 20}
-    made = prepare.prepare(_config(tmp_path, train=str(head), overlong="drop", **settings))
+    made = _prepare(_config(tmp_path, train=str(head), overlong="drop", **settings))
     total = sum(made.splits["train"]["dropped"].values()) + made.splits["train"]["kept"]
     assert total == 280 and made.splits["train"]["dropped"]["longer than data.max_total_len"] > 0
     for split in ("train", "validation"):
@@ -157,16 +161,16 @@ def test_bad_arrays_are_named(tmp_path: pathlib.Path, content: str, complaint: s
     path = tmp_path / "some.json"
     path.write_text(content)
     with pytest.raises(UserError, match=r"some\.json" + complaint):
-        sources.read(str(path), recipes.resolve(DataConfig()), "train")
+        read_source(str(path), with_recipe(DataConfig()), "train")
 
 
 def test_an_array_with_bytes_that_are_not_utf8_names_the_line(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "some.json"
     path.write_bytes(b'\xef\xbb\xbf[\n{"question": "\xe9"}]')
     with pytest.raises(UserError, match=r"some.json:2: not UTF-8: byte 0xe9 at offset 19"):
-        list(files.rows(str(path), "train"))
+        list(read_rows(str(path), "train"))
     path.write_text('{"question": "q", "answer": "a"}\n')  # lines in a .json file are lines
-    assert [row.source for row in files.rows(str(path), "train")] == ["some.json:1"]
+    assert [row.source for row in read_rows(str(path), "train")] == ["some.json:1"]
 
 
 @pytest.fixture
@@ -188,7 +192,7 @@ def datasets(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
 def test_data_sets_are_loaded_by_name(tmp_path: pathlib.Path, datasets: list[tuple[Any, ...]]) -> None:
     config = _config(tmp_path, recipe="gsm8k", test="builtin", validation="hf:openai/gsm8k@abc:main#train")
-    made = prepare.prepare(config)
+    made = _prepare(config)
     assert sorted(datasets, key=str) == [
         ("openai/gsm8k", "main", "test", None),
         ("openai/gsm8k", "main", "train", "abc"),
@@ -209,7 +213,7 @@ def test_data_sets_that_cannot_be_loaded(tmp_path: pathlib.Path, datasets: list[
         ("hf:away", "cannot load hf:away .split 'train'. .*ConnectionError: Couldn't reach the hub. Without a network"),
     ]:
         with pytest.raises(UserError, match=complaint):
-            prepare.prepare(_config(tmp_path, train=path))
+            _prepare(_config(tmp_path, train=path))
 
 
 def test_libraries_that_are_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,7 +224,7 @@ def test_libraries_that_are_not_installed(monkeypatch: pytest.MonkeyPatch) -> No
         ("x.parquet", "needs the pyarrow library: pip install pyarrow"),
     ]:
         with pytest.raises(UserError, match=complaint):
-            list(files.rows(path, "train"))
+            list(read_rows(path, "train"))
 
 
 def test_the_real_datasets_library_reads_a_local_folder(tmp_path: pathlib.Path) -> None:
@@ -229,12 +233,12 @@ def test_the_real_datasets_library_reads_a_local_folder(tmp_path: pathlib.Path) 
     folder.mkdir()
     rows = [{"problem": f"{n}?", "solution": f"\\boxed{{{n}}}", "type": "Algebra"} for n in range(3)]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = recipes.resolve(DataConfig(recipe="math", train=f"hf:{folder}"))
-    read = sources.read(config.train, config, "train")
+    config = with_recipe(DataConfig(recipe="math", train=f"hf:{folder}"))
+    read = read_source(config.train, config, "train")
     assert [example.response for example in read.examples] == ["\\boxed{0}", "\\boxed{1}", "\\boxed{2}"]
     assert read.examples[1].source == "math/train[1]"
     with pytest.raises(UserError, match="cannot load .* .split 'validation'."):
-        sources.read(config.train, config, "validation")
+        read_source(config.train, config, "validation")
 
 
 def test_parquet(tmp_path: pathlib.Path) -> None:
@@ -243,15 +247,15 @@ def test_parquet(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "train.parquet"
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     parquet.write_table(pyarrow.Table.from_pylist([{"messages": turns}, {"messages": None}]), path)
-    rows = list(files.rows(str(path), "train"))
+    rows = list(read_rows(str(path), "train"))
     assert [(row.value["messages"], row.source) for row in rows] == [
         (turns, "train.parquet[0]"),
         (None, "train.parquet[1]"),
     ]
     with pytest.raises(UserError, match=r"train.parquet\[1\]: field 'messages' must be a list .* not null"):
-        sources.read(str(path), recipes.resolve(DataConfig()), "train")
+        read_source(str(path), with_recipe(DataConfig()), "train")
     path.write_bytes(b"PAR1 no more")
     with pytest.raises(UserError, match="not readable as Parquet"):
-        list(files.rows(str(path), "train"))
+        list(read_rows(str(path), "train"))
     with pytest.raises(UserError, match="cannot read none.parquet"):
-        list(files.rows("none.parquet", "train"))
+        list(read_rows("none.parquet", "train"))

@@ -9,7 +9,11 @@ from typing import Any
 import pytest
 
 from jaxblock.data.config import DataConfig
-from jaxblock.data.text import recipes, sources, splits
+from jaxblock.data.text import splits
+from jaxblock.data.text.examples import Example
+from jaxblock.data.text.recipes import with_recipe
+from jaxblock.data.text.sources import read_source
+from jaxblock.data.text.splits import read_splits
 from jaxblock.errors import UserError
 
 GOOD = b'{"question": "q", "answer": "a"}\n'
@@ -20,13 +24,13 @@ def _chat(*turns: tuple[str, object]) -> bytes:
 
 
 def _config(**settings: Any) -> DataConfig:
-    return recipes.resolve(DataConfig(**settings))
+    return with_recipe(DataConfig(**settings))
 
 
-def _read(folder: pathlib.Path, content: bytes, **settings: Any) -> list[sources.Example]:
+def _read(folder: pathlib.Path, content: bytes, **settings: Any) -> list[Example]:
     path = folder / "some.jsonl"
     path.write_bytes(content)
-    return sources.read(str(path), _config(**settings), "train").examples
+    return read_source(str(path), _config(**settings), "train").examples
 
 
 @pytest.mark.parametrize(
@@ -72,7 +76,7 @@ def test_an_empty_file_is_named(tmp_path: pathlib.Path, content: bytes) -> None:
 
 def test_a_missing_file_is_named() -> None:
     with pytest.raises(UserError, match="cannot read none.jsonl: there is no such file"):
-        sources.read("none.jsonl", _config(), "train")
+        read_source("none.jsonl", _config(), "train")
 
 
 def test_what_is_accepted(tmp_path: pathlib.Path) -> None:
@@ -116,23 +120,23 @@ def test_a_conversation_is_never_split(tmp_path: pathlib.Path) -> None:
     path.write_bytes(b"".join(chat(n) for n in range(30)))
     for seed in range(3):
         settings = {"train": str(path), "test": None, "validation_records": 7, "turns": "all", "seed": seed}
-        loaded = splits.load(_config(**settings))
-        sides = [{example.conversation for example in loaded.examples[split]} for split in ("train", "validation")]
+        loaded = read_splits(_config(**settings))
+        sides = [{example.conversation for example in loaded[split].examples} for split in ("train", "validation")]
         assert len(sides[1]) == 7 and len(sides[0]) == 23 and not sides[0] & sides[1]
-        assert sum(len(some) for some in loaded.examples.values()) == 60
+        assert sum(len(some.examples) for some in loaded.values()) == 60
         for split, side in zip(("train", "validation"), sides, strict=True):
-            entry = loaded.inputs[split]
-            assert (entry["conversations"], entry["records"]) == (len(side), len(loaded.examples[split]))
-        last = splits.load(_config(**{**settings, "turns": "last"}))
-        assert [{e.conversation for e in last.examples[split]} for split in ("train", "validation")] == sides
+            entry = loaded[split].described()
+            assert (entry["conversations"], entry["records"]) == (len(side), len(loaded[split].examples))
+        last = read_splits(_config(**{**settings, "turns": "last"}))
+        assert [{e.conversation for e in last[split].examples} for split in ("train", "validation")] == sides
 
 
 def test_gsm8k_is_read_whole(shared: pathlib.Path) -> None:
-    examples = sources.read(str(shared / "data/gsm8k/test.jsonl"), _config(), "test").examples
+    examples = read_source(str(shared / "data/gsm8k/test.jsonl"), _config(), "test").examples
     assert len(examples) == 1319
     assert examples[0].prompt.startswith("Janet")
     assert examples[-1].source == "test.jsonl:1319"
-    train = sources.read(str(shared / "data/gsm8k/train.jsonl"), _config(), "train").examples
+    train = read_source(str(shared / "data/gsm8k/train.jsonl"), _config(), "train").examples
     assert len(train) == 7473
     assert all("\n#### " in example.response for example in examples + train)
 
@@ -146,9 +150,9 @@ def test_validation_is_set_apart_by_the_seed_alone(tmp_path: pathlib.Path) -> No
     train = _write(tmp_path / "train.jsonl", 50)
 
     def split(seed: int) -> dict[str, list[str]]:
-        loaded = splits.load(_config(train=train, test=None, validation_records=8, seed=seed))
-        assert {name: entry["records"] for name, entry in loaded.inputs.items()} == {"train": 42, "validation": 8}
-        return {name: [example.prompt for example in some] for name, some in loaded.examples.items()}
+        loaded = read_splits(_config(train=train, test=None, validation_records=8, seed=seed))
+        assert {name: some.described()["records"] for name, some in loaded.items()} == {"train": 42, "validation": 8}
+        return {name: [example.prompt for example in some.examples] for name, some in loaded.items()}
 
     first = split(0)
     assert sorted(first["train"] + first["validation"]) == sorted(f"q{i}" for i in range(50))
@@ -167,15 +171,15 @@ def test_settings_that_fit_no_split(tmp_path: pathlib.Path) -> None:
         ({"level": "impossible"}, "unknown level 'impossible'"),
     ]:
         with pytest.raises(UserError, match=complaint):
-            splits.load(_config(**settings))
+            read_splits(_config(**settings))
 
 
 def test_the_builtin_corpus_holds_validation_beyond_test() -> None:
-    loaded = splits.load(_config(builtin_train=200, builtin_test=10, validation_records=4))
-    assert {name: len(some) for name, some in loaded.examples.items()} == {"train": 200, "validation": 4, "test": 10}
-    assert loaded.examples["test"][9].source == "builtin:test:10"
-    assert loaded.examples["validation"][0].source == "builtin:test:11"
-    prompts = [example.prompt for some in loaded.examples.values() for example in some]
+    loaded = read_splits(_config(builtin_train=200, builtin_test=10, validation_records=4))
+    assert {name: len(some.examples) for name, some in loaded.items()} == {"train": 200, "validation": 4, "test": 10}
+    assert loaded["test"].examples[9].source == "builtin:test:10"
+    assert loaded["validation"].examples[0].source == "builtin:test:11"
+    prompts = [example.prompt for some in loaded.values() for example in some.examples]
     assert len(set(prompts)) == len(prompts)
 
 
@@ -183,4 +187,4 @@ def test_a_corpus_that_leaks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
     generate = splits.corpus.generate
     monkeypatch.setattr(splits.corpus, "generate", lambda split, n, **settings: generate("test", n, **settings))
     with pytest.raises(UserError, match="repeat those of another split"):
-        splits.load(_config(builtin_train=20, builtin_test=5, validation_records=2))
+        read_splits(_config(builtin_train=20, builtin_test=5, validation_records=2))

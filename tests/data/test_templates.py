@@ -9,12 +9,13 @@ from collections.abc import Callable
 import pytest
 
 from jaxblock.data.config import DataConfig
-from jaxblock.data.text.sources import Example
-from jaxblock.data.tokens import special, templates, tokenizers
+from jaxblock.data.text.examples import Example
 from jaxblock.data.tokens.encoding import Encoder
-from jaxblock.data.tokens.pieces import SentencePieceTokenizer
-from jaxblock.data.tokens.templates import Template
-from jaxblock.data.tokens.tokenizers import Tokenizer
+from jaxblock.data.tokens.load import load_tokenizer
+from jaxblock.data.tokens.sentencepiece_model import SentencePieceTokenizer, train_tokenizer
+from jaxblock.data.tokens.special import find_special
+from jaxblock.data.tokens.templates import Template, template_source
+from jaxblock.data.tokens.tokenizer import Tokenizer
 from jaxblock.errors import UserError
 
 
@@ -25,7 +26,7 @@ def _example(prompt: str = "How many?", response: str = "5 + 7 = 12\n#### 12") -
 
 def _encoder(tokenizer: Tokenizer, source: str, **settings: str) -> Encoder:
     config = DataConfig(**settings)
-    template, ids = special.assemble(tokenizer, "mine", source, config, {})
+    template, ids = find_special(tokenizer, "mine", source, config, {})
     return Encoder(tokenizer, template, ids, config)
 
 
@@ -54,34 +55,36 @@ def _show(encoder: Encoder, ids: list[int]) -> str:
     ],
 )
 def test_named_templates(pieces: SentencePieceTokenizer, name: str, system: str | None, prompt: str) -> None:
-    encoder = _encoder(pieces, templates.find(name), **({"system": system} if system else {}))
-    prompt_ids, response_ids = encoder.pair(_example(response=" 5 + 7 = 12\n#### 12 \n"))
+    encoder = _encoder(pieces, template_source(name), **({"system": system} if system else {}))
+    prompt_ids, response_ids = encoder.prompt_and_response(_example(response=" 5 + 7 = 12\n#### 12 \n"))
     assert _show(encoder, prompt_ids) == prompt
     assert _show(encoder, response_ids) == "5 + 7 = 12\n#### 12<|eot_id|>"
     assert encoder.prompt("How many?") == prompt_ids
 
 
 def test_a_records_own_system_message_wins(pieces: SentencePieceTokenizer) -> None:
-    encoder = _encoder(pieces, templates.find("plain"), system="Be brief.")
+    encoder = _encoder(pieces, template_source("plain"), system="Be brief.")
     messages = [{"role": "system", "content": "Be long."}, {"role": "user", "content": "Why?"}]
     assert _show(encoder, encoder.prompt(messages)).startswith("Be long.\n\nQuestion: Why?")
 
 
 def test_turns_before_the_last_are_prompt(pieces: SentencePieceTokenizer) -> None:
-    encoder = _encoder(pieces, templates.find("plain"))
+    encoder = _encoder(pieces, template_source("plain"))
     turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
     messages = tuple({"role": role, "content": content} for role, content in turns)
-    prompt_ids, response_ids = encoder.pair(Example(messages, "", "", "x:1", "x:1", "x:1"))
+    prompt_ids, response_ids = encoder.prompt_and_response(Example(messages, "", "", "x:1", "x:1", "x:1"))
     assert _show(encoder, prompt_ids) == "Question: a\nAnswer:<|eot_id|>b<|eot_id|>Question: c\nAnswer:<|eot_id|>"
     assert _show(encoder, response_ids) == "d<|eot_id|>"
 
 
 def test_the_header_that_lladas_template_always_appends_is_dropped(tokenizer_folder: Callable[..., str]) -> None:
-    tokenizer = tokenizers.load(tokenizer_folder())
-    source = templates.find("tokenizer", tokenizer_template=tokenizer.settings["chat_template"])
+    tokenizer = load_tokenizer(tokenizer_folder())
+    source = template_source("tokenizer", tokenizer_template=tokenizer.settings["chat_template"])
     theirs = _encoder(tokenizer, source)
     assert theirs.text(_example()).endswith("<|start_header_id|>assistant<|end_header_id|>\n\n")
-    assert theirs.pair(_example()) == _encoder(tokenizer, templates.find("chat")).pair(_example())
+    assert theirs.prompt_and_response(_example()) == _encoder(tokenizer, template_source("chat")).prompt_and_response(
+        _example()
+    )
 
 
 @pytest.mark.parametrize(
@@ -115,9 +118,9 @@ def test_the_header_that_lladas_template_always_appends_is_dropped(tokenizer_fol
 def test_bad_templates(pieces: SentencePieceTokenizer, source: str, complaint: str) -> None:
     tokenizer: Tokenizer = pieces
     if "alone and" in complaint:
-        tokenizer = tokenizers.train(["1234 12 34 1"] * 50, DataConfig(vocab_size=400))
+        tokenizer = train_tokenizer(["1234 12 34 1"] * 50, DataConfig(vocab_size=400))
     with pytest.raises(UserError, match=complaint) as caught:
-        _encoder(tokenizer, source).pair(_example("What is 1", "234"))
+        _encoder(tokenizer, source).prompt_and_response(_example("What is 1", "234"))
     assert "some.jsonl:3" in str(caught.value) or "line 2" in complaint
 
 
@@ -125,7 +128,7 @@ def test_a_newline_after_the_terminator_is_dropped(pieces: SentencePieceTokenize
     source = "{% for m in messages %}{{ m.role + '\\n' + m.content + eot_token + '\\n' }}{% endfor %}"
     source += "{{ 'assistant\\n' if add_generation_prompt }}"
     encoder = _encoder(pieces, source)
-    prompt_ids, response_ids = encoder.pair(_example("q", "a"))
+    prompt_ids, response_ids = encoder.prompt_and_response(_example("q", "a"))
     assert _show(encoder, prompt_ids) == "user\nq<|eot_id|>\nassistant\n"
     assert _show(encoder, response_ids) == "a<|eot_id|>"
 
@@ -133,10 +136,10 @@ def test_a_newline_after_the_terminator_is_dropped(pieces: SentencePieceTokenize
 @pytest.mark.parametrize("token", ["<|mdm_mask|>", "<|eot_id|>", "<|endoftext|>", "<|start_header_id|>"])
 @pytest.mark.parametrize("side", ["prompt", "response"])
 def test_special_tokens_in_a_records_text_are_refused(pieces: SentencePieceTokenizer, token: str, side: str) -> None:
-    encoder = _encoder(pieces, templates.find("chat"))
+    encoder = _encoder(pieces, template_source("chat"))
     role = {"prompt": "user", "response": "assistant"}[side]
     with pytest.raises(UserError) as caught:
-        encoder.pair(_example(**{side: f"take {token} out"}))
+        encoder.prompt_and_response(_example(**{side: f"take {token} out"}))
     assert f"some.jsonl:3: the {role}'s text contains the special token '{token}' at character 5" in str(caught.value)
 
 
@@ -186,21 +189,21 @@ def test_what_a_template_cannot_do_is_said(source: str, complaint: str) -> None:
 def test_finding_templates(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "mine.jinja"
     path.write_text("{{ bos_token }}<|im_start|> <|im_start|>")
-    source = templates.find(str(path))
+    source = template_source(str(path))
     assert Template("mine", source).control_tokens() == ("<|im_start|>",)
-    assert templates.find("tokenizer", tokenizer_template=[{"name": "default", "template": "x"}]) == "x"
+    assert template_source("tokenizer", tokenizer_template=[{"name": "default", "template": "x"}]) == "x"
     for name, complaint in [("chatt", "neither one of chat, plain, tokenizer nor a file"), ("tokenizer", "no chat")]:
         with pytest.raises(UserError, match=complaint):
-            templates.find(name)
+            template_source(name)
     path.write_bytes(b"\xff")
     with pytest.raises(UserError, match="not UTF-8"):
-        templates.find(str(path))
+        template_source(str(path))
 
 
 def test_gsm8k_keeps_the_boundary(shared: pathlib.Path, pieces: SentencePieceTokenizer) -> None:
-    encoder = _encoder(pieces, templates.find("chat"))
+    encoder = _encoder(pieces, template_source("chat"))
     with open(shared / "data/gsm8k/test.jsonl") as file:
         records = [json.loads(line) for line in file][:200]
     for record in records:
-        _, response_ids = encoder.pair(_example(record["question"], record["answer"]))
+        _, response_ids = encoder.prompt_and_response(_example(record["question"], record["answer"]))
         assert _show(encoder, response_ids) == record["answer"].strip() + "<|eot_id|>"

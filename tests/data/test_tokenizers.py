@@ -12,15 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxblock.data.config import DataConfig
-from jaxblock.data.tokens import special, templates, tokenizers
-from jaxblock.data.tokens.pieces import SentencePieceTokenizer
-from jaxblock.data.tokens.special import SpecialIds
-from jaxblock.data.tokens.tokenizers import Tokenizer
+from jaxblock.data.tokens.load import load_tokenizer
+from jaxblock.data.tokens.sentencepiece_model import SentencePieceTokenizer, train_tokenizer
+from jaxblock.data.tokens.special import SpecialIds, find_special
+from jaxblock.data.tokens.templates import template_source
+from jaxblock.data.tokens.tokenizer import Tokenizer
 from jaxblock.errors import UserError
 
 
 def _special(tokenizer: Tokenizer, config: DataConfig, **checkpoint: int) -> SpecialIds:
-    return special.assemble(tokenizer, "chat", templates.find("chat"), config, checkpoint)[1]
+    return find_special(tokenizer, "chat", template_source("chat"), config, checkpoint)[1]
 
 
 HARD_TEXTS = [
@@ -36,7 +37,7 @@ HARD_TEXTS = [
 @pytest.mark.parametrize("kind", ["bpe", "unigram", "word", "char"])
 def test_every_model_type_round_trips(kind: str) -> None:
     texts = [f"Ada has {n} coins.\n{n} + 1 = {n + 1}" for n in range(60)]
-    tokenizer = tokenizers.train(texts, DataConfig(tokenizer_type=kind, vocab_size=500))
+    tokenizer = train_tokenizer(texts, DataConfig(tokenizer_type=kind, vocab_size=500))
     for text in texts + HARD_TEXTS:
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids, skip_special=False) == text
@@ -72,7 +73,7 @@ def test_special_tokens_are_single_and_can_be_skipped(pieces: SentencePieceToken
 def test_digits_can_stand_alone() -> None:
     texts = ["12 + 34 = 46"] * 20
     for split, expected in [(False, ["12"]), (True, ["1", "2"])]:
-        tokenizer = tokenizers.train(texts, DataConfig(vocab_size=400, split_digits=split))
+        tokenizer = train_tokenizer(texts, DataConfig(vocab_size=400, split_digits=split))
         assert [tokenizer.piece(i) for i in tokenizer.encode("12")] == expected
 
 
@@ -87,13 +88,13 @@ def test_digits_can_stand_alone() -> None:
 )
 def test_training_says_what_to_set(config: dict[str, object], texts: list[str], complaint: str) -> None:
     with pytest.raises(UserError, match=complaint):
-        tokenizers.train(texts, DataConfig(**config))  # type: ignore[arg-type]
+        train_tokenizer(texts, DataConfig(**config))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["mask", "eos", "eot"])
 def test_a_missing_special_token_names_its_field(tokenizer_folder: Callable[..., str], name: str) -> None:
     config, text = DataConfig(), {"mask": "<|mdm_mask|>", "eos": "<|endoftext|>", "eot": "<|eot_id|>"}[name]
-    tokenizer = tokenizers.load(tokenizer_folder(without=text))
+    tokenizer = load_tokenizer(tokenizer_folder(without=text))
     with pytest.raises(UserError, match=rf"data\.{name}_token: .* no token ") as caught:
         _special(tokenizer, dataclasses.replace(config, **{f"{name}_token": text}))
     assert ("mask_token_id" in str(caught.value)) == (name == "mask")
@@ -110,12 +111,12 @@ def test_saved_tokenizers_load_the_same(
     tokenizer_folder: Callable[..., str], pieces: SentencePieceTokenizer, tmp_path: pathlib.Path
 ) -> None:
     text = "Ada has 5 coins.\n<|eot_id|>é"
-    for number, tokenizer in enumerate([pieces, tokenizers.load(tokenizer_folder())]):
+    for number, tokenizer in enumerate([pieces, load_tokenizer(tokenizer_folder())]):
         folder = tmp_path / str(number)
         tokenizer.save(folder)
         for path in [folder, *(folder / name for name in ("tokenizer.model", "tokenizer.json"))]:
             if path.exists():
-                again = tokenizers.load(path)
+                again = load_tokenizer(path)
                 assert again.encode(text) == tokenizer.encode(text)
                 assert again.decode(again.encode(text), skip_special=False) == text
                 assert again.decode(again.encode(text)) == "Ada has 5 coins.\né"
@@ -137,4 +138,4 @@ def test_what_is_no_tokenizer_is_named(tmp_path: pathlib.Path) -> None:
         ("bad.txt", "neither a SentencePiece .model nor"),
     ]:
         with pytest.raises(UserError, match=complaint):
-            tokenizers.load(tmp_path / name)
+            load_tokenizer(tmp_path / name)

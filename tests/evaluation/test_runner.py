@@ -13,7 +13,7 @@ import pytest
 
 import jaxblock
 from jaxblock import model as api
-from jaxblock.data.store.open import open_prepared
+from jaxblock.data.store.prepared_folder import open_prepared
 from jaxblock.data.store.records import Record
 from jaxblock.evaluation import runner
 from jaxblock.evaluation.runner import Evaluator

@@ -17,7 +17,7 @@ import pytest
 import jaxblock
 from jaxblock.config import files as config_io
 from jaxblock.data.loader import BatchAt
-from jaxblock.data.store.open import open_prepared
+from jaxblock.data.store.prepared_folder import open_prepared
 
 ROOT = Path(__file__).parents[2]
 POISONED = 4

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from huggingface_hub import errors
 
-from jaxblock.data.tokens import tokenizers
+from jaxblock.data.tokens.load import load_tokenizer
 from jaxblock.errors import UserError
 from jaxblock.io import hub
 
@@ -108,4 +108,4 @@ def test_a_tokenizer_may_be_a_hub_name(monkeypatch: pytest.MonkeyPatch, tmp_path
     words = huggingface.Tokenizer(huggingface.models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
     words.save(str(tmp_path / "tokenizer.json"))
     stand_in(monkeypatch, tmp_path)
-    assert tokenizers.load("org/name").encode("b") == [1]
+    assert load_tokenizer("org/name").encode("b") == [1]

@@ -112,7 +112,10 @@ class LengthRules:
         if self._data.overlong != "error" or not self._first_complaint:
             return
         counts = self._counts
-        needed = {"prompt": self._longest["prompt"], "response": -(-self._longest["response"] // self._block) * self._block}
+        needed = {
+            "prompt": self._longest["prompt"],
+            "response": -(-self._longest["response"] // self._block) * self._block,
+        }
         sides = [f"canvas.{side}_len = {length}" for side, length in needed.items() if counts[side]]
         raise UserError(
             f"{self._first_complaint}. {counts['too long']} of {counts['records']} records are too long "

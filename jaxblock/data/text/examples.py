@@ -52,17 +52,9 @@ def examples_of(row: Row, config: DataConfig) -> list[Example]:
     """
     if config.messages_field in row.record:
         return _turns(row, _conversation(row, config.messages_field), config)
-    texts = []
-    for setting, name in (("prompt_field", config.prompt_field), ("response_field", config.response_field)):
-        if name not in row.record:
-            near = difflib.get_close_matches(str(name), row.record, n=1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise UserError(
-                f"{row.where}: no field {name!r}{hint}; set data.{setting} to one of "
-                f"{', '.join(map(repr, row.record)) or 'none: it is empty'}, or give {config.messages_field!r}"
-            )
-        texts.append(checked_text(row.record[name], f"field {name!r}", row.where))
-    return [question_and_answer(*texts, config, row.where, row.source)]
+    prompt = _field(row, "prompt_field", config.prompt_field, config)
+    response = _field(row, "response_field", config.response_field, config)
+    return [question_and_answer(prompt, response, config, row.where, row.source)]
 
 
 def question_and_answer(prompt: str, response: str, config: DataConfig, where: str, source: str) -> Example:
@@ -93,6 +85,18 @@ def checked_text(value: Any, name: str, where: str) -> str:
             f"{where}: {name} holds half of a surrogate pair at character {error.start}, which is no text"
         ) from error
     return value
+
+
+def _field(row: Row, setting: str, name: str | None, config: DataConfig) -> str:
+    """Returns the text of the record's field `name`, which the setting `data.{setting}` gives."""
+    if name not in row.record:
+        near = difflib.get_close_matches(str(name), row.record, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise UserError(
+            f"{row.where}: no field {name!r}{hint}; set data.{setting} to one of "
+            f"{', '.join(map(repr, row.record)) or 'none: it is empty'}, or give {config.messages_field!r}"
+        )
+    return checked_text(row.record[name], f"field {name!r}", row.where)
 
 
 def _turns(row: Row, messages: list[Message], config: DataConfig) -> list[Example]:

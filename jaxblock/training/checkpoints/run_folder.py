@@ -20,9 +20,8 @@ from etils import epath
 
 from jaxblock.config import files as config_io
 from jaxblock.config.config import Config
-from jaxblock.data.store import manifest as manifests
-from jaxblock.data.store.manifest import Manifest
-from jaxblock.data.store.open import Prepared, open_prepared
+from jaxblock.data.store.manifest import Manifest, write_manifest
+from jaxblock.data.store.prepared_folder import Prepared, open_prepared
 from jaxblock.errors import UserError
 from jaxblock.huggingface import companions
 from jaxblock.io.files import read_json, write_json, write_text
@@ -97,7 +96,7 @@ def begin(
     """
     with new_folder(folder, marker=CONFIG) as scratch:
         copy_files(as_path(prepared.folder) / TOKENIZER, scratch / TOKENIZER)
-        manifests.write(scratch, prepared.manifest)
+        write_manifest(scratch, prepared.manifest)
         write_json(scratch / MODEL, registry.to_hf(arch, config.model.param_dtype))
         if source is not None:
             kept = as_path(source) / ORIGIN
