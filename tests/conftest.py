@@ -1,4 +1,4 @@
-"""Eight host devices, a compilation cache, runtime shape checks, and the reference data where it is."""
+"""Sets up all tests: eight host devices, a compilation cache, shape checks at run time, and shared fixtures."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-# Seen once, on a busy machine: eight devices waited for each other until XLA gave up, after 40 s, and ended the process. What
-# held them was not found; they share no pool of threads for their arithmetic now, and have longer.
+# Once, on a busy machine, the eight devices waited for each other until XLA gave up after 40 s and ended the process. The cause
+# was not found. As a precaution the devices no longer share a pool of threads for their arithmetic, and may wait longer.
 os.environ["XLA_FLAGS"] += " --xla_cpu_multi_thread_eigen=false --xla_cpu_collective_call_terminate_timeout_seconds=300"
-if version("jaxlib").startswith("0.10."):  # later ones have no other emitters, and end at a flag that they do not know
+if version("jaxlib").startswith("0.10."):  # later versions have no other emitters, and fail at an unknown flag
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"  # the older emitters compile twice as fast
-# Compile time dominates: little is optimised (half the time), and programs are kept between runs and processes.
+# Most of the time goes into compiling. Optimising little halves it, and compiled programs are kept for later processes.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "jaxblock-test-cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
@@ -24,7 +24,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 import pytest
 from jaxtyping import install_import_hook
 
-# Public functions are checked against their annotations, in tests only.
+# In tests, calls of public functions are checked against their type and shape annotations.
 install_import_hook("jaxblock", "beartype.beartype")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -32,7 +32,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The reference data beside the checkout; tests that need it are skipped where it is absent."""
+    """Returns the folder of reference data beside the checkout; where it is absent, the test is skipped."""
     if not SHARED.is_dir():
         pytest.skip(f"no reference data at {SHARED}")
     return SHARED
@@ -53,7 +53,7 @@ evaluate: {{nelbo_rows: 8}}
 
 @pytest.fixture(scope="session")
 def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A config file of the smallest experiment (one-digit sums, 10,000 parameters) whose data are prepared."""
+    """Returns the config file of the smallest experiment (one-digit sums, 10,000 parameters), with its data prepared."""
     from jaxblock.cli import main
 
     folder = tmp_path_factory.mktemp("tiny")
@@ -68,7 +68,7 @@ def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_run(tiny_config: Path) -> Path:
-    """The run folder of that experiment, trained without interruption. To be read, never changed."""
+    """Returns the run folder of that experiment, trained without interruption. Tests must not change it."""
     from jaxblock.cli import main
 
     assert main(["train", "--config", str(tiny_config)]) == 0
@@ -77,7 +77,7 @@ def tiny_run(tiny_config: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_pod_run(tiny_config: Path) -> Path:
-    """The run folder of two processes that nothing disturbed (`tests.pod`). To be read, never changed."""
+    """Returns the run folder of two undisturbed processes (`tests.pod`). Tests must not change it."""
     from tests import pod
 
     run = tiny_config.parent / "pod"

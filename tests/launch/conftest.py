@@ -1,4 +1,4 @@
-"""Fixtures of the tests of launch scripts."""
+"""Fixtures for the tests of the launch scripts."""
 
 from __future__ import annotations
 

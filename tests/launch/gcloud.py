@@ -1,4 +1,4 @@
-"""A stand-in for gcloud that records what it is asked, and can fail; and what runs launch/tpu.sh against it."""
+"""Runs launch/tpu.sh against a stand-in for gcloud, which records its arguments, and answers or fails as a test asks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ exit 0
 
 
 class Desk:
-    """A machine with a stand-in gcloud on PATH."""
+    """A machine that has the stand-in for gcloud on its PATH."""
 
     def __init__(self, folder: Path) -> None:
         self.record = folder / "record.jsonl"

@@ -1,4 +1,4 @@
-"""Joining a process group: what the environment must say, and real processes over loopback (launch/local_pod.sh)."""
+"""Tests how processes join a group: the variables they need, and real processes over loopback (launch/local_pod.sh)."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ raise SystemExit(cli.main(["inspect"]))
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["killed", "mistaken"])
 def test_a_process_whose_partner_is_lost_says_so_and_ends_with_134(how: str) -> None:
-    """Unpatched, a mistake of one process leaves both waiting for 5 minutes, each for the other."""
+    """Without this, a mistake of one process would leave both waiting for each other for 5 minutes."""
     group = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{_free_port()}", "JAX_NUM_PROCESSES": "2", "HOW": how}
     group |= {"JAXBLOCK_HEARTBEAT_TIMEOUT": "10", "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo", "XLA_FLAGS": ""}
     both = [

@@ -1,4 +1,4 @@
-"""The two commands' scripts, with a stand-in interpreter in .venv: what they run, skip, record, and say on failure."""
+"""Tests quickstart.sh and test.sh with a stand-in interpreter in .venv: what they run, skip, record, and print on failure."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Checkout:
         )
 
     def calls(self) -> list[list[str]]:
-        """The calls since the last look."""
+        """Returns the recorded calls and forgets them."""
         record = self.root / "calls.jsonl"
         lines = record.read_text().splitlines() if record.exists() else []
         record.unlink(missing_ok=True)

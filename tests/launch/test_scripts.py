@@ -1,4 +1,4 @@
-"""launch/gpu.sh, launch/slurm.sbatch and launch/jobset.yaml: what they would run, and what they say to mistakes."""
+"""Tests launch/gpu.sh, launch/slurm.sbatch and launch/jobset.yaml: what they would run, and their messages on mistakes."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_one_gpu_to_debug_on() -> None:
 
 @pytest.mark.parametrize("made", [False, True], ids=["without .venv", "with .venv"])
 def test_a_dry_setup_installs_nothing(tmp_path: Path, made: bool) -> None:
-    """A stand-in Python notes what it is asked to do, and makes and installs nothing."""
+    """The stand-in for Python records its arguments; it makes and installs nothing."""
     for name in (
         "launch/gpu.sh",
         "launch/environment.sh",

@@ -1,4 +1,4 @@
-"""launch/tpu.sh against a stand-in gcloud: what it runs, and that arguments reach the workers as typed."""
+"""Tests launch/tpu.sh against a stand-in for gcloud: what it runs, and that arguments reach the workers as typed."""
 
 from __future__ import annotations
 
@@ -51,7 +51,11 @@ def test_names_come_from_the_environment_and_flags_win(desk: Desk) -> None:
 
 
 def worker(desk: Desk, home: Path) -> dict[str, str]:
-    """A worker's home with a `jaxblock` that writes down its arguments and its environment, then waits for a file."""
+    """Makes a worker's home folder with a `jaxblock` that prints its arguments and environment, then waits for a file.
+
+    Returns:
+        The variables that the worker's shell runs with.
+    """
     program = home / "jaxblock" / ".venv" / "bin" / "jaxblock"
     program.parent.mkdir(parents=True)
     (home / "jaxblock" / "logs").mkdir()
@@ -189,7 +193,7 @@ def test_a_dry_run_prints_exactly_what_a_run_would_do(desk: Desk, arguments: lis
 
 
 def test_a_dry_resume_prints_what_it_may_do_in_order(desk: Desk) -> None:
-    """With comments of when, and otherwise fit to be pasted."""
+    """The output can be pasted into a shell; comments say when each command would run."""
     command = ["resume", *SLICE, "--dry-run", "--recreate", "--type", "v6e-8", "--spot", "--", "jaxblock", *HARD]
     done = desk.tpu(*command)
     assert done.returncode == 0 and desk.calls == [], done.stderr

@@ -1,4 +1,4 @@
-"""launch/tpu.sh resume against a stand-in gcloud: what it starts again, what it waits for and where it ends."""
+"""Tests launch/tpu.sh resume against a stand-in for gcloud: what it starts again, what it waits for and when it ends."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from tests.launch.gcloud import SLICE, Desk
 
 @pytest.fixture
 def played(desk: Desk, tmp_path: Path) -> Callable[..., tuple[subprocess.CompletedProcess[str], list[str]]]:
-    """Runs ``resume`` against a play: the slice's states and the workers' runs, in order; returns what was done.
+    """Returns a function that runs ``resume`` while gcloud answers from a script.
 
-    Its waits take no time, and are written to ``sleeps``.
+    The script lists the states of the slice and of the workers' runs, in order. Waiting takes no time; how long ``resume``
+    wanted to wait is written to the file ``sleeps``. The function returns the finished process and the kinds of commands
+    that were run.
     """
     (tmp_path / "quick").mkdir()
     sleep = tmp_path / "quick" / "sleep"
-    # A resume that would go on for ever is ended.
+    # Ends a resume that would go on for ever.
     end = "[ $(wc -l <sleeps) -lt 100 ] || kill $PPID"
     sleep.write_text(f"#!/bin/sh\ncd '{tmp_path}' && echo \"$1\" >>sleeps && {end}\n")
     sleep.chmod(0o755)
