@@ -37,13 +37,13 @@ def worker(config_file: str, out: str, *, one: bool = False) -> None:
     import numpy as np
     from rich.console import Console
 
-    from jaxblock.config import files as config_io
+    from jaxblock.config.yaml import load_config
     from jaxblock.data.loader import batches
     from jaxblock.parallel import rules
     from jaxblock.training.start import set_up
     from jaxblock.training.step import compile_step
 
-    config = config_io.load(config_file)
+    config = load_config(config_file)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, out=out, fsdp=1 if one else 2))
     session = set_up(config, Console(stderr=True))
     whole = rules.replicated(session.mesh)

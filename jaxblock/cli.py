@@ -15,8 +15,9 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import tyro
 
 from jaxblock.commands import decode, evaluate, export, inspect, plan, prepare, train
-from jaxblock.config import files as config_io
+from jaxblock.config.checks import check_config
 from jaxblock.config.config import Config
+from jaxblock.config.yaml import load_config
 from jaxblock.errors import UserError
 from jaxblock.io.paths import as_path
 from jaxblock.parallel import host_memory
@@ -162,7 +163,7 @@ def parse(verb: str, arguments: Sequence[str]) -> Any:
     if path is None and (checkpoint := _value_of("--checkpoint", arguments)) and verb in ("decode", "evaluate"):
         path = _config_of(checkpoint)
     return tyro.cli(
-        functools.partial(kind, **_sections(config_io.load(path), kind)),
+        functools.partial(kind, **_sections(load_config(path), kind)),
         prog=f"jaxblock {verb}",
         description=(kind.__doc__ or "") + " Precedence: flag > YAML file > default.",
         args=list(arguments),
@@ -174,7 +175,7 @@ def parse(verb: str, arguments: Sequence[str]) -> Any:
 def config_of(options: Any) -> Config:
     """Returns the config that a verb's options describe, checked; sections that the verb lacks keep their defaults."""
     sections = _sections(options, Config)
-    return config_io.validate(replace(Config(), **sections), sections)
+    return check_config(replace(Config(), **sections), sections)
 
 
 def _sections(source: Any, target: Any) -> dict[str, Any]:

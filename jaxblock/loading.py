@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
 
 from jaxblock import build
 from jaxblock.data.tokens.encoding import checkpoint_encoder
@@ -18,6 +17,7 @@ from jaxblock.io.hub import local_checkpoint
 from jaxblock.io.paths import PathLike
 from jaxblock.model import Model
 from jaxblock.models.architecture import Architecture
+from jaxblock.models.config import Checkpoint, Quantize
 from jaxblock.models.families import registry
 from jaxblock.models.linear import lora
 from jaxblock.models.transformer import Transformer
@@ -31,10 +31,10 @@ def load(
     *,
     dtype: str | None = None,
     base: PathLike | None = None,
-    quantize: Literal["none", "int8"] | None = None,
+    quantize: Quantize | None = None,
     mask_id: int | None = None,
     alignment: Alignment | None = None,
-    step: run_folder.Wanted = "latest",
+    step: Checkpoint = "latest",
 ) -> Model:
     """Loads a run folder, a Hugging Face folder (or hub id), or a folder of PEFT adapters.
 
@@ -119,7 +119,7 @@ def _from_run(
     dtype: str | None,
     base: PathLike | None,
     quantize: str | None,
-    step: run_folder.Wanted,
+    step: Checkpoint,
 ) -> Model:
     run = run_folder.open_run(folder)
     model = run.config.model

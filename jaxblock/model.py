@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
-from jaxblock.config import files as config_io
+from jaxblock.config.yaml import with_fields
 from jaxblock.data.loader import pad_ids
 from jaxblock.data.tokens.encoding import Encoder
 from jaxblock.data.tokens.special import first_stop
@@ -23,6 +23,7 @@ from jaxblock.diffusion.canvas import Layout
 from jaxblock.diffusion.config import CanvasConfig
 from jaxblock.diffusion.decoding import decoder
 from jaxblock.diffusion.decoding.config import DecodeConfig
+from jaxblock.diffusion.decoding.rules import check_options
 from jaxblock.errors import UserError
 from jaxblock.huggingface import peft
 from jaxblock.huggingface.load import read_architecture
@@ -123,8 +124,8 @@ class Model:
         Raises:
             UserError: a field that the decoder does not have, or a value it cannot take.
         """
-        chosen: DecodeConfig = config_io.with_fields(self.decode_defaults, fields, "decode")
-        config_io.check_decode(chosen)
+        chosen: DecodeConfig = with_fields(self.decode_defaults, fields, "decode")
+        check_options(chosen)
         return chosen
 
     def decode(

@@ -1,8 +1,101 @@
-"""What the sections of a config are made of."""
+"""What the sections of a config are made of: fields that say which numbers they take and whether a resumed run may change them."""
 
 from __future__ import annotations
 
-from typing import Literal
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
+
+from jaxblock.errors import UserError
 
 Alignment = Literal["same_position", "shifted"]
 """Which hidden state predicts the token at position i: the one at i, or the one at i - 1 (as in an autoregressive model)."""
+
+OnResume = Literal["must_match", "may_change", "may_change_once_saved"]
+"""Whether a resumed run may change a field: never, always (it does not change what is learnt, up to rounding), or from the
+first checkpoint on (it is read for the start alone)."""
+
+T = TypeVar("T")
+
+
+class Range(NamedTuple):
+    """The numbers that a field takes.
+
+    Attributes:
+        says: the end of the error message, after "train.steps is 0: ".
+        holds: whether a number is one of them.
+    """
+
+    says: str
+    holds: Callable[[float], bool]
+
+
+NOT_NEGATIVE = Range("it must be 0 or more", lambda x: x >= 0)
+AT_LEAST_1 = Range("it must be at least 1", lambda x: x >= 1)
+AT_LEAST_2 = Range("it must be at least 2", lambda x: x >= 2)
+ABOVE_0 = Range("it must be above 0", lambda x: x > 0)
+BELOW_1 = Range("it must be at least 0 and below 1", lambda x: 0 <= x < 1)
+ABOVE_0_TO_1 = Range("it must be above 0, at most 1", lambda x: 0 < x <= 1)
+BETWEEN_0_AND_1 = Range("it must be above 0 and below 1", lambda x: 0 < x < 1)
+PROBABILITY = Range("it is a probability, from 0 to 1", lambda x: 0 <= x <= 1)
+
+
+def setting(default: T, takes: Range | None = None, *, on_resume: OnResume | None = None) -> T:
+    """Declares a field of a section.
+
+    Args:
+        default: the field's default; a field whose value is None is not checked.
+        takes: the numbers that it takes; None for whatever its type allows.
+        on_resume: whether a resumed run may change it; None for what its section says.
+    """
+    found: Any = dataclasses.field(default=default, metadata={"takes": takes, "on_resume": on_resume})
+    return found  # for type checkers a field has its default's type
+
+
+def may_change(default: T, takes: Range | None = None) -> T:
+    """Declares a field of a section that a resumed run may change: it does not change what is learnt (up to rounding)."""
+    return setting(default, takes, on_resume="may_change")
+
+
+@dataclass(frozen=True)
+class Section:
+    """A section of the config: a frozen dataclass that checks its own values.
+
+    A subclass names itself as the YAML file does: ``class TrainConfig(Section, name="train")``. It extends ``check`` by what
+    ties its fields to each other; what ties two sections is in ``config/checks.py``.
+    """
+
+    section: ClassVar[str]
+    on_resume: ClassVar[OnResume]
+
+    def __init_subclass__(cls, name: str, on_resume: OnResume = "must_match") -> None:
+        """Names the section, and says whether a resumed run may change those of its fields that do not say so themselves."""
+        cls.section, cls.on_resume = name, on_resume
+
+    def check(self) -> None:
+        """Raises UserError where a field has a value that it does not take."""
+        for field in dataclasses.fields(self):
+            value, takes = getattr(self, field.name), field.metadata.get("takes")
+            if value is not None and takes is not None:
+                require(takes.holds(value), f"{self.section}.{field.name} is {value}: {takes.says}")
+
+    @classmethod
+    def changeable(cls, *, saved: bool) -> set[str]:
+        """Returns the fields that a resumed run may change.
+
+        Args:
+            saved: the run has a checkpoint; without one its start is made again, and must be the same start.
+        """
+        allowed = {"may_change", "may_change_once_saved"} if saved else {"may_change"}
+        return {
+            field.name
+            for field in dataclasses.fields(cls)
+            if (field.metadata.get("on_resume") or cls.on_resume) in allowed
+        }
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises UserError with the message unless the condition holds."""
+    if not condition:
+        raise UserError(message)

@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 
 from jaxblock.cli import main
-from jaxblock.config import files as config_io
+from jaxblock.config.checks import check_config
 from jaxblock.config.config import Config
+from jaxblock.config.yaml import load_config
 
 EVERY = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
-CONFIGS = [path for path in EVERY if (config_io.load(str(path)).model.init_from or "runs/").startswith("runs/")]
+CONFIGS = [path for path in EVERY if (load_config(str(path)).model.init_from or "runs/").startswith("runs/")]
 
 LITTLE = {
     "data.builtin_train": 1000,
@@ -58,9 +59,9 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, Config], 
         if out.exists():
             return out
         if config.model.init_from is not None:
-            starts = {config_io.load(str(other)).train.out: other for other in CONFIGS}
+            starts = {load_config(str(other)).train.out: other for other in CONFIGS}
             start = starts[config.model.init_from]
-            run(start, config_io.load(str(start)))
+            run(start, load_config(str(start)))
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(work)
             for verb in ("prepare", "train"):
@@ -76,8 +77,8 @@ def test_there_are_configs() -> None:
 
 @pytest.mark.parametrize("path", EVERY, ids=[path.stem for path in EVERY])
 def test_a_config_is_valid(path: Path) -> None:
-    config = config_io.load(str(path))
-    assert config_io.validate(config) is config
+    config = load_config(str(path))
+    assert check_config(config) is config
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
@@ -87,7 +88,7 @@ def test_a_config_runs(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    config = config_io.validate(config_io.load(str(path)))
+    config = check_config(load_config(str(path)))
     if config.data.train != "builtin":
         # The file's first lines, where the config looks for it.
         shared: Path = request.getfixturevalue("shared")

@@ -10,8 +10,9 @@ from typing import Any
 import jax
 import pytest
 
-from jaxblock.config import files as config_io
+from jaxblock.config.checks import check_config
 from jaxblock.config.config import Config
+from jaxblock.config.yaml import load_config
 from jaxblock.fit import shapes as abstract
 from jaxblock.models.architecture import Architecture
 from jaxblock.models.families import registry
@@ -54,7 +55,7 @@ PRESETS: dict[str, tuple[dict[str, Any], tuple[int, int, int], float, float]] = 
 
 
 def preset(name: str) -> tuple[Config, Architecture]:
-    config = config_io.validate(config_io.load(str(CONFIGS / f"{name}.yaml")))
+    config = check_config(load_config(str(CONFIGS / f"{name}.yaml")))
     arch = registry.from_hf(PRESETS[name][0], name)
     return config, arch if arch.mask_id is not None else registry.with_mask(arch, 0, config.model.alignment)
 

@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -18,6 +18,7 @@ from jaxblock.diffusion.config import CanvasConfig
 from jaxblock.diffusion.decoding.config import DecodeConfig
 from jaxblock.errors import UserError
 from jaxblock.io.files import check_absent, read_bytes, write_text
+from jaxblock.models.config import Checkpoint
 
 if TYPE_CHECKING:
     from jaxblock.model import Model
@@ -41,7 +42,7 @@ class Options:
     """Show the canvas as it is filled, block by block."""
     base: str | None = None
     """Where the weights beneath adapters are; None for where they were in training."""
-    step: Literal["latest", "best"] | int = "latest"
+    step: Checkpoint = "latest"
     """Which checkpoint of a run: the newest, the best by its `train.keep_best`, or that of a step."""
     data: DataConfig = field(default_factory=DataConfig)
     canvas: CanvasConfig = field(default_factory=CanvasConfig)

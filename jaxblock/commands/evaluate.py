@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from jaxblock.commands import say
 from jaxblock.config.config import Config
@@ -19,6 +19,7 @@ from jaxblock.evaluation.config import EvaluateConfig
 from jaxblock.io.files import check_writable
 from jaxblock.io.folders import check_vacant, new_folder
 from jaxblock.io.paths import as_path
+from jaxblock.models.config import Checkpoint
 
 if TYPE_CHECKING:
     from jaxblock.data.store.prepared_folder import Prepared
@@ -39,7 +40,7 @@ class Options:
     """YAML file of sections; without one the run's own config is used. Flags override it."""
     base: str | None = None
     """Where the weights beneath adapters are; None for where they were in training."""
-    step: Literal["latest", "best"] | int = "latest"
+    step: Checkpoint = "latest"
     """Which checkpoint of a run: the newest, the best by its `train.keep_best`, or that of a step."""
     data: DataConfig = field(default_factory=DataConfig)
     canvas: CanvasConfig = field(default_factory=CanvasConfig)

@@ -8,6 +8,7 @@ from typing import Literal
 from jaxblock.config.config import Config
 from jaxblock.errors import UserError
 from jaxblock.io.folders import folder_bytes
+from jaxblock.models.config import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Options:
     """Adapters: merged into their base (a whole checkpoint), or alone in PEFT's format."""
     base: str | None = None
     """Where the weights beneath adapters are; None for where they were in training."""
-    step: Literal["latest", "best"] | int = "latest"
+    step: Checkpoint = "latest"
     """Which checkpoint of a run: the newest, the best by its `train.keep_best`, or that of a step."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type of the tensors; None keeps each one's own."""

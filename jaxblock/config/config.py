@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 
 from jaxblock.data.config import DataConfig
@@ -9,6 +10,7 @@ from jaxblock.diffusion.config import CanvasConfig, MethodConfig
 from jaxblock.diffusion.decoding.config import DecodeConfig
 from jaxblock.evaluation.config import EvaluateConfig
 from jaxblock.models.config import LoraConfig, ModelConfig
+from jaxblock.settings import Section
 from jaxblock.training.config import TrainConfig
 from jaxblock.training.optim.config import OptimizerConfig
 
@@ -26,3 +28,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+    def sections(self) -> list[Section]:
+        """Returns every section, in the order of the fields."""
+        return [getattr(self, entry.name) for entry in dataclasses.fields(self)]

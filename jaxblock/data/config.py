@@ -5,15 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from jaxblock.settings import NOT_NEGATIVE, Section, may_change, require, setting
+
 RecipeName = Literal["metamathqa", "gsm8k", "math"]
 """Data sets that `prepare` knows by name (jaxblock/data/text/recipes.py)."""
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Section, name="data"):
     """Where text comes from, how it becomes tokens, and where the prepared result lies."""
 
-    prepared: str = "prepared"
+    prepared: str = may_change("prepared")
     """Folder of prepared data: `prepare` writes it, every other verb reads it."""
     train: str = "builtin"
     """Training records: a .jsonl, .json or .parquet file, `hf:NAME[@REVISION][:CONFIG][#SPLIT]` (the `datasets` library),
@@ -23,7 +25,7 @@ class DataConfig:
     ones: held-out problems)."""
     test: str | None = "builtin"
     """Records for `decode` and `evaluate`, never trained on and never scored during training; None for none."""
-    validation_records: int = 128
+    validation_records: int = setting(128, NOT_NEGATIVE)
     """How many validation records to set apart when `validation` is None; a conversation counts as one, and is never split."""
     recipe: RecipeName | None = None
     """Field names, prompt, length rule and filter of a data set that the paper uses (docs/data.md); a field set here wins."""
@@ -43,16 +45,16 @@ class DataConfig:
     """Field that `exclude_types` looks at."""
     exclude_types: tuple[str, ...] | None = None
     """Training records whose type contains one of these texts are dropped and counted; None for the recipe's, else none."""
-    max_total_len: int | None = None
+    max_total_len: int | None = setting(None, NOT_NEGATIVE)
     """Training records with more prompt and response tokens together are dropped and counted; None for the recipe's, else 0:
     no such rule."""
-    max_records: int | None = None
+    max_records: int | None = setting(None, NOT_NEGATIVE)
     """Keep the first so many training records that pass; None for the recipe's, else 0: all."""
     level: str = "easy"
     """Difficulty of the built-in corpus."""
-    builtin_train: int = 6_000
+    builtin_train: int = setting(6_000, NOT_NEGATIVE)
     """Built-in training problems."""
-    builtin_test: int = 512
+    builtin_test: int = setting(512, NOT_NEGATIVE)
     """Built-in held-out problems."""
     seed: int = 0
     """Seed of the built-in corpus and of the validation split."""
@@ -81,5 +83,21 @@ class DataConfig:
     overlong: Literal["error", "drop", "truncate"] = "error"
     """A prompt or response longer than the canvas: stop; drop and count it; or cut the response, which then has no
     terminator (an over-long prompt is dropped even so)."""
-    overwrite: bool = False
+    overwrite: bool = may_change(False)
     """Replace an existing prepared folder."""
+
+    def check(self) -> None:
+        """Raises UserError where a number cannot be, or a field would make every record the same or the vocabulary wrong."""
+        super().check()
+        require(
+            self.prompt_template is None or "{prompt}" in self.prompt_template,
+            f"data.prompt_template {self.prompt_template!r} has no {{prompt}}: every record would ask the same",
+        )
+        require(
+            "" not in (self.exclude_types or ()),
+            "data.exclude_types holds an empty text, which every type contains: take it out",
+        )
+        require(
+            not self.add_mask_token or self.tokenizer != "train",
+            "data.add_mask_token is for a given tokenizer; one that is trained here has the mask token: leave it false",
+        )

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jaxblock.errors import UserError
+from jaxblock.settings import AT_LEAST_1, AT_LEAST_2, NOT_NEGATIVE, PROBABILITY, Section, require, setting
 
 Context = Literal["aligned", "paper"]
+Objective = Literal["blockwise", "classical"]
 Law = Literal["exact_count", "bernoulli", "stratified_count", "antithetic", "floored_bernoulli"]
 Weighting = Literal["nelbo", "masked_mean", "uniform"]
 Normalize = Literal["text_tokens", "supervised_tokens", "sequences", "sequence_mean", "blocks", "canvas_tokens"]
@@ -15,42 +17,77 @@ Blocks = Literal["per_sequence", "pairs"]
 
 
 @dataclass(frozen=True)
-class CanvasConfig:
+class CanvasConfig(Section, name="canvas"):
     """The canvas that training and decoding share."""
 
-    prompt_len: int = 64
-    """Longest prompt in tokens."""
-    response_len: int = 32
-    """R: response positions, a multiple of `block`."""
-    block: int = 8
+    prompt_len: int = setting(64, AT_LEAST_1)
+    """Tokens of the longest prompt."""
+    response_len: int = setting(32, AT_LEAST_1)
+    """R: response positions of a row, a multiple of `block`."""
+    block: int = setting(8, AT_LEAST_1)
     """B: response positions of a block."""
     context: Context = "aligned"
-    """What surrounds the active block in training: the decoder's own view, or the published training script's."""
-    total_len: int | None = None
+    """What the model sees around the active block in training: `aligned` shows what the decoder would, `paper` what the published
+    training script does."""
+    total_len: int | None = setting(None, AT_LEAST_2)
     """`paper` context: canvas positions of prompt and response together, filled to the end; None for the sum of both."""
-    suffix_window: int | None = None
-    """Ablation: visible positions after the active block, in training and decoding alike; None for all."""
+    suffix_window: int | None = setting(None, NOT_NEGATIVE)
+    """Ablation: positions after the active block that the model sees, in training and decoding alike; None for all."""
+
+    def check(self) -> None:
+        """Raises UserError where a size cannot be, or a field belongs to the other context."""
+        super().check()
+        require(
+            self.block <= self.response_len,
+            f"canvas.block {self.block} is longer than canvas.response_len {self.response_len}",
+        )
+        check_blocks(self.response_len, self.block, "canvas")
+        require(
+            self.total_len is None or self.context == "paper",
+            "canvas.total_len is for the paper context: under aligned all R positions follow the prompt, whatever its "
+            "length; leave it out",
+        )
+        require(
+            self.suffix_window is None or self.context == "aligned",
+            "canvas.suffix_window hides what the paper context shows after the response: "
+            "set canvas.context to aligned, or suffix_window to null",
+        )
+
+
+def check_blocks(response_len: int, block: int, section: str) -> None:
+    """Raises UserError unless ``block`` divides ``response_len``; names the nearest sizes that do."""
+    if response_len % block == 0:
+        return
+    divisors = [b for b in range(1, response_len + 1) if response_len % b == 0]
+    near = min(divisors, key=lambda b: abs(b - block))
+    up = -(-response_len // block) * block
+    raise UserError(
+        f"{section}.block {block} does not divide {section}.response_len {response_len}: "
+        f"set block to {near} or response_len to {up}"
+    )
 
 
 @dataclass(frozen=True)
-class MethodConfig:
-    """The objective: what is masked, and how its loss is weighed."""
+class MethodConfig(Section, name="method"):
+    """The objective: what is masked, and how its loss is weighed. The static argument of the pure functions that draw,
+    corrupt and weigh."""
 
-    objective: Literal["blockwise", "classical"] = "blockwise"
+    objective: Objective = "blockwise"
     """`blockwise` supervises one active block a draw; `classical` masks tokens all over the response (LLaDA's SFT)."""
     law: Law = "exact_count"
     """How the masked set of a block is drawn (docs/method.md)."""
     weighting: Weighting = "nelbo"
-    """Weight of a masked token: unbiased for the NELBO, 1 / masked tokens of the row (the paper's script), or 1."""
+    """Weight of a masked token's loss: `nelbo` makes the sum unbiased for the NELBO, `masked_mean` is 1 / masked tokens of the row
+    (the paper's script), `uniform` is 1."""
     normalize: Normalize = "text_tokens"
     """What the summed loss is divided by; every choice depends on the data alone, never on the draw."""
     blocks: Blocks = "per_sequence"
     """`per_sequence`: draw blocks of each sequence; `pairs`: an epoch visits every (example, block) pair once."""
-    draws: int = 1
+    draws: int = setting(1, AT_LEAST_1)
     """K: draws per sequence and step, by jax.vmap (`per_sequence`: distinct blocks; `pairs`: masks of one block)."""
-    prefix_mask_rate: float = 0.0
-    """Ablation: chance that a response token before the active block is masked (never the prompt)."""
-    suffix_mask_prob: float = 1.0
+    prefix_mask_rate: float = setting(0.0, PROBABILITY)
+    """Ablation: chance that a response token before the active block is masked (prompt tokens never are)."""
+    suffix_mask_prob: float = setting(1.0, PROBABILITY)
     """Ablation: chance that a response token after the active block is masked."""
 
     @property
@@ -70,15 +107,10 @@ class MethodConfig:
         """Whether the ablations mask tokens outside the active block by chance."""
         return self.prefix_mask_rate > 0 or self.suffix_mask_prob < 1
 
-
-def check_blocks(response_len: int, block: int, section: str) -> None:
-    """Raises UserError unless ``block`` divides ``response_len``; suggests the nearest sizes that do."""
-    if response_len % block == 0:
-        return
-    divisors = [b for b in range(1, response_len + 1) if response_len % b == 0]
-    near = min(divisors, key=lambda b: abs(b - block))
-    up = -(-response_len // block) * block
-    raise UserError(
-        f"{section}.block {block} does not divide {section}.response_len {response_len}: "
-        f"set block to {near} or response_len to {up}"
-    )
+    def check(self) -> None:
+        """Raises UserError where a rate is no probability, or antithetic draws are odd in number."""
+        super().check()
+        require(
+            self.law != "antithetic" or self.draws % 2 == 0,
+            f"method.law antithetic draws in pairs: set method.draws to {self.draws + 1}",
+        )

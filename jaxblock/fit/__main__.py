@@ -11,7 +11,7 @@ import os
 import sys
 from typing import Any
 
-from jaxblock.config import files as config_io
+from jaxblock.config.yaml import config_from_tree
 from jaxblock.errors import UserError
 from jaxblock.fit import plan, topology
 
@@ -23,7 +23,7 @@ def main() -> int:
     os.dup2(2, 1)
     job: dict[str, Any] = json.load(sys.stdin)
     try:
-        config = config_io.from_tree(job.pop("config"), "the job")
+        config = config_from_tree(job.pop("config"), "the job")
         where = topology.parse(job.pop("topology"))
         result = plan.make(config, where, **job, say=lambda text: print(f"plan: {text}", file=sys.stderr, flush=True))
     except UserError as error:

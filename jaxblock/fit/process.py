@@ -10,8 +10,8 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from jaxblock.config import files as config_io
 from jaxblock.config.config import Config
+from jaxblock.config.yaml import to_tree
 from jaxblock.errors import UserError
 from jaxblock.fit import topology as topologies
 
@@ -43,7 +43,7 @@ def run(
     """
     where = topologies.parse(topology)
     job = {
-        "config": config_io.to_tree(config),
+        "config": to_tree(config),
         "topology": topology,
         "model_config": model_config,
         "decoder": decoder,

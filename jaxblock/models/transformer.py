@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from jaxblock.models.architecture import Architecture, RopeScaling
-from jaxblock.models.attention.backends import Backend, attend
+from jaxblock.models.attention.backends import attend
+from jaxblock.models.config import Backend, Remat
 from jaxblock.models.embedding import look_up
 from jaxblock.models.families import registry
 from jaxblock.models.linear import int8, lora
@@ -30,8 +31,6 @@ from jaxblock.models.linear.lora import Lora
 from jaxblock.models.spec import ParamSpec, Table
 from jaxblock.parallel.rules import constrain
 from jaxblock.types import Params, View
-
-Remat = Literal["none", "dots", "full", "offload"]
 
 Branches = dict[str, LowRank]
 """A layer's adapters by the name of their matrix."""

@@ -5,64 +5,98 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from jaxblock.settings import AT_LEAST_1, NOT_NEGATIVE, Section, may_change, require, setting
+
+BestBy = Literal["none", "nelbo", "pass_at_1"]
+OnHang = Literal["report", "abort"]
+
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Section, name="train"):
     """The training run."""
 
-    out: str = "runs/run"
+    out: str = may_change("runs/run")
     """Run folder; an existing run is resumed or refused, never overwritten."""
-    steps: int = 1000
+    steps: int = setting(1000, AT_LEAST_1)
     """Optimizer updates."""
-    batch_size: int = 16
+    batch_size: int = setting(16, AT_LEAST_1)
     """Sequences (or pairs) per update, over all devices."""
-    accumulate: int = 1
+    accumulate: int = may_change(1, AT_LEAST_1)
     """Parts of a batch that go one after the other, to save memory; the update is that of the whole batch."""
-    seed: int = 0
+    seed: int = setting(0, NOT_NEGATIVE)
     """Seed of data order, draws and random weights."""
-    resume: Literal["auto", "never", "must"] = "auto"
+    resume: Literal["auto", "never", "must"] = may_change("auto")
     """Go on from the run folder's last checkpoint: if there is one, never (an existing run is an error), or always."""
-    log_every: int = 20
+    log_every: int = may_change(20, AT_LEAST_1)
     """Steps between lines of metrics."""
-    eval_every: int = 500
+    eval_every: int = may_change(500, NOT_NEGATIVE)
     """Steps between evaluations on the validation records; 0 for start and end only."""
-    eval_problems: int = 64
+    eval_problems: int = may_change(64, NOT_NEGATIVE)
     """Validation problems decoded for Pass@1; 0 for none."""
-    eval_nelbo_rows: int = 64
+    eval_nelbo_rows: int = may_change(64, NOT_NEGATIVE)
     """Validation rows of the NELBO; 0 for none."""
-    save_every: int = 500
+    save_every: int = may_change(500, AT_LEAST_1)
     """Steps between checkpoints; the last step is always saved."""
-    keep: int = 2
+    keep: int = may_change(2, AT_LEAST_1)
     """Newest checkpoints kept."""
-    tensorboard: bool = False
+    tensorboard: bool = may_change(False)
     """Also write TensorBoard events."""
-    loader_workers: int = 0
+    loader_workers: int = may_change(0, NOT_NEGATIVE)
     """Worker processes that read data; 0 for threads."""
-    debug: bool = False
+    debug: bool = may_change(False)
     """No jit, unrolled layers, NaNs located to layer and step, the first batch shown as `inspect` shows it."""
     overfit_one_batch: bool = False
     """Train on the first batch alone: its loss must approach 0."""
-    data_parallel: int = -1
+    data_parallel: int = may_change(-1)
     """Devices along the `data` mesh axis (of each slice); -1 for all that remain."""
-    fsdp: int = 1
+    fsdp: int = may_change(1, AT_LEAST_1)
     """Devices along the `fsdp` mesh axis (parameters and optimizer state are split)."""
-    tensor: int = 1
+    tensor: int = may_change(1, AT_LEAST_1)
     """Devices along the `tensor` mesh axis (heads, feed-forward columns and vocabulary are split)."""
-    slices: int = 1
+    slices: int = may_change(1, AT_LEAST_1)
     """TPU slices joined by the data-centre network: only gradients are summed over it."""
-    profile: tuple[int, int] | None = None
+    profile: tuple[int, int] | None = may_change(None)
     """First and last step of a trace in the run folder's `profile/` (also `--profile`); None for none."""
-    wandb: Literal["off", "online", "offline"] = "off"
+    wandb: Literal["off", "online", "offline"] = may_change("off")
     """Also write metrics to Weights & Biases: over the network, or to files for `wandb sync`."""
-    wandb_project: str = "jaxblock"
+    wandb_project: str = may_change("jaxblock")
     """Its project there; the run has the run folder's name."""
-    keep_every: int = 0
+    keep_every: int = may_change(0, NOT_NEGATIVE)
     """Keep the checkpoints of every so many steps for good (a multiple of `save_every`); 0 for none."""
-    keep_best: Literal["none", "nelbo", "pass_at_1"] = "none"
+    keep_best: BestBy = may_change("none")
     """Save at every evaluation that is the best so far by this metric, and keep the best one besides the newest."""
-    max_skipped: int = 10
+    max_skipped: int = may_change(10, NOT_NEGATIVE)
     """Stop after so many steps in a row whose loss or gradient is not finite (each is skipped); 0 for never."""
-    watchdog_seconds: float = 1800.0
+    watchdog_seconds: float = may_change(1800.0, NOT_NEGATIVE)
     """A step, save, evaluation or start that takes longer is reported with the stacks of all threads; 0 for never."""
-    on_hang: Literal["report", "abort"] = "report"
+    on_hang: OnHang = may_change("report")
     """After such a report: go on waiting, or end the process with exit code 124."""
+
+    def check(self) -> None:
+        """Raises UserError where a number cannot be, or two fields of the run do not go together."""
+        super().check()
+        require(
+            self.keep_every % self.save_every == 0,
+            f"train.keep_every {self.keep_every} is no multiple of train.save_every {self.save_every}: nothing is saved there",
+        )
+        for metric, name, count in (
+            ("nelbo", "eval_nelbo_rows", self.eval_nelbo_rows),
+            ("pass_at_1", "eval_problems", self.eval_problems),
+        ):
+            require(
+                self.keep_best != metric or count > 0,
+                f"train.keep_best is {metric}, but train.{name} is 0: set it above 0",
+            )
+        require(
+            self.batch_size % self.accumulate == 0,
+            f"train.batch_size {self.batch_size} does not split into train.accumulate {self.accumulate} parts: use a multiple",
+        )
+        require(
+            self.data_parallel == -1 or self.data_parallel >= 1,
+            f"train.data_parallel is {self.data_parallel}: it must be at least 1, or -1 for all devices that remain",
+        )
+        require(
+            self.profile is None or len(self.profile) == 2 and 1 <= self.profile[0] <= self.profile[1] <= self.steps,
+            f"train.profile is {' '.join(map(str, self.profile or ()))}: give the first and the last step of the trace, between 1 "
+            f"and train.steps ({self.steps}); step 1 also compiles",
+        )

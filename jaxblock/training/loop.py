@@ -18,8 +18,8 @@ import optax
 from jax.sharding import Mesh
 from rich.console import Console
 
-from jaxblock.config import files as config_io
 from jaxblock.config.config import Config
+from jaxblock.config.yaml import to_tree
 from jaxblock.data.loader import Batch, batches
 from jaxblock.errors import UserError
 from jaxblock.evaluation.runner import Bound, Evaluator, Solved
@@ -163,7 +163,7 @@ class _Loop:
         if session.process_index == 0:
             begin = session.step if session.resumed else -1
             clock.add_earlier(goodput.read_earlier_time(self.run_folder / METRICS_FILE, begin))
-            self.log = Trackers(self.config.train, config_io.to_tree(self.config), begin, self._say)
+            self.log = Trackers(self.config.train, to_tree(self.config), begin, self._say)
         who = (session.process_index, session.process_count)
         self.profiler = Profiler(self.config.train.profile, self.run_folder, *who, self._say)
         self.profiler.skip_to(session.step)

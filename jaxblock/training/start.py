@@ -1,14 +1,14 @@
 """From a config to everything a run needs, in the order of precedence that is written here.
 
 1. The run folder holds a whole checkpoint, and ``train.resume`` is not ``never``: the run goes on from it.
-   ``model.init_from`` is not read again. The config must be the one the run began with, except for ``MAY_CHANGE``.
+   ``model.init_from`` is not read again. The config must be the one the run began with, except for
+   the fields that say otherwise (``settings.may_change``).
 2. ``model.init_from`` names a run or a Hugging Face folder: its weights and architecture, a new optimizer, step 0.
 3. Random weights from ``train.seed`` and the ``model`` section's sizes.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +19,8 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from jaxblock import build
-from jaxblock.config import files as config_io
 from jaxblock.config.config import Config
+from jaxblock.config.yaml import to_tree
 from jaxblock.data.loader import Batch
 from jaxblock.data.store.prepared_folder import Prepared, open_prepared
 from jaxblock.data.store.records import Record
@@ -45,20 +45,6 @@ from jaxblock.training.optim import make as optimizers
 from jaxblock.training.state import TrainState, create
 from jaxblock.training.step import Objective
 from jaxblock.types import Params
-
-MAY_CHANGE = {
-    "data": {"prepared", "overwrite"},
-    "model": {"remat", "attention", "scan_layers", "init_from", "init_step", "loss_chunk"},
-    "train": {
-        "out", "resume", "log_every", "eval_every", "eval_problems", "eval_nelbo_rows", "save_every", "keep",
-        "keep_every", "keep_best", "max_skipped", "watchdog_seconds", "on_hang",
-        "tensorboard", "wandb", "wandb_project", "profile",
-        "loader_workers", "debug", "data_parallel", "fsdp", "tensor", "slices", "accumulate",
-    },
-    "decode": {field.name for field in dataclasses.fields(config_io.Config().decode)},
-    "evaluate": {field.name for field in dataclasses.fields(config_io.Config().evaluate)},
-}  # fmt: skip
-"""Fields that a resumed run may change: they do not change what is learnt (up to rounding)."""
 
 
 @dataclass(frozen=True)
@@ -224,7 +210,7 @@ def meta(session: Session) -> dict[str, Any]:
     return {
         **base,
         "data": session.prepared.manifest.fingerprint,
-        "config": config_io.to_tree(session.config),
+        "config": to_tree(session.config),
         "model": registry.to_hf(session.net.arch, session.config.model.param_dtype),
     }
 
@@ -273,12 +259,11 @@ def _check_resume(
     run = run_folder.open_run(folder)
     if step is None:
         # Without a checkpoint the start is made again: it must be the same start.
-        saved: dict[str, Any] = {"data": run.manifest.fingerprint, "config": config_io.to_tree(run.config)}
-        may_change = {**MAY_CHANGE, "model": MAY_CHANGE["model"] - {"init_from", "init_step"}}
+        saved: dict[str, Any] = {"data": run.manifest.fingerprint, "config": to_tree(run.config)}
     else:
-        saved, may_change = checkpoints.meta(step), MAY_CHANGE
+        saved = checkpoints.meta(step)
         run_folder.check_model(run, saved)
-    _check_same(config, folder, saved["config"], may_change)
+    _check_same(config, folder, saved["config"], saved=step is not None)
     if saved["data"] != prepared.manifest.fingerprint:
         raise UserError(
             f"{folder} was trained on other data than {config.data.prepared} holds now: a resumed run would not be "
@@ -287,12 +272,14 @@ def _check_resume(
     return saved
 
 
-def _check_same(config: Config, folder: PathLike, before: dict[str, Any], may_change: Mapping[str, set[str]]) -> None:
+def _check_same(config: Config, folder: PathLike, before: dict[str, Any], *, saved: bool) -> None:
+    """Raises UserError where a field that a resumed run may not change has changed."""
     changed = [
-        f"{section}.{name} = {before.get(section, {}).get(name)!r} then, {value!r} now"
-        for section, values in config_io.to_tree(config).items()
-        for name, value in values.items()
-        if name not in may_change.get(section, set()) and before.get(section, {}).get(name) != value
+        f"{section.section}.{name} = {then.get(name)!r} then, {value!r} now"
+        for section in config.sections()
+        for then in [before.get(section.section, {})]
+        for name, value in to_tree(section).items()
+        if name not in section.changeable(saved=saved) and then.get(name) != value
     ]
     if changed:
         raise UserError(

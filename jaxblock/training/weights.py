@@ -20,6 +20,7 @@ from jaxblock.io.files import read_bytes
 from jaxblock.io.hub import local_checkpoint
 from jaxblock.io.paths import as_path
 from jaxblock.models.architecture import Architecture
+from jaxblock.models.config import Checkpoint
 from jaxblock.models.families import registry
 from jaxblock.models.linear import int8
 from jaxblock.models.linear.lora import Lora, adapter_table, attach, lora_from_config, merge
@@ -166,7 +167,7 @@ def check_vocabulary(arch: Architecture, prepared: Prepared, source: str) -> Non
             )
 
 
-def identify(source: str, wanted: run_folder.Wanted = "latest") -> Base:
+def identify(source: str, wanted: Checkpoint = "latest") -> Base:
     """Names a base by its content. Headers and ends of the files are read, not all of them.
 
     Args:
@@ -257,7 +258,7 @@ def read_run(
     mesh: Mesh | None = None,
     dtype: str | None = None,
     *,
-    step: run_folder.Wanted = "latest",
+    step: Checkpoint = "latest",
     base: str | None = None,
     to_int8: bool = False,
 ) -> tuple[Params, int, Lora | None]:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxblock.diffusion.decoding import scoring, transfer
+from jaxblock.diffusion.decoding import measures, transfer
 from jaxblock.diffusion.decoding.transfer import Scores, StepInfo
 
 WIDTH = 12
@@ -100,7 +100,7 @@ def test_ties_go_to_the_lowest_index():
 def test_surprise_separates_what_float32_probabilities_tie():
     logits = jnp.asarray([[0.0, 20.0, 1.0], [0.0, 22.0, 1.0], [0.0, 20.0, 40.0]], jnp.float32)
     token = jnp.asarray([1, 1, 1])
-    got = np.asarray(scoring.surprise(logits, token), np.float64)
+    got = np.asarray(measures.surprise(logits, token), np.float64)
     wide = np.asarray(logits, np.float64)
     want = np.log(np.exp(wide).sum(-1)) - wide[:, 1]
     np.testing.assert_allclose(got, want, rtol=1e-5)

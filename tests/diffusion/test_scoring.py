@@ -16,8 +16,9 @@ import pytest
 
 from jaxblock.diffusion import canvas as canvases
 from jaxblock.diffusion.canvas import Layout
-from jaxblock.diffusion.decoding import decoder, scoring, transfer
+from jaxblock.diffusion.decoding import decoder, measures, scoring, transfer
 from jaxblock.diffusion.decoding.config import DecodeConfig
+from jaxblock.diffusion.decoding.rules import RULES
 from jaxblock.diffusion.decoding.transfer import StepInfo
 
 VOCAB, MASK, FILL, EOT = 7, 6, 0, 1
@@ -124,7 +125,7 @@ def test_a_lead_near_1_does_not_tie():
     logits = jnp.asarray([[40.0, 20.0, 0.0], [40.0, 19.0, 0.0]], jnp.float32)
     p = np.sort(np.asarray(jax.nn.softmax(logits)), axis=-1)
     assert (p[:, 2] - p[:, 1] == 1).all()
-    first, second = np.asarray(scoring.margin_surprise(logits, 2))
+    first, second = np.asarray(measures.margin_surprise(logits, 2))
     assert first > second > 0
     np.testing.assert_allclose(first, 2 * np.exp(-20.0), rtol=1e-5)
 
@@ -178,7 +179,7 @@ def test_alg_temp_draws_positions_without_replacement(rule):
     alg_temp = 0.4
     options = _decoding(2, rule=rule, alg_temp=alg_temp)
     found = _scores(options, many=MANY)
-    chosen = transfer.make_rule(options, 4)(found, StepInfo(jnp.int32(0), jnp.full(MANY, 4, jnp.int32)))
+    chosen = RULES[rule].transfer(options, 4)(found, StepInfo(jnp.int32(0), jnp.full(MANY, 4, jnp.int32)))
     chosen = np.asarray(chosen)
     assert (chosen.sum(-1) == 2).all(), "drawn with replacement, some rows would commit one"
     surprise = np.asarray(_scores(dataclasses.replace(options, alg_temp=0.0)).surprise, float)[0]

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import jaxblock
-from jaxblock.config import files as config_io
+from jaxblock.config.yaml import load_config
 from jaxblock.data.loader import BatchAt
 from jaxblock.data.store.prepared_folder import open_prepared
 
@@ -57,7 +57,7 @@ def _rows(run: Path) -> list[tuple[object, ...]]:
 def test_what_one_of_two_processes_finds_counts_for_both(tiny_config: Path, tmp_path: Path) -> None:
     straight = tmp_path / "straight"
     said = " ".join(_train(tiny_config, straight).replace("[0]", "").split())
-    config = config_io.load(str(tiny_config))
+    config = load_config(str(tiny_config))
     records = open_prepared(config.data.prepared).records("train")
     whole = BatchAt(records, canvas=config.canvas, seed=0, batch_size=8, kind="per_sequence")(POISONED - 1).index
     assert len(set(whole.tolist())) == 8

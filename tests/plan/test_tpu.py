@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxblock.config import files as config_io
+from jaxblock.config.checks import check_config
 from jaxblock.config.config import Config
+from jaxblock.config.yaml import load_config
 from jaxblock.errors import UserError
 from jaxblock.fit import process as command
 from jaxblock.fit import sizes, topology
@@ -37,7 +38,7 @@ def with_little_effort() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def run() -> tuple[Config, Architecture]:
-    config = config_io.validate(config_io.load(str(CONFIG)))
+    config = check_config(load_config(str(CONFIG)))
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=ROWS))
     return config, sizes.architecture(config, None)[0]
 
@@ -88,7 +89,7 @@ def test_what_is_sent_is_weights_not_logits(plan: dict[str, Any], run: tuple[Con
 def test_full_fine_tuning_scatters_its_gradients() -> None:
     """On 64 chips, where XLA by itself takes all-reduces: twice the bytes."""
     pytest.importorskip("libtpu")
-    config = config_io.validate(config_io.load(str(CONFIG.with_name("llada_8b_full.yaml"))))
+    config = check_config(load_config(str(CONFIG.with_name("llada_8b_full.yaml"))))
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=8 * 64))
     arch = sizes.architecture(config, None)[0]
     plan = command.run(config, "v6e-64", decoder=False)

@@ -13,7 +13,7 @@ import pytest
 
 import jaxblock
 from jaxblock.cli import main
-from jaxblock.config import files as config_io
+from jaxblock.config.yaml import config_from_tree, load_config
 from jaxblock.fit import compile as ahead
 from jaxblock.fit import memory
 from jaxblock.huggingface.save import save_checkpoint
@@ -66,8 +66,8 @@ def test_an_older_checkpoint_is_exported_and_started_from(
     assert main([*start, "--model.init_step", "100", "--model.init_from", str(tiny_run)]) == 0
     assert "starting from step 100 of" in capsys.readouterr().err
     np.testing.assert_allclose(jaxblock.load(tmp_path / "out").logits(ids), older, atol=1e-6)
-    config = config_io.load(str(tmp_path / "out" / "config.yaml"))  # a number in YAML, and a word
-    assert config.model.init_step == 100 and config_io.from_tree({"model": {"init_step": "best"}}, "here").model
+    config = load_config(str(tmp_path / "out" / "config.yaml"))  # a number in YAML, and a word
+    assert config.model.init_step == 100 and config_from_tree({"model": {"init_step": "best"}}, "here").model
 
 
 def test_a_checkpoint_with_other_ids_is_refused(

@@ -22,12 +22,10 @@ from jaxblock.training.checkpoints.manager import Checkpoints
 from jaxblock.training.checkpoints.retention import Keep
 from jaxblock.training.optim import adamw, moments
 from jaxblock.training.optim import make as optimizers
-from jaxblock.training.optim.config import OptimizerConfig
+from jaxblock.training.optim.config import OptimizerConfig, Storage
 from jaxblock.training.optim.moments import dequantise, quantise
 from jaxblock.training.optim.precision import random_bits, stochastic_bfloat16
 from jaxblock.training.state import TrainState, create, shardings
-
-Storage = Literal["float32", "bfloat16", "int8"]
 
 
 def _table(vocab_size: int, d_model: int, n_layers: int, n_heads: int, mlp_dim: int) -> Table:

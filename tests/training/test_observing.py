@@ -14,8 +14,8 @@ import pytest
 from jax.sharding import Mesh
 
 from jaxblock.cli import main
-from jaxblock.config import files as config_io
 from jaxblock.config.config import Config
+from jaxblock.config.yaml import config_from_tree
 from jaxblock.errors import UserError
 from jaxblock.models.architecture import Architecture
 from jaxblock.models.families import registry
@@ -34,7 +34,7 @@ ROWS: list[dict[str, Any]] = [
 
 def _config(out: Path, **train: Any) -> Config:
     out.mkdir(exist_ok=True)
-    return config_io.from_tree({"train": {"out": str(out), **train}}, "here")
+    return config_from_tree({"train": {"out": str(out), **train}}, "here")
 
 
 def _rows(run: Path, kind: str) -> list[dict[str, Any]]:
@@ -139,10 +139,10 @@ def test_trackers_that_need_a_local_folder_are_refused_in_a_bucket(monkeypatch: 
         "train.tensorboard": {"tensorboard": True},
         "train.wandb offline": {"wandb": "offline"},
     }.items():
-        config = config_io.from_tree({"train": {"out": "gs://bucket/run", **train}}, "here")
+        config = config_from_tree({"train": {"out": "gs://bucket/run", **train}}, "here")
         with pytest.raises(UserError, match=f"^{name} writes to a local folder, and train.out is gs://bucket/run"):
             trackers.check_trackers(config.train)
-    trackers.check_trackers(config_io.from_tree({"train": {"out": "gs://bucket/run", "wandb": "online"}}, "here").train)
+    trackers.check_trackers(config_from_tree({"train": {"out": "gs://bucket/run", "wandb": "online"}}, "here").train)
 
 
 def test_wandb_offline_writes_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

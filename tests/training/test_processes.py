@@ -20,7 +20,7 @@ from rich.console import Console
 import jaxblock
 from benchmarks import process_drift
 from jaxblock.cli import main
-from jaxblock.config import files as config_io
+from jaxblock.config.yaml import config_from_tree, load_config, to_tree
 from jaxblock.data.loader import Batch, BatchAt
 from jaxblock.data.store.records import Record
 from jaxblock.diffusion.config import CanvasConfig
@@ -145,8 +145,8 @@ def test_four_processes_are_stopped_and_two_and_one_go_on_exactly(tiny_config: P
 
     # Ids, draws and noise are those that one process draws that never stopped.
     flags = {"out": str(tmp_path / "straight"), "eval_nelbo_rows": 0, "eval_problems": 0}
-    tree = config_io.to_tree(config_io.load(str(tiny_config)))
-    config = config_io.from_tree({**tree, "train": {**tree["train"], **flags}}, "here")
+    tree = to_tree(load_config(str(tiny_config)))
+    config = config_from_tree({**tree, "train": {**tree["train"], **flags}}, "here")
     session = set_up(config, Console(quiet=True))
     records = session.prepared.records("train")
     rows = BatchAt(records, canvas=config.canvas, seed=0, batch_size=8, kind="per_sequence")

@@ -6,6 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
+from jaxblock.settings import ABOVE_0, ABOVE_0_TO_1, AT_LEAST_1, BETWEEN_0_AND_1, NOT_NEGATIVE, Section, setting
+
 RuleName = Literal[
     "low_confidence", "random", "confidence_threshold", "factor", "maskgit_plus", "topk_margin", "entropy", "origin"
 ]
@@ -13,23 +15,16 @@ Quota = Literal["even", "dllm_linear", "dream"]
 FactorRule = Literal["strict", "v1"]
 EosSuppression = Literal["none", "logits", "confidence"]
 
-DREAM_MEASURES = ("maskgit_plus", "topk_margin", "entropy")
-"""Rules whose confidence is that of the distribution the token is drawn from: tempered, top-p and top-k applied."""
-RANKED_BY_QUOTA = ("low_confidence", *DREAM_MEASURES)
-"""Rules that commit the quota's number of most confident positions."""
-TAKE_A_QUOTA = (*RANKED_BY_QUOTA, "random")
-"""Rules that commit the quota's number of positions."""
-
 
 @dataclass(frozen=True)
-class DecodeConfig:
+class DecodeConfig(Section, name="decode", on_resume="may_change"):
     """The blockwise decoder: the static argument of its pure functions (``static`` makes two that compile alike equal)."""
 
-    response_len: int | None = None
+    response_len: int | None = setting(None, AT_LEAST_1)
     """R; None for the canvas's."""
-    block: int | None = None
+    block: int | None = setting(None, AT_LEAST_1)
     """B; None for the canvas's."""
-    steps_per_block: int | None = None
+    steps_per_block: int | None = setting(None, AT_LEAST_1)
     """Decode steps of a block; None for one token a step. `confidence_threshold` and `factor` take as many as they need."""
     rule: RuleName = "low_confidence"
     """Transfer rule. A quota of positions: the most confident ones by LLaDA's `low_confidence` or Dream's `maskgit_plus`,
@@ -37,24 +32,24 @@ class DecodeConfig:
     position by chance)."""
     quota: Quota = "even"
     """How a block's masks are split over its steps: LLaDA's `even`, dllm's linear rounding, or Dream's time grid."""
-    eps: float = 1e-3
+    eps: float = setting(1e-3, BETWEEN_0_AND_1)
     """End of Dream's time grid, for `quota` dream and `rule` origin."""
-    threshold: float = 0.9
+    threshold: float = setting(0.9, ABOVE_0_TO_1)
     """`confidence_threshold`: commit every token at least this confident (always the best one)."""
-    factor: float = 1.0
+    factor: float = setting(1.0, ABOVE_0)
     """`factor`: accept rank n while (n + 1)(1 - confidence) <= factor."""
     factor_rule: FactorRule = "strict"
     """`factor`: `strict` stops at the first failure; `v1` (Fast-dLLM's later code) accepts it where it is the last rank."""
-    temperature: float = 0.0
+    temperature: float = setting(0.0, NOT_NEGATIVE)
     """Sampling temperature (Gumbel noise); 0 is greedy."""
-    top_p: float | None = None
+    top_p: float | None = setting(None, ABOVE_0_TO_1)
     """Draw from the most probable tokens up to the one that takes their sum above this; None for all. Dream's rules also
     measure confidence on what is left."""
-    top_k: int | None = None
+    top_k: int | None = setting(None, AT_LEAST_1)
     """Draw from so many most probable tokens (after `top_p`); None for all."""
-    alg_temp: float = 0.0
+    alg_temp: float = setting(0.0, NOT_NEGATIVE)
     """Draw the quota's positions without replacement from softmax(confidence / alg_temp); 0 takes the most confident."""
-    cfg_scale: float = 0.0
+    cfg_scale: float = setting(0.0, NOT_NEGATIVE)
     """Classifier-free guidance: un + (scale + 1)(cond - un); 0 for none."""
     eos_suppression: EosSuppression = "none"
     """Forbid the fill token (`logits`), or rank stop tokens last (`confidence`)."""
@@ -62,11 +57,11 @@ class DecodeConfig:
     """Stop a row after the block that holds a stop token."""
     stop_ids: tuple[int, ...] | None = None
     """Tokens that end a response; None for the checkpoint's own (end of turn and end of sequence)."""
-    fill_id: int | None = None
+    fill_id: int | None = setting(None, NOT_NEGATIVE)
     """The token after a response's end; None for the checkpoint's end of sequence."""
-    seed: int = 0
+    seed: int = setting(0, NOT_NEGATIVE)
     """Seed of sampling; each prompt's key comes from its index."""
-    batch_size: int = 64
+    batch_size: int = setting(64, AT_LEAST_1)
     """Prompts decoded together."""
 
     @property

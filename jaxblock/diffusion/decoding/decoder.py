@@ -15,9 +15,10 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from jaxblock.diffusion.canvas import Canvas, Layout, active_positions, block_tokens, view
-from jaxblock.diffusion.decoding import transfer
 from jaxblock.diffusion.decoding.config import DecodeConfig
+from jaxblock.diffusion.decoding.rules import RULES
 from jaxblock.diffusion.decoding.scoring import score
+from jaxblock.diffusion.decoding.transfer import StepInfo
 from jaxblock.types import Network, Params, View
 
 
@@ -103,8 +104,9 @@ def decode_block(
     Returns:
         The state after this block.
     """
-    rule = transfer.make_rule(options, layout.block)
-    most_steps = layout.block if transfer.sets_its_own_pace(options.rule) else options.steps(layout.block)
+    rule = RULES[options.rule]
+    pick = rule.transfer(options, layout.block)
+    most_steps = layout.block if rule.pace == "rule" else options.steps(layout.block)
     canvas = canvas._replace(ids=carry.ids)
     blocks = jnp.full_like(canvas.prompt_len, block)
     active, valid = active_positions(layout, canvas, blocks)
@@ -122,7 +124,7 @@ def decode_block(
         taken = loop.nfe // options.passes
         keys = jax.vmap(jax.random.fold_in)(carry.row_key, taken)
         scores = score(layout, options, logits, eligible, keys)
-        chosen = rule(scores, transfer.StepInfo(loop.step, masks_at_start))
+        chosen = pick(scores, StepInfo(loop.step, masks_at_start))
         return _Loop(
             step=loop.step + 1,
             tokens=jnp.where(chosen, scores.token, loop.tokens),

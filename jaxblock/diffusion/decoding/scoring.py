@@ -1,9 +1,9 @@
-"""What a decode step thinks of each masked position: the token it would be given, and how sure that is.
+"""Scores every masked position of a decode step: the token it would get, and how sure the network is of it.
 
-Two conventions exist. LLaDA's family draws the token from the tempered distribution and is as confident as the un-noised
-softmax of the raw logits says. Dream's (``types.DREAM_MEASURES``) filters the tempered distribution (top-p, then top-k)
-and measures confidence on exactly what the token is drawn from. In both the mask token is never the token, and stays in
-the confidence's normaliser.
+Two conventions exist. LLaDA's family draws the token from the tempered distribution and measures confidence by the un-noised
+softmax of the raw logits. Dream's filters the tempered distribution (top-p, then top-k) and measures confidence on exactly
+what the token is drawn from (``Rule.measured_on``). In both the mask token is never the token, and stays in the confidence's
+normaliser.
 """
 
 from __future__ import annotations
@@ -11,62 +11,15 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 
 from jaxblock.diffusion.canvas import Layout
-from jaxblock.diffusion.decoding.config import DREAM_MEASURES, DecodeConfig, RuleName
+from jaxblock.diffusion.decoding.config import DecodeConfig
+from jaxblock.diffusion.decoding.rules import RULES
 from jaxblock.diffusion.decoding.transfer import Scores
 
 _TOKEN, _CHANCE, _POSITION = 0, 1, 2
 """What a row's key of a step is folded with, for each thing that is drawn."""
-
-
-def surprise(logits: Float[Array, "*rows V"], token: Int[Array, "*rows"]) -> Float[Array, "*rows"]:
-    """-log softmax(logits)[token] as a sum that keeps its precision when the token is nearly certain.
-
-    Args:
-        logits: float32 or wider; the mask token's logit included (it stays in the normaliser).
-        token: the token of each row.
-
-    Returns:
-        Nats; infinite where the token's logit is -inf.
-    """
-    best = jnp.argmax(logits, axis=-1)
-    top = jnp.max(logits, axis=-1)
-    others = jnp.where(jnp.arange(logits.shape[-1]) == best[..., None], -jnp.inf, logits)
-    rest = jnp.sum(jnp.exp(others - top[..., None]), axis=-1)
-    return (top - _at(logits, token)) + jnp.log1p(rest)
-
-
-def margin_surprise(logits: Float[Array, "*rows V"], mask_id: int) -> Float[Array, "*rows"]:
-    """-log(p1 - p2): the best token's lead over the best other one (Dream's ``topk_margin``), as a log.
-
-    The mask token may be the runner-up, never the leader: where it is the most probable token there is no lead.
-
-    Args:
-        logits: float32 or wider; -inf for what was filtered out.
-        mask_id: the mask token.
-
-    Returns:
-        Nats; infinite where there is no lead.
-    """
-    ids = jnp.arange(logits.shape[-1])
-    best = jnp.argmax(jnp.where(ids == mask_id, -jnp.inf, logits), axis=-1)
-    runner_up = jnp.max(jnp.where(ids == best[..., None], -jnp.inf, logits), axis=-1)
-    # p1 - p2 = p1 (1 - e^(l2 - l1)): as a log, a lead near 1 does not tie in float32 as the difference itself would.
-    behind = jnp.minimum(runner_up - _at(logits, best), 0.0)
-    log_lead = jnp.where(behind > -0.7, jnp.log(-jnp.expm1(behind)), jnp.log1p(-jnp.exp(behind)))
-    return surprise(logits, best) - log_lead
-
-
-def entropy(logits: Float[Array, "*rows V"]) -> Float[Array, "*rows"]:
-    """-sum p log(p + 1e-10) of softmax(logits), in nats: Dream's ``entropy`` ranks by it, smallest first.
-
-    Args:
-        logits: float32 or wider; -inf for what was filtered out.
-    """
-    p = jax.nn.softmax(logits, axis=-1)
-    return -jnp.sum(p * jnp.log(p + 1e-10), axis=-1)
 
 
 def keep_top_p(logits: Float[Array, "*rows V"], top_p: float) -> Bool[Array, "*rows V"]:
@@ -120,9 +73,9 @@ def candidates(options: DecodeConfig, mask_id: int, logits: Float[Array, "*rows 
 def score(
     layout: Layout, options: DecodeConfig, logits: Float[Array, "B A V"], eligible: Bool[Array, "B A"], keys: Array
 ) -> Scores:
-    """Each position's token, and the surprise that the transfer rule ranks it by.
+    """Finds each position's token, and the surprise that the transfer rule ranks it by.
 
-    ``random`` and ``origin`` get a uniform number in place of a surprise. With ``alg_temp`` the surprise is
+    A rule without a measure (``random``, ``origin``) gets a uniform number in place of a surprise. With ``alg_temp`` the surprise is
     -(confidence / alg_temp + Gumbel noise): taking the smallest ones draws positions without replacement from
     softmax(confidence / alg_temp).
 
@@ -133,7 +86,7 @@ def score(
         eligible: positions that may be committed.
         keys: one random key a row.
     """
-    ids = jnp.arange(logits.shape[-1])
+    ids, rule = jnp.arange(logits.shape[-1]), RULES[options.rule]
     if options.eos_suppression == "logits":
         logits = jnp.where(ids == layout.fill_id, -jnp.inf, logits)
     drawn_from = candidates(options, layout.mask_id, logits)
@@ -142,34 +95,22 @@ def score(
         # exp(l) / (-log U)^T has the argmax of l / T + Gumbel; float32 noise or wider (LLaDA notes that less is biased).
         pick = pick + _gumbel(keys, _TOKEN, pick)
     token = jnp.argmax(pick, axis=-1).astype(jnp.int32)
-    if options.rule in ("random", "origin"):
+    measure = rule.measure
+    if measure is None:
         chance = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, _CHANCE), token.shape[1:]))(keys)
         return Scores(token, chance, eligible)
-    measured = drawn_from if options.rule in DREAM_MEASURES else logits
+    measured = drawn_from if rule.measured_on == "candidates" else logits
     stop = jnp.asarray((*layout.stop_ids, layout.fill_id))
     if options.eos_suppression == "confidence":
         measured = jnp.where(jnp.isin(ids, stop), -jnp.inf, measured)
-    found = _measure(options.rule, measured, token, layout.mask_id)
+    found = measure.surprise(measured, token, layout.mask_id)
     if options.alg_temp > 0:
-        confidence = -found if options.rule == "entropy" else jnp.exp(-found)
-        found = -(confidence / options.alg_temp + _gumbel(keys, _POSITION, found))
+        found = -(measure.confidence(found) / options.alg_temp + _gumbel(keys, _POSITION, found))
     if options.eos_suppression == "confidence":
         found = jnp.where(jnp.isin(token, stop), jnp.inf, found)
     return Scores(token, found, eligible)
 
 
-def _measure(rule: RuleName, logits: Array, token: Array, mask_id: int) -> Array:
-    if rule == "topk_margin":
-        return margin_surprise(logits, mask_id)
-    if rule == "entropy":
-        return entropy(logits)
-    return surprise(logits, token)
-
-
 def _gumbel(keys: Array, purpose: int, like: Array) -> Array:
     """Gumbel noise for every entry, each row's from its own key."""
     return jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, purpose), like.shape[1:], like.dtype))(keys)
-
-
-def _at(logits: Array, token: Array) -> Array:
-    return jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]

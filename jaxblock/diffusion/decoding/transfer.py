@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from jaxblock.diffusion.decoding.config import TAKE_A_QUOTA, DecodeConfig, FactorRule, Quota, RuleName
+from jaxblock.diffusion.decoding.config import FactorRule, Quota
 
 
 class Scores(NamedTuple):
@@ -40,7 +40,7 @@ class StepInfo(NamedTuple):
     masks_at_start: Int[Array, " B"]
 
 
-Rule = Callable[[Scores, StepInfo], Bool[Array, "B A"]]
+Transfer = Callable[[Scores, StepInfo], Bool[Array, "B A"]]
 """A transfer rule: which eligible positions this step commits."""
 
 
@@ -113,7 +113,7 @@ def _dream(n: int, chances: np.ndarray) -> list[int]:
     return counts
 
 
-def by_quota(table: np.ndarray) -> Rule:
+def by_quota(table: np.ndarray) -> Transfer:
     """Commits the step's quota of most confident positions.
 
     Args:
@@ -128,7 +128,7 @@ def by_quota(table: np.ndarray) -> Rule:
     return rule
 
 
-def by_threshold(threshold: float) -> Rule:
+def by_threshold(threshold: float) -> Transfer:
     """Commits every position at least ``threshold`` confident, and always the most confident one."""
     bound = -math.log(threshold) if threshold > 0 else math.inf
 
@@ -138,7 +138,7 @@ def by_threshold(threshold: float) -> Rule:
     return rule
 
 
-def by_factor(factor: float, most: int, variant: FactorRule = "strict") -> Rule:
+def by_factor(factor: float, most: int, variant: FactorRule = "strict") -> Transfer:
     """Accepts ranks n = 1, 2, ... while (n + 1)(1 - confidence) <= factor, rank 1 always (Fast-dLLM's).
 
     Args:
@@ -162,7 +162,7 @@ def by_factor(factor: float, most: int, variant: FactorRule = "strict") -> Rule:
     return rule
 
 
-def by_chance(chances: np.ndarray) -> Rule:
+def by_chance(chances: np.ndarray) -> Transfer:
     """Commits each position independently with the step's chance (Dream's ``origin``).
 
     The scores carry a uniform number from [0, 1) of each position in place of a surprise.
@@ -176,24 +176,3 @@ def by_chance(chances: np.ndarray) -> Rule:
         return (scores.surprise < levels[info.step]) & scores.eligible
 
     return rule
-
-
-def sets_its_own_pace(name: RuleName) -> bool:
-    """Whether a rule needs no number of steps: it commits what it is sure of, and at least one position a step."""
-    return name in ("confidence_threshold", "factor")
-
-
-def make_rule(options: DecodeConfig, block: int) -> Rule:
-    """The rule that the options name. What ``Scores.surprise`` holds for it is ``scoring.score``'s business.
-
-    Args:
-        options: the decoder's options.
-        block: positions of a block.
-    """
-    if options.rule in TAKE_A_QUOTA:
-        return by_quota(quota_table(options.quota, block, options.steps(block), options.eps))
-    if options.rule == "origin":
-        return by_chance(dream_chances(options.steps(block), options.eps))
-    if options.rule == "factor":
-        return by_factor(options.factor, block, options.factor_rule)
-    return by_threshold(options.threshold)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-Backend = Literal["xla", "splash", "cudnn", "reference"]
+from jaxblock.models.config import Backend
 
 
 def backend_of(platform: str) -> Backend:

@@ -8,20 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from jaxblock.errors import UserError
-from jaxblock.models.config import LoraConfig
+from jaxblock.models.config import LoraConfig, Unmatched
 from jaxblock.models.spec import ParamSpec, Table, flatten, nest
 from jaxblock.types import Params
 
 KEY = "lora"
 """Where the adapters lie in the parameters."""
-
-Unmatched = Literal["error", "ignore"]
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-Metric = Literal["none", "nelbo", "pass_at_1"]
+from jaxblock.training.config import BestBy
 
 
 class Keep(NamedTuple):
@@ -19,10 +19,10 @@ class Keep(NamedTuple):
 
     last: int
     every: int = 0
-    best: Metric = "none"
+    best: BestBy = "none"
 
 
-def score(metric: Metric, evaluation: Mapping[str, Any]) -> float | None:
+def score(metric: BestBy, evaluation: Mapping[str, Any]) -> float | None:
     """An evaluation's worth by a metric: higher is better; None where it was not measured.
 
     Args:

@@ -14,12 +14,12 @@ plots/          PNG
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from etils import epath
 
-from jaxblock.config import files as config_io
 from jaxblock.config.config import Config
+from jaxblock.config.yaml import load_config, to_yaml
 from jaxblock.data.store.manifest import Manifest, write_manifest
 from jaxblock.data.store.prepared_folder import Prepared, open_prepared
 from jaxblock.errors import UserError
@@ -28,13 +28,11 @@ from jaxblock.io.files import read_json, write_json, write_text
 from jaxblock.io.folders import copy_files, new_folder
 from jaxblock.io.paths import PathLike, as_path
 from jaxblock.models.architecture import Architecture
+from jaxblock.models.config import Checkpoint
 from jaxblock.models.families import registry
 from jaxblock.training.checkpoints.manager import Checkpoints
 
 CONFIG, MODEL, BASE, TOKENIZER, ORIGIN = "config.yaml", "model.json", "base.json", "tokenizer", "origin"
-
-Wanted = Literal["latest", "best"] | int
-"""Which checkpoint of a run."""
 
 
 class Base(NamedTuple):
@@ -106,7 +104,7 @@ def begin(
                 copy_files(kept, scratch / ORIGIN)
         if base is not None:
             write_json(scratch / BASE, base._asdict())
-        write_text(scratch / CONFIG, config_io.dump(config))
+        write_text(scratch / CONFIG, to_yaml(config))
 
 
 def open_run(folder: PathLike) -> Run:
@@ -119,7 +117,7 @@ def open_run(folder: PathLike) -> Run:
     if not is_run(path):
         raise UserError(f"{path} is not the folder of a training run (no {CONFIG} and {MODEL})")
     arch = registry.from_hf(read_json(path / MODEL), str(path / MODEL))
-    config = config_io.load(str(path / CONFIG))
+    config = load_config(str(path / CONFIG))
     return Run(path, config, arch, open_prepared(path), _base(path) if config.lora.rank else None)
 
 
@@ -155,7 +153,7 @@ def check_model(run: Run, saved: dict[str, Any]) -> None:
         )
 
 
-def find_step(run: Run, wanted: Wanted = "latest") -> int:
+def find_step(run: Run, wanted: Checkpoint = "latest") -> int:
     """The step of one of the run's whole checkpoints.
 
     Args:

@@ -12,9 +12,10 @@ import sys
 import threading
 import time
 from types import TracebackType
-from typing import IO, Literal
+from typing import IO
 
 from jaxblock.parallel import processes
+from jaxblock.training.config import OnHang
 
 HUNG = 124
 """Exit code of a process that the watchdog ended; timeout(1) uses the same."""
@@ -23,9 +24,7 @@ HUNG = 124
 class Watchdog:
     """Reports a stage that takes too long: ``with Watchdog(...) as dog``, then ``dog.at(stage, step)`` as each begins."""
 
-    def __init__(
-        self, seconds: float, on_hang: Literal["report", "abort"] = "report", out: IO[str] | None = None
-    ) -> None:
+    def __init__(self, seconds: float, on_hang: OnHang = "report", out: IO[str] | None = None) -> None:
         """Sets the limits; the thread starts with the ``with`` block.
 
         Args:

@@ -5,42 +5,65 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from jaxblock.settings import ABOVE_0, BELOW_1, NOT_NEGATIVE, Section, require, setting
+
+Storage = Literal["float32", "bfloat16", "int8"]
+
 
 @dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Section, name="optimizer"):
     """AdamW or Adafactor with a schedule and clipping (docs/optimizer.md)."""
 
     name: Literal["adamw", "adafactor"] = "adamw"
     """`adafactor` keeps one number per row and column of a matrix instead of a second moment per weight."""
-    lr: float = 1e-3
+    lr: float = setting(1e-3, ABOVE_0)
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant", "deepspeed_cosine"] = "cosine"
     """Decay after the warm-up, to `final_ratio` of the peak at the last step; `deepspeed_cosine` is DeepSpeed's WarmupCosineLR."""
-    warmup_steps: int = 50
+    warmup_steps: int = setting(50, NOT_NEGATIVE)
     """Updates of linear warm-up; update 0 has a learning rate above 0. (`deepspeed_cosine`: from `warmup_floor`, at least 2.)"""
     warmup: Literal["linear", "log"] = "linear"
     """`deepspeed_cosine`: shape of the warm-up. DeepSpeed's own default is `log`."""
-    warmup_floor: float = 0.0
+    warmup_floor: float = setting(0.0, NOT_NEGATIVE)
     """`deepspeed_cosine`: learning rate at the start of the warm-up, as a share of the peak."""
     scheduler_steps: Literal["before_update", "after_update"] = "before_update"
     """`deepspeed_cosine`: `after_update` is the order of DeepSpeed's engine: one update late, the first with a learning rate of 0."""
-    final_ratio: float = 0.0
+    final_ratio: float = setting(0.0, NOT_NEGATIVE)
     """Learning rate at the end, as a share of the peak."""
-    weight_decay: float = 0.0
+    weight_decay: float = setting(0.0, NOT_NEGATIVE)
     """Decoupled weight decay."""
     decay: Literal["matrices", "all"] = "matrices"
     """Which parameters decay; `all` includes norms, as the peers' AdamW does."""
-    b1: float = 0.9
+    b1: float = setting(0.9, BELOW_1)
     """First-moment decay; 0 keeps no first moment under `adafactor`."""
-    b2: float = 0.95
+    b2: float = setting(0.95, BELOW_1)
     """Second-moment decay."""
-    eps: float = 1e-8
+    eps: float = setting(1e-8, ABOVE_0)
     """Added to the root of the second moment."""
-    clip_norm: float = 1.0
+    clip_norm: float = setting(1.0, NOT_NEGATIVE)
     """Clip the gradient's global norm; 0 for never."""
-    ema: float = 0.0
+    ema: float = setting(0.0, BELOW_1)
     """Decay of a moving average of what is trained, which evaluations, `decode` and `export` then use; 0 for none."""
-    moments: Literal["float32", "bfloat16", "int8"] = "float32"
+    moments: Storage = "float32"
     """Storage of the moments: 8, 4 or 2 bytes a weight for AdamW's two."""
     rounding: Literal["stochastic", "nearest"] = "stochastic"
     """How updated bfloat16 weights are rounded (float32 ones are not); to the nearest, small updates are lost."""
+
+    def check(self) -> None:
+        """Raises UserError where a number cannot be, or a field is set that the schedule or the optimizer does not look at."""
+        super().check()
+        for name, value, only in (
+            ("warmup", self.warmup, "linear"),
+            ("warmup_floor", self.warmup_floor, 0.0),
+            ("scheduler_steps", self.scheduler_steps, "before_update"),
+        ):
+            require(
+                self.schedule == "deepspeed_cosine" or value == only,
+                f"optimizer.{name} is {value}, which only the schedule deepspeed_cosine knows: set it to {only}, or "
+                f"optimizer.schedule ({self.schedule} now) to deepspeed_cosine",
+            )
+        require(
+            self.name == "adamw" or self.b1 > 0 or self.moments == "float32",
+            f"optimizer.moments is {self.moments}, but adafactor with b1 0 keeps no moments that it could apply to: "
+            "set it to float32, or optimizer.b1 above 0",
+        )

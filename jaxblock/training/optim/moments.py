@@ -10,7 +10,7 @@ not change at all once that is below half a spacing: with b2 = 0.999 for bfloat1
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +18,10 @@ import optax
 from jax import Array
 from jaxtyping import Float, UInt
 
+from jaxblock.training.optim.config import Storage
 from jaxblock.training.optim.precision import path_name, random_bits, stochastic_bfloat16
 from jaxblock.types import Params
 
-Storage = Literal["float32", "bfloat16", "int8"]
 PER_OCTAVE = 8
 """Codes to a factor of two: neighbours differ by 9%."""
 

@@ -1,0 +1,67 @@
+"""Checks of a whole config: each section's own, and what ties two sections to each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+from jaxblock.config.config import Config
+from jaxblock.settings import require
+
+
+def check_config(config: Config, sections: Collection[str] | None = None) -> Config:
+    """Checks a config and returns it.
+
+    Args:
+        config: what to check.
+        sections: the sections that a verb uses; None for all. What is not used is not checked.
+
+    Raises:
+        UserError: names the fields and what to set instead.
+    """
+    used = {section.section for section in config.sections()} if sections is None else set(sections)
+    for section in config.sections():
+        if section.section in used:
+            section.check()
+    if "decode" in used:
+        from jaxblock.diffusion.decoding.rules import check_options  # imports JAX, which not every verb needs
+
+        check_options(config.decode)
+    for needed, check in _ACROSS.items():
+        if used.issuperset(needed):
+            check(config)
+    return config
+
+
+def _check_model_width(config: Config) -> None:
+    model, canvas = config.model, config.canvas
+    width = canvas.prompt_len + canvas.response_len
+    require(
+        model.init_from is not None or width <= model.max_len,
+        f"canvas.prompt_len + canvas.response_len = {width} is longer than model.max_len {model.max_len}",
+    )
+
+
+def _check_adapters(config: Config) -> None:
+    lora, model = config.lora, config.model
+    require(
+        not lora.rank or model.init_from is not None,
+        "lora.rank is above 0 but model.init_from is not set: adapters need trained weights beneath them",
+    )
+    require(
+        bool(lora.rank) or model.quantize == "none",
+        f"model.quantize is {model.quantize}, but lora.rank is 0: int8 weights cannot be trained; set lora.rank, or "
+        "model.quantize to none",
+    )
+
+
+def _check_warmup(config: Config) -> None:
+    warmup, steps = config.optimizer.warmup_steps, config.train.steps
+    require(warmup <= steps, f"optimizer.warmup_steps {warmup} is more than train.steps {steps}: set it lower")
+
+
+_ACROSS: dict[tuple[str, ...], Callable[[Config], None]] = {
+    ("canvas", "model"): _check_model_width,
+    ("lora", "model"): _check_adapters,
+    ("optimizer", "train"): _check_warmup,
+}
+"""The checks that span sections, by the sections that they read."""

@@ -1,0 +1,146 @@
+"""Reads and writes a ``Config`` as YAML.
+
+A mistyped key is an error that names the nearest one; a value of the wrong type names the field. Precedence is
+flag > YAML file > default.
+
+The typing is ours because no library says these errors: pydantic and msgspec name neither the nearest key nor ours of the
+field, and take ``true`` for 1 or ``1e-3`` for text; putting that right takes more lines than there are here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import numbers
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal, Union, get_args, get_origin
+
+import yaml
+
+from jaxblock.config.config import Config
+from jaxblock.errors import UserError
+from jaxblock.io.files import read_bytes
+
+
+class _OnceOnly(yaml.SafeLoader):
+    """A key given twice is an error: YAML would silently take the last."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """The mapping of a node."""
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key_node.value!r} is there twice", key_node.start_mark
+                )
+            if isinstance(key_node.value, str):
+                seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+def load_config(path: str | None) -> Config:
+    """Reads a YAML file of sections; None gives the defaults.
+
+    Raises:
+        UserError: unreadable, not YAML, an unknown section or key, or a value of the wrong type.
+    """
+    if path is None:
+        return Config()
+    try:
+        tree = yaml.load(read_bytes(path).decode(), _OnceOnly)  # noqa: S506 (a SafeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from error
+    return config_from_tree({} if tree is None else tree, path)
+
+
+def config_from_tree(tree: Any, where: str) -> Config:
+    """Builds a ``Config`` from nested dicts, naming ``where`` in errors."""
+    return _build(Config, tree, where, "")
+
+
+def with_fields(section: Any, fields: Mapping[str, Any], where: str) -> Any:
+    """A section with some of its fields replaced, checked as those of a file are.
+
+    Args:
+        section: a section of ``Config``.
+        fields: values by name.
+        where: what to name in errors.
+
+    Raises:
+        UserError: a field that the section does not have, or a value of the wrong type.
+    """
+    return _build(type(section), {**to_tree(section), **fields}, where, "")
+
+
+def to_tree(config: Any) -> dict[str, Any]:
+    """Nested plain values, ready for YAML or JSON."""
+    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+
+
+def to_yaml(config: Config) -> str:
+    """The YAML text of a resolved config."""
+    return yaml.safe_dump(to_tree(config), sort_keys=False)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_tree(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _build(kind: Any, tree: Any, where: str, prefix: str) -> Any:
+    if not isinstance(tree, Mapping):
+        raise UserError(f"{where}: {prefix.rstrip('.') or 'the file'} must be a mapping of keys, not {tree!r}")
+    hints = typing.get_type_hints(kind)
+    known = {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+    values = {}
+    for key, value in tree.items():
+        if key not in known:
+            raise UserError(f"{where}: unknown key {prefix}{key}{_nearest(str(key), known)}")
+        hint = known[key]
+        if dataclasses.is_dataclass(hint):
+            # A section's name with nothing under it is an empty section.
+            values[key] = _build(hint, {} if value is None else value, where, f"{prefix}{key}.")
+        else:
+            values[key] = _convert(hint, value, where, prefix + key)
+    return kind(**values)
+
+
+def _nearest(key: str, known: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else f"; known keys: {', '.join(known)}"
+
+
+def _convert(hint: Any, value: Any, where: str, name: str) -> Any:
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        # YAML's null and, as on the command line, None.
+        if value in (None, "None") and type(None) in get_args(hint):
+            return None
+        kinds = [kind for kind in get_args(hint) if kind is not type(None)]
+        if int in kinds and isinstance(value, int):  # a word or a number
+            return _convert(int, value, where, name)
+        return _convert(kinds[0], value, where, name)
+    if origin is Literal:
+        if value in get_args(hint):
+            return value
+        choices = ", ".join(str(choice) for choice in get_args(hint))
+        raise UserError(
+            f"{where}: {name} is {value!r}{_nearest(str(value), dict.fromkeys(get_args(hint)))}; choose from {choices}"
+        )
+    if origin is tuple:
+        if isinstance(value, list | tuple):
+            return tuple(_convert(get_args(hint)[0], item, where, name) for item in value)
+    elif hint is int and isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return int(value)
+    elif hint is float and isinstance(value, numbers.Real | str) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 1e-3 as text
+        except ValueError:
+            pass
+    elif hint in (str, bool) and isinstance(value, hint):
+        return value
+    wanted = f"a list of {get_args(hint)[0].__name__}" if origin is tuple else getattr(hint, "__name__", str(hint))
+    raise UserError(f"{where}: {name} must be {wanted}, not {value!r}")

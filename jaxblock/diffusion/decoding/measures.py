@@ -1,0 +1,87 @@
+"""Measures of confidence: how sure the network is of each position, as a number that ranks positions, smallest first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+
+class Measure(NamedTuple):
+    """What a rule ranks positions by.
+
+    Attributes:
+        surprise: (logits [B, A, V], tokens [B, A], mask id) -> the number [B, A] that ranks positions, smallest first.
+        confidence: turns that number into the confidence that ``alg_temp`` divides.
+    """
+
+    surprise: Callable[[Array, Array, int], Array]
+    confidence: Callable[[Array], Array]
+
+
+def surprise(logits: Float[Array, "*rows V"], token: Int[Array, "*rows"]) -> Float[Array, "*rows"]:
+    """-log softmax(logits)[token] as a sum that keeps its precision when the token is nearly certain.
+
+    Args:
+        logits: float32 or wider; the mask token's logit included (it stays in the normaliser).
+        token: the token of each row.
+
+    Returns:
+        Nats; infinite where the token's logit is -inf.
+    """
+    best = jnp.argmax(logits, axis=-1)
+    top = jnp.max(logits, axis=-1)
+    others = jnp.where(jnp.arange(logits.shape[-1]) == best[..., None], -jnp.inf, logits)
+    rest = jnp.sum(jnp.exp(others - top[..., None]), axis=-1)
+    return (top - _at(logits, token)) + jnp.log1p(rest)
+
+
+def margin_surprise(logits: Float[Array, "*rows V"], mask_id: int) -> Float[Array, "*rows"]:
+    """-log(p1 - p2): the best token's lead over the best other one (Dream's ``topk_margin``), as a log.
+
+    The mask token may be the runner-up, never the leader: where it is the most probable token there is no lead.
+
+    Args:
+        logits: float32 or wider; -inf for what was filtered out.
+        mask_id: the mask token.
+
+    Returns:
+        Nats; infinite where there is no lead.
+    """
+    ids = jnp.arange(logits.shape[-1])
+    best = jnp.argmax(jnp.where(ids == mask_id, -jnp.inf, logits), axis=-1)
+    runner_up = jnp.max(jnp.where(ids == best[..., None], -jnp.inf, logits), axis=-1)
+    # p1 - p2 = p1 (1 - e^(l2 - l1)): as a log, a lead near 1 does not tie in float32 as the difference itself would.
+    behind = jnp.minimum(runner_up - _at(logits, best), 0.0)
+    log_lead = jnp.where(behind > -0.7, jnp.log(-jnp.expm1(behind)), jnp.log1p(-jnp.exp(behind)))
+    return surprise(logits, best) - log_lead
+
+
+def entropy(logits: Float[Array, "*rows V"]) -> Float[Array, "*rows"]:
+    """-sum p log(p + 1e-10) of softmax(logits), in nats: Dream's ``entropy`` ranks by it, smallest first.
+
+    Args:
+        logits: float32 or wider; -inf for what was filtered out.
+    """
+    p = jax.nn.softmax(logits, axis=-1)
+    return -jnp.sum(p * jnp.log(p + 1e-10), axis=-1)
+
+
+def _probability(surprise: Array) -> Array:
+    return jnp.exp(-surprise)
+
+
+def _at(logits: Array, token: Array) -> Array:
+    return jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
+
+
+TOKEN = Measure(lambda logits, token, mask_id: surprise(logits, token), _probability)
+"""The probability of the token."""
+LEAD = Measure(lambda logits, token, mask_id: margin_surprise(logits, mask_id), _probability)
+"""The lead of the best token over the second best."""
+ENTROPY = Measure(lambda logits, token, mask_id: entropy(logits), jnp.negative)
+"""The entropy of the position's distribution."""

@@ -1,0 +1,113 @@
+"""The decoding rules, one record each: what a rule ranks positions by, how it commits them, which settings it looks at.
+
+A new rule is one entry of ``RULES``; its name also goes to ``config.RuleName``, which the command line shows without JAX.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from jaxblock.diffusion.decoding import measures, transfer
+from jaxblock.diffusion.decoding.config import DecodeConfig
+from jaxblock.diffusion.decoding.measures import Measure
+from jaxblock.diffusion.decoding.transfer import Transfer
+from jaxblock.settings import require
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A decoding rule.
+
+    Attributes:
+        transfer: makes the function that picks the positions to commit, from the settings and the positions of a block.
+        measure: what positions are ranked by; None gives each a uniform random number instead.
+        measured_on: the distribution that is measured: the raw ``logits`` (LLaDA's family), or the ``candidates`` that the
+            token is drawn from, tempered and filtered (Dream's).
+        pace: who says how many steps a block takes: the ``settings``, or the ``rule``, which commits what it is sure of and at
+            least one position a step.
+        uses: the settings that it looks at, among those that not every rule does.
+    """
+
+    transfer: Callable[[DecodeConfig, int], Transfer]
+    measure: Measure | None
+    measured_on: Literal["logits", "candidates"] = "logits"
+    pace: Literal["settings", "rule"] = "settings"
+    uses: tuple[str, ...] = ()
+
+
+def _by_quota(options: DecodeConfig, block: int) -> Transfer:
+    return transfer.by_quota(transfer.quota_table(options.quota, block, options.steps(block), options.eps))
+
+
+def _by_chance(options: DecodeConfig, block: int) -> Transfer:
+    return transfer.by_chance(transfer.dream_chances(options.steps(block), options.eps))
+
+
+def _by_threshold(options: DecodeConfig, block: int) -> Transfer:
+    return transfer.by_threshold(options.threshold)
+
+
+def _by_factor(options: DecodeConfig, block: int) -> Transfer:
+    return transfer.by_factor(options.factor, block, options.factor_rule)
+
+
+_RANKED = ("quota", "alg_temp")
+
+RULES: dict[str, Rule] = {
+    "low_confidence": Rule(_by_quota, measures.TOKEN, uses=_RANKED),
+    "random": Rule(_by_quota, None, uses=("quota",)),
+    "confidence_threshold": Rule(_by_threshold, measures.TOKEN, pace="rule", uses=("threshold",)),
+    "factor": Rule(_by_factor, measures.TOKEN, pace="rule", uses=("factor", "factor_rule")),
+    "maskgit_plus": Rule(_by_quota, measures.TOKEN, "candidates", uses=_RANKED),
+    "topk_margin": Rule(_by_quota, measures.LEAD, "candidates", uses=_RANKED),
+    "entropy": Rule(_by_quota, measures.ENTROPY, "candidates", uses=_RANKED),
+    "origin": Rule(_by_chance, None, uses=("eps",)),
+}
+
+
+def check_options(options: DecodeConfig) -> None:
+    """Raises UserError where a setting has a value that it does not take, or one that the rule does not look at.
+
+    Nothing that somebody sets is ignored silently.
+    """
+    options.check()
+    name, rule = options.rule, RULES[options.rule]
+    for field in dataclasses.fields(options):
+        value, users = getattr(options, field.name), [other for other in RULES if field.name in RULES[other].uses]
+        require(
+            not users or field.name == "eps" or name in users or value == field.default,
+            f"decode.{field.name} {value} has no effect under decode.rule {name}: set {field.name} to {field.default}, "
+            f"or rule to {' or '.join(users)}",
+        )
+    _check_time_grid(options, rule)
+    _check_filters(options, rule)
+    require(
+        options.eos_suppression != "confidence" or rule.measure is not None,
+        f"decode.eos_suppression confidence has no effect under decode.rule {name}, which looks at no confidence: set "
+        "eos_suppression to none or logits",
+    )
+
+
+def _check_time_grid(options: DecodeConfig, rule: Rule) -> None:
+    on_the_grid = "eps" in rule.uses or ("quota" in rule.uses and options.quota == "dream")
+    default = DecodeConfig().eps
+    require(
+        on_the_grid or options.eps == default,
+        f"decode.eps {options.eps} has no effect without Dream's time grid: set eps to {default}, quota to dream "
+        "(and a rule that takes a quota), or rule to origin",
+    )
+
+
+def _check_filters(options: DecodeConfig, rule: Rule) -> None:
+    on = {"top_p": options.top_p is not None and options.top_p < 1, "top_k": options.top_k is not None}
+    filters = [name for name in on if on[name]]
+    measuring = [name for name in RULES if RULES[name].measured_on == "candidates"]
+    require(
+        not filters or options.temperature > 0 or rule.measured_on == "candidates",
+        f"decode.{' and decode.'.join(filters)} cannot change the best token, and decode.rule {options.rule} does not "
+        f"measure confidence on what is left: set decode.temperature above 0, {' and '.join(filters)} to null, or "
+        f"rule to {' or '.join(measuring)}",
+    )
