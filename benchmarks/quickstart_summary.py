@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxblock.evaluation import statistics
+from jaxblock.evaluation.comparison import compare_evaluations
 
 SCORES = {
     "before (classical)": "score_before",
@@ -75,7 +75,7 @@ def score_row(label: str, summary: dict[str, Any]) -> list[str]:
 
 def paired_row(run: Path, first: str, second: str) -> list[str]:
     """McNemar's exact test of two evaluations."""
-    test = statistics.compare(run / first / "problems.jsonl", run / second / "problems.jsonl")
+    test = compare_evaluations(run / first / "problems.jsonl", run / second / "problems.jsonl")
     names = ", ".join(name.removeprefix("score_") for name in (first, second))
     return [names, str(test.only_a), str(test.only_b), f"{test.p_value:.2g}"]
 

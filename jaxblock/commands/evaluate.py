@@ -24,7 +24,7 @@ from jaxblock.models.config import Checkpoint
 if TYPE_CHECKING:
     from jaxblock.data.store.prepared_folder import Prepared
     from jaxblock.data.store.records import Record
-    from jaxblock.evaluation.runner import Bound, Solved
+    from jaxblock.evaluation.results import NelboBound, Solved
     from jaxblock.model import Model
 
 
@@ -52,7 +52,10 @@ def run(options: Options, config: Config) -> int:
     """Scores the checkpoint, writes problems.jsonl and summary.json, and prints the summary."""
     from jaxblock import loading
     from jaxblock.data.store.prepared_folder import open_prepared
-    from jaxblock.evaluation import problems, runner, statistics
+    from jaxblock.evaluation.comparison import compare_evaluations
+    from jaxblock.evaluation.problems import format_problems
+    from jaxblock.evaluation.results import summarise_evaluation
+    from jaxblock.evaluation.runner import Evaluator
 
     check_vacant(options.out, marker="summary.json")
     check_writable(as_path(options.out).parent)
@@ -67,18 +70,18 @@ def run(options: Options, config: Config) -> int:
     records = [source[index] for index in range(count)]
     if settings.compare:
         _check_comparable(settings.compare, records, settings.grader)
-    evaluator = runner.Evaluator(
+    evaluator = Evaluator(
         model.net, config.canvas, prepared.encoder, config.decode, settings.grader, settings.nelbo_samples
     )
     begin = time.perf_counter()
     solved = evaluator.solve(model.params, records, lambda done: say(f"decoded {done:,} of {count:,}"))
-    bound = evaluator.bound(model.params, records[: settings.nelbo_rows]) if settings.nelbo else None
+    bound = evaluator.estimate_nelbo(model.params, records[: settings.nelbo_rows]) if settings.nelbo else None
     dropped = sum(prepared.manifest.splits[settings.split]["dropped"].values())
-    result = runner.summary(solved, bound, _about(options, config, count, dropped))
+    result = summarise_evaluation(solved, bound, _about(options, config, count, dropped))
     with new_folder(options.out, marker="summary.json") as folder:
-        (folder / "problems.jsonl").write_text(problems.dump(solved.rows), encoding="utf-8")
+        (folder / "problems.jsonl").write_text(format_problems(solved.rows), encoding="utf-8")
         if settings.compare:
-            test = statistics.compare(settings.compare, folder / "problems.jsonl")
+            test = compare_evaluations(settings.compare, folder / "problems.jsonl")
             result["compared_with"] = {"file": settings.compare, **test._asdict()}
         (folder / "summary.json").write_text(json.dumps(result, indent=1) + "\n")
     _print_summary(options, solved, bound, settings.grader, time.perf_counter() - begin)
@@ -102,10 +105,10 @@ def _check_fit(options: Options, config: Config, model: Model, prepared: Prepare
 
 
 def _check_comparable(path: str, records: Sequence[Record], grader: str) -> None:
-    """Raises UserError where ``statistics.compare`` would: before the work, not after it."""
-    from jaxblock.evaluation import problems
+    """Raises UserError where ``compare_evaluations`` would: before the work, not after it."""
+    from jaxblock.evaluation.problems import read_problems
 
-    earlier = problems.read(path)
+    earlier = read_problems(path)
     index = {record.index: record for record in records}
     if earlier.keys() != index.keys():
         raise UserError(
@@ -137,7 +140,7 @@ def _about(options: Options, config: Config, count: int, dropped: int) -> dict[s
     }
 
 
-def _print_summary(options: Options, solved: Solved, bound: Bound | None, grader: str, seconds: float) -> None:
+def _print_summary(options: Options, solved: Solved, bound: NelboBound | None, grader: str, seconds: float) -> None:
     """Prints Pass@1, the costs and the NELBO."""
     print(f"{options.checkpoint}: Pass@1 {solved.pass_at_1}, grader {grader}")
     print(

@@ -1,1 +1,1 @@
-"""Scoring: graders, statistics, and the runner that decodes problems and grades them."""
+"""Scores a network: decodes and grades problems, estimates the NELBO, and compares evaluations."""

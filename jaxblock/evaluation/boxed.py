@@ -1,7 +1,7 @@
-r"""Answers of competition mathematics: what stands in the last ``\boxed{}``, and one spelling of it.
+r"""Extracts and normalises the answers of competition mathematics, which stand in the last ``\boxed{}``.
 
-Two answers are the same when their normalised texts are. No algebra is done: ``x + 1`` and ``1 + x`` differ, and so a
-grader that computes (Math-Verify, say) gives a higher number for the same responses.
+Two answers are the same when their normalised texts are equal. No algebra is done: ``x + 1`` and ``1 + x`` differ, so that
+a grader that computes, such as Math-Verify, gives a higher number for the same responses.
 """
 
 from __future__ import annotations
@@ -9,15 +9,20 @@ from __future__ import annotations
 import re
 
 _BOX = re.compile(r"\\f?box(?:ed)?\s*(?=\{)|\\boxed\s+(?P<bare>[^\s${}]+)")
-_SAID = re.compile(r"answer is:?\s*(?P<answer>[^\n]+)", re.IGNORECASE)
+_ANSWER_IS = re.compile(r"answer is:?\s*([^\n]+)", re.IGNORECASE)
 _GROUPED = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 _DECIMAL = re.compile(r"(-?\d+)\.(\d+)")
 _ARGUMENT = r"(\{[^{}]*\}|[A-Za-z0-9])"
 
-# In order. Spellings that LaTeX shows alike, or that carry a unit and no value.
+
+def _with_braces(fraction: re.Match[str]) -> str:
+    return r"\frac" + "".join(part if part.startswith("{") else f"{{{part}}}" for part in fraction.groups())
+
+
+# Applied in order: spellings that LaTeX shows alike, or that carry a unit and no value.
 _RULES = [
-    (re.compile(pattern), put)
-    for pattern, put in (
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
         (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
         (r"\\(?:left|right|displaystyle)(?![A-Za-z])", ""),
         (r"\\[,!;: ]|~", " "),
@@ -29,7 +34,7 @@ _RULES = [
         (r"^\s*[A-Za-z]{1,2}\s*=", ""),
         (r"\s+", ""),
         (r"\\sqrt([A-Za-z0-9])", r"\\sqrt{\1}"),
-        (rf"\\frac{_ARGUMENT}{_ARGUMENT}", None),
+        (rf"\\frac{_ARGUMENT}{_ARGUMENT}", _with_braces),
         (r"^(-?)(\d+)/(\d+)$", r"\1\\frac{\2}{\3}"),
         (r"(?<![\d.])\.(?=\d)", "0."),
     )
@@ -37,7 +42,7 @@ _RULES = [
 
 
 def last_boxed(text: str) -> str | None:
-    r"""The content of the last ``\boxed{...}`` (or ``\fbox{...}``), braces matched; None where there is none or it is cut short."""
+    r"""Returns the content of the last ``\boxed{...}`` or ``\fbox{...}``; None where there is none or it is cut short."""
     found = list(_BOX.finditer(text))
     if not found:
         return None
@@ -53,28 +58,28 @@ def last_boxed(text: str) -> str | None:
     return None
 
 
-def answer(text: str) -> str | None:
-    r"""The answer that a response gives: its last box, else what follows its last "answer is" on that line; None for neither."""
+def extract_answer(text: str) -> str | None:
+    """Returns a response's last box, else what follows its last "answer is" on that line; None where it has neither."""
     boxed = last_boxed(text)
     if boxed is not None:
         return boxed
-    said = list(_SAID.finditer(text))
-    return said[-1]["answer"].strip() if said else None
+    stated = _ANSWER_IS.findall(text)
+    return stated[-1].strip() if stated else None
 
 
-def normalise(text: str) -> str:
-    r"""One spelling of an answer.
+def normalise_latex(text: str) -> str:
+    r"""Normalises an answer to one of the spellings that mean the same.
 
-    Blanks, sizes of brackets, ``\text{}`` around words, units behind a value, degree, per cent and dollar signs, a final
-    full stop, grouping commas of a number, a leading ``x =`` and zeros at a decimal's end go; ``\dfrac``, ``\frac12`` and
-    ``1/2`` become ``\frac{1}{2}``, and so does ``0.5``.
+    It drops blanks, sizes of brackets, ``\text{}`` around words, units behind a value, degree, per cent and dollar signs,
+    a final full stop, grouping commas of a number, a leading ``x =`` and zeros at a decimal's end; ``\dfrac``, ``\frac12``
+    and ``1/2`` become ``\frac{1}{2}``, and so does ``0.5``.
 
     Args:
-        text: An answer, as it stands in the box.
+        text: an answer as it stands in the box.
     """
     text = text.strip().rstrip(".")
-    for pattern, put in _RULES:
-        text = pattern.sub(_braced if put is None else put, text)
+    for pattern, replacement in _RULES:
+        text = pattern.sub(replacement, text)
     if _GROUPED.fullmatch(text):
         text = text.replace(",", "")
     decimal = _DECIMAL.fullmatch(text)
@@ -82,7 +87,3 @@ def normalise(text: str) -> str:
         fraction = decimal[2].rstrip("0")
         text = f"{decimal[1]}.{fraction}" if fraction else decimal[1]
     return r"\frac{1}{2}" if text == "0.5" else text
-
-
-def _braced(found: re.Match[str]) -> str:
-    return r"\frac" + "".join(part if part.startswith("{") else f"{{{part}}}" for part in found.groups())

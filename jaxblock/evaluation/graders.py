@@ -1,4 +1,4 @@
-"""Graders: how an answer is read off a response and compared with the reference.
+"""Graders: each extracts the answer from a response and compares it with the reference.
 
 Numbers of different graders do not compare (2 to 6 points apart for one checkpoint), so a grader is named with every
 number it produced. A grader is a pure function of two texts; the caller has cut the response at its first stop token.
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from jaxblock.errors import UserError
-from jaxblock.evaluation import boxed
+from jaxblock.evaluation.boxed import extract_answer, normalise_latex
 
 _STRICT = re.compile(r"#### (-?[0-9.,]+)")
 _NUMBER = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
@@ -20,10 +20,10 @@ _FULL_STOP = re.compile(r"\.$")
 
 
 class Graded(NamedTuple):
-    """One graded response.
+    """Holds the grade of one response.
 
     Attributes:
-        correct: the extracted answer equals the expected one after normalisation.
+        correct: whether the extracted answer equals the expected one after normalisation.
         extracted: the answer as it stands in the response, before normalisation; None if there is none.
         expected: the reference's answer after normalisation.
     """
@@ -36,29 +36,27 @@ class Graded(NamedTuple):
 Grader = Callable[[str, str], Graded]
 
 
-def normalise(text: str) -> str:
-    """What lm-eval's GSM8K tasks compare: no ``,`` or ``$``, nothing up to the last ``#### ``, no final dot, caseless.
+def normalise_gsm8k(text: str) -> str:
+    """Normalises an answer as lm-eval's GSM8K tasks do before they compare it.
 
-    Outer white space is dropped as well, so that a reference that ends in a line break can be matched at all.
+    It drops ``,`` and ``$``, everything up to the last ``#### ``, a final dot, and the case of letters. Outer white space
+    is dropped as well, so that a reference that ends in a line break can be matched at all.
 
     Args:
         text: an extracted answer, or a whole reference (``worked answer #### 18``).
-
-    Returns:
-        The normalised text.
     """
     text = text.replace(",", "").replace("$", "")
     text = _BEFORE_ANSWER.sub("", text).strip()
     return _FULL_STOP.sub("", text).lower()
 
 
-def _compared(extracted: str | None, reference: str) -> Graded:
-    expected = normalise(reference)
+def _graded(extracted: str | None, expected: str, normalise: Callable[[str], str]) -> Graded:
+    """Grades an extracted answer against the expected one, which is normalised already."""
     return Graded(extracted is not None and normalise(extracted) == expected, extracted, expected)
 
 
 def gsm8k_strict(response: str, reference: str) -> Graded:
-    """The number behind the first ``#### `` (lm-eval ``gsm8k``, filter ``strict-match``).
+    """Grades the number behind the first ``#### `` (lm-eval ``gsm8k``, filter ``strict-match``).
 
     Args:
         response: decoded text, cut at its first stop token.
@@ -68,11 +66,11 @@ def gsm8k_strict(response: str, reference: str) -> Graded:
         The grade; ``extracted`` is None when the response has no ``#### <number>``.
     """
     found = _STRICT.search(response)
-    return _compared(found.group(1).strip() if found else None, reference)
+    return _graded(found.group(1).strip() if found else None, normalise_gsm8k(reference), normalise_gsm8k)
 
 
 def gsm8k_flexible(response: str, reference: str) -> Graded:
-    """The last thing in the response that looks like a number (lm-eval ``gsm8k``, filter ``flexible-extract``).
+    """Grades the last text in the response that looks like a number (lm-eval ``gsm8k``, filter ``flexible-extract``).
 
     A lone digit counts; so does any run of two or more of ``$0-9.,``, as it does there (``...`` is such a run).
 
@@ -84,11 +82,11 @@ def gsm8k_flexible(response: str, reference: str) -> Graded:
         The grade; ``extracted`` is None when nothing looks like a number.
     """
     found = _NUMBER.findall(response)
-    return _compared(found[-1].strip() if found else None, reference)
+    return _graded(found[-1].strip() if found else None, normalise_gsm8k(reference), normalise_gsm8k)
 
 
 def exact(response: str, reference: str) -> Graded:
-    """The whole response equals the whole reference, outer white space aside; nothing else is forgiven.
+    """Grades the whole response, which must equal the whole reference apart from outer white space.
 
     Args:
         response: decoded text, cut at its first stop token.
@@ -102,9 +100,9 @@ def exact(response: str, reference: str) -> Graded:
 
 
 def math_boxed(response: str, reference: str) -> Graded:
-    r"""What stands in the last ``\boxed{}``, else behind the last "answer is"; compared as normalised text.
+    r"""Grades what stands in the last ``\boxed{}``, else behind the last "answer is", compared as normalised text.
 
-    The extraction is OpenCompass's for MATH in zero-shot; the normalisation is our own (``boxed.normalise``).
+    The extraction is OpenCompass's for MATH in zero-shot; the normalisation is our own (``boxed.normalise_latex``).
 
     Args:
         response: decoded text, cut at its first stop token.
@@ -113,9 +111,9 @@ def math_boxed(response: str, reference: str) -> Graded:
     Returns:
         The grade; ``extracted`` is None when the response gives no answer in either way.
     """
-    extracted, given = boxed.answer(response), boxed.answer(reference)
-    expected = boxed.normalise(reference if given is None else given)
-    return Graded(extracted is not None and boxed.normalise(extracted) == expected, extracted, expected)
+    given = extract_answer(reference)
+    expected = normalise_latex(reference if given is None else given)
+    return _graded(extract_answer(response), expected, normalise_latex)
 
 
 GRADERS: dict[str, Grader] = {
@@ -124,20 +122,14 @@ GRADERS: dict[str, Grader] = {
     "math_boxed": math_boxed,
     "exact": exact,
 }
-"""Graders by the name that is printed with every number."""
+"""The graders by the name that is printed with every number."""
 
 
-def grader(name: str) -> Grader:
-    """Looks a grader up.
-
-    Args:
-        name: a key of ``GRADERS``.
-
-    Returns:
-        The grader.
+def find_grader(name: str) -> Grader:
+    """Returns the grader of a name.
 
     Raises:
-        UserError: there is no such grader.
+        UserError: there is no such grader; the message lists the names.
     """
     if name not in GRADERS:
         raise UserError(f"evaluate.grader: there is no grader {name!r}; choose one of {', '.join(GRADERS)}")

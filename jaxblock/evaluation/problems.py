@@ -1,7 +1,7 @@
-"""The per-problem JSONL of an evaluation: one row a problem, keyed by the problem's index.
+"""Writes and reads the per-problem JSONL of an evaluation: one row a problem, keyed by the problem's index.
 
 A row holds at least ``index`` (the record's index in its split), ``grader`` (its name) and ``correct``; ``prompt`` is
-compared where both files have it. Whatever else a row holds (``response``, ``extracted``, ``nfe``) is left alone.
+compared where both files have it. Other fields of a row (``response``, ``extracted``, ``nfe``) are not looked at.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from jaxblock.io.paths import PathLike
 
 
 class Problem(NamedTuple):
-    """What a comparison needs of one row.
+    """Holds what a comparison needs of one graded problem.
 
     Attributes:
-        correct: the verdict.
-        grader: the grader that gave it.
+        correct: whether the response was graded as correct.
+        grader: the name of the grader.
         prompt: the problem's text; None if the file does not hold it.
-        where: ``file:line``, for error messages.
+        where: the row's ``file:line``, for error messages.
     """
 
     correct: bool
@@ -31,14 +31,14 @@ class Problem(NamedTuple):
     where: str
 
 
-def dump(rows: Iterable[Mapping[str, Any]]) -> str:
+def format_problems(rows: Iterable[Mapping[str, Any]]) -> str:
     """Formats rows as JSON lines.
 
     Args:
-        rows: mappings with at least ``index``, ``grader`` and ``correct``.
+        rows: one mapping for each problem, with at least ``index``, ``grader`` and ``correct``.
 
     Returns:
-        The file's text.
+        The text of the per-problem file.
 
     Raises:
         UserError: a row lacks one of the three.
@@ -50,14 +50,14 @@ def dump(rows: Iterable[Mapping[str, Any]]) -> str:
     return "".join(lines)
 
 
-def read(path: PathLike) -> dict[int, Problem]:
+def read_problems(path: PathLike) -> dict[int, Problem]:
     """Reads a per-problem file.
 
     Args:
-        path: JSON lines as ``dump`` writes them.
+        path: a file of JSON lines as ``format_problems`` makes them.
 
     Returns:
-        Problems by index, in the file's order.
+        The problems by index, in the file's order.
 
     Raises:
         UserError: the file is absent or empty, or a line is not such a row, or an index occurs twice.

@@ -1,12 +1,11 @@
-"""Runs an evaluation: decode problems and grade them, estimate the NELBO, and write down both."""
+"""Runs an evaluation: decodes problems and grades the responses, and estimates the NELBO of the reference responses."""
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,73 +22,25 @@ from jaxblock.diffusion.canvas import Layout
 from jaxblock.diffusion.config import CanvasConfig
 from jaxblock.diffusion.decoding import decoder
 from jaxblock.diffusion.decoding.config import DecodeConfig
-from jaxblock.evaluation.graders import grader
-from jaxblock.evaluation.statistics import Estimate, Proportion, mean_se, ratio_se, wilson
+from jaxblock.evaluation.graders import find_grader
+from jaxblock.evaluation.results import NelboBound, Solved
+from jaxblock.evaluation.statistics import mean_se, ratio_se, wilson
 from jaxblock.models.transformer import Transformer
 from jaxblock.parallel import rules
 from jaxblock.types import Params
 
 
-class Solved(NamedTuple):
-    """Problems decoded and graded.
-
-    Attributes:
-        rows: one per problem, for the per-problem file.
-        pass_at_1: how many were right, with a 95% interval.
-        nfe: mean forward passes a problem.
-        tokens: text tokens decoded (terminator counted; neither prompt nor fill).
-        seconds: wall time of decoding, compilation not counted.
-    """
-
-    rows: list[dict[str, Any]]
-    pass_at_1: Proportion
-    nfe: float
-    tokens: int
-    seconds: float
-
-    @property
-    def tokens_per_forward(self) -> float:
-        """TPF: text tokens committed per forward pass of a row."""
-        spent = sum(row["nfe"] for row in self.rows)
-        return self.tokens / spent if spent else float("nan")
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Text tokens per second of the whole batch; prompt tokens are not counted."""
-        return self.tokens / self.seconds if self.seconds else float("nan")
-
-
-class Bound(NamedTuple):
-    """The NELBO of a set of responses, in nats.
-
-    Attributes:
-        per_sequence: mean over sequences, with the standard error over them (data and masks).
-        per_text_token: sum over sum of text tokens (terminator counted, fill not).
-        mask_se: standard error of ``per_sequence.mean`` that the masks drawn leave; 0 where exact.
-        exact: whether every masked set was enumerated.
-        by_block: (mean NELBO of block k, how many sequences have it).
-        by_count: (mean -log p of a masked token in blocks with l masks, how many tokens).
-    """
-
-    per_sequence: Estimate
-    per_text_token: Estimate
-    mask_se: float
-    exact: bool
-    by_block: list[tuple[float, int]]
-    by_count: list[tuple[float, int]]
-
-
 @dataclass(frozen=True)
 class Evaluator:
-    """Evaluates parameters as they change: compiles once, is called many times.
+    """Evaluates parameters as they change; the decoder is compiled once and kept for later calls.
 
     Attributes:
         net: the network.
-        canvas: sizes of the canvas.
-        encoder: tokenizer and template.
+        canvas: the sizes of the canvas.
+        encoder: the tokenizer and chat template.
         decode: the decoder's options.
-        grader: the grader's name.
-        nelbo_samples: masked sets per block.
+        grader: the name of the grader (``graders.GRADERS``).
+        nelbo_samples: the masked sets drawn for each block; None draws as many as the block has positions.
     """
 
     net: Transformer
@@ -102,7 +53,7 @@ class Evaluator:
 
     @property
     def layout(self) -> Layout:
-        """The decoder's canvas.
+        """Returns the layout of the decoder's canvas.
 
         Raises:
             UserError: the block does not divide the response.
@@ -117,10 +68,10 @@ class Evaluator:
         Args:
             params: the weights.
             records: the problems; a prompt's random key comes from its record's index.
-            progress: told how many problems are done.
+            progress: called after each batch with the number of problems that are done.
 
         Returns:
-            Verdicts and costs.
+            The graded responses and the time that decoding took.
         """
         layout = self.layout
         options = self.decode.static(layout.block)
@@ -128,29 +79,29 @@ class Evaluator:
         batches = [records[at : at + size] for at in range(0, len(records), size)]
         inputs = [self._prompts(batch, size) for batch in batches]
         rows: list[dict[str, Any]] = []
-        spent, tokens = 0.0, 0
+        seconds = 0.0
         if inputs:
             run = self._decoder(params, layout, options, inputs[0])
         for batch, arrays in zip(batches, inputs, strict=True):
             begin = time.perf_counter()
             found = jax.device_get(run(params, *_split_rows(params, arrays)))
-            spent += time.perf_counter() - begin
+            seconds += time.perf_counter() - begin
             for at, record in enumerate(batch):
                 rows.append(self._graded(record, found.response[at], int(found.nfe[at]), layout.stop_ids))
-                tokens += rows[-1]["tokens"]
             progress(len(rows))
-        correct = sum(row["correct"] for row in rows)
-        nfe = float(np.mean([row["nfe"] for row in rows])) if rows else float("nan")
-        return Solved(rows, wilson(correct, len(rows)), nfe, tokens, spent)
+        return Solved(rows, wilson(sum(row["correct"] for row in rows), len(rows)), seconds)
 
     def _decoder(self, params: Params, layout: Layout, options: DecodeConfig, inputs: tuple[Any, ...]) -> Any:
-        """The decoder compiled for these shapes, ahead, so that the time of decoding is the time of decoding; kept, so that
-        the evaluations of a run compile once."""
+        """Returns the decoder compiled for these shapes.
+
+        It is compiled before the first batch, so that the time of decoding holds no compilation, and kept, so that the
+        evaluations of a run compile once.
+        """
         given = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, getattr(leaf, "sharding", None)), (params, inputs))
         leaves, tree = jax.tree.flatten(given)
         key = (layout, options, self.decode.seed, tuple(leaves), tree)
         if key not in self._compiled:
-            make = jax.jit(_decode_prompts, static_argnums=(0, 1, 2, 4), out_shardings=_everywhere(params))
+            make = jax.jit(_decode_prompts, static_argnums=(0, 1, 2, 4), out_shardings=_replicated(params))
             rows = _split_rows(params, inputs)
             lowered = make.lower(self.net, layout, options, params, self.decode.seed, *rows)
             self._compiled[key] = lowered.compile()
@@ -163,10 +114,11 @@ class Evaluator:
         return ids, lengths, np.array([record.index for record in records], np.int32)
 
     def _graded(self, record: Record, response: np.ndarray, nfe: int, stop_ids: tuple[int, ...]) -> dict[str, Any]:
+        """Returns the row of the per-problem file for a decoded response [R]."""
         ids = response.tolist()
         end = first_stop(ids, stop_ids)
         text = self.encoder.tokenizer.decode(ids[:end])
-        verdict = grader(self.grader)(text, record.response)
+        verdict = find_grader(self.grader)(text, record.response)
         return {
             "index": record.index,
             "source": record.source,
@@ -182,60 +134,59 @@ class Evaluator:
             "nfe": nfe,
         }
 
-    def bound(self, params: Params, records: Sequence[Record], seed: int = 0) -> Bound:
-        """The NELBO of the records' own responses under the decoder's blocks.
+    def estimate_nelbo(self, params: Params, records: Sequence[Record], seed: int = 0) -> NelboBound:
+        """Estimates the NELBO of the records' own responses under the decoder's blocks.
 
         Args:
             params: the weights.
-            records: prompts and responses.
-            seed: of the masks.
+            records: the prompts and responses, one at least.
+            seed: the seed of the random masks.
 
         Returns:
-            Means with standard errors, and the breakdowns.
+            The bound with standard errors, by block and by masked count.
         """
         layout = layouts.scoring_layout(self.canvas, self.net.arch, self.encoder.special.stop_ids)
         samples = self.nelbo_samples or layout.block
         size = min(64, len(records))
-        run = jax.jit(_nelbo_of_rows, static_argnums=(0, 1, 2), out_shardings=_everywhere(params))
-        values, errors, blocks, lengths, counts = [], [], [], [], []
+        run = jax.jit(_nelbo_of_rows, static_argnums=(0, 1, 2), out_shardings=_replicated(params))
+        parts = []
         for at in range(0, len(records), size):
-            part = records[at : at + size]
-            batch = pad_records(filled(part, size), self.canvas)
+            batch = pad_records(filled(records[at : at + size], size), self.canvas)
+            keep = np.arange(size) < len(records) - at
             ids = (batch.prompt_ids, batch.prompt_len, batch.response_ids, batch.text_len, batch.index)
-            keep = np.arange(size) < len(part)
             rows = _split_rows(params, (keep, *ids))
             found = jax.device_get(run(self.net, layout, samples, params, jax.random.key(seed), *rows))
-            values.append(found.per_block[keep])
-            errors.append(found.variance[keep])
-            lengths.append(batch.text_len[keep])
-            blocks.append(-(-batch.text_len[keep] // layout.block))
-            counts.append(np.stack(found.by_count, -1))
-        per_block, text = np.concatenate(values), np.concatenate(lengths)
-        has = np.arange(layout.n_blocks) < np.concatenate(blocks)[:, None]
-        total, variance = per_block.sum(1), np.concatenate(errors).sum(1)
-        by_count = np.sum(counts, 0)
-        return Bound(
+            per_row = found.per_block[keep], found.variance[keep], batch.text_len[keep]
+            parts.append((*per_row, np.stack(found.by_count)[None]))
+        per_block, variance, text_len, by_count = (np.concatenate(part) for part in zip(*parts, strict=True))
+        total = per_block.sum(1)
+        rows_with_block = np.arange(layout.n_blocks)[:, None] < -(-text_len // layout.block)
+        return NelboBound(
             per_sequence=mean_se(total),
-            per_text_token=ratio_se(total, text),
+            per_text_token=ratio_se(total, text_len),
             mask_se=float(np.sqrt(variance.sum()) / len(total)),
             exact=likelihood.is_exact(layout, samples),
-            by_block=[
-                (float(per_block[has[:, k], k].mean()) if has[:, k].any() else float("nan"), int(has[:, k].sum()))
-                for k in range(layout.n_blocks)
-            ],
-            by_count=[(float(s / w) if w else float("nan"), int(w)) for s, w in by_count],
+            by_block=_means(per_block.sum(0, dtype=np.float64), rows_with_block.sum(1)),
+            by_count=_means(*by_count.sum(0)),
         )
 
 
-def _everywhere(params: Params) -> Any:
-    """The results' place: whole on every device, so that each process of a group can read them."""
+def _means(totals: np.ndarray, counts: np.ndarray) -> list[tuple[float, int]]:
+    """Pairs each total divided by its count (NaN where that is 0) with the count."""
+    return [(float(t / n) if n else float("nan"), int(n)) for t, n in zip(totals, counts, strict=True)]
+
+
+def _replicated(params: Params) -> NamedSharding | None:
+    """Returns the sharding that puts results whole on every device, so that each process of a group can read them."""
     place = jax.tree.leaves(params)[0].sharding
     return rules.replicated(place.mesh) if isinstance(place, NamedSharding) else None
 
 
 def _split_rows(params: Params, arrays: tuple[np.ndarray, ...]) -> tuple[Any, ...]:
-    """Rows as parts of global arrays, each device its own, where they divide among the devices; else as they are, whole on
-    every device. Every process has all of them."""
+    """Splits rows over the devices of the weights' mesh; where they do not divide, every device gets all of them.
+
+    Every process holds all rows. Where the weights are on no mesh, the rows are returned as they are.
+    """
     place = jax.tree.leaves(params)[0].sharding
     if not isinstance(place, NamedSharding) or not isinstance(place.mesh, Mesh):
         return arrays
@@ -256,38 +207,6 @@ def _nelbo_of_rows(  # type: ignore[no-untyped-def]
     net, layout, samples, params, key, keep, prompt_ids, prompt_len, response_ids, text_len, index
 ):
     canvas = canvases.from_rows(layout, prompt_ids, prompt_len, response_ids, text_len, index)
-    # A filler row is given no blocks: it adds nothing to the sums by count.
+    # A row that only fills up the batch is given no blocks, so that it adds nothing to the sums by count.
     canvas = canvas._replace(n_blocks=jnp.where(keep, canvas.n_blocks, 0))
     return likelihood.nelbo(net, layout, samples, params, canvas, key)
-
-
-def summary(solved: Solved | None, bound: Bound | None, about: dict[str, Any]) -> dict[str, Any]:
-    """Everything an evaluation found, as plain values for ``summary.json``.
-
-    Args:
-        solved: None where nothing was decoded.
-        bound: None where no NELBO was asked for.
-        about: what was evaluated and how.
-    """
-    result: dict[str, Any] = dict(about)
-    if solved is not None:
-        result |= {
-            "pass_at_1": {"rate": solved.pass_at_1.rate, **solved.pass_at_1._asdict()},
-            "nfe": solved.nfe,
-            "tokens_per_forward": solved.tokens_per_forward,
-            "tokens_per_second": solved.tokens_per_second,
-            "text_tokens": solved.tokens,
-            "decode_seconds": solved.seconds,
-            "stopped": sum(row["stopped"] for row in solved.rows),
-        }
-    if bound is not None:
-        result |= {
-            "nelbo_per_sequence": bound.per_sequence._asdict(),
-            "nelbo_per_token": bound.per_text_token._asdict(),
-            "nelbo_mask_se": bound.mask_se,
-            "nelbo_exact": bound.exact,
-            "nelbo_by_block": bound.by_block,
-            "nll_by_masked_count": bound.by_count,
-        }
-    parsed: dict[str, Any] = json.loads(json.dumps(result), parse_constant=lambda name: None)
-    return parsed

@@ -22,7 +22,8 @@ from jaxblock.config.config import Config
 from jaxblock.config.yaml import to_tree
 from jaxblock.data.loader import Batch, batches
 from jaxblock.errors import UserError
-from jaxblock.evaluation.runner import Bound, Evaluator, Solved
+from jaxblock.evaluation.results import NelboBound, Solved
+from jaxblock.evaluation.runner import Evaluator
 from jaxblock.fit import compile as ahead
 from jaxblock.fit import shapes as abstract
 from jaxblock.fit.compile import Ahead
@@ -310,12 +311,12 @@ class _Loop:
         train = self.config.train
         held_out = self.session.validation
         row: dict[str, Any] = {"step": step, "kind": "eval"}
-        bound: Bound | None = None
+        bound: NelboBound | None = None
         solved: Solved | None = None
         # Debug mode is for training steps: decoding without jit would take minutes.
         with self.clock.during("evaluation"), jax.disable_jit(False):
             if train.eval_nelbo_rows and held_out:
-                bound = self.evaluator.bound(params, held_out[: train.eval_nelbo_rows])
+                bound = self.evaluator.estimate_nelbo(params, held_out[: train.eval_nelbo_rows])
                 row["nelbo_per_token"] = bound.per_text_token._asdict()
                 row["nelbo_per_sequence"] = bound.per_sequence._asdict()
             if train.eval_problems and held_out:

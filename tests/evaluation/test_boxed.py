@@ -21,14 +21,15 @@ SAME = [
 
 @pytest.mark.parametrize("group", SAME)
 def test_one_answer_has_one_spelling(group: list[str]) -> None:
-    assert len({boxed.normalise(text) for text in group}) == 1
-    assert boxed.normalise(boxed.normalise(group[0])) == boxed.normalise(group[0])
+    assert len({boxed.normalise_latex(text) for text in group}) == 1
+    assert boxed.normalise_latex(boxed.normalise_latex(group[0])) == boxed.normalise_latex(group[0])
 
 
 def test_different_answers_stay_different() -> None:
-    found = [boxed.normalise(group[0]) for group in SAME]
+    found = [boxed.normalise_latex(group[0]) for group in SAME]
     found += [
-        boxed.normalise(text) for text in ("1,2", "12", "(1,23)", "0.05", "x+1", "1+x", r"\leftarrow", "10", "-1/2")
+        boxed.normalise_latex(text)
+        for text in ("1,2", "12", "(1,23)", "0.05", "x+1", "1+x", r"\leftarrow", "10", "-1/2")
     ]
     assert len(set(found)) == len(found)
 
@@ -48,7 +49,7 @@ def test_different_answers_stay_different() -> None:
     ],
 )
 def test_which_answer_is_read(text: str, expected: str | None) -> None:
-    assert boxed.answer(text) == expected
+    assert boxed.extract_answer(text) == expected
 
 
 def test_graded_against_a_solution_and_against_a_bare_answer() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from jaxblock.errors import UserError
-from jaxblock.evaluation.graders import GRADERS, grader, normalise
+from jaxblock.evaluation.graders import GRADERS, find_grader, normalise_gsm8k
 
 REFERENCE = "She sells 9 * 2 = 18 a day. #### 18"
 
@@ -70,7 +70,7 @@ def test_nothing_extracted_is_never_correct() -> None:
     ],
 )
 def test_normalise(text: str, expected: str) -> None:
-    assert normalise(text) == expected
+    assert normalise_gsm8k(text) == expected
 
 
 def test_exact_forgives_outer_space_alone() -> None:
@@ -81,7 +81,7 @@ def test_exact_forgives_outer_space_alone() -> None:
 
 def test_an_unknown_grader_is_named() -> None:
     with pytest.raises(UserError, match="gsm8k_strct.*gsm8k_strict"):
-        grader("gsm8k_strct")
+        find_grader("gsm8k_strct")
 
 
 def test_every_gsm8k_reference_is_right_about_itself(shared: Path) -> None:

@@ -16,6 +16,7 @@ from jaxblock import model as api
 from jaxblock.data.store.prepared_folder import open_prepared
 from jaxblock.data.store.records import Record
 from jaxblock.evaluation import runner
+from jaxblock.evaluation.results import summarise_evaluation
 from jaxblock.evaluation.runner import Evaluator
 from jaxblock.parallel import rules
 from jaxblock.parallel.mesh import make_mesh
@@ -85,7 +86,7 @@ def test_perfect_and_wrong_answers_are_told_apart(evaluator: Evaluator, records:
 
 
 def test_bound_agrees_with_the_interface(evaluator: Evaluator, model: api.Model, records: list[Record]) -> None:
-    bound = evaluator.bound(model.params, records)
+    bound = evaluator.estimate_nelbo(model.params, records)
     assert bound.exact and bound.mask_se == 0
     values, _ = model.nelbo(
         [record.prompt_ids.tolist() for record in records],
@@ -100,19 +101,21 @@ def test_bound_agrees_with_the_interface(evaluator: Evaluator, model: api.Model,
     total = sum(mean * count for mean, count in bound.by_block if count)
     assert total == pytest.approx(values.sum(), rel=1e-5)
     # Filler rows of a short batch add nothing: three rows out of six and six rows at once agree.
-    parts = [evaluator.bound(model.params, records[:3]), evaluator.bound(model.params, records[3:])]
+    parts = [evaluator.estimate_nelbo(model.params, records[:3]), evaluator.estimate_nelbo(model.params, records[3:])]
     sums = [sum(mean * count for mean, count in part.by_count) for part in parts]
     assert sum(sums) == pytest.approx(sum(mean * count for mean, count in bound.by_count), rel=1e-5)
 
 
 def test_summary_is_json(evaluator: Evaluator, model: api.Model, records: list[Record]) -> None:
-    found = runner.summary(
-        evaluator.solve(model.params, records[:1]), evaluator.bound(model.params, records[:1]), {"checkpoint": "x"}
+    found = summarise_evaluation(
+        evaluator.solve(model.params, records[:1]),
+        evaluator.estimate_nelbo(model.params, records[:1]),
+        {"checkpoint": "x"},
     )
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert found["nelbo_per_sequence"]["se"] is None  # one row has no standard error
     assert found["pass_at_1"]["n"] == 1 and found["checkpoint"] == "x"
-    assert runner.summary(None, None, {"a": 1}) == {"a": 1}
+    assert summarise_evaluation(None, None, {"a": 1}) == {"a": 1}
 
 
 def test_devices_share_the_rows_and_a_second_evaluation_compiles_nothing(

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from jaxblock.errors import UserError
-from jaxblock.evaluation import problems
-from jaxblock.evaluation.statistics import compare, mcnemar_p, mean_se, ratio_se, wilson
+from jaxblock.evaluation.comparison import compare_evaluations
+from jaxblock.evaluation.problems import format_problems, read_problems
+from jaxblock.evaluation.statistics import mcnemar_p, mean_se, ratio_se, wilson
 
 
 def test_wilson_is_the_formula() -> None:
@@ -68,7 +69,7 @@ def rows(verdicts: list[bool], **changes: Any) -> list[dict[str, Any]]:
 
 
 def write(path: Path, content: list[dict[str, Any]]) -> Path:
-    path.write_text(problems.dump(content), encoding="utf-8")
+    path.write_text(format_problems(content), encoding="utf-8")
     return path
 
 
@@ -76,7 +77,7 @@ def test_compare_counts_the_four_cells_in_any_order_of_lines(tmp_path: Path) -> 
     # U+2028 ends a line for str.splitlines, not for JSON lines
     a = write(tmp_path / "a.jsonl", [r | {"response": "\u2028"} for r in rows([True, True, False, False, False])])
     b = write(tmp_path / "b.jsonl", rows([True, False, True, True, False])[::-1])
-    got = compare(a, b)
+    got = compare_evaluations(a, b)
     assert (got.n, got.both, got.only_a, got.only_b, got.neither) == (5, 1, 1, 2, 1)
     assert got.p_value == 1 and got.grader == "gsm8k_strict" and "A 40.0%, B 60.0% of 5" in str(got)
 
@@ -93,7 +94,7 @@ def test_compare_counts_the_four_cells_in_any_order_of_lines(tmp_path: Path) -> 
 def test_compare_names_the_first_mismatch(tmp_path: Path, other: list[dict[str, Any]], message: str) -> None:
     a = write(tmp_path / "a.jsonl", rows([True, False, True]))
     with pytest.raises(UserError, match=message):
-        compare(a, write(tmp_path / "b.jsonl", other))
+        compare_evaluations(a, write(tmp_path / "b.jsonl", other))
 
 
 @pytest.mark.parametrize(
@@ -111,6 +112,6 @@ def test_a_bad_file_is_named_with_its_line(tmp_path: Path, text: str, message: s
     path = tmp_path / "p.jsonl"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=message):
-        problems.read(path)
+        read_problems(path)
     with pytest.raises(UserError, match="absent"):
-        problems.read(tmp_path / "absent.jsonl")
+        read_problems(tmp_path / "absent.jsonl")

@@ -41,7 +41,7 @@ def before(owner: Any, name: str, stage: str, due: Callable[..., bool] = lambda 
 
 if __name__ == "__main__":
     if os.environ["JAX_PROCESS_ID"] == "1":
-        before(Evaluator, "bound", "evaluation")
+        before(Evaluator, "estimate_nelbo", "evaluation")
         before(loop._Window, "idle", "step", lambda window: window.step == HELD["step"])  # each step asks
         before(Checkpoints, "save", "save", lambda checkpoints, state, step, *rest: step == HELD["save"])
         before(Checkpoints, "close", "end")
