@@ -37,10 +37,18 @@ def _flags(kind: Any, default: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _sentences(kind: type) -> list[str]:
-    """What follows each field in the source, without line breaks."""
+    """Returns the string that follows each field in the source, without line breaks."""
+    import ast
     import inspect
 
-    return [" ".join(text.split()) for text in re.findall(r'"""(.+?)"""', inspect.getsource(kind), re.S)[1:]]
+    (node,) = ast.parse(inspect.getsource(kind)).body
+    assert isinstance(node, ast.ClassDef)
+    return [
+        " ".join(after.value.value.split())
+        for before, after in zip(node.body, node.body[1:], strict=False)
+        if isinstance(before, ast.AnnAssign) and isinstance(after, ast.Expr)
+        if isinstance(after.value, ast.Constant) and isinstance(after.value.value, str)
+    ]
 
 
 @pytest.mark.parametrize("verb", cli.VERBS)
