@@ -20,7 +20,7 @@ import jax
 from rich.console import Console
 
 from benchmarks.host_time import settings
-from jaxblock.data.loader import batches
+from jaxblock.data.loader import BatchAt, batches
 from jaxblock.data.store.prepare import prepare
 from jaxblock.parallel.host_memory import keep_freed_memory
 from jaxblock.training.start import Session, meta, set_up
@@ -61,7 +61,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
 def _data(session: Session):  # type: ignore[no-untyped-def]
     train = session.config.train
-    return batches(session.prepared.records("train"), canvas=session.config.canvas, seed=0, batch_size=train.batch_size)
+    return batches(
+        BatchAt(session.prepared.records("train"), canvas=session.config.canvas, seed=0, batch_size=train.batch_size)
+    )
 
 
 def _step(session: Session):  # type: ignore[no-untyped-def]

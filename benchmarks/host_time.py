@@ -21,7 +21,7 @@ from rich.console import Console
 
 from jaxblock.config.config import Config
 from jaxblock.data.config import DataConfig
-from jaxblock.data.loader import batches
+from jaxblock.data.loader import BatchAt, batches
 from jaxblock.data.store.prepare import prepare
 from jaxblock.diffusion.config import CanvasConfig, MethodConfig
 from jaxblock.models.config import ModelConfig
@@ -74,7 +74,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
 def measure(session, config: Config, steps: int) -> dict[str, float]:  # type: ignore[no-untyped-def]
     """Medians in milliseconds: each host part with the device idle, then the step of a free-running loop."""
-    data = batches(session.prepared.records("train"), canvas=config.canvas, seed=0, batch_size=config.train.batch_size)
+    data = batches(
+        BatchAt(session.prepared.records("train"), canvas=config.canvas, seed=0, batch_size=config.train.batch_size)
+    )
     step_fn = compile_step(session.objective, session.optimizer, session.state, session.mesh, session.net.param_table)
     state, window = session.state, []
     for _ in range(5):

@@ -38,7 +38,7 @@ def worker(config_file: str, out: str, *, one: bool = False) -> None:
     from rich.console import Console
 
     from jaxblock.config.yaml import load_config
-    from jaxblock.data.loader import batches
+    from jaxblock.data.loader import BatchAt, batches
     from jaxblock.parallel import rules
     from jaxblock.training.start import set_up
     from jaxblock.training.step import compile_step
@@ -47,7 +47,7 @@ def worker(config_file: str, out: str, *, one: bool = False) -> None:
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, out=out, fsdp=1 if one else 2))
     session = set_up(config, Console(stderr=True))
     whole = rules.replicated(session.mesh)
-    stream = batches(
+    at = BatchAt(
         session.prepared.records("train"),
         canvas=config.canvas,
         seed=config.train.seed,
@@ -56,6 +56,7 @@ def worker(config_file: str, out: str, *, one: bool = False) -> None:
         process_index=session.process_index,
         process_count=session.process_count,
     )
+    stream = batches(at)
     everything = jax.jit(
         lambda batch, step: (batch, session.objective.draw(batch, session.objective.canvas(batch), step)),
         out_shardings=whole,

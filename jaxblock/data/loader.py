@@ -134,11 +134,24 @@ class BatchAt:
         canvas: CanvasConfig,
         seed: int,
         batch_size: int,
-        kind: Blocks,
+        kind: Blocks = "per_sequence",
         process_index: int = 0,
         process_count: int = 1,
     ) -> None:
-        """Takes the arguments that `batches` documents."""
+        """Fixes the order of the rows.
+
+        Args:
+            records: The training records (worker processes need them picklable).
+            canvas: The lengths of a row, and the size of the blocks of `pairs`.
+            seed: Any integer of 0 or more; with the step it decides every row.
+            batch_size: The number of rows of the global batch, a multiple of `process_count`.
+            kind: `per_sequence`: rows are records; `pairs`: rows are (record, block), each once an epoch.
+            process_index: The number of the slice of each batch that is made here.
+            process_count: The number of slices of each batch.
+
+        Raises:
+            UserError: If there are no records, or the batch does not split evenly.
+        """
         if batch_size < 1 or batch_size % process_count:
             raise UserError(
                 f"train.batch_size = {batch_size} does not split over {process_count} processes: use a multiple of it"
@@ -156,6 +169,7 @@ class BatchAt:
         self.rows_per_epoch = n
 
     def __call__(self, step: int) -> Batch:
+        """Returns this process's slice of the batch of a step."""
         places = [int(self._order[int(step) * self._batch_size + row]) for row in self._rows.tolist()]
         block = None
         if self._pairs is not None:
@@ -164,46 +178,17 @@ class BatchAt:
         return pad_records([self._records[place] for place in places], self._canvas, block=block, row_id=self._rows)
 
 
-def batches(
-    records: Sequence[Record],
-    *,
-    canvas: CanvasConfig,
-    seed: int,
-    batch_size: int,
-    start_step: int = 0,
-    kind: Blocks = "per_sequence",
-    process_index: int = 0,
-    process_count: int = 1,
-    workers: int = 0,
-) -> Iterator[Batch]:
-    """Makes endless batches from `start_step` on, read ahead by threads or worker processes.
+def batches(at: BatchAt, *, start_step: int = 0, workers: int = 0) -> Iterator[Batch]:
+    """Makes endless batches, read ahead by threads or worker processes.
 
     Args:
-        records: The training records (they must be picklable if `workers` > 0).
-        canvas: The lengths of a row, and the size of the blocks of `pairs`.
-        seed: Any integer of 0 or more; with the step it decides every row.
-        batch_size: The number of rows of the global batch, a multiple of `process_count`.
+        at: The rows of each step's batch.
         start_step: The step of the first batch.
-        kind: `per_sequence`: rows are records; `pairs`: rows are (record, block), each once an epoch.
-        process_index: The number of the slice of each batch that is made here.
-        process_count: The number of slices of each batch.
         workers: The number of worker processes; 0 reads ahead in two threads.
 
     Returns:
         An iterator (of Grain; its `close()` ends workers at once).
-
-    Raises:
-        UserError: If there are no records, or the batch does not split evenly.
     """
-    at = BatchAt(
-        records,
-        canvas=canvas,
-        seed=seed,
-        batch_size=batch_size,
-        kind=kind,
-        process_index=process_index,
-        process_count=process_count,
-    )
     steps = grain.MapDataset.range(start_step, sys.maxsize).map(at)
     dataset = steps.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
     if workers:

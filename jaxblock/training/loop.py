@@ -20,7 +20,7 @@ from rich.console import Console
 
 from jaxblock.config.config import Config
 from jaxblock.config.yaml import to_tree
-from jaxblock.data.loader import Batch, batches
+from jaxblock.data.loader import Batch, BatchAt, batches
 from jaxblock.errors import UserError
 from jaxblock.evaluation.results import NelboBound, Solved
 from jaxblock.evaluation.runner import Evaluator
@@ -242,17 +242,17 @@ class _Loop:
     def _data(self) -> Generator[Batch]:
         """Batches from the run's step on; closed, it ends the loader and waits for its workers."""
         train, method = self.config.train, self.config.method
-        stream = batches(
+        at = BatchAt(
             self.session.prepared.records("train"),
             canvas=self.config.canvas,
             seed=train.seed,
             batch_size=train.batch_size,
-            start_step=0 if train.overfit_one_batch else self.session.step,
             kind="pairs" if method.pairs else "per_sequence",
             process_index=self.session.process_index,
             process_count=self.session.process_count,
-            workers=train.loader_workers,
         )
+        start_step = 0 if train.overfit_one_batch else self.session.step
+        stream = batches(at, start_step=start_step, workers=train.loader_workers)
         # Worker processes start with the first batch.
         with contextlib.closing(cast(Generator[Batch], stream)):  # Grain's iterator
             with shielded() if train.loader_workers else contextlib.nullcontext():

@@ -108,6 +108,14 @@ def test_rows_are_flush_left_and_named() -> None:
         loader.pad_records([_record(0, 1, 13)], CANVAS)
 
 
+def test_rows_of_ids_are_padded_and_a_short_batch_is_filled_with_its_first_row() -> None:
+    ids, lengths = loader.pad_ids([[1, 2], np.array([3, 4, 5]), []], 4)
+    assert ids.tolist() == [[1, 2, 0, 0], [3, 4, 5, 0], [0, 0, 0, 0]] and lengths.tolist() == [2, 3, 0]
+    assert ids.dtype == lengths.dtype == np.int32
+    assert loader.filled(["a", "b"], 4) == ["a", "b", "a", "a"]
+    assert loader.filled(("a", "b"), 2) == ["a", "b"]
+
+
 def test_every_pair_is_listed_once() -> None:
     lengths = [4, 5, 1, 12]
     pairs = loader.pairs_of([_record(i, 1, n) for i, n in enumerate(lengths)], block=4)
@@ -153,9 +161,8 @@ def test_slices_of_processes_make_up_the_batch(seed: int, step: int, kind: Block
 def test_a_start_at_any_step_and_any_worker_count_give_the_same_batches(source: Records, workers: int) -> None:
     at = BatchAt(RECORDS, canvas=CANVAS, seed=1, batch_size=6, kind="pairs")
     for start in (13,) if workers else (0, 13):  # starting workers takes seconds
-        batches = loader.batches(
-            source, canvas=CANVAS, seed=1, batch_size=6, kind="pairs", start_step=start, workers=workers
-        )
+        of_file = BatchAt(source, canvas=CANVAS, seed=1, batch_size=6, kind="pairs")
+        batches = loader.batches(of_file, start_step=start, workers=workers)
         for step, batch in zip(range(start, start + 9), batches, strict=False):
             assert isinstance(batch, Batch)
             assert _same(batch, at(step))
@@ -168,6 +175,6 @@ def test_what_cannot_be_batched() -> None:
         ({"batch_size": 0}, "train.batch_size = 0"),
     ]:
         with pytest.raises(UserError, match=complaint):
-            loader.batches(RECORDS, canvas=CANVAS, seed=0, **settings_)
+            BatchAt(RECORDS, canvas=CANVAS, seed=0, **settings_)
     with pytest.raises(UserError, match="no records"):
-        loader.batches([], canvas=CANVAS, seed=0, batch_size=1)
+        BatchAt([], canvas=CANVAS, seed=0, batch_size=1)

@@ -6,7 +6,7 @@ import pathlib
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, SupportsIndex
+from typing import Any, SupportsIndex, overload
 
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
@@ -119,7 +119,13 @@ class Records(Sequence[Record]):
     def __len__(self) -> int:
         return len(self._source)
 
-    def __getitem__(self, index: Any) -> Any:
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> Record: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Record]: ...
+
+    def __getitem__(self, index: SupportsIndex | slice) -> Record | list[Record]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         return decode_record(self._bytes(index))
