@@ -11,7 +11,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from jaxblock.errors import UserError
-from jaxblock.reporting import plots
+from jaxblock.reporting import curves, plots
 from jaxblock.training.observe import metrics
 
 
@@ -62,9 +62,9 @@ def test_series_skips_what_is_not_finite() -> None:
 
 
 def test_smoothing_keeps_constants_and_means() -> None:
-    assert plots.smoothed(np.full(7, 3.0), 5).tolist() == [3.0] * 7
-    assert plots.smoothed(np.array([0.0, 3.0, 6.0]), 3).tolist() == [0.0, 3.0, 6.0]
-    assert plots.smoothed(np.array([0.0, 9.0, 0.0]), 3)[1] == 3.0
+    assert curves.smoothed(np.full(7, 3.0), 5).tolist() == [3.0] * 7
+    assert curves.smoothed(np.array([0.0, 3.0, 6.0]), 3).tolist() == [0.0, 3.0, 6.0]
+    assert curves.smoothed(np.array([0.0, 9.0, 0.0]), 3)[1] == 3.0
 
 
 RUNS = {
@@ -88,13 +88,13 @@ def test_pictures_of_full_short_and_empty_runs(tmp_path: Path, name: str) -> Non
 def test_what_is_drawn_is_what_was_logged(tmp_path: Path) -> None:
     run = metrics.read_metrics(write(tmp_path / "m.jsonl", RUNS["full"]))
     axes = Figure().subplots()
-    plots.draw_pass_at_1(axes, run)
+    curves.draw_pass_at_1(axes, run)
     line = axes.get_lines()[0]
     assert np.asarray(line.get_ydata()).tolist() == [1 / 8, 7 / 8]
     bars = axes.containers[0].lines[2][0].get_segments()  # type: ignore[attr-defined]
     assert np.allclose(np.stack(bars)[:, :, 1], [[0.1, 0.9]] * 2)
     axes = Figure().subplots()
-    plots.draw_breakdown(axes, run, "loss_by_count")
+    curves.draw_breakdown(axes, run, "loss_by_count")
     assert np.asarray(axes.get_lines()[0].get_xdata()).tolist() == list(range(1, 9))  # masked counts start at 1
     assert np.asarray(axes.get_lines()[0].get_ydata()).tolist() == [0.5] * 8
 
