@@ -14,7 +14,6 @@ import pytest
 
 from jaxblock.config.config import Config
 from jaxblock.data.config import DataConfig
-from jaxblock.data.store.length_rules import check_canvas
 from jaxblock.data.store.manifest import Manifest, read_manifest
 from jaxblock.data.store.prepare import Progress, prepare
 from jaxblock.data.store.prepared_folder import open_prepared
@@ -161,17 +160,18 @@ def test_nothing_that_fits_is_an_error(tmp_path: pathlib.Path, jsonl: Jsonl) -> 
 
 
 @pytest.mark.parametrize(
-    ("canvas", "complaint"),
+    ("canvas", "data", "complaint"),
     [
-        ({"response_len": 32, "block": 13}, "does not divide .*: set canvas.block = 16, or canvas.response_len = 39"),
-        ({"response_len": 30, "block": 8}, "does not divide .*: set canvas.block = 6, or canvas.response_len = 32"),
-        ({"block": 0}, "canvas.block = 0: it must be 1 or more"),
-        ({"prompt_len": -1}, "canvas.prompt_len = -1"),
+        ({"response_len": 32, "block": 13}, {}, "does not divide .*: set block to 16 or response_len to 39"),
+        ({"response_len": 30, "block": 8}, {}, "does not divide .*: set block to 6 or response_len to 32"),
+        ({"block": 0}, {}, "canvas.block is 0: it must be at least 1"),
+        ({"prompt_len": -1}, {}, "canvas.prompt_len is -1"),
+        ({}, {"builtin_test": -1}, "data.builtin_test is -1: it must be 0 or more"),
     ],
 )
-def test_a_block_that_does_not_divide_the_canvas(canvas: dict[str, int], complaint: str) -> None:
+def test_settings_are_checked_first(canvas: dict[str, int], data: dict[str, int], complaint: str) -> None:
     with pytest.raises(UserError, match=complaint):
-        check_canvas(CanvasConfig(**canvas))
+        prepare(DataConfig(**data), CanvasConfig(**canvas))
 
 
 def test_training_rules_hold_for_validation_taken_from_training_alone(tmp_path: pathlib.Path, jsonl: Jsonl) -> None:

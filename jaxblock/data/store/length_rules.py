@@ -15,26 +15,6 @@ from jaxblock.diffusion.config import CanvasConfig
 from jaxblock.errors import UserError
 
 
-def check_canvas(canvas: CanvasConfig) -> None:
-    """Checks the lengths of a canvas.
-
-    Raises:
-        UserError: If one is not positive, or the block does not divide the response (the nearest that does is named).
-    """
-    for name in ("prompt_len", "response_len", "block"):
-        if getattr(canvas, name) < 1:
-            raise UserError(f"canvas.{name} = {getattr(canvas, name)}: it must be 1 or more")
-    if canvas.response_len % canvas.block:
-        valid = [n for n in range(1, canvas.response_len + 1) if canvas.response_len % n == 0]
-        nearest = min(valid, key=lambda n: (abs(n - canvas.block), n))
-        up = -(-canvas.response_len // canvas.block) * canvas.block
-        raise UserError(
-            f"canvas.block = {canvas.block} does not divide canvas.response_len = {canvas.response_len}: set "
-            f"canvas.block = {nearest}, "
-            f"or canvas.response_len = {up}"
-        )
-
-
 class LengthRules:
     """Applies the rules on lengths to every split, and counts what they leave out.
 

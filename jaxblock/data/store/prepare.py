@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from jaxblock.data.config import DataConfig
 from jaxblock.data.store import manifest as manifests
-from jaxblock.data.store.length_rules import LengthRules, check_canvas
+from jaxblock.data.store.length_rules import LengthRules
 from jaxblock.data.store.manifest import Manifest, read_manifest, recorded_settings, write_manifest
 from jaxblock.data.store.records import Record, records_file, write_records
 from jaxblock.data.store.statistics import count_overlaps, length_statistics
@@ -53,7 +53,8 @@ def prepare(data: DataConfig, canvas: CanvasConfig, progress: Progress = _silent
         UserError: If the input or a setting is bad (file and line are named), or the folder may not be replaced; nothing
             is written then.
     """
-    check_canvas(canvas)
+    data.check()
+    canvas.check()
     data = with_recipe(data)
     sources = read_splits(data)
     given = None if data.tokenizer == "train" else _given_tokenizer(data)

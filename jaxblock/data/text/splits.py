@@ -30,13 +30,6 @@ def read_splits(config: DataConfig) -> dict[str, Source]:
         UserError: If a file or a record is refused (see `sources.read_source`), the settings fit no split, or the
             built-in corpus is not disjoint.
     """
-    for name, count in (
-        ("validation_records", config.validation_records),
-        ("builtin_train", config.builtin_train),
-        ("builtin_test", config.builtin_test),
-    ):
-        if count < 0:
-            raise UserError(f"data.{name} = {count}: it cannot be below 0")
     if config.train != BUILTIN and config.test == BUILTIN:
         raise UserError(
             f"data.test is `builtin` but data.train is {config.train!r}: set data.test to your own held-out records "
