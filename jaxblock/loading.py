@@ -6,8 +6,8 @@ import dataclasses
 
 from jaxblock import build
 from jaxblock.data.tokens.encoding import checkpoint_encoder
+from jaxblock.data.tokens.find_special import TURN_ENDS
 from jaxblock.data.tokens.load import has_tokenizer, load_tokenizer
-from jaxblock.data.tokens.special import TURN_ENDS
 from jaxblock.data.tokens.tokenizer import Tokenizer
 from jaxblock.diffusion.config import CanvasConfig
 from jaxblock.errors import UserError

@@ -11,9 +11,9 @@ import pytest
 from jaxblock.data.config import DataConfig
 from jaxblock.data.text.examples import Example
 from jaxblock.data.tokens.encoding import Encoder
+from jaxblock.data.tokens.find_special import find_special
 from jaxblock.data.tokens.load import load_tokenizer
 from jaxblock.data.tokens.sentencepiece_model import SentencePieceTokenizer, train_tokenizer
-from jaxblock.data.tokens.special import find_special
 from jaxblock.data.tokens.templates import Template, template_source
 from jaxblock.data.tokens.tokenizer import Tokenizer
 from jaxblock.errors import UserError

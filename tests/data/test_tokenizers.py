@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxblock.data.config import DataConfig
+from jaxblock.data.tokens.find_special import find_special
 from jaxblock.data.tokens.load import load_tokenizer
 from jaxblock.data.tokens.sentencepiece_model import SentencePieceTokenizer, train_tokenizer
-from jaxblock.data.tokens.special import SpecialIds, find_special
+from jaxblock.data.tokens.special import SpecialIds
 from jaxblock.data.tokens.templates import template_source
 from jaxblock.data.tokens.tokenizer import Tokenizer
 from jaxblock.errors import UserError

@@ -18,9 +18,9 @@ from jaxblock.data.text.examples import Example
 from jaxblock.data.text.recipes import with_recipe
 from jaxblock.data.text.splits import read_splits
 from jaxblock.data.tokens.encoding import Encoder
+from jaxblock.data.tokens.find_special import add_mask, find_special, ids_in_checkpoint
 from jaxblock.data.tokens.load import load_tokenizer
 from jaxblock.data.tokens.sentencepiece_model import train_tokenizer
-from jaxblock.data.tokens.special import add_mask, find_special, ids_in_checkpoint
 from jaxblock.data.tokens.templates import Template, template_source
 from jaxblock.data.tokens.tokenizer import BOS, EOS, EOT, Tokenizer
 from jaxblock.diffusion.config import CanvasConfig

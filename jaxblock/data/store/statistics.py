@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -40,12 +41,10 @@ def count_overlaps(prompts: Mapping[str, Iterable[str]]) -> dict[str, int]:
         {"train and test": n, ...}
     """
     normal = {split: [" ".join(text.split()).casefold() for text in texts] for split, texts in prompts.items()}
-    names = list(normal)
     counts = {}
-    for i, first in enumerate(names):
+    for first, second in itertools.combinations(normal, 2):
         seen = set(normal[first])
-        for second in names[i + 1 :]:
-            counts[f"{first} and {second}"] = sum(text in seen for text in normal[second])
+        counts[f"{first} and {second}"] = sum(text in seen for text in normal[second])
     return counts
 
 

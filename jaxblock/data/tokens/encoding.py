@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 from jaxblock.data.config import DataConfig
 from jaxblock.data.text.examples import Example, Message, in_template
-from jaxblock.data.tokens.special import SpecialIds, find_special, first_stop
+from jaxblock.data.tokens.find_special import find_special
+from jaxblock.data.tokens.special import SpecialIds, first_stop
 from jaxblock.data.tokens.templates import Template, template_source
 from jaxblock.data.tokens.tokenizer import Tokenizer
 from jaxblock.errors import UserError

@@ -1,29 +1,9 @@
-"""Finds which ids a tokenizer and its checkpoint use for the mask, the end of a sequence and the end of a turn."""
+"""The ids of the special tokens that the method needs, and where they end a response."""
 
 from __future__ import annotations
 
-import dataclasses
-import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-
-from jaxblock.data.config import DataConfig
-from jaxblock.data.tokens.templates import Template
-from jaxblock.data.tokens.tokenizer import BOS, EOS, EOT, MASK, Tokenizer, token_text
-from jaxblock.data.tokens.tokenizer_json import HuggingFaceTokenizer
-from jaxblock.errors import UserError
-from jaxblock.io.files import read_json
-from jaxblock.io.hub import local_checkpoint
-from jaxblock.io.paths import PathLike, as_path
-
-TURN_ENDS = (EOT, "<|im_end|>")
-"""The model families' names of the end-of-turn token: config.json gives the end of the sequence alone."""
-
-_MASKS = (MASK, "<|mask|>", "<|MASK|>", "[MASK]", "<mask>")
-_ENDS = (EOS, "<|end_of_text|>", "</s>")
-_UNUSED = re.compile(r"mask|reserved|unused|extra|placeholder|dummy", re.IGNORECASE)
-_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_PROBE = "Zq7Probe"  # stands in no template, and nothing would trim or escape it
 
 
 @dataclass(frozen=True)
@@ -49,178 +29,12 @@ class SpecialIds:
 
 
 def first_stop(ids: Iterable[int], stop_ids: Collection[int]) -> int | None:
-    """Returns the position of the first token that ends a response, None where no token does.
+    """Returns the position of the first token that ends a response; None if no token does.
 
-    ``ids[:first_stop(ids, stop_ids)]`` is thus the response's text without its terminator, in either case.
+    In both cases `ids[:first_stop(ids, stop_ids)]` is the response's text without its terminator.
 
     Args:
-        ids: the tokens of a response.
-        stop_ids: the ids that end a response.
+        ids: The tokens of a response.
+        stop_ids: The ids that end a response.
     """
     return next((at for at, token in enumerate(ids) if token in stop_ids), None)
-
-
-def ids_in_checkpoint(path: PathLike) -> dict[str, int]:
-    """Reads the special ids that the config.json beside a tokenizer gives.
-
-    Args:
-        path: The tokenizer's folder, file or hub name.
-
-    Returns:
-        {"mask": id, "eos": id}, without an entry that config.json does not have. Of several end-of-sequence ids it is
-        the first.
-
-    Raises:
-        UserError: If there is a config.json that is not a JSON object.
-    """
-    target = as_path(local_checkpoint(path, weights=False))
-    file = (target if target.is_dir() else target.parent) / "config.json"
-    if not file.exists():
-        return {}
-    content = read_json(file)
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: a checkpoint's config.json holds one JSON object, this does not")
-    found = {}
-    for name in ("mask", "eos"):
-        value = content.get(f"{name}_token_id")
-        first = value[0] if isinstance(value, list) and value else value
-        if isinstance(first, int) and not isinstance(first, bool) and first >= 0:
-            found[name] = first
-    return found
-
-
-def add_mask(tokenizer: Tokenizer, config: DataConfig, checkpoint: Mapping[str, int]) -> Tokenizer:
-    """Returns the tokenizer with the mask token that `data.add_mask_token` asks for added under the next free id.
-
-    Args:
-        tokenizer: The checkpoint's tokenizer.
-        config: The data settings; `mask_token` names the token, or LLaDA's name is used.
-        checkpoint: The ids that `ids_in_checkpoint` found.
-
-    Raises:
-        UserError: If there is a mask token already, or the tokenizer is a SentencePiece model.
-    """
-    text = config.mask_token or MASK
-    if "mask" in checkpoint:
-        raise UserError(
-            f"data.add_mask_token: the checkpoint of {config.tokenizer!r} has a mask token (its config.json: mask_token_id "
-            f"{checkpoint['mask']}); set it to false"
-        )
-    if tokenizer.id_of(text) is not None:
-        raise UserError(
-            f"data.add_mask_token: the tokenizer {config.tokenizer!r} has {text!r} already (id {tokenizer.id_of(text)}); "
-            "set it to false to use that token, or data.mask_token to another name"
-        )
-    if not isinstance(tokenizer, HuggingFaceTokenizer):
-        raise UserError(
-            f"data.add_mask_token: {config.tokenizer!r} is a SentencePiece model, to which no token can be added; name an "
-            f"unused token in data.mask_token ({_candidates(tokenizer)}), or convert it to a tokenizer.json "
-            "(AutoTokenizer.from_pretrained(...).save_pretrained(...) in transformers)"
-        )
-    return tokenizer.with_special_token(text, "mask_token")
-
-
-def find_special(
-    tokenizer: Tokenizer, template_name: str, source: str, config: DataConfig, checkpoint: Mapping[str, int]
-) -> tuple[Template, SpecialIds]:
-    """Finds the special tokens of a tokenizer and gives the template the texts of those that it may write.
-
-    Args:
-        tokenizer: The tokenizer in which the tokens' texts are looked up.
-        template_name: The template's name, for error messages.
-        source: The template's Jinja text.
-        config: The data settings; special tokens that they name win over everything else.
-        checkpoint: The ids that `ids_in_checkpoint` found; they win over the tokenizer's own settings.
-
-    Raises:
-        UserError: If a token cannot be found (the field to set is named), or the mask is used for something else too.
-    """
-    eos = _eos_id(tokenizer, config, checkpoint)
-    eot = next((text for text in TURN_ENDS if tokenizer.id_of(text) is not None), tokenizer.piece(eos))
-    texts = {name: token_text(tokenizer.settings.get(name)) for name in _NAMED}
-    if not texts["bos_token"] and tokenizer.id_of(BOS) is not None:
-        texts["bos_token"] = BOS
-    if template_name != "tokenizer" or not texts["eos_token"]:
-        texts["eos_token"] = tokenizer.piece(eos)
-    texts["eot_token"] = config.eot_token or eot
-    template = Template(template_name, source, {name: text for name, text in texts.items() if text})
-    eot = config.eot_token or turn_end(tokenizer, template, config.system) or eot
-    eot_id = tokenizer.id_of(eot)
-    if eot_id is None:
-        raise _missing(tokenizer, config, "eot", eot, "set it to the token that ends an assistant turn")
-    template = dataclasses.replace(template, tokens={**template.tokens, "eot_token": eot})
-    mask = _mask_id(tokenizer, config, checkpoint)
-    if mask in (eos, eot_id):
-        raise UserError(
-            f"data.mask_token: {config.mask_token or f'id {mask}'!r} is also the end-of-sequence or end-of-turn token; the "
-            "mask must be a token of its own"
-        )
-    pad = tokenizer.id_of(texts["pad_token"]) if texts["pad_token"] else None
-    return template, SpecialIds(mask=mask, eos=eos, eot=eot_id, pad=eos if pad is None or pad == mask else pad)
-
-
-def turn_end(tokenizer: Tokenizer, template: Template, system: str | None = None) -> str | None:
-    """Finds the special token that a template writes right after an assistant's words, by rendering a conversation.
-
-    Args:
-        tokenizer: The tokenizer, which knows the special tokens' texts.
-        template: The template in question.
-        system: A system message, for templates that need one.
-
-    Returns:
-        The token's text; None if the template writes none, or fails on the conversation.
-    """
-    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
-    if system is not None:
-        messages.insert(0, {"role": "system", "content": system})
-    try:
-        text = template.render(messages, False)
-    except UserError:
-        return None  # the first record meets the same error, and its message names the record's place
-    rest = text[text.rfind(_PROBE) + len(_PROBE) :].lstrip() if _PROBE in text else ""
-    return max((special for special in tokenizer.special_texts if rest.startswith(special)), key=len, default=None)
-
-
-def _mask_id(tokenizer: Tokenizer, config: DataConfig, checkpoint: Mapping[str, int]) -> int:
-    if config.mask_token is None and "mask" in checkpoint:
-        return checkpoint["mask"]
-    found = _first_known(tokenizer, config.mask_token, "mask_token", _MASKS)
-    if found is None:
-        advice = (
-            "set it to the token the checkpoint was trained with (the one its config.json calls mask_token_id); for a start "
-            "that has none, name an unused token, or set data.add_mask_token. Candidates: " + _candidates(tokenizer)
-        )
-        raise _missing(tokenizer, config, "mask", config.mask_token, advice)
-    return found
-
-
-def _eos_id(tokenizer: Tokenizer, config: DataConfig, checkpoint: Mapping[str, int]) -> int:
-    if config.eos_token is None and checkpoint.get("eos", tokenizer.vocab_size) < tokenizer.vocab_size:
-        return checkpoint["eos"]
-    found = _first_known(tokenizer, config.eos_token, "eos_token", _ENDS)
-    if found is None:
-        advice = "set it to the tokenizer's end-of-sequence token (LLaDA pads with it too)"
-        raise _missing(tokenizer, config, "eos", config.eos_token, advice)
-    return found
-
-
-def _first_known(tokenizer: Tokenizer, named: str | None, setting: str, usual: tuple[str, ...]) -> int | None:
-    """Looks a token up: the one that the config names, or else the one of the tokenizer's settings or of a usual name."""
-    texts = [named] if named else [token_text(tokenizer.settings.get(setting)), *usual]
-    return next((i for text in texts if text and (i := tokenizer.id_of(text)) is not None), None)
-
-
-def _missing(tokenizer: Tokenizer, config: DataConfig, name: str, text: str | None, advice: str) -> UserError:
-    known = ", ".join(sorted(tokenizer.special_texts)[:20]) or "none"
-    what = f"no token {text!r}" if text else f"no token that is known as {'a mask' if name == 'mask' else 'an end'}"
-    return UserError(
-        f"data.{name}_token: the tokenizer {config.tokenizer!r} has {what}; {advice}. Its special tokens: {known}"
-    )
-
-
-def _candidates(tokenizer: Tokenizer) -> str:
-    """Lists special tokens whose names say that they are unused, the shortest first."""
-    unused = [text for text in tokenizer.special_texts if _UNUSED.search(text)]
-    unused.sort(key=lambda text: (len(text), text))
-    more = f" and {len(unused) - 6} more" if len(unused) > 6 else ""
-    return (", ".join(unused[:6]) or "none by name") + more

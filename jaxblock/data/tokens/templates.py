@@ -9,7 +9,6 @@ from __future__ import annotations
 import datetime
 import functools
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -53,6 +52,9 @@ _PLAIN = """\
 NAMED = {"chat": _CHAT, "plain": _PLAIN}
 
 _CONTROL = re.compile(r"<\|[^<>|\s]+\|>")
+_ERRORS_OF_EXPRESSIONS = (
+    TypeError, ValueError, LookupError, RecursionError, AttributeError, ArithmeticError, OSError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -91,16 +93,7 @@ class Template:
             )
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"template {self.name!r}, line {error.lineno}: {error.message}") from error
-        except (
-            jinja2.TemplateError,
-            TypeError,
-            ValueError,
-            LookupError,
-            RecursionError,
-            AttributeError,
-            ArithmeticError,
-            OSError,
-        ) as error:
+        except (jinja2.TemplateError, *_ERRORS_OF_EXPRESSIONS) as error:
             raise UserError(f"{where or 'a conversation'}: template {self.name!r} fails on it: {error}") from error
 
     def control_tokens(self) -> tuple[str, ...]:
@@ -134,7 +127,7 @@ def template_source(name: str, *, tokenizer_template: Any = None) -> str:
         known = ", ".join([*NAMED, "tokenizer"])
         raise UserError(f"data.template: {name!r} is neither one of {known} nor a file")
     try:
-        return read_bytes(os.fspath(name)).decode()
+        return read_bytes(name).decode()
     except UnicodeDecodeError as error:
         raise UserError(f"data.template: {name} is not UTF-8 at byte {error.start}") from error
 
@@ -159,13 +152,8 @@ def _to_json(
     value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
     """Writes JSON as it is, where Jinja's own filter would escape it for HTML."""
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators and tuple(separators),
-        sort_keys=sort_keys,
-    )
+    separators = separators and tuple(separators)
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 @functools.cache
