@@ -21,7 +21,7 @@ from jaxblock.data.store.records import Record, Records
 from jaxblock.diffusion.config import Blocks, CanvasConfig
 from jaxblock.errors import UserError
 
-Row = TypeVar("Row")
+Item = TypeVar("Item")
 
 
 class Batch(NamedTuple):
@@ -62,7 +62,7 @@ def pad_ids(rows: Sequence[Sequence[int] | np.ndarray], width: int) -> tuple[np.
     return ids, np.array([len(values) for values in rows], np.int32)
 
 
-def filled(rows: Sequence[Row], size: int) -> list[Row]:
+def filled(rows: Sequence[Item], size: int) -> list[Item]:
     """Fills a short last batch up to `size` rows with copies of its first row, so that its shape needs no new compilation.
 
     The caller drops what is computed for the copies.

@@ -17,8 +17,8 @@ from jaxblock.errors import UserError
 from jaxblock.io.files import read_json, write_json
 from jaxblock.io.paths import PathLike, as_path
 
-FILE = "manifest.json"
-FORMAT = 1
+MANIFEST_FILE = "manifest.json"
+MANIFEST_FORMAT = 1
 # Settings that do not change what is prepared, but only where it is written or what training shows of it.
 _NOT_RECORDED_DATA = ("prepared", "overwrite")
 _NOT_RECORDED_CANVAS = ("context", "suffix_window", "total_len")
@@ -69,7 +69,7 @@ class Manifest:
 
 def write_manifest(folder: PathLike, manifest: Manifest) -> None:
     """Writes the manifest, and so declares the folder whole."""
-    write_json(as_path(folder) / FILE, dataclasses.asdict(manifest))
+    write_json(as_path(folder) / MANIFEST_FILE, dataclasses.asdict(manifest))
 
 
 def read_manifest(folder: PathLike) -> Manifest:
@@ -79,14 +79,16 @@ def read_manifest(folder: PathLike) -> Manifest:
         UserError: If there is none, or another version wrote it.
     """
     name = os.fspath(folder)
-    path = as_path(folder) / FILE
+    path = as_path(folder) / MANIFEST_FILE
     if not path.exists():
-        raise UserError(f"data.prepared: {name} holds no prepared data (no {FILE}); run `jaxblock prepare` first")
+        raise UserError(
+            f"data.prepared: {name} holds no prepared data (no {MANIFEST_FILE}); run `jaxblock prepare` first"
+        )
     content = read_json(path)
     try:
-        if content["format"] != FORMAT:
+        if content["format"] != MANIFEST_FORMAT:
             raise UserError(
-                f"{path}: format {content['format']} is not this version's, {FORMAT}; prepare the data again"
+                f"{path}: format {content['format']} is not this version's, {MANIFEST_FORMAT}; prepare the data again"
             )
         return Manifest(**{**content, "special": SpecialIds(**content["special"])})
     except (KeyError, TypeError) as error:
@@ -105,7 +107,7 @@ def recorded_settings(data: DataConfig, canvas: CanvasConfig) -> dict[str, dict[
     }
 
 
-def fingerprint(
+def compute_fingerprint(
     settings: Mapping[str, Mapping[str, Any]],
     inputs: Mapping[str, Mapping[str, Any]],
     tokenizer: Mapping[str, Any],
@@ -121,11 +123,11 @@ def fingerprint(
         template: The chat template's Jinja source.
     """
     hashes = {split: entry["sha256"] for split, entry in inputs.items()}
-    content = [FORMAT, settings, hashes, dict(tokenizer), template]
+    content = [MANIFEST_FORMAT, settings, hashes, dict(tokenizer), template]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def differences(old: Manifest, settings: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def changed_settings(old: Manifest, settings: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Lists which recorded settings differ from those of a folder, as "data.level = 'easy' there, 'hard' here"."""
     found = []
     for section, before in (("data", old.data), ("canvas", old.canvas)):

@@ -9,9 +9,17 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from jaxblock.data.config import DataConfig
-from jaxblock.data.store import manifest as manifests
 from jaxblock.data.store.length_rules import LengthRules
-from jaxblock.data.store.manifest import Manifest, read_manifest, recorded_settings, write_manifest
+from jaxblock.data.store.manifest import (
+    MANIFEST_FILE,
+    MANIFEST_FORMAT,
+    Manifest,
+    changed_settings,
+    compute_fingerprint,
+    read_manifest,
+    recorded_settings,
+    write_manifest,
+)
 from jaxblock.data.store.records import Record, records_file, write_records
 from jaxblock.data.store.statistics import count_overlaps, length_statistics
 from jaxblock.data.text.examples import Example
@@ -63,7 +71,7 @@ def prepare(data: DataConfig, canvas: CanvasConfig, progress: Progress = _silent
     settings = recorded_settings(data, canvas)
     inputs = {split: source.described() for split, source in sources.items()}
     origin = {**_sha256_of_files(given.tokenizer), **given.ids} if given else {}
-    fingerprint = manifests.fingerprint(settings, inputs, origin, template)
+    fingerprint = compute_fingerprint(settings, inputs, origin, template)
     there = _prepared_before(data, settings, fingerprint)
     if there is not None:
         progress(f"already prepared: {data.prepared} holds the same settings and inputs")
@@ -82,7 +90,7 @@ def prepare(data: DataConfig, canvas: CanvasConfig, progress: Progress = _silent
     for split, some in records.items():
         report[split] |= length_statistics(some, canvas.block)
     manifest = Manifest(
-        format=manifests.FORMAT,
+        format=MANIFEST_FORMAT,
         fingerprint=fingerprint,
         **settings,
         inputs=inputs,
@@ -93,7 +101,7 @@ def prepare(data: DataConfig, canvas: CanvasConfig, progress: Progress = _silent
         splits=report,
         overlaps=count_overlaps({split: [record.prompt for record in some] for split, some in records.items()}),
     )
-    with new_folder(data.prepared, marker=manifests.FILE, overwrite=data.overwrite) as folder:
+    with new_folder(data.prepared, marker=MANIFEST_FILE, overwrite=data.overwrite) as folder:
         _write(folder, records, encoder, manifest)
     return manifest
 
@@ -105,7 +113,7 @@ def _prepared_before(data: DataConfig, settings: dict[str, dict[str, Any]], fing
         UserError: If the folder holds something else and may not be replaced.
     """
     path = as_path(data.prepared)
-    if (path / manifests.FILE).exists():
+    if (path / MANIFEST_FILE).exists():
         try:
             there = read_manifest(data.prepared)
         except UserError:
@@ -116,13 +124,13 @@ def _prepared_before(data: DataConfig, settings: dict[str, dict[str, Any]], fing
         if there.fingerprint == fingerprint and all(as_path(file).exists() for file in files):
             return there
         if not data.overwrite:
-            changed = "; ".join(manifests.differences(there, settings))
+            changed = "; ".join(changed_settings(there, settings))
             raise UserError(
                 f"data.prepared: {data.prepared} holds data prepared otherwise "
                 f"({changed or 'the content of its input, tokenizer or template files'}). Set data.overwrite to replace "
                 "them, or another data.prepared"
             )
-    check_vacant(data.prepared, marker=manifests.FILE, overwrite=data.overwrite)
+    check_vacant(data.prepared, marker=MANIFEST_FILE, overwrite=data.overwrite)
     return None
 
 
