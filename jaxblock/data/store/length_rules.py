@@ -41,8 +41,8 @@ class LengthRules:
             examples: The examples themselves.
 
         Returns:
-            Records that fit, and a report {"kept": records, "dropped": {reason: records}, "cut": {reason: records}}.
-            Nothing is ever cut off a prompt.
+            (the records that fit, a report {"kept": n, "dropped": {reason: n}, "cut": {reason: n}} of how many records
+            were kept, left out and cut). Nothing is ever cut off a prompt.
 
         Raises:
             UserError: If no record is left.

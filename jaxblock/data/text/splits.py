@@ -13,11 +13,11 @@ from jaxblock.data.text.recipes import BUILTIN, with_test_fields
 from jaxblock.data.text.sources import Source, builtin_examples, builtin_source, read_source
 from jaxblock.errors import UserError
 
-NAMES = ("train", "validation", "test")
+SPLIT_NAMES = ("train", "validation", "test")
 
 
 def read_splits(config: DataConfig) -> dict[str, Source]:
-    """Reads every split that has examples, in the order of `NAMES`.
+    """Reads every split that has examples, in the order of `SPLIT_NAMES`.
 
     Validation records that no file gives are set apart: of a training file by a permutation seeded with `config.seed`,
     of the built-in corpus from its held-out problems beyond the first `builtin_test`. The examples of one conversation
@@ -36,7 +36,7 @@ def read_splits(config: DataConfig) -> dict[str, Source]:
             "(.jsonl), or to null"
         )
     found = _from_corpus(config) if config.train == BUILTIN else _from_files(config)
-    return {split: found[split] for split in NAMES if split in found and found[split].examples}
+    return {split: found[split] for split in SPLIT_NAMES if split in found and found[split].examples}
 
 
 def _from_corpus(config: DataConfig) -> dict[str, Source]:
@@ -47,7 +47,7 @@ def _from_corpus(config: DataConfig) -> dict[str, Source]:
     held_out = builtin_examples("test", config.builtin_test + n_validation, config)
     train, validation = builtin_examples("train", config.builtin_train, config), held_out[config.builtin_test :]
     test = held_out[: config.builtin_test] if config.test == BUILTIN else []
-    found = {split: builtin_source(some) for split, some in zip(NAMES, (train, validation, test), strict=True)}
+    found = {split: builtin_source(some) for split, some in zip(SPLIT_NAMES, (train, validation, test), strict=True)}
     _check_disjoint(found)
     for split, path in (("validation", config.validation), ("test", config.test)):
         if path is not None and path != BUILTIN:
@@ -61,7 +61,7 @@ def _from_files(config: DataConfig) -> dict[str, Source]:
         raise UserError(
             f"data.validation is `builtin` but data.train is {config.train!r}: set it to a file, or to null"
         )
-    paths = zip(NAMES, (config.train, config.validation, config.test), strict=True)
+    paths = zip(SPLIT_NAMES, (config.train, config.validation, config.test), strict=True)
     found = {split: _read_file(split, path, config) for split, path in paths if path is not None}
     if config.validation is None:
         found["train"], found["validation"] = _set_apart(found["train"], config)
