@@ -1,4 +1,4 @@
-"""The vocabulary of arrays that every room shares.
+"""The types of arrays that several rooms share.
 
 Letters in shapes (also the suffixes of local names): B rows of a batch, T canvas positions, R response positions,
 A positions of the active block, K draws per sequence, N query heads, G key/value heads, H head dim, D embed,
@@ -17,14 +17,14 @@ Params = dict[str, Any]
 
 
 class View(NamedTuple):
-    """What the network is fed, in training and in decoding alike.
+    """What the network sees of a batch, in training and in decoding alike.
 
     Attributes:
-        ids: tokens with masks in place.
-        positions: rotary positions.
-        length: keys at or after it are hidden.
-        active: canvas positions of the active block.
-        at: where the hidden state that predicts each active position is read (the Dream shift lives here alone).
+        ids: the tokens of the canvas, with mask tokens where something is hidden.
+        positions: the rotary position of each token.
+        length: the visible positions of each row; keys at or after it are hidden.
+        active: the canvas positions of the active block.
+        at: the position whose hidden state predicts each active position (the only place of Dream's shift).
         valid: which active positions exist and may be supervised or committed.
     """
 
@@ -37,7 +37,7 @@ class View(NamedTuple):
 
 
 class Sum(NamedTuple):
-    """A total and what to divide it by. Nothing is divided before the sink: never a mean of means."""
+    """A total and what it will be divided by, where it is written down and not before: a mean of means would be wrong."""
 
     total: Array
     weight: Array
@@ -45,16 +45,16 @@ class Sum(NamedTuple):
 
 @runtime_checkable
 class Network(Protocol):
-    """What the method asks of a network: hidden states at chosen positions, and the head applied to those alone."""
+    """What the method needs of a network: hidden states at chosen positions, and the head applied to those alone."""
 
     def hidden(self, params: Params, view: View, row_keys: Array | None = None) -> Float[Array, "B A D"]:
-        """Hidden states at ``view.at``, after the last norm; ``row_keys`` [B] are those of dropout (None: no dropout)."""
+        """Returns the hidden states at ``view.at`` after the last norm; ``row_keys`` [B] draw the dropout, None is no dropout."""
         ...
 
     def logits(self, params: Params, hidden: Float[Array, "B A D"]) -> Float[Array, "B A V"]:
-        """float32 logits of hidden states."""
+        """Returns the float32 logits of hidden states."""
         ...
 
     def nll(self, params: Params, hidden: Float[Array, "B A D"], targets: Int[Array, "B A"]) -> Float[Array, "B A"]:
-        """float32 negative log-likelihoods of targets, in nats; the mask token stays in the normaliser."""
+        """Returns the float32 -log p of the targets in nats; the mask token counts in the normaliser."""
         ...

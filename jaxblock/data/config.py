@@ -13,78 +13,81 @@ RecipeName = Literal["metamathqa", "gsm8k", "math"]
 
 @dataclass(frozen=True)
 class DataConfig(Section, name="data"):
-    """Where text comes from, how it becomes tokens, and where the prepared result lies."""
+    """Where text comes from, how it becomes tokens, and where the prepared data are."""
 
     prepared: str = may_change("prepared")
     """Folder of prepared data: `prepare` writes it, every other verb reads it."""
     train: str = "builtin"
-    """Training records: a .jsonl, .json or .parquet file, `hf:NAME[@REVISION][:CONFIG][#SPLIT]` (the `datasets` library),
+    """The training records: a .jsonl, .json or .parquet file, `hf:NAME[@REVISION][:CONFIG][#SPLIT]` (the `datasets` library),
     or `builtin`: the recipe's own source, else generated arithmetic word problems."""
     validation: str | None = None
-    """Records scored during training; None takes `validation_records` of them from the training records (for generated
+    """The records scored during training; None takes `validation_records` of them from the training records (for generated
     ones: held-out problems)."""
     test: str | None = "builtin"
-    """Records for `decode` and `evaluate`, never trained on and never scored during training; None for none."""
+    """The records for `decode` and `evaluate`, which training never sees; None for none."""
     validation_records: int = setting(128, NOT_NEGATIVE)
-    """How many validation records to set apart when `validation` is None; a conversation counts as one, and is never split."""
+    """The number of validation records to set apart when `validation` is None; a conversation counts as one and is never split."""
     recipe: RecipeName | None = None
-    """Field names, prompt, length rule and filter of a data set that the paper uses (docs/data.md); a field set here wins."""
+    """A data set that the paper uses: its field names, prompt, length rule and filter (docs/data.md); fields that are set here go
+    before the recipe's."""
     test_recipe: RecipeName | None = None
-    """Recipe whose field names (and source, where `test` is `builtin`) the test records have; None for the training records'."""
+    """The recipe of the test records: their field names, and their source where `test` is `builtin`; None for the training
+    records' recipe."""
     prompt_field: str | None = None
-    """Field that holds the prompt; None for the recipe's, else `question`."""
+    """The field that holds the prompt; None for the recipe's, else `question`."""
     response_field: str | None = None
-    """Field that holds the response; None for the recipe's, else `answer`."""
+    """The field that holds the response; None for the recipe's, else `answer`."""
     messages_field: str = "messages"
-    """Field of chat records ({"messages": [{"role": ..., "content": ...}]})."""
+    """The field that holds the turns of chat records ({"messages": [{"role": ..., "content": ...}]})."""
     turns: Literal["last", "all"] = "last"
-    """Which assistant turns of a chat record are supervised: the last, or all, one row each (later turns absent)."""
+    """Which assistant turns of a chat record are supervised: the last, or all, each in a row of its own without later turns."""
     prompt_template: str | None = None
-    """What a prompt is put into, at `{prompt}` (chat records are left alone); None for the recipe's, else the prompt itself."""
+    """The text that a prompt is put into, at `{prompt}` (chat records stay as they are); None for the recipe's, else the prompt itself."""
     type_field: str = "type"
-    """Field that `exclude_types` looks at."""
+    """The field that `exclude_types` looks at."""
     exclude_types: tuple[str, ...] | None = None
     """Training records whose type contains one of these texts are dropped and counted; None for the recipe's, else none."""
     max_total_len: int | None = setting(None, NOT_NEGATIVE)
     """Training records with more prompt and response tokens together are dropped and counted; None for the recipe's, else 0:
-    no such rule."""
+    none are dropped."""
     max_records: int | None = setting(None, NOT_NEGATIVE)
-    """Keep the first so many training records that pass; None for the recipe's, else 0: all."""
+    """The number of training records that are kept, the first that pass; None for the recipe's, else 0: all."""
     level: str = "easy"
-    """Difficulty of the built-in corpus."""
+    """The difficulty of the built-in corpus."""
     builtin_train: int = setting(6_000, NOT_NEGATIVE)
-    """Built-in training problems."""
+    """The number of built-in training problems."""
     builtin_test: int = setting(512, NOT_NEGATIVE)
-    """Built-in held-out problems."""
+    """The number of built-in held-out problems."""
     seed: int = 0
-    """Seed of the built-in corpus and of the validation split."""
+    """The seed of the built-in corpus and of the validation split."""
     template: str = "chat"
-    """Chat template: `chat` (LLaDA's header layout), `plain` (Question/Answer), `tokenizer` (the checkpoint's own), or a Jinja file."""
+    """The chat template: `chat` (LLaDA's header layout), `plain` (Question/Answer), `tokenizer` (the checkpoint's own), or a Jinja file."""
     system: str | None = None
-    """System message put before every conversation that has none of its own."""
+    """The system message that is put before every conversation without one of its own; None for none."""
     tokenizer: str = "train"
     """`train` fits a SentencePiece model on the training text; else a path to a .model, a tokenizer.json or a folder, or a
     hub name."""
     tokenizer_type: Literal["bpe", "unigram", "word", "char"] = "bpe"
-    """SentencePiece model type, when one is trained."""
+    """The type of the SentencePiece model, where one is trained."""
     vocab_size: int = 1024
-    """Largest vocabulary of a trained tokenizer, special tokens and 256 bytes included."""
+    """The largest vocabulary of a trained tokenizer, special tokens and 256 bytes included."""
     split_digits: bool = False
-    """Trained tokenizer: every digit is its own token."""
+    """Whether a trained tokenizer makes every digit a token of its own."""
     mask_token: str | None = None
     """The mask token's text; None for the checkpoint's own (a trained tokenizer: <|mdm_mask|>). A start that has none may name
     an unused token here."""
     add_mask_token: bool = False
-    """Add `mask_token` to the vocabulary of a tokenizer.json that lacks it, as the next id."""
+    """Whether to add `mask_token` to the vocabulary of a tokenizer.json that lacks it, as the next id."""
     eos_token: str | None = None
-    """End of sequence, fills the rest of the terminator's block; None for the checkpoint's own (trained: <|endoftext|>)."""
+    """The end-of-sequence token, which fills the rest of the terminator's block; None for the checkpoint's own (a trained tokenizer:
+    <|endoftext|>)."""
     eot_token: str | None = None
-    """Ends a response; None for the token that the template writes there (trained: <|eot_id|>)."""
+    """The token that ends a response; None for the one that the template writes there (a trained tokenizer: <|eot_id|>)."""
     overlong: Literal["error", "drop", "truncate"] = "error"
     """A prompt or response longer than the canvas: stop; drop and count it; or cut the response, which then has no
     terminator (an over-long prompt is dropped even so)."""
     overwrite: bool = may_change(False)
-    """Replace an existing prepared folder."""
+    """Whether to replace an existing prepared folder."""
 
     def check(self) -> None:
         """Raises UserError where a number cannot be, or a field would make every record the same or the vocabulary wrong."""

@@ -1,14 +1,15 @@
-"""What the model sees. One function, ``view``, builds it for the trainer and for the decoder alike.
+"""The canvas of a batch, and the view of it that the model gets.
 
-Training passes "mask where the draw says, else the true token" as the block's tokens; decoding passes "what is
-committed so far". Everything else about the picture (the prompt, what lies after the block, how much is visible) is
-decided here, once, so the two cannot drift apart.
+One function, ``view``, builds what the model sees for the trainer and for the decoder alike. Training passes "a mask where
+the draw says so, else the true token" as the block's tokens; decoding passes "what is committed so far". Everything else (the
+prompt, what comes after the block, how much is visible) is decided here, once, so the two cannot drift apart.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import chex
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Int
@@ -19,19 +20,18 @@ from jaxblock.types import View
 
 
 class Layout(NamedTuple):
-    """What is static about a canvas. Hashable: a jitted function may close over it or take it as a static argument.
+    """The static part of a canvas: sizes and special tokens. Hashable, so a jitted function may take it as a static argument.
 
     Attributes:
         response_len: R, the response positions of a row; a multiple of ``block`` under ``aligned``.
-        block: B, response positions of one block (A, in array shapes).
-        alignment: ``same_position``: the hidden state at i predicts token i. ``shifted``: the one at i - 1 does.
-        context: ``aligned`` (the decoder's own view) or ``paper`` (the published training script's view).
-        suffix_window: how many positions after the active block are visible; None means all of them.
+        block: B, the response positions of one block (A in array shapes).
+        alignment: whether the hidden state at i (``same_position``) or the one at i - 1 (``shifted``) predicts token i.
+        context: ``aligned`` shows what the decoder would see, ``paper`` what the published training script shows.
+        suffix_window: the positions after the active block that are visible; None for all of them.
         mask_id: the mask token.
-        fill_id: fills the rest of the terminator's block (the end-of-sequence token).
+        fill_id: the token that fills the rest of the terminator's block (the end-of-sequence token).
         stop_ids: the tokens that end a response.
-        total_len: under ``paper``: canvas positions T, prompt and response together; None for room for the longest of
-            each.
+        total_len: ``paper`` only: T, the canvas positions of prompt and response together; None for the sum of both.
     """
 
     response_len: int
@@ -46,20 +46,20 @@ class Layout(NamedTuple):
 
     @property
     def n_blocks(self) -> int:
-        """How many blocks the response canvas holds (the last may be short under ``paper``)."""
+        """The number of blocks in R response positions (the last may be short under ``paper``)."""
         return -(-self.response_len // self.block)
 
 
 class Canvas(NamedTuple):
-    """Prompts and responses of a batch, flush left: the prompt at 0, the response at ``prompt_len``.
+    """The prompts and responses of a batch, flush left: the prompt at 0, the response at ``prompt_len``.
 
     Attributes:
-        ids: tokens; after ``length`` they are never seen.
-        prompt_len: tokens of the prompt.
-        length: visible positions, the prompt included.
-        text_len: response tokens that are text, the terminator counted, the fill not.
-        n_blocks: K_i, the blocks of this row that may be active.
-        row_id: the row's index in the global batch (indexes the step's uniforms).
+        ids: the tokens; those at or after ``length`` are never seen.
+        prompt_len: the tokens of each prompt.
+        length: the visible positions of each row, the prompt included.
+        text_len: the response tokens that are text; the terminator counts, the fill does not.
+        n_blocks: K_i, the blocks of each row that may be active.
+        row_id: what a row's random numbers depend on: its index in the global batch, or the index of its prompt.
     """
 
     ids: Int[Array, "B T"]
@@ -78,7 +78,7 @@ def from_rows(
     text_len: Int[Array, " B"],
     row_id: Int[Array, " B"],
 ) -> Canvas:
-    """Lays prompts and responses flush left.
+    """Makes the canvas of prompts with their responses, as training and the NELBO need it.
 
     Under ``aligned`` the response is filled with ``fill_id`` to the end of its last block, the positions after it
     are masks, and R response positions are visible. Under ``paper`` everything after the response is visible fill to
@@ -86,15 +86,18 @@ def from_rows(
 
     Args:
         layout: the canvas's static part.
-        prompt_ids: prompts; entries at or after ``prompt_len`` are ignored.
-        prompt_len: tokens of each prompt.
-        response_ids: responses, the terminator included; R at most ``layout.response_len``.
-        text_len: tokens of each response, at least 1.
-        row_id: index of each row in the global batch.
+        prompt_ids: the prompts; entries at or after ``prompt_len`` are ignored.
+        prompt_len: the tokens of each prompt.
+        response_ids: the responses with their terminators; at most ``layout.response_len`` positions.
+        text_len: the tokens of each response, at least 1.
+        row_id: the index of each row in the global batch.
 
     Returns:
         A canvas of T = P + layout.response_len positions (or ``layout.total_len``, into which every row must fit).
     """
+    chex.assert_rank([prompt_ids, response_ids], 2)
+    chex.assert_shape([prompt_len, text_len, row_id], prompt_ids.shape[:1])
+    chex.assert_equal_shape_prefix([prompt_ids, response_ids], 1)
     room = prompt_ids.shape[1] + layout.response_len
     width = room if layout.total_len is None else layout.total_len
     at = jnp.arange(width, dtype=jnp.int32)[None, :]
@@ -116,17 +119,19 @@ def from_rows(
 def for_decoding(
     layout: Layout, prompt_ids: Int[Array, "B P"], prompt_len: Int[Array, " B"], row_id: Int[Array, " B"]
 ) -> Canvas:
-    """A canvas whose response is all masks: R of them are visible, in either context.
+    """Makes the canvas of prompts whose responses are all masks; R of them are visible, in either context.
 
     Args:
         layout: the canvas's static part.
-        prompt_ids: prompts, flush left; entries at or after ``prompt_len`` are ignored.
-        prompt_len: tokens of each prompt.
-        row_id: index of each prompt.
+        prompt_ids: the prompts, flush left; entries at or after ``prompt_len`` are ignored.
+        prompt_len: the tokens of each prompt.
+        row_id: the index of each prompt.
 
     Returns:
         A canvas of T = P + R positions.
     """
+    chex.assert_rank(prompt_ids, 2)
+    chex.assert_shape([prompt_len, row_id], prompt_ids.shape[:1])
     at = jnp.arange(prompt_ids.shape[1] + layout.response_len, dtype=jnp.int32)[None, :]
     prompt = jnp.pad(prompt_ids, ((0, 0), (0, layout.response_len)))
     ids = jnp.where(at < prompt_len[:, None], prompt, layout.mask_id).astype(jnp.int32)
@@ -135,46 +140,48 @@ def for_decoding(
 
 
 def supervised_end(layout: Layout, canvas: Canvas) -> Int[Array, " B"]:
-    """The canvas position after each row's last supervised token: the fill counts under ``aligned``, not under ``paper``."""
+    """Returns the canvas position after each row's last supervised token; the fill is supervised under ``aligned`` alone."""
     if layout.context == "aligned":
         return canvas.prompt_len + canvas.n_blocks * layout.block
     return canvas.prompt_len + canvas.text_len
 
 
 def block_start(layout: Layout, canvas: Canvas, block: Int[Array, " B"]) -> Int[Array, " B"]:
-    """The canvas position of each row's block."""
+    """Returns the canvas position at which each row's block begins."""
     return canvas.prompt_len + block * layout.block
 
 
 def active_positions(
     layout: Layout, canvas: Canvas, block: Int[Array, " B"]
 ) -> tuple[Int[Array, "B A"], Bool[Array, "B A"]]:
-    """Canvas positions of a block (clipped to the canvas), and which of them exist and may be supervised."""
+    """Returns the canvas positions of each row's block (clipped to the canvas), and which of them may be supervised."""
     active = block_start(layout, canvas, block)[:, None] + jnp.arange(layout.block, dtype=jnp.int32)
     valid = (block >= 0)[:, None] & (active < supervised_end(layout, canvas)[:, None])
     return jnp.clip(active, 0, canvas.ids.shape[1] - 1), valid
 
 
 def block_tokens(canvas: Canvas, active: Int[Array, "B A"]) -> Int[Array, "B A"]:
-    """The canvas's own tokens at the active positions."""
+    """Returns the canvas's own tokens at the active positions."""
     return jnp.take_along_axis(canvas.ids, active, axis=1)
 
 
 def view(layout: Layout, canvas: Canvas, block: Int[Array, " B"], block_ids: Int[Array, "B A"]) -> View:
-    """What the model sees when ``block`` is active and holds ``block_ids``.
+    """Builds what the model sees when ``block`` is active and holds ``block_ids``.
 
     Before the block: the canvas as it is. After it: masks to the end of the R positions (``aligned``), or to the
     end of the text with the visible fill after it (``paper``).
 
     Args:
         layout: the canvas's static part.
-        canvas: true tokens in training, committed tokens in decoding.
-        block: the active block of each row; -1 for none (the published script's exhausted rows): the canvas as it is.
+        canvas: the true tokens in training, the committed tokens in decoding.
+        block: the active block of each row; -1 shows the canvas as it is (the published script's exhausted rows).
         block_ids: the block's tokens; those outside the supervised text are ignored.
 
     Returns:
-        The view. ``at`` carries the logit alignment.
+        The view, whose ``at`` holds the logit alignment.
     """
+    chex.assert_shape(block, canvas.ids.shape[:1])
+    chex.assert_shape(block_ids, (canvas.ids.shape[0], layout.block))
     start = block_start(layout, canvas, block)
     active, valid = active_positions(layout, canvas, block)
     at = jnp.arange(canvas.ids.shape[1], dtype=jnp.int32)[None, :]

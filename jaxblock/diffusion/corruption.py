@@ -1,7 +1,8 @@
-"""Draw + Canvas -> View and targets: the active block's masks, and the ablations outside it."""
+"""Turns a canvas and a draw into what the model sees and what it must predict: masks in the active block, ablations outside."""
 
 from __future__ import annotations
 
+import chex
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
@@ -22,11 +23,11 @@ def corrupt(
     method: MethodConfig = CLEAN,
     noise: Float[Array, "B R"] | None = None,
 ) -> tuple[View, Int[Array, "B A"]]:
-    """What the model sees under one draw per row, and the true tokens of the active block.
+    """Returns what the model sees under one draw per row, and the true tokens of the active block.
 
     Args:
         layout: the canvas's static part.
-        canvas: prompts and responses.
+        canvas: the prompts and responses.
         draw: one active block and masked set per row (map over the K axis with ``jax.vmap``).
         method: its ablations mask or show tokens outside the block; its other fields are not read.
         noise: uniforms by response position, needed where ``method.needs_noise``; a token is masked where its uniform is
@@ -35,12 +36,16 @@ def corrupt(
     Returns:
         (view, targets).
     """
+    rows = canvas.ids.shape[0]
+    chex.assert_shape([draw.block, draw.weight], (rows,))
+    chex.assert_shape(draw.masked, (rows, layout.block))
     active, _ = active_positions(layout, canvas, draw.block)
     targets = block_tokens(canvas, active)
     seen = view(layout, canvas, draw.block, jnp.where(draw.masked, layout.mask_id, targets))
     if method.needs_noise:
         if noise is None:
             raise ValueError("method.prefix_mask_rate and method.suffix_mask_prob need noise: pass the step's uniforms")
+        chex.assert_shape(noise, (rows, layout.response_len))
         seen = seen._replace(ids=_ablate(layout, canvas, draw, method, seen.ids, noise))
     return seen, targets
 

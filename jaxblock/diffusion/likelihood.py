@@ -1,4 +1,4 @@
-"""NELBO of responses given prompts: exact by enumeration for small blocks, else stratified Monte Carlo.
+"""Estimates the NELBO of responses given prompts: exactly, by enumeration, for small blocks, else by stratified Monte Carlo.
 
 For a block of n supervised tokens, NELBO_block = sum over l of E[c_S / l given |S| = l]. It bounds from above the
 negative log-likelihood of the decoder that commits one token a step in an order drawn independently of the tokens, at
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,18 +19,18 @@ from jaxtyping import Float
 
 from jaxblock.diffusion.canvas import Canvas, Layout, active_positions
 from jaxblock.diffusion.objective import token_losses
-from jaxblock.diffusion.sampling import Draw, smallest
+from jaxblock.diffusion.sampling import Draw, exact_count
 from jaxblock.types import Network, Params, Sum
 
 
 class Nelbo(NamedTuple):
-    """An estimate per row and block, in nats.
+    """The estimated NELBO of each row and block, in nats.
 
     Attributes:
-        per_block: NELBO of each block; 0 where a row has no such block.
-        variance: of each estimate, over the masks drawn (0 where exact). The samples are treated as independent,
-            which overstates it: they are stratified by count.
-        by_count: -log p of masked tokens and how many, by masked count (entry l - 1).
+        per_block: the NELBO of each block; 0 where a row has no such block.
+        variance: the variance of each estimate over the masks drawn (0 where exact). The samples are treated as
+            independent, which overstates it: they are stratified by count.
+        by_count: the -log p of masked tokens and their number, by masked count (entry l - 1 holds blocks with l masks).
     """
 
     per_block: Float[Array, "B blocks"]
@@ -38,7 +39,7 @@ class Nelbo(NamedTuple):
 
 
 def is_exact(layout: Layout, samples: int) -> bool:
-    """Whether ``nelbo`` enumerates: all masked sets of a block are no more than the samples asked for."""
+    """Tells whether ``nelbo`` enumerates: a block has no more masked sets than there are samples."""
     return layout.block < 20 and 2**layout.block - 1 <= samples
 
 
@@ -48,15 +49,17 @@ def nelbo(net: Network, layout: Layout, samples: int, params: Params, canvas: Ca
     Args:
         net: the network (static).
         layout: the canvas's static part.
-        samples: masked sets per block (static). Stratified: sample j of N has count 1 + floor(n * (j + u) / N). Where
-            2^B - 1 is not more, all sets are enumerated and the result is exact.
+        samples: the masked sets drawn per block (static), stratified: sample j of N has the count
+            1 + floor(n * (j + u) / N). Where 2^B - 1 is not more, all sets are enumerated and the result is exact.
         params: the network's parameters.
-        canvas: prompts and responses, from ``canvas.from_rows``.
-        key: of the masks; a row's masks depend on its ``row_id`` alone.
+        canvas: the prompts and responses, from ``canvas.from_rows``.
+        key: the random key of the masks; a row's masks depend on it and on the row's ``row_id`` alone.
 
     Returns:
         The estimates.
     """
+    chex.assert_rank(canvas.ids, 2)
+    chex.assert_equal_shape_prefix(tuple(canvas), 1)
     exact = is_exact(layout, samples)
     draws = 2**layout.block - 1 if exact else samples
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, canvas.row_id)
@@ -94,16 +97,14 @@ def nelbo(net: Network, layout: Layout, samples: int, params: Params, canvas: Ca
 
 
 def _sampled(valid: Array, keys: Array, index: Array, samples: int) -> tuple[Array, Array]:
-    """Sample ``index``: its masked set, and the weight n / l of its tokens."""
-    n = valid.sum(-1)
+    """Returns the masked set of sample ``index``, and the weight n / l of its tokens."""
     step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, index)
     u = jax.vmap(lambda k: jax.random.uniform(k, (valid.shape[-1] + 1,)))(step_keys)
-    size = jnp.minimum(1 + jnp.floor(n * (index + u[:, 0]) / samples).astype(jnp.int32), n)
-    return smallest(u[:, 1:], size, valid), n / jnp.maximum(size, 1)
+    return exact_count((index + u[:, 0]) / samples, u[:, 1:], valid)
 
 
 def _enumerated(layout: Layout, valid: Array, index: Array) -> tuple[Array, Array]:
-    """Set number ``index`` + 1 in binary, and its weight 1 / (l C(n, l)); sets beyond the row's n weigh 0."""
+    """Returns the set whose bits are ``index`` + 1, and its weight 1 / (l C(n, l)); a set beyond the row's n has weight 0."""
     bits = ((index + 1) >> jnp.arange(layout.block)) & 1
     masked = jnp.broadcast_to(bits.astype(bool), valid.shape)
     fits = jnp.all(valid | ~masked, axis=-1)
@@ -116,5 +117,5 @@ def _enumerated(layout: Layout, valid: Array, index: Array) -> tuple[Array, Arra
 
 
 def per_row(estimate: Nelbo) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
-    """NELBO of each row's whole response, and the standard error that the masks drawn leave."""
+    """Returns the NELBO of each row's whole response, and its standard error over the masks drawn."""
     return estimate.per_block.sum(-1), jnp.sqrt(estimate.variance.sum(-1))

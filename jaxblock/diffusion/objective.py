@@ -1,13 +1,14 @@
-"""The objective: (sum, weight) of the masked tokens' losses. Blockwise, classical and the paper's differ in data alone.
+"""The objective: the summed loss of the masked tokens, and what it is divided by.
 
-Classical SFT is the same code with one block as long as the response. What the sum is divided by depends on the data,
-never on the draw: dividing by the number of masked tokens of a batch is a biased ratio.
+Classical SFT is the same code with one block as long as the response. What the sum is divided by depends on the data alone,
+never on the draw: dividing by the number of masked tokens of a batch would be a biased ratio.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -21,12 +22,12 @@ from jaxblock.types import Network, Params, Sum
 
 
 class Losses(NamedTuple):
-    """What one batch's forward pass says.
+    """The losses of one batch.
 
     Attributes:
-        loss: the objective; ``total / weight`` is what is minimised.
-        by_block: unweighted -log p of masked tokens, and how many, by index of the active block [blocks].
-        by_count: the same by masked count [A]; entry l - 1 holds blocks with l masks.
+        loss: the objective; ``total / weight`` is minimised.
+        by_block: the unweighted -log p of masked tokens and their number, by the index of the active block [blocks].
+        by_count: the same by masked count [A]; entry l - 1 holds the blocks with l masks.
     """
 
     loss: Sum
@@ -44,7 +45,7 @@ def token_losses(
     noise: Float[Array, "B R"] | None = None,
     row_keys: Array | None = None,
 ) -> Float[Array, "B A"]:
-    """-log p of the masked tokens of one draw per row, unweighted, in nats; 0 where nothing is masked."""
+    """Returns the unweighted -log p of the masked tokens of one draw per row, in nats; 0 where nothing is masked."""
     seen, targets = corrupt(layout, canvas, draw, method, noise)
     hidden = net.hidden(params, seen, row_keys)
     return jnp.where(draw.masked, net.nll(params, hidden, targets), 0.0)
@@ -62,22 +63,26 @@ def losses(
     row_keys: Array | None = None,
     drawn_blocks: Int[Array, " B"] | None = None,
 ) -> Losses:
-    """The objective over K draws per row, mapped by ``jax.vmap``.
+    """Computes the objective over K draws per row, mapped by ``jax.vmap``.
 
     Args:
         net: the network.
-        params: its parameters.
+        params: the network's parameters.
         layout: the canvas's static part.
-        canvas: prompts and responses.
-        draws: with a leading K axis (``sampling.draw``).
+        canvas: the prompts and responses.
+        draws: the draws, with a leading K axis (``sampling.draw``).
         method: what the sum is divided by (``normaliser``), and the ablations outside the block.
         noise: the ablations' uniforms by response position; read where ``method.needs_noise``.
-        row_keys: keys of the network's dropout [K, B]; None for no dropout.
-        drawn_blocks: the data's own blocks under ``pairs``; None where a row stands for its whole sequence.
+        row_keys: the random keys [K, B] of the network's dropout; None for no dropout.
+        drawn_blocks: the block that each row stands for, where the data give it (``method.pairs``); None where a row stands
+            for its whole sequence.
 
     Returns:
         Sums and weights, float32 or wider.
     """
+    rows = canvas.ids.shape[0]
+    chex.assert_shape([draws.block, draws.weight], (None, rows))
+    chex.assert_shape(draws.masked, (None, rows, layout.block))
 
     def one(draw: Draw, noise: Array | None, row_keys: Array | None) -> Array:
         return token_losses(net, params, layout, canvas, draw, method, noise, row_keys)
@@ -100,7 +105,7 @@ def losses(
 def normaliser(
     layout: Layout, canvas: Canvas, normalize: Normalize, drawn_blocks: Int[Array, " B"] | None = None
 ) -> tuple[Float[Array, " B"], Float[Array, ""]]:
-    """What a row's loss is multiplied by, and what the batch's sum is divided by.
+    """Returns what each row's loss is multiplied by, and what the batch's sum is divided by.
 
     Args:
         layout: the canvas's static part.
@@ -108,10 +113,10 @@ def normaliser(
         normalize: ``text_tokens`` (terminator counted, fill not), ``supervised_tokens`` (fill counted), ``sequences``,
             ``sequence_mean`` (each row by its own supervised tokens, then by rows: LLaDA's SFT), ``blocks``, or
             ``canvas_tokens`` (all positions of the batch: LLaDA's pre-training).
-        drawn_blocks: the one block each row stands for under ``pairs``.
+        drawn_blocks: the block that each row stands for, where the data give it; None for the whole sequence.
 
     Returns:
-        (shares [B], weight), functions of the data alone.
+        (shares [B], weight); both depend on the data alone.
     """
     rows, width = canvas.ids.shape
     text, supervised = canvas.text_len, supervised_end(layout, canvas) - canvas.prompt_len

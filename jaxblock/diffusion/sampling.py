@@ -1,6 +1,7 @@
-"""Laws: uniforms -> Draw. Every draw is a pure function of uniforms, so unbiasedness is shown by enumeration.
+"""Draws the active blocks and the masked sets of a step.
 
-A law draws the masked set S of a block of n supervised positions, with the weight that makes the sum of
+Every draw is a pure function of uniform numbers, so that a test can show by enumeration that an estimator is unbiased. A law
+draws the masked set S of a block of n supervised positions, with the weight that makes the sum of
 ``weight * -log p`` over S an unbiased estimate of the block's NELBO (docs/method.md derives each):
 
     NELBO_block = sum over l = 1..n of E[c_S / l given |S| = l],   c_S = sum over i in S of -log p(x_i | S masked).
@@ -11,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -20,11 +22,11 @@ from jaxblock.diffusion.canvas import Canvas, Layout, active_positions
 from jaxblock.diffusion.config import MethodConfig
 
 RATE_FLOOR = 1e-3
-"""The smallest mask rate of LLaDA's and the paper's training scripts."""
+"""The smallest mask rate in LLaDA's and the paper's training scripts."""
 
 
 class Draw(NamedTuple):
-    """One active block per row, the positions masked in it, and the weight of each masked token's loss."""
+    """One active block per row, the positions that are masked in it, and the weight of each masked token's loss."""
 
     block: Int[Array, " B"]
     masked: Bool[Array, "B A"]
@@ -32,14 +34,14 @@ class Draw(NamedTuple):
 
 
 class Uniforms(NamedTuple):
-    """The randomness of a step, drawn once for the whole global batch and indexed by ``row_id``.
+    """The random numbers of a step, drawn once for the whole global batch and indexed by ``row_id``.
 
     Attributes:
-        block: which blocks of each sequence.
-        count: the masked count or the mask rate.
-        stratum: orders the draws of the global batch (the permutation of ``stratified_count``).
-        position: which positions of the block.
-        noise: the ablations' masks, by response position; R is 0 where there are none.
+        block: decide which blocks of each sequence are active.
+        count: decide the masked count or the mask rate.
+        stratum: order the draws of the global batch (the permutation of ``stratified_count``).
+        position: decide which positions of the block are masked.
+        noise: decide the ablations' masks, by response position; R is 0 where there are none.
     """
 
     block: Float[Array, "B blocks"]
@@ -50,14 +52,14 @@ class Uniforms(NamedTuple):
 
 
 def draw_uniforms(key: Array, rows: int, draws: int, layout: Layout, *, noise: bool) -> Uniforms:
-    """The uniforms of one step.
+    """Draws the uniform numbers of one step.
 
     Args:
         key: ``fold_in(key(seed), step)``.
-        rows: the global batch size: another one gives other draws.
-        draws: K.
-        layout: for the sizes of a block and of the response.
-        noise: whether an ablation needs noise outside the block.
+        rows: the global batch size; another one gives other draws.
+        draws: K, the draws of a row.
+        layout: the canvas's static part.
+        noise: whether the ablations need numbers outside the block (``MethodConfig.needs_noise``).
 
     Returns:
         Values in [0, 1).
@@ -73,17 +75,19 @@ def draw_uniforms(key: Array, rows: int, draws: int, layout: Layout, *, noise: b
 
 
 def smallest(u: Float[Array, "*n A"], count: Int[Array, "*n"], valid: Bool[Array, "*n A"]) -> Bool[Array, "*n A"]:
-    """The ``count`` valid positions with the smallest uniforms: a uniformly random set of that size."""
+    """Returns the ``count`` valid positions with the smallest uniforms: a uniformly random set of that size."""
     order = jnp.argsort(jnp.where(valid, u, 2.0), axis=-1, stable=True)
     return (jnp.argsort(order, axis=-1) < count[..., None]) & valid
 
 
 def exact_count(count: Array, position: Array, valid: Array) -> tuple[Array, Array]:
-    """l uniform on 1..n, S uniform given l, weight n / l: the Rao-Blackwell form of the 1/t estimator.
+    """Draws the count l uniformly from 1..n, then a uniform set of l positions; the weight is n / l.
+
+    This is the Rao-Blackwell form of the 1/t estimator.
 
     Args:
-        count: uniforms [...].
-        position: uniforms [..., A].
+        count: the uniforms [...] that decide the counts.
+        position: the uniforms [..., A] that decide the positions.
         valid: the block's supervised positions [..., A].
 
     Returns:
@@ -95,15 +99,15 @@ def exact_count(count: Array, position: Array, valid: Array) -> tuple[Array, Arr
 
 
 def bernoulli(count: Array, position: Array, valid: Array) -> tuple[Array, Array]:
-    """t = count; positions masked independently at rate t, given that at least one is.
+    """Masks positions independently at the rate t = count, given that at least one is masked.
 
     The first masked position j is found from its conditional rates t / (1 - (1 - t)^(positions left)); those after it
     are masked at rate t. That is the law of redrawing S at the same t until it is not empty, without the loop. The
     weight (1 - (1 - t)^n) / t undoes the condition.
 
     Args:
-        count: uniforms [...]: the mask rates.
-        position: uniforms [..., A].
+        count: the mask rates [...], uniform on [0, 1).
+        position: the uniforms [..., A] that decide the positions.
         valid: the block's supervised positions [..., A], the first n.
 
     Returns:
@@ -123,17 +127,17 @@ def bernoulli(count: Array, position: Array, valid: Array) -> tuple[Array, Array
 
 
 def floored_bernoulli(count: Array, position: Array, valid: Array) -> tuple[Array, Array]:
-    """Rate p = floor + (1 - floor) * count, positions independent, nothing redrawn, weight 1 / p.
+    """Masks positions independently at the rate p = floor + (1 - floor) * count, with the weight 1 / p.
 
-    LLaDA's and the paper's scripts draw so. It is biased: a set of one is drawn too rarely by the factor that
-    docs/method.md gives, and the draw may be empty. For reproduction, and for LLaDA's classical SFT.
+    LLaDA's and the paper's scripts draw so. It is biased: a set of one is drawn too rarely by the factor that docs/method.md
+    gives, and the set may be empty. It is here to reproduce their results, and for LLaDA's classical SFT.
     """
     p = RATE_FLOOR + (1 - RATE_FLOOR) * count
     return (position < p[..., None]) & valid, 1.0 / p
 
 
 def complement(masked: Array, position: Array, valid: Array) -> tuple[Array, Array]:
-    """The antithetic partner of a set S: its complement, and one random element of S so that it is never empty.
+    """Returns the antithetic partner of a set S: its complement and one random element of S, so that it is never empty.
 
     Args:
         masked: S [..., A].
@@ -155,7 +159,7 @@ def _ratio(n: Array, size: Array, dtype: jnp.dtype) -> Array:
 
 
 def _stratify(u: Uniforms) -> Float[Array, "B K"]:
-    """(pi(draw) + u) / N with pi a permutation of the N = B * K draws of the global batch."""
+    """Returns (pi(draw) + u) / N, where pi permutes the N = B * K draws of the global batch."""
     flat = u.stratum.reshape(-1)
     rank = jnp.argsort(jnp.argsort(flat, stable=True)).reshape(u.stratum.shape)
     return (rank + u.count) / flat.shape[0]
@@ -173,11 +177,11 @@ _LAWS: dict[str, Callable[[Array, Array, Array], tuple[Array, Array]]] = {
 def choose_blocks(
     uniforms: Float[Array, "B blocks"], n_blocks: Int[Array, " B"], draws: int
 ) -> tuple[Int[Array, "B K"], Float[Array, "B K"]]:
-    """m = min(K, K_i) distinct blocks of each sequence, each weighted K_i / m; unused draws weigh 0.
+    """Chooses m = min(K, K_i) distinct blocks of each sequence, each with the weight K_i / m; unused draws have weight 0.
 
     Args:
-        uniforms: one per block.
-        n_blocks: K_i.
+        uniforms: a uniform number for each block.
+        n_blocks: K_i, the blocks of each sequence.
         draws: K.
 
     Returns:
@@ -199,19 +203,21 @@ def draw(
     uniforms: Uniforms,
     block: Int[Array, " B"] | None = None,
 ) -> Draw:
-    """The K draws of every row.
+    """Draws K active blocks and masked sets for every row.
 
     Args:
         method: law, choice of blocks, K and weighting (static).
         layout: the canvas's static part.
         canvas: the rows; ``row_id`` picks each row's uniforms.
-        uniforms: of the whole global batch.
-        block: the active block of each row, given by the data under ``pairs``.
+        uniforms: the random numbers of the whole global batch.
+        block: the active block of each row, which the data give where ``method.pairs``; else None.
 
     Returns:
         A Draw whose arrays have a leading K axis: block [K, B], masked [K, B, A], weight [K, B]. A row's loss is the
         sum over its draws of weight * -log p over the masked set.
     """
+    chex.assert_shape([uniforms.count, uniforms.stratum], (None, method.draws))
+    chex.assert_shape(uniforms.position, (None, method.draws, layout.block))
     each = method.masks_per_block
     count = _stratify(uniforms) if method.law == "stratified_count" else uniforms.count
     count, position = count[canvas.row_id], uniforms.position[canvas.row_id]

@@ -12,19 +12,19 @@ GraderName = Literal["gsm8k_strict", "gsm8k_flexible", "math_boxed", "exact"]
 
 @dataclass(frozen=True)
 class EvaluateConfig(Section, name="evaluate", on_resume="may_change"):
-    """Scoring."""
+    """What is scored, and how."""
 
     split: Literal["test", "validation", "train"] = "test"
-    """Which prepared records to score."""
+    """The prepared records that are scored."""
     problems: int | None = setting(None, AT_LEAST_1)
-    """Score only the first so many; None for all."""
+    """The number of problems that are decoded, the first ones; None for all."""
     grader: GraderName = "gsm8k_strict"
-    """How an answer is read off a response (named with every number)."""
+    """How an answer is read off a response; its name stands beside every result."""
     nelbo: bool = True
-    """Also estimate the NELBO."""
+    """Whether the NELBO is estimated too."""
     nelbo_samples: int | None = setting(None, AT_LEAST_1)
-    """Masked sets per block, stratified by count; None for one of each count. Exact by enumeration where 2^B - 1 is not more."""
+    """Masked sets drawn per block, stratified by count; None for one of each count. Where 2^B - 1 is not more, the result is exact."""
     nelbo_rows: int | None = setting(256, AT_LEAST_1)
-    """Rows of the NELBO estimate; None for all."""
+    """The number of records whose NELBO is estimated, the first ones; None for all."""
     compare: str | None = None
-    """A per-problem file of an earlier evaluation on the same problems: adds McNemar's paired test."""
+    """The problems.jsonl of an earlier evaluation of the same problems, for McNemar's paired test; None for no test."""

@@ -19,53 +19,54 @@ Checkpoint = Literal["latest", "best"] | int
 
 @dataclass(frozen=True)
 class ModelConfig(Section, name="model"):
-    """Where the network comes from and how it runs; the sizes matter for a random start only."""
+    """Where the network comes from and how it runs; the sizes matter for random weights alone."""
 
     init_from: str | None = setting(None, on_resume="may_change_once_saved")
-    """A run folder, a Hugging Face folder or a hub id (`org/name`) to start from; None starts from random weights."""
+    """The run folder, Hugging Face folder or hub id (`org/name`) to start from; None for random weights."""
     init_step: Checkpoint = setting("latest", on_resume="may_change_once_saved")
     """Which checkpoint of a run to start from: the newest, the best by its `train.keep_best`, or that of a step."""
     alignment: Alignment | None = None
-    """Logit alignment of an autoregressive start (Llama, Qwen): `shifted` keeps its next-token skill, `same_position` is
+    """The logit alignment of an autoregressive start (Llama, Qwen): `shifted` keeps its next-token skill, `same_position` is
     LLaDA's; None for `shifted`. The diffusion families have their own."""
     quantize: Quantize = "none"
-    """Keep the layers' matrices in int8: half of bfloat16's memory. For the frozen base of LoRA only."""
+    """Whether the layers' matrices are kept in int8, at half of bfloat16's memory; for the frozen base of LoRA alone."""
     family: Family = "llada"
-    """Architecture of a random start."""
+    """The architecture of random weights."""
     d_model: int = setting(128, AT_LEAST_1)
-    """Width."""
+    """The width of the residual stream."""
     n_layers: int = setting(4, AT_LEAST_1)
-    """Layers."""
+    """The number of layers."""
     n_heads: int = setting(4, AT_LEAST_1)
-    """Query heads."""
+    """The number of query heads."""
     n_kv_heads: int | None = setting(None, AT_LEAST_1)
-    """Key/value heads; None for as many as query heads."""
+    """The number of key/value heads; None for as many as query heads."""
     mlp_dim: int = setting(384, AT_LEAST_1)
-    """Width of the feed-forward layer."""
+    """The width of the feed-forward layer."""
     max_len: int = setting(4096, AT_LEAST_1)
-    """Longest sequence, recorded in the checkpoint."""
+    """The longest sequence, which the checkpoint records."""
     rope_theta: float = 500_000.0
-    """Rotary base."""
+    """The base of the rotary frequencies."""
     norm_eps: float = 1e-5
-    """Added to the mean square in RMSNorm."""
+    """The number added to the mean square in RMSNorm."""
     tie_embeddings: bool = False
-    """The head is the transposed embedding."""
+    """Whether the head is the transposed embedding."""
     init_std: float | None = None
-    """Standard deviation of random weights (outputs into the residual stream: over sqrt(2 layers)); None for Mitchell's."""
+    """The standard deviation of random weights (divided by sqrt(2 layers) for outputs into the residual stream); None for
+    Mitchell's."""
     dtype: Dtype = "float32"
-    """Compute and activation type (softmax, norms and loss are float32 in any case)."""
+    """The type of computation and activations (softmax, norms and loss are float32 in any case)."""
     param_dtype: Dtype = "float32"
-    """Storage type of the weights."""
+    """The type in which weights are stored."""
     remat: Remat = may_change("none")
-    """What the backward pass recomputes: nothing, all but matmuls, or whole layers; `offload` keeps the layers' inputs in
-    the host's memory besides."""
+    """What the backward pass recomputes: nothing, all but matmuls (`dots`), or whole layers (`full`); `offload` recomputes whole
+    layers from inputs that it keeps in the host's memory."""
     loss_chunk: int | None = may_change(None, AT_LEAST_1)
-    """Positions of a row whose logits are held at once (classical SFT needs those of all); None for all."""
+    """The positions of a row whose logits are held at once (classical SFT has a loss on many); None for all."""
     attention: Literal["auto", Backend] = may_change("auto")
-    """Attention backend: `auto` takes the platform's (`splash` on TPU, `cudnn` on NVIDIA GPUs, `xla` on CPU; the first two
+    """The attention backend: `auto` takes the platform's (`splash` on TPU, `cudnn` on NVIDIA GPUs, `xla` on CPU; the first two
     for bfloat16 alone); `reference` is the plain oracle."""
     scan_layers: bool = may_change(True)
-    """Run layers by lax.scan (compiles once); False unrolls them (debugging, and faster on a CPU for few layers)."""
+    """Whether layers run by lax.scan, which compiles one of them; unrolled layers are for debugging, and faster on a CPU if few."""
 
     def check(self) -> None:
         """Raises UserError where a size cannot be, or the heads of a random start do not divide its width."""
@@ -92,16 +93,16 @@ class LoraConfig(Section, name="lora"):
     """Low-rank adapters: the weights stay as they are, and only the adapters are trained, saved and exported."""
 
     rank: int = setting(0, NOT_NEGATIVE)
-    """Rank of the adapters; 0 trains the whole network."""
+    """The rank of the adapters; 0 trains the whole network."""
     alpha: float = 16.0
     """The adapters' output is multiplied by alpha / rank."""
     dropout: float = setting(0.0, BELOW_1)
-    """Chance that an input of an adapter is dropped in training."""
+    """The chance that an input of an adapter is dropped in training."""
     targets: tuple[str, ...] = ("all",)
-    """Adapted matrices: `all`, or some of q, k, v, o, gate, up, down (the same names for every family), or the
+    """The adapted matrices: `all`, or some of q, k, v, o, gate, up, down (the same names for every family), or the
     checkpoint's own module names."""
     unmatched: Unmatched = "error"
-    """A target that matches no matrix: stop, or go on without it (the paper's names match 4 of 7 on LLaDA)."""
+    """What to do about a target that matches no matrix: stop, or go on without it (the paper's names match 4 of 7 on LLaDA)."""
 
     def check(self) -> None:
         """Raises UserError where adapters would have no effect or no matrix."""

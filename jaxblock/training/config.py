@@ -13,20 +13,21 @@ OnHang = Literal["report", "abort"]
 
 @dataclass(frozen=True)
 class TrainConfig(Section, name="train"):
-    """The training run."""
+    """How long a run trains, on which devices, and what it saves and reports."""
 
     out: str = may_change("runs/run")
-    """Run folder; an existing run is resumed or refused, never overwritten."""
+    """The run folder; an existing run is resumed or refused, never overwritten."""
     steps: int = setting(1000, AT_LEAST_1)
-    """Optimizer updates."""
+    """The number of optimizer updates."""
     batch_size: int = setting(16, AT_LEAST_1)
     """Sequences (or pairs) per update, over all devices."""
     accumulate: int = may_change(1, AT_LEAST_1)
-    """Parts of a batch that go one after the other, to save memory; the update is that of the whole batch."""
+    """The number of parts into which a batch is split to save memory; the update is that of the whole batch."""
     seed: int = setting(0, NOT_NEGATIVE)
-    """Seed of data order, draws and random weights."""
+    """The seed of data order, draws and random weights."""
     resume: Literal["auto", "never", "must"] = may_change("auto")
-    """Go on from the run folder's last checkpoint: if there is one, never (an existing run is an error), or always."""
+    """Whether to go on from the run folder's last checkpoint: `auto` if there is one, `never` (an existing run is an error), `must`
+    (a missing checkpoint is an error)."""
     log_every: int = may_change(20, AT_LEAST_1)
     """Steps between lines of metrics."""
     eval_every: int = may_change(500, NOT_NEGATIVE)
@@ -38,15 +39,16 @@ class TrainConfig(Section, name="train"):
     save_every: int = may_change(500, AT_LEAST_1)
     """Steps between checkpoints; the last step is always saved."""
     keep: int = may_change(2, AT_LEAST_1)
-    """Newest checkpoints kept."""
+    """The number of newest checkpoints that are kept."""
     tensorboard: bool = may_change(False)
-    """Also write TensorBoard events."""
+    """Whether to write TensorBoard events too."""
     loader_workers: int = may_change(0, NOT_NEGATIVE)
     """Worker processes that read data; 0 for threads."""
     debug: bool = may_change(False)
-    """No jit, unrolled layers, NaNs located to layer and step, the first batch shown as `inspect` shows it."""
+    """Whether to run without jit and with unrolled layers, find the layer and step of a NaN, and show the first batch as `inspect`
+    does."""
     overfit_one_batch: bool = False
-    """Train on the first batch alone: its loss must approach 0."""
+    """Whether to train on the first batch alone, whose loss must then approach 0."""
     data_parallel: int = may_change(-1)
     """Devices along the `data` mesh axis (of each slice); -1 for all that remain."""
     fsdp: int = may_change(1, AT_LEAST_1)
@@ -54,23 +56,24 @@ class TrainConfig(Section, name="train"):
     tensor: int = may_change(1, AT_LEAST_1)
     """Devices along the `tensor` mesh axis (heads, feed-forward columns and vocabulary are split)."""
     slices: int = may_change(1, AT_LEAST_1)
-    """TPU slices joined by the data-centre network: only gradients are summed over it."""
+    """The number of TPU slices, joined by the data-centre network; only gradients are summed over it."""
     profile: tuple[int, int] | None = may_change(None)
-    """First and last step of a trace in the run folder's `profile/` (also `--profile`); None for none."""
+    """The first and the last step of a trace in the run folder's `profile/` (also `--profile`); None for none."""
     wandb: Literal["off", "online", "offline"] = may_change("off")
-    """Also write metrics to Weights & Biases: over the network, or to files for `wandb sync`."""
+    """Whether to write metrics to Weights & Biases too: over the network, or `offline` to files for `wandb sync`."""
     wandb_project: str = may_change("jaxblock")
-    """Its project there; the run has the run folder's name."""
+    """The project at Weights & Biases; the run there has the run folder's name."""
     keep_every: int = may_change(0, NOT_NEGATIVE)
-    """Keep the checkpoints of every so many steps for good (a multiple of `save_every`); 0 for none."""
+    """Steps between checkpoints that are kept for good (a multiple of `save_every`); 0 for none."""
     keep_best: BestBy = may_change("none")
-    """Save at every evaluation that is the best so far by this metric, and keep the best one besides the newest."""
+    """The metric by which the best checkpoint is saved and kept besides the newest; `none` for no such checkpoint."""
     max_skipped: int = may_change(10, NOT_NEGATIVE)
-    """Stop after so many steps in a row whose loss or gradient is not finite (each is skipped); 0 for never."""
+    """The number of steps in a row with a loss or gradient that is not finite after which the run stops (each is skipped); 0 for
+    never."""
     watchdog_seconds: float = may_change(1800.0, NOT_NEGATIVE)
-    """A step, save, evaluation or start that takes longer is reported with the stacks of all threads; 0 for never."""
+    """Seconds after which a step, save, evaluation or start is reported with the stacks of all threads; 0 for never."""
     on_hang: OnHang = may_change("report")
-    """After such a report: go on waiting, or end the process with exit code 124."""
+    """What to do after such a report: go on waiting, or end the process with exit code 124 (`abort`)."""
 
     def check(self) -> None:
         """Raises UserError where a number cannot be, or two fields of the run do not go together."""

@@ -18,51 +18,51 @@ EosSuppression = Literal["none", "logits", "confidence"]
 
 @dataclass(frozen=True)
 class DecodeConfig(Section, name="decode", on_resume="may_change"):
-    """The blockwise decoder: the static argument of its pure functions (``static`` makes two that compile alike equal)."""
+    """How responses are decoded, block by block."""
 
     response_len: int | None = setting(None, AT_LEAST_1)
-    """R; None for the canvas's."""
+    """R: response positions of a row; None for those of `canvas`."""
     block: int | None = setting(None, AT_LEAST_1)
-    """B; None for the canvas's."""
+    """B: response positions of a block; None for those of `canvas`."""
     steps_per_block: int | None = setting(None, AT_LEAST_1)
-    """Decode steps of a block; None for one token a step. `confidence_threshold` and `factor` take as many as they need."""
+    """Decode steps of a block; None for one token a step. The rules `confidence_threshold` and `factor` take as many as they need."""
     rule: RuleName = "low_confidence"
-    """Transfer rule. A quota of positions: the most confident ones by LLaDA's `low_confidence` or Dream's `maskgit_plus`,
-    `topk_margin` or `entropy`, or `random` ones. No quota: `confidence_threshold`, `factor`, or Dream's `origin` (each
+    """Which positions a step commits. A quota of them: the most confident by LLaDA's `low_confidence` or Dream's `maskgit_plus`,
+    `topk_margin` or `entropy`, or `random` ones. Without a quota: `confidence_threshold`, `factor`, or Dream's `origin` (each
     position by chance)."""
     quota: Quota = "even"
     """How a block's masks are split over its steps: LLaDA's `even`, dllm's linear rounding, or Dream's time grid."""
     eps: float = setting(1e-3, BETWEEN_0_AND_1)
-    """End of Dream's time grid, for `quota` dream and `rule` origin."""
+    """The end of Dream's time grid, for `quota` dream and `rule` origin."""
     threshold: float = setting(0.9, ABOVE_0_TO_1)
-    """`confidence_threshold`: commit every token at least this confident (always the best one)."""
+    """`confidence_threshold`: commit every token of at least this confidence, and always the best one."""
     factor: float = setting(1.0, ABOVE_0)
     """`factor`: accept rank n while (n + 1)(1 - confidence) <= factor."""
     factor_rule: FactorRule = "strict"
     """`factor`: `strict` stops at the first failure; `v1` (Fast-dLLM's later code) accepts it where it is the last rank."""
     temperature: float = setting(0.0, NOT_NEGATIVE)
-    """Sampling temperature (Gumbel noise); 0 is greedy."""
+    """The sampling temperature (Gumbel noise); 0 takes the most probable token."""
     top_p: float | None = setting(None, ABOVE_0_TO_1)
     """Draw from the most probable tokens up to the one that takes their sum above this; None for all. Dream's rules also
     measure confidence on what is left."""
     top_k: int | None = setting(None, AT_LEAST_1)
-    """Draw from so many most probable tokens (after `top_p`); None for all."""
+    """Draw from this many most probable tokens (after `top_p`); None for all."""
     alg_temp: float = setting(0.0, NOT_NEGATIVE)
     """Draw the quota's positions without replacement from softmax(confidence / alg_temp); 0 takes the most confident."""
     cfg_scale: float = setting(0.0, NOT_NEGATIVE)
     """Classifier-free guidance: un + (scale + 1)(cond - un); 0 for none."""
     eos_suppression: EosSuppression = "none"
-    """Forbid the fill token (`logits`), or rank stop tokens last (`confidence`)."""
+    """Whether the end is held back: `logits` forbids the fill token, `confidence` ranks stop tokens last."""
     early_stop: bool = True
-    """Stop a row after the block that holds a stop token."""
+    """Whether a row stops after the block that holds its first stop token."""
     stop_ids: tuple[int, ...] | None = None
-    """Tokens that end a response; None for the checkpoint's own (end of turn and end of sequence)."""
+    """The tokens that end a response; None for the checkpoint's own (end of turn and end of sequence)."""
     fill_id: int | None = setting(None, NOT_NEGATIVE)
     """The token after a response's end; None for the checkpoint's end of sequence."""
     seed: int = setting(0, NOT_NEGATIVE)
-    """Seed of sampling; each prompt's key comes from its index."""
+    """The seed of sampling; each prompt's random key also depends on its index."""
     batch_size: int = setting(64, AT_LEAST_1)
-    """Prompts decoded together."""
+    """The number of prompts that are decoded together."""
 
     @property
     def passes(self) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -26,11 +27,11 @@ class Carry(NamedTuple):
     """The decoder's state between blocks.
 
     Attributes:
-        ids: the canvas as committed so far; what is not committed is a mask.
-        commit_step: the step, counted over the whole response, that committed each response position; -1 = still mask.
-        done: rows that stopped early.
-        nfe: forward passes spent on each row.
-        row_key: one random key a row, so that a row's result does not depend on its batch.
+        ids: the tokens of the canvas; what is not committed yet is a mask.
+        commit_step: the step, counted over the whole response, that committed each response position; -1 for a mask.
+        done: the rows that stopped early.
+        nfe: the forward passes spent on each row.
+        row_key: one random key a row [B], so that a row's result does not depend on its batch.
     """
 
     ids: Int[Array, "B T"]
@@ -44,9 +45,9 @@ class Responses(NamedTuple):
     """The decoded responses of a batch.
 
     Attributes:
-        response: response tokens [B, R]; positions never decoded (early stop) hold the fill token.
-        commit_step: the row's decode step that committed each position; -1 where none did.
-        nfe: forward passes spent on each row.
+        response: the response tokens; positions that were never decoded (early stop) hold the fill token.
+        commit_step: the decode step of the row that committed each position; -1 where none did.
+        nfe: the forward passes spent on each row.
     """
 
     response: Int[Array, "B R"]
@@ -55,6 +56,8 @@ class Responses(NamedTuple):
 
 
 class _Loop(NamedTuple):
+    """The state between two steps of a block: tokens [B, A], the step that committed each [B, A], forward passes [B]."""
+
     step: Array
     tokens: Array
     commit_step: Array
@@ -62,7 +65,7 @@ class _Loop(NamedTuple):
 
 
 def start(layout: Layout, canvas: Canvas, seed: int | Int[Array, ""]) -> Carry:
-    """The state before the first block.
+    """Returns the state before the first block.
 
     Args:
         layout: the canvas's static part.
@@ -95,15 +98,20 @@ def decode_block(
     Args:
         net: the network (static).
         layout: the canvas's static part.
-        options: the decoder's options (static).
+        options: the decoder's settings (static).
         params: the network's parameters.
-        canvas: lengths of the rows; its tokens are not read.
-        carry: the state after the blocks before.
-        block: which block.
+        canvas: the lengths of the rows; its tokens are not read.
+        carry: the state after the blocks before this one.
+        block: the index of the block.
 
     Returns:
         The state after this block.
     """
+    rows = canvas.ids.shape[0]
+    chex.assert_rank(block, 0)
+    chex.assert_equal_shape([carry.ids, canvas.ids])
+    chex.assert_shape(carry.commit_step, (rows, layout.response_len))
+    chex.assert_shape([carry.done, carry.nfe, carry.row_key], (rows,))
     rule = RULES[options.rule]
     pick = rule.transfer(options, layout.block)
     most_steps = layout.block if rule.pace == "rule" else options.steps(layout.block)
@@ -157,7 +165,7 @@ def _commit(
 def _logits(
     net: Network, layout: Layout, options: DecodeConfig, params: Params, canvas: Canvas, seen: View
 ) -> Float[Array, "B A V"]:
-    """The active block's logits, guided away from the unconditional ones where the options say so."""
+    """Returns the active block's logits, with classifier-free guidance where the settings ask for it."""
     conditional = net.logits(params, net.hidden(params, seen))
     if not options.cfg_scale:
         return conditional
@@ -180,7 +188,7 @@ def decode(
     Args:
         net: the network (static).
         layout: the canvas's static part.
-        options: the decoder's options (static).
+        options: the decoder's settings (static).
         params: the network's parameters.
         canvas: the prompts, from ``canvas.for_decoding``; a row's random key comes from its ``row_id``.
         seed: the seed of sampling.
@@ -201,7 +209,7 @@ def decode(
 
 
 def finish(layout: Layout, canvas: Canvas, carry: Carry) -> Responses:
-    """Reads the responses off the canvas."""
+    """Returns the responses of a canvas whose blocks are decoded."""
     at = canvas.prompt_len[:, None] + jnp.arange(layout.response_len)
     response = jnp.take_along_axis(carry.ids, at, axis=1)
     response = jnp.where(carry.commit_step < 0, layout.fill_id, response)

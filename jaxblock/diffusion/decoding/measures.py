@@ -24,7 +24,7 @@ class Measure(NamedTuple):
 
 
 def surprise(logits: Float[Array, "*rows V"], token: Int[Array, "*rows"]) -> Float[Array, "*rows"]:
-    """-log softmax(logits)[token] as a sum that keeps its precision when the token is nearly certain.
+    """Returns -log softmax(logits)[token], as a sum that keeps its precision when the token is nearly certain.
 
     Args:
         logits: float32 or wider; the mask token's logit included (it stays in the normaliser).
@@ -41,7 +41,7 @@ def surprise(logits: Float[Array, "*rows V"], token: Int[Array, "*rows"]) -> Flo
 
 
 def margin_surprise(logits: Float[Array, "*rows V"], mask_id: int) -> Float[Array, "*rows"]:
-    """-log(p1 - p2): the best token's lead over the best other one (Dream's ``topk_margin``), as a log.
+    """Returns -log(p1 - p2), the log of the best token's lead over the second best (Dream's ``topk_margin``).
 
     The mask token may be the runner-up, never the leader: where it is the most probable token there is no lead.
 
@@ -62,7 +62,7 @@ def margin_surprise(logits: Float[Array, "*rows V"], mask_id: int) -> Float[Arra
 
 
 def entropy(logits: Float[Array, "*rows V"]) -> Float[Array, "*rows"]:
-    """-sum p log(p + 1e-10) of softmax(logits), in nats: Dream's ``entropy`` ranks by it, smallest first.
+    """Returns -sum p log(p + 1e-10) of softmax(logits) in nats, which Dream's ``entropy`` ranks by, smallest first.
 
     Args:
         logits: float32 or wider; -inf for what was filtered out.

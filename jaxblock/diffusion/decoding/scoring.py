@@ -8,6 +8,7 @@ normaliser.
 
 from __future__ import annotations
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -19,15 +20,15 @@ from jaxblock.diffusion.decoding.rules import RULES
 from jaxblock.diffusion.decoding.transfer import Scores
 
 _TOKEN, _CHANCE, _POSITION = 0, 1, 2
-"""What a row's key of a step is folded with, for each thing that is drawn."""
+"""What a row's key of a step is folded with for each kind of draw."""
 
 
 def keep_top_p(logits: Float[Array, "*rows V"], top_p: float) -> Bool[Array, "*rows V"]:
-    """The most probable tokens up to and including the one that takes their sum above ``top_p``; ties by lowest index.
+    """Returns the most probable tokens up to the one that takes their sum above ``top_p``; ties go to the lowest index.
 
     Args:
         logits: already divided by the temperature.
-        top_p: from 0 to 1.
+        top_p: the sum of probabilities, from 0 to 1.
     """
     order = jnp.argsort(-logits, axis=-1, stable=True)
     mass = jnp.cumsum(jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1), axis=-1)
@@ -37,24 +38,24 @@ def keep_top_p(logits: Float[Array, "*rows V"], top_p: float) -> Bool[Array, "*r
 
 
 def keep_top_k(logits: Float[Array, "*rows V"], top_k: int) -> Bool[Array, "*rows V"]:
-    """The ``top_k`` most probable tokens; all that tie with the last of them stay, as in Dream.
+    """Returns the ``top_k`` most probable tokens; all that tie with the last of them stay, as in Dream.
 
     Args:
         logits: -inf for what was filtered out before.
-        top_k: at least 1.
+        top_k: the number of tokens, at least 1.
     """
     last = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][..., -1:]
     return logits >= last
 
 
 def candidates(options: DecodeConfig, mask_id: int, logits: Float[Array, "*rows V"]) -> Float[Array, "*rows V"]:
-    """What the token is drawn from: divided by the temperature, then top-p, then top-k; -inf for what they cut.
+    """Returns the logits that the token is drawn from: divided by the temperature, then cut by top-p, then by top-k.
 
     The filters see the mask token, as in Dream. They always leave the best other token: the mask token itself is never
-    drawn, and where it alone would pass there would be nothing left.
+    drawn, and where it alone would pass there would be nothing left. What they cut is -inf.
 
     Args:
-        options: temperature (0: as it is, and the argmax is taken), top_p, top_k.
+        options: the temperature (at 0 the logits stay as they are, and the argmax is taken), top_p and top_k.
         mask_id: the mask token.
         logits: float32 or wider.
     """
@@ -80,12 +81,14 @@ def score(
     softmax(confidence / alg_temp).
 
     Args:
-        layout: special ids.
-        options: rule, temperatures, filters, suppression.
+        layout: the canvas's static part, for the special tokens.
+        options: the rule, temperatures, filters and suppression.
         logits: float32 or wider.
-        eligible: positions that may be committed.
-        keys: one random key a row.
+        eligible: the positions that may be committed.
+        keys: one random key a row [B].
     """
+    chex.assert_equal_shape_prefix([logits, eligible], 2)
+    chex.assert_shape(keys, logits.shape[:1])
     ids, rule = jnp.arange(logits.shape[-1]), RULES[options.rule]
     if options.eos_suppression == "logits":
         logits = jnp.where(ids == layout.fill_id, -jnp.inf, logits)
@@ -112,5 +115,5 @@ def score(
 
 
 def _gumbel(keys: Array, purpose: int, like: Array) -> Array:
-    """Gumbel noise for every entry, each row's from its own key."""
+    """Draws Gumbel noise for every entry, each row's from its own key."""
     return jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, purpose), like.shape[1:], like.dtype))(keys)

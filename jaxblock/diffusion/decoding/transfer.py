@@ -1,7 +1,7 @@
-"""Transfer rules: which masked positions of the active block a decode step commits. Pure functions.
+"""Transfer functions: they pick the masked positions of the active block that a decode step commits.
 
-Confidence is ranked by ``Scores.surprise`` (-log p: probabilities near 1 tie in float32, this does not). A threshold
-tau becomes -log tau. Ties go to the lowest index.
+They rank confidence by ``Scores.surprise``, which is -log p: probabilities near 1 tie in float32, their logarithms do not. A
+threshold tau becomes -log tau. Ties go to the lowest index.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from jaxblock.diffusion.decoding.config import FactorRule, Quota
 
 
 class Scores(NamedTuple):
-    """What a transfer rule chooses from.
+    """What a transfer function chooses from.
 
     Attributes:
-        token: the token each position would be given.
-        surprise: smaller is more confident: -log of the rule's confidence, in nats (probabilities near 1 tie in
-            float32; this does not), or what the rule ranks by in its place (``scoring.score``).
-        eligible: still a mask, inside the active block.
+        token: the token that each position would get.
+        surprise: -log of the rule's confidence in nats (smaller is more confident), or what the rule ranks by in its place
+            (``scoring.score``).
+        eligible: which positions may be committed: those that are still masks.
     """
 
     token: Int[Array, "B A"]
@@ -34,31 +34,31 @@ class Scores(NamedTuple):
 
 
 class StepInfo(NamedTuple):
-    """Where a decode step stands: its index inside the block, and the masks each row had when the block began."""
+    """The index of a decode step inside its block, and the masks that each row had when the block began."""
 
     step: Int[Array, ""]
     masks_at_start: Int[Array, " B"]
 
 
 Transfer = Callable[[Scores, StepInfo], Bool[Array, "B A"]]
-"""A transfer rule: which eligible positions this step commits."""
+"""A transfer function: returns the eligible positions that this step commits."""
 
 
 def rank(scores: Scores) -> Int[Array, "B A"]:
-    """0 for the most confident eligible position, and so on; ineligible positions come after all eligible ones."""
+    """Ranks positions from 0, the most confident eligible one; ineligible positions come after all eligible ones."""
     order = jnp.lexsort((scores.surprise, ~scores.eligible), axis=-1)
     return jnp.argsort(order, axis=-1)
 
 
 def quota_table(schedule: Quota, most: int, steps: int, eps: float = 1e-3) -> np.ndarray:
-    """How many tokens each step commits, for every number of masks a block may begin with.
+    """Tabulates how many tokens each step commits, for every number of masks that a block may begin with.
 
     Args:
         schedule: ``even`` (LLaDA: the remainder goes to the first steps), ``dllm_linear`` (rounding half to even at
             each step; idle steps dropped), ``dream`` (truncation on Dream's float32 time grid, the rest at the end).
         most: the largest number of masks.
-        steps: steps of a block.
-        eps: where Dream's time grid ends.
+        steps: the decode steps of a block.
+        eps: the end of Dream's time grid.
 
     Returns:
         int32 [most + 1, steps]; row n sums to n.
@@ -68,10 +68,10 @@ def quota_table(schedule: Quota, most: int, steps: int, eps: float = 1e-3) -> np
 
 
 def dream_grid(steps: int, eps: float) -> np.ndarray:
-    """Dream's times, 1 down to ``eps`` in equal steps: float32 [steps + 1], the bits of ``torch.linspace``.
+    """Returns Dream's times, from 1 down to ``eps`` in equal steps: float32 [steps + 1], equal to ``torch.linspace`` bit for bit.
 
-    That function walks from both ends and rounds once per point (a fused multiply-add), and a count may turn on the
-    last bit.
+    That function walks from both ends and rounds once per point (a fused multiply-add), and a count may depend on the last
+    bit.
     """
     first, last = np.float32(1), np.float32(eps)
     size = float((last - first) / np.float32(steps))
@@ -80,7 +80,7 @@ def dream_grid(steps: int, eps: float) -> np.ndarray:
 
 
 def dream_chances(steps: int, eps: float) -> np.ndarray:
-    """Chance that a mask is lifted in each step, 1 - s / t on Dream's time grid, and 1 in the last: float32 [steps]."""
+    """Returns each step's chance to lift a mask: 1 - s / t on Dream's time grid, and 1 in the last step; float32 [steps]."""
     grid = dream_grid(steps, eps)
     return np.append(np.float32(1) - grid[1:-1] / grid[:-2], np.float32(1))
 
@@ -114,10 +114,10 @@ def _dream(n: int, chances: np.ndarray) -> list[int]:
 
 
 def by_quota(table: np.ndarray) -> Transfer:
-    """Commits the step's quota of most confident positions.
+    """Returns a function that commits the step's quota of most confident positions.
 
     Args:
-        table: from ``quota_table``.
+        table: the quotas, from ``quota_table``.
     """
     counts = jnp.asarray(table)
 
@@ -129,7 +129,7 @@ def by_quota(table: np.ndarray) -> Transfer:
 
 
 def by_threshold(threshold: float) -> Transfer:
-    """Commits every position at least ``threshold`` confident, and always the most confident one."""
+    """Returns a function that commits every position of at least this confidence, and always the most confident one."""
     bound = -math.log(threshold) if threshold > 0 else math.inf
 
     def rule(scores: Scores, info: StepInfo) -> Bool[Array, "B A"]:
@@ -139,11 +139,13 @@ def by_threshold(threshold: float) -> Transfer:
 
 
 def by_factor(factor: float, most: int, variant: FactorRule = "strict") -> Transfer:
-    """Accepts ranks n = 1, 2, ... while (n + 1)(1 - confidence) <= factor, rank 1 always (Fast-dLLM's).
+    """Returns a function that commits ranks n = 1, 2, ... while (n + 1)(1 - confidence) <= factor, and rank 1 always.
+
+    The rule is Fast-dLLM's.
 
     Args:
-        factor: f.
-        most: positions of a block.
+        factor: the bound.
+        most: the positions of a block.
         variant: ``strict`` stops at the first failure; ``v1`` (Fast-dLLM's later code) accepts even that one where it
             is the last rank there is.
     """
@@ -163,12 +165,12 @@ def by_factor(factor: float, most: int, variant: FactorRule = "strict") -> Trans
 
 
 def by_chance(chances: np.ndarray) -> Transfer:
-    """Commits each position independently with the step's chance (Dream's ``origin``).
+    """Returns a function that commits each position independently with the step's chance (Dream's ``origin``).
 
-    The scores carry a uniform number from [0, 1) of each position in place of a surprise.
+    The scores hold a uniform number from [0, 1) for each position in place of a surprise.
 
     Args:
-        chances: one a step; the last must be 1, so that a block ends.
+        chances: the chance of each step; the last must be 1, so that a block ends.
     """
     levels = jnp.asarray(chances)
 

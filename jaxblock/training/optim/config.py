@@ -12,40 +12,40 @@ Storage = Literal["float32", "bfloat16", "int8"]
 
 @dataclass(frozen=True)
 class OptimizerConfig(Section, name="optimizer"):
-    """AdamW or Adafactor with a schedule and clipping (docs/optimizer.md)."""
+    """The optimizer, AdamW or Adafactor, with its schedule and clipping (docs/optimizer.md)."""
 
     name: Literal["adamw", "adafactor"] = "adamw"
-    """`adafactor` keeps one number per row and column of a matrix instead of a second moment per weight."""
+    """The update rule; `adafactor` keeps one number per row and column of a matrix instead of a second moment per weight."""
     lr: float = setting(1e-3, ABOVE_0)
-    """Peak learning rate."""
+    """The peak learning rate."""
     schedule: Literal["cosine", "linear", "constant", "deepspeed_cosine"] = "cosine"
-    """Decay after the warm-up, to `final_ratio` of the peak at the last step; `deepspeed_cosine` is DeepSpeed's WarmupCosineLR."""
+    """The decay after the warm-up, to `final_ratio` of the peak at the last step; `deepspeed_cosine` is DeepSpeed's WarmupCosineLR."""
     warmup_steps: int = setting(50, NOT_NEGATIVE)
-    """Updates of linear warm-up; update 0 has a learning rate above 0. (`deepspeed_cosine`: from `warmup_floor`, at least 2.)"""
+    """The updates of linear warm-up; update 0 has a learning rate above 0. (`deepspeed_cosine`: from `warmup_floor`, at least 2.)"""
     warmup: Literal["linear", "log"] = "linear"
-    """`deepspeed_cosine`: shape of the warm-up. DeepSpeed's own default is `log`."""
+    """`deepspeed_cosine`: the shape of the warm-up; DeepSpeed's own default is `log`."""
     warmup_floor: float = setting(0.0, NOT_NEGATIVE)
-    """`deepspeed_cosine`: learning rate at the start of the warm-up, as a share of the peak."""
+    """`deepspeed_cosine`: the learning rate at the start of the warm-up, as a share of the peak."""
     scheduler_steps: Literal["before_update", "after_update"] = "before_update"
     """`deepspeed_cosine`: `after_update` is the order of DeepSpeed's engine: one update late, the first with a learning rate of 0."""
     final_ratio: float = setting(0.0, NOT_NEGATIVE)
-    """Learning rate at the end, as a share of the peak."""
+    """The learning rate at the end, as a share of the peak."""
     weight_decay: float = setting(0.0, NOT_NEGATIVE)
-    """Decoupled weight decay."""
+    """The decoupled weight decay."""
     decay: Literal["matrices", "all"] = "matrices"
     """Which parameters decay; `all` includes norms, as the peers' AdamW does."""
     b1: float = setting(0.9, BELOW_1)
-    """First-moment decay; 0 keeps no first moment under `adafactor`."""
+    """The decay of the first moment; 0 keeps no first moment under `adafactor`."""
     b2: float = setting(0.95, BELOW_1)
-    """Second-moment decay."""
+    """The decay of the second moment."""
     eps: float = setting(1e-8, ABOVE_0)
-    """Added to the root of the second moment."""
+    """The number added to the root of the second moment."""
     clip_norm: float = setting(1.0, NOT_NEGATIVE)
-    """Clip the gradient's global norm; 0 for never."""
+    """The global norm to which gradients are clipped; 0 for no clipping."""
     ema: float = setting(0.0, BELOW_1)
-    """Decay of a moving average of what is trained, which evaluations, `decode` and `export` then use; 0 for none."""
+    """The decay of a moving average of the trained weights, which evaluations, `decode` and `export` then use; 0 for none."""
     moments: Storage = "float32"
-    """Storage of the moments: 8, 4 or 2 bytes a weight for AdamW's two."""
+    """The type in which moments are stored: 8, 4 or 2 bytes a weight for AdamW's two."""
     rounding: Literal["stochastic", "nearest"] = "stochastic"
     """How updated bfloat16 weights are rounded (float32 ones are not); to the nearest, small updates are lost."""
 

@@ -1,0 +1,71 @@
+"""A decoding rule is one record: whoever adds one writes an entry of ``RULES``, and everything else follows from it."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxblock.diffusion import canvas as canvases
+from jaxblock.diffusion.decoding import decoder, measures, transfer
+from jaxblock.diffusion.decoding.config import DecodeConfig, RuleName
+from jaxblock.diffusion.decoding.rules import RULES, Rule, check_options
+from jaxblock.errors import UserError
+
+
+def _with_rule(name: str, **fields) -> DecodeConfig:
+    """Settings that name a rule of this test: the annotation of ``rule`` knows the package's rules alone."""
+    options = DecodeConfig(**fields)
+    object.__setattr__(options, "rule", name)
+    return options
+
+
+def test_the_command_line_shows_every_rule():
+    assert get_args(RuleName) == tuple(RULES)
+
+
+def test_a_new_rule_is_one_entry(tiny, monkeypatch):
+    """It commits positions from left to right, two a step, is measured by entropy and looks at ``threshold``."""
+
+    def leftmost(options, block):
+        def pick(scores, info):
+            place = jnp.cumsum(scores.eligible, axis=-1) - 1
+            return scores.eligible & (place < 2)
+
+        return pick
+
+    monkeypatch.setitem(RULES, "leftmost", Rule(leftmost, measures.ENTROPY, "candidates", "rule", uses=("threshold",)))
+    check_options(_with_rule("leftmost", threshold=0.5, top_p=0.9))
+    with pytest.raises(UserError, match="decode.quota dream has no effect under decode.rule leftmost"):
+        check_options(_with_rule("leftmost", quota="dream"))
+    with pytest.raises(UserError, match="or rule to confidence_threshold or leftmost"):
+        check_options(DecodeConfig(threshold=0.5))
+
+    net, params = tiny[0](dtype="float32", n_layers=1)
+    layout = tiny[1]()
+    canvas = canvases.for_decoding(layout, jnp.asarray([[1, 2]]), jnp.asarray([2]), jnp.asarray([0]))
+    options = _with_rule("leftmost", early_stop=False)
+    out = jax.jit(decoder.decode, static_argnums=(0, 1, 2))(net, layout, options, params, canvas, 0)
+    assert out.commit_step[0].tolist() == [0, 0, 1, 2, 2, 3, 4, 4, 5]
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_rule_commits_eligible_positions_alone_and_looks_at_what_it_says(name):
+    """Changing a setting that the rule does not name changes nothing that it commits."""
+    block, rng = 6, np.random.default_rng(0)
+    scores = transfer.Scores(
+        jnp.zeros((5, block), jnp.int32),
+        jnp.asarray(rng.uniform(0, 1, (5, block)), jnp.float32),
+        jnp.asarray(rng.integers(0, 2, (5, block)), bool),
+    )
+    info = transfer.StepInfo(jnp.int32(0), scores.eligible.sum(-1))
+    changes = {"quota": "dllm_linear", "threshold": 0.6, "factor": 3.0, "factor_rule": "v1", "eps": 0.5}
+    plain = RULES[name].transfer(DecodeConfig(rule=name, steps_per_block=2), block)(scores, info)
+    assert not np.asarray(plain & ~scores.eligible).any()
+    for field, value in changes.items():
+        if field not in RULES[name].uses:
+            other = DecodeConfig(rule=name, steps_per_block=2, **{field: value})
+            np.testing.assert_array_equal(RULES[name].transfer(other, block)(scores, info), plain, err_msg=field)
