@@ -17,7 +17,7 @@ from jaxblock.training.config import TrainConfig
 if TYPE_CHECKING:
     from jaxblock.data.store.prepared_folder import Prepared
     from jaxblock.diffusion.canvas import Layout
-    from jaxblock.reporting.examine import Examined
+    from jaxblock.reporting.examine import ExaminedRecord
 
 
 @dataclass(frozen=True)
@@ -55,16 +55,16 @@ def run(options: Options, config: Config) -> int:
         f"{config.method.objective}, law {config.method.law}, {config.method.weighting} weights, "
         f"normalised by {config.method.normalize}, blocks {config.method.blocks}"
     )
-    terminal.show(Console(), layout, examined, prepared.tokenizer.piece, about)
+    terminal.print_records(Console(), layout, examined, prepared.tokenizer.piece, about)
     if options.html:
-        write_text(options.html, html.page(layout, examined, prepared.tokenizer.piece, about=about))
+        write_text(options.html, html.html_page(layout, examined, prepared.tokenizer.piece, about=about))
         say(f"wrote {options.html}")
     return 0
 
 
 def examine_records(
     config: Config, prepared: Prepared, split: str, indices: tuple[int, ...], steps: int
-) -> tuple[list[Examined], Layout]:
+) -> tuple[list[ExaminedRecord], Layout]:
     """Examines records with the draws of the first training steps of a batch that is made of them.
 
     Args:
@@ -85,7 +85,7 @@ def examine_records(
     from jaxblock import build
     from jaxblock.data.loader import pad_records
     from jaxblock.models.families import registry
-    from jaxblock.reporting.examine import draw_steps, examine
+    from jaxblock.reporting.examine import draws_of_steps, examine
     from jaxblock.training import start
 
     source = prepared.records(split)
@@ -106,7 +106,7 @@ def examine_records(
     )
     objective = start.objective(sized, build.network(arch, config.model), special.stop_ids)
     canvas = objective.canvas(batch)
-    draws, noise = draw_steps(lambda step: objective.draw(batch, canvas, step), range(steps))
+    draws, noise = draws_of_steps(lambda step: objective.draw(batch, canvas, step), range(steps))
     examined = examine(
         objective.layout,
         canvas,

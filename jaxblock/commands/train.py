@@ -49,7 +49,7 @@ def run(options: Options, config: Config) -> int:
         prepared = open_prepared(config.data.prepared)
         count = min(2, len(prepared.records("train")))
         examined, layout = examine_records(config, prepared, "train", tuple(range(count)), 1)
-        terminal.show(console, layout, examined, prepared.tokenizer.piece)
+        terminal.print_records(console, layout, examined, prepared.tokenizer.piece)
         with jax.disable_jit():
             outcome = loop.train(config, console)
     else:

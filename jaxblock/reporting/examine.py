@@ -1,8 +1,7 @@
-"""What training feeds the model, made visible: token kinds, the block grid, masks, and which tokens carry loss.
+"""Examines what training feeds the model: kinds of tokens, blocks, masks, and which tokens carry loss.
 
-``examine`` is given the training step's own draws, calls the very function that training calls (``corruption.corrupt``)
-and only reads off what it returns, so a bug in the masking shows here. ``inspect_terminal`` and ``inspect_html`` draw
-the result.
+``examine`` is given the training step's own draws, calls the function that training calls (``corruption.corrupt``) and
+only reports what it returns, so that a bug in the masking shows here. ``terminal`` and ``html`` draw the result.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from jaxblock.types import View
 
 Kind = Literal["prompt", "response", "terminator", "fill", "padding", "unused", "hidden"]
 
-MEANING: dict[Kind, str] = {
+KIND_MEANINGS: dict[Kind, str] = {
     "prompt": "given; never masked, never supervised",
     "response": "text of the response",
     "terminator": "ends the response; counted as text",
@@ -34,17 +33,17 @@ MEANING: dict[Kind, str] = {
     "unused": "masks to the end of the response positions; never supervised",
     "hidden": "after the row's end; the model never sees it",
 }
-"""Every kind of canvas position, for legends."""
+"""The meaning of every kind of canvas position, for legends."""
 
 
 @dataclass(frozen=True)
 class Position:
-    """One position of a canvas.
+    """Describes one position of a record's canvas.
 
     Attributes:
-        id: its token.
-        kind: what it is.
-        block: index of the block it lies in; None in the prompt and beyond the response positions.
+        id: the token id.
+        kind: what the token is to training (``KIND_MEANINGS``).
+        block: the index of the block it is in; None in the prompt and beyond the response positions.
     """
 
     id: int
@@ -53,17 +52,17 @@ class Position:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """One canvas position under one draw.
+class SeenPosition:
+    """Describes one canvas position as the model is fed it under one draw.
 
     Attributes:
-        id: the token the model is fed.
-        rotary: its rotary position.
-        visible: it is before the visible length.
-        masked: the model is fed the mask token.
-        active: it lies in the active block.
-        loss: -log p of ``target`` enters the loss.
-        target: the true token; None where there is no loss.
+        id: the token id that the model is fed.
+        rotary: the rotary position.
+        visible: whether the position is before the visible length.
+        masked: whether the model is fed the mask token.
+        active: whether the position is in the active block.
+        loss: whether -log p of ``target`` enters the loss.
+        target: the id of the true token; None where there is no loss.
         read_at: the canvas position whose hidden state predicts the target; None where there is no loss.
     """
 
@@ -78,18 +77,18 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class DrawShown:
-    """One draw of one row.
+class ExaminedDraw:
+    """Describes one draw of one row.
 
     Attributes:
-        block: the active block.
-        supervised: n, positions of it that may be masked.
-        masked: l, how many are.
-        weight: what each masked token's -log p is multiplied by; 0 for an unused draw.
-        coefficient: the same after the batch's normaliser: the derivative of the batch's loss by that -log p.
-        visible_len: positions the model sees.
-        rotary: the first and the last of their rotary positions.
-        seen: every canvas position.
+        block: the index of the active block.
+        supervised: n, the number of its positions that may be masked.
+        masked: l, the number of its positions that are masked.
+        weight: the factor of each masked token's -log p; 0 for an unused draw.
+        coefficient: the factor after the batch's normaliser: the derivative of the batch's loss by that -log p.
+        visible_len: the number of positions that the model sees.
+        rotary: the first and the last rotary position of those.
+        seen: every canvas position as the model is fed it.
         findings: what looks wrong; empty in a sound draw.
     """
 
@@ -100,22 +99,22 @@ class DrawShown:
     coefficient: float
     visible_len: int
     rotary: tuple[int, int]
-    seen: tuple[Seen, ...]
+    seen: tuple[SeenPosition, ...]
     findings: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Examined:
-    """One record on its canvas, and its draws.
+class ExaminedRecord:
+    """Describes one record on its canvas, and its draws.
 
     Attributes:
-        label: how to call it.
+        label: the record's name.
         positions: every canvas position.
-        prompt_len: tokens of the prompt.
-        text_len: tokens of the response, the terminator counted.
-        n_blocks: blocks that may be active.
-        length: visible positions without a suffix window.
-        draws: what training would feed.
+        prompt_len: the number of the prompt's tokens.
+        text_len: the number of the response's tokens, the terminator counted.
+        n_blocks: the number of blocks that may be active.
+        length: the number of visible positions where there is no suffix window.
+        draws: what training would feed the model.
     """
 
     label: str
@@ -124,18 +123,18 @@ class Examined:
     text_len: int
     n_blocks: int
     length: int
-    draws: tuple[DrawShown, ...]
+    draws: tuple[ExaminedDraw, ...]
 
 
-def draw_steps(draw_of: Callable[[int], tuple[Draw, Array]], steps: Sequence[int]) -> tuple[Draw, Array]:
-    """The draws of several training steps, one after the other along the K axis.
+def draws_of_steps(draw_of: Callable[[int], tuple[Draw, Array]], steps: Sequence[int]) -> tuple[Draw, Array]:
+    """Concatenates the draws of several training steps along the K axis.
 
     Args:
-        draw_of: step -> (draws [K, B, ...], noise [K, B, R or 0]): the training step's own function.
-        steps: which steps.
+        draw_of: the training step's own function: step -> (draws [K, B, ...], noise [K, B, R or 0]).
+        steps: the steps to draw.
 
     Returns:
-        (draws with a leading axis of steps * K, noise likewise).
+        (draws, noise), each with a leading axis of steps * K.
     """
     draws, noise = zip(*map(draw_of, steps), strict=True)
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), *draws), jnp.concatenate(noise)
@@ -150,24 +149,24 @@ def examine(
     noise: Array | None = None,
     drawn_blocks: Array | None = None,
     labels: Sequence[str] | None = None,
-) -> list[Examined]:
-    """Reads off what the model is fed and what carries loss.
+) -> list[ExaminedRecord]:
+    """Examines what the model is fed, and which tokens carry loss.
 
     Args:
-        layout: the canvas's static part.
-        canvas: prompts and responses, B rows.
-        draws: with a leading K axis, as training gets them from ``sampling.draw``.
+        layout: the layout of the canvas.
+        canvas: the prompts and responses, B rows.
+        draws: the draws with a leading K axis, as training gets them from ``sampling.draw``.
         method: what the batch's loss is divided by, and the ablations outside the active block.
-        noise: its uniforms [K, B, R].
-        drawn_blocks: the data's blocks [B] under ``pairs``.
-        labels: names of the rows; None numbers them.
+        noise: the uniforms [K, B, R] of those ablations; None without them.
+        drawn_blocks: the blocks [B] that the data draws under ``pairs``; None otherwise.
+        labels: the names of the rows; None numbers them.
 
     Returns:
-        One entry a row.
+        One examined record for each row.
     """
     share, divisor = normaliser(layout, canvas, method.normalize, drawn_blocks)
     scale = np.asarray(share, np.float64) / max(float(divisor), 1e-30)
-    shown: list[list[DrawShown]] = [[] for _ in range(canvas.ids.shape[0])]
+    shown: list[list[ExaminedDraw]] = [[] for _ in range(canvas.ids.shape[0])]
     for k in range(draws.block.shape[0]):
         one: Draw = jax.tree.map(lambda x, k=k: x[k], draws)
         uniforms = noise[k] if noise is not None and method.needs_noise else None
@@ -175,12 +174,12 @@ def examine(
         host = jax.tree.map(np.asarray, (canvas, one, seen, targets))
         for row, column in enumerate(shown):
             its: tuple[Canvas, Draw, View, np.ndarray] = jax.tree.map(lambda x, row=row: x[row], host)
-            column.append(_draw_shown(layout, *its, float(scale[row]), method))
+            column.append(_examined_draw(layout, *its, float(scale[row]), method))
     ends = np.asarray(supervised_end(layout, canvas))
     names = labels or [f"row {i}" for i in range(len(shown))]
     rows = [jax.tree.map(lambda x, i=i: np.asarray(x)[i], canvas) for i in range(len(shown))]
     return [
-        Examined(
+        ExaminedRecord(
             label=name,
             positions=_positions(layout, row, int(end)),
             prompt_len=int(row.prompt_len),
@@ -215,15 +214,15 @@ def _positions(layout: Layout, row: Canvas, end: int) -> tuple[Position, ...]:
     return tuple(Position(int(token), kind(at, int(token)), block(at)) for at, token in enumerate(row.ids))
 
 
-def _draw_shown(
+def _examined_draw(
     layout: Layout, canvas: Canvas, one: Draw, seen: View, targets: np.ndarray, scale: float, method: MethodConfig
-) -> DrawShown:
-    """One row's draw, all host arrays without the batch axis."""
+) -> ExaminedDraw:
+    """Describes one row's draw; all arrays are on the host and have no batch axis."""
     weight, length = float(one.weight), int(seen.length)
     start = int(canvas.prompt_len + one.block * layout.block)
     slots = {int(at): j for j, at in enumerate(seen.active) if bool(one.masked[j])} if weight > 0 else {}
     positions = tuple(
-        Seen(
+        SeenPosition(
             id=int(token),
             rotary=int(rotary),
             visible=at < length,
@@ -235,7 +234,7 @@ def _draw_shown(
         )
         for at, (token, rotary) in enumerate(zip(np.asarray(seen.ids), np.asarray(seen.positions), strict=True))
     )
-    return DrawShown(
+    return ExaminedDraw(
         block=int(one.block),
         supervised=int(np.sum(seen.valid)),
         masked=int(np.sum(one.masked)),
@@ -249,9 +248,9 @@ def _draw_shown(
 
 
 def _findings(
-    layout: Layout, canvas: Canvas, one: Draw, seen: View, positions: Sequence[Seen], method: MethodConfig
+    layout: Layout, canvas: Canvas, one: Draw, seen: View, positions: Sequence[SeenPosition], method: MethodConfig
 ) -> tuple[str, ...]:
-    """What a person would call a mask bug, looked for in the arrays that the network is fed."""
+    """Looks for bugs of the masking in the arrays that the network is fed."""
     shift = 1 if layout.alignment == "shifted" else 0
     block_end = int(canvas.prompt_len + (one.block + 1) * layout.block)
     checks = [

@@ -1,14 +1,15 @@
-"""``inspect`` as one HTML file that needs nothing else: no script, no font, no picture, every text escaped."""
+"""Draws examined records as one HTML file that needs nothing else: no script, font or picture, and every text escaped."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from html import escape
 
 from jaxblock.diffusion.canvas import Layout
-from jaxblock.reporting.examine import MEANING, DrawShown, Examined, Position, Seen
-from jaxblock.reporting.pieces import visible
-from jaxblock.reporting.terminal import describe, draw_summary, summary
+from jaxblock.reporting import describe
+from jaxblock.reporting.describe import Cell, Piece
+from jaxblock.reporting.examine import ExaminedDraw, ExaminedRecord, Position
 
 _CSS = """
 :root { --ink:#1d2330; --soft:#6a7280; --line:#d9dde3; --paper:#f6f7f9; --card:#ffffff;
@@ -45,10 +46,10 @@ summary { color:var(--soft); font-size:11px; font-weight:600; cursor:pointer; }
 """
 
 
-def page(
+def html_page(
     layout: Layout,
-    examined: Sequence[Examined],
-    piece: Callable[[int], str],
+    records: Sequence[ExaminedRecord],
+    piece: Piece,
     *,
     title: str = "What the model sees in training",
     about: str = "",
@@ -56,11 +57,11 @@ def page(
     """Draws records and their draws as HTML.
 
     Args:
-        layout: the canvas's static part.
-        examined: what ``inspect.examine`` returned.
-        piece: the text of a token id.
+        layout: the layout of the canvas.
+        records: the records that ``examine`` returned.
+        piece: returns the text of a token id.
         title: the heading.
-        about: a line on the objective (law, weighting, draws).
+        about: a line on the objective (law, weighting, draws); empty for none.
 
     Returns:
         A whole document; ids, positions and weights are shown on hover.
@@ -69,80 +70,72 @@ def page(
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_CSS}</style></head><body>'
     )
-    intro = f"<header><h1>{escape(title)}</h1><p>{escape(describe(layout))}</p><p>{escape(about)}</p>"
-    records = "\n".join(_record(record, layout, piece) for record in examined)
-    return f"{head}{intro}{_legend(examined)}</header>\n{records}\n</body></html>\n"
+    intro = f"<header><h1>{escape(title)}</h1><p>{escape(describe.layout_line(layout))}</p><p>{escape(about)}</p>"
+    meanings = "".join(
+        f'<dt><span class="t {cell.style}">{cell.text}</span></dt><dd>{escape(meaning)}</dd>'
+        for cell, meaning in describe.legend(records)
+    )
+    body = "\n".join(_record_section(record, layout, piece) for record in records)
+    return f"{head}{intro}<dl>{meanings}</dl></header>\n{body}\n</body></html>\n"
 
 
-def _legend(examined: Sequence[Examined]) -> str:
-    kinds = {p.kind for record in examined for p in record.positions}
-    rows = [(f'<span class="t {kind}">{kind}</span>', meaning) for kind, meaning in MEANING.items() if kind in kinds]
-    rows.append(('<span class="t loss">░x░</span>', "fed as a mask, has loss: must become x"))
-    rows.append(('<span class="t mask">░░</span>', "fed as a mask, no loss"))
-    return "<dl>" + "".join(f"<dt>{mark}</dt><dd>{escape(meaning)}</dd>" for mark, meaning in rows) + "</dl>"
-
-
-def _record(record: Examined, layout: Layout, piece: Callable[[int], str]) -> str:
-    hidden = sum(p.kind == "hidden" for p in record.positions)
-    after = f"<p>{hidden} more positions of the canvas are hidden.</p>" if hidden else ""
-    cells = {at: _canvas_cell(at, p, layout, piece) for at, p in enumerate(record.positions) if p.kind != "hidden"}
+def _record_section(record: ExaminedRecord, layout: Layout, piece: Piece) -> str:
+    hidden = describe.hidden_line(record)
     parts = [
-        f"<section><h2>{escape(record.label)}</h2><p>{escape(summary(record, layout))}</p>",
-        _blocks(record, cells, None),
-        after,
+        f"<section><h2>{escape(record.label)}</h2><p>{escape(describe.record_line(record, layout))}</p>",
+        _blocks(record, lambda at: _canvas_span(at, record.positions[at], layout, piece), None),
+        f"<p>{hidden}.</p>" if hidden else "",
     ]
-    for number, shown in enumerate(record.draws, 1):
-        parts.append(f"<h3>draw {number}: {escape(draw_summary(shown))}</h3>")
-        parts += [f'<p class="bad">✗ {escape(finding)}</p>' for finding in shown.findings]
-        if shown.weight > 0:
-            seen = {at: _seen_cell(at, record.positions[at], shown, piece) for at in cells}
-            # An open prompt under each draw would bury the block; a prompt that was changed must be seen.
-            same = all(shown.seen[at].id == record.positions[at].id for at in range(record.prompt_len))
-            parts.append(_blocks(record, seen, shown.block, folded=same))
+    for number, draw in enumerate(record.draws, 1):
+        parts.append(f"<h3>draw {number}: {escape(describe.draw_line(draw))}</h3>")
+        parts += [f'<p class="bad">✗ {escape(finding)}</p>' for finding in draw.findings]
+        if draw.weight > 0:
+            # An open prompt under each draw would bury the block; but a prompt that was changed must be seen.
+            same = all(draw.seen[at].id == record.positions[at].id for at in range(record.prompt_len))
+            seen = partial(_seen_span, record=record, draw=draw, piece=piece)
+            parts.append(_blocks(record, seen, draw.block, fold_prompt=same))
     return "".join(parts) + "</section>"
 
 
-def _blocks(record: Examined, cells: dict[int, str], active: int | None, *, folded: bool = False) -> str:
-    groups: dict[int | None | str, list[str]] = {}
-    for at, cell in cells.items():
-        position = record.positions[at]
-        name = "prompt" if position.kind == "prompt" else position.block
-        groups.setdefault(name, []).append(cell)
+def _blocks(
+    record: ExaminedRecord, span: Callable[[int], str], active: int | None, *, fold_prompt: bool = False
+) -> str:
+    """Draws prompt and blocks; ``span`` returns the HTML of a canvas position."""
     out = []
-    for name, members in groups.items():
-        label = "beyond" if name is None else name if isinstance(name, str) else f"block {name}"
-        state = ""
-        if isinstance(name, int):
-            state = " active" if name == active else " never" if name >= record.n_blocks else ""
-        if name == "prompt" and folded:
-            count = f"prompt as above, {len(members)} tokens"
-            out.append(f'<details class="block"><summary>{count}</summary>{"".join(members)}</details>')
+    for name, block, positions in describe.sections(record):
+        spans = "".join(map(span, positions))
+        if name == "prompt" and fold_prompt:
+            count = f"prompt as above, {len(positions)} tokens"
+            out.append(f'<details class="block"><summary>{count}</summary>{spans}</details>')
             continue
-        out.append(f'<div class="block{state}"><b>{label}</b>{"".join(members)}</div>')
+        state = ""
+        if block is not None:
+            state = " active" if block == active else " never" if block >= record.n_blocks else ""
+        out.append(f'<div class="block{state}"><b>{name}</b>{spans}</div>')
     return f'<div class="blocks">{"".join(out)}</div>'
 
 
-def _span(text: str, css: str, hover: str) -> str:
-    return f'<span class="t {css}" title="{escape(hover, quote=True)}">{escape(text)}</span>'
+def _span(cell: Cell, hover: str) -> str:
+    return f'<span class="t {cell.style}" title="{escape(hover, quote=True)}">{escape(cell.text)}</span>'
 
 
-def _canvas_cell(at: int, position: Position, layout: Layout, piece: Callable[[int], str]) -> str:
-    text = "░░" if position.id == layout.mask_id else visible(piece(position.id))
+def _canvas_span(at: int, position: Position, layout: Layout, piece: Piece) -> str:
     block = "" if position.block is None else f", block {position.block}"
-    return _span(text, position.kind, f"id {position.id}, canvas position {at}{block}: {position.kind}")
+    hover = f"id {position.id}, canvas position {at}{block}: {position.kind}"
+    return _span(describe.canvas_cell(position, layout, piece), hover)
 
 
-def _seen_cell(at: int, position: Position, shown: DrawShown, piece: Callable[[int], str]) -> str:
-    seen: Seen = shown.seen[at]
+def _seen_span(at: int, record: ExaminedRecord, draw: ExaminedDraw, piece: Piece) -> str:
+    seen = draw.seen[at]
+    cell = describe.seen_cell(seen, record.positions[at].kind, piece)
     hover = f"fed id {seen.id}, canvas position {at}, rotary position {seen.rotary}"
-    if not seen.visible:
-        return _span(visible(piece(seen.id)), "hidden", f"{hover}: not visible")
-    if seen.loss and seen.target is not None:
+    if cell.style == "hidden":
+        hover += ": not visible"
+    elif cell.style == "loss":
         hover += (
             f"; must become id {seen.target}, predicted from the hidden state at {seen.read_at}; weight "
-            f"{shown.weight:.6g}, {shown.coefficient:.4g} in the loss of these rows"
+            f"{draw.weight:.6g}, {draw.coefficient:.4g} in the loss of these rows"
         )
-        return _span(f"░{visible(piece(seen.target))}░", "loss", hover)
-    if seen.masked:
-        return _span("░░", "mask", f"{hover}; no loss")
-    return _span(visible(piece(seen.id)), position.kind, hover)
+    elif cell.style == "mask":
+        hover += "; no loss"
+    return _span(cell, hover)

@@ -3,47 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 
-import numpy as np
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from jaxblock.reporting.pieces import MASK_GLYPH, visible
-
-
-def frames(
-    response_ids: Sequence[int] | np.ndarray, commit_step: Sequence[int] | np.ndarray, mask_id: int
-) -> Iterator[list[int]]:
-    """Rebuilds the canvas after each step that committed something: what is committed is never masked again.
-
-    Args:
-        response_ids: the response as far as it is decoded, shape [R].
-        commit_step: the step that committed each position, -1 for a mask, shape [R].
-        mask_id: the mask token.
-
-    Yields:
-        Response ids, one list of R per step, by rising step.
-    """
-    ids, step = np.asarray(response_ids), np.asarray(commit_step)
-    for s in np.unique(step[step >= 0]):
-        yield np.where((step >= 0) & (step <= s), ids, mask_id).tolist()
+from jaxblock.reporting.describe import MASK_GLYPH, Piece, visible_text
 
 
 class Watch:
-    """A context manager that is fed one canvas per decode step.
+    """Shows a decode while it runs; a context manager that is given one canvas per decode step.
 
-    On a terminal the canvas is redrawn in place: masks dim, what the last step committed highlighted, the active block
-    marked. Elsewhere one line is printed per finished block.
+    On a terminal the canvas is redrawn in place: masks are dim, tokens that the last step committed are highlighted, and
+    the active block is marked. Elsewhere one line is printed for each finished block.
     """
 
     def __init__(
         self,
         prompt: str,
-        piece: Callable[[int], str],
+        piece: Piece,
         *,
         mask_id: int,
         block: int,
@@ -55,12 +36,12 @@ class Watch:
 
         Args:
             prompt: the prompt's text.
-            piece: the text of a token id.
-            mask_id: the mask token.
-            block: positions of a block.
-            stop_ids: tokens that end the response; what follows the first in its block is shown dim.
-            console: where to; None for standard output.
-            pause: seconds to wait after each redraw on a terminal (a replay is too fast to see).
+            piece: returns the text of a token id.
+            mask_id: the id of the mask token.
+            block: the number of positions in a block.
+            stop_ids: the ids that end the response; tokens after the first of them are shown dim.
+            console: the console to draw on; None for standard output.
+            pause: the time to wait after each redraw on a terminal, in seconds (a replay is too fast to see).
         """
         self._prompt, self._piece, self._mask = prompt, piece, mask_id
         self._block, self._stops, self._pause = block, frozenset(stop_ids), pause
@@ -69,7 +50,7 @@ class Watch:
         self._fresh: set[int] = set()
         self._steps = 0
         self._nfe = 0
-        self._told = 0
+        self._printed = 0
         self._block_steps = 0
         self._over = False
         self._live: Live | None = None
@@ -94,15 +75,15 @@ class Watch:
             self._live.__exit__(kind, error, trace)
             self._live = None
         elif kind is None:
-            self._tell_finished_blocks(last=True)
+            self._print_finished_blocks(last=True)
             self._console.print(Text(self._status().plain), soft_wrap=True)
 
     def step(self, response_ids: Sequence[int], nfe: int | None = None) -> None:
         """Shows the canvas after one decode step.
 
         Args:
-            response_ids: the R response ids, masks where nothing is committed.
-            nfe: forward passes spent on this prompt so far; None counts one per step.
+            response_ids: the R response ids, with masks where nothing is committed.
+            nfe: the forward passes spent on this prompt so far; None counts one per step.
         """
         ids = [int(i) for i in response_ids]
         before = self._ids or [self._mask] * len(ids)
@@ -116,30 +97,30 @@ class Watch:
             if self._pause > 0:
                 time.sleep(self._pause)
         else:
-            self._tell_finished_blocks()
+            self._print_finished_blocks()
 
     def _blocks(self) -> list[list[int]]:
         return [self._ids[at : at + self._block] for at in range(0, len(self._ids), self._block)]
 
     def _active(self) -> int:
-        """The block being worked on: where the last step committed, else the first that holds masks; -1 for none."""
+        """Returns the block in which the last step committed, else the first that holds masks; -1 where none does."""
         if self._over:
             return -1
         if self._fresh:
             return min(self._fresh) // self._block
         return next((k for k, ids in enumerate(self._blocks()) if self._mask in ids), -1)
 
-    def _tell_finished_blocks(self, last: bool = False) -> None:
-        """Prints the blocks without masks that were not printed yet; at the end, a half-filled one as well."""
+    def _print_finished_blocks(self, last: bool = False) -> None:
+        """Prints the blocks without masks that are not printed yet; with ``last`` a partly filled block as well."""
         blocks = self._blocks()
-        while self._told < len(blocks):
-            ids = blocks[self._told]
+        while self._printed < len(blocks):
+            ids = blocks[self._printed]
             if all(i == self._mask for i in ids) or (self._mask in ids and not last):
                 return
-            text = self._line(self._told, ids).plain
+            text = self._line(self._printed, ids).plain
             count = f"{self._block_steps} step{'' if self._block_steps == 1 else 's'}"
-            self._console.print(Text(f"block {self._told + 1}/{len(blocks)}  {count}  {text}"), soft_wrap=True)
-            self._told += 1
+            self._console.print(Text(f"block {self._printed + 1}/{len(blocks)}  {count}  {text}"), soft_wrap=True)
+            self._printed += 1
             self._block_steps = 0
 
     def _status(self) -> Text:
@@ -172,7 +153,7 @@ class Watch:
         return Group(prompt, "", grid, "", self._status())
 
     def _ended(self) -> int:
-        """The first stop token before which no mask is left, else the canvas's end."""
+        """Returns the position of the first stop token before which no mask is left, else the canvas's length."""
         for i, token in enumerate(self._ids):
             if token == self._mask:
                 break
@@ -181,7 +162,7 @@ class Watch:
         return len(self._ids)
 
     def _line(self, k: int, ids: Sequence[int]) -> Text:
-        """Block k's tokens; stop tokens that only repeat the end are shown as dots."""
+        """Formats block k's tokens; stop tokens that only repeat the end are shown as dots."""
         line, ended = Text(), self._ended()
         for i, token in enumerate(ids, k * self._block):
             if token == self._mask:
@@ -189,5 +170,5 @@ class Watch:
                 continue
             # Dark on yellow rather than a bright colour: a highlighted space still shows.
             style = "black on yellow" if i in self._fresh else "dim" if i >= ended else ""
-            line.append(" ·" if i > ended and token in self._stops else visible(self._piece(token)), style=style)
+            line.append(" ·" if i > ended and token in self._stops else visible_text(self._piece(token)), style=style)
         return line

@@ -204,3 +204,12 @@ def test_settings_that_compile_alike_share_a_program(net, layout):
         options = DecodeConfig(**fields)
         run(net[0], layout, options.static(layout.block), net[1], canvas, options.seed)
     assert DecodeConfig(rule="random").static(3) != DecodeConfig().static(3)
+
+
+def test_responses_by_step_are_rebuilt_from_the_commit_steps(layout):
+    mask = layout.mask_id
+    responses = decoder.Responses(jnp.array([[5, 6, 7, 1]]), jnp.array([[2, 0, 2, -1]]), jnp.array([3]))
+    got = decoder.responses_by_step(layout, responses, 3)[:, 0].tolist()
+    assert got == [[mask] * 4, [mask, 6, mask, mask], [mask, 6, mask, mask], [5, 6, 7, mask]]
+    never = responses._replace(commit_step=jnp.full((1, 4), -1))
+    assert (decoder.responses_by_step(layout, never, 3) == mask).all()

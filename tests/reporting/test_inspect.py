@@ -18,9 +18,10 @@ from jaxblock.diffusion import corruption
 from jaxblock.diffusion.canvas import Canvas, Layout
 from jaxblock.diffusion.config import MethodConfig
 from jaxblock.diffusion.sampling import Draw, draw, draw_uniforms
-from jaxblock.reporting import examine as inspect
-from jaxblock.reporting import html as inspect_html
-from jaxblock.reporting import terminal as inspect_terminal
+from jaxblock.reporting import examine as examining
+from jaxblock.reporting.examine import draws_of_steps, examine
+from jaxblock.reporting.html import html_page
+from jaxblock.reporting.terminal import print_records
 
 MASK, FILL, EOT = 90, 91, 92
 
@@ -57,7 +58,7 @@ LETTER = {"p": "prompt", "r": "response", "t": "terminator", "f": "fill", "d": "
 )
 def test_every_position_is_named(context: str, rows: list[str]) -> None:
     form = layout(context)
-    got = inspect.examine(form, tiny(form), hand_draw())
+    got = examine(form, tiny(form), hand_draw())
     for record, row in zip(got, rows, strict=True):
         assert [p.kind for p in record.positions] == [LETTER[c] for c in row]
     assert [p.block for p in got[0].positions] == [None, None, 0, 0, 0, 0, 1, 1, 1, 1, None]
@@ -65,7 +66,7 @@ def test_every_position_is_named(context: str, rows: list[str]) -> None:
 
 def test_what_a_draw_shows_by_hand() -> None:
     form = layout()
-    record = inspect.examine(form, tiny(form), hand_draw(), labels=["a", "b"])[0]
+    record = examine(form, tiny(form), hand_draw(), labels=["a", "b"])[0]
     shown = record.draws[0]
     assert record.label == "a" and (record.prompt_len, record.text_len, record.n_blocks, record.length) == (2, 5, 2, 10)
     assert [s.id for s in shown.seen] == [1, 2, 11, 12, 13, 14, MASK, FILL, MASK, FILL, MASK]
@@ -79,7 +80,7 @@ def test_what_a_draw_shows_by_hand() -> None:
 
 def test_alignment_shift_and_window_are_shown() -> None:
     form = layout(alignment="shifted", suffix_window=1)
-    record = inspect.examine(form, tiny(form), hand_draw())[1]
+    record = examine(form, tiny(form), hand_draw())[1]
     shown = record.draws[0]
     assert [(at, s.read_at) for at, s in enumerate(shown.seen) if s.loss] == [(2, 1)]
     assert shown.visible_len == 6 and not shown.seen[6].visible and not shown.findings
@@ -103,8 +104,8 @@ def test_sound_masking_has_no_findings_and_shows_what_training_feeds(context: st
         uniforms = draw_uniforms(jax.random.key(step), 2, 4, form, noise=method.needs_noise)
         return draw(method, form, canvas, uniforms, block), jnp.moveaxis(uniforms.noise, 1, 0)
 
-    draws, noise = inspect.draw_steps(draw_of, [5, 6])
-    got = inspect.examine(form, canvas, draws, method=method, noise=noise, drawn_blocks=block)
+    draws, noise = draws_of_steps(draw_of, [5, 6])
+    got = examine(form, canvas, draws, method=method, noise=noise, drawn_blocks=block)
     assert [d.findings for record in got for d in record.draws] == [()] * 16
 
     expected, noise = draw_of(6)
@@ -161,9 +162,9 @@ def unsupervised(view: Any, targets: Any) -> tuple[Any, Any]:
 def test_broken_masking_is_found(
     monkeypatch: pytest.MonkeyPatch, breaks: Callable[..., tuple[Any, Any]], message: str
 ) -> None:
-    monkeypatch.setattr(inspect, "corrupt", lambda *args: breaks(*corruption.corrupt(*args)))
+    monkeypatch.setattr(examining, "corrupt", lambda *args: breaks(*corruption.corrupt(*args)))
     form = layout()
-    found = [f for r in inspect.examine(form, tiny(form), hand_draw()) for d in r.draws for f in d.findings]
+    found = [f for r in examine(form, tiny(form), hand_draw()) for d in r.draws for f in d.findings]
     assert any(message in f for f in found), found
 
 
@@ -173,8 +174,8 @@ def piece(token: int) -> str:
 
 def test_terminal_says_it_without_colour() -> None:
     form, out = layout(), io.StringIO()
-    examined = inspect.examine(form, tiny(form), hand_draw(), labels=["record 7 (a.jsonl:8)", "record 8"])
-    inspect_terminal.show(Console(file=out, width=160), form, examined, piece, "exact_count law")
+    examined = examine(form, tiny(form), hand_draw(), labels=["record 7 (a.jsonl:8)", "record 8"])
+    print_records(Console(file=out, width=160), form, examined, piece, "exact_count law")
     text = out.getvalue()
     assert "record 7 (a.jsonl:8)" in text and "exact_count law" in text and "(no terminator: it was cut)" in text
     assert re.search(r"▶ block 1 +6 ░<eot>░│<eos>│░<eos>░│<eos>", text)
@@ -185,15 +186,15 @@ def test_terminal_says_it_without_colour() -> None:
 
 def test_long_lines_break_between_tokens_only() -> None:
     form, out = layout(), io.StringIO()
-    examined = inspect.examine(form, tiny(form), hand_draw())
-    inspect_terminal.show(Console(file=out, width=40), form, examined, piece)
+    examined = examine(form, tiny(form), hand_draw())
+    print_records(Console(file=out, width=40), form, examined, piece)
     assert "<eot>" in out.getvalue() and "…" not in out.getvalue()
 
 
 def test_html_is_whole_escaped_and_needs_nothing_else() -> None:
     form = layout()
-    examined = inspect.examine(form, tiny(form), hand_draw(), labels=["<script>alert(1)</script>", "b"])
-    html = inspect_html.page(form, examined, piece, about="a & b")
+    examined = examine(form, tiny(form), hand_draw(), labels=["<script>alert(1)</script>", "b"])
+    html = html_page(form, examined, piece, about="a & b")
     assert html.startswith("<!doctype html>") and html.rstrip().endswith("</html>")
     assert not re.search(r"<script|<link|<img|src=|href=|url\(|https?:|@import", html)
     assert "&lt;script&gt;" in html and "a &amp; b" in html and "&lt;b&gt;&amp;&quot;" in html

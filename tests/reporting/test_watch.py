@@ -7,8 +7,8 @@ import io
 import pytest
 from rich.console import Console
 
-from jaxblock.reporting.pieces import visible
-from jaxblock.reporting.watch import Watch, frames
+from jaxblock.reporting.describe import visible_text
+from jaxblock.reporting.watch import Watch
 
 MASK, EOS, EOT = 99, 8, 9
 
@@ -24,12 +24,6 @@ def shown(terminal: bool, canvases: list[list[int]], height: int = 30, nfe: int 
         for canvas in canvases:
             watch.step(canvas, nfe)
     return out.getvalue()
-
-
-def test_frames_rebuild_every_canvas_from_the_commit_steps() -> None:
-    got = list(frames([5, 6, 7, 1], [2, 0, 2, -1], MASK))
-    assert got == [[MASK, 6, MASK, MASK], [5, 6, 7, MASK]]
-    assert list(frames([5], [-1], MASK)) == []
 
 
 CANVASES = [[1, MASK, MASK, MASK], [1, 2, MASK, MASK], [1, 2, MASK, EOS], [1, 2, EOT, EOS]]
@@ -79,4 +73,4 @@ def test_no_steps_at_all() -> None:
     [("▁a", " a"), ("Ġa", " a"), ("\n", "⏎"), ("\x1b[31m", "\\x1b[31m"), ("", "∅"), ("é", "é"), ("\t", "⇥")],
 )
 def test_pieces_are_visible_and_harmless(raw: str, expected: str) -> None:
-    assert visible(raw) == expected
+    assert visible_text(raw) == expected
