@@ -36,9 +36,9 @@ from jaxblock.parallel import processes, rules
 from jaxblock.parallel.mesh import make_mesh
 from jaxblock.training import weights
 from jaxblock.training.checkpoints import run_folder
-from jaxblock.training.checkpoints.manager import Checkpoints
 from jaxblock.training.checkpoints.retention import Keep
 from jaxblock.training.checkpoints.run_folder import Base
+from jaxblock.training.checkpoints.writer import CheckpointWriter
 from jaxblock.training.guard.debug import NanFinder, not_finite
 from jaxblock.training.observe import metrics, trackers
 from jaxblock.training.optim import make as optimizers
@@ -61,7 +61,7 @@ class Session:
     state: TrainState
     frozen: Params
     base: Base | None
-    checkpoints: Checkpoints
+    checkpoints: CheckpointWriter
     step: int
     resumed: bool
     nans: NanFinder | None
@@ -160,7 +160,7 @@ def set_up(config: Config, console: Console, compile_first: Compile | None = Non
 
 
 def _restored(
-    checkpoints: Checkpoints, step: int, like: TrainState, folder: PathLike, saved: Mapping[str, Any]
+    checkpoints: CheckpointWriter, step: int, like: TrainState, folder: PathLike, saved: Mapping[str, Any]
 ) -> TrainState:
     """A checkpoint's state; the rows of metrics that it kept go where they belong."""
     state = checkpoints.restore(step, like)
@@ -215,13 +215,13 @@ def meta(session: Session) -> dict[str, Any]:
     }
 
 
-def _open(config: Config, folder: PathLike, console: Console) -> Checkpoints:
+def _open(config: Config, folder: PathLike, console: Console) -> CheckpointWriter:
     train = config.train
     keep = Keep(train.keep, train.keep_every, train.keep_best)
-    return Checkpoints(folder, keep, lambda text: console.out(text, highlight=False))
+    return CheckpointWriter(folder, keep, lambda text: console.out(text, highlight=False))
 
 
-def _checkpoints(config: Config, folder: PathLike, console: Console) -> tuple[Checkpoints | None, int | None]:
+def _checkpoints(config: Config, folder: PathLike, console: Console) -> tuple[CheckpointWriter | None, int | None]:
     """The run folder's checkpoints and the step to resume from; (None, None) where there is nothing to resume."""
     exists = run_folder.is_run(folder)
     if config.train.resume == "never" and exists:
@@ -253,7 +253,7 @@ def check_data(config: Config, prepared: Prepared) -> None:
 
 
 def _check_resume(
-    config: Config, folder: PathLike, checkpoints: Checkpoints, step: int | None, prepared: Prepared
+    config: Config, folder: PathLike, checkpoints: CheckpointWriter, step: int | None, prepared: Prepared
 ) -> dict[str, Any]:
     """What an existing run was begun with must be what this config says. Returns what was saved with its checkpoint."""
     run = run_folder.open_run(folder)

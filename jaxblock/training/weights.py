@@ -28,7 +28,7 @@ from jaxblock.models.spec import Table, abstract_params, count_params, flatten, 
 from jaxblock.parallel import rules
 from jaxblock.parallel.mesh import make_mesh
 from jaxblock.training.checkpoints import run_folder
-from jaxblock.training.checkpoints.manager import Checkpoints
+from jaxblock.training.checkpoints.reader import CheckpointReader
 from jaxblock.training.checkpoints.run_folder import Base, Run
 from jaxblock.types import Params
 
@@ -279,7 +279,7 @@ def read_run(
         UserError: there is no checkpoint, it does not fit model.json, or the base is another.
     """
     step = run_folder.find_step(run, step)
-    checkpoints = Checkpoints(run.folder)
+    checkpoints = CheckpointReader(run.folder)
     run_folder.check_model(run, checkpoints.meta(step))
     mesh = mesh or make_mesh(1, devices=jax.local_devices()[:1])
     lora = lora_from_config(run.config.lora, registry.param_table(run.arch))

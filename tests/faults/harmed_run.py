@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxblock.cli import main
-from jaxblock.training.checkpoints.manager import Checkpoints
+from jaxblock.training.checkpoints.writer import CheckpointWriter
 
 
 def harm(fault: str, disk: Path) -> None:
@@ -37,9 +37,9 @@ def mend(fault: str, disk: Path) -> None:
 
 if __name__ == "__main__":
     fault, disk, until = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-    save = Checkpoints.save
+    save = CheckpointWriter.save
 
-    def harmed(checkpoints: Checkpoints, state: Any, step: int, *rest: Any) -> None:
+    def harmed(checkpoints: CheckpointWriter, state: Any, step: int, *rest: Any) -> None:
         if step == 40:
             checkpoints.wait()
             print(f"harmed with {checkpoints.steps()}", file=sys.stderr, flush=True)
@@ -48,5 +48,5 @@ if __name__ == "__main__":
             mend(fault, disk)
         save(checkpoints, state, step, *rest)
 
-    Checkpoints.save = harmed  # type: ignore[method-assign]
+    CheckpointWriter.save = harmed  # type: ignore[method-assign]
     sys.exit(main(sys.argv[4:]))

@@ -14,7 +14,7 @@ from typing import Any
 from jaxblock.cli import main
 from jaxblock.evaluation.runner import Evaluator
 from jaxblock.training import loop
-from jaxblock.training.checkpoints.manager import Checkpoints
+from jaxblock.training.checkpoints.writer import CheckpointWriter
 from tests import pod
 
 HELD = {"evaluation": 0, "step": 5, "save": 10, "end": pod.STEPS}
@@ -43,6 +43,6 @@ if __name__ == "__main__":
     if os.environ["JAX_PROCESS_ID"] == "1":
         before(Evaluator, "estimate_nelbo", "evaluation")
         before(loop._Window, "idle", "step", lambda window: window.step == HELD["step"])  # each step asks
-        before(Checkpoints, "save", "save", lambda checkpoints, state, step, *rest: step == HELD["save"])
-        before(Checkpoints, "close", "end")
+        before(CheckpointWriter, "save", "save", lambda checkpoints, state, step, *rest: step == HELD["save"])
+        before(CheckpointWriter, "close", "end")
     sys.exit(main(sys.argv[2:]))

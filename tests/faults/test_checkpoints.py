@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
@@ -18,9 +18,10 @@ from jaxblock.config.config import Config
 from jaxblock.errors import UserError
 from jaxblock.parallel import rules
 from jaxblock.parallel.mesh import make_mesh
-from jaxblock.training.checkpoints import checksums, retention
-from jaxblock.training.checkpoints.manager import Checkpoints
+from jaxblock.training.checkpoints import checksums, removal, retention
+from jaxblock.training.checkpoints.reader import CheckpointReader
 from jaxblock.training.checkpoints.retention import Keep
+from jaxblock.training.checkpoints.writer import CheckpointWriter
 from jaxblock.training.state import TrainState
 
 
@@ -34,7 +35,7 @@ ALL = Keep(9)
 
 def _saved(run: Path, steps: list[int], keep: Keep = ALL, scores: dict[int, float] | None = None) -> list[str]:
     told: list[str] = []
-    checkpoints = Checkpoints(run, keep, told.append)
+    checkpoints = CheckpointWriter(run, keep, told.append)
     for step in steps:
         checkpoints.save(_state(float(step)), step, {}, (scores or {}).get(step))
     checkpoints.close()
@@ -107,11 +108,11 @@ def test_a_damaged_checkpoint_is_named_and_set_aside_and_the_one_before_is_used(
     problem = harm(run / "checkpoints" / "30")
     before = sorted(f.name for f in (run / "checkpoints" / "30").rglob("*"))
     told: list[str] = []
-    checkpoints = Checkpoints(run, Keep(9), told.append)
+    checkpoints = CheckpointWriter(run, Keep(9), told.append)
     assert checkpoints.recover() == 20
     assert len(told) == 1 and problem in told[0] and str(run / "damaged" / "30") in told[0]
     assert sorted(f.name for f in (run / "damaged" / "30").rglob("*")) == before
-    np.testing.assert_array_equal(checkpoints.restore(20, _state()).params["w"], _state(20.0).params["w"])
+    chex.assert_trees_all_equal(checkpoints.restore(20, _state()).params, _state(20.0).params)
     checkpoints.save(_state(30.0), 30, {})  # its place is free again
     checkpoints.close()
     assert checkpoints.steps() == [10, 20, 30] and len(told) == 1
@@ -123,10 +124,10 @@ def test_a_checkpoint_from_before_checksums_is_used_with_a_warning(three: Path, 
     for step in (10, 20, 30):
         checksums.unseal(run / "checkpoints" / str(step))
     told: list[str] = []
-    checkpoints = Checkpoints(run, Keep(9), told.append)
+    checkpoints = CheckpointWriter(run, Keep(9), told.append)
     assert checkpoints.recover() == 30 and checkpoints.steps() == [10, 20, 30]
     assert len(told) == 1 and "30 has no checksums" in told[0] and "cannot be verified" in told[0]
-    np.testing.assert_array_equal(checkpoints.restore(30, _state()).params["w"], _state(30.0).params["w"])
+    chex.assert_trees_all_equal(checkpoints.restore(30, _state()).params, _state(30.0).params)
     checkpoints.save(_state(40.0), 40, {})
     checkpoints.close()
     assert checkpoints.steps() == [10, 20, 30, 40] and not (run / "damaged").exists()
@@ -136,7 +137,7 @@ def test_a_reader_names_damage_and_moves_nothing(three: Path, tmp_path: Path) ->
     run = tmp_path / "run"
     shutil.copytree(three, run)
     _flip(run / "checkpoints" / "30")
-    checkpoints = Checkpoints(run)
+    checkpoints = CheckpointReader(run)
     like = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), _state().params
     )
@@ -153,7 +154,7 @@ def test_what_a_killed_save_or_deletion_left_is_swept_up(three: Path, tmp_path: 
     folder = run / "checkpoints"
     shutil.copytree(folder / "30", folder / "40.orbax-checkpoint-tmp")
     (folder / "10").rename(folder / "10.deleting")
-    checkpoints = Checkpoints(run, Keep(9))
+    checkpoints = CheckpointWriter(run, Keep(9))
     assert checkpoints.recover() == 30
     checkpoints.close()
     assert sorted(entry.name for entry in folder.iterdir()) == ["20", "30"]
@@ -162,7 +163,7 @@ def test_what_a_killed_save_or_deletion_left_is_swept_up(three: Path, tmp_path: 
 def test_a_failed_save_is_told_once_and_later_saves_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The disk fills up in the background, after the loop has gone on."""
     told: list[str] = []
-    checkpoints = Checkpoints(tmp_path, Keep(1), told.append)
+    checkpoints = CheckpointWriter(tmp_path, Keep(1), told.append)
     checkpoints.save(_state(1.0), 1, {})
     checkpoints.wait()
     with monkeypatch.context() as patch:
@@ -182,6 +183,41 @@ def test_a_failed_save_is_told_once_and_later_saves_work(tmp_path: Path, monkeyp
     assert checkpoints.steps() == [3] and len(told) == 1
 
 
+def test_a_damaged_checkpoint_that_cannot_be_moved_is_not_written_over(
+    three: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(three, run)
+    folder = run / "checkpoints" / "30"
+    _cut_short(folder)
+    before = sorted(folder.rglob("*"))
+    told: list[str] = []
+    checkpoints = CheckpointWriter(run, ALL, told.append)
+
+    def refuse(source: Any, target: Any) -> None:
+        raise OSError("Read-only file system")
+
+    monkeypatch.setattr(removal, "move_folder", refuse)
+    assert checkpoints.recover() == 20
+    checkpoints.save(_state(30.0), 30, {})
+    checkpoints.close()
+    assert len(told) == 2 and "left where it is" in told[0] and "a damaged checkpoint stands in its place" in told[1]
+    assert checkpoints.steps() == [10, 20] and sorted(folder.rglob("*")) == before
+
+
+def test_a_save_that_ends_while_scores_are_compared_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = CheckpointWriter(tmp_path, ALL)
+    checkpoints._saving = 1, 0.5
+
+    def ends() -> list[int]:
+        checkpoints._saving = None
+        return []
+
+    monkeypatch.setattr(checkpoints, "steps", ends)
+    assert not checkpoints.improves(0.4)
+    checkpoints.close()
+
+
 def test_a_folder_that_takes_no_files_is_told(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("a file stands here")  # permissions do not bind every user
     assert "step 1: no checkpoint was written" in _saved(tmp_path, [1])[0]
@@ -189,7 +225,7 @@ def test_a_folder_that_takes_no_files_is_told(tmp_path: Path) -> None:
 
 def test_a_state_with_nans_is_never_written(tmp_path: Path) -> None:
     told = _saved(tmp_path, [1])
-    checkpoints = Checkpoints(tmp_path, Keep(1), told.append)
+    checkpoints = CheckpointWriter(tmp_path, Keep(1), told.append)
     checkpoints.save(_state(float("nan")), 2, {})
     checkpoints.close()
     assert checkpoints.steps() == [1] and "the state holds NaN or infinity" in told[0]
@@ -205,7 +241,7 @@ def test_what_is_kept(tmp_path: Path) -> None:
     assert retention.score("pass_at_1", {"pass_at_1": {"correct": 3, "n": 4}}) == 0.75
     assert retention.score("pass_at_1", {}) is None
     _saved(tmp_path, [10, 20, 30, 40, 50], Keep(1, 40, "nelbo"), {10: -3.0, 20: -1.0, 30: -2.0, 50: -4.0})
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = CheckpointWriter(tmp_path, Keep(1))
     assert checkpoints.steps() == [20, 40, 50] and checkpoints.best() == 20
     assert checkpoints.improves(-0.5) and not checkpoints.improves(-1.0) and not checkpoints.improves(None)
     checkpoints.close()
@@ -213,14 +249,13 @@ def test_what_is_kept(tmp_path: Path) -> None:
 
 def test_a_restore_onto_other_meshes_is_exact(three: Path) -> None:
     """8 devices, then 4 x 2, then 1."""
-    checkpoints = Checkpoints(three)
+    checkpoints = CheckpointReader(three)
     for data, fsdp in ((1, 8), (4, 2), (1, 1)):
         mesh = make_mesh(data, fsdp, devices=jax.devices()[: data * fsdp])
         whole, split = rules.replicated(mesh), rules.sharding(mesh, "batch")
         like = jax.tree.map(lambda leaf, w=whole, s=split: jax.device_put(leaf, s if leaf.ndim == 1 else w), _state())
         found = checkpoints.restore(30, like)
-        for left, right in zip(jax.tree.leaves(found.params), jax.tree.leaves(_state(30.0).params), strict=True):
-            np.testing.assert_array_equal(left, right)
+        chex.assert_trees_all_equal(jax.device_get(found.params), jax.device_get(_state(30.0).params))
         assert found.params["blocks"]["q"].sharding.is_equivalent_to(split, 1) and int(found.step) == 30
     checkpoints.close()
 

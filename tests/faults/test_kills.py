@@ -22,7 +22,7 @@ import pytest
 import jaxblock
 from jaxblock.cli import main
 from jaxblock.training.checkpoints import checksums
-from jaxblock.training.checkpoints.manager import Checkpoints
+from jaxblock.training.checkpoints.reader import CheckpointReader
 from tests import pod
 
 ROOT = Path(__file__).parents[2]
@@ -73,7 +73,7 @@ def _unfinished(run: Path, done: int) -> str | None:
     if any("tmp" in name for name in names):
         return "save"
     unsealed = any(
-        name.isdigit() and int(name) > done and not checksums.sealed(run / "checkpoints" / name) for name in names
+        name.isdigit() and int(name) > done and not checksums.is_sealed(run / "checkpoints" / name) for name in names
     )
     return "sealing" if unsealed else None
 
@@ -133,7 +133,7 @@ def test_twenty_kills_lose_nothing(tiny_config: Path, tiny_run: Path, record_pro
     done, begun = 0, time.monotonic()
     for aim in aims:
         hit, reached, said = _killed(aim, run, flags, done, chance)
-        before, done = done, max(Checkpoints(run).steps(), default=0)
+        before, done = done, max(CheckpointReader(run).steps(), default=0)
         assert before <= done and (not reached or reached[0] == before + 1), (hit, before, done, said)
         lost.setdefault(hit, []).append(max(0, max(reached, default=0) - done))
     assert main(["train", *flags]) == 0
@@ -164,7 +164,7 @@ def test_sigterm_saves_and_says_so_by_its_code(tiny_config: Path, tiny_run: Path
     process.send_signal(signal.SIGTERM)
     said = process.communicate()[1].decode()
     assert process.returncode == 143 and "run the same command again" in said, said
-    assert max(Checkpoints(run).steps()) >= 5
+    assert max(CheckpointReader(run).steps()) >= 5
 
 
 def _pair(*flags: str) -> list[subprocess.Popen[bytes]]:
@@ -201,7 +201,7 @@ def test_a_process_without_its_partner_ends_with_a_message_and_the_pair_goes_on(
     assert code == 134 and seconds < 40, said[-3000:]
     assert re.search("heartbeat|unhealthy|connection|Connection|closed by peer|process group", said), said[-3000:]
 
-    whole = max(Checkpoints(run).steps())
+    whole = max(CheckpointReader(run).steps())
     assert 10 <= whole < pod.STEPS
     first, second = _pair(*flags)
     said, other = (process.communicate(timeout=120)[1].decode() for process in (first, second))
@@ -247,7 +247,7 @@ def test_a_better_checkpoint_outlives_newer_ones(
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     nelbo = {row["step"]: row["nelbo_per_token"]["mean"] for row in rows if row["kind"] == "eval" and row["step"]}
     best = min(nelbo, key=lambda step: nelbo[step])
-    checkpoints = Checkpoints(run)
+    checkpoints = CheckpointReader(run)
     assert checkpoints.best() == best and checkpoints.steps() == sorted({4, 8, 12, best})
     assert main(["decode", "--checkpoint", str(run), "--step", "best", "1+1?"]) == 0
     assert main(["decode", "--checkpoint", str(run), "--step", "7", "1+1?"]) == 2

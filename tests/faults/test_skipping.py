@@ -21,7 +21,7 @@ from jaxblock.errors import UserError
 from jaxblock.models.spec import ParamSpec
 from jaxblock.training import loop
 from jaxblock.training import step as steps
-from jaxblock.training.checkpoints.manager import Checkpoints
+from jaxblock.training.checkpoints.writer import CheckpointWriter
 from jaxblock.training.guard.steps import SkippedSteps
 from jaxblock.training.optim import gating
 from jaxblock.training.optim import make as optimizers
@@ -119,13 +119,13 @@ def test_one_poisoned_batch_of_a_run_is_skipped(
     capsys: pytest.CaptureFixture[str],
     poison: Callable[[int, int], list[np.ndarray]],
 ) -> None:
-    run, counts, save = tmp_path / "run", {}, Checkpoints.save
+    run, counts, save = tmp_path / "run", {}, CheckpointWriter.save
 
-    def saved(self: Checkpoints, state: Any, step: int, *rest: Any) -> None:
+    def saved(self: CheckpointWriter, state: Any, step: int, *rest: Any) -> None:
         counts[step] = gating.updates(state.opt_state)
         save(self, state, step, *rest)
 
-    monkeypatch.setattr(Checkpoints, "save", saved)
+    monkeypatch.setattr(CheckpointWriter, "save", saved)
     command = ["train", "--config", str(tiny_config), "--train.eval_every", "0", "--train.out"]
     poison(10**6, 10**6)
     assert main([*command, str(tmp_path / "straight")]) == 0

@@ -16,7 +16,7 @@ from jaxblock.cli import main
 from jaxblock.errors import UserError
 from jaxblock.models.spec import flatten
 from jaxblock.training import weights
-from jaxblock.training.checkpoints.manager import Checkpoints
+from jaxblock.training.checkpoints.reader import CheckpointReader
 
 LORA = ["--lora.rank", "2", "--lora.alpha", "8", "--lora.dropout", "0.2", "--optimizer.ema", "0.5"]
 LORA += ["--train.steps", "6", "--train.save_every", "3"]
@@ -67,7 +67,7 @@ def test_adapters_alone_are_trained_and_saved(run: Path, base: Path, tiny_run: P
 
 
 def test_what_is_loaded_is_the_moving_average(run: Path) -> None:
-    model, checkpoints = jaxblock.load(run), Checkpoints(run)
+    model, checkpoints = jaxblock.load(run), CheckpointReader(run)
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), model.params["lora"])
     for average, same in ((True, True), (False, False)):
         stored = checkpoints.restore_params(6, like, average=average)

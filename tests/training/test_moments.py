@@ -18,8 +18,8 @@ from jaxblock.models.families import registry
 from jaxblock.models.spec import ParamSpec, Table, abstract_params, count_params, flatten, init_params
 from jaxblock.parallel import rules
 from jaxblock.parallel.mesh import make_mesh
-from jaxblock.training.checkpoints.manager import Checkpoints
 from jaxblock.training.checkpoints.retention import Keep
+from jaxblock.training.checkpoints.writer import CheckpointWriter
 from jaxblock.training.optim import adamw, moments
 from jaxblock.training.optim import make as optimizers
 from jaxblock.training.optim.config import OptimizerConfig, Storage
@@ -303,7 +303,7 @@ def test_eight_bit_moments_and_rounding_do_not_depend_on_mesh_or_loop(
         assert codes.addressable_shards[0].data.size == codes.size // 4, path
         assert scale.sharding.shard_shape(scale.shape)[-1] == 1, path
     # A checkpoint of the split state, read onto one device.
-    checkpoints = Checkpoints(tmp_path, Keep(1))
+    checkpoints = CheckpointWriter(tmp_path, Keep(1))
     checkpoints.save(many, 3, {})
     read = checkpoints.restore(3, one)
     checkpoints.close()

@@ -1,8 +1,8 @@
-"""Checksums of a folder's files, written last: they say that the folder is whole, and later that it still is.
+"""Lists the size and CRC-32 of every file of a folder; the lists are written last, so they also say that it is whole.
 
-Neither Orbax nor TensorStore notices a flipped bit in an array's bytes. A CRC-32 of every file does (one error in four
-billion passes), at some GB/s, without a library. Each process of a group reads and writes its share of the files, so
-that nothing has to be said between them: the folder is whole when every share has its list.
+Neither Orbax nor TensorStore notices a flipped bit in an array's bytes. A CRC-32 of each file does (it misses one error
+in four billion), at some GB/s and without another library. Each process of a group lists its share of the files, so
+that the processes need not talk to each other: the folder is whole when every share has its list.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from etils import epath
 from jaxblock.io.files import read_json, write_json
 from jaxblock.io.paths import PathLike, as_path
 
-_SEAL = re.compile(r"whole-(\d+)-of-(\d+)\.json")
+_LIST = re.compile(r"whole-(\d+)-of-(\d+)\.json")
 _CHUNK = 1 << 22
 
 
 def seal(folder: PathLike, share: int = 0, shares: int = 1) -> None:
-    """Writes the sizes and checksums of this share of the folder's files. The folder must not change any more.
+    """Writes the list of one share of the folder's files. The folder must not change any more.
 
     Args:
-        folder: what is whole now.
-        share: which share, from 0.
-        shares: of how many.
+        folder: the folder, all of whose files are written.
+        share: which share of the files, from 0.
+        shares: the number of shares.
 
     Raises:
         UserError: the list cannot be written.
@@ -34,50 +34,51 @@ def seal(folder: PathLike, share: int = 0, shares: int = 1) -> None:
     """
     root = as_path(folder)
     names = sorted(_files(root))[share::shares]
-    sums = {name: _sum(root / name) for name in names}
-    write_json(root / f"whole-{share}-of-{shares}.json", sums, overwrite=True)
+    entries = {name: _size_and_checksum(root / name) for name in names}
+    write_json(root / f"whole-{share}-of-{shares}.json", entries, overwrite=True)
 
 
-def sealed(folder: PathLike) -> bool:
-    """Whether every share of the folder has its list: nothing was cut short."""
-    found = [match for match in map(_SEAL.fullmatch, _names(as_path(folder))) if match]
+def is_sealed(folder: PathLike) -> bool:
+    """Tells whether every share of the folder has its list, so that nothing was cut short."""
+    found = _lists(folder)
     return any(sum(match[2] == shares for match in found) == int(shares) for shares in {match[2] for match in found})
 
 
-def unlisted(folder: PathLike) -> bool:
-    """Whether the folder has no list at all, as one from before there were lists: nothing says that it is cut short."""
-    return not any(map(_SEAL.fullmatch, _names(as_path(folder))))
+def has_lists(folder: PathLike) -> bool:
+    """Tells whether the folder has any list: checkpoints from before there were lists have none."""
+    return bool(_lists(folder))
 
 
 def unseal(folder: PathLike) -> None:
-    """Takes the lists away: the folder is whole no more."""
-    root = as_path(folder)
-    for name in _names(root):
-        if _SEAL.fullmatch(name):
-            (root / name).unlink()
+    """Removes the lists, so that the folder no longer counts as whole."""
+    for match in _lists(folder):
+        (as_path(folder) / match[0]).unlink()
 
 
-def damage(folder: PathLike, under: str = "", share: int = 0, shares: int = 1) -> str | None:
-    """What is wrong with a folder; None where every file is as it was when it was sealed.
+def find_damage(folder: PathLike, under: str = "", share: int = 0, shares: int = 1) -> str | None:
+    """Compares the folder's files with the lists.
 
     Args:
         folder: the folder.
-        under: look only at what lies under this folder inside.
-        share: look at this share of the files only, from 0.
-        shares: of how many.
+        under: compare only the files whose names inside the folder begin with this.
+        share: compare only this share of the files, from 0.
+        shares: the number of shares.
+
+    Returns:
+        What is wrong with the first file that differs, or with the lists; None where every file is as it was sealed.
 
     Raises:
-        PermissionError: a file may not be read, which says nothing of its content.
+        PermissionError: a file may not be read, which says nothing about its content.
     """
     root = as_path(folder)
-    if not sealed(root):
-        return f"it was never finished{_missing(root)}"
+    if not is_sealed(root):
+        return f"it was never finished{_missing_list(root)}"
     expected: dict[str, list[int]] = {}
-    for name in filter(_SEAL.fullmatch, _names(root)):
+    for match in _lists(root):
         try:
-            expected |= read_json(root / name)
+            expected |= read_json(root / match[0])
         except Exception as error:
-            return f"{name} cannot be read ({error})"
+            return f"{match[0]} cannot be read ({error})"
     for name in [name for name in sorted(expected) if name.startswith(under)][share::shares]:
         problem = _difference(root / name, expected[name])
         if problem:
@@ -85,13 +86,13 @@ def damage(folder: PathLike, under: str = "", share: int = 0, shares: int = 1) -
     return None
 
 
-def _missing(root: epath.Path) -> str:
-    """Which processes' lists are not there, where others' are."""
-    found = [match for match in map(_SEAL.fullmatch, _names(root)) if match]
-    there, shares = {int(match[1]) for match in found}, {int(match[2]) for match in found}
+def _missing_list(root: epath.Path) -> str:
+    """Names the lists that are missing, where other processes' lists exist."""
+    found = _lists(root)
+    present, shares = {int(match[1]) for match in found}, {int(match[2]) for match in found}
     if len(shares) != 1:
         return ""
-    absent = ", ".join(f"whole-{n}-of-{max(shares)}.json" for n in range(max(shares)) if n not in there)
+    absent = ", ".join(f"whole-{n}-of-{max(shares)}.json" for n in range(max(shares)) if n not in present)
     return f" ({absent} is missing)"
 
 
@@ -100,7 +101,7 @@ def _difference(path: epath.Path, expected: list[int]) -> str | None:
         size = path.stat().length
         if size != expected[0]:
             return f"has {size:,} bytes instead of {expected[0]:,}"
-        return None if _sum(path) == expected else "holds other bytes than were saved"
+        return None if _size_and_checksum(path) == expected else "holds other bytes than were saved"
     except FileNotFoundError:
         return "is missing"
     except PermissionError:
@@ -109,8 +110,7 @@ def _difference(path: epath.Path, expected: list[int]) -> str | None:
         return f"cannot be read ({error.strerror or error})"
 
 
-def _sum(path: epath.Path) -> list[int]:
-    """[size, CRC-32]."""
+def _size_and_checksum(path: epath.Path) -> list[int]:
     size, checksum = 0, 0
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
@@ -119,14 +119,17 @@ def _sum(path: epath.Path) -> list[int]:
     return [size, checksum]
 
 
-def _names(root: epath.Path) -> list[str]:
-    return [entry.name for entry in root.iterdir()] if root.exists() else []
+def _lists(folder: PathLike) -> list[re.Match[str]]:
+    """Matches the names of the folder's lists; group 1 is the share, group 2 the number of shares."""
+    root = as_path(folder)
+    names = sorted(entry.name for entry in root.iterdir()) if root.exists() else []
+    return [match for match in map(_LIST.fullmatch, names) if match]
 
 
 def _files(root: epath.Path, inside: str = "") -> Iterator[str]:
-    """The names of all files, with slashes; not ours, nor what is being written under a hidden name."""
+    """Yields the names of all files, with slashes, except the lists and hidden files that are still being written."""
     for entry in root.iterdir():
         if entry.is_dir():
             yield from _files(entry, f"{inside}{entry.name}/")
-        elif not (_SEAL.fullmatch(entry.name) or entry.name.startswith(".")):
+        elif not (_LIST.fullmatch(entry.name) or entry.name.startswith(".")):
             yield inside + entry.name

@@ -1,4 +1,4 @@
-"""Which checkpoints stay: the newest few, one of every so many steps for good, and the best by a metric."""
+"""Chooses the checkpoints that stay: the newest few, one of every so many steps for good, and the best by a metric."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from jaxblock.training.config import BestBy
 
 
 class Keep(NamedTuple):
-    """What to keep.
+    """Describes which checkpoints to keep.
 
     Attributes:
-        last: how many of the newest.
-        every: those of every so many steps besides; 0 for none.
-        best: the best by this metric besides.
+        last: the number of newest checkpoints to keep.
+        every: also keep those whose step is a multiple of this; 0 for none.
+        best: also keep the best one by this metric.
     """
 
     last: int
@@ -23,10 +23,10 @@ class Keep(NamedTuple):
 
 
 def score(metric: BestBy, evaluation: Mapping[str, Any]) -> float | None:
-    """An evaluation's worth by a metric: higher is better; None where it was not measured.
+    """Returns an evaluation's value by a metric, higher for better; None where the metric was not measured.
 
     Args:
-        metric: which.
+        metric: the metric that chooses the best checkpoint.
         evaluation: the evaluation's row of metrics.
     """
     if metric == "nelbo" and "nelbo_per_token" in evaluation:
@@ -37,18 +37,20 @@ def score(metric: BestBy, evaluation: Mapping[str, Any]) -> float | None:
 
 
 def best(scores: Mapping[int, float | None]) -> int | None:
-    """The step with the highest score, the earliest of equals; None without any that is a number."""
+    """Returns the step with the highest score, the earliest of equal ones; None if no score is a number."""
     numbers = {step: value for step, value in scores.items() if value is not None and value == value}
     return min(numbers, key=lambda step: (-numbers[step], step), default=None)
 
 
 def superfluous(keep: Keep, steps: Iterable[int], best_step: int | None) -> list[int]:
-    """The steps of whole checkpoints that may go; the newest never does.
+    """Returns the steps of the whole checkpoints that may be deleted; the newest never may.
+
+    Orbax's own policies would say the same, but only about records that carry a time of saving, which nothing here has.
 
     Args:
-        keep: the policy.
-        steps: all whole checkpoints.
-        best_step: the best of them; None where none is kept as such.
+        keep: which checkpoints to keep.
+        steps: the steps of all whole checkpoints.
+        best_step: the step of the best of them; None where none is kept for that.
     """
     ordered = sorted(steps)
     newest = set(ordered[-max(keep.last, 1) :])

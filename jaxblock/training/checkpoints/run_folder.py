@@ -30,7 +30,7 @@ from jaxblock.io.paths import PathLike, as_path
 from jaxblock.models.architecture import Architecture
 from jaxblock.models.config import Checkpoint
 from jaxblock.models.families import registry
-from jaxblock.training.checkpoints.manager import Checkpoints
+from jaxblock.training.checkpoints.reader import CheckpointReader
 
 CONFIG, MODEL, BASE, TOKENIZER, ORIGIN = "config.yaml", "model.json", "base.json", "tokenizer", "origin"
 
@@ -163,7 +163,7 @@ def find_step(run: Run, wanted: Checkpoint = "latest") -> int:
     Raises:
         UserError: there is no such checkpoint; lists those there are.
     """
-    checkpoints = Checkpoints(run.folder)
+    checkpoints = CheckpointReader(run.folder)
     try:
         steps = checkpoints.steps()
         if not steps:

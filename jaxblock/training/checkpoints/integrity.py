@@ -1,0 +1,112 @@
+"""Decides whether a checkpoint's folder is whole and undamaged.
+
+A checkpoint is whole when its checksums are there, because they are written last. One without any (it is older than
+the checksums, or its process was killed just before it wrote them) counts as whole if Orbax committed it; before a run
+continues from it, all of it is read.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from etils import epath
+
+from jaxblock.errors import UserError, first_line
+from jaxblock.io.paths import is_remote
+from jaxblock.parallel import processes
+from jaxblock.training.checkpoints import checksums, removal
+
+PARAMS, OPTIMIZER, AVERAGE, META = "params", "optimizer", "average", "meta"
+"""The folders of a checkpoint: the trained parameters, the optimizer's state, the parameters' average, plain values."""
+
+_TEXT_BYTES = 400  # of the text that each process sends to the others
+
+
+def is_whole(folder: epath.Path) -> bool:
+    """Tells whether a checkpoint was finished, as far as the names of its files show."""
+    return checksums.is_sealed(folder) or (not checksums.has_lists(folder) and _is_committed(folder))
+
+
+def find_damage(folder: epath.Path, under: str = "") -> str | None:
+    """Returns what is wrong with a checkpoint; None where nothing is. Every process of a group must call this.
+
+    Args:
+        folder: the checkpoint's folder, named by its step.
+        under: compare checksums only of the files whose names inside the folder begin with this.
+
+    Raises:
+        UserError: a file may not be read.
+    """
+    try:
+        if checksums.has_lists(folder):
+            share = (jax.process_index(), jax.process_count())
+            return first_problem(checksums.find_damage(folder, under, *share))
+    except PermissionError as error:
+        raise UserError(f"cannot read {os.fspath(folder)}: permission denied") from error
+    return first_problem(_why_unreadable(folder))
+
+
+def read_meta(folder: epath.Path) -> dict[str, Any]:
+    """Reads the plain values saved with a checkpoint.
+
+    Raises:
+        OSError: they cannot be read.
+        ValueError: they are not JSON.
+    """
+    return dict(ocp.JsonCheckpointHandler().restore(folder / META))
+
+
+def first_problem(problem: str | None) -> str | None:
+    """Returns the text of the first process that has a problem; None if none has. Every process must call this.
+
+    Each process checks its own share of the files, but only process 0 prints.
+    """
+    if jax.process_count() == 1:
+        return problem
+    text = np.frombuffer((problem or "").encode()[:_TEXT_BYTES], np.uint8)
+    padded = np.pad(text, (0, _TEXT_BYTES - len(text)))
+    rows = processes.gathered(padded).reshape(-1, _TEXT_BYTES).astype(np.uint8)
+    texts = (row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in rows)
+    return next(filter(None, texts), None)
+
+
+def _is_committed(folder: epath.Path) -> bool:
+    """Tells whether Orbax finished the checkpoint and nobody has begun to delete it."""
+    return not removal.is_being_deleted(folder) and bool(ocp.path.step.is_path_finalized(folder))
+
+
+def _why_unreadable(folder: epath.Path) -> str | None:
+    """Returns what is wrong with a checkpoint that has no checksums, as far as reading all of it shows."""
+    if not _is_committed(folder):
+        return "it was never finished"
+    try:
+        step = read_meta(folder).get("step")
+        average = [AVERAGE] if (folder / AVERAGE).exists() else []
+        for item in (PARAMS, OPTIMIZER, *average):
+            _read_all(folder / item)
+    except Exception as error:  # whatever Orbax and TensorStore raise at what they cannot read
+        return f"it has no checksums and cannot be read ({first_line(error)})"
+    return None if step in (None, int(folder.name)) else f"it has no checksums and is of step {step}"
+
+
+def _read_all(item: epath.Path) -> None:
+    """Reads every stored piece of an item, one after the other, so that it never has to fit into memory.
+
+    Raises:
+        ValueError: there are no pieces, or one cannot be read.
+    """
+    if not (item / "_METADATA").exists():
+        raise ValueError(f"{item.name}/_METADATA is missing")
+    path = os.fspath(item)
+    base = path.rstrip("/") + "/" if is_remote(item) else f"file://{path}/"
+    stored = ts.KvStore.open({"driver": "ocdbt", "base": base}).result()
+    keys = stored.list().result()
+    if not keys:
+        raise ValueError(f"{item.name} holds no arrays")
+    for key in keys:
+        stored.read(key).result()

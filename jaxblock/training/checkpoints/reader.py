@@ -1,0 +1,151 @@
+"""Reads the checkpoints of a run: which there are, and what is in them, checked against its checksums.
+
+Orbax's ``CheckpointManager`` is not used, for reading because several jobs may look at one folder (it keeps a list of
+its own, and its documentation forbids that), for writing see ``writer``. The only state of the data in a checkpoint is
+the step, so a restore may change the number of devices or processes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from etils import epath
+
+from jaxblock.errors import UserError, first_line
+from jaxblock.io.paths import PathLike, as_path, is_remote
+from jaxblock.training.checkpoints import integrity, retention
+from jaxblock.training.checkpoints.integrity import AVERAGE, OPTIMIZER, PARAMS
+from jaxblock.training.state import TrainState
+from jaxblock.types import Params
+
+CHECKPOINTS_FOLDER = "checkpoints"
+"""Folder of the run folder with one folder for each checkpoint, named by its step."""
+
+
+class CheckpointReader:
+    """The checkpoints of one run folder, opened for reading.
+
+    Attributes:
+        folder: the folder that holds them.
+    """
+
+    _orbax_class: type[ocp.Checkpointer] = ocp.Checkpointer
+
+    def __init__(self, run: PathLike) -> None:
+        """Opens the checkpoints of a run folder; there may be none."""
+        folder = as_path(run) / CHECKPOINTS_FOLDER
+        self.folder = os.fspath(folder if is_remote(run) else folder.absolute())
+        self._root = as_path(self.folder)
+        self._orbax = self._orbax_class(ocp.CompositeCheckpointHandler())
+        self._unusable: set[int] = set()
+        self._checked: set[int] = set()
+        self._scores: dict[int, float | None] = {}
+
+    def steps(self) -> list[int]:
+        """Returns the steps of all whole checkpoints, in ascending order."""
+        return [step for step in self._named_steps() if step not in self._unusable and self._is_whole(step)]
+
+    def latest(self) -> int | None:
+        """Returns the step of the newest whole checkpoint; None if there is none."""
+        return max(self.steps(), default=None)
+
+    def best(self) -> int | None:
+        """Returns the step of the best checkpoint by the run's ``train.keep_best``; None if none was scored."""
+        return retention.best(self._known_scores())
+
+    def restore(self, step: int, like: TrainState) -> TrainState:
+        """Reads a whole training state.
+
+        Args:
+            step: the step of the checkpoint.
+            like: a state with the shapes, types and shardings of the result; its values are not used.
+
+        Raises:
+            UserError: the checkpoint is damaged, or does not fit the state that this config describes.
+        """
+        found = self._restore(step, state_items(like), "", " does not fit this config")
+        counter = jax.device_put(jnp.int32(step), like.step.sharding)
+        return TrainState(found[PARAMS], found[OPTIMIZER], counter, found.get(AVERAGE))
+
+    def restore_params(self, step: int, like: Params, *, average: bool = False) -> Params:
+        """Reads the trained parameters alone.
+
+        Args:
+            step: the step of the checkpoint.
+            like: shapes, types and shardings of the result.
+            average: read the parameters' moving average instead.
+
+        Raises:
+            UserError: the checkpoint is damaged, or tensors are missing or have another shape.
+        """
+        item = AVERAGE if average else PARAMS
+        params: Params = self._restore(step, {item: like}, f"{item}/", ": the parameters cannot be read")[item]
+        return params
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """Reads the plain values saved with a checkpoint.
+
+        Raises:
+            UserError: they cannot be read.
+        """
+        try:
+            return integrity.read_meta(self._at(step))
+        except (ValueError, TypeError, OSError) as error:
+            raise UserError(self._damaged(step, f"its meta cannot be read ({first_line(error)})")) from error
+
+    def close(self) -> None:
+        """Releases Orbax's threads."""
+        self._orbax.close()
+
+    def _restore(self, step: int, like: Mapping[str, Any], under: str, problem: str) -> dict[str, Any]:
+        """Reads items of a checkpoint after comparing those files with their checksums whose names begin with ``under``."""
+        self._check_undamaged(step, under)
+        wanted = jax.tree.map(ocp.tree.to_shape_dtype_struct, dict(like))
+        args = ocp.args.Composite(**{name: ocp.args.StandardRestore(item) for name, item in wanted.items()})
+        try:
+            return dict(self._orbax.restore(self._at(step), args=args).items())
+        except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
+            raise UserError(f"{self.folder}/{step}{problem} ({first_line(error)})") from error
+
+    def _check_undamaged(self, step: int, under: str) -> None:
+        if step not in self._checked and (problem := integrity.find_damage(self._at(step), under)) is not None:
+            raise UserError("checkpoint " + self._damaged(step, problem))
+
+    def _damaged(self, step: int, problem: str) -> str:
+        others = [str(other) for other in self.steps() if other != step]
+        advice = f"--step {' or '.join(others)}" if others else "there is no other"
+        return f"{self.folder}/{step} is damaged: {problem}. Use another one: {advice}"
+
+    def _known_scores(self) -> dict[int, float | None]:
+        """Returns the score of each whole checkpoint; None for those that have none."""
+        return {step: self._score(step) for step in self.steps()}
+
+    def _score(self, step: int) -> float | None:
+        if step not in self._scores:
+            try:
+                self._scores[step] = self.meta(step).get("score")
+            except UserError:
+                self._scores[step] = None
+        return self._scores[step]
+
+    def _is_whole(self, step: int) -> bool:
+        return integrity.is_whole(self._at(step))
+
+    def _at(self, step: int) -> epath.Path:
+        return self._root / str(step)
+
+    def _named_steps(self) -> list[int]:
+        """Returns the steps that folders are named by, whole or not, in ascending order."""
+        names = [entry.name for entry in self._root.iterdir()] if self._root.exists() else []
+        return sorted(int(name) for name in names if name.isdigit())
+
+
+def state_items(state: TrainState) -> dict[str, Any]:
+    """Returns the trees of a training state by the names that they have in a checkpoint; the step is not among them."""
+    average = {} if state.average is None else {AVERAGE: state.average}
+    return {PARAMS: state.params, OPTIMIZER: state.opt_state, **average}
