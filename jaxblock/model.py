@@ -124,7 +124,7 @@ class Model:
         Raises:
             UserError: a field that the decoder does not have, or a value it cannot take.
         """
-        chosen: DecodeConfig = with_fields(self.decode_defaults, fields, "decode")
+        chosen = with_fields(self.decode_defaults, fields, "decode")
         check_options(chosen)
         return chosen
 

@@ -12,6 +12,9 @@ from jaxblock.errors import UserError
 Alignment = Literal["same_position", "shifted"]
 """Which hidden state predicts the token at position i: the one at i, or the one at i - 1 (as in an autoregressive model)."""
 
+Split = Literal["train", "validation", "test"]
+"""The three sets of prepared records."""
+
 OnResume = Literal["must_match", "may_change", "may_change_once_saved"]
 """Whether a resumed run may change a field: never, always (it does not change what is learnt, up to rounding), or from the
 first checkpoint on (it is read for the start alone)."""

@@ -8,10 +8,13 @@ import inspect
 import subprocess
 import sys
 import textwrap
+from typing import get_args
 
 import pytest
 
 from jaxblock.config.config import Config
+from jaxblock.evaluation.config import GraderName
+from jaxblock.evaluation.graders import GRADERS
 from jaxblock.settings import Section
 
 SECTIONS = [type(section) for section in Config().sections()]
@@ -33,6 +36,10 @@ def test_every_field_has_a_sentence(section: type[Section]) -> None:
         if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
     }
     assert said == {field.name for field in dataclasses.fields(section)}
+
+
+def test_every_grader_can_be_chosen() -> None:
+    assert get_args(GraderName) == tuple(GRADERS)
 
 
 def test_what_a_resumed_run_may_change() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from jaxblock.commands import say
 from jaxblock.config.config import Config
@@ -12,6 +12,7 @@ from jaxblock.data.config import DataConfig
 from jaxblock.diffusion.config import CanvasConfig, MethodConfig
 from jaxblock.errors import UserError
 from jaxblock.io.files import check_absent, write_text
+from jaxblock.settings import Split
 from jaxblock.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ class Options:
 
     config: str | None = None
     """YAML file of sections; flags override it."""
-    split: Literal["train", "validation", "test"] = "train"
+    split: Split = "train"
     """Which prepared records."""
     records: tuple[int, ...] = (0, 1)
     """Indices of the records to show."""

@@ -60,9 +60,8 @@ def test_a_result_does_not_depend_on_the_batch(net, layout, name):
     together = _run(net, layout, OPTIONS[name], [0, 1, 2, 3])
     turned = _run(net, layout, OPTIONS[name], [3, 1, 0, 2])
     alone = _run(net, layout, OPTIONS[name], [1], width=7)
-    for whole, swapped, one in zip(together, turned, alone, strict=True):
-        np.testing.assert_array_equal(whole[[3, 1, 0, 2]], swapped)
-        np.testing.assert_array_equal(whole[[1]], one)
+    chex.assert_trees_all_equal(jax.tree.map(lambda leaf: leaf[[3, 1, 0, 2]], together), turned)
+    chex.assert_trees_all_equal(jax.tree.map(lambda leaf: leaf[[1]], together), alone)
     if OPTIONS[name].temperature:
         assert (_run(net, layout, OPTIONS[name], [0, 1, 2, 3], seed=4).response != together.response).any()
 
@@ -187,8 +186,7 @@ def test_block_by_block_from_the_host_is_the_scan(net, layout):
     block = jax.jit(decoder.decode_block, static_argnums=(0, 1, 2))
     for k in range(layout.n_blocks):
         carry = block(net[0], layout, options, net[1], canvas, carry, jnp.int32(k))
-    for ours, theirs in zip(decoder.finish(layout, canvas, carry), whole, strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    chex.assert_trees_all_equal(decoder.finish(layout, canvas, carry), whole)
 
 
 def test_settings_that_compile_alike_share_a_program(net, layout):
