@@ -61,7 +61,7 @@ def run(options: Options, config: Config) -> int:
         tries=options.tries,
         say=say,
     )
-    report.show(Console(), plan)
+    report.print_plan(Console(), plan)
     if options.json:
         write_text(options.json, json_format.dumps(plan, indent=1) + "\n")
         say(f"wrote {options.json}")

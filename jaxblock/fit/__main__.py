@@ -24,7 +24,7 @@ def main() -> int:
     job: dict[str, Any] = json.load(sys.stdin)
     try:
         config = config_from_tree(job.pop("config"), "the job")
-        where = topology.parse(job.pop("topology"))
+        where = topology.parse_topology(job.pop("topology"))
         result = plan.make(config, where, **job, say=lambda text: print(f"plan: {text}", file=sys.stderr, flush=True))
     except UserError as error:
         json.dump({"error": str(error)}, out)

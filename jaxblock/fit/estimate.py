@@ -1,4 +1,4 @@
-"""The roofline's step time: what the slowest of a chip's resources would take if nothing ever waited."""
+"""Estimates step time by the roofline: the time of a chip's busiest resource if nothing ever waited."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from jaxblock.parallel.chips import Chip
 
 
 class Estimate(NamedTuple):
-    """Seconds that each resource would be busy, at published peaks. A bound from below, never a measurement.
+    """Holds the time in seconds that each resource is busy at its published peak: a lower bound, not a measurement.
 
     Attributes:
-        compute: matrix products.
-        memory: the chip's main memory.
-        links: what is sent within a slice.
-        across: what is sent between slices.
+        compute: the time of the matrix products.
+        memory: the time of reading and writing the chip's main memory.
+        links: the time of sending to other chips of the slice.
+        across: the time of sending to other slices.
     """
 
     compute: float
@@ -25,17 +25,17 @@ class Estimate(NamedTuple):
 
     @property
     def step(self) -> float:
-        """The longest of them."""
+        """Returns the longest of the four times."""
         return max(self)
 
     @property
     def bound(self) -> str:
-        """Which one that is."""
+        """Returns the name of the resource that takes longest."""
         return max(self._asdict(), key=lambda name: self._asdict()[name])
 
 
-def estimate(costs: Costs, chip: Chip) -> Estimate | None:
-    """Divides costs by a chip's figures; None for a chip without any (CPU)."""
+def estimate_step(costs: Costs, chip: Chip) -> Estimate | None:
+    """Divides costs by a chip's published figures; returns None for a chip without figures (the host's CPU)."""
     if chip.flops is None or chip.bandwidth is None or chip.links is None:
         return None
     across = costs.across / chip.across if chip.across else 0.0

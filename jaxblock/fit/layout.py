@@ -64,5 +64,5 @@ def ways(config: Config) -> int:
 def mesh(config: Config, topology: Topology) -> Mesh:
     """The mesh of a settled config, of devices to compile for."""
     train = config.train
-    devices = topologies.devices(topology)
+    devices = topologies.devices_to_compile_for(topology)
     return make_mesh(train.data_parallel, train.fsdp, train.tensor, slices=train.slices, devices=devices)

@@ -7,11 +7,12 @@ from typing import Any
 
 from jaxblock.config.config import Config
 from jaxblock.fit import compile as ahead
-from jaxblock.fit import costs, layout, programs, sizes
+from jaxblock.fit import layout, programs, sizes
 from jaxblock.fit.advice import Found, advise
-from jaxblock.fit.estimate import estimate
+from jaxblock.fit.estimate import estimate_step
 from jaxblock.fit.programs import Program
 from jaxblock.fit.topology import Topology
+from jaxblock.fit.transfers import KINDS, Collective
 from jaxblock.models.architecture import Architecture
 from jaxblock.models.families import registry
 from jaxblock.models.spec import count_params
@@ -32,7 +33,7 @@ def make(
 
     Args:
         config: resolved and valid.
-        topology: where it would run; its devices must be there (``topology.environment``).
+        topology: where it would run; its devices must be there (``topology.compile_environment``).
         model_config: a config.json with the network's sizes; None for those of what the config starts from.
         decoder: plan the decoder too.
         tries: how many changes may be compiled where it does not fit.
@@ -101,7 +102,7 @@ def _described(program: Program, topology: Topology, tokens: int | None) -> dict
         return described
     described["flops"] = found.flops
     described["traffic"] = found.traffic
-    described["sent"] = {kind: found.sent(kind) for kind in (*costs.KINDS, "across slices") if found.sent(kind)}
+    described["sent"] = {kind: found.sent(kind) for kind in (*KINDS, "across slices") if found.sent(kind)}
     described["collectives"] = [
         {
             "kind": one.kind,
@@ -113,7 +114,7 @@ def _described(program: Program, topology: Topology, tokens: int | None) -> dict
         }
         for one in found.collectives[:12]
     ]
-    guess = estimate(found, topology.chip)
+    guess = estimate_step(found, topology.chip)
     if guess is not None and tokens is not None:
         seconds = guess.step
         described["estimate"] = {
@@ -123,7 +124,7 @@ def _described(program: Program, topology: Topology, tokens: int | None) -> dict
     return described
 
 
-def _shapes(one: costs.Collective) -> list[str]:
+def _shapes(one: Collective) -> list[str]:
     return [f"{shape.kind}[{','.join(map(str, shape.dims))}]" for shape in one.shapes[:3]]
 
 

@@ -41,7 +41,7 @@ def run(
     Raises:
         UserError: an unknown topology, sizes that are not known, or a compiler that failed.
     """
-    where = topologies.parse(topology)
+    where = topologies.parse_topology(topology)
     job = {
         "config": to_tree(config),
         "topology": topology,
@@ -55,7 +55,7 @@ def run(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, **topologies.environment(where)},
+        env={**os.environ, **topologies.compile_environment(where)},
     )
     last: list[str] = []
     listener = threading.Thread(target=_listen, args=(process.stderr, say, last), daemon=True)

@@ -15,9 +15,10 @@ from jaxblock.config.config import Config
 from jaxblock.diffusion import canvas as canvases
 from jaxblock.diffusion import layouts
 from jaxblock.diffusion.decoding import decoder
-from jaxblock.fit import costs, hlo, layout, memory
+from jaxblock.fit import layout, memory
 from jaxblock.fit import shapes as abstract
-from jaxblock.fit.costs import Costs
+from jaxblock.fit.costs import Costs, count_costs
+from jaxblock.fit.hlo import parse_program
 from jaxblock.fit.memory import Memory
 from jaxblock.fit.shapes import Abstract, bytes_per_device
 from jaxblock.models.architecture import Architecture
@@ -143,4 +144,4 @@ def _compiled(lowered: jax.stages.Lowered, parts: dict[str, float], arguments: f
     if built.program is None:
         return Program(built.memory, parts, None, seconds)
     text = built.program.as_text() or ""
-    return Program(built.memory, parts, costs.read(hlo.parse(text), mesh.size), seconds)
+    return Program(built.memory, parts, count_costs(parse_program(text), mesh.size), seconds)

@@ -1,4 +1,4 @@
-"""A plan as tables for people."""
+"""Prints a plan as tables."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from jaxblock.fit.memory import gib
 _OF_TEMPORARIES = ("gradients", "activations", "logits")
 
 
-def show(console: Console, plan: dict[str, Any]) -> None:
-    """Prints a plan.
+def print_plan(console: Console, plan: dict[str, Any]) -> None:
+    """Prints a plan: the devices, memory and costs of its programs, and whether it fits.
 
     Args:
-        console: where to.
-        plan: what ``plan.make`` gives.
+        console: the console to print on.
+        plan: the dict that ``plan.make`` returns.
     """
     chip, mesh = plan["chip"], plan["mesh"]
     console.print(

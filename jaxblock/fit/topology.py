@@ -1,4 +1,4 @@
-"""Names of topologies, what their makers say of the chips, and devices to compile for without having them."""
+"""Reads names of topologies (``v5e-16``), and makes devices to compile for without having them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxblock.errors import UserError
+from jaxblock.errors import UserError, first_line
 from jaxblock.parallel.chips import CHIPS, Chip
 
-# Shapes of slices by chips, as Google offers them. v4 and v5p are named by TensorCores, two a chip.
+# The shapes of slices by their number of chips, as Google offers them. v4 and v5p are named by TensorCores, two a chip.
 _FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 _CUBES = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8"}
 _NAME = re.compile(r"(?:(\d+)x)?([a-z]\w*)-(\d+)")
@@ -19,14 +19,14 @@ _MOST_GPUS = 8
 
 
 class Topology(NamedTuple):
-    """Where a run would run.
+    """Describes the devices that a run is planned for.
 
     Attributes:
-        name: as it was given.
-        chip: what of.
-        slices: joined by the data-centre network.
-        chips: of one slice.
-        shape: of a TPU slice; empty otherwise.
+        name: the topology's name, as it was given.
+        chip: the kind of chip.
+        slices: the number of slices, which the data-centre network joins.
+        chips: the number of chips in one slice.
+        shape: the shape of a TPU slice (``4x4``); empty for other platforms.
         platform: ``tpu``, ``gpu`` or ``cpu``.
     """
 
@@ -39,20 +39,20 @@ class Topology(NamedTuple):
 
     @property
     def devices(self) -> int:
-        """Chips of all slices."""
+        """Counts the chips of all slices."""
         return self.slices * self.chips
 
     @property
     def is_estimate(self) -> bool:
-        """Compiled for the host instead, since no compiler for the platform is at hand."""
+        """Returns whether programs are compiled for the host instead, as there is no compiler for the platform."""
         return self.platform != "tpu"
 
 
-def parse(name: str) -> Topology:
+def parse_topology(name: str) -> Topology:
     """Reads a topology's name: ``v5e-16``, ``2xv5e-256``, ``v5p-8`` (4 chips), ``h100-8``, ``cpu-8``.
 
     Raises:
-        UserError: it is none, or a slice of a size that is not offered.
+        UserError: the name is unknown, or no slice of that size is offered.
     """
     found = _NAME.fullmatch(name)
     kind = found[2] if found else ""
@@ -80,22 +80,22 @@ def parse(name: str) -> Topology:
     return Topology(name, chip, slices, chips, shapes[chips], "tpu")
 
 
-def environment(topology: Topology) -> dict[str, str]:
-    """Environment variables of a process that compiles for a topology."""
+def compile_environment(topology: Topology) -> dict[str, str]:
+    """Returns the environment variables of a process that compiles for a topology."""
     given = {"JAX_PLATFORMS": "cpu"}
     if topology.platform != "tpu":
         flags = re.sub(r"--xla_force_host_platform_device_count=\S*", "", os.environ.get("XLA_FLAGS", ""))
         given["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={topology.devices}".strip()
         return given
-    # No chip is looked for, and another process that compiles (or trains) does not get in the way.
+    # libtpu then looks for no chip, and works beside another process that compiles (or trains).
     return {**given, "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 
-def devices(topology: Topology) -> list[jax.Device]:
-    """Devices that programs can be compiled for; those of a TPU cannot run any.
+def devices_to_compile_for(topology: Topology) -> list[jax.Device]:
+    """Returns devices that programs can be compiled for; those of a TPU cannot run programs.
 
     Raises:
-        UserError: libtpu is not installed, or too few devices of the host.
+        UserError: libtpu is not installed, or this process has too few host devices.
     """
     if topology.platform != "tpu":
         found = jax.devices("cpu")
@@ -116,7 +116,7 @@ def devices(topology: Topology) -> list[jax.Device]:
         described = topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:{topology.shape}", **options)
     except Exception as error:  # the plugin's own
         raise UserError(
-            f"no compiler for {topology.name} ({str(error).splitlines()[0][:200]}): install the libtpu wheel that goes with "
+            f"no compiler for {topology.name} ({first_line(error)}): install the libtpu wheel that goes with "
             f"this JAX (`pip install 'jaxblock[plan]'`); no TPU is needed"
         ) from error
     return list(described.devices)

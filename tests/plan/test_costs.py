@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxblock.fit import costs, hlo
+from jaxblock.fit.costs import count_costs
+from jaxblock.fit.hlo import parse_program
+from jaxblock.fit.transfers import KINDS
 
 PROGRAM = """\
 HloModule by_hand, is_scheduled=true
@@ -94,7 +96,7 @@ ENTRY %main (w: f32[8,16], v: bf16[4,8]) -> f32[8,16] {
 
 
 def test_loops_and_collectives_of_a_program_by_hand() -> None:
-    found = costs.read(hlo.parse(PROGRAM), 4)
+    found = count_costs(parse_program(PROGRAM), 4)
     # The outer loop runs from 1 to 32, the inner one from 0 to 4 by twos; a kernel's attributes do not end a computation.
     assert found.flops == 31 * 2 * (2 * 8 * 8 * 8)
     assert found.sent("reduce-scatter") == 31 * (8 * 16 * 4) * 3 / 4
@@ -102,14 +104,14 @@ def test_loops_and_collectives_of_a_program_by_hand() -> None:
     assert found.sent("all-reduce") == 2 * (8 * 16 * 4) / 2  # of the pairs along y
     assert found.sent("collective-permute") == 8 * 16 * 4
     assert found.across == 8 * 16 * 4
-    assert found.sent() == sum(found.sent(kind) for kind in costs.KINDS)
+    assert found.sent() == sum(found.sent(kind) for kind in KINDS)
     (scatter,) = [one for one in found.collectives if one.kind == "reduce-scatter"]
     assert (scatter.times, scatter.group) == (31, 4)
 
 
 def test_a_noted_length_is_believed() -> None:
     noted = PROGRAM.replace("body=%outer_body", 'body=%outer_body, backend_config={"known_trip_count":{"n":"5"}}')
-    assert costs.read(hlo.parse(noted), 4).sent("reduce-scatter") == 5 * (8 * 16 * 4) * 3 / 4
+    assert count_costs(parse_program(noted), 4).sent("reduce-scatter") == 5 * (8 * 16 * 4) * 3 / 4
 
 
 @pytest.mark.parametrize(
@@ -130,7 +132,7 @@ ENTRY %main (l: bf16[512,4096]) -> f32[] {{
   ROOT %c = {line}
 }}
 """
-    assert costs.read(hlo.parse(text), 1).flops == flops
+    assert count_costs(parse_program(text), 1).flops == flops
 
 
 def test_a_scan_counts_all_its_layers() -> None:
@@ -140,7 +142,7 @@ def test_a_scan_counts_all_its_layers() -> None:
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
 
     compiled = jax.jit(layers).lower(jnp.zeros((16, 64)), jnp.zeros((7, 64, 64))).compile()
-    found = costs.read(hlo.parse(compiled.as_text()), 1)
+    found = count_costs(parse_program(compiled.as_text()), 1)
     assert found.flops == 7 * 2 * 16 * 64 * 64
     weights = 7 * 64 * 64 * 4
     # Each layer reads its own slice, not the stack (seven times as much); a slice may be written and read once more.

@@ -35,27 +35,27 @@ ARCH = registry.architecture_from_config(SMALL.model, vocab_size=512, mask_id=51
 
 def test_names_of_topologies() -> None:
     names = ("v5e-16", "v6e-8", "v5p-8", "2xv5e-256", "h200-1", "cpu-8")
-    found = [topology.parse(name) for name in names]
+    found = [topology.parse_topology(name) for name in names]
     assert [(t.devices, t.shape) for t in found] == [
         (16, "4x4"), (8, "2x4"), (4, "2x2x1"), (512, "16x16"), (1, ""), (8, ""),
     ]  # fmt: skip
     assert [t.is_estimate for t in found] == [False] * 4 + [True] * 2
     for wrong in ("v7-8", "v5e-12", "v5e", "2xh100-8", "h100-16", "2xv5p-8", "v5p-5", "0xv5e-16", "cpu-0"):
         with pytest.raises(UserError, match="topology"):
-            topology.parse(wrong)
+            topology.parse_topology(wrong)
 
 
 def test_the_mesh_is_the_configs_or_all_chips() -> None:
-    two = topology.parse("2xv5e-16")
+    two = topology.parse_topology("2xv5e-16")
     config = dataclasses.replace(SMALL, train=TrainConfig(batch_size=40))
     settled, notes = layout.settle(config, two)
     train = settled.train
     assert (train.slices, train.data_parallel, train.fsdp, train.tensor, train.batch_size) == (2, 1, 16, 1, 64)
     assert len(notes) == 3 and "--train.fsdp 16" in notes[0] and "--train.batch_size 64" in notes[2]
     own = dataclasses.replace(SMALL, train=TrainConfig(batch_size=64, fsdp=4, tensor=2))
-    assert layout.settle(own, topology.parse("v5e-16"))[0].train.data_parallel == 2
+    assert layout.settle(own, topology.parse_topology("v5e-16"))[0].train.data_parallel == 2
     with pytest.raises(UserError, match="16 chips"):
-        layout.settle(dataclasses.replace(SMALL, train=TrainConfig(fsdp=32)), topology.parse("v5e-16"))
+        layout.settle(dataclasses.replace(SMALL, train=TrainConfig(fsdp=32)), topology.parse_topology("v5e-16"))
 
 
 def test_where_sizes_are_from(tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def test_full_fine_tuning_scatters_its_gradients() -> None:
 def test_a_slice_of_the_mesh_is_a_slice_of_chips() -> None:
     """Only gradients may cross the data-centre network: whatever lies along the other axes is of one slice."""
     pytest.importorskip("libtpu")
-    chips = list(topology.devices(topology.parse("2xv5e-16")))
+    chips = list(topology.devices_to_compile_for(topology.parse_topology("2xv5e-16")))
     mesh = make_mesh(2, 4, 2, slices=2, devices=chips)
     found = [{chip.slice_index for chip in mesh.devices[at].flat} for at in range(2)]
     assert sorted(map(len, found)) == [1, 1] and found[0] != found[1]
@@ -114,7 +114,7 @@ def test_a_slice_of_the_mesh_is_a_slice_of_chips() -> None:
 def test_an_axis_may_split_a_side_of_the_slice(name: str, mesh: tuple[int, int, int]) -> None:
     """Tensor groups of two on 8 x 8 chips, and they are neighbours: one link apart."""
     pytest.importorskip("libtpu")
-    placed = make_mesh(*mesh, devices=list(topology.devices(topology.parse(name)))).devices
+    placed = make_mesh(*mesh, devices=list(topology.devices_to_compile_for(topology.parse_topology(name)))).devices
     groups = np.array([chip.coords for chip in placed.flat]).reshape(*placed.shape, -1)
     assert len({chip.id for chip in placed.flat}) == placed.size
     assert (np.abs(np.diff(groups, axis=3)).sum(-1) == 1).all()
