@@ -1,7 +1,7 @@
-"""Save and restore: GB/s, how long the loop stands still for a save, and a restart's time to its first step.
+"""Measures saving and restoring: GB/s, how long a save stops the loop, and a restart's time to its first step.
 
-The state is of the size asked for and is trained for real, one step after the other; every save is followed by steps
-while it is written in the background. Restoring includes checking every byte against the checksums.
+The state has the size asked for and is really trained, one step after the other; steps follow every save while it is
+written in the background. Restoring includes the check of every byte against the checksums.
 
     python -m benchmarks.checkpoint_speed
 """
@@ -71,7 +71,7 @@ def _step(session: Session):  # type: ignore[no-untyped-def]
 
 
 def measure(session: Session, saves: int, steps: int) -> dict[str, float]:
-    """Seconds: a step alone, what a save keeps the loop, and a save until its checksums are there (medians)."""
+    """Measures the time in seconds of a step, of the loop's stop for a save, and of a save with its checksums (medians)."""
     data, step_fn, state = _data(session), _step(session), session.state
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) / 1e9
     alone, still, whole = [], [], []

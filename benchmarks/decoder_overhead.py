@@ -1,4 +1,4 @@
-"""What the decode loop costs: forwards per second inside the decoder over those of a bare forward of the same shape.
+"""Measures what the decode loop costs: its forwards per second against those of a bare forward of the same shape.
 
 Both run in one process, in turns; the ratio is the median of the pairs' ratios. The bare forward is a jitted call of
 hidden states and logits at the active block, with nothing around it.
@@ -29,14 +29,14 @@ from jaxblock.parallel.host_memory import keep_freed_memory
 
 
 def seconds(call: Callable[[], Any]) -> float:
-    """Wall time of a call, its result waited for."""
+    """Returns the wall time of a call in seconds, including the wait for its result."""
     begin = time.perf_counter()
     jax.block_until_ready(call())
     return time.perf_counter() - begin
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
-    """Prints forwards per second of both and the ratio."""
+    """Prints the forwards per second of both, and their ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sizes = {
         "d": 512,

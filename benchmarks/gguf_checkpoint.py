@@ -1,9 +1,8 @@
-"""Makes a Hugging Face folder of a GGUF file: Llama's weights, a byte-level BPE tokenizer, the chat template.
+"""Converts a GGUF file into a Hugging Face folder: Llama's weights, a byte-level BPE tokenizer, the chat template.
 
-GGUF is how real weights are at hand where the hub is not: small models lie on package indices in it. Quantised tensors
-are read as the numbers they stand for (the `gguf` package does it), so the folder holds what the file says, not what the
-model was before it was quantised. Known to work for the Llama architecture with GPT-2's kind of tokenizer (SmolLM2);
-anything else is refused.
+Where the hub cannot be reached, package indices have small models as GGUF files. The `gguf` package turns quantised
+tensors into the numbers that they stand for, so the folder holds the quantised model, not the one before. It works for the
+Llama architecture with GPT-2's kind of tokenizer (SmolLM2) and refuses anything else.
 
     python -m benchmarks.gguf_checkpoint SmolLM2-135M-Instruct.Q4_1.gguf folder
 """
@@ -44,11 +43,11 @@ def convert(file: Path, folder: Path, dtype: str = "float32") -> None:
 
     Args:
         file: the GGUF file.
-        folder: what to make; its parent exists.
-        dtype: of the tensors, ``float32`` (exact) or ``bfloat16`` (rounded).
+        folder: the folder to make; its parent exists.
+        dtype: the type of the tensors, ``float32`` (exact) or ``bfloat16`` (rounded).
 
     Raises:
-        ValueError: the file is not of the kind that this can read.
+        ValueError: the file has another architecture or kind of tokenizer.
     """
     import gguf
     from safetensors.numpy import save_file
@@ -77,14 +76,14 @@ def convert(file: Path, folder: Path, dtype: str = "float32") -> None:
 
 
 def halves(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Undoes the order of query and key rows in GGUF's Llama files.
+    """Reorders the query and key rows of GGUF's Llama files as transformers (and jaxblock) order them.
 
-    There the two numbers that rotary positions turn against each other lie side by side in each head; transformers
-    (and jaxblock) have all first numbers, then all second ones.
+    In GGUF the two numbers that rotary positions rotate against each other are neighbours within each head; in
+    transformers all first numbers come before all second ones.
 
     Args:
-        rows: [heads x width, in].
-        heads: how many.
+        rows: the rows, shape [heads x width, in].
+        heads: the number of heads.
 
     Returns:
         The same rows in transformers' order.
@@ -94,7 +93,7 @@ def halves(rows: np.ndarray, heads: int) -> np.ndarray:
 
 
 def _name(stored: str) -> tuple[str, str]:
-    """(a tensor's name in transformers, what it is in GGUF's words)."""
+    """Returns (a tensor's name in transformers, its kind as GGUF names it)."""
     if stored.startswith("blk."):
         _, layer, part, kind = stored.split(".")
         return f"model.layers.{layer}.{_INSIDE[part]}.{kind}", part
@@ -161,7 +160,7 @@ def _write_tokenizer(fields: dict[str, Any], folder: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
-    """Converts one file; prints where the folder is."""
+    """Converts one file and prints the folder's path."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="the GGUF file")
     parser.add_argument("folder", type=Path, help="the folder to make")

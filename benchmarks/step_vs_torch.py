@@ -1,10 +1,10 @@
-"""A train step against PyTorch: the paper's step written with transformers' Llama, and ours doing the same job.
+"""Compares a train step with PyTorch: the paper's step written with transformers' Llama, and ours doing the same job.
 
-The job: context ``paper``, one active block a row, masks at a rate of U(1e-3, 1), masked mean per row, mean over rows;
+The job is: context ``paper``, one active block a row, masks at a rate of U(1e-3, 1), masked mean per row, mean over rows;
 gradient clipped to norm 1, AdamW, float32. The PyTorch side computes logits at every position, as the published script
 does; ours computes them at the active block: the same loss for less work, so FLOP/s count what each side does. Both
-start from the same weights and see the same noised batch; the script first checks that they compute the same loss, and
-that the Llama is bidirectional. They then take turns; the ratio is the median of the pairs' ratios.
+start from the same weights and are given the same noised batch; the script first checks that they compute the same loss,
+and that the Llama is bidirectional. They then take turns; the ratio is the median of the pairs' ratios.
 
     pip install -r benchmarks/requirements.txt
     python -m benchmarks.step_vs_torch
@@ -54,7 +54,7 @@ NAMES = {
     "final_norm": "model.norm.weight",
     "head": "lm_head.weight",
 }
-"""Our parameters by the names of transformers' Llama."""
+"""The names of our parameters in transformers' Llama."""
 
 PAPER = MethodConfig(
     law="floored_bernoulli", weighting="masked_mean", normalize="sequences", blocks="pairs", objective="blockwise"
@@ -62,7 +62,7 @@ PAPER = MethodConfig(
 
 
 def llama(net: Transformer, params: Any) -> LlamaForCausalLM:
-    """transformers' Llama with our weights; bidirectional when it is given an all-visible 4-d mask."""
+    """Makes transformers' Llama with our weights, which is bidirectional when it is given an all-visible 4-d mask."""
     arch = net.arch
     config = LlamaConfig(
         hidden_size=arch.d_model,
@@ -89,7 +89,7 @@ def llama(net: Transformer, params: Any) -> LlamaForCausalLM:
 
 
 def check_bidirectional(model: LlamaForCausalLM, width: int) -> None:
-    """Changing the last token must change the first position's logits."""
+    """Asserts that changing the last token changes the first position's logits."""
     ids = torch.randint(0, model.config.vocab_size, (1, width))
     other = ids.clone()
     other[0, -1] = (other[0, -1] + 1) % model.config.vocab_size
@@ -99,19 +99,19 @@ def check_bidirectional(model: LlamaForCausalLM, width: int) -> None:
 
 
 def visible(batch: int, width: int) -> torch.Tensor:
-    """An additive mask that hides nothing."""
+    """Returns an additive attention mask that hides nothing."""
     return torch.zeros(batch, 1, width, width)
 
 
 def torch_loss(model: LlamaForCausalLM, noisy: torch.Tensor, clean: torch.Tensor, flags: torch.Tensor) -> torch.Tensor:
-    """The published script's loss: cross-entropy at every position, masked mean per row, mean over rows."""
+    """Computes the published script's loss: cross-entropy at every position, masked mean per row, mean over rows."""
     logits = model(noisy, attention_mask=visible(*noisy.shape)).logits
     each = torch.nn.functional.cross_entropy(logits.flatten(0, 1), clean.flatten(), reduction="none").view(clean.shape)
     return ((each * flags).sum(1) / flags.sum(1).clamp(min=1)).mean()
 
 
 def random_batch(batch: int, canvas: CanvasConfig, vocab: int) -> Batch:
-    """Prompts and responses that fill the canvas, each with one of its blocks."""
+    """Makes random prompts and responses that fill the canvas, each with one of its blocks drawn."""
     rng = np.random.default_rng(0)
     prompt = rng.integers(2, vocab - 1, (batch, canvas.prompt_len), dtype=np.int32)
     response = rng.integers(2, vocab - 1, (batch, canvas.response_len), dtype=np.int32)
@@ -122,13 +122,13 @@ def random_batch(batch: int, canvas: CanvasConfig, vocab: int) -> Batch:
 
 
 def flops(net: Transformer, batch: int, width: int, head_positions: int) -> float:
-    """Analytic matmul FLOPs of forward and backward: what a side computes, with the head at so many positions of a row."""
+    """Counts the FLOPs of the matmuls forward and backward, with the head at ``head_positions`` positions of each row."""
     body = width * matmul_flops_per_token(net.param_table, net.arch, width, head=False)
     return 3 * batch * (body + head_positions * 2.0 * net.arch.vocab_size * net.arch.d_model)
 
 
 def matmul_peaks(size: int) -> dict[str, float]:
-    """FLOP/s of each library's own best large square product."""
+    """Measures the FLOP/s of a large square matrix product in each library, the best of five."""
     ours = jax.jit(lambda a: jnp.matmul(a, a, precision="highest"))
     a, b = jnp.ones((size, size)), torch.ones(size, size)
     ours(a).block_until_ready()
@@ -140,7 +140,7 @@ def matmul_peaks(size: int) -> dict[str, float]:
 
 
 def timed(call: Callable[[], Any]) -> float:
-    """Wall time of a call."""
+    """Returns the wall time of a call in seconds."""
     begin = time.perf_counter()
     call()
     return time.perf_counter() - begin
@@ -207,7 +207,7 @@ def compare(batch: int, args: argparse.Namespace) -> dict[str, float]:
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, float]]:
-    """Prints steps per second, FLOP/s and the matmul peak of both."""
+    """Prints the steps per second, FLOP/s and matmul peak of both."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sizes = {
         "d": 512,

@@ -72,8 +72,7 @@ def _splash_flops(instruction: Instruction, computation: Computation) -> float:
     It makes 2 products per score forward; backward it makes the scores again and 3 (keys and values) or 2 (queries).
     """
     given = operand_shapes(instruction, computation)
-    queries, keys = [s.dims for s in given if s.kind in ("bf16", "f32") and len(s.dims) >= 3 and s.dims[-1] % 128 == 0][
-        :2
-    ]
+    wide = [s.dims for s in given if s.kind in ("bf16", "f32") and len(s.dims) >= 3 and s.dims[-1] % 128 == 0]
+    queries, keys = wide[:2]
     products = {"fwd": 2, "dkv": 4, "dq": 3}[instruction.name.split("_")[2]]
     return 2.0 * products * math.prod(queries) * keys[-2]
