@@ -36,8 +36,8 @@ from jaxblock.models.transformer import Transformer
 from jaxblock.parallel.host_memory import keep_freed_memory
 from jaxblock.parallel.mesh import make_mesh
 from jaxblock.training import state as states
-from jaxblock.training.optim import make as optimizers
 from jaxblock.training.optim.config import OptimizerConfig
+from jaxblock.training.optim.make import make_optimizer
 from jaxblock.training.step import Objective, compile_step
 
 NAMES = {
@@ -175,7 +175,7 @@ def compare(batch: int, args: argparse.Namespace) -> dict[str, float]:
     )
     assert abs(ours_loss - theirs_loss) <= 2e-5 * abs(theirs_loss), (ours_loss, theirs_loss)
 
-    optimizer = optimizers.make(OptimizerConfig(lr=1e-5, schedule="constant", warmup_steps=0), 1000, net.param_table)
+    optimizer = make_optimizer(OptimizerConfig(lr=1e-5, schedule="constant", warmup_steps=0), 1000, net.param_table)
     mesh = make_mesh(1, devices=jax.devices()[:1])
     adam = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0)
     with jax.set_mesh(mesh):

@@ -18,7 +18,7 @@ from jaxblock.models.spec import Table, abstract_params
 from jaxblock.models.transformer import Transformer
 from jaxblock.parallel import rules
 from jaxblock.training import start as setup
-from jaxblock.training.optim import make as optimizers
+from jaxblock.training.optim.make import make_optimizer
 from jaxblock.training.state import TrainState, begin_average, shardings
 from jaxblock.training.step import compile_step
 
@@ -49,7 +49,7 @@ def build(config: Config, arch: Architecture, mesh: Mesh) -> Abstract:
         UserError: a tensor does not split over the mesh.
     """
     net = assembly.network(arch, config.model, config.lora, platform=mesh.devices.flat[0].platform)
-    optimizer = optimizers.make(config.optimizer, config.train.steps, net.trainable, config.train.seed)
+    optimizer = make_optimizer(config.optimizer, config.train.steps, net.trainable, config.train.seed)
     state, frozen = shapes(config, net, optimizer, mesh)
     objective = setup.objective(config, net, (arch.eos_id,))
     frozen_table: Table | None = net.param_table if net.lora else None

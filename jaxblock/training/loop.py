@@ -156,10 +156,10 @@ class _Loop:
 
     def __init__(self, session: Session, console: Console, clock: Goodput, watchdog: Watchdog) -> None:
         self.session, self.config, self.console, self.clock = session, session.config, console, clock
-        before = session.step - gating.updates(session.state.opt_state)  # skipped by earlier processes
+        before = session.step - gating.count_updates(session.state.opt_state)  # skipped by earlier processes
         self.watchdog, self.skips = watchdog, SkippedSteps(session.config.train.max_skipped, before)
         self.run_folder = as_path(self.config.train.out)
-        self.lr = schedules.values(self.config.optimizer, self.config.train.steps)
+        self.lr = schedules.learning_rates(self.config.optimizer, self.config.train.steps)
         self.log: Trackers | None = None
         if session.process_index == 0:
             begin = session.step if session.resumed else -1

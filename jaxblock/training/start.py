@@ -41,7 +41,7 @@ from jaxblock.training.checkpoints.run_folder import Base
 from jaxblock.training.checkpoints.writer import CheckpointWriter
 from jaxblock.training.guard.debug import NanFinder, not_finite
 from jaxblock.training.observe import metrics, trackers
-from jaxblock.training.optim import make as optimizers
+from jaxblock.training.optim.make import make_optimizer
 from jaxblock.training.state import TrainState, create
 from jaxblock.training.step import Objective
 from jaxblock.types import Params
@@ -116,7 +116,7 @@ def set_up(config: Config, console: Console, compile_first: Compile | None = Non
     arch = weights.architecture(config, prepared, resumed)
     layouts.check_decoding(config.canvas, config.decode, arch)
     net = build.network(arch, config.model, config.lora, nans.layer if nans else None)
-    optimizer = optimizers.make(config.optimizer, train.steps, net.trainable, train.seed)
+    optimizer = make_optimizer(config.optimizer, train.steps, net.trainable, train.seed)
     loss, ready = objective(config, net, prepared.special.stop_ids), None
     if compile_first is not None and not train.debug and (step or 0) < train.steps:
         with jax.set_mesh(mesh):

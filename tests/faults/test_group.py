@@ -10,8 +10,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import chex
 import jax
-import numpy as np
 import pytest
 
 import jaxblock
@@ -72,8 +72,6 @@ def test_what_one_of_two_processes_finds_counts_for_both(tiny_config: Path, tmp_
         said = " ".join(re.sub(r"^\[\d\] ", "", _train(tiny_config, run), flags=re.M).split())
         assert f"checkpoints/12 is not used: {problem}; moved to {run / 'damaged' / '12'}" in said, said
         assert "going on from step 6" in said
-        left, right = (jax.tree.leaves(jaxblock.load(folder).params) for folder in (run, straight))
-        for one, other in zip(left, right, strict=True):
-            np.testing.assert_array_equal(one, other)
+        chex.assert_trees_all_equal(*(jax.device_get(jaxblock.load(folder).params) for folder in (run, straight)))
         assert _rows(run) == _rows(straight)
         assert sorted(entry.name for entry in (run / "checkpoints").iterdir()) == ["12", "6"]

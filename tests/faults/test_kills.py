@@ -15,8 +15,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import chex
 import jax
-import numpy as np
 import pytest
 
 import jaxblock
@@ -54,9 +54,7 @@ def _rows(run: Path) -> list[tuple[object, ...]]:
 
 
 def _same(run: Path, expected: Path) -> None:
-    left, right = (jax.tree.leaves(jaxblock.load(folder).params) for folder in (run, expected))
-    for one, other in zip(left, right, strict=True):
-        np.testing.assert_array_equal(one, other)
+    chex.assert_trees_all_equal(*(jax.device_get(jaxblock.load(folder).params) for folder in (run, expected)))
     assert _rows(run) == _rows(expected)
 
 

@@ -24,9 +24,9 @@ from jaxblock.training import step as steps
 from jaxblock.training.checkpoints.writer import CheckpointWriter
 from jaxblock.training.guard.steps import SkippedSteps
 from jaxblock.training.optim import gating
-from jaxblock.training.optim import make as optimizers
 from jaxblock.training.optim.config import OptimizerConfig
 from jaxblock.training.optim.gating import gated
+from jaxblock.training.optim.make import make_optimizer
 from jaxblock.training.step import StepMetrics
 from jaxblock.types import Sum
 
@@ -39,7 +39,7 @@ def test_a_skipped_update_changes_no_bit(settings: dict[str, Any] | None) -> Non
     table = {"w": ParamSpec((8, 8), ("embed", "mlp"), 1.0, "w")}
     optimizer = gated(optax.adam(0.1)) if settings is None else None
     if settings is not None:
-        optimizer = gated(optimizers.make(OptimizerConfig(warmup_steps=0, **settings), 10, table))
+        optimizer = gated(make_optimizer(OptimizerConfig(warmup_steps=0, **settings), 10, table))
 
     @jax.jit
     def step(params: Any, state: Any, grads: Any, finite: Any) -> Any:
@@ -122,7 +122,7 @@ def test_one_poisoned_batch_of_a_run_is_skipped(
     run, counts, save = tmp_path / "run", {}, CheckpointWriter.save
 
     def saved(self: CheckpointWriter, state: Any, step: int, *rest: Any) -> None:
-        counts[step] = gating.updates(state.opt_state)
+        counts[step] = gating.count_updates(state.opt_state)
         save(self, state, step, *rest)
 
     monkeypatch.setattr(CheckpointWriter, "save", saved)

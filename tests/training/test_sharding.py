@@ -23,8 +23,8 @@ from jaxblock.models.linear import int8
 from jaxblock.models.spec import Table, flatten, init_params, nest
 from jaxblock.parallel import rules
 from jaxblock.parallel.mesh import make_mesh
-from jaxblock.training.optim import make as optimizers
 from jaxblock.training.optim.config import OptimizerConfig
+from jaxblock.training.optim.make import make_optimizer
 from jaxblock.training.state import create, next_average
 from jaxblock.training.step import Objective, compile_step
 
@@ -126,7 +126,7 @@ def train() -> Callable[[Case], Result]:
         objective = _objective(_method(case), case.rank, quantize=case.quantize, dtype=case.dtype, loss_chunk=chunk)
         net = objective.net
         start = jax.device_get(init_params(net.trainable, 0, "float32"))
-        optimizer = optimizers.make(config, 9, net.trainable)
+        optimizer = make_optimizer(config, 9, net.trainable)
         one = case == case.on_one_device()._replace(accumulate=case.accumulate)
         mesh = make_mesh(*case[:3], slices=case.slices, devices=jax.devices()[:1] if one else None)
         rows = rules.sharding(mesh, "batch")

@@ -21,8 +21,8 @@ from jaxblock.diffusion.objective import Losses, losses
 from jaxblock.diffusion.sampling import Draw
 from jaxblock.models.linear import lora
 from jaxblock.models.spec import Table, flatten
-from jaxblock.training.optim import make as optimizers
 from jaxblock.training.optim.config import OptimizerConfig
+from jaxblock.training.optim.make import make_optimizer
 from jaxblock.training.optim.schedules import schedule
 from jaxblock.training.state import TrainState
 from jaxblock.training.step import Objective, train_step
@@ -105,7 +105,7 @@ def _optimizer_config(run: dict[str, Any]) -> OptimizerConfig:
 def _follow(golden: Golden, run: dict[str, Any], model: jaxblock.Model) -> Params:
     """Takes the run's steps on what the model trains, comparing what each reports; the values after the last."""
     config = _optimizer_config(run)
-    optimizer = optimizers.make(config, run["total_steps"], model.net.trainable)
+    optimizer = make_optimizer(config, run["total_steps"], model.net.trainable)
     frozen = {} if model.net.lora is None else {path: x for path, x in model.params.items() if path != lora.KEY}
     trained = model.params if model.net.lora is None else model.params[lora.KEY]
     replay = _replay(model, run)

@@ -1,7 +1,7 @@
-"""AdamW in one pass over each tensor, written over its gradient: no float32 copy of the whole network appears.
+"""Computes AdamW's update in one pass over each tensor, without a float32 copy of the whole network.
 
-What a chain of Optax transformations keeps between its links (float32 gradients, directions, updates) is four bytes a
-weight and more. Here a step holds weights, gradients and moments, and the float32 values of one layer.
+A chain of Optax transformations keeps float32 gradients, directions or updates of all weights between its links, which
+is four bytes a weight and more. Here a step holds weights, gradients and moments, and the float32 values of one layer.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from jax import Array
 
 from jaxblock.training.optim.config import OptimizerConfig
 from jaxblock.training.optim.gating import Gated, no_update, select
-from jaxblock.training.optim.moments import kept
-from jaxblock.training.optim.precision import clip_share, path_name, random_bits, rounded_update, wide
+from jaxblock.training.optim.moments import moment_format
+from jaxblock.training.optim.precision import clip_share, path_name, random_bits, rounded_update, widen
 from jaxblock.types import Params
 
 LOOP_FROM = 2**24
-"""Stacked tensors of at least so many weights are updated layer by layer; smaller ones at once, which is faster."""
+"""Stacked tensors with at least this many weights are updated layer by layer; smaller ones at once, which is faster."""
 
 
 class AdamState(NamedTuple):
-    """The updates done, and the moments, each a tree over the parameters' paths."""
+    """The number of updates done and the two moments, each a tree with the parameters' structure."""
 
     step: Array
     mu: Any
@@ -33,21 +33,21 @@ class AdamState(NamedTuple):
 
 
 def adamw(config: OptimizerConfig, rate: optax.Schedule, decays: Callable[[str], bool], seed: int) -> Gated:
-    """w <- w - lr * (m_hat / (sqrt(v_hat) + eps) + weight_decay * w), as PyTorch's AdamW after its clipping.
+    """Makes AdamW: w <- w - lr * (m_hat / (sqrt(v_hat) + eps) + weight_decay * w), as PyTorch's after its clipping.
 
     Updates have the gradients' type. For bfloat16 gradients and weights that is exact wherever the update is smaller
     than half the weight (Sterbenz); where it is larger, the update itself is rounded to 8 bits.
 
     Args:
         config: the ``optimizer`` section.
-        rate: learning rate by update.
-        decays: whether a path's weights decay.
-        seed: of stochastic rounding.
+        rate: the learning rate of each update.
+        decays: tells by a parameter's path whether it decays.
+        seed: the seed of stochastic rounding.
     """
-    first, second = kept(config.moments, signed=True), kept(config.moments, signed=False)
+    first, second = moment_format(config.moments, signed=True), moment_format(config.moments, signed=False)
 
     def init(params: Params) -> AdamState:
-        params = wide(params)
+        params = widen(params)
         return AdamState(
             jnp.zeros((), jnp.int32), jax.tree.map(first.zeros, params), jax.tree.map(second.zeros, params)
         )
@@ -60,9 +60,9 @@ def adamw(config: OptimizerConfig, rate: optax.Schedule, decays: Callable[[str],
         unbias1, unbias2 = (1 - b ** step.astype(jnp.float32) for b in (config.b1, config.b2))
 
         def one(path: str, p: Array, layer: Array | None, g: Array, mu: Any, nu: Any) -> tuple[Array, Any, Any]:
-            gradient, weight = wide(g) * share, wide(p)
-            m = config.b1 * first.read(mu) + (1 - config.b1) * gradient
-            v = config.b2 * second.read(nu) + (1 - config.b2) * gradient**2
+            gradient, weight = widen(g) * share, widen(p)
+            m = config.b1 * first.load(mu) + (1 - config.b1) * gradient
+            v = config.b2 * second.load(nu) + (1 - config.b2) * gradient**2
             if config.moments == "float32":
                 m, v = _in_place(select(finite, (m, v), (mu, nu)))
             change = (m / unbias1) / (jnp.sqrt(v / unbias2) + config.eps)
@@ -74,7 +74,7 @@ def adamw(config: OptimizerConfig, rate: optax.Schedule, decays: Callable[[str],
                     weight, change, random_bits(seed, state.step, f"weights/{path}", p.shape, layer)
                 )
             bits = random_bits(seed, state.step, f"moments/{path}", p.shape, layer)
-            after = first.write(m, bits), second.write(v, bits >> 16)
+            after = first.store(m, bits), second.store(v, bits >> 16)
             if config.moments != "float32":
                 after = select(finite, after, (mu, nu))
             return no_update(finite, change.astype(g.dtype)), *after
@@ -92,10 +92,10 @@ def adamw(config: OptimizerConfig, rate: optax.Schedule, decays: Callable[[str],
 
 
 def _in_place(moments: tuple[Array, Array]) -> tuple[Array, Array]:
-    """New moments, written over the old before the update is made of them.
+    """Has the new moments written over the old ones before the update is computed from them.
 
-    XLA for CPUs writes one result a fusion: it would make update and moments each of the old ones, and copy these for
-    it. Elsewhere one fusion writes all three.
+    XLA for CPUs writes one result per fusion: it would compute the update and the moments each from the old moments,
+    and copy these for it. On other devices one fusion writes all three.
     """
 
     def apart(*moments: Array) -> Any:
@@ -109,7 +109,7 @@ def _in_place(moments: tuple[Array, Array]) -> tuple[Array, Array]:
 
 
 def _by_layer(one: Callable[..., tuple[Array, Any, Any]], p: Array, stacked: Any) -> tuple[Array, Any, Any]:
-    """``one`` on a slice of axis 0 after the other, each written over what it was made of."""
+    """Applies ``one`` to the slices of axis 0 one after the other, and writes each result over its inputs."""
 
     def layer(at: Array, carry: Any) -> Any:
         def here(x: Array) -> Array:
@@ -118,7 +118,7 @@ def _by_layer(one: Callable[..., tuple[Array, Any, Any]], p: Array, stacked: Any
         def put(x: Array, new: Array) -> Array:
             return jax.lax.dynamic_update_index_in_dim(x, new, at, 0)
 
-        # Read once, then written: a read that was fused into a write would make the compiler copy the whole tensor.
+        # The barriers keep reads and writes apart: one fusion of both would make the compiler copy the whole tensor.
         weight, slices = jax.lax.optimization_barrier((here(p), jax.tree.map(here, carry)))
         return jax.tree.map(put, carry, jax.lax.optimization_barrier(one(weight, at, *slices)))
 

@@ -1,8 +1,8 @@
-"""Optimizers whose update is undone where a step is not finite."""
+"""Makes optimizers skip their update where the loss or the gradient of a step is not finite."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,29 +11,26 @@ from jax import Array
 
 from jaxblock.types import Params
 
-if TYPE_CHECKING:
-    pass
-
 
 class Gated(optax.GradientTransformationExtraArgs):
-    """An optimizer whose update takes ``finite``: where it is false, updates are zero and the state is as it was."""
+    """An optimizer whose update takes ``finite``: where it is false, updates are zero and the state stays the same."""
 
 
 def select(finite: Array | bool, new: Any, old: Any) -> Any:
-    """``new`` where the step was finite, else ``old``; trees of one structure."""
+    """Returns ``new`` if the step was finite, else ``old``; both are trees of the same structure."""
     return new if finite is True else jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
 
 
 def no_update(finite: Array | bool, update: Array) -> Array:
-    """The update, or -0, which leaves every number as it is, -0 included."""
+    """Returns the update, or -0 if the step was not finite: adding -0 changes no number, not even -0."""
     return update if finite is True else jnp.where(finite, update, jnp.asarray(-0.0, update.dtype))
 
 
 def gated(optimizer: optax.GradientTransformation) -> Gated:
-    """Any optimizer, gated from outside; its own state is held twice for a moment.
+    """Makes any optimizer skip steps that are not finite; for a moment its state is in memory twice.
 
     Args:
-        optimizer: one that is gated already is returned.
+        optimizer: the optimizer; one that is gated already is returned as it is.
     """
     if isinstance(optimizer, Gated):
         return optimizer
@@ -45,11 +42,11 @@ def gated(optimizer: optax.GradientTransformation) -> Gated:
     return Gated(optimizer.init, update)
 
 
-def updates(opt_state: Any) -> int:
-    """How many updates an optimizer's state has seen: skipped steps are none. Waits for the device.
+def count_updates(opt_state: Any) -> int:
+    """Returns the number of updates that an optimizer's state has seen, without skipped steps. Waits for the device.
 
     Args:
-        opt_state: of any optimizer here; each counts in an integer scalar, and all that it holds are equal.
+        opt_state: the state of any optimizer of this room; its integer scalars all hold this number.
     """
     counts = (leaf for leaf in jax.tree.leaves(opt_state) if leaf.ndim == 0 and jnp.issubdtype(leaf.dtype, jnp.integer))
     return int(jax.device_get(next(counts)))

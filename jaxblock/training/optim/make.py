@@ -1,4 +1,4 @@
-"""AdamW or Adafactor, clipped by the global norm, on a schedule, with their state in as many bits as asked for."""
+"""Makes the optimizer that the config describes: AdamW or Adafactor, with clipping, a schedule and its state's precision."""
 
 from __future__ import annotations
 
@@ -13,19 +13,22 @@ from jaxblock.models.spec import Table
 from jaxblock.training.optim import moments
 from jaxblock.training.optim.adamw import adamw
 from jaxblock.training.optim.config import OptimizerConfig
-from jaxblock.training.optim.precision import clip_share, path_name, round_parameters, wide
+from jaxblock.training.optim.precision import clip_share, path_name, round_parameters, widen
 from jaxblock.training.optim.schedules import schedule
 from jaxblock.types import Params
 
 
-def make(config: OptimizerConfig, steps: int, table: Table, seed: int = 0) -> optax.GradientTransformation:
-    """The optimizer; all its arithmetic is float32 whatever the parameters are. Apply by ``optax.apply_updates``.
+def make_optimizer(config: OptimizerConfig, steps: int, table: Table, seed: int = 0) -> optax.GradientTransformation:
+    """Makes the optimizer; its arithmetic is float32 whatever the parameters' type is.
 
     Args:
         config: the ``optimizer`` section.
-        steps: updates of the run.
-        table: the parameters' specs: which of them are matrices.
-        seed: of stochastic rounding, where there is any.
+        steps: the number of updates of the whole run, for the schedule.
+        table: the parameters' specs, which say which of them are matrices.
+        seed: the seed of stochastic rounding, where the config asks for it.
+
+    Returns:
+        An optimizer whose updates are applied by ``optax.apply_updates``.
     """
 
     def decays(path: str) -> bool:
@@ -40,9 +43,9 @@ def make(config: OptimizerConfig, steps: int, table: Table, seed: int = 0) -> op
 def _adafactor(
     config: OptimizerConfig, rate: optax.Schedule, decays: Callable[[str], bool], seed: int
 ) -> optax.GradientTransformation:
-    """Adam with a second moment of rank one per matrix, each tensor's direction limited to a root mean square of 1.
+    """Makes Adafactor: Adam with a second moment of rank one per matrix, and directions cut to a root mean square of 1.
 
-    ``b2``, ``eps`` and the learning rate mean what they mean to Adam, so that it may take Adam's place: the decay is
+    ``b2``, ``eps`` and the learning rate mean what they mean for Adam, so that it can replace Adam: the decay is
     constant with Adam's bias correction (not 1 - t^-0.8), and steps are not scaled by the parameters' size.
     """
 
@@ -69,9 +72,9 @@ def _clip(grads: Params, limit: float) -> Params:
 
 
 def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Gradients and parameters are cast before ``inner`` sees them: its state takes its type from both."""
+    """Casts gradients and parameters to float32 for ``inner``, whose state takes its type from them."""
 
     def update(grads: Params, state: optax.OptState, params: Params) -> tuple[Params, optax.OptState]:
-        return inner.update(wide(grads), state, wide(params))
+        return inner.update(widen(grads), state, widen(params))
 
-    return optax.GradientTransformation(lambda params: inner.init(wide(params)), update)
+    return optax.GradientTransformation(lambda params: inner.init(widen(params)), update)

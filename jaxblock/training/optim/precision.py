@@ -1,4 +1,4 @@
-"""Numbers of few bits: what is computed in float32, and how a result is rounded to bfloat16 without a bias.
+"""Computes in float32 and rounds results to bfloat16 without a bias.
 
 A bfloat16 has 8 significant bits. Rounding to the nearest loses every change below 1/512 of a weight, which at a
 fine-tuning learning rate is nearly all of them; stochastic rounding keeps each in expectation (Gupta et al., 2015,
@@ -19,39 +19,39 @@ from jaxtyping import Float, UInt
 from jaxblock.types import Params
 
 
-def wide(tree: Any) -> Any:
-    """Every leaf in float32, or as wide as it is where that is wider."""
+def widen(tree: Any) -> Any:
+    """Casts every leaf to float32; types that are wider stay."""
     return jax.tree.map(lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)), tree)
 
 
 def global_norm(tree: Any) -> Array:
-    """The norm over all leaves, summed in float32 whatever they are stored in."""
-    return optax.tree.norm(wide(tree))
+    """Returns the norm over all leaves together, summed in float32 whatever type they have."""
+    return optax.tree.norm(widen(tree))
 
 
-_PURPOSE = zlib.crc32(b"rounding")  # the same seed draws masks and weights, from keys of their own
+_PURPOSE = zlib.crc32(b"rounding")  # keeps these keys apart from those of masks and weights, which the same seed draws
 
 
 def clip_share(grads: Any, limit: float) -> Array | float:
-    """min(1, limit / (norm + 1e-6)), what ``torch.nn.utils.clip_grad_norm_`` multiplies gradients by; 0 never clips."""
+    """Returns min(1, limit / (norm + 1e-6)), by which ``torch.nn.utils.clip_grad_norm_`` multiplies; a limit of 0 never clips."""
     return jnp.minimum(1.0, limit / (global_norm(grads) + 1e-6)) if limit > 0 else 1.0
 
 
 def random_bits(
     seed: int, step: Array, path: str, shape: tuple[int, ...], layer: Array | None = None
 ) -> UInt[Array, "..."]:
-    """32 random bits per element: a function of (seed, step, path) and the element's indices alone.
+    """Returns 32 random bits per element, a function of (seed, step, path) and the element's indices alone.
 
     Each element's indices are hashed (the finaliser of MurmurHash3) under a key of jax.random. It costs a few integer
     operations that fuse into what uses them, where jax.random.bits would hold several arrays of the parameter's size;
     and it does not depend on how the array is split over devices.
 
     Args:
-        seed: of the whole run.
-        step: the update.
-        path: which tensor.
-        shape: of the result.
-        layer: the result is this slice of axis 0 of a tensor with one more axis; None for the whole tensor.
+        seed: the seed of the whole run.
+        step: the number of the update.
+        path: the tensor's name.
+        shape: the shape of the result.
+        layer: return this slice along axis 0 of the bits of a tensor with one more axis; None for the whole tensor.
     """
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _PURPOSE), step)
     first, last = jax.random.bits(key, (2,), jnp.uint32)
@@ -72,14 +72,14 @@ def _mix(x: Array) -> Array:
 
 
 def stochastic_bfloat16(x: Float[Array, "..."], bits: UInt[Array, "..."]) -> Float[Array, "..."]:
-    """One of the two bfloat16 numbers around x, the nearer the likelier, so that the mean is x.
+    """Rounds to one of the two bfloat16 numbers around x, the nearer one with the higher chance, so that the mean is x.
 
     Args:
-        x: float32.
-        bits: random; the low 16 bits of each are used.
+        x: the numbers, float32.
+        bits: random bits, one number for each element; the low 16 bits are used.
 
     Returns:
-        float32 that bfloat16 holds exactly. What bfloat16 holds already stays, and so do infinities and NaN.
+        float32 numbers that bfloat16 holds exactly. Numbers that it held before stay, and so do infinities and NaN.
     """
     raw = jax.lax.bitcast_convert_type(x, jnp.uint32) + (bits & 0xFFFF)
     rounded = jax.lax.bitcast_convert_type(raw & jnp.uint32(0xFFFF0000), jnp.float32)
@@ -88,30 +88,30 @@ def stochastic_bfloat16(x: Float[Array, "..."], bits: UInt[Array, "..."]) -> Flo
 
 
 def rounded_update(weight: Array, change: Array, bits: Array) -> Array:
-    """The change after which a bfloat16 weight is one of the two neighbours of weight + change, the nearer likelier.
+    """Returns the change that takes a bfloat16 weight to weight + change, rounded stochastically.
 
     Args:
         weight: the bfloat16 weight, in float32.
-        change: float32.
-        bits: random.
+        change: the change before rounding, float32.
+        bits: random bits, one number for each element.
     """
     return stochastic_bfloat16(weight + change, bits) - weight
 
 
 class RoundingState(NamedTuple):
-    """How many updates were rounded: which random bits come next."""
+    """The number of updates rounded so far, which decides the next random bits."""
 
     step: Array
 
 
 def round_parameters(seed: int) -> optax.GradientTransformation:
-    """The last link of an optimizer: updates after which bfloat16 parameters are rounded stochastically.
+    """Makes the last link of an optimizer, which rounds the updated bfloat16 parameters stochastically.
 
     The update u of a parameter p becomes (p + u rounded) - p, so that ``optax.apply_updates``, which rounds p plus the
     update to the nearest, finds the number that was drawn. Parameters of other types pass through.
 
     Args:
-        seed: of the random bits.
+        seed: the seed of the random bits.
     """
 
     def update(updates: Params, state: RoundingState, params: Params) -> tuple[Params, RoundingState]:
@@ -127,5 +127,5 @@ def round_parameters(seed: int) -> optax.GradientTransformation:
 
 
 def path_name(path: Any) -> str:
-    """A tree path as the tables write it: ``blocks/q``."""
+    """Writes a tree path as the parameter tables do: ``blocks/q``."""
     return jax.tree_util.keystr(path, simple=True, separator="/")

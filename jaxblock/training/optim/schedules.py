@@ -1,4 +1,4 @@
-"""Learning rates by update: our own warm-up and decays, and DeepSpeed's WarmupCosineLR as the published script ran it."""
+"""Computes the learning rate of each update: a warm-up and three decays, and DeepSpeed's WarmupCosineLR."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from jaxblock.training.optim.config import OptimizerConfig
 
 
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate of update k = 0 .. steps - 1.
+    """Returns the learning rate of update k = 0 .. steps - 1 as a function of k.
 
     ``cosine``, ``linear`` and ``constant`` warm up by peak * (k + 1) / warmup_steps, so that update 0 moves, and reach
     ``final_ratio`` of the peak at update ``steps``. ``deepspeed_cosine`` is ``deepspeed_ratio`` times the peak.
 
     Args:
         config: the ``optimizer`` section.
-        steps: updates of the run.
+        steps: the number of updates of the whole run.
     """
     if config.schedule == "deepspeed_cosine":
         return lambda k: config.lr * deepspeed_ratio(config, steps, k)
@@ -40,14 +40,14 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([rising, decay], [warmup])
 
 
-def values(config: OptimizerConfig, steps: int) -> np.ndarray:
-    """The learning rates of all updates [steps], on the host: to ask the device for one would wait for its queue."""
+def learning_rates(config: OptimizerConfig, steps: int) -> np.ndarray:
+    """Returns the learning rates of all updates [steps] on the host; asking for each later would wait for the device."""
     every = jax.jit(jax.vmap(schedule(config, steps)))(jnp.arange(steps))
     return np.broadcast_to(np.asarray(every, np.float32), (steps,))
 
 
 def deepspeed_ratio(config: OptimizerConfig, steps: int, k: ArrayLike) -> Array:
-    """DeepSpeed's WarmupCosineLR: the share of the peak at update k.
+    """Returns the share of the peak learning rate that DeepSpeed's WarmupCosineLR has at update k.
 
     Iteration i of the scheduler, with w = max(warmup_steps, 2), rises from ``warmup_floor`` by i / w (``linear``) or
     log(i + 1) / log(w) (``log``) while i < w; from then on it follows a cosine that is already one iteration along and
@@ -56,8 +56,8 @@ def deepspeed_ratio(config: OptimizerConfig, steps: int, k: ArrayLike) -> Array:
 
     Args:
         config: the ``optimizer`` section.
-        steps: updates of the run.
-        k: the update.
+        steps: the number of updates of the whole run.
+        k: the number of the update, from 0.
 
     Returns:
         A float32 scalar.

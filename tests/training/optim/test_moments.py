@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,8 +22,8 @@ from jaxblock.parallel.mesh import make_mesh
 from jaxblock.training.checkpoints.retention import Keep
 from jaxblock.training.checkpoints.writer import CheckpointWriter
 from jaxblock.training.optim import adamw, moments
-from jaxblock.training.optim import make as optimizers
 from jaxblock.training.optim.config import OptimizerConfig, Storage
+from jaxblock.training.optim.make import make_optimizer
 from jaxblock.training.optim.moments import dequantise, quantise
 from jaxblock.training.optim.precision import random_bits, stochastic_bfloat16
 from jaxblock.training.state import TrainState, create, shardings
@@ -108,7 +109,7 @@ def _gradients(step: int) -> dict[str, Any]:
 def _adamw(storage: Storage, b2: float) -> optax.GradientTransformation:
     """Its updates are the direction, backwards."""
     config = OptimizerConfig(lr=1.0, schedule="constant", warmup_steps=0, clip_norm=0.0, b2=b2, moments=storage)
-    return optimizers.make(config, 1, {})
+    return make_optimizer(config, 1, {})
 
 
 def _updates(optimizer: optax.GradientTransformation, steps: int = 100) -> np.ndarray:
@@ -171,7 +172,7 @@ def _fit(config: OptimizerConfig, dtype: str = "float32") -> float:
     inputs = jax.random.normal(key, (150, 32, 16)) * jnp.logspace(-1, 0.5, 16)
     truth = jax.random.normal(jax.random.fold_in(key, 1), (16, 8))
     noise = 0.1 * jax.random.normal(jax.random.fold_in(key, 2), (150, 32, 8))
-    optimizer = optimizers.make(config, 150, {"w": ParamSpec((16, 8), (None, None), 1.0, "w")})
+    optimizer = make_optimizer(config, 150, {"w": ParamSpec((16, 8), (None, None), 1.0, "w")})
 
     def loss(w: Any, x: jax.Array, e: jax.Array) -> jax.Array:
         return jnp.mean((x @ (w["w"].astype(jnp.float32) - truth) - e) ** 2)
@@ -214,7 +215,7 @@ def full() -> float:
 def test_small_updates_of_bfloat16_weights(rounding: Literal["nearest", "stochastic"], moves: bool) -> None:
     """200 updates of 1e-5 from 1, where bfloat16's neighbours are 1/256 below and 1/128 above."""
     config = OptimizerConfig(lr=1e-5, schedule="constant", warmup_steps=0, rounding=rounding)
-    optimizer = optimizers.make(config, 200, {"w": ParamSpec((64, 512), (None, None), 1.0, "w")})
+    optimizer = make_optimizer(config, 200, {"w": ParamSpec((64, 512), (None, None), 1.0, "w")})
     grads = {"w": jnp.ones((64, 512), jnp.bfloat16).at[:32].set(-1)}
     start = {"w": jnp.ones((64, 512), jnp.bfloat16)}
 
@@ -248,7 +249,7 @@ BYTES: list[tuple[dict[str, Any], float, float]] = [
 def test_bytes_of_state_for_each_weight_of_8b(fields: dict[str, Any], least: float, most: float) -> None:
     """Measured on the state's shapes; nothing is allocated."""
     table = _table(126_464, 4096, 32, 32, 12_288)
-    optimizer = optimizers.make(OptimizerConfig(**fields), 10, table)
+    optimizer = make_optimizer(OptimizerConfig(**fields), 10, table)
     state = jax.eval_shape(optimizer.init, abstract_params(table, "bfloat16"))
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     assert count_params(table) == 8_015_581_184
@@ -267,7 +268,7 @@ def updated() -> Iterator[Callable[[dict[str, Any]], Updated]]:
     grads = jax.device_get(init_params(table, 1, "bfloat16"))
 
     def run(fields: dict[str, Any]) -> Updated:
-        optimizer = optimizers.make(OptimizerConfig(lr=1e-4, warmup_steps=0, clip_norm=0.0, **fields), 9, table)
+        optimizer = make_optimizer(OptimizerConfig(lr=1e-4, warmup_steps=0, clip_norm=0.0, **fields), 9, table)
         states = []
         for shape, devices, loop_from in (((1, 1), jax.devices()[:1], 2**24), ((2, 4), None, 0)):
             patch.setattr(adamw, "LOOP_FROM", loop_from)
@@ -294,8 +295,7 @@ def test_eight_bit_moments_and_rounding_do_not_depend_on_mesh_or_loop(
     updated: Callable[..., Updated], tmp_path: Path
 ) -> None:
     one, many = updated({"moments": "int8", "weight_decay": 0.1})
-    for left, right in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True):
-        np.testing.assert_array_equal(left, right)
+    chex.assert_trees_all_equal(jax.device_get(one), jax.device_get(many), strict=True)
     adam = many.opt_state
     for path, weight in flatten(many.params).items():
         codes, scale = flatten(adam.mu)[path]
@@ -307,9 +307,7 @@ def test_eight_bit_moments_and_rounding_do_not_depend_on_mesh_or_loop(
     checkpoints.save(many, 3, {})
     read = checkpoints.restore(3, one)
     checkpoints.close()
-    for left, right in zip(jax.tree.leaves(read), jax.tree.leaves(many), strict=True):
-        assert left.dtype == right.dtype
-        np.testing.assert_array_equal(left, right)
+    chex.assert_trees_all_equal(jax.device_get(read), jax.device_get(many), strict=True)
 
 
 def test_adafactors_statistics_have_a_place_on_the_mesh(updated: Callable[..., Updated]) -> None:

@@ -15,9 +15,9 @@ import pytest
 from jaxblock.models.config import ModelConfig
 from jaxblock.models.families import registry
 from jaxblock.models.spec import ParamSpec, Table, flatten, init_params
-from jaxblock.training.optim import make as optimizers
 from jaxblock.training.optim import precision, schedules
 from jaxblock.training.optim.config import OptimizerConfig
+from jaxblock.training.optim.make import make_optimizer
 from jaxblock.types import Params
 
 
@@ -75,7 +75,7 @@ def test_weight_decay_alone_shrinks_what_it_should(table: Table, decay: Literal[
     """With a gradient of 0 an update is -lr * weight_decay * parameter, and nothing where there is no decay."""
     config = OptimizerConfig(lr=0.1, schedule="constant", warmup_steps=0, weight_decay=0.5, decay=decay)
     params = init_params(table, 0, "float32")
-    optimizer = optimizers.make(config, 10, table)
+    optimizer = make_optimizer(config, 10, table)
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
     norms = {"blocks/attn_norm", "blocks/mlp_norm", "final_norm"}
     assert norms < set(table)
@@ -90,7 +90,7 @@ def test_clipping_bounds_the_gradient_before_adam(table: Table, clip: float) -> 
     config = OptimizerConfig(lr=1.0, schedule="constant", warmup_steps=0, eps=1e6, clip_norm=clip)
     params = init_params(table, 0, "float32")
     grads = jax.tree.map(jnp.ones_like, params)
-    optimizer = optimizers.make(config, 10, table)
+    optimizer = make_optimizer(config, 10, table)
     updates, _ = optimizer.update(grads, optimizer.init(params), params)
     norm = sum(leaf.size for leaf in jax.tree.leaves(params)) ** 0.5
     assert 1e-9 < norm < 1e3
@@ -117,7 +117,7 @@ def test_adamw_is_torchs(table: Table) -> None:
     params = init_params(table, 0, "float32")
     theirs = {path: torch.nn.Parameter(torch.tensor(np.asarray(value))) for path, value in flatten(params).items()}
     adam = torch.optim.AdamW(theirs.values(), lr=0.05, betas=(0.9, 0.99), eps=1e-3, weight_decay=0.3)
-    optimizer = optimizers.make(config, 5, table)
+    optimizer = make_optimizer(config, 5, table)
 
     @jax.jit
     def step(params: Params, state: optax.OptState, grads: Params) -> tuple[Params, optax.OptState]:
@@ -137,7 +137,7 @@ def test_adamw_is_torchs(table: Table) -> None:
 
 
 def test_optimizer_state_is_float32_under_bfloat16_weights(table: Table) -> None:
-    state = optimizers.make(OptimizerConfig(), 10, table).init(init_params(table, 0, "bfloat16"))
+    state = make_optimizer(OptimizerConfig(), 10, table).init(init_params(table, 0, "bfloat16"))
     moments = {leaf.dtype for leaf in jax.tree.leaves(state) if leaf.ndim}
     assert moments == {jnp.dtype("float32")}
 
@@ -149,13 +149,13 @@ def test_adafactors_first_updates_by_hand() -> None:
     row, column = jnp.logspace(-3, 1, 128)[:, None], jnp.linspace(-1, 1, 256)[None]
     params, grads = {"w": jnp.zeros((128, 256))}, {"w": row * column}
     for b1 in (0.0, 0.9):
-        optimizer = optimizers.make(OptimizerConfig(b1=b1, **fields), 10, table)  # type: ignore[arg-type]
+        optimizer = make_optimizer(OptimizerConfig(b1=b1, **fields), 10, table)  # type: ignore[arg-type]
         state = optimizer.init(params)
         for _ in range(3):
             updates, state = optimizer.update(grads, state, params)
             np.testing.assert_allclose(updates["w"], -0.1 * jnp.sign(grads["w"]), rtol=1e-3)
     # A gradient ten times the last one: the decay is b2 with Adam's correction, and the step is cut to an RMS of 1.
-    optimizer = optimizers.make(OptimizerConfig(b1=0.0, **fields), 10, table)  # type: ignore[arg-type]
+    optimizer = make_optimizer(OptimizerConfig(b1=0.0, **fields), 10, table)  # type: ignore[arg-type]
     _, state = optimizer.update(grads, optimizer.init(params), params)
     share = 0.95 * 0.05 / (1 - 0.95**2)
     assert 10 / (share + (1 - share) * 100) ** 0.5 > 1

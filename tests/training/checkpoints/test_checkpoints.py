@@ -261,7 +261,7 @@ def test_a_restore_onto_other_meshes_is_exact(three: Path) -> None:
 
 
 def test_the_docs_list_what_a_resumed_run_may_change() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "resume.md").read_text()
+    text = (Path(__file__).parents[3] / "docs" / "resume.md").read_text()
     table = text.split("| section | fields that may change |")[1].split("\n\n")[0]
     listed = {
         line.split("|")[1].strip(" `"): set(re.findall(r"`(\w+)`", line.split("|")[2]))
