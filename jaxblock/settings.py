@@ -69,19 +69,19 @@ class Section:
     ties its fields to each other; what ties two sections is in ``config/checks.py``.
     """
 
-    section: ClassVar[str]
+    section_name: ClassVar[str]
     on_resume: ClassVar[OnResume]
 
     def __init_subclass__(cls, name: str, on_resume: OnResume = "must_match") -> None:
         """Names the section, and says whether a resumed run may change those of its fields that do not say so themselves."""
-        cls.section, cls.on_resume = name, on_resume
+        cls.section_name, cls.on_resume = name, on_resume
 
     def check(self) -> None:
         """Raises UserError where a field has a value that it does not take."""
         for field in dataclasses.fields(self):
             value, takes = getattr(self, field.name), field.metadata.get("takes")
             if value is not None and takes is not None:
-                require(takes.holds(value), f"{self.section}.{field.name} is {value}: {takes.says}")
+                require(takes.holds(value), f"{self.section_name}.{field.name} is {value}: {takes.says}")
 
     @classmethod
     def changeable(cls, *, saved: bool) -> set[str]:

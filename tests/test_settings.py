@@ -21,10 +21,10 @@ SECTIONS = [type(section) for section in Config().sections()]
 
 
 def test_sections_have_the_names_of_the_fields_that_hold_them() -> None:
-    assert [section.section for section in SECTIONS] == [field.name for field in dataclasses.fields(Config)]
+    assert [section.section_name for section in SECTIONS] == [field.name for field in dataclasses.fields(Config)]
 
 
-@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.section)
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.section_name)
 def test_every_field_has_a_sentence(section: type[Section]) -> None:
     """``--help`` shows these sentences."""
     (node,) = ast.parse(textwrap.dedent(inspect.getsource(section))).body
@@ -43,8 +43,8 @@ def test_every_grader_can_be_chosen() -> None:
 
 
 def test_what_a_resumed_run_may_change() -> None:
-    found = {section.section: section.changeable(saved=True) for section in SECTIONS}
-    everything = {section.section: {field.name for field in dataclasses.fields(section)} for section in SECTIONS}
+    found = {section.section_name: section.changeable(saved=True) for section in SECTIONS}
+    everything = {section.section_name: {field.name for field in dataclasses.fields(section)} for section in SECTIONS}
     assert found == {
         "data": {"prepared", "overwrite"},
         "canvas": set(),
@@ -58,7 +58,7 @@ def test_what_a_resumed_run_may_change() -> None:
     }
     # Without a checkpoint the start is made again, and must be the same start.
     for section in SECTIONS:
-        assert section.changeable(saved=False) == found[section.section] - {"init_from", "init_step"}
+        assert section.changeable(saved=False) == found[section.section_name] - {"init_from", "init_step"}
 
 
 def test_settings_and_the_command_line_need_no_jax() -> None:

@@ -18,9 +18,9 @@ def check_config(config: Config, sections: Collection[str] | None = None) -> Con
     Raises:
         UserError: names the fields and what to set instead.
     """
-    used = {section.section for section in config.sections()} if sections is None else set(sections)
+    used = {section.section_name for section in config.sections()} if sections is None else set(sections)
     for section in config.sections():
-        if section.section in used:
+        if section.section_name in used:
             section.check()
     if "decode" in used:
         from jaxblock.diffusion.decoding.rules import check_options  # imports JAX, which not every verb needs

@@ -1,4 +1,7 @@
-"""The `canvas` and `method` sections: the canvas that training and decoding share, and the objective."""
+"""The `canvas` and `method` sections: the canvas that training and decoding share, and the objective.
+
+Both are hashable: jitted functions take them as static arguments.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,6 @@ from jaxblock.errors import UserError
 from jaxblock.settings import AT_LEAST_1, AT_LEAST_2, NOT_NEGATIVE, PROBABILITY, Section, require, setting
 
 Context = Literal["aligned", "paper"]
-Objective = Literal["blockwise", "classical"]
 Law = Literal["exact_count", "bernoulli", "stratified_count", "antithetic", "floored_bernoulli"]
 Weighting = Literal["nelbo", "masked_mean", "uniform"]
 Normalize = Literal["text_tokens", "supervised_tokens", "sequences", "sequence_mean", "blocks", "canvas_tokens"]
@@ -69,10 +71,9 @@ def check_blocks(response_len: int, block: int, section: str) -> None:
 
 @dataclass(frozen=True)
 class MethodConfig(Section, name="method"):
-    """The objective: what is masked, and how its loss is weighed. The static argument of the pure functions that draw,
-    corrupt and weigh."""
+    """The objective: what is masked, and how its loss is weighed."""
 
-    objective: Objective = "blockwise"
+    objective: Literal["blockwise", "classical"] = "blockwise"
     """`blockwise` supervises one active block a draw; `classical` masks tokens all over the response (LLaDA's SFT)."""
     law: Law = "exact_count"
     """How the masked set of a block is drawn (docs/method.md)."""

@@ -18,8 +18,9 @@ from jax import Array
 from jaxtyping import Float
 
 from jaxblock.diffusion.canvas import Canvas, Layout, active_positions
+from jaxblock.diffusion.laws import exact_count
 from jaxblock.diffusion.objective import token_losses
-from jaxblock.diffusion.sampling import Draw, exact_count
+from jaxblock.diffusion.sampling import Draw
 from jaxblock.types import Network, Params, Sum
 
 

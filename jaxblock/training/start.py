@@ -275,9 +275,9 @@ def _check_resume(
 def _check_same(config: Config, folder: PathLike, before: dict[str, Any], *, saved: bool) -> None:
     """Raises UserError where a field that a resumed run may not change has changed."""
     changed = [
-        f"{section.section}.{name} = {then.get(name)!r} then, {value!r} now"
+        f"{section.section_name}.{name} = {then.get(name)!r} then, {value!r} now"
         for section in config.sections()
-        for then in [before.get(section.section, {})]
+        for then in [before.get(section.section_name, {})]
         for name, value in to_tree(section).items()
         if name not in section.changeable(saved=saved) and then.get(name) != value
     ]

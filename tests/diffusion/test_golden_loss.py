@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxblock.diffusion import canvas as canvases
-from jaxblock.diffusion import corruption, objective, sampling
+from jaxblock.diffusion import corruption, laws, objective, sampling
 from jaxblock.diffusion.canvas import Layout
 from jaxblock.diffusion.config import MethodConfig
 from jaxblock.diffusion.sampling import Uniforms
@@ -66,7 +66,7 @@ def _replay(uniforms, rates, prompt_len, block, layout):
     response = np.stack([u[p : p + layout.response_len] for u, p in zip(padded, prompt_len, strict=True)])
     start = np.maximum(block, 0) * layout.block
     inside = np.stack([r[s : s + layout.block] for r, s in zip(response, start, strict=True)])
-    count = np.nan_to_num((rates - sampling.RATE_FLOOR) / (1 - sampling.RATE_FLOOR))
+    count = np.nan_to_num((rates - laws.RATE_FLOOR) / (1 - laws.RATE_FLOOR))
     return Uniforms(
         block=np.zeros((rows, layout.n_blocks)),
         count=count[:, None],

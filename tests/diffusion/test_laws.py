@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from jaxblock.diffusion import objective, sampling
+from jaxblock.diffusion import laws, objective, sampling
 from jaxblock.diffusion.config import MethodConfig
 from jaxblock.diffusion.sampling import Uniforms
 
@@ -69,7 +69,7 @@ def _atoms(law):
     if law == "bernoulli":
         return _rate_atoms(_first_hit_thresholds)
     if law == "floored_bernoulli":
-        floor = sampling.RATE_FLOOR
+        floor = laws.RATE_FLOOR
         return _rate_atoms(lambda t, j: [floor + (1 - floor) * t])
     return _count_atoms()
 
@@ -166,7 +166,7 @@ def _paper_coefficient(n, size, eps):
 
 @pytest.mark.parametrize("eps", [Fraction(1, 1000), Fraction(0)])
 def test_papers_masked_mean_is_the_formula(truths, monkeypatch, eps):
-    monkeypatch.setattr(sampling, "RATE_FLOOR", float(eps))
+    monkeypatch.setattr(laws, "RATE_FLOOR", float(eps))
     truth = truths[2]["paper"]
     weights = truth.nelbo_weights()
     for i, sizes in enumerate(truth.n):
@@ -179,7 +179,7 @@ def test_papers_masked_mean_is_the_formula(truths, monkeypatch, eps):
 
 
 def _redrawn_with_one_over_t(count, position, valid):
-    return sampling.bernoulli(count, position, valid)[0], jnp.where(valid.any(-1), 1 / count, 0.0)
+    return laws.bernoulli(count, position, valid)[0], jnp.where(valid.any(-1), 1 / count, 0.0)
 
 
 def _bare_complement(masked, position, valid):
@@ -203,7 +203,7 @@ def test_broken_laws_are_caught(truths, monkeypatch):
     truth = truths[2]["aligned"]
     assert _caught(truth, MethodConfig(law="floored_bernoulli")), "t >= eps with 1/t"
     assert _caught(truth, MethodConfig(weighting="masked_mean")), "a masked mean is no NELBO"
-    monkeypatch.setitem(sampling._LAWS, "bernoulli", _redrawn_with_one_over_t)
+    monkeypatch.setitem(laws.LAWS, "bernoulli", _redrawn_with_one_over_t)
     assert _caught(truth, MethodConfig(law="bernoulli")), "1/t with redraw"
     monkeypatch.setattr(sampling, "complement", _bare_complement)
     assert _caught(truth, MethodConfig(law="antithetic", draws=2)), "an empty complement"

@@ -267,7 +267,7 @@ def test_the_docs_list_what_a_resumed_run_may_change() -> None:
         line.split("|")[1].strip(" `"): set(re.findall(r"`(\w+)`", line.split("|")[2]))
         for line in table.split("\n")[2:-1]
     }
-    may_change = {section.section: section.changeable(saved=True) for section in Config().sections()}
+    may_change = {section.section_name: section.changeable(saved=True) for section in Config().sections()}
     assert all(listed[section] == may_change[section] for section in ("data", "model", "train")), listed
     assert not any(may_change[name] for name in ("canvas", "method", "optimizer"))
     assert "| `decode`, `evaluate` | all |" in table
