@@ -93,7 +93,8 @@ def find_special(
 
     Args:
         tokenizer: The tokenizer in which the tokens' texts are looked up.
-        template_name: The template's name, for error messages.
+        template_name: The template's name. The template that came with the tokenizer (`tokenizer`) is given the
+            tokenizer's own `eos_token`; every other one is given the token of the id that was found.
         source: The template's Jinja text.
         config: The data settings; special tokens that they name win over everything else.
         checkpoint: The ids that `ids_in_checkpoint` found; they win over the tokenizer's own settings.
@@ -102,15 +103,15 @@ def find_special(
         UserError: If a token cannot be found (the field to set is named), or the mask is used for something else too.
     """
     eos = _eos_id(tokenizer, config, checkpoint)
-    eot = next((text for text in TURN_ENDS if tokenizer.id_of(text) is not None), tokenizer.piece(eos))
+    usual_eot = next((text for text in TURN_ENDS if tokenizer.id_of(text) is not None), tokenizer.piece(eos))
     texts = {name: token_text(tokenizer.settings.get(name)) for name in _NAMED}
     if not texts["bos_token"] and tokenizer.id_of(BOS) is not None:
         texts["bos_token"] = BOS
     if template_name != "tokenizer" or not texts["eos_token"]:
         texts["eos_token"] = tokenizer.piece(eos)
-    texts["eot_token"] = config.eot_token or eot
+    texts["eot_token"] = config.eot_token or usual_eot
     template = Template(template_name, source, {name: text for name, text in texts.items() if text})
-    eot = config.eot_token or turn_end(tokenizer, template, config.system) or eot
+    eot = config.eot_token or turn_end(tokenizer, template, config.system) or usual_eot
     eot_id = tokenizer.id_of(eot)
     if eot_id is None:
         raise _missing(tokenizer, config, "eot", eot, "set it to the token that ends an assistant turn")
