@@ -24,6 +24,7 @@ from jaxblock.data.store.records import Record, records_file, write_records
 from jaxblock.data.store.statistics import count_overlaps, length_statistics
 from jaxblock.data.text.examples import Example
 from jaxblock.data.text.recipes import with_recipe
+from jaxblock.data.text.sources import Source
 from jaxblock.data.text.splits import read_splits
 from jaxblock.data.tokens.encoding import Encoder
 from jaxblock.data.tokens.find_special import add_mask, find_special, ids_in_checkpoint
@@ -78,17 +79,7 @@ def prepare(data: DataConfig, canvas: CanvasConfig, progress: Progress = _silent
         return there
 
     encoder = _make_encoder(data, sources["train"].examples, given, template, progress)
-    records: dict[str, list[Record]] = {}
-    report: dict[str, dict[str, Any]] = {}
-    rules = LengthRules(data, canvas)
-    for split, source in sources.items():
-        progress(f"{split}: {len(source.examples):,} records")
-        pairs = map(encoder.prompt_and_response, source.examples)
-        records[split], report[split] = rules.apply(split, pairs, source.examples)
-        report[split]["dropped"] |= source.dropped
-    rules.check()
-    for split, some in records.items():
-        report[split] |= length_statistics(some, canvas.block)
+    records, report = _make_records(data, canvas, sources, encoder, progress)
     manifest = Manifest(
         format=MANIFEST_FORMAT,
         fingerprint=fingerprint,
@@ -159,6 +150,24 @@ def _make_encoder(
     progress(f"tokenizer: {given.tokenizer.vocab_size:,} tokens")
     template, special = find_special(given.tokenizer, data.template, source, data, given.ids)
     return Encoder(given.tokenizer, template, special, data)
+
+
+def _make_records(
+    data: DataConfig, canvas: CanvasConfig, sources: dict[str, Source], encoder: Encoder, progress: Progress
+) -> tuple[dict[str, list[Record]], dict[str, dict[str, Any]]]:
+    """Makes each split's records, and the report on them that the manifest's `splits` holds."""
+    records: dict[str, list[Record]] = {}
+    report: dict[str, dict[str, Any]] = {}
+    rules = LengthRules(data, canvas)
+    for split, source in sources.items():
+        progress(f"{split}: {len(source.examples):,} records")
+        pairs = map(encoder.prompt_and_response, source.examples)
+        records[split], report[split] = rules.apply(split, pairs, source.examples)
+        report[split]["dropped"] |= source.dropped
+    rules.check()
+    for split, some in records.items():
+        report[split] |= length_statistics(some, canvas.block)
+    return records, report
 
 
 def _sha256_of_files(tokenizer: Tokenizer) -> dict[str, str]:
