@@ -1,18 +1,19 @@
-"""A run folder: what ``train`` leaves, and what every later verb needs of it.
+"""Makes and opens run folders: what ``train`` writes, and what every later command reads.
 
 config.yaml     the resolved config
-model.json      the architecture, as config.json would give it
-base.json       the weights beneath adapters (LoRA runs only)
+model.json      the architecture, in the form of a Hugging Face config.json
+base.json       where the frozen base of the adapters is (LoRA runs only)
 manifest.json   the prepared data's manifest
-tokenizer/      tokenizer and template
-origin/         model code and generation config of the checkpoint it began with (if any), for the export
+tokenizer/      the tokenizer and its template
+origin/         model code and generation config of the checkpoint that the run began with (if any), for the export
 metrics.jsonl   one row per log line and evaluation
-checkpoints/    Orbax
-plots/          PNG
+checkpoints/    one folder per checkpoint, written by Orbax
+plots/          pictures of the metrics
 """
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -36,12 +37,12 @@ CONFIG, MODEL, BASE, TOKENIZER, ORIGIN = "config.yaml", "model.json", "base.json
 
 
 class Base(NamedTuple):
-    """The weights beneath adapters, as a run folder remembers them.
+    """Names the frozen weights that a run's adapters belong to.
 
     Attributes:
-        folder: where they were.
-        fingerprint: of their content: adapters fit no other base.
-        step: the checkpoint, where the folder is a run's.
+        folder: the run or Hugging Face folder that the weights were read from.
+        fingerprint: a hash of their content, since the adapters fit no other weights.
+        step: the step of their checkpoint if the folder is a run; None otherwise.
     """
 
     folder: str
@@ -51,7 +52,15 @@ class Base(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder, opened for reading."""
+    """Holds what was read from a run folder.
+
+    Attributes:
+        folder: the run folder.
+        config: the config that the run began with.
+        arch: the architecture of its network.
+        prepared: its tokenizer, template and manifest.
+        base: the frozen weights of its adapters; None without adapters.
+    """
 
     folder: epath.Path
     config: Config
@@ -61,12 +70,12 @@ class Run:
 
     @property
     def manifest(self) -> Manifest:
-        """The manifest of the data the run was trained on."""
+        """Returns the manifest of the data that the run was trained on."""
         return self.prepared.manifest
 
 
 def is_run(folder: PathLike) -> bool:
-    """Whether a folder holds a run."""
+    """Tells whether a folder holds a run."""
     path = as_path(folder)
     return (path / CONFIG).exists() and (path / MODEL).exists()
 
@@ -79,14 +88,14 @@ def begin(
     base: Base | None,
     source: str | None,
 ) -> None:
-    """Makes the folder with all but metrics and checkpoints in it, whole or not at all.
+    """Makes a run folder with everything but metrics and checkpoints, either all of it or nothing.
 
     Args:
         folder: the run folder; it may exist if it is empty.
         config: the resolved config.
-        arch: the network's sizes and ids.
-        prepared: the data.
-        base: the weights beneath adapters; None without adapters.
+        arch: the architecture of the network.
+        prepared: the prepared data.
+        base: the frozen weights of the adapters; None without adapters.
         source: the run or Hugging Face folder that the weights came from; None for random ones.
 
     Raises:
@@ -111,7 +120,7 @@ def open_run(folder: PathLike) -> Run:
     """Opens a run folder.
 
     Raises:
-        UserError: it is no run, or a file of it is damaged.
+        UserError: the folder holds no run, or a file of it is damaged.
     """
     path = as_path(folder)
     if not is_run(path):
@@ -131,14 +140,14 @@ def _base(path: epath.Path) -> Base:
 
 
 def check_model(run: Run, saved: dict[str, Any]) -> None:
-    """Compares model.json with what was written when a checkpoint was saved.
+    """Checks that model.json still is as it was when a checkpoint was saved.
 
     Args:
-        run: the run.
-        saved: the checkpoint's plain values.
+        run: the run folder, opened.
+        saved: the checkpoint's plain values (``CheckpointReader.meta``).
 
     Raises:
-        UserError: model.json was changed, or is another run's; names the fields and both values.
+        UserError: model.json was changed, or belongs to another run; names the fields and both values.
     """
     now = registry.to_hf(run.arch, run.config.model.param_dtype)
     before = saved.get("model", now)
@@ -154,23 +163,20 @@ def check_model(run: Run, saved: dict[str, Any]) -> None:
 
 
 def find_step(run: Run, wanted: Checkpoint = "latest") -> int:
-    """The step of one of the run's whole checkpoints.
+    """Returns the step of one of the run's whole checkpoints.
 
     Args:
-        run: the run.
-        wanted: the newest, the best by the run's `train.keep_best`, or that of a step.
+        run: the run folder, opened.
+        wanted: the newest (``latest``), the best by the run's `train.keep_best` (``best``), or the one of a step.
 
     Raises:
-        UserError: there is no such checkpoint; lists those there are.
+        UserError: there is no such checkpoint; lists the ones that exist.
     """
-    checkpoints = CheckpointReader(run.folder)
-    try:
+    with contextlib.closing(CheckpointReader(run.folder)) as checkpoints:
         steps = checkpoints.steps()
         if not steps:
             raise UserError(f"{run.folder} has no whole checkpoint yet; train until the first save (train.save_every)")
         found = steps[-1] if wanted == "latest" else checkpoints.best() if wanted == "best" else wanted
-    finally:
-        checkpoints.close()
     there = ", ".join(map(str, steps))
     if found is None:
         raise UserError(
