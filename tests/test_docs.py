@@ -32,7 +32,7 @@ def _unknown_fields(text: str) -> list[str]:
 def _missing_tests(text: str) -> list[str]:
     """Returns the tests in code marks, such as `room/test_thing.py::test_it`, that do not exist."""
     missing, file = [], ""
-    for path, test in re.findall(r"`(?:tests/)?((?:\w+/)?test_\w+\.py)?(?:::(test_\w+))?`", text):
+    for path, test in re.findall(r"`(?:tests/)?((?:\w+/)*test_\w+\.py)?(?:::(test_\w+))?`", text):
         file = path or file
         target = ROOT / "tests" / file
         if file and (not target.exists() or f"def {test}" not in target.read_text(encoding="utf-8")):
