@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jaxblock.diffusion.decoding import measures, transfer
-from jaxblock.diffusion.decoding.config import DecodeConfig
+from jaxblock.diffusion.decoding.config import DecodeConfig, RuleName
 from jaxblock.diffusion.decoding.measures import Measure
 from jaxblock.diffusion.decoding.transfer import Transfer
 from jaxblock.settings import require
@@ -56,7 +56,7 @@ def _by_factor(options: DecodeConfig, block: int) -> Transfer:
 
 _RANKED = ("quota", "alg_temp")
 
-RULES: dict[str, Rule] = {
+RULES: dict[RuleName, Rule] = {
     "low_confidence": Rule(_by_quota, measures.TOKEN, uses=_RANKED),
     "random": Rule(_by_quota, None, uses=("quota",)),
     "confidence_threshold": Rule(_by_threshold, measures.TOKEN, pace="rule", uses=("threshold",)),
@@ -66,6 +66,7 @@ RULES: dict[str, Rule] = {
     "entropy": Rule(_by_quota, measures.ENTROPY, "candidates", uses=_RANKED),
     "origin": Rule(_by_chance, None, uses=("eps",)),
 }
+"""Every rule by the name that ``decode.rule`` gives it."""
 
 
 def check_options(options: DecodeConfig) -> None:
