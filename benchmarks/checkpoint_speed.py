@@ -20,11 +20,13 @@ import jax
 from rich.console import Console
 
 from benchmarks.host_time import settings
+from benchmarks.sessions import loaded_session
 from jaxblock.data.loader import BatchAt, batches
 from jaxblock.data.store.prepare import prepare
 from jaxblock.parallel.host_memory import keep_freed_memory
-from jaxblock.training.start import Session, meta, set_up
-from jaxblock.training.step import compile_step
+from jaxblock.training.resume import saved_values
+from jaxblock.training.start import Session
+from jaxblock.training.step import jit_step
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
@@ -36,11 +38,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as name:
         config = settings(Path(name), args.d, args.layers, args.batch)
         prepare(config.data, config.canvas)
-        session = set_up(config, Console(quiet=True))
+        session = loaded_session(config, Console(quiet=True))
         with jax.set_mesh(session.mesh):
             found = measure(session, args.saves, args.steps)
         begin = time.perf_counter()
-        again = set_up(dataclasses.replace(config), Console(quiet=True))
+        again = loaded_session(dataclasses.replace(config), Console(quiet=True))
         found["restore"] = time.perf_counter() - begin
         with jax.set_mesh(again.mesh):
             step, data = _step(again), _data(again)
@@ -67,7 +69,7 @@ def _data(session: Session):  # type: ignore[no-untyped-def]
 
 
 def _step(session: Session):  # type: ignore[no-untyped-def]
-    return compile_step(session.objective, session.optimizer, session.state, session.mesh, session.net.param_table)
+    return jit_step(session.learner, session.state, session.mesh)
 
 
 def measure(session: Session, saves: int, steps: int) -> dict[str, float]:
@@ -75,6 +77,7 @@ def measure(session: Session, saves: int, steps: int) -> dict[str, float]:
     data, step_fn, state = _data(session), _step(session), session.state
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) / 1e9
     alone, still, whole = [], [], []
+    kept = saved_values(session.config, session.prepared, session.learner.net.arch, session.base)
     done = 0
     for at in range(2 + steps):
         begin = time.perf_counter()
@@ -86,7 +89,7 @@ def measure(session: Session, saves: int, steps: int) -> dict[str, float]:
     for at in range(1 + saves):
         jax.block_until_ready(state)
         begin = time.perf_counter()
-        session.checkpoints.save(state, done, meta(session))
+        session.checkpoints.save(state, done, kept)
         kept = time.perf_counter() - begin
         for _ in range(2):
             state, metrics = step_fn(state, session.on_mesh(next(data)), {})

@@ -19,6 +19,7 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
+from benchmarks.sessions import loaded_session
 from jaxblock.config.config import Config
 from jaxblock.data.config import DataConfig
 from jaxblock.data.loader import BatchAt, batches
@@ -29,8 +30,7 @@ from jaxblock.parallel.host_memory import keep_freed_memory
 from jaxblock.training.config import TrainConfig
 from jaxblock.training.observe.summary import summarise
 from jaxblock.training.optim.config import OptimizerConfig
-from jaxblock.training.start import set_up
-from jaxblock.training.step import compile_step
+from jaxblock.training.step import jit_step
 
 
 def settings(folder: Path, d: int, layers: int, batch: int) -> Config:
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as name:
         config = settings(Path(name), args.d, args.layers, args.batch)
         prepare(config.data, config.canvas)
-        session = set_up(config, Console(quiet=True))
+        session = loaded_session(config, Console(quiet=True))
         with jax.set_mesh(session.mesh):
             found = measure(session, config, args.steps)
         session.checkpoints.close()
@@ -77,7 +77,7 @@ def measure(session, config: Config, steps: int) -> dict[str, float]:  # type: i
     data = batches(
         BatchAt(session.prepared.records("train"), canvas=config.canvas, seed=0, batch_size=config.train.batch_size)
     )
-    step_fn = compile_step(session.objective, session.optimizer, session.state, session.mesh, session.net.param_table)
+    step_fn = jit_step(session.learner, session.state, session.mesh)
     state, window = session.state, []
     for _ in range(5):
         state, metrics = step_fn(state, session.on_mesh(next(data)), {})

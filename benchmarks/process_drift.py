@@ -37,15 +37,15 @@ def worker(config_file: str, out: str, *, one: bool = False) -> None:
     import numpy as np
     from rich.console import Console
 
+    from benchmarks.sessions import loaded_session
     from jaxblock.config.yaml import load_config
     from jaxblock.data.loader import BatchAt, batches
     from jaxblock.parallel import rules
-    from jaxblock.training.start import set_up
-    from jaxblock.training.step import compile_step
+    from jaxblock.training.step import jit_step
 
     config = load_config(config_file)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, out=out, fsdp=1 if one else 2))
-    session = set_up(config, Console(stderr=True))
+    session = loaded_session(config, Console(stderr=True))
     whole = rules.replicated(session.mesh)
     at = BatchAt(
         session.prepared.records("train"),
@@ -57,12 +57,12 @@ def worker(config_file: str, out: str, *, one: bool = False) -> None:
         process_count=session.process_count,
     )
     stream = batches(at)
+    objective = session.learner.objective
     everything = jax.jit(
-        lambda batch, step: (batch, session.objective.draw(batch, session.objective.canvas(batch), step)),
+        lambda batch, step: (batch, objective.draw(batch, objective.canvas(batch), step)),
         out_shardings=whole,
     )
-    table = session.net.trainable
-    step_fn = compile_step(session.objective, session.optimizer, session.state, session.mesh, table)
+    step_fn = jit_step(session.learner, session.state, session.mesh)
     state, rows = session.state, []
     with jax.set_mesh(session.mesh):
         for step in range(config.train.steps):

@@ -35,10 +35,10 @@ from jaxblock.models.spec import flatten, init_params, matmul_flops_per_token
 from jaxblock.models.transformer import Transformer
 from jaxblock.parallel.host_memory import keep_freed_memory
 from jaxblock.parallel.mesh import make_mesh
-from jaxblock.training import state as states
 from jaxblock.training.optim.config import OptimizerConfig
 from jaxblock.training.optim.make import make_optimizer
-from jaxblock.training.step import Objective, compile_step
+from jaxblock.training.state import create_state
+from jaxblock.training.step import Learner, Objective, jit_step
 
 NAMES = {
     "blocks/attn_norm": "model.layers.{layer}.input_layernorm.weight",
@@ -179,8 +179,8 @@ def compare(batch: int, args: argparse.Namespace) -> dict[str, float]:
     mesh = make_mesh(1, devices=jax.devices()[:1])
     adam = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0)
     with jax.set_mesh(mesh):
-        state = states.create(start, optimizer, mesh, net.param_table)
-        step_fn = compile_step(objective, optimizer, state, mesh, net.param_table)
+        state = create_state(start, optimizer, mesh, net.param_table)
+        step_fn = jit_step(Learner(net, objective, optimizer), state, mesh)
 
         def ours() -> None:
             nonlocal state

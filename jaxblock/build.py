@@ -1,38 +1,80 @@
-"""Config + architecture -> the static objects that the pure functions take. The only place that maps one to the other."""
+"""Assembles what training computes with from a config and an architecture: network, objective, optimizer.
+
+This is the one place that does: training, the plan, a refused run's trials and `inspect` all build here.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
 import jax
 from jax import Array
 
 from jaxblock.config.config import Config
+from jaxblock.diffusion.layouts import training_layout
 from jaxblock.models.architecture import Architecture
 from jaxblock.models.attention.backends import backend_of
 from jaxblock.models.config import LoraConfig, ModelConfig
 from jaxblock.models.families import registry
 from jaxblock.models.linear.lora import lora_from_config
 from jaxblock.models.transformer import Transformer
+from jaxblock.training.optim.make import make_optimizer
+from jaxblock.training.step import Learner, Objective
+
+CheckLayer = Callable[[int, Array], None]
+"""Looks at a layer's output: (layer's number from 0, output)."""
+
+
+def learner(
+    config: Config,
+    arch: Architecture,
+    stop_ids: tuple[int, ...],
+    *,
+    platform: str | None = None,
+    check_layer: CheckLayer | None = None,
+) -> Learner:
+    """Builds all that is static about a run's train step.
+
+    Args:
+        config: the run's settings, checked.
+        arch: the network's sizes and special ids.
+        stop_ids: the tokens that end a response.
+        platform: the platform that the step will run on; None for this process's own.
+        check_layer: called with every layer's output; None for never.
+
+    Raises:
+        UserError: a target of the adapters matches no matrix.
+    """
+    net = network(arch, config.model, config.lora, platform=platform, check_layer=check_layer)
+    train = config.train
+    return Learner(
+        net=net,
+        objective=objective(config, net, stop_ids),
+        optimizer=make_optimizer(config.optimizer, train.steps, net.trainable, train.seed),
+        accumulate=train.accumulate,
+        ema=config.optimizer.ema,
+    )
 
 
 def network(
     arch: Architecture,
     model: ModelConfig,
     lora: LoraConfig | None = None,
-    check_layer: Callable[[int, Array], None] | None = None,
     *,
     platform: str | None = None,
+    check_layer: CheckLayer | None = None,
 ) -> Transformer:
-    """The network, run as the ``model`` section says.
+    """Builds the network that the ``model`` section describes, without weights.
 
     Args:
-        arch: sizes and ids.
-        model: the section.
-        lora: adapters beside the weights; None for none.
-        check_layer: see ``Transformer``.
-        platform: what it will run on, where that is not where it is built.
+        arch: the network's sizes and special ids.
+        model: the ``model`` section: how the network runs.
+        lora: the ``lora`` section: which matrices have adapters; None for no adapters.
+        platform: the platform that it will run on; None for this process's own.
+        check_layer: called with every layer's output, which needs unrolled layers; None for never.
+
+    Raises:
+        UserError: a target of the adapters matches no matrix.
     """
     backend = backend_of(platform or jax.default_backend()) if model.attention == "auto" else model.attention
     return Transformer(
@@ -42,13 +84,25 @@ def network(
         attention=backend,
         scan_layers=model.scan_layers and check_layer is None,
         loss_chunk=model.loss_chunk,
-        lora=lora_from_config(lora or LoraConfig(), registry.param_table(arch)),
+        lora=None if lora is None else lora_from_config(lora, registry.param_table(arch)),
         int8=model.quantize == "int8",
         check_layer=check_layer,
     )
 
 
-def debug(config: Config) -> Config:
-    """The same run for debugging: unrolled layers, no remat, no worker processes."""
-    model = dataclasses.replace(config.model, scan_layers=False, remat="none")
-    return dataclasses.replace(config, model=model, train=dataclasses.replace(config.train, loader_workers=0))
+def objective(config: Config, net: Transformer, stop_ids: tuple[int, ...]) -> Objective:
+    """Builds the loss that the ``canvas`` and ``method`` sections describe.
+
+    Args:
+        config: the run's settings; the batch size and the seed of the draws are the ``train`` section's.
+        net: the network.
+        stop_ids: the tokens that end a response.
+    """
+    return Objective(
+        net=net,
+        layout=training_layout(config.canvas, config.method, net.arch, stop_ids),
+        method=config.method,
+        seed=config.train.seed,
+        rows=config.train.batch_size,
+        dropout=net.lora is not None and net.lora.dropout > 0,
+    )

@@ -126,7 +126,7 @@ def _from_run(
     if run.base is None and (base is not None or quantize == "int8"):
         raise UserError(f"{folder} holds no adapters: leave out base and quantize")
     to_int8 = run.base is not None and (quantize or model.quantize) == "int8"
-    params, _, _ = weights.read_run(
+    params, _ = weights.load_run_params(
         run, dtype=dtype, step=step, base=None if base is None else str(base), to_int8=to_int8
     )
     net = dataclasses.replace(build.network(run.arch, model, run.config.lora), int8=to_int8)

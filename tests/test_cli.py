@@ -90,7 +90,8 @@ def test_the_module_is_the_script() -> None:
 def test_training_starts_without_what_it_may_never_use() -> None:
     """Together as long to import as all the rest: pictures, statistics, the kernels of another machine."""
     heavy = ("matplotlib", "scipy.stats", "jax.experimental.pallas", "transformers", "torch")
-    code = f"import sys, jaxblock.training.loop; print([name for name in {heavy} if name in sys.modules])"
+    imported = "jaxblock.build, jaxblock.fit.compile, jaxblock.training.loop"
+    code = f"import sys, {imported}; print([name for name in {heavy} if name in sys.modules])"
     told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert told.stdout == "[]\n", told.stderr
 

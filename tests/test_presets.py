@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import pytest
+from jax.sharding import Mesh
 
+from jaxblock import build
 from jaxblock.config.checks import check_config
 from jaxblock.config.config import Config
 from jaxblock.config.yaml import load_config
-from jaxblock.fit import shapes as abstract
+from jaxblock.fit.shapes import RunShapes, bytes_per_device, lower_step, run_shapes
 from jaxblock.models.architecture import Architecture
 from jaxblock.models.families import registry
 from jaxblock.parallel.mesh import make_mesh
+from jaxblock.training.step import Learner
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 GB = 1e9
@@ -65,37 +67,44 @@ def whole(tree: Any) -> float:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-@pytest.fixture(scope="module")
-def build() -> Callable[[str], tuple[abstract.Abstract, Config]]:
-    """A preset's state and step on its mesh of 8 devices."""
+class Built(NamedTuple):
+    """A preset's step and its arguments, by shapes alone, on its mesh of 8 devices."""
 
-    def build(name: str) -> tuple[abstract.Abstract, Config]:
-        config, arch = preset(name)
-        shape = PRESETS[name][1]
-        return abstract.build(config, arch, make_mesh(*shape, devices=jax.devices()[: math.prod(shape)])), config
+    config: Config
+    learner: Learner
+    mesh: Mesh
+    shapes: RunShapes
 
-    return build
+
+def built(name: str) -> Built:
+    config, arch = preset(name)
+    shape = PRESETS[name][1]
+    learner, mesh = (
+        build.learner(config, arch, (arch.eos_id,)),
+        make_mesh(*shape, devices=jax.devices()[: math.prod(shape)]),
+    )
+    return Built(config, learner, mesh, run_shapes(config, learner, mesh))
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_presets_state_is_as_large_as_said_and_split(name: str, build: Any) -> None:
-    found, _ = build(name)
+def test_a_presets_state_is_as_large_as_said_and_split(name: str) -> None:
+    found = built(name).shapes
     _, (data, fsdp, tensor), trained, frozen = PRESETS[name]
     assert whole(found.state) / GB == pytest.approx(trained, rel=0.02)
     assert whole(found.frozen) / GB == pytest.approx(frozen, rel=0.01) if frozen else not found.frozen
     # Split over fsdp and tensor, but for norms and the like.
-    per_device = abstract.bytes_per_device((found.state, found.frozen))
+    per_device = bytes_per_device((found.state, found.frozen))
     assert per_device == pytest.approx(whole((found.state, found.frozen)) / (fsdp * tensor), rel=0.06)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_presets_step_compiles_at_full_size(name: str, build: Any) -> None:
-    found, config = build(name)
-    compiled = found.lower().compile()
+def test_a_presets_step_compiles_at_full_size(name: str) -> None:
+    config, learner, mesh, found = built(name)
+    compiled = lower_step(learner, found, mesh).compile()
     memory = compiled.memory_analysis()
-    inputs = abstract.bytes_per_device((found.state, found.frozen))
+    inputs = bytes_per_device((found.state, found.frozen))
     batch = 4 * config.train.batch_size * (config.canvas.prompt_len + config.canvas.response_len + 5)
     assert inputs <= memory.argument_size_in_bytes <= inputs + batch + 4096
     # The state is updated in place.
-    assert memory.alias_size_in_bytes >= 0.99 * abstract.bytes_per_device(found.state)
+    assert memory.alias_size_in_bytes >= 0.99 * bytes_per_device(found.state)

@@ -97,9 +97,9 @@ def run(options: Options, config: Config) -> int:
 def _check_fit(options: Options, config: Config, model: Model, prepared: Prepared) -> None:
     """Raises UserError where data, checkpoint and canvas do not go together: before the work, not after it."""
     from jaxblock.diffusion import layouts
-    from jaxblock.training import start, weights
+    from jaxblock.training import weights
 
-    start.check_data(config, prepared)
+    prepared.check_canvas(config.canvas)
     weights.check_vocabulary(model.arch, prepared, options.checkpoint)
     layouts.check_decoding(config.canvas, config.decode, model.arch)
 

@@ -87,7 +87,6 @@ def examine_records(
     from jaxblock.data.loader import pad_records
     from jaxblock.models.families import registry
     from jaxblock.reporting.examine import draws_of_steps, examine
-    from jaxblock.training import start
 
     source = prepared.records(split)
     if not indices or steps < 1:
@@ -105,7 +104,7 @@ def examine_records(
     arch = registry.architecture_from_config(
         config.model, vocab_size=manifest.vocab_size, mask_id=special.mask, eos_id=special.eos
     )
-    objective = start.objective(sized, build.network(arch, config.model), special.stop_ids)
+    objective = build.objective(sized, build.network(arch, config.model), special.stop_ids)
     canvas = objective.canvas(batch)
     draws, noise = draws_of_steps(lambda step: objective.draw(batch, canvas, step), range(steps))
     examined = examine(

@@ -47,13 +47,14 @@ def run(options: Options, config: Config) -> int:
     """Plans a run; the exit code is 0 whether it fits or not, since the answer is the result."""
     from rich.console import Console
 
-    from jaxblock.fit import process, report
+    from jaxblock.fit import report
+    from jaxblock.fit.process import plan_in_process
 
     if options.tries < 0:
         raise UserError(f"tries is {options.tries}: it must be 0 or more")
     if options.json:
         check_absent(options.json)
-    plan = process.run(
+    plan = plan_in_process(
         config,
         options.topology,
         model_config=options.model_config,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from jaxblock.commands import say
 from jaxblock.config.config import Config
@@ -13,6 +14,13 @@ from jaxblock.evaluation.config import EvaluateConfig
 from jaxblock.models.config import LoraConfig, ModelConfig
 from jaxblock.training.config import TrainConfig
 from jaxblock.training.optim.config import OptimizerConfig
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from jaxblock.training.loop import Outcome
+    from jaxblock.training.observe.device_memory import MemoryPlan
+    from jaxblock.training.step import Step
 
 
 @dataclass(frozen=True)
@@ -37,23 +45,14 @@ def run(options: Options, config: Config) -> int:
     import jax
     from rich.console import Console
 
-    from jaxblock import build
-    from jaxblock.commands.inspect import examine_records
-    from jaxblock.data.store.prepared_folder import open_prepared
-    from jaxblock.reporting import terminal
-    from jaxblock.training import loop
-
     console = Console(stderr=True)
     if config.train.debug:
-        config = build.debug(config)
-        prepared = open_prepared(config.data.prepared)
-        count = min(2, len(prepared.records("train")))
-        examined, layout = examine_records(config, prepared, "train", tuple(range(count)), 1)
-        terminal.print_records(console, layout, examined, prepared.tokenizer.piece)
+        config = _for_debugging(config)
+        _show_first_batch(config, console)
         with jax.disable_jit():
-            outcome = loop.train(config, console)
+            outcome = train(config, console)
     else:
-        outcome = loop.train(config, console)
+        outcome = train(config, console)
     if jax.process_index() > 0:  # one process speaks for all
         return outcome.code
     if outcome.interrupted:
@@ -65,3 +64,59 @@ def run(options: Options, config: Config) -> int:
     if not outcome.finished_before:
         say(f"done: {outcome.step:,} steps; checkpoints, metrics.jsonl and plots are in {config.train.out}")
     return 0
+
+
+def train(config: Config, console: Console) -> Outcome:
+    """Opens the run, builds and compiles its step, loads its weights, trains, and draws its plots.
+
+    Args:
+        config: the run's settings, checked.
+        console: prints what happens.
+
+    Raises:
+        UserError: bad settings or data, a run that does not fit the devices, an existing run that this config does not
+            continue, too many steps in a row that are not finite, or a last state that could not be saved.
+    """
+    from jaxblock import build
+    from jaxblock.fit import compile as fit_compile
+    from jaxblock.training import loop, start
+    from jaxblock.training.guard.watchdog import Watchdog
+    from jaxblock.training.observe.goodput import Goodput
+
+    with Goodput() as clock, Watchdog(config.train.watchdog_seconds, config.train.on_hang) as watchdog:
+        opened = start.open_session(config, console)
+        check_layer = None if opened.nans is None else opened.nans.layer
+        learner = build.learner(config, opened.arch, opened.prepared.special.stop_ids, check_layer=check_layer)
+        step: Step = learner.update
+        plan: MemoryPlan | None = None
+        if not (config.train.debug or opened.finished):
+            step, plan = fit_compile.compile_step(config, learner, opened.mesh, lambda text: _print(console, text))
+        session = start.load_session(opened, learner, console)
+        outcome = loop.run(session, step, plan, console, clock, watchdog)
+        if outcome.metrics_file is not None:
+            from jaxblock.reporting import plots  # takes the better part of a second, which a start need not wait for
+
+            plots.plot_run(outcome.metrics_file, outcome.metrics_file.parent / "plots")
+    return outcome
+
+
+def _print(console: Console, text: str) -> None:
+    console.out(text, highlight=False)
+
+
+def _for_debugging(config: Config) -> Config:
+    """Returns the same run with unrolled layers, without remat and without worker processes."""
+    model = replace(config.model, scan_layers=False, remat="none")
+    return replace(config, model=model, train=replace(config.train, loader_workers=0))
+
+
+def _show_first_batch(config: Config, console: Console) -> None:
+    """Shows the first two training records as ``jaxblock inspect`` shows them."""
+    from jaxblock.commands.inspect import examine_records
+    from jaxblock.data.store.prepared_folder import open_prepared
+    from jaxblock.reporting import terminal
+
+    prepared = open_prepared(config.data.prepared)
+    count = min(2, len(prepared.records("train")))
+    examined, layout = examine_records(config, prepared, "train", tuple(range(count)), 1)
+    terminal.print_records(console, layout, examined, prepared.tokenizer.piece)

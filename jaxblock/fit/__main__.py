@@ -1,7 +1,7 @@
-"""The process that compiles a plan: a job as JSON on standard input, the plan as JSON on standard output.
+"""Runs the process that compiles a plan: it reads a job as JSON from standard input and writes the plan as JSON.
 
-A process of its own, since the number of host devices and the platforms are settled before JAX starts, and since a
-compiler that gives up may take its process with it.
+It is a process of its own because the number of host devices and the platforms must be set before JAX starts, and because
+a compiler that gives up may end its process.
 """
 
 from __future__ import annotations
@@ -13,19 +13,20 @@ from typing import Any
 
 from jaxblock.config.yaml import config_from_tree
 from jaxblock.errors import UserError
-from jaxblock.fit import plan, topology
+from jaxblock.fit import topology
+from jaxblock.fit.plan import plan_run
 
 
 def main() -> int:
     """Plans one job; the exit code is 0, or 3 with ``{"error": ...}`` for a mistake that the user can mend."""
-    # Libraries print to standard output now and then: it is kept for the plan.
+    # Libraries print to standard output now and then, which is for the plan alone.
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     job: dict[str, Any] = json.load(sys.stdin)
     try:
         config = config_from_tree(job.pop("config"), "the job")
         where = topology.parse_topology(job.pop("topology"))
-        result = plan.make(config, where, **job, say=lambda text: print(f"plan: {text}", file=sys.stderr, flush=True))
+        result = plan_run(config, where, **job, say=lambda text: print(f"plan: {text}", file=sys.stderr, flush=True))
     except UserError as error:
         json.dump({"error": str(error)}, out)
         out.flush()

@@ -1,4 +1,4 @@
-"""What to change in a run that does not fit: the cheapest first, each tried by compiling it."""
+"""Looks for what to change in a run that does not fit: the cheapest change first, each tried by compiling it."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from typing import Any, NamedTuple
 
 from jaxblock.config.config import Config
 
-Fits = Callable[[Config], "Trial"]
+TryConfig = Callable[[Config], "Trial"]
+"""Tries whether a config fits."""
 
 
 class Trial(NamedTuple):
-    """A config that was compiled, or that cannot fit whatever the compiler does.
+    """Holds what came of a config that was tried.
 
     Attributes:
-        needed: bytes of a device; of the arguments alone where those are too many already.
-        fits: it does.
-        compiled: the compiler was asked.
+        needed: the bytes of a device that it needs; those of the arguments alone where these are too many already.
+        fits: whether it fits.
+        compiled: whether it was compiled; what cannot fit whatever the compiler does is not.
     """
 
     needed: float
@@ -26,12 +27,12 @@ class Trial(NamedTuple):
 
 
 class Change(NamedTuple):
-    """One way to need less memory.
+    """Describes one way to need less memory.
 
     Attributes:
-        flags: as they go on the command line.
-        cost: what it costs.
-        config: with the change made.
+        flags: the change, as flags of the command line.
+        cost: what the change costs.
+        config: the config with the change made.
     """
 
     flags: str
@@ -40,12 +41,12 @@ class Change(NamedTuple):
 
 
 class Found(NamedTuple):
-    """A change, or several together, with what came of it.
+    """Holds a change, or several together, with what came of it.
 
     Attributes:
-        flags: as they go on the command line.
-        cost: what it costs.
-        trial: what was found.
+        flags: the changes, as flags of the command line.
+        cost: what they cost.
+        trial: what came of it.
     """
 
     flags: str
@@ -54,12 +55,12 @@ class Found(NamedTuple):
 
 
 def changes(config: Config, ways: int, chips: int) -> Iterator[Change]:
-    """Single changes to a config that lower its memory, in the order of what they cost.
+    """Yields single changes to a config that lower its memory, in the order of what they cost.
 
     Args:
-        config: what does not fit; its mesh fields are those that were tried.
-        ways: rows are split over so many devices.
-        chips: of a slice.
+        config: the config that does not fit, with its mesh written out.
+        ways: the number of devices that rows are split over.
+        chips: the number of devices of a slice.
     """
     train, model = config.train, config.model
 
@@ -94,7 +95,7 @@ def changes(config: Config, ways: int, chips: int) -> Iterator[Change]:
 
 
 def _smaller_state(config: Config, change: Callable[..., Change]) -> Iterator[Change]:
-    """Changes of types: what trains in fewer bytes."""
+    """Yields changes to types that take fewer bytes."""
     if config.lora.rank:
         if config.model.quantize == "none":
             yield change("model", "the frozen base is rounded to 8 bits", quantize="int8")
@@ -108,21 +109,23 @@ def _smaller_state(config: Config, change: Callable[..., Change]) -> Iterator[Ch
 
 
 def _chunk(length: int) -> int:
-    """The largest divisor of a response that is no longer than 32."""
+    """Returns the largest divisor of a response's length that is at most 32."""
     return max(size for size in range(1, min(length, 32) + 1) if length % size == 0)
 
 
-def advise(config: Config, ways: int, chips: int, fits: Fits, tries: int) -> tuple[list[Found], Found | None]:
+def advise(
+    config: Config, ways: int, chips: int, try_config: TryConfig, tries: int
+) -> tuple[list[Found], Found | None]:
     """Looks for the smallest change that makes a config fit.
 
     Every single change is tried first, the cheapest first; where none is enough, they are made one on top of the other.
 
     Args:
-        config: what does not fit.
-        ways: rows are split over so many devices.
-        chips: of a slice.
-        fits: tries a config.
-        tries: how many may be compiled; a config whose arguments alone are too large costs no try.
+        config: the config that does not fit, with its mesh written out.
+        ways: the number of devices that rows are split over.
+        chips: the number of devices of a slice.
+        try_config: tries a config.
+        tries: how many may be compiled; a config whose arguments alone are too large is not counted.
 
     Returns:
         (everything that was tried, the one that fits or None).
@@ -133,7 +136,7 @@ def advise(config: Config, ways: int, chips: int, fits: Fits, tries: int) -> tup
     for single in singles:
         if left <= 0:
             return tried, None
-        trial = fits(single.config)
+        trial = try_config(single.config)
         left -= trial.compiled
         tried.append(Found(single.flags, single.cost, trial))
         if trial.fits:
@@ -141,7 +144,7 @@ def advise(config: Config, ways: int, chips: int, fits: Fits, tries: int) -> tup
     so_far, flags, costs = config, "", ""
     made: set[str] = set()
     while left > 0:
-        # Made anew after each: what a change is depends on those before (the batch per device, for one).
+        # Listed anew after each: what a change is depends on those before it (the batch per device, for one).
         following = next((c for c in changes(so_far, ways, chips) if _field(c.flags) not in made), None)
         if following is None:
             break
@@ -149,8 +152,8 @@ def advise(config: Config, ways: int, chips: int, fits: Fits, tries: int) -> tup
         so_far = following.config
         flags, costs = f"{flags} {following.flags}".strip(), f"{costs}; {following.cost}".strip("; ")
         if following.flags in {single.flags for single in singles} and flags == following.flags:
-            continue  # alone it has been tried
-        trial = fits(so_far)
+            continue  # it was tried alone
+        trial = try_config(so_far)
         left -= trial.compiled
         tried.append(Found(flags, costs, trial))
         if trial.fits:
@@ -159,4 +162,5 @@ def advise(config: Config, ways: int, chips: int, fits: Fits, tries: int) -> tup
 
 
 def _field(flags: str) -> str:
+    """Returns the first flag of a change, which tells changes apart."""
     return flags.split()[0]

@@ -1,4 +1,4 @@
-"""What a compiled program needs of a device's memory, and whether it is there."""
+"""Compiles programs, and reads what they need of a device's memory off the compiler."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _TEMPORARIES = re.compile(r"HLO temporaries \(([\d.]+)([KMGT]?)B?\) exceeds avai
 
 
 class Memory(NamedTuple):
-    """Bytes of one device while a program runs, as its compiler planned them.
+    """Holds the bytes of one device that a program needs while it runs, as its compiler planned them.
 
     Attributes:
         arguments: what goes in: weights, optimizer state, batch.
-        outputs: what comes out, less what takes the place of an argument.
+        outputs: what comes out, except for what takes the place of an argument.
         temporaries: all between: activations, gradients, gathered weights, logits.
         code: the program itself.
-        total: all of it. Where the compiler gave up this is what it would have taken, and the parts but for the
-            arguments are in ``temporaries``.
+        total: all of it. Where the compiler gave up this is what it would have taken, and all parts but the arguments
+            are counted in ``temporaries``.
         limit: what the compiler would give it; None where it has no limit.
     """
 
@@ -34,11 +34,11 @@ class Memory(NamedTuple):
     limit: float | None = None
 
 
-class Built(NamedTuple):
-    """A program that was compiled, or would not fit.
+class CompileResult(NamedTuple):
+    """Holds a compiled program, or what is known of one that would not fit.
 
     Attributes:
-        program: what can be called; None where the compiler found that it cannot fit.
+        program: the program, which can be called; None where the compiler found that it cannot fit.
         memory: what it needs.
     """
 
@@ -46,39 +46,44 @@ class Built(NamedTuple):
     memory: Memory
 
 
-def build(lowered: jax.stages.Lowered, arguments: float) -> Built:
-    """Compiles a program and reads its memory off the compiler.
+def compile_lowered(lowered: jax.stages.Lowered, arguments: float) -> CompileResult:
+    """Compiles a program; one that does not fit is a result, not an error.
 
     Args:
         lowered: the program.
-        arguments: bytes of its arguments on one device, for programs that do not fit.
+        arguments: the bytes of its arguments on one device, which a compiler that gives up does not tell.
 
     Raises:
-        Exception: whatever the compiler raises, but for being out of memory.
+        Exception: any other error of the compiler.
     """
     try:
         program = lowered.compile()
     except Exception as error:  # jaxlib's, whose type moved between versions
-        found = over(str(error), arguments)
-        if found is None:
+        needed = memory_of_error(str(error), arguments)
+        if needed is None:
             raise
-        return Built(None, found)
-    return Built(program, of(program))
+        return CompileResult(None, needed)
+    return CompileResult(program, memory_of_program(program))
 
 
-def of(program: jax.stages.Compiled) -> Memory:
-    """The memory of a compiled program on one device. Zeros where a backend does not tell."""
+def memory_of_program(program: jax.stages.Compiled) -> Memory:
+    """Returns what a compiled program needs of one device; zeros where a backend does not tell."""
     found = program.memory_analysis()
     if found is None:
         return Memory(0.0, 0.0, 0.0, 0.0, 0.0)
     outputs = max(found.output_size_in_bytes - found.alias_size_in_bytes, 0)
     parts = (found.argument_size_in_bytes, outputs, found.temp_size_in_bytes, found.generated_code_size_in_bytes)
-    given, made, between, code = map(float, parts)
-    return Memory(given, made, between, code, total=float(sum(parts)))
+    arguments, outputs, temporaries, code = map(float, parts)
+    return Memory(arguments, outputs, temporaries, code, total=float(sum(parts)))
 
 
-def over(message: str, arguments: float) -> Memory | None:
-    """What a compiler's complaint says that a program would need; None for another complaint."""
+def memory_of_error(message: str, arguments: float) -> Memory | None:
+    """Reads off a compiler's error what the program would need; None where the error is about something else.
+
+    Args:
+        message: the error's text.
+        arguments: the bytes of the program's arguments on one device.
+    """
     used, between = _USED.search(message), _TEMPORARIES.search(message)
     found = used or between
     if found is None:
@@ -86,29 +91,3 @@ def over(message: str, arguments: float) -> Memory | None:
     size, limit = float(found[1]) * _UNITS[found[2]], float(found[3]) * _UNITS[found[4]]
     temporaries = max(size - arguments, 0.0) if used else size
     return Memory(arguments, 0.0, temporaries, 0.0, arguments + temporaries, limit)
-
-
-def device_limit(device: jax.Device) -> float | None:
-    """Bytes that a device will give to programs; None where the platform does not say (CPU)."""
-    return _statistic(device, "bytes_limit")
-
-
-def device_peak(device: jax.Device) -> float | None:
-    """The most bytes that have been in use on a device; None where the platform does not say (CPU)."""
-    return _statistic(device, "peak_bytes_in_use")
-
-
-def _statistic(device: jax.Device, name: str) -> float | None:
-    try:
-        found = device.memory_stats()
-    except Exception:  # some platforms raise where others return None
-        return None
-    return float(found[name]) if found and name in found else None
-
-
-def gib(size: float) -> str:
-    """Bytes for people: ``3.33 GiB``, ``12.5 MiB``."""
-    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if size >= unit:
-            return f"{size / unit:.2f} {name}"
-    return f"{size:.0f} B"

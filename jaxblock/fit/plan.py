@@ -1,26 +1,23 @@
-"""A plan: compiles, compares with the chip, and where it does not fit looks for the smallest change that does."""
+"""Plans a run: compiles it, compares it with the chip, and looks for the smallest change where it does not fit."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from jaxblock.config.config import Config
-from jaxblock.fit import compile as ahead
-from jaxblock.fit import layout, programs, sizes
 from jaxblock.fit.advice import Found, advise
+from jaxblock.fit.compile import Say, try_by_compiling
 from jaxblock.fit.estimate import estimate_step
-from jaxblock.fit.programs import Program
+from jaxblock.fit.placement import place_run, planned_mesh, row_shards
+from jaxblock.fit.programs import Program, decoder_program, train_program
+from jaxblock.fit.sizes import planned_architecture
 from jaxblock.fit.topology import Topology
 from jaxblock.fit.transfers import KINDS, Collective
-from jaxblock.models.architecture import Architecture
 from jaxblock.models.families import registry
 from jaxblock.models.spec import count_params
 
-Say = Callable[[str], None]
 
-
-def make(
+def plan_run(
     config: Config,
     topology: Topology,
     *,
@@ -29,15 +26,15 @@ def make(
     tries: int = 6,
     say: Say = lambda text: None,
 ) -> dict[str, Any]:
-    """Plans a run.
+    """Plans a run in this process, whose JAX must have the topology's devices (``topology.compile_environment``).
 
     Args:
-        config: resolved and valid.
-        topology: where it would run; its devices must be there (``topology.compile_environment``).
+        config: the run's settings, checked.
+        topology: where it would run.
         model_config: a config.json with the network's sizes; None for those of what the config starts from.
-        decoder: plan the decoder too.
-        tries: how many changes may be compiled where it does not fit.
-        say: told what is being compiled.
+        decoder: whether to plan the decoder too.
+        tries: how many changes may be compiled where the run does not fit.
+        say: prints what is being compiled.
 
     Returns:
         Plain values, ready for JSON: see docs/plan.md.
@@ -45,11 +42,11 @@ def make(
     Raises:
         UserError: the sizes are not known, or the mesh is not the topology's.
     """
-    arch, source = sizes.architecture(config, model_config)
-    settled, notes = layout.settle(config, topology)
-    mesh = layout.mesh(settled, topology)
+    arch, source = planned_architecture(config, model_config)
+    placed, notes = place_run(config, topology)
+    mesh = planned_mesh(placed, topology)
     say(f"compiling the train step for {topology.name}")
-    step = programs.train_step(settled, arch, mesh)
+    step = train_program(placed, arch, mesh)
     limit = step.memory.limit or topology.chip.memory
     fits = step.memory.total <= limit and step.costs is not None
     result = {
@@ -57,41 +54,42 @@ def make(
         "devices": topology.devices,
         "estimate_from_host": topology.is_estimate,
         "chip": topology.chip._asdict(),
-        "model": {"source": source, "family": arch.family, "parameters": _count(arch)},
-        "mesh": {name: getattr(settled.train, name) for name in ("slices", "data_parallel", "fsdp", "tensor")},
-        "rows": settled.train.batch_size,
-        "rows_per_device": settled.train.batch_size / layout.ways(settled),
+        "model": {"source": source, "family": arch.family, "parameters": count_params(registry.param_table(arch))},
+        "mesh": {name: getattr(placed.train, name) for name in ("slices", "data_parallel", "fsdp", "tensor")},
+        "rows": placed.train.batch_size,
+        "rows_per_device": placed.train.batch_size / row_shards(placed),
         "notes": notes,
         "limit": limit,
-        "train": _described(step, topology, _tokens(settled)),
+        "train": _described(step, topology, _tokens(placed)),
         "fits": fits,
     }
     if decoder:
         say("compiling the decoder")
-        block = programs.decode_block(settled, arch, mesh)
+        block = decoder_program(placed, arch, mesh)
         fits_too = block.memory.total <= limit and block.costs is not None
         result["decode"] = {**_described(block, topology, None), "fits": fits_too}
     if not fits:
         tried, found = advise(
-            settled, layout.ways(settled), topology.chips, ahead.trier(arch, list(mesh.devices.flat), limit, say), tries
+            placed,
+            row_shards(placed),
+            topology.chips,
+            try_by_compiling(arch, list(mesh.devices.flat), limit, say),
+            tries,
         )
         result["tried"] = [_advice(one) for one in tried]
         result["advice"] = None if found is None else _advice(found)
     return result
 
 
-def _count(arch: Architecture) -> int:
-    return count_params(registry.param_table(arch))
-
-
 def _tokens(config: Config) -> int:
+    """Counts the canvas positions of an update, over all rows and draws."""
     canvas = config.canvas
     width = canvas.total_len or canvas.prompt_len + canvas.response_len
     return config.train.batch_size * config.method.draws * width
 
 
 def _described(program: Program, topology: Topology, tokens: int | None) -> dict[str, Any]:
-    """A program's needs as plain values."""
+    """Returns a program's needs as plain values, with an estimate of its time where ``tokens`` are known."""
     described: dict[str, Any] = {
         "memory": program.memory._asdict(),
         "parts": program.parts,
@@ -125,8 +123,10 @@ def _described(program: Program, topology: Topology, tokens: int | None) -> dict
 
 
 def _shapes(one: Collective) -> list[str]:
+    """Returns the first shapes of a collective, as the compiler writes them."""
     return [f"{shape.kind}[{','.join(map(str, shape.dims))}]" for shape in one.shapes[:3]]
 
 
 def _advice(found: Found) -> dict[str, Any]:
+    """Returns a change and what came of it as plain values."""
     return {"flags": found.flags, "cost": found.cost, **found.trial._asdict()}

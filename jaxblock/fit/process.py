@@ -1,4 +1,4 @@
-"""The verb: starts the process that compiles, passes its progress on, and reads its plan."""
+"""Plans a run in a process of its own: starts it, passes its progress on, and reads its plan."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jaxblock.errors import UserError
 from jaxblock.fit import topology as topologies
 
 
-def run(
+def plan_in_process(
     config: Config,
     topology: str,
     *,
@@ -25,21 +25,21 @@ def run(
     tries: int = 6,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Plans a run in a process of its own.
+    """Plans a run in a process whose JAX has the topology's devices.
 
     Args:
-        config: resolved and valid.
-        topology: its name, such as ``v5e-16``.
+        config: the run's settings, checked.
+        topology: the topology's name, such as ``v5e-16``.
         model_config: a config.json with the network's sizes; None for those of what the config starts from.
-        decoder: plan the decoder too.
-        tries: how many changes may be compiled where it does not fit.
-        say: told what is being compiled.
+        decoder: whether to plan the decoder too.
+        tries: how many changes may be compiled where the run does not fit.
+        say: prints what is being compiled.
 
     Returns:
         The plan (docs/plan.md).
 
     Raises:
-        UserError: an unknown topology, sizes that are not known, or a compiler that failed.
+        UserError: the topology or the sizes are not known, or the compiler failed.
     """
     where = topologies.parse_topology(topology)
     job = {
@@ -81,7 +81,7 @@ def run(
 
 
 def _listen(stream: Any, say: Callable[[str], None], last: list[str]) -> None:
-    """Passes progress on; keeps the rest, which matters only if the process fails."""
+    """Passes lines of progress on, and keeps the last others, which matter only if the process fails."""
     for line in stream:
         text = line.rstrip()
         if text.startswith("plan: "):

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from jaxblock.fit.memory import gib
+from jaxblock.training.observe.device_memory import gib
 
 _OF_TEMPORARIES = ("gradients", "activations", "logits")
 
@@ -17,7 +17,7 @@ def print_plan(console: Console, plan: dict[str, Any]) -> None:
 
     Args:
         console: the console to print on.
-        plan: the dict that ``plan.make`` returns.
+        plan: the dict that ``plan.plan_run`` returns.
     """
     chip, mesh = plan["chip"], plan["mesh"]
     console.print(

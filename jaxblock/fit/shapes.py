@@ -1,115 +1,96 @@
-"""A run's state and step by shapes alone: compiled at full size, with nothing allocated."""
+"""Describes a run's state and step by shapes alone: they are lowered at full size, with nothing allocated."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
 
-from jaxblock import build as assembly
 from jaxblock.config.config import Config
 from jaxblock.data.loader import Batch
-from jaxblock.models.architecture import Architecture
 from jaxblock.models.spec import Table, abstract_params
-from jaxblock.models.transformer import Transformer
 from jaxblock.parallel import rules
-from jaxblock.training import start as setup
-from jaxblock.training.optim.make import make_optimizer
-from jaxblock.training.state import TrainState, begin_average, shardings
-from jaxblock.training.step import compile_step
+from jaxblock.training.state import TrainState, first_average, state_shardings
+from jaxblock.training.step import Learner, jit_step
 
 
-class Abstract(NamedTuple):
-    """A run without its values.
+class RunShapes(NamedTuple):
+    """Holds the arguments of a run's train step, as shapes with shardings.
 
     Attributes:
-        state: what is trained and the optimizer's part, as shapes with shardings.
-        frozen: the base beneath adapters, likewise; {} without.
-        lower: traces the train step (seconds, for a large one); ``lower().compile()`` is the program.
+        state: what is trained, and the optimizer's state.
+        batch: the global batch.
+        frozen: the base beneath adapters; {} where the whole network is trained.
     """
 
     state: Any
+    batch: Batch
     frozen: Any
-    lower: Callable[[], jax.stages.Lowered]
+
+    @property
+    def bytes_per_device(self) -> float:
+        """The bytes of one device that hold the state and the base, for as long as the run trains."""
+        return float(bytes_per_device((self.state, self.frozen)))
 
 
-def build(config: Config, arch: Architecture, mesh: Mesh) -> Abstract:
-    """The train step that a config would run on an architecture, and its state.
+def run_shapes(config: Config, learner: Learner, mesh: Mesh) -> RunShapes:
+    """Returns the shapes of a run's state, batch and base.
 
     Args:
-        config: resolved and valid.
-        arch: the network, as its config.json gives it.
-        mesh: where it would run.
+        config: the run's settings, checked.
+        learner: what is trained, built from them.
+        mesh: where they would be.
 
     Raises:
         UserError: a tensor does not split over the mesh.
     """
-    net = assembly.network(arch, config.model, config.lora, platform=mesh.devices.flat[0].platform)
-    optimizer = make_optimizer(config.optimizer, config.train.steps, net.trainable, config.train.seed)
-    state, frozen = shapes(config, net, optimizer, mesh)
-    objective = setup.objective(config, net, (arch.eos_id,))
-    frozen_table: Table | None = net.param_table if net.lora else None
-    how: Any = {"accumulate": config.train.accumulate, "ema": config.optimizer.ema}
-
-    def lower() -> jax.stages.Lowered:
-        with jax.set_mesh(mesh):
-            jitted = compile_step(objective, optimizer, state, mesh, net.trainable, frozen_table, **how)
-            return jitted.lower(state, batch(config), frozen)  # type: ignore[attr-defined]
-
-    return Abstract(state, frozen, lower)
-
-
-def shapes(config: Config, net: Transformer, optimizer: optax.GradientTransformation, mesh: Mesh) -> tuple[Any, Any]:
-    """The state and the base beneath adapters ({} without) of a run, as shapes with shardings.
-
-    Args:
-        config: resolved and valid.
-        net: the network.
-        optimizer: the update rule.
-        mesh: where they would be.
-    """
+    net, averaged = learner.net, learner.ema > 0
     params = abstract_params(net.trainable, "float32" if net.lora else config.model.param_dtype)
-    opt_state = jax.eval_shape(optimizer.init, params)
-    averaged = config.optimizer.ema > 0
-    where = shardings(opt_state, mesh, net.trainable, averaged=averaged)
-    average = jax.eval_shape(begin_average, params) if averaged else None
+    opt_state = jax.eval_shape(learner.optimizer.init, params)
+    average = jax.eval_shape(first_average, params) if averaged else None
     step: Any = jax.ShapeDtypeStruct((), jnp.int32)
-    state = _placed(TrainState(params, opt_state, step, average), where)
-    frozen: Any = {}
-    if net.lora:
-        frozen = placed(net.param_table, mesh, config.model.param_dtype)
-    return state, frozen
+    state = _placed(
+        TrainState(params, opt_state, step, average),
+        state_shardings(opt_state, mesh, net.trainable, averaged=averaged),
+    )
+    frozen = param_shapes(net.param_table, mesh, config.model.param_dtype) if net.lora else {}
+    return RunShapes(state, batch_shapes(config), frozen)
 
 
-def placed(table: Table, mesh: Mesh, dtype: str) -> Any:
-    """The weights of a table as shapes, each with where it lies on a mesh."""
+def param_shapes(table: Table, mesh: Mesh, dtype: str) -> Any:
+    """Returns the parameters of a table as shapes, each with its place on a mesh."""
     return _placed(abstract_params(table, dtype), rules.param_shardings(mesh, table))
 
 
-def bytes_per_device(tree: Any) -> int:
-    """What one device holds of a tree of placed shapes."""
-    leaves = jax.tree.leaves(tree)
-    return sum(_elements(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
-
-
-def _elements(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
-
-
-def _placed(tree: Any, where: Any) -> Any:
-    return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), tree, where)
-
-
-def batch(config: Config) -> Batch:
-    """The shapes of a global batch."""
+def batch_shapes(config: Config) -> Batch:
+    """Returns the shapes of a global batch."""
     rows, canvas = config.train.batch_size, config.canvas
     widths = {"prompt_ids": (canvas.prompt_len,), "response_ids": (canvas.response_len,)}
     shapes: Any = [jax.ShapeDtypeStruct((rows, *widths.get(name, ())), jnp.int32) for name in Batch._fields]
     return Batch(*shapes)
+
+
+def lower_step(learner: Learner, shapes: RunShapes, mesh: Mesh) -> jax.stages.Lowered:
+    """Traces the train step, which takes seconds for a large network; ``.compile()`` then gives the program.
+
+    Args:
+        learner: what is trained.
+        shapes: the step's arguments.
+        mesh: where the step would run.
+    """
+    with jax.set_mesh(mesh):
+        return jit_step(learner, shapes.state, mesh).lower(*shapes)
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Counts the bytes that one device holds of a tree of arrays, or of shapes with shardings."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def _placed(tree: Any, where: Any) -> Any:
+    """Gives every shape of a tree its sharding."""
+    return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), tree, where)

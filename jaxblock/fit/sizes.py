@@ -1,4 +1,4 @@
-"""Where a plan has the network's sizes from: no weights are read, and no network is needed."""
+"""Finds the sizes of the network that is planned for; no weights are read, and nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "Dream-org/Dream-v0-Instruct-7B": _DREAM_7B,
     "Dream-org/Dream-v0-Base-7B": _DREAM_7B,
 }
-"""What the config.json of well-known checkpoints says, as far as shapes and ids go."""
+"""The sizes and ids in the config.json of well-known checkpoints."""
 
 
-def architecture(config: Config, given: str | None) -> tuple[Architecture, str]:
-    """The network that a config would train.
+def planned_architecture(config: Config, given: str | None) -> tuple[Architecture, str]:
+    """Returns the network that a config would train, and where its sizes are from.
 
     Args:
-        config: resolved and valid.
+        config: the run's settings, checked.
         given: a config.json, or a folder or run that holds one; None for what the config starts from.
 
     Returns:
-        (sizes and ids, where they are from).
+        (sizes and ids, the name of their source).
 
     Raises:
         UserError: nothing says what the sizes are.
@@ -75,7 +75,7 @@ def architecture(config: Config, given: str | None) -> tuple[Architecture, str]:
 
 
 def _random(config: Config) -> tuple[Architecture, str]:
-    """A random start has the vocabulary of its data; before they are prepared, the one that was asked for."""
+    """Returns the network of a random start: with the vocabulary of its data, or that asked for where none are prepared."""
     folder = as_path(config.data.prepared)
     vocab, said = config.data.vocab_size, "the config's model section and data.vocab_size"
     if (folder / "manifest.json").exists():

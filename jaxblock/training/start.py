@@ -1,26 +1,26 @@
-"""From a config to everything a run needs, in the order of precedence that is written here.
+"""Sets a run up in two steps, between which the train step is built and compiled: ``open_session``, ``load_session``.
+
+Opening checks everything that can be wrong and reads nothing large, so that a run whose step does not fit the devices is
+refused before minutes of reading weights. What a run starts from, in order of precedence:
 
 1. The run folder holds a whole checkpoint, and ``train.resume`` is not ``never``: the run goes on from it.
-   ``model.init_from`` is not read again. The config must be the one the run began with, except for
-   the fields that say otherwise (``settings.may_change``).
+   ``model.init_from`` is not read again (but for the base beneath adapters). The config must be the one the run began
+   with, except for the fields that say otherwise (``settings.may_change``).
 2. ``model.init_from`` names a run or a Hugging Face folder: its weights and architecture, a new optimizer, step 0.
 3. Random weights from ``train.seed`` and the ``model`` section's sizes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-import optax
 from jax.sharding import Mesh
 from rich.console import Console
 
-from jaxblock import build
 from jaxblock.config.config import Config
-from jaxblock.config.yaml import to_tree
 from jaxblock.data.loader import Batch
 from jaxblock.data.store.prepared_folder import Prepared, open_prepared
 from jaxblock.data.store.records import Record
@@ -29,34 +29,84 @@ from jaxblock.errors import UserError
 from jaxblock.io.files import check_writable
 from jaxblock.io.folders import check_vacant
 from jaxblock.io.paths import PathLike, as_path, is_remote
-from jaxblock.models.families import registry
+from jaxblock.models.architecture import Architecture
 from jaxblock.models.linear import lora
-from jaxblock.models.transformer import Transformer
 from jaxblock.parallel import processes, rules
 from jaxblock.parallel.mesh import make_mesh
-from jaxblock.training import weights
+from jaxblock.training import resume, weights
 from jaxblock.training.checkpoints import run_folder
 from jaxblock.training.checkpoints.retention import Keep
-from jaxblock.training.checkpoints.run_folder import Base
+from jaxblock.training.checkpoints.run_folder import Base, Run
 from jaxblock.training.checkpoints.writer import CheckpointWriter
+from jaxblock.training.config import TrainConfig
 from jaxblock.training.guard.debug import NanFinder, not_finite
 from jaxblock.training.observe import metrics, trackers
-from jaxblock.training.optim.make import make_optimizer
-from jaxblock.training.state import TrainState, create
-from jaxblock.training.step import Objective
+from jaxblock.training.state import TrainState, create_state
+from jaxblock.training.step import Learner
 from jaxblock.types import Params
 
 
 @dataclass(frozen=True)
+class OpenedSession:
+    """Holds a run that may begin or go on: everything is checked, and nothing large has been read.
+
+    Attributes:
+        config: the run's settings, checked.
+        prepared: the prepared data.
+        arch: the network's sizes and special ids.
+        mesh: the devices.
+        checkpoints: the run folder's checkpoints; None where the run folder is still to be made.
+        resumed: the run folder's content, where a checkpoint of it is restored; None for a start.
+        step: the step of this checkpoint; None for a start.
+        saved: the plain values that were saved with this checkpoint; {} for a start.
+        nans: locates the first layer that is not finite; None except in debug mode.
+        process_index: this process's number in its group.
+        process_count: how many processes the group has.
+    """
+
+    config: Config
+    prepared: Prepared
+    arch: Architecture
+    mesh: Mesh
+    checkpoints: CheckpointWriter | None
+    resumed: Run | None
+    step: int | None
+    saved: Mapping[str, Any]
+    nans: NanFinder | None
+    process_index: int
+    process_count: int
+
+    @property
+    def finished(self) -> bool:
+        """Whether the checkpoint is of the run's last step, so that nothing is left to train."""
+        return (self.step or 0) >= self.config.train.steps
+
+
+@dataclass(frozen=True)
 class Session:
-    """A run, ready to go."""
+    """Holds a run whose state is on the devices: what the loop trains, logs and saves with.
+
+    Attributes:
+        config: the run's settings, checked.
+        prepared: the prepared data.
+        validation: the records that are scored during training.
+        learner: the network, its objective and its optimizer.
+        mesh: the devices.
+        state: the state to begin or go on with.
+        frozen: the base beneath adapters; {} where the whole network is trained.
+        base: where this base came from; None where the whole network is trained.
+        checkpoints: the run folder's checkpoints.
+        step: how many updates have been done.
+        resumed: whether the state comes from one of the run's own checkpoints.
+        nans: locates the first layer that is not finite; None except in debug mode.
+        process_index: this process's number in its group.
+        process_count: how many processes the group has.
+    """
 
     config: Config
     prepared: Prepared
     validation: Sequence[Record]
-    net: Transformer
-    objective: Objective
-    optimizer: optax.GradientTransformation
+    learner: Learner
     mesh: Mesh
     state: TrainState
     frozen: Params
@@ -67,110 +117,140 @@ class Session:
     nans: NanFinder | None
     process_index: int
     process_count: int
-    ready: Any
 
-    def params(self, trained: Params) -> Params:
-        """What the network takes: what is trained, beside the frozen base where there is one."""
-        return lora.attach(self.frozen, trained)
-
-    def scored(self, state: TrainState) -> Params:
-        """The parameters that evaluations use: the average where there is one."""
-        return self.params(state.params if state.average is None else state.average)
+    def params_to_score(self, state: TrainState) -> Params:
+        """Returns the parameters that evaluations use: the moving average where there is one, beside the frozen base."""
+        return lora.attach(self.frozen, state.params if state.average is None else state.average)
 
     def on_mesh(self, batch: Batch) -> Batch:
-        """This process's rows as its part of the global batch."""
+        """Places this process's rows on the devices, as its part of the global batch."""
         where = rules.sharding(self.mesh, "batch")
         if self.process_count == 1:
             return jax.device_put(batch, where)  # one call for all arrays
         return Batch(*(jax.make_array_from_process_local_data(where, leaf) for leaf in batch))
 
 
-Compile = Callable[[Config, Transformer, Objective, optax.GradientTransformation, Mesh], Any]
-
-
-def set_up(config: Config, console: Console, compile_first: Compile | None = None) -> Session:
-    """Opens data, weights and run folder.
+def open_session(config: Config, console: Console) -> OpenedSession:
+    """Joins the process group, opens data, run folder and devices, and checks that they fit together.
 
     Args:
-        config: resolved and valid.
-        console: where people are told what is going on.
-        compile_first: called before any weights are read, which takes minutes for a large network: it may refuse a run
-            that does not fit. What it returns is the session's ``ready``.
+        config: the run's settings, checked.
+        console: prints what happens; it is silenced in all processes but the first.
 
     Raises:
-        UserError: anything that would make the run wrong or lose something.
+        UserError: something would make the run wrong, or lose something that is there.
     """
     process_index, process_count = processes.start()
     console.quiet = process_index > 0  # one process speaks for all
-    train = config.train
-    trackers.check_trackers(train)
-    folder, nans = as_path(train.out), NanFinder() if train.debug else None
+    trackers.check_trackers(config.train)
     prepared = open_prepared(config.data.prepared)
-    check_data(config, prepared)
-    checkpoints, step = _checkpoints(config, folder, console)
-    if checkpoints is None and process_index == 0:
+    prepared.check_canvas(config.canvas)
+    folder = as_path(config.train.out)
+    checkpoints, step = _existing_checkpoints(config.train, console)
+    saved: Mapping[str, Any] = {}
+    if checkpoints is not None:
+        saved = resume.check_resume(config, folder, checkpoints, step, prepared)
+    elif process_index == 0:
         _check_place(folder)
-    saved = _check_resume(config, folder, checkpoints, step, prepared) if checkpoints is not None else {}
-    mesh = _mesh(config)
+    mesh = _mesh(config.train)
     resumed = run_folder.open_run(folder) if step is not None else None
     arch = weights.architecture(config, prepared, resumed)
     layouts.check_decoding(config.canvas, config.decode, arch)
-    net = build.network(arch, config.model, config.lora, nans.layer if nans else None)
-    optimizer = make_optimizer(config.optimizer, train.steps, net.trainable, train.seed)
-    loss, ready = objective(config, net, prepared.special.stop_ids), None
-    if compile_first is not None and not train.debug and (step or 0) < train.steps:
-        with jax.set_mesh(mesh):
-            ready = compile_first(config, net, loss, optimizer, mesh)
-    begun = weights.begin(config, prepared, mesh, resumed, console)
-    with jax.set_mesh(mesh):
-        state = create(begun.trained, optimizer, mesh, net.trainable, averaged=config.optimizer.ema > 0)
-    if checkpoints is None:
-        processes.wait("every process has looked at the run folder")
-        if process_index == 0:
-            run_folder.begin(folder, config, begun.arch, prepared, begun.base, begun.source)
-        processes.wait("the run folder is there")
-        checkpoints = _open(config, folder, console)
-    elif step is None:
-        console.out(f"{train.out} ended before its first checkpoint: beginning again", highlight=False)
-    else:
-        state = _restored(checkpoints, step, state, folder, saved)
-        console.out(f"going on from step {step:,} of {train.out}", highlight=False)
-    if train.debug and (bad := not_finite(state.params)):
-        raise UserError(f"these weights hold NaN or infinity before the first step: {', '.join(bad)}")
-    held_out = prepared.records("validation") if "validation" in prepared.manifest.splits else []
-    return Session(
+    return OpenedSession(
         config=config,
         prepared=prepared,
-        validation=[held_out[i] for i in range(min(len(held_out), max(train.eval_problems, train.eval_nelbo_rows)))],
-        net=net,
-        objective=loss,
-        optimizer=optimizer,
+        arch=arch,
+        mesh=mesh,
+        checkpoints=checkpoints,
+        resumed=resumed,
+        step=step,
+        saved=saved,
+        nans=NanFinder() if config.train.debug else None,
+        process_index=process_index,
+        process_count=process_count,
+    )
+
+
+def load_session(opened: OpenedSession, learner: Learner, console: Console) -> Session:
+    """Reads or makes the weights, makes the run folder or restores its checkpoint.
+
+    Args:
+        opened: the run, opened.
+        learner: what is trained, built for ``opened.arch``.
+        console: prints where the weights come from.
+
+    Raises:
+        UserError: the weights or the checkpoint cannot be read, or hold NaN or infinity in debug mode.
+    """
+    config, mesh, train = opened.config, opened.mesh, opened.config.train
+    begun = weights.starting_weights(config, learner.net, mesh, opened.resumed, console)
+    with jax.set_mesh(mesh):
+        state = create_state(begun.trained, learner.optimizer, mesh, learner.net.trainable, averaged=learner.ema > 0)
+    checkpoints = opened.checkpoints
+    if checkpoints is None:
+        checkpoints = _new_run_folder(opened, begun, console)
+    elif opened.step is None:
+        console.out(f"{train.out} ended before its first checkpoint: beginning again", highlight=False)
+    else:
+        state = checkpoints.restore(opened.step, state)
+        if opened.process_index == 0:
+            metrics.restore_rows(train.out, opened.saved.get(metrics.UNWRITTEN_ROWS, []))
+        console.out(f"going on from step {opened.step:,} of {train.out}", highlight=False)
+    if train.debug and (bad := not_finite(state.params)):
+        raise UserError(f"these weights hold NaN or infinity before the first step: {', '.join(bad)}")
+    return Session(
+        config=config,
+        prepared=opened.prepared,
+        validation=_validation_records(opened.prepared, max(train.eval_problems, train.eval_nelbo_rows)),
+        learner=learner,
         mesh=mesh,
         state=state,
         frozen=begun.frozen,
         base=begun.base,
         checkpoints=checkpoints,
-        step=step or 0,
-        resumed=step is not None,
-        nans=nans,
-        process_index=process_index,
-        process_count=process_count,
-        ready=ready,
+        step=opened.step or 0,
+        resumed=opened.step is not None,
+        nans=opened.nans,
+        process_index=opened.process_index,
+        process_count=opened.process_count,
     )
 
 
-def _restored(
-    checkpoints: CheckpointWriter, step: int, like: TrainState, folder: PathLike, saved: Mapping[str, Any]
-) -> TrainState:
-    """A checkpoint's state; the rows of metrics that it kept go where they belong."""
-    state = checkpoints.restore(step, like)
-    if jax.process_index() == 0:
-        metrics.restore_rows(folder, saved.get(metrics.UNWRITTEN_ROWS, []))
-    return state
+def _existing_checkpoints(train: TrainConfig, console: Console) -> tuple[CheckpointWriter | None, int | None]:
+    """Returns the run folder's checkpoints, and the step to go on from; None for what there is not.
+
+    Raises:
+        UserError: ``train.resume`` forbids to go on, or to begin.
+    """
+    exists = run_folder.is_run(train.out)
+    if train.resume == "never" and exists:
+        raise UserError(
+            f"{train.out} already holds a run; choose another train.out (train.resume auto goes on with it)"
+        )
+    checkpoints = _checkpoints(train, console) if exists else None
+    step = checkpoints.recover() if checkpoints else None
+    if train.resume == "must" and step is None:
+        raise UserError(f"train.resume is must, but {train.out} has no whole checkpoint; set it to auto to begin a run")
+    return checkpoints, step
+
+
+def _checkpoints(train: TrainConfig, console: Console) -> CheckpointWriter:
+    """Opens the checkpoints of the run folder, to be saved and kept as the ``train`` section says."""
+    keep = Keep(train.keep, train.keep_every, train.keep_best)
+    return CheckpointWriter(train.out, keep, lambda text: console.out(text, highlight=False))
+
+
+def _new_run_folder(opened: OpenedSession, begun: weights.Weights, console: Console) -> CheckpointWriter:
+    """Makes the run folder, by one process while the others wait, and opens its checkpoints."""
+    processes.wait("every process has looked at the run folder")
+    if opened.process_index == 0:
+        run_folder.begin(opened.config.train.out, opened.config, opened.arch, opened.prepared, begun.base, begun.source)
+    processes.wait("the run folder is there")
+    return _checkpoints(opened.config.train, console)
 
 
 def _check_place(folder: PathLike) -> None:
-    """Whether a new run may be made there."""
+    """Raises UserError where no run folder can be made."""
     check_vacant(folder, marker=run_folder.CONFIG)
     path = as_path(folder)
     try:
@@ -179,8 +259,8 @@ def _check_place(folder: PathLike) -> None:
         raise UserError(f"train.out {folder}: {error}") from error
 
 
-def _mesh(config: Config) -> Mesh:
-    train = config.train
+def _mesh(train: TrainConfig) -> Mesh:
+    """Makes the mesh that the ``train`` section describes, over which the batch must split."""
     mesh = make_mesh(train.data_parallel, train.fsdp, train.tensor, slices=train.slices)
     ways = mesh.size // train.tensor
     if train.batch_size % (ways * train.accumulate):
@@ -192,97 +272,9 @@ def _mesh(config: Config) -> Mesh:
     return mesh
 
 
-def objective(config: Config, net: Transformer, stop_ids: tuple[int, ...]) -> Objective:
-    """The loss that the config describes."""
-    return Objective(
-        net=net,
-        layout=layouts.training_layout(config.canvas, config.method, net.arch, stop_ids),
-        method=config.method,
-        seed=config.train.seed,
-        rows=config.train.batch_size,
-        dropout=net.lora is not None and net.lora.dropout > 0,
-    )
-
-
-def meta(session: Session) -> dict[str, Any]:
-    """What is saved with a checkpoint besides the arrays: what a resume must agree on."""
-    base = {} if session.base is None else {"base": session.base.fingerprint}
-    return {
-        **base,
-        "data": session.prepared.manifest.fingerprint,
-        "config": to_tree(session.config),
-        "model": registry.to_hf(session.net.arch, session.config.model.param_dtype),
-    }
-
-
-def _open(config: Config, folder: PathLike, console: Console) -> CheckpointWriter:
-    train = config.train
-    keep = Keep(train.keep, train.keep_every, train.keep_best)
-    return CheckpointWriter(folder, keep, lambda text: console.out(text, highlight=False))
-
-
-def _checkpoints(config: Config, folder: PathLike, console: Console) -> tuple[CheckpointWriter | None, int | None]:
-    """The run folder's checkpoints and the step to resume from; (None, None) where there is nothing to resume."""
-    exists = run_folder.is_run(folder)
-    if config.train.resume == "never" and exists:
-        raise UserError(f"{folder} already holds a run; choose another train.out (train.resume auto goes on with it)")
-    checkpoints = _open(config, folder, console) if exists else None
-    step = checkpoints.recover() if checkpoints else None
-    if config.train.resume == "must" and step is None:
-        raise UserError(f"train.resume is must, but {folder} has no whole checkpoint; set it to auto to begin a run")
-    return checkpoints, step
-
-
-def check_data(config: Config, prepared: Prepared) -> None:
-    """Raises UserError where the canvas may be too small for the prepared records."""
-    canvas, there = config.canvas, prepared.manifest.canvas_config
-    for name in ("prompt_len", "response_len"):
-        if getattr(canvas, name) < getattr(there, name):
-            raise UserError(
-                f"canvas.{name} is {getattr(canvas, name)}, but {config.data.prepared} was prepared with "
-                f"{getattr(there, name)}: records may be longer; use the same, or prepare again"
-            )
-    if canvas.total_len is not None:
-        for split in prepared.manifest.splits:
-            longest = int(prepared.records(split).lengths().sum(-1).max(initial=0))
-            if longest > canvas.total_len:
-                raise UserError(
-                    f"canvas.total_len is {canvas.total_len}, but a {split} record of {config.data.prepared} has {longest} "
-                    "tokens: prepare with data.max_total_len set to it, or raise it"
-                )
-
-
-def _check_resume(
-    config: Config, folder: PathLike, checkpoints: CheckpointWriter, step: int | None, prepared: Prepared
-) -> dict[str, Any]:
-    """What an existing run was begun with must be what this config says. Returns what was saved with its checkpoint."""
-    run = run_folder.open_run(folder)
-    if step is None:
-        # Without a checkpoint the start is made again: it must be the same start.
-        saved: dict[str, Any] = {"data": run.manifest.fingerprint, "config": to_tree(run.config)}
-    else:
-        saved = checkpoints.meta(step)
-        run_folder.check_model(run, saved)
-    _check_same(config, folder, saved["config"], saved=step is not None)
-    if saved["data"] != prepared.manifest.fingerprint:
-        raise UserError(
-            f"{folder} was trained on other data than {config.data.prepared} holds now: a resumed run would not be "
-            "exact. Prepare the same data, or begin a run with model.init_from"
-        )
-    return saved
-
-
-def _check_same(config: Config, folder: PathLike, before: dict[str, Any], *, saved: bool) -> None:
-    """Raises UserError where a field that a resumed run may not change has changed."""
-    changed = [
-        f"{section.section_name}.{name} = {then.get(name)!r} then, {value!r} now"
-        for section in config.sections()
-        for then in [before.get(section.section_name, {})]
-        for name, value in to_tree(section).items()
-        if name not in section.changeable(saved=saved) and then.get(name) != value
-    ]
-    if changed:
-        raise UserError(
-            f"{folder} was begun with other settings: {'; '.join(changed)}. Undo that, or begin another run "
-            "(train.out) from this one (model.init_from)"
-        )
+def _validation_records(prepared: Prepared, count: int) -> list[Record]:
+    """Returns the first ``count`` validation records; fewer where there are fewer."""
+    if "validation" not in prepared.manifest.splits:
+        return []
+    held_out = prepared.records("validation")
+    return [held_out[index] for index in range(min(len(held_out), count))]

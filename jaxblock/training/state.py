@@ -1,4 +1,4 @@
-"""The training state, and how it lies on the mesh."""
+"""Holds the training state, and says how it is placed on the mesh."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from jaxblock.types import Params
 
 
 class TrainState(NamedTuple):
-    """All that a step reads and writes. ``step`` is also the only state of the data and of the draws.
+    """Holds all that a step reads and writes. ``step`` is also the only state of the data and of the draws.
 
     Attributes:
-        params: what is trained.
-        opt_state: the optimizer's.
-        step: updates done.
-        average: an exponential moving average of ``params`` in float32; None without.
+        params: what is trained: the adapters where there are any, else the whole network.
+        opt_state: the optimizer's state.
+        step: how many updates have been done.
+        average: the exponential moving average of ``params`` in float32; None without one.
     """
 
     params: Params
@@ -31,56 +31,57 @@ class TrainState(NamedTuple):
     average: Params | None = None
 
 
-def create(
+def create_state(
     params: Params, optimizer: optax.GradientTransformation, mesh: Mesh, table: Table, *, averaged: bool = False
 ) -> TrainState:
-    """The state before the first update; the optimizer's state is allocated where its parameters lie.
+    """Makes the state before the first update; the optimizer's state is allocated where its parameters are.
 
     Args:
-        params: what is trained, placed.
+        params: what is trained, placed on the mesh.
         optimizer: the update rule.
         mesh: the mesh.
         table: the specs of what is trained.
-        averaged: keep a moving average too; it begins as the parameters.
+        averaged: whether to keep a moving average too, which begins as the parameters.
     """
-    placed = shardings(jax.eval_shape(optimizer.init, params), mesh, table, averaged=averaged)
+    placed = state_shardings(jax.eval_shape(optimizer.init, params), mesh, table, averaged=averaged)
     opt_state = jax.jit(optimizer.init, out_shardings=placed.opt_state)(params)
-    average = jax.jit(begin_average, out_shardings=placed.average)(params) if averaged else None
+    average = jax.jit(first_average, out_shardings=placed.average)(params) if averaged else None
     return TrainState(params, opt_state, jax.device_put(jnp.zeros((), jnp.int32), placed.step), average)
 
 
-def begin_average(params: Params) -> Params:
-    """The average of no updates: the parameters, in float32 and in memory of its own (both are donated later)."""
+def first_average(params: Params) -> Params:
+    """Returns the average before the first update: a float32 copy of the parameters (both are donated later)."""
     return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.promote_types(leaf.dtype, jnp.float32)), params)
 
 
 def next_average(average: Params, params: Params, step: Array, decay: float) -> Params:
-    """The average after an update: ``d * average + (1 - d) * params`` with d = min(decay, (1 + k) / (10 + k)).
+    """Computes the average after an update: ``d * average + (1 - d) * params`` with d = min(decay, (1 + k) / (10 + k)).
 
     Early updates k weigh more, so that a short run's average is not its start.
 
     Args:
-        average: before.
-        params: after the update.
-        step: k, updates done before this one.
-        decay: of a long run.
+        average: the average before the update.
+        params: the parameters after the update.
+        step: k, how many updates were done before this one.
+        decay: the decay d of a long run.
     """
     k = step.astype(jnp.float32)
     share = 1 - jnp.minimum(decay, (1 + k) / (10 + k))
     return jax.tree.map(lambda mean, leaf: mean + share * (leaf.astype(mean.dtype) - mean), average, params)
 
 
-def shardings(abstract_opt_state: Any, mesh: Mesh, table: Table, *, averaged: bool = False) -> Any:
-    """The sharding of every leaf of a state; the optimizer's follow their parameters, found by path.
+def state_shardings(abstract_opt_state: Any, mesh: Mesh, table: Table, *, averaged: bool = False) -> Any:
+    """Returns the sharding of every leaf of a state; leaves of the optimizer find their parameter by their path.
 
-    A leaf of a parameter's shape lies as the parameter. One of its rank (the scales of 8-bit moments) is split along
-    the axes that have the parameter's size; one of another rank (Adafactor's row and column means) is small, and whole.
+    A leaf of a parameter's shape is placed as the parameter. One of the same rank (the scales of 8-bit moments) is split
+    along the axes that have the parameter's size; one of another rank (Adafactor's row and column means) is small, and is
+    not split.
 
     Args:
         abstract_opt_state: the optimizer's state, or its shapes.
         mesh: the mesh.
-        table: the parameters' specs.
-        averaged: the state holds a moving average.
+        table: the specs of what is trained.
+        averaged: whether the state holds a moving average.
 
     Returns:
         A ``TrainState`` of shardings.

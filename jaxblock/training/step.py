@@ -1,4 +1,7 @@
-"""The train step: a pure function of (state, batch). Every draw comes from (seed, step), never from where it runs."""
+"""Computes one train step: a pure function of (state, batch), compiled or not.
+
+Every draw comes from the seed and the step, so the result does not depend on the devices or processes that compute it.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +22,11 @@ from jaxblock.diffusion.config import MethodConfig
 from jaxblock.diffusion.objective import Losses, losses
 from jaxblock.diffusion.sampling import Draw
 from jaxblock.models.linear import lora
-from jaxblock.models.spec import Table
+from jaxblock.models.transformer import Transformer
 from jaxblock.parallel import rules
 from jaxblock.training.optim.gating import gated, select
 from jaxblock.training.optim.precision import global_norm
-from jaxblock.training.state import TrainState, next_average, shardings
+from jaxblock.training.state import TrainState, next_average, state_shardings
 from jaxblock.types import Network, Params
 
 if TYPE_CHECKING:
@@ -31,14 +34,20 @@ if TYPE_CHECKING:
 
 
 Step = Callable[["TrainState", "Batch", Params], tuple["TrainState", "StepMetrics"]]
-"""A compiled update: (state, batch, frozen base) -> (state, metrics)."""
+"""An update, compiled or not: (state, batch, frozen base) -> (state, metrics)."""
 
 _DROPOUT = 0x10A
 """Keeps dropout's keys apart from those of the draws."""
 
 
 class StepMetrics(NamedTuple):
-    """What a step reports, left on the device until somebody reads it; ``skipped``: it was not finite, nothing changed."""
+    """Holds what a step reports, on the device until the host reads it.
+
+    Attributes:
+        losses: the sums and weights of the loss.
+        grad_norm: the global norm of the gradient, before clipping.
+        skipped: whether the loss or the gradient was not finite, so that the step changed nothing.
+    """
 
     losses: Losses
     grad_norm: Array
@@ -47,15 +56,15 @@ class StepMetrics(NamedTuple):
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss of a batch at a step. Static and hashable.
+    """Computes the loss of a batch at a step. Static and hashable.
 
     Attributes:
         net: the network.
         layout: the canvas's static part.
-        method: law, choice of blocks, K, weighting, what the sum is divided by, and the ablations.
-        seed: of the draws.
+        method: the ``method`` section: how masks are drawn, weighted and normalised.
+        seed: the seed of the draws.
         rows: the global batch size.
-        dropout: the network's adapters drop inputs.
+        dropout: whether the network's adapters drop inputs.
     """
 
     net: Network
@@ -66,12 +75,12 @@ class Objective:
     dropout: bool = False
 
     def canvas(self, batch: Batch) -> Canvas:
-        """The batch's rows, laid out."""
+        """Lays out the rows of a batch."""
         rows = (batch.prompt_ids, batch.prompt_len, batch.response_ids, batch.text_len, batch.row_id)
         return canvases.from_rows(self.layout, *map(jnp.asarray, rows))
 
     def draw(self, batch: Batch, canvas: Canvas, step: Array | int) -> tuple[Draw, Array]:
-        """The step's draws [K, B, ...] and the ablations' noise [K, B, R]: functions of (seed, step) and row alone."""
+        """Returns the step's draws [K, B, ...] and the ablations' noise [K, B, R], which depend on seed, step and row alone."""
         uniforms = sampling.draw_uniforms(
             self._key(step), self.rows, self.method.draws, self.layout, noise=self.method.needs_noise
         )
@@ -79,7 +88,7 @@ class Objective:
         return draws, jnp.moveaxis(uniforms.noise[canvas.row_id], 1, 0)
 
     def row_keys(self, canvas: Canvas, step: Array | int) -> Array | None:
-        """Keys of dropout [K, B]: functions of (seed, step), the draw and the row's place in the global batch alone."""
+        """Returns the keys of dropout [K, B], which depend on seed, step, draw and row alone; None without dropout."""
         if not self.dropout:
             return None
         key = jax.random.fold_in(self._key(step), _DROPOUT)
@@ -90,11 +99,11 @@ class Objective:
         return jax.random.fold_in(jax.random.key(self.seed), step)
 
     def drawn_blocks(self, batch: Batch) -> Array | None:
-        """The data's own blocks [B] under ``pairs``; None where a row stands for its whole sequence."""
+        """Returns each row's active block [B] where the data name it (``pairs``); None where the draw chooses it."""
         return jnp.asarray(batch.block) if self.method.pairs else None
 
     def __call__(self, params: Params, batch: Batch, step: Array) -> Losses:
-        """The objective's sums and weights."""
+        """Returns the sums and weights of the loss."""
         canvas = self.canvas(batch)
         draws, noise = self.draw(batch, canvas, step)
         return losses(
@@ -110,19 +119,47 @@ class Objective:
         )
 
 
+@dataclass(frozen=True)
+class Learner:
+    """Holds all that is static about a train step: what is trained, on which loss, by which update rule.
+
+    Attributes:
+        net: the network.
+        objective: the loss.
+        optimizer: the update rule.
+        accumulate: how many parts of the batch are computed one after the other.
+        ema: the decay of the moving average of what is trained; 0 for no average.
+    """
+
+    net: Transformer
+    objective: Objective
+    optimizer: optax.GradientTransformation
+    accumulate: int = 1
+    ema: float = 0.0
+
+    def update(self, state: TrainState, batch: Batch, frozen: Params) -> tuple[TrainState, StepMetrics]:
+        """Computes one step by ``train_step``; ``frozen`` is the base beneath adapters, or {}."""
+        return train_step(
+            self.objective, self.optimizer, state, batch, frozen, accumulate=self.accumulate, ema=self.ema
+        )
+
+
 def gradients(
     objective: Objective, params: Params, batch: Batch, step: Array, frozen: Params | None = None, accumulate: int = 1
 ) -> tuple[Losses, Params]:
-    """The losses and the gradient of ``total / weight`` with respect to ``params``, which stand beside a frozen base.
+    """Computes the losses, and the gradient of ``total / weight`` with respect to what is trained.
 
     Args:
         objective: the loss.
         params: what is trained.
         batch: the global batch.
-        step: of the draws.
-        frozen: the base beneath adapters.
-        accumulate: how many parts of the batch go one after the other. Weights depend on the data alone, so the sum of
-            the parts' gradients over the sum of their weights is the whole batch's gradient, whatever the parts hold.
+        step: the step whose draws are used.
+        frozen: the base beneath adapters; None or {} where the whole network is trained.
+        accumulate: how many parts of the batch are computed one after the other. Weights depend on the data alone, so the
+            sum of the parts' gradients over the sum of their weights is the whole batch's gradient.
+
+    Returns:
+        (losses, gradient of the same structure as ``params``).
     """
 
     def total(params: Params, rows: Batch) -> tuple[Array, Losses]:
@@ -147,6 +184,7 @@ def gradients(
 
 
 def _interleaved(x: Array, parts: int) -> Array:
+    """Splits rows [B, ...] into parts [parts, B / parts, ...]; row r goes to part r mod ``parts``."""
     split = x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
     return rules.constrain(split, None, "batch", *(None,) * (split.ndim - 2))
 
@@ -161,19 +199,19 @@ def train_step(
     accumulate: int = 1,
     ema: float = 0.0,
 ) -> tuple[TrainState, StepMetrics]:
-    """One update; a step whose loss or gradient is not finite updates nothing but the step.
+    """Computes one update. A step whose loss or gradient is not finite changes nothing but the step's number.
 
     Args:
         objective: the loss (static).
         optimizer: the update rule (static).
-        state: before.
+        state: the state before the update.
         batch: the global batch, as arrays.
-        frozen: the base of a state that holds adapters; read only.
-        accumulate: parts of the batch that go one after the other (static).
-        ema: decay of the moving average, where the state has one (static).
+        frozen: the base beneath adapters, which is only read; None or {} where the whole network is trained.
+        accumulate: how many parts of the batch are computed one after the other (static).
+        ema: the decay of the moving average, where the state has one (static).
 
     Returns:
-        (state after, metrics).
+        (state after the update, metrics).
     """
     found, grads = gradients(objective, state.params, batch, state.step, frozen, accumulate)
     norm = global_norm(grads)
@@ -186,38 +224,22 @@ def train_step(
     return TrainState(params, opt_state, state.step + 1, average), StepMetrics(found, norm, ~finite)
 
 
-def compile_step(
-    objective: Objective,
-    optimizer: optax.GradientTransformation,
-    state: TrainState,
-    mesh: Mesh,
-    table: Table,
-    frozen_table: Table | None = None,
-    *,
-    accumulate: int = 1,
-    ema: float = 0.0,
-) -> Step:
-    """The jitted step: state in place (donated), rows split over the mesh, metrics on every device.
+def jit_step(learner: Learner, state: TrainState, mesh: Mesh) -> jax.stages.Wrapped:
+    """Returns the jitted update: the state is donated, rows are split over the mesh, metrics are on every device.
 
     Args:
-        objective: the loss.
-        optimizer: the update rule.
-        state: a state (or its shapes), for the layout of the optimizer's part.
-        mesh: the mesh; the call must run under ``jax.set_mesh(mesh)``.
-        table: the specs of what is trained.
-        frozen_table: those of the base that it stands beside; None for none.
-        accumulate: see ``train_step``.
-        ema: see ``train_step``.
+        learner: what is trained, and how.
+        state: a state, or its shapes: the optimizer's state is placed by its structure.
+        mesh: the mesh; the jitted function must be called under ``jax.set_mesh(mesh)``.
 
     Returns:
-        A function of (state, batch, frozen); ``frozen`` is {} where there is no base.
+        A ``Step`` that can also be lowered.
     """
-    placed = shardings(state.opt_state, mesh, table, averaged=state.average is not None)
-    frozen_placed = rules.param_shardings(mesh, frozen_table) if frozen_table else {}
+    net = learner.net
+    placed = state_shardings(state.opt_state, mesh, net.trainable, averaged=state.average is not None)
+    frozen_placed = {} if net.lora is None else rules.param_shardings(mesh, net.param_table)
     return jax.jit(
-        lambda state, batch, frozen: train_step(
-            objective, optimizer, state, batch, frozen, accumulate=accumulate, ema=ema
-        ),
+        lambda state, batch, frozen: learner.update(state, batch, frozen),
         in_shardings=(placed, rules.sharding(mesh, "batch"), frozen_placed),
         out_shardings=(placed, rules.replicated(mesh)),
         donate_argnums=0,

@@ -1,4 +1,7 @@
-"""Where a run's weights come from: random, another run, or a Hugging Face folder; trained whole, or beneath adapters."""
+"""Finds and reads the weights that a run begins with: random ones, another run's, or a Hugging Face folder's.
+
+The weights are trained whole, or they are the frozen base beneath adapters, which is known again by its content.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +26,9 @@ from jaxblock.models.architecture import Architecture
 from jaxblock.models.config import Checkpoint
 from jaxblock.models.families import registry
 from jaxblock.models.linear import int8
-from jaxblock.models.linear.lora import Lora, adapter_table, attach, lora_from_config, merge
+from jaxblock.models.linear.lora import adapter_table, attach, lora_from_config, merge
 from jaxblock.models.spec import Table, abstract_params, count_params, flatten, init_params, nest
+from jaxblock.models.transformer import Transformer
 from jaxblock.parallel import rules
 from jaxblock.parallel.mesh import make_mesh
 from jaxblock.training.checkpoints import run_folder
@@ -36,19 +40,15 @@ _SAMPLE = 1 << 16  # bytes of a file's start and end that go into a fingerprint
 
 
 class Weights(NamedTuple):
-    """What a run begins with.
+    """Holds the weights that a run begins with.
 
     Attributes:
-        arch: sizes and ids.
-        lora: what is adapted; None where the whole network is trained.
         trained: the adapters, or the whole network.
-        frozen: the base beneath adapters; {} without.
-        base: where the base came from.
-        source: the folder all of it came from; None for random weights.
+        frozen: the base beneath adapters; {} where the whole network is trained.
+        base: where this base came from; None where the whole network is trained.
+        source: the folder that all of it came from; None for random weights.
     """
 
-    arch: Architecture
-    lora: Lora | None
     trained: Params
     frozen: Params
     base: Base | None
@@ -56,11 +56,11 @@ class Weights(NamedTuple):
 
 
 def architecture(config: Config, prepared: Prepared, run: Run | None) -> Architecture:
-    """The network that ``begin`` will give weights to, from small files alone.
+    """Returns the network that a run trains, from small files alone.
 
     Args:
-        config: resolved and valid.
-        prepared: the data.
+        config: the run's settings, checked.
+        prepared: the data, whose tokenizer must be the weights'.
         run: the run that is resumed; None for a start.
 
     Raises:
@@ -69,72 +69,73 @@ def architecture(config: Config, prepared: Prepared, run: Run | None) -> Archite
     if run is not None:
         return run.arch
     if config.model.init_from is not None:
-        return _architecture(local_checkpoint(config.model.init_from, weights=False), config, prepared)
+        return _source_architecture(local_checkpoint(config.model.init_from, weights=False), config, prepared)
     special, vocab = prepared.special, prepared.manifest.vocab_size
     return registry.architecture_from_config(config.model, vocab_size=vocab, mask_id=special.mask, eos_id=special.eos)
 
 
-def begin(config: Config, prepared: Prepared, mesh: Mesh, run: Run | None, console: Console) -> Weights:
-    """The weights before the first step, or (with ``run``) ones whose trained part a checkpoint will replace.
+def starting_weights(config: Config, net: Transformer, mesh: Mesh, run: Run | None, console: Console) -> Weights:
+    """Returns the weights before the first step; of a resumed run, ones whose trained part a checkpoint will replace.
 
     Args:
-        config: resolved and valid.
-        prepared: the data: its tokenizer must be the weights'.
-        mesh: where they go.
+        config: the run's settings, checked.
+        net: the network, built for ``architecture``.
+        mesh: the devices that hold them.
         run: the run that is resumed; None for a start.
-        console: where people are told where they came from.
+        console: prints where the weights came from.
 
     Raises:
-        UserError: the source is no checkpoint, is of another vocabulary, or is not the base that a resumed run's
-            adapters were trained on.
+        UserError: the weights cannot be read, or are not the base that a resumed run's adapters were trained on.
     """
     source = None if config.model.init_from is None else local_checkpoint(config.model.init_from)
     seed, dtype = config.train.seed, config.model.param_dtype
-    if config.lora.rank:
-        assert source is not None  # config_io checks it
-        arch = run.arch if run is not None else _architecture(source, config, prepared)
-        lora = lora_from_config(config.lora, registry.param_table(arch))
-        assert lora is not None
-        base = _check_base(source, run.base) if run is not None else identify(source, config.model.init_step)
-        base = base._replace(folder=str(config.model.init_from))  # not the copy of one that is elsewhere
-        frozen = read_base(source, arch, mesh, dtype, base.step, config.model.quantize == "int8")
-        table = adapter_table(registry.param_table(arch), lora)
-        if run is None:
-            counts = f"{count_params(table):,} in adapters of {', '.join(_short(lora))}"
-            console.out(f"starting from {config.model.init_from}: {counts} are trained", highlight=False)
-        return Weights(arch, lora, _random(table, seed, "float32", mesh), frozen, base, source)
+    if net.lora is not None:
+        assert source is not None  # the config's check requires it
+        return _adapters_beside_base(config, net, mesh, source, run, console)
     if run is not None:
         # Values come from the checkpoint; random ones hold their place (and their shardings) until then.
-        return Weights(run.arch, None, _random(registry.param_table(run.arch), seed, dtype, mesh), {}, None, source)
+        return Weights(_random(net.trainable, seed, dtype, mesh), {}, None, source)
     if source is None:
-        arch = architecture(config, prepared, None)
-        table = registry.param_table(arch)
-        console.out(f"random weights: {count_params(table):,} parameters", highlight=False)
-        return Weights(arch, None, _random(table, seed, dtype, mesh), {}, None, None)
-    arch = _architecture(source, config, prepared)
+        console.out(f"random weights: {count_params(net.trainable):,} parameters", highlight=False)
+        return Weights(_random(net.trainable, seed, dtype, mesh), {}, None, None)
     if run_folder.is_run(source):
-        params, step, lora = read_run(run_folder.open_run(source), mesh, dtype, step=config.model.init_step)
-        where = f"step {step:,} of {source}"
+        begun_from = run_folder.open_run(source)
+        params, step = load_run_params(begun_from, mesh, dtype, step=config.model.init_step)
+        lora = lora_from_config(begun_from.config.lora, registry.param_table(begun_from.arch))
         params = params if lora is None else merge(params, lora)
+        where = f"step {step:,} of {source}"
     else:
+        params = load_base(source, net.arch, mesh, dtype, step=None, to_int8=False)
         where = str(config.model.init_from)
-        params = read_base(source, arch, mesh, dtype, None, False)
     console.out(f"starting from {where}", highlight=False)
-    return Weights(arch, None, params, {}, None, source)
+    return Weights(params, {}, None, source)
 
 
-def _short(lora: Lora) -> list[str]:
-    return [path.removeprefix("blocks/") for path in lora.targets]
+def _adapters_beside_base(
+    config: Config, net: Transformer, mesh: Mesh, source: str, run: Run | None, console: Console
+) -> Weights:
+    """Returns random adapters beside their frozen base; of a resumed run, beside the base that it was begun with."""
+    assert net.lora is not None
+    base = identify_base(source, config.model.init_step) if run is None else _check_base(source, run.base)
+    # The folder as the config names it, not the local copy of one that is elsewhere.
+    base = base._replace(folder=str(config.model.init_from))
+    frozen = load_base(source, net.arch, mesh, config.model.param_dtype, step=base.step, to_int8=net.int8)
+    if run is None:
+        targets = ", ".join(path.removeprefix("blocks/") for path in net.lora.targets)
+        counts = f"{count_params(net.trainable):,} in adapters of {targets}"
+        console.out(f"starting from {config.model.init_from}: {counts} are trained", highlight=False)
+    return Weights(_random(net.trainable, config.train.seed, "float32", mesh), frozen, base, source)
 
 
 def _random(table: Table, seed: int, dtype: str, mesh: Mesh) -> Params:
+    """Draws the parameters of a table, each device its own part."""
     placed = rules.param_shardings(mesh, table)
     params: Params = jax.jit(lambda: init_params(table, seed, dtype), out_shardings=placed)()
     return params
 
 
-def _architecture(source: str, config: Config, prepared: Prepared) -> Architecture:
-    """A source's architecture; an autoregressive one takes its mask token and fill from the data's tokenizer."""
+def _source_architecture(source: str, config: Config, prepared: Prepared) -> Architecture:
+    """Returns a source's architecture; an autoregressive one takes its mask token and fill from the data's tokenizer."""
     is_run = run_folder.is_run(source)
     if not is_run and config.model.init_step != "latest":
         raise UserError(f"model.init_step is {config.model.init_step}, but {source} is no run: leave it out")
@@ -152,7 +153,13 @@ def _architecture(source: str, config: Config, prepared: Prepared) -> Architectu
 
 
 def check_vocabulary(arch: Architecture, prepared: Prepared, source: str) -> None:
-    """Raises UserError where checkpoint and tokenizer differ about an id. Padding rows beyond the tokenizer are fine."""
+    """Raises UserError where checkpoint and tokenizer differ about an id; rows beyond the tokenizer's ids are allowed.
+
+    Args:
+        arch: the checkpoint's architecture.
+        prepared: the data, with their tokenizer.
+        source: the checkpoint's name in the message.
+    """
     manifest, special = prepared.manifest, prepared.special
     if manifest.vocab_size > arch.vocab_size:
         raise UserError(
@@ -167,8 +174,8 @@ def check_vocabulary(arch: Architecture, prepared: Prepared, source: str) -> Non
             )
 
 
-def identify(source: str, wanted: Checkpoint = "latest") -> Base:
-    """Names a base by its content. Headers and ends of the files are read, not all of them.
+def identify_base(source: str, wanted: Checkpoint = "latest") -> Base:
+    """Identifies a base by its content: the headers and ends of its files are read, not all of them.
 
     Args:
         source: a run or a local Hugging Face folder.
@@ -200,17 +207,13 @@ def identify(source: str, wanted: Checkpoint = "latest") -> Base:
 
 
 def _check_base(source: str, remembered: Base | None) -> Base:
-    """The base at ``source``, which must be the one that adapters were trained on.
-
-    Raises:
-        UserError: it is another.
-    """
+    """Identifies the base at ``source``; raises UserError where it is not the one that adapters were trained on."""
     assert remembered is not None  # run_folder.open_run checks it
     if not as_path(source).is_dir():
         raise UserError(
             f"{source}, the base of these adapters, is not there: set model.init_from (from Python: `base`) to where it is"
         )
-    found = identify(source, "latest" if remembered.step is None else remembered.step)
+    found = identify_base(source, "latest" if remembered.step is None else remembered.step)
     if found.fingerprint != remembered.fingerprint:
         raise UserError(
             f"{source} is not the base that these adapters were trained on (that was {remembered.folder}, fingerprint "
@@ -219,29 +222,30 @@ def _check_base(source: str, remembered: Base | None) -> Base:
     return found
 
 
-def read_base(
-    source: str, arch: Architecture, mesh: Mesh, dtype: str | None, step: int | None, to_int8: bool
+def load_base(
+    source: str, arch: Architecture, mesh: Mesh, dtype: str | None, *, step: int | None, to_int8: bool
 ) -> Params:
-    """Reads whole weights from a run or a Hugging Face folder.
+    """Loads whole weights from a run or a Hugging Face folder.
 
     Args:
         source: the folder.
-        arch: what they are read as.
-        mesh: where they go.
-        dtype: their type; None keeps each tensor's own.
-        step: the checkpoint of a run; None for the newest.
-        to_int8: quantise the layers' matrices.
+        arch: the architecture that they are read as.
+        mesh: the devices that hold them.
+        dtype: the type of the tensors; None keeps each tensor's own.
+        step: which checkpoint of a run; None for the newest.
+        to_int8: whether to quantise the layers' matrices.
     """
     table = registry.param_table(arch)
     if run_folder.is_run(source):
         run = run_folder.open_run(source)
-        params, _, _ = read_run(run, mesh, dtype, step="latest" if step is None else step)
+        params, _ = load_run_params(run, mesh, dtype, step="latest" if step is None else step)
         return _quantised(params, table, mesh) if to_int8 else params
     placed = rules.param_shardings(mesh, int8.int8_table(table) if to_int8 else table)
     return load_checkpoint(source, dtype=dtype, shardings=placed, arch=arch, int8=to_int8)[1]
 
 
 def _quantised(params: Params, table: Table, mesh: Mesh) -> Params:
+    """Rounds the layers' matrices to int8 with their scales, each placed as its table says."""
     placed = flatten(rules.param_shardings(mesh, int8.int8_table(table)))
     flat: dict[str, Any] = {}
     for path, leaf in flatten(params).items():
@@ -253,7 +257,7 @@ def _quantised(params: Params, table: Table, mesh: Mesh) -> Params:
     return nest(flat)
 
 
-def read_run(
+def load_run_params(
     run: Run,
     mesh: Mesh | None = None,
     dtype: str | None = None,
@@ -261,48 +265,61 @@ def read_run(
     step: Checkpoint = "latest",
     base: str | None = None,
     to_int8: bool = False,
-) -> tuple[Params, int, Lora | None]:
-    """The parameters of a run's checkpoint (their average, where the run kept one); adapters come with their base.
+) -> tuple[Params, int]:
+    """Loads the parameters of a run's checkpoint (their average, where the run kept one), adapters with their base.
 
     Args:
         run: the run.
-        mesh: where they go; None for one device.
-        dtype: their type (adapters stay float32); None for the type they were trained in.
+        mesh: the devices that hold them; None for one device.
+        dtype: the type of the parameters (adapters stay float32); None for the type they were trained in.
         step: which checkpoint.
         base: where the adapters' base is now; None for where it was.
-        to_int8: quantise the adapters' base.
+        to_int8: whether to quantise the adapters' base.
 
     Returns:
-        (parameters, step, what is adapted).
+        (parameters, the checkpoint's step).
 
     Raises:
         UserError: there is no checkpoint, it does not fit model.json, or the base is another.
     """
     step = run_folder.find_step(run, step)
-    checkpoints = CheckpointReader(run.folder)
-    run_folder.check_model(run, checkpoints.meta(step))
     mesh = mesh or make_mesh(1, devices=jax.local_devices()[:1])
-    lora = lora_from_config(run.config.lora, registry.param_table(run.arch))
-    table = registry.param_table(run.arch)
-    trained, stored = (table, run.config.model.param_dtype) if lora is None else (adapter_table(table, lora), "float32")
+    table, param_dtype = registry.param_table(run.arch), run.config.model.param_dtype
+    lora = lora_from_config(run.config.lora, table)
+    if lora is None:
+        return _restore_trained(run, step, table, param_dtype, dtype or param_dtype, mesh), step
+    adapters = _restore_trained(run, step, adapter_table(table, lora), "float32", "float32", mesh)
+    source = local_checkpoint(base or str(run.config.model.init_from))
+    found = _check_base(source, run.base)
+    frozen = load_base(source, run.arch, mesh, dtype or param_dtype, step=found.step, to_int8=to_int8)
+    return attach(frozen, adapters), step
+
+
+def _restore_trained(run: Run, step: int, table: Table, stored: str, dtype: str, mesh: Mesh) -> Params:
+    """Restores what a run trained from a checkpoint: its average, which is float32, where the run kept one.
+
+    Args:
+        run: the run.
+        step: which checkpoint.
+        table: the specs of what was trained.
+        stored: the type that was trained in.
+        dtype: the type to return.
+        mesh: the devices that hold it.
+    """
     averaged = run.config.optimizer.ema > 0
     like = jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        abstract_params(trained, "float32" if averaged else stored),
-        rules.param_shardings(mesh, trained),
+        abstract_params(table, "float32" if averaged else stored),
+        rules.param_shardings(mesh, table),
     )
+    checkpoints = CheckpointReader(run.folder)
+    run_folder.check_model(run, checkpoints.meta(step))
     params = checkpoints.restore_params(step, like, average=averaged)
-    if averaged and stored != "float32":
-        params = jax.tree.map(functools.partial(_cast, dtype=stored), params)
     checkpoints.close()
-    if lora is None:
-        if dtype is not None:
-            params = jax.tree.map(functools.partial(_cast, dtype=dtype), params)
-        return params, step, None
-    source = local_checkpoint(base or str(run.config.model.init_from))
-    found = _check_base(source, run.base)
-    frozen = read_base(source, run.arch, mesh, dtype or run.config.model.param_dtype, found.step, to_int8)
-    return attach(frozen, params), step, lora
+    if averaged and stored != "float32":
+        # Rounded as the trained weights are, then to what was asked for.
+        params = jax.tree.map(functools.partial(_cast, dtype=stored), params)
+    return jax.tree.map(functools.partial(_cast, dtype=dtype), params)
 
 
 def _cast(leaf: jax.Array, dtype: str) -> jax.Array:

@@ -13,8 +13,8 @@ from typing import Any
 
 from jaxblock.cli import main
 from jaxblock.evaluation.runner import Evaluator
-from jaxblock.training import loop
 from jaxblock.training.checkpoints.writer import CheckpointWriter
+from jaxblock.training.observe.window import StepWindow
 from tests import pod
 
 HELD = {"evaluation": 0, "step": 5, "save": 10, "end": pod.STEPS}
@@ -42,7 +42,7 @@ def before(owner: Any, name: str, stage: str, due: Callable[..., bool] = lambda 
 if __name__ == "__main__":
     if os.environ["JAX_PROCESS_ID"] == "1":
         before(Evaluator, "estimate_nelbo", "evaluation")
-        before(loop._Window, "idle", "step", lambda window: window.step == HELD["step"])  # each step asks
+        before(StepWindow, "idle", "step", lambda window: window.step == HELD["step"])  # each step asks
         before(CheckpointWriter, "save", "save", lambda checkpoints, state, step, *rest: step == HELD["save"])
         before(CheckpointWriter, "close", "end")
     sys.exit(main(sys.argv[2:]))

@@ -25,10 +25,12 @@ import jax
 import numpy as np
 
 from jaxblock.cli import main
+from jaxblock.commands import train
 from jaxblock.parallel import rules
 from jaxblock.training import loop
 from jaxblock.training.observe.goodput import Goodput
 from jaxblock.training.start import Session
+from jaxblock.training.step import Step
 
 
 def digest(tree: Any) -> str:
@@ -37,17 +39,18 @@ def digest(tree: Any) -> str:
 
 
 def draws(session: Session) -> Callable[[Any, int], str]:
-    """Batch (this process's rows) and step -> digest of the global batch and of all that is drawn for it."""
+    """Batch (placed on the mesh) and step -> digest of the global batch and of all that is drawn for it."""
+    objective = session.learner.objective
     everything = jax.jit(
-        lambda batch, step: (batch, session.objective.draw(batch, session.objective.canvas(batch), step)),
+        lambda batch, step: (batch, objective.draw(batch, objective.canvas(batch), step)),
         out_shardings=rules.replicated(session.mesh),
     )
-    return lambda batch, step: digest(everything(session.on_mesh(batch), step))
+    return lambda batch, step: digest(everything(batch, step))
 
 
 def record(file: Path, stop: int) -> None:
-    """Puts the recorder into the loop of this process."""
-    original, training, goodput_row = loop._Loop._step, loop.train, Goodput.row
+    """Puts the recorder around the step and the loop of this process."""
+    run, training, goodput_row = loop.run, train.train, Goodput.row
     told = [0.0]
 
     def note(**row: Any) -> None:
@@ -55,8 +58,7 @@ def record(file: Path, stop: int) -> None:
             with file.open("a") as lines:
                 lines.write(json.dumps(row) + "\n")
 
-    def step_of(self: Any) -> Any:
-        step_fn, session = original(self), self.session
+    def recorded(session: Session, step_fn: Step) -> Step:
         whole = jax.jit(lambda tree: tree, out_shardings=rules.replicated(session.mesh))
         drawn, counter = draws(session), itertools.count(session.step)
 
@@ -65,10 +67,10 @@ def record(file: Path, stop: int) -> None:
 
         note(step=session.step, state=state_of(session.state))
 
-        def run(state: Any, batch: Any) -> Any:
+        def recorded_step(state: Any, batch: Any, frozen: Any) -> Any:
             step = next(counter)
             found = drawn(batch, step)
-            state, metrics = step_fn(state, batch)
+            state, metrics = step_fn(state, batch, frozen)
             loss = metrics.losses.loss
             loss = float(loss.total) / float(loss.weight)
             note(step=step + 1, state=state_of(state), drawn=found, loss=loss)
@@ -76,7 +78,12 @@ def record(file: Path, stop: int) -> None:
                 os.kill(os.getpid(), signal.SIGTERM)
             return state, metrics
 
-        return run
+        return recorded_step
+
+    def recorded_loop(session: Session, step_fn: Step, *rest: Any) -> Any:
+        with jax.set_mesh(session.mesh):
+            step_fn = recorded(session, step_fn)
+        return run(session, step_fn, *rest)
 
     def timed(*arguments: Any) -> Any:
         begin = time.perf_counter()
@@ -89,7 +96,7 @@ def record(file: Path, stop: int) -> None:
         told.append(time.perf_counter())
         return row
 
-    loop._Loop._step, loop.train, Goodput.row = step_of, timed, noted  # type: ignore[method-assign]
+    loop.run, train.train, Goodput.row = recorded_loop, timed, noted  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

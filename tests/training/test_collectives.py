@@ -1,7 +1,7 @@
 """What devices say to each other in a compiled step: logits stay where they are, and so do rows.
 
 XLA's CPU backend splits a reduce-scatter into other collectives, so that bytes are counted on programs compiled for TPUs
-(tests/plan); what must never be gathered shows here too.
+(tests/fit); what must never be gathered shows here too.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from collections.abc import Callable
 import jax
 import pytest
 
+from jaxblock import build
 from jaxblock.config.config import Config
 from jaxblock.diffusion.config import CanvasConfig, MethodConfig
-from jaxblock.fit import shapes as abstract
+from jaxblock.fit.shapes import lower_step, run_shapes
 from jaxblock.models.architecture import Architecture
 from jaxblock.models.config import LoraConfig, ModelConfig
 from jaxblock.models.families import registry
@@ -59,7 +60,8 @@ def program() -> Callable[..., jax.stages.Compiled]:
             lora=LoraConfig(rank),
             train=TrainConfig(batch_size=ROWS),
         )
-        return abstract.build(config, ARCH, make_mesh(*mesh)).lower().compile()
+        learner, devices = build.learner(config, ARCH, (ARCH.eos_id,)), make_mesh(*mesh)
+        return lower_step(learner, run_shapes(config, learner, devices), devices).compile()
 
     return compiled
 

@@ -40,12 +40,12 @@ def test_nan_finder_names_the_first_bad_layer_under_grad_and_vmap() -> None:
 def test_debug_mode_compiles_no_step_and_shows_the_batch(
     tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from jaxblock.training import loop
+    from jaxblock.fit import shapes
 
     def never(*arguments: object) -> None:
         raise AssertionError("a step was compiled")
 
-    monkeypatch.setattr(loop, "compile_step", never)
+    monkeypatch.setattr(shapes, "jit_step", never)
     command = ["train", "--config", str(tiny_config), "--train.steps", "2", "--train.debug"]
     command += ["--train.eval_problems", "0", "--train.eval_nelbo_rows", "0"]
     assert main([*command, "--train.out", str(tmp_path / "run")]) == 0

@@ -14,11 +14,10 @@ import pytest
 import jaxblock
 from jaxblock.cli import main
 from jaxblock.config.yaml import config_from_tree, load_config
-from jaxblock.fit import compile as ahead
-from jaxblock.fit import memory
+from jaxblock.fit import compile as fit_compile
 from jaxblock.huggingface.save import save_checkpoint
 from jaxblock.training import weights
-from jaxblock.training.observe import metrics
+from jaxblock.training.observe import device_memory, metrics
 
 
 @pytest.fixture(scope="module")
@@ -184,9 +183,9 @@ def test_a_run_that_does_not_fit_is_refused_before_weights_are_read(
 ) -> None:
     """Reading the weights of a large network takes minutes."""
     read = []
-    monkeypatch.setattr(weights, "begin", lambda *_: read.append(1))
-    monkeypatch.setattr(memory, "device_limit", lambda device: 1000.0)
-    monkeypatch.setattr(ahead, "TRIES", 0)
+    monkeypatch.setattr(weights, "starting_weights", lambda *_: read.append(1))
+    monkeypatch.setattr(device_memory, "device_limit", lambda device: 1000.0)
+    monkeypatch.setattr(fit_compile, "TRIES", 0)
     flags = ["--train.out", str(tmp_path / "out"), "--model.init_from", str(tiny_run)]
     assert main(["train", "--config", str(tiny_config), *flags]) == 2
     assert "the train step needs" in capsys.readouterr().err and not read and not (tmp_path / "out").exists()

@@ -109,15 +109,15 @@ def test_a_base_is_known_by_its_end_too(tmp_path: Path, tiny_run: Path) -> None:
     """Of a large file the start and the end are read; of a run, the step counts."""
     file = tmp_path / "model.safetensors"
     file.write_bytes(bytes(300_000))
-    before = weights.identify(str(tmp_path)).fingerprint
+    before = weights.identify_base(str(tmp_path)).fingerprint
     file.write_bytes(bytes(299_999) + b"x")
-    assert weights.identify(str(tmp_path)).fingerprint != before
+    assert weights.identify_base(str(tmp_path)).fingerprint != before
     file.write_bytes(bytes(300_001))
-    assert weights.identify(str(tmp_path)).fingerprint != before
+    assert weights.identify_base(str(tmp_path)).fingerprint != before
     run = shutil.copytree(tiny_run, tmp_path / "run")
-    last = weights.identify(str(run))
+    last = weights.identify_base(str(run))
     shutil.rmtree(run / "checkpoints" / str(last.step))
-    assert weights.identify(str(run)).fingerprint != last.fingerprint
+    assert weights.identify_base(str(run)).fingerprint != last.fingerprint
 
 
 def test_exports_give_the_same_network(run: Path, base: Path, tmp_path: Path) -> None:

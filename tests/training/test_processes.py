@@ -19,13 +19,13 @@ from rich.console import Console
 
 import jaxblock
 from benchmarks import process_drift
+from benchmarks.sessions import loaded_session
 from jaxblock.cli import main
 from jaxblock.config.yaml import config_from_tree, load_config, to_tree
 from jaxblock.data.loader import Batch, BatchAt
 from jaxblock.data.store.records import Record
 from jaxblock.diffusion.config import CanvasConfig
 from jaxblock.training.observe.goodput import CAUSES
-from jaxblock.training.start import set_up
 from tests.training.recorded_run import draws
 
 ROOT = Path(__file__).parents[2]
@@ -147,12 +147,12 @@ def test_four_processes_are_stopped_and_two_and_one_go_on_exactly(tiny_config: P
     flags = {"out": str(tmp_path / "straight"), "eval_nelbo_rows": 0, "eval_problems": 0}
     tree = to_tree(load_config(str(tiny_config)))
     config = config_from_tree({**tree, "train": {**tree["train"], **flags}}, "here")
-    session = set_up(config, Console(quiet=True))
+    session = loaded_session(config, Console(quiet=True))
     records = session.prepared.records("train")
     rows = BatchAt(records, canvas=config.canvas, seed=0, batch_size=8, kind="per_sequence")
     with jax.set_mesh(session.mesh):
         drawn = draws(session)
-        expected = {step + 1: drawn(rows(step), step) for step in range(last + 2)}
+        expected = {step + 1: drawn(session.on_mesh(rows(step)), step) for step in range(last + 2)}
     session.checkpoints.close()
     for name, found in {"four": four, "two": two, "one": one}.items():
         noted = {step: row["drawn"] for step, row in found.items() if "drawn" in row}

@@ -20,13 +20,14 @@ from jaxblock.diffusion.config import CanvasConfig, MethodConfig
 from jaxblock.models.config import LoraConfig, ModelConfig
 from jaxblock.models.families import registry
 from jaxblock.models.linear import int8
-from jaxblock.models.spec import Table, flatten, init_params, nest
+from jaxblock.models.spec import flatten, init_params, nest
+from jaxblock.models.transformer import Transformer
 from jaxblock.parallel import rules
 from jaxblock.parallel.mesh import make_mesh
 from jaxblock.training.optim.config import OptimizerConfig
 from jaxblock.training.optim.make import make_optimizer
-from jaxblock.training.state import create, next_average
-from jaxblock.training.step import Objective, compile_step
+from jaxblock.training.state import create_state, next_average
+from jaxblock.training.step import Learner, Objective, jit_step
 
 ROWS = 16
 
@@ -100,14 +101,13 @@ def _method(case: Case) -> MethodConfig:
     return MethodConfig(law="stratified_count", draws=2, prefix_mask_rate=0.2, suffix_mask_prob=0.8)
 
 
-def _base(objective: Objective) -> tuple[Any, Table]:
+def _base(net: Transformer) -> Any:
     """Frozen weights beneath adapters, in int8 where the network has them so."""
-    net = objective.net
     table = registry.param_table(net.arch)
     flat = flatten(init_params(table, 1, "float32"))
     for path in [path for path, spec in table.items() if net.int8 and int8.quantised(spec)]:
         flat[path], flat[path + int8.SCALE] = int8.quantise(flat[path])
-    return jax.device_get(nest(flat)), net.param_table
+    return jax.device_get(nest(flat))
 
 
 def _moments(opt_state: Any) -> Any:
@@ -134,20 +134,17 @@ def train() -> Callable[[Case], Result]:
             draw = jax.jit(lambda b, s: objective.draw(b, objective.canvas(b), s), in_shardings=(rows, None))
             draws = [jax.device_get(draw(batch, jnp.int32(step))) for step in range(3)]
             params = jax.device_put(start, rules.param_shardings(mesh, net.trainable))
-            state = create(params, optimizer, mesh, net.trainable, averaged=True)
-            base, base_table = {}, None
+            state = create_state(params, optimizer, mesh, net.trainable, averaged=True)
+            base = {}
             if case.rank:
-                base, base_table = _base(objective)
-                base = jax.device_put(base, rules.param_shardings(mesh, base_table))
-            how = {"accumulate": case.accumulate, "ema": 0.9}
-            step_fn = compile_step(objective, optimizer, state, mesh, net.trainable, base_table, **how)
+                base = jax.device_put(_base(net), rules.param_shardings(mesh, net.param_table))
+            step_fn = jit_step(Learner(net, objective, optimizer, case.accumulate, ema=0.9), state, mesh)
             if case.dtype == "bfloat16" and EMITTERS in os.environ["XLA_FLAGS"]:
                 # As users compile. With the tests' older emitters the third step's sums round to another bfloat16 number for
                 # one token (45 bars in four columns of its embedding's first moment, 1 to 4 bars elsewhere; no weight does,
                 # and steps 1 and 2 are within 0.3 bars). Rounding is all it is: the same rows in two parts on one device, a
                 # program fused in other places, are 450 to 1,700 bars apart with either emitters.
-                lowered: Any = step_fn
-                step_fn = lowered.lower(state, batch, base).compile({EMITTERS: True})
+                step_fn = step_fn.lower(state, batch, base).compile({EMITTERS: True})
             losses, norms = [], []
             for _ in range(3):
                 state, metrics = step_fn(state, batch, base)

@@ -12,6 +12,7 @@ from jaxblock.data.tokens.load import load_tokenizer
 from jaxblock.data.tokens.special import SpecialIds
 from jaxblock.data.tokens.templates import Template
 from jaxblock.data.tokens.tokenizer import Tokenizer
+from jaxblock.diffusion.config import CanvasConfig
 from jaxblock.errors import UserError
 from jaxblock.io.files import read_bytes
 from jaxblock.io.paths import PathLike, as_path
@@ -50,6 +51,32 @@ class Prepared:
                 f"data.{split} and prepare again"
             )
         return Records(self.folder, split)
+
+    def check_canvas(self, canvas: CanvasConfig) -> None:
+        """Raises UserError where a canvas may be too small for the records.
+
+        Args:
+            canvas: The canvas to train or score on.
+        """
+        prepared_for = self.manifest.canvas_config
+        for name, length, least in (
+            ("prompt_len", canvas.prompt_len, prepared_for.prompt_len),
+            ("response_len", canvas.response_len, prepared_for.response_len),
+        ):
+            if length < least:
+                raise UserError(
+                    f"canvas.{name} is {length}, but {self.folder} was prepared with {least}: records may be longer; use "
+                    "the same, or prepare again"
+                )
+        if canvas.total_len is None:
+            return
+        for split in self.manifest.splits:
+            longest = int(self.records(split).lengths().sum(-1).max(initial=0))
+            if longest > canvas.total_len:
+                raise UserError(
+                    f"canvas.total_len is {canvas.total_len}, but a {split} record of {self.folder} has {longest} tokens: "
+                    "prepare with data.max_total_len set to it, or raise it"
+                )
 
 
 def open_prepared(folder: PathLike) -> Prepared:

@@ -26,7 +26,7 @@ from jaxblock.training.optim.config import OptimizerConfig, Storage
 from jaxblock.training.optim.make import make_optimizer
 from jaxblock.training.optim.moments import dequantise, quantise
 from jaxblock.training.optim.precision import random_bits, stochastic_bfloat16
-from jaxblock.training.state import TrainState, create, shardings
+from jaxblock.training.state import TrainState, create_state, state_shardings
 
 
 def _table(vocab_size: int, d_model: int, n_layers: int, n_heads: int, mlp_dim: int) -> Table:
@@ -274,8 +274,8 @@ def updated() -> Iterator[Callable[[dict[str, Any]], Updated]]:
             patch.setattr(adamw, "LOOP_FROM", loop_from)
             mesh = make_mesh(*shape, devices=devices)
             with jax.set_mesh(mesh):
-                state = create(jax.device_put(start, rules.param_shardings(mesh, table)), optimizer, mesh, table)
-                placed = shardings(state.opt_state, mesh, table)
+                state = create_state(jax.device_put(start, rules.param_shardings(mesh, table)), optimizer, mesh, table)
+                placed = state_shardings(state.opt_state, mesh, table)
 
                 def step(state: TrainState, grads: Any) -> TrainState:
                     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

@@ -11,19 +11,22 @@ from unittest.mock import Mock
 import jax
 import pytest
 
+from jaxblock import build
 from jaxblock.cli import main
 from jaxblock.config.config import Config
 from jaxblock.diffusion.config import CanvasConfig, MethodConfig
 from jaxblock.errors import UserError
-from jaxblock.fit import compile as ahead
-from jaxblock.fit import layout, memory, programs, sizes, topology
-from jaxblock.fit import shapes as abstract
+from jaxblock.fit import memory, programs, sizes, topology
 from jaxblock.fit.advice import Trial, advise
-from jaxblock.fit.memory import Built
+from jaxblock.fit.compile import check_fits
+from jaxblock.fit.memory import CompileResult, compile_lowered
+from jaxblock.fit.placement import place_run
+from jaxblock.fit.shapes import lower_step, run_shapes
 from jaxblock.models.config import LoraConfig, ModelConfig
 from jaxblock.models.families import registry
 from jaxblock.parallel.mesh import make_mesh
 from jaxblock.training.config import TrainConfig
+from jaxblock.training.observe.device_memory import MemoryPlan, device_limit
 
 SMALL = Config(
     canvas=CanvasConfig(16, 16, 4),
@@ -48,26 +51,26 @@ def test_names_of_topologies() -> None:
 def test_the_mesh_is_the_configs_or_all_chips() -> None:
     two = topology.parse_topology("2xv5e-16")
     config = dataclasses.replace(SMALL, train=TrainConfig(batch_size=40))
-    settled, notes = layout.settle(config, two)
+    settled, notes = place_run(config, two)
     train = settled.train
     assert (train.slices, train.data_parallel, train.fsdp, train.tensor, train.batch_size) == (2, 1, 16, 1, 64)
     assert len(notes) == 3 and "--train.fsdp 16" in notes[0] and "--train.batch_size 64" in notes[2]
     own = dataclasses.replace(SMALL, train=TrainConfig(batch_size=64, fsdp=4, tensor=2))
-    assert layout.settle(own, topology.parse_topology("v5e-16"))[0].train.data_parallel == 2
+    assert place_run(own, topology.parse_topology("v5e-16"))[0].train.data_parallel == 2
     with pytest.raises(UserError, match="16 chips"):
-        layout.settle(dataclasses.replace(SMALL, train=TrainConfig(fsdp=32)), topology.parse_topology("v5e-16"))
+        place_run(dataclasses.replace(SMALL, train=TrainConfig(fsdp=32)), topology.parse_topology("v5e-16"))
 
 
 def test_where_sizes_are_from(tmp_path: Path) -> None:
     llada = dataclasses.replace(SMALL, model=ModelConfig(init_from="GSAI-ML/LLaDA-8B-Instruct"))
-    arch, source = sizes.architecture(llada, None)
+    arch, source = sizes.planned_architecture(llada, None)
     assert arch.n_layers == 32 and "published" in source
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**sizes.PUBLISHED["GSAI-ML/LLaDA-8B-Base"], "n_layers": 3}))
-    assert sizes.architecture(llada, str(path))[0].n_layers == 3
-    assert sizes.architecture(llada, str(tmp_path))[0].n_layers == 3
+    assert sizes.planned_architecture(llada, str(path))[0].n_layers == 3
+    assert sizes.planned_architecture(llada, str(tmp_path))[0].n_layers == 3
     with pytest.raises(UserError, match="--model_config"):
-        sizes.architecture(dataclasses.replace(SMALL, model=ModelConfig(init_from="some/model")), None)
+        sizes.planned_architecture(dataclasses.replace(SMALL, model=ModelConfig(init_from="some/model")), None)
 
 
 def _flags(config: Config, needs: Any, tries: int = 9) -> tuple[list[str], str | None]:
@@ -106,33 +109,33 @@ def test_changes_are_those_that_the_run_has_left() -> None:
 
 def test_what_a_compiler_says_of_memory() -> None:
     said = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 20.5G of 15.75G hbm."
-    found = memory.over(said, 2.0**30)
+    found = memory.memory_of_error(said, 2.0**30)
     assert found is not None
     assert (found.total, found.limit, found.arguments) == (20.5 * 2**30, 15.75 * 2**30, 2**30)
     said = (
         "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (26.84G) exceeds "
         "available HBM (15.75G)."
     )
-    found = memory.over(said, 2.0**30)
+    found = memory.memory_of_error(said, 2.0**30)
     assert found is not None
     assert (found.total, found.temporaries) == (pytest.approx(27.84 * 2**30), pytest.approx(26.84 * 2**30))
-    assert memory.over("INTERNAL: something else", 0.0) is None
-    assert memory.device_limit(jax.devices("cpu")[0]) is None
+    assert memory.memory_of_error("INTERNAL: something else", 0.0) is None
+    assert device_limit(jax.devices("cpu")[0]) is None
 
 
 def test_training_that_cannot_fit_is_refused_with_what_helps() -> None:
     mesh = make_mesh(8)
-    step = abstract.build(SMALL, ARCH, mesh).lower()
-    built = memory.build(step, 0.0)
+    learner = build.learner(SMALL, ARCH, (ARCH.eos_id,))
+    built = compile_lowered(lower_step(learner, run_shapes(SMALL, learner, mesh), mesh), 0.0)
     assert built.program is not None
-    ahead.check(built, None, SMALL, ARCH, mesh, print)  # nothing to compare with
-    ahead.check(built, built.memory.total, SMALL, ARCH, mesh, print)
+    check_fits(built, None, SMALL, ARCH, mesh, print)  # nothing to compare with
+    check_fits(built, built.memory.total, SMALL, ARCH, mesh, print)
     said: list[str] = []
     with pytest.raises(UserError, match=r"needs .* of a device.* compiled and fits .*--train.fsdp 8"):
-        ahead.check(built, 0.7 * built.memory.total, SMALL, ARCH, mesh, said.append)
+        check_fits(built, 0.7 * built.memory.total, SMALL, ARCH, mesh, said.append)
     assert len(said) == 2  # what is wrong, and the one change that was compiled
     with pytest.raises(UserError, match=r"None of these is enough"):
-        ahead.check(Built(None, built.memory._replace(limit=1000.0)), None, SMALL, ARCH, mesh, print)
+        check_fits(CompileResult(None, built.memory._replace(limit=1000.0)), None, SMALL, ARCH, mesh, print)
 
 
 def test_what_is_kept_for_the_backward_pass() -> None:
@@ -146,23 +149,23 @@ def test_what_is_kept_for_the_backward_pass() -> None:
     assert kept("none", rows=8) == pytest.approx(2 * kept("none"), rel=0.01)
     # What a device then takes for it: temporaries of the compiled step are not far below what shapes say.
     mesh = make_mesh(8)
-    found = programs.train_step(SMALL, ARCH, mesh)
+    found = programs.train_program(SMALL, ARCH, mesh)
     assert found.parts["activations"] == kept("none")
     assert found.memory.temporaries > 0.5 * (found.parts["activations"] + found.parts["gradients"])
     offload = dataclasses.replace(SMALL, model=dataclasses.replace(SMALL.model, remat="offload"))
-    assert "activations" not in programs.train_step(offload, ARCH, mesh).parts  # the host's
+    assert "activations" not in programs.train_program(offload, ARCH, mesh).parts  # the host's
 
 
 def test_a_plan_is_held_against_what_the_device_reports() -> None:
     """Where it reports: a CPU does not."""
     device = Mock(spec=jax.Device)
     device.memory_stats.return_value = {"bytes_limit": 4 * 2**30, "peak_bytes_in_use": 7 * 2**29}
-    step = ahead.Ahead(print, 3.0 * 2**30, memory.device_limit(device))
-    assert step.said() == "the step is planned to take 3.00 GiB of the 4.00 GiB of a device"
-    compared = step.compared(device)
+    plan = MemoryPlan(3.0 * 2**30, device_limit(device))
+    assert plan.describe() == "the step is planned to take 3.00 GiB of the 4.00 GiB of a device"
+    compared = plan.compare(device)
     assert compared == "the step was planned to take 3.00 GiB of a device; at its peak 3.50 GiB were in use"
-    silent = step._replace(limit=memory.device_limit(jax.devices("cpu")[0]))
-    assert silent.said() is None and silent.compared(jax.devices("cpu")[0]) is None
+    silent = plan._replace(limit=device_limit(jax.devices("cpu")[0]))
+    assert silent.describe() is None and silent.compare(jax.devices("cpu")[0]) is None
 
 
 def test_the_verb(tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,8 +14,8 @@ from jaxblock.config.checks import check_config
 from jaxblock.config.config import Config
 from jaxblock.config.yaml import load_config
 from jaxblock.errors import UserError
-from jaxblock.fit import process as command
 from jaxblock.fit import sizes, topology
+from jaxblock.fit.process import plan_in_process
 from jaxblock.models.architecture import Architecture
 from jaxblock.models.families import registry
 from jaxblock.models.linear import lora
@@ -40,13 +40,13 @@ def with_little_effort() -> Iterator[None]:
 def run() -> tuple[Config, Architecture]:
     config = check_config(load_config(str(CONFIG)))
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=ROWS))
-    return config, sizes.architecture(config, None)[0]
+    return config, sizes.planned_architecture(config, None)[0]
 
 
 @pytest.fixture(scope="module")
 def plan(run: tuple[Config, Architecture]) -> dict[str, Any]:
     pytest.importorskip("libtpu")
-    return command.run(run[0], "v6e-8", decoder=False)
+    return plan_in_process(run[0], "v6e-8", decoder=False)
 
 
 def test_memory_is_that_of_the_shapes_and_fits(plan: dict[str, Any], run: tuple[Config, Architecture]) -> None:
@@ -91,8 +91,8 @@ def test_full_fine_tuning_scatters_its_gradients() -> None:
     pytest.importorskip("libtpu")
     config = check_config(load_config(str(CONFIG.with_name("llada_8b_full.yaml"))))
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=8 * 64))
-    arch = sizes.architecture(config, None)[0]
-    plan = command.run(config, "v6e-64", decoder=False)
+    arch = sizes.planned_architecture(config, None)[0]
+    plan = plan_in_process(config, "v6e-64", decoder=False)
     weights = 2.0 * (_layers(arch) + _head(arch))
     _near_the_least(plan, 2.0 * (2 * _layers(arch) + _head(arch)) + weights, 64)
     # Rows of 8 x 8 chips, then columns: every first stage is a reduce-scatter, 7/8 of the gradients' bytes by itself.

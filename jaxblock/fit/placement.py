@@ -1,4 +1,4 @@
-"""The mesh and the batch that are planned for: the config's own where they fit the topology, else sensible ones."""
+"""Chooses the mesh and the batch that a plan is made for: the config's own where they fit the topology."""
 
 from __future__ import annotations
 
@@ -9,20 +9,19 @@ from jax.sharding import Mesh
 
 from jaxblock.config.config import Config
 from jaxblock.errors import UserError
-from jaxblock.fit import topology as topologies
-from jaxblock.fit.topology import Topology
+from jaxblock.fit.topology import Topology, devices_to_compile_for
 from jaxblock.parallel.mesh import make_mesh
 
 
-def settle(config: Config, topology: Topology) -> tuple[Config, list[str]]:
+def place_run(config: Config, topology: Topology) -> tuple[Config, list[str]]:
     """Makes a config's mesh and batch fit a topology.
 
     Args:
-        config: resolved and valid.
-        topology: where it would run.
+        config: the run's settings, checked.
+        topology: where the run would be.
 
     Returns:
-        (the config with its mesh written out, what was chosen for it and how to set it).
+        (the config with its mesh written out, a note for each thing that was chosen and how to set it).
 
     Raises:
         UserError: the config names a mesh that is not this topology's.
@@ -55,14 +54,15 @@ def settle(config: Config, topology: Topology) -> tuple[Config, list[str]]:
     return dataclasses.replace(config, train=dataclasses.replace(train, **mesh, batch_size=rows)), notes
 
 
-def ways(config: Config) -> int:
-    """Over how many devices rows are split; the mesh must be written out."""
+def row_shards(config: Config) -> int:
+    """Counts the devices that rows are split over; the config's mesh must be written out."""
     train = config.train
     return train.slices * train.data_parallel * train.fsdp
 
 
-def mesh(config: Config, topology: Topology) -> Mesh:
-    """The mesh of a settled config, of devices to compile for."""
+def planned_mesh(config: Config, topology: Topology) -> Mesh:
+    """Makes the mesh of a placed config, of devices that can be compiled for."""
     train = config.train
-    devices = topologies.devices_to_compile_for(topology)
-    return make_mesh(train.data_parallel, train.fsdp, train.tensor, slices=train.slices, devices=devices)
+    return make_mesh(
+        train.data_parallel, train.fsdp, train.tensor, slices=train.slices, devices=devices_to_compile_for(topology)
+    )

@@ -1,0 +1,83 @@
+"""Says what a resumed run must have in common with the run as it was begun, and checks it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxblock.config.config import Config
+from jaxblock.config.yaml import to_tree
+from jaxblock.data.store.prepared_folder import Prepared
+from jaxblock.errors import UserError
+from jaxblock.io.paths import PathLike
+from jaxblock.models.architecture import Architecture
+from jaxblock.models.families import registry
+from jaxblock.training.checkpoints import run_folder
+from jaxblock.training.checkpoints.reader import CheckpointReader
+from jaxblock.training.checkpoints.run_folder import Base
+
+
+def saved_values(config: Config, prepared: Prepared, arch: Architecture, base: Base | None) -> dict[str, Any]:
+    """Returns the plain values that are saved with every checkpoint, for a resumed run to be compared with.
+
+    Args:
+        config: the run's settings.
+        prepared: the data that it is trained on.
+        arch: the network's sizes and special ids.
+        base: the weights beneath adapters; None without adapters.
+    """
+    return {
+        **({} if base is None else {"base": base.fingerprint}),
+        "data": prepared.manifest.fingerprint,
+        "config": to_tree(config),
+        "model": registry.to_hf(arch, config.model.param_dtype),
+    }
+
+
+def check_resume(
+    config: Config, folder: PathLike, checkpoints: CheckpointReader, step: int | None, prepared: Prepared
+) -> dict[str, Any]:
+    """Checks that a config continues the run that a folder holds.
+
+    Args:
+        config: the settings to go on with.
+        folder: the run folder.
+        checkpoints: its checkpoints.
+        step: the checkpoint to go on from; None where there is none, so that the run begins again.
+        prepared: the data to go on with.
+
+    Returns:
+        The plain values that were saved with the checkpoint.
+
+    Raises:
+        UserError: settings differ that may not, the data are other data, or model.json was changed.
+    """
+    run = run_folder.open_run(folder)
+    if step is None:
+        # Without a checkpoint the start is made again: it must be the same start.
+        saved: dict[str, Any] = {"data": run.manifest.fingerprint, "config": to_tree(run.config)}
+    else:
+        saved = checkpoints.meta(step)
+        run_folder.check_model(run, saved)
+    _check_settings(config, folder, saved["config"], saved=step is not None)
+    if saved["data"] != prepared.manifest.fingerprint:
+        raise UserError(
+            f"{folder} was trained on other data than {config.data.prepared} holds now: a resumed run would not be "
+            "exact. Prepare the same data, or begin a run with model.init_from"
+        )
+    return saved
+
+
+def _check_settings(config: Config, folder: PathLike, before: dict[str, Any], *, saved: bool) -> None:
+    """Raises UserError where a field that a resumed run may not change has changed."""
+    changed = [
+        f"{section.section_name}.{name} = {then.get(name)!r} then, {value!r} now"
+        for section in config.sections()
+        for then in [before.get(section.section_name, {})]
+        for name, value in to_tree(section).items()
+        if name not in section.changeable(saved=saved) and then.get(name) != value
+    ]
+    if changed:
+        raise UserError(
+            f"{folder} was begun with other settings: {'; '.join(changed)}. Undo that, or begin another run "
+            "(train.out) from this one (model.init_from)"
+        )
