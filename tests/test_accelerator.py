@@ -1,0 +1,147 @@
+"""The accelerator kit: rehearsed end to end on a CPU, and its handling of items that crash, hang or find no memory."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.utils import canonicalize_name
+
+from benchmarks.accelerator import __main__ as kit
+from benchmarks.accelerator import report, wheels
+from benchmarks.accelerator.sizes import ITEMS, TINY
+
+# Stands in for the process of an item: what it does depends on the item.
+STUB = """
+import json, os, pathlib, signal, sys, time
+item, record = sys.argv[1], pathlib.Path(sys.argv[sys.argv.index("--record") + 1]).open("w")
+with open(pathlib.Path(__file__).parent / "calls.txt", "a") as calls:
+    calls.write(item + chr(10))
+def write(**line):
+    print(json.dumps(line), file=record, flush=True)
+write(environment=dict(device="a chip", platform="toy", devices=1, runtime="none", versions=dict(jax="1.2")))
+write(row=dict(case="first", speed=1.5))
+if item == "parity":
+    write(end=dict(status="skipped", reason="not here"))
+if item == "weights":
+    os.kill(os.getpid(), signal.SIGKILL)
+if item == "lora":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(600)
+if item == "lora-long":
+    write(end=dict(status="out of memory", reason="RESOURCE_EXHAUSTED"))
+if item == "int8":
+    sys.exit("the last | words")
+if item in ("decode", "attention", "checkpoint", "quickstart"):
+    write(end=dict(status="done"))
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Calls the kit with stand-ins for the processes of its items."""
+    (tmp_path / "stub.py").write_text(STUB)
+    monkeypatch.setattr(kit, "CHILD", [sys.executable, str(tmp_path / "stub.py")])
+    monkeypatch.setattr(kit, "LEAST", 0.1)
+    monkeypatch.setattr(kit, "GRACE", 0.2)
+    return lambda *flags: kit.main(["--tiny", "--out", str(tmp_path / "out"), "--commit", "abc", *flags])
+
+
+def results(out: Path) -> dict[str, dict[str, Any]]:
+    return json.loads((out / "results.json").read_text())["items"]
+
+
+def calls(tmp_path: Path) -> list[str]:
+    return (tmp_path / "calls.txt").read_text().split()
+
+
+def test_whatever_becomes_of_an_item_is_a_result_and_the_next_one_runs(run: Callable[..., int], tmp_path: Path) -> None:
+    assert run("--minutes", "0.15") == 1
+    found = results(tmp_path / "out")
+    assert {name: result["status"] for name, result in found.items()} == {
+        "parity": "skipped", "weights": "crashed", "lora": "time limit", "lora-long": "out of memory", "int8": "crashed",
+        "decode": "done", "attention": "done", "checkpoint": "done", "quickstart": "done",
+    }  # fmt: skip
+    assert found["weights"]["reason"] == "signal 9; last words: none"
+    assert found["int8"]["reason"] == "exit code 1; last words: the last | words"
+    assert all(
+        result["rows"] == [{"case": "first", "speed": 1.5}] for result in found.values()
+    )  # what it had found stays
+    text = (tmp_path / "out" / "results.md").read_text()
+    assert re.search(
+        r"\| 1 x a chip \(toy\) \| \d{4}-\d\d-\d\d \| abc \| jax 1.2; none \| parity, weights, lora,", text
+    )
+    assert r"| int8 | crashed: exit code 1; last words: the last \| words |" in text
+    assert "| first | speed | 1.5 |" in text
+
+
+def test_the_same_command_takes_up_what_the_time_cut_short_and_nothing_else(
+    run: Callable[..., int], tmp_path: Path
+) -> None:
+    run("--minutes", "0.1", "--only", "lora", "--only", "int8", "--only", "decode")
+    run("--minutes", "0.0001", "--only", "checkpoint")
+    assert results(tmp_path / "out")["checkpoint"]["status"] == "no time left"
+    run("--minutes", "0.1", "--only", "lora", "--only", "int8", "--only", "decode", "--only", "checkpoint")
+    assert calls(tmp_path) == ["lora", "int8", "decode", "lora", "checkpoint"]
+    run("--minutes", "0.1", "--only", "int8", "--again")
+    assert calls(tmp_path)[-1] == "int8"
+    with pytest.raises(SystemExit, match="holds results of other sizes"):
+        kit.main(["--out", str(tmp_path / "out")])
+
+
+def test_every_item_has_its_code() -> None:
+    from benchmarks.accelerator import child  # brings all that the kit imports from jaxblock
+
+    assert list(child.RUN) == [item.name for item in ITEMS]
+
+
+def test_values_are_shown_with_their_range() -> None:
+    assert report.shown({"median": 12345.6, "least": 0.001234, "most": 2, "runs": 3}) == "12,346 (0.001234 to 2, 3)"
+    assert report.shown(None) == "not known on this device" and report.shown("text") == "text"
+
+
+def test_the_list_of_wheels_is_whole() -> None:
+    listed = wheels.listed()
+    needed = wheels.wheels()
+    assert set(needed) <= set(listed), "make the list again: python -m benchmarks.accelerator.wheels"
+    own = {canonicalize_name(requirement.name) for requirement in wheels.required()}
+    assert own - {"jax", "numpy", "scipy"} <= set(listed) and not {"jax", "jaxlib"} & set(listed)
+    # What another version of Python needs besides is pinned for that version; anything else is superfluous.
+    pins = "".join(file.read_text() for file in wheels.ROOT.glob("constraints-py*.txt"))
+    pinned = {canonicalize_name(line.split("==")[0]) for line in pins.splitlines() if "==" in line}
+    assert set(listed) <= pinned
+
+
+@pytest.mark.slow
+def test_rehearsal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every item runs on the CPU, with tiny sizes and the code of an accelerator; called again, none is repeated."""
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    flags = re.sub(r"--xla_force_host_platform_device_count=\S+", "", kit.os.environ.get("XLA_FLAGS", ""))
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    command = ["--tiny", "--out", str(tmp_path), "--minutes", "20"]
+    assert kit.main(command) == 0, (tmp_path / "results.md").read_text()
+    found = results(tmp_path)
+    assert list(found) == [item.name for item in ITEMS]
+    assert all(result["status"] == "done" for name, result in found.items() if name != "parity"), found
+    assert found["parity"]["status"] == ("done" if wheels.ROOT.parent.joinpath("shared").is_dir() else "skipped")
+    rows = {name: {row["case"]: row for row in result["rows"]} for name, result in found.items()}
+    assert not [row for name in rows for row in rows[name].values() if "failed" in row]
+    assert all(row["within 2e-5"] == "yes" for row in rows["parity"].values() if "skipped" not in row)
+    (whole,), (_, step), (_, small) = (list(rows[name].values()) for name in ("weights", "lora", "int8"))
+    assert whole["bytes"] == step["base, bytes"] == 2 * whole["parameters"] > small["base, bytes"]
+    assert step["tokens/s"]["median"] == pytest.approx(TINY.short.rows * TINY.short.length / step["step, s"]["median"])
+    forwards = TINY.decoding.response // TINY.decoding.block * TINY.steps_per_block
+    assert [row["forwards"] for row in rows["decode"].values()] == [forwards] * len(TINY.batches)
+    errors = [v for row in rows["attention"].values() for k, v in row.items() if k.startswith("error")]
+    assert len(errors) == 8 and max(errors) < 0.02
+    assert [row["steps"] for case, row in rows["quickstart"].items() if case.startswith("train")] == [3, 3]
+    assert all("of 8" in row["Pass@1"] for case, row in rows["quickstart"].items() if case.startswith("score"))
+    text = (tmp_path / "results.md").read_text()
+    assert "| 1 x cpu (cpu) |" in text and "there is no fused attention for this platform" in text
+    monkeypatch.setattr(kit, "run_item", lambda *_: pytest.fail("an item was run again"))
+    assert kit.main(command) == 0
