@@ -63,7 +63,7 @@ def verb(name: str, *flags: str) -> None:
 
 def causal_logits(model: Model, ids: np.ndarray) -> np.ndarray:
     """Computes logits [B, T, V] under a causal mask, with which the original model was trained."""
-    net = dataclasses.replace(model.net, causal=True)
+    net = dataclasses.replace(model.net, mask="causal")
     positions = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
     lengths = np.full(len(ids), ids.shape[1], np.int32)
     return np.asarray(jax.jit(net.all_logits)(model.params, ids, positions, lengths))

@@ -85,7 +85,7 @@ def network(
         scan_layers=model.scan_layers and check_layer is None,
         loss_chunk=model.loss_chunk,
         lora=None if lora is None else lora_from_config(lora, registry.param_table(arch)),
-        int8=model.quantize == "int8",
+        quantize=model.quantize,
         check_layer=check_layer,
     )
 

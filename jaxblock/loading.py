@@ -76,7 +76,7 @@ def load(
     compute = dtype or params["final_norm"].dtype.name
     # Half precision is a way to store weights: its range is too small to compute in, and CPUs do not.
     compute = "float32" if compute == "float16" else compute
-    net = Transformer(arch, dtype=compute, lora=adapted, int8=to_int8)
+    net = Transformer(arch, dtype=compute, lora=adapted, quantize="int8" if to_int8 else "none")
     params = params if adapters is None else lora.attach(params, adapters)
     named = found if found is not None and has_tokenizer(found) else weights_folder
     tokenizer = load_tokenizer(named) if has_tokenizer(named) else None
@@ -129,7 +129,7 @@ def _from_run(
     params, _ = weights.load_run_params(
         run, dtype=dtype, step=step, base=None if base is None else str(base), to_int8=to_int8
     )
-    net = dataclasses.replace(build.network(run.arch, model, run.config.lora), int8=to_int8)
+    net = dataclasses.replace(build.network(run.arch, model, run.config.lora), quantize="int8" if to_int8 else "none")
     return Model(
         net=net if dtype is None else dataclasses.replace(net, dtype=dtype),
         params=params,

@@ -345,7 +345,7 @@ class Model:
         Raises:
             UserError: the weights are int8.
         """
-        if self.net.int8:
+        if self.net.quantize == "int8":
             raise UserError(
                 f"{self.origin} was loaded with int8 weights, which cannot be exported: load it with quantize none"
             )

@@ -119,7 +119,7 @@ def _adapters_beside_base(
     base = identify_base(source, config.model.init_step) if run is None else _check_base(source, run.base)
     # The folder as the config names it, not the local copy of one that is elsewhere.
     base = base._replace(folder=str(config.model.init_from))
-    frozen = load_base(source, net.arch, mesh, config.model.param_dtype, step=base.step, to_int8=net.int8)
+    frozen = load_base(source, net.arch, mesh, config.model.param_dtype, step=base.step, to_int8=net.quantize == "int8")
     if run is None:
         targets = ", ".join(path.removeprefix("blocks/") for path in net.lora.targets)
         counts = f"{count_params(net.trainable):,} in adapters of {targets}"

@@ -222,7 +222,7 @@ def test_peft_itself_there_and_back(tmp_path: Path, name: str) -> None:
             return model.eval()(torch.tensor(ids)).logits.numpy()
 
     plain = run(base)
-    want = logits(Transformer(arch, lora=lora, causal=True), attach(params, adapters), ids)
+    want = logits(Transformer(arch, lora=lora, mask="causal"), attach(params, adapters), ids)
     peft.save_adapter(tmp_path / "ours", arch, lora, adapters, base=str(tmp_path / "base"))
     loaded = theirs.PeftModel.from_pretrained(base, tmp_path / "ours")
     got = run(loaded)

@@ -81,7 +81,7 @@ def test_there_and_back(case: str, tmp_path: Path) -> None:
         want = theirs(torch.tensor(ids)).logits.numpy()
     positions = jnp.broadcast_to(jnp.arange(40, dtype=jnp.int32), (2, 40))
     length = jnp.full(2, 40, jnp.int32)
-    got = Transformer(arch, causal=True).all_logits(params, jnp.asarray(ids, jnp.int32), positions, length)
+    got = Transformer(arch, mask="causal").all_logits(params, jnp.asarray(ids, jnp.int32), positions, length)
     assert np.abs(np.asarray(got) - want).max() <= 2e-5 * np.abs(want).max()
 
     save_checkpoint(tmp_path / "ours", arch, params, tokenizer=tmp_path / "theirs")

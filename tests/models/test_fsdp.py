@@ -36,7 +36,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "tied": {"arch": dataclasses.replace(ARCH, tie_embeddings=True)},
     "chunks, remat": {"loss_chunk": 1, "remat": "full"},
     "adapters": {"lora": Lora(8, 8.0, 0.0, ("blocks/q", "blocks/down"))},
-    "adapters on int8": {"lora": Lora(8, 8.0, 0.0, ("blocks/q", "blocks/down")), "int8": True},
+    "adapters on int8": {"lora": Lora(8, 8.0, 0.0, ("blocks/q", "blocks/down")), "quantize": "int8"},
 }
 
 
@@ -53,7 +53,7 @@ def weights(net: Transformer) -> tuple[Params, Params]:
     flat = flatten(init_params(table, 0, "float32"))
     if net.lora is None:
         return nest(flat), {}
-    for path in [path for path, spec in table.items() if net.int8 and int8.quantised(spec)]:
+    for path in [path for path, spec in table.items() if net.quantize == "int8" and int8.quantised(spec)]:
         flat[path], flat[path + int8.SCALE] = int8.quantise(flat[path])
     adapters = init_params(net.trainable, 1, "float32")
     return jax.tree.map(lambda x: x + 0.1, adapters), nest(flat)
@@ -71,7 +71,7 @@ def test_both_kinds_of_products_agree_in_value_and_gradient(network: str, mesh: 
 
     def loss(net: Transformer, trained: Params, frozen: Params) -> jax.Array:
         params = lora.attach(frozen, trained)
-        hidden = net.hidden(params, seen)[0]
+        hidden = net.hidden(params, seen)
         return net.nll(params, hidden, seen.ids[:, :A]).sum()
 
     with jax.set_mesh(over):

@@ -14,8 +14,8 @@ from jaxblock.errors import UserError
 from jaxblock.models.architecture import Architecture
 from jaxblock.models.families import registry
 from jaxblock.models.linear import int8, lora
-from jaxblock.models.linear.dense import LowRank, dense
-from jaxblock.models.linear.lora import Lora
+from jaxblock.models.linear.dense import dense
+from jaxblock.models.linear.lora import Lora, LowRank
 from jaxblock.models.spec import count_params, flatten, init_params, nest
 from jaxblock.models.transformer import Transformer
 from jaxblock.parallel import rules
@@ -101,7 +101,9 @@ def test_every_layer_and_matrix_drops_inputs_of_its_own(adapted: tuple[Transform
     keys = [
         np.asarray(jax.random.key_data(branch.keys)).tobytes()
         for layer in range(2)
-        for branch in net._branches(jax.tree.map(lambda x: x[0], params["lora"]["blocks"]), layer, rows).values()
+        for branch in lora.layer_branches(
+            net.lora, jax.tree.map(lambda x: x[0], params["lora"]["blocks"]), layer, rows
+        ).values()
     ]
     assert len(set(keys)) == len(keys) == 2 * 7
 
@@ -160,7 +162,7 @@ def test_int8_is_near_and_halves_the_matrices(adapted: tuple[Transformer, Params
             flat |= {path: numbers, path + int8.SCALE: scale}
         else:
             flat[path] = leaf
-    net = Transformer(ARCH, int8=True)
+    net = Transformer(ARCH, quantize="int8")
     assert {p: (x.shape, x.dtype.name) for p, x in flat.items()} == {
         p: (s.shape, s.dtype or "float32") for p, s in net.param_table.items()
     }
@@ -192,5 +194,5 @@ def test_adapters_on_int8_have_the_gradients_of_adapters_on_the_same_weights(
         loss = lambda own: jnp.sum(jnp.sin(net.hidden(lora.attach(base, own), view())))  # noqa: E731
         return ravel_pytree(jax.jit(jax.grad(loss))(params["lora"]))[0]
 
-    got = gradient(dataclasses.replace(net, int8=True), nest(flat))
+    got = gradient(dataclasses.replace(net, quantize="int8"), nest(flat))
     np.testing.assert_allclose(got, gradient(net, nest(whole)), rtol=1e-4, atol=1e-4)

@@ -15,11 +15,13 @@ from jax.flatten_util import ravel_pytree
 from jaxblock.models.architecture import Architecture
 from jaxblock.models.attention import splash
 from jaxblock.models.attention.backends import attend, backend_of
+from jaxblock.models.attention.mask import Mask
 from jaxblock.models.embedding import look_up
 from jaxblock.models.families import registry
+from jaxblock.models.layers import Block, param_name
 from jaxblock.models.linear.fsdp import Split, matmul
 from jaxblock.models.spec import abstract_params, count_params, flatten, init_params, matmul_flops_per_token
-from jaxblock.models.transformer import Attention, Block, Transformer
+from jaxblock.models.transformer import Transformer
 from jaxblock.parallel import rules
 from jaxblock.parallel.mesh import make_mesh
 from jaxblock.types import View
@@ -139,7 +141,7 @@ def test_attention_backends_agree(heads, groups):
             score = np.exp(q[b, :, n] @ k[b, :seen, g].T / np.sqrt(8))
             want[b, :, n] = score / score.sum(-1, keepdims=True) @ v[b, :seen, g]
     for backend in ("xla", "reference"):
-        got = jax.jit(attend, static_argnums=4)(q, k, v, length, backend)
+        got = jax.jit(attend, static_argnums=4)(q, k, v, Mask(jnp.asarray(length)), backend)
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5, err_msg=backend)
 
 
@@ -154,8 +156,8 @@ def test_splash_attention_is_the_oracles(heads, groups, queries):
     def both(f):
         return jax.jit(jax.value_and_grad(lambda qkv: jnp.sum(jnp.sin(f(*qkv)))))
 
-    want = both(lambda *qkv: attend(*qkv, length, "reference"))(given)
-    kernel = both(lambda *qkv: splash.attend(*qkv, length, interpret=True))
+    want = both(lambda *qkv: attend(*qkv, Mask(length), "reference"))(given)
+    kernel = both(lambda *qkv: splash.attend(*qkv, Mask(length), interpret=True))
     mesh = make_mesh(2, 2, 2)
     with jax.set_mesh(mesh):
         split = kernel(jax.device_put(given, rules.sharding(mesh, "batch")))
@@ -169,18 +171,18 @@ def test_fused_kernels_are_for_sixteen_bits_and_backends_are_the_platforms():
     assert [backend_of(p) for p in ("tpu", "gpu", "cuda", "cpu")] == ["splash", "cudnn", "cudnn", "xla"]
     q, length = jnp.ones((1, 4, 2, 8)), jnp.asarray([3], jnp.int32)
     for backend in ("splash", "cudnn"):
-        jax.jit(attend, static_argnums=4)(q, q, q, length, backend)
+        jax.jit(attend, static_argnums=4)(q, q, q, Mask(length), backend)
         with pytest.raises((ValueError, RuntimeError)):  # neither a TPU nor a GPU is here
             small = q.astype(jnp.bfloat16)
-            jax.jit(attend, static_argnums=4)(small, small, small, length, backend)
+            jax.jit(attend, static_argnums=4)(small, small, small, Mask(length), backend)
 
 
 def test_the_table_is_the_modules_parameters():
     for arch in (make_arch(), make_arch(tied=True), make_arch(n_kv_heads=4)):
         table = registry.param_table(arch)
         layer = {p.removeprefix("blocks/"): s for p, s in table.items() if s.stacked}
-        module = nnx.eval_shape(lambda layer=layer, arch=arch: Block(layer, arch, Attention("xla", False)))
-        state = {path[0]: leaf.shape for path, leaf in nnx.to_flat_state(nnx.state(module))}
+        module = nnx.eval_shape(lambda layer=layer, arch=arch: Block(arch, layer, "xla"))
+        state = {param_name(path): leaf.shape for path, leaf in nnx.to_flat_state(nnx.state(module))}
         assert state == {name: spec.shape[1:] for name, spec in layer.items()}
         params = init(arch, 0)
         flat = flatten(params)
@@ -313,3 +315,27 @@ def test_flops_count_the_matrices_and_attention():
     forward = matmul_flops_per_token(table, arch, context=T)
     assert forward == 2 * (2 * per_layer + 13 * 16 + 2 * 2 * T * 16)
     assert matmul_flops_per_token(table, arch, T, head=False) == forward - 2 * 13 * 16
+
+
+@pytest.mark.parametrize("change", ["missing", "unknown"])
+def test_a_missing_or_unknown_weight_is_an_error(plain, change):
+    """A bias that a checkpoint lacks must not be taken for none."""
+    net = dataclasses.replace(plain[0], arch=make_arch(qkv_bias=True))
+    params = init(net.arch, 0)
+    blocks = {name: leaf for name, leaf in params["blocks"].items() if name != "k_bias" or change == "unknown"}
+    extra = {"o_bias": blocks["q_bias"]} if change == "unknown" else {}
+    with pytest.raises(ValueError, match=r"missing or unknown: \['(k_bias|o_bias)'\]"):
+        net.hidden(params | {"blocks": blocks | extra}, make_view())
+
+
+@pytest.mark.parametrize(
+    "kind, n_queries, seen",
+    [
+        ("bidirectional", 2, [["11100", "11100"], ["10000", "10000"]]),
+        ("causal", 5, [["10000", "11000"], ["10000"] * 2]),
+    ],
+)
+def test_the_mask_by_hand(kind, n_queries, seen):
+    dense = Mask(jnp.asarray([3, 1]), kind).dense(n_queries, 5)
+    for row, wanted in zip(dense, seen, strict=True):
+        assert ["".join(str(int(key)) for key in query) for query in row[:2]] == wanted

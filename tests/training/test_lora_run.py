@@ -147,7 +147,7 @@ def test_int8_trains_and_exports_the_whole_base(base: Path, tiny_config: Path, t
     losses = [row["loss"] for row in metrics(out, "train")]
     assert len(losses) == 6 and np.isfinite(losses).all()
     model = jaxblock.load(out)
-    assert model.net.int8 and flatten(model.params)["blocks/q"].dtype == np.int8
+    assert model.net.quantize == "int8" and flatten(model.params)["blocks/q"].dtype == np.int8
     with pytest.raises(UserError, match="load it with quantize none"):
         model.save(tmp_path / "never")
     assert main(["export", "--checkpoint", str(out), "--out", str(tmp_path / "merged")]) == 0
@@ -170,7 +170,7 @@ def test_adapters_on_a_run_and_a_start_from_adapters(
     rounded = jaxblock.load(tmp_path / "on_run", quantize="int8")
     whole = jaxblock.load(tmp_path / "on_run", quantize="none")
     got, want = (np.asarray(model.logits([[5, 6, 7, 8]])) for model in (rounded, whole))
-    assert rounded.net.int8 and 0 < np.abs(got - want).max() < 0.1 * np.abs(want).max()
+    assert rounded.net.quantize == "int8" and 0 < np.abs(got - want).max() < 0.1 * np.abs(want).max()
     assert train(tiny_config, run, tmp_path / "twice") == 2
     assert "adapters on adapters" in capsys.readouterr().err
     start = ["--model.init_from", str(run), "--train.out", str(tmp_path / "full"), "--train.steps", "2"]

@@ -105,7 +105,7 @@ def _base(net: Transformer) -> Any:
     """Frozen weights beneath adapters, in int8 where the network has them so."""
     table = registry.param_table(net.arch)
     flat = flatten(init_params(table, 1, "float32"))
-    for path in [path for path, spec in table.items() if net.int8 and int8.quantised(spec)]:
+    for path in [path for path, spec in table.items() if net.quantize == "int8" and int8.quantised(spec)]:
         flat[path], flat[path + int8.SCALE] = int8.quantise(flat[path])
     return jax.device_get(nest(flat))
 

@@ -1,6 +1,6 @@
 """Splash attention: JAX's Pallas kernel for TPUs, which never holds the scores of a whole row.
 
-Compiled for a TPU only; ``interpret`` runs the same kernel step by step anywhere, for tests.
+It compiles for a TPU only; ``interpret`` runs the same kernel step by step anywhere, for tests.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
+from jaxblock.models.attention.mask import Mask
 from jaxblock.parallel.collectives import per_device
 
 LANES = 128
-"""The kernel's tile: lengths and the head's width are padded to multiples of it."""
+"""The width of the kernel's tiles: lengths and the width of heads are padded to multiples of it."""
+
 _LONGEST_TILE = 512
 
 
@@ -25,21 +27,21 @@ def attend(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S G H"],
     v: Float[Array, "B S G H"],
-    length: Int[Array, " B"],
+    mask: Mask,
     *,
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
-    """Scaled dot-product attention of queries that are all visible over keys before ``length``.
+    """Computes scaled dot-product attention under a bidirectional mask (see ``backends.attend``).
 
-    A key's visibility goes in as a segment: visible keys are of the queries' segment, the others (and the padding) of
-    none. Each device runs the kernel on its own rows and heads.
+    The kernel takes the visibility of keys as segments: visible keys are in the queries' segment, hidden ones and the
+    padding in another. Each device runs the kernel on its own rows and heads.
 
     Args:
-        q: queries, rotated.
-        k: keys, rotated; N is a multiple of G.
-        v: values.
-        length: visible keys of each row, at least 1.
-        interpret: run without a TPU.
+        q: the queries, rotated.
+        k: the keys, rotated; N is a multiple of G.
+        v: the values.
+        mask: which keys a query sees.
+        interpret: run the kernel step by step, without a TPU.
 
     Returns:
         The attended values, in the queries' type.
@@ -47,18 +49,20 @@ def attend(
     (_, width, _, head_dim), keys = q.shape, k.shape[1]
     q = q * head_dim**-0.5
     q, k, v = (_padded(x.swapaxes(1, 2)) for x in (q, k, v))
-    visible = (jnp.arange(k.shape[2]) < jnp.minimum(length, keys)[:, None]).astype(jnp.int32)
+    visible = jnp.pad(mask.visible_keys(keys), ((0, 0), (0, k.shape[2] - keys))).astype(jnp.int32)
     rows, heads = ("batch", "heads", None, None), ("batch", "kv_heads", None, None)
     run = per_device(partial(_run, interpret=interpret), (rows, heads, heads, ("batch", None)), rows)
     return run(q, k, v, visible).swapaxes(1, 2)[:, :width, :, :head_dim]
 
 
 def _padded(x: Array) -> Array:
+    """Pads the length and the width of heads [B, N, T, H] with zeros to multiples of the tile."""
     pad = [(0, -size % LANES) if axis >= 2 else (0, 0) for axis, size in enumerate(x.shape)]
     return jnp.pad(x, pad)
 
 
 def _run(q: Array, k: Array, v: Array, visible: Array, *, interpret: bool) -> Array:
+    """Runs the kernel on one device's rows and heads."""
     (_, heads, queries, _), keys = q.shape, k.shape[2]
     by_query, by_key = _tile(queries), _tile(keys)
     tiles = kernel.BlockSizes(
@@ -81,4 +85,5 @@ def _run(q: Array, k: Array, v: Array, visible: Array, *, interpret: bool) -> Ar
 
 
 def _tile(size: int) -> int:
+    """Returns the longest tile, in positions, that divides a padded length."""
     return max(tile for tile in range(LANES, min(size, _LONGEST_TILE) + 1, LANES) if size % tile == 0)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -12,24 +9,8 @@ from jax import Array
 from jaxtyping import Float, Shaped
 
 from jaxblock.models.linear.fsdp import Split, matmul, matmul_frozen
-
-
-class LowRank(NamedTuple):
-    """The LoRA branch of one matrix.
-
-    Attributes:
-        a: the matrix [I, R] that takes an input to the rank, float32.
-        b: the matrix [R, O] that takes it from there to the output, float32.
-        scale: what the branch is multiplied by: alpha / rank.
-        dropout: the chance that an input of the branch is dropped; applied where there are keys.
-        keys: one random key for each row of the batch; None for no dropout.
-    """
-
-    a: Float[Array, "I R"]
-    b: Float[Array, "R O"]
-    scale: float
-    dropout: float = 0.0
-    keys: Shaped[Array, " B"] | None = None
+from jaxblock.models.linear.lora import LowRank
+from jaxblock.models.numerics import at_least_float32, rounded_once
 
 
 def dense(
@@ -56,25 +37,15 @@ def dense(
     """
     chex.assert_equal(x.shape[-1], w.shape[0])
     chex.assert_shape([v for v in (scale, bias) if v is not None], (w.shape[1],))
-    if scale is None:
-        y = matmul(x, w, x.dtype, split)
-    else:
-        # The scale of a column is the same for all terms of its sum, so the matrix stays int8 in memory.
-        wide = jnp.promote_types(x.dtype, jnp.float32)
-        y = (matmul_frozen(x, w, wide, split) * scale).astype(x.dtype)
+    y = matmul(x, w, x.dtype, split) if scale is None else _int8_matmul(x, w, scale, split)
     if bias is not None:
         y = rounded_once(jnp.add, y, bias.astype(x.dtype))
     return y if lora is None else y + _low_rank(x, lora, split)
 
 
-def rounded_once(f: Callable[[Array, Array], Array], x: Float[Array, "*rows D"], v: Float[Array, " D"]) -> Array:
-    """Applies ``f`` (multiply or add) to rows and a vector in float32 or wider, and rounds the result to x's type.
-
-    The values are those of ``f`` in x's type. The vector's gradient is not: it is a sum over all rows, which in bfloat16
-    would be off by a percent, and by another on each mesh.
-    """
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    return f(x.astype(wide), v.astype(wide)).astype(x.dtype)
+def _int8_matmul(x: Array, w: Array, scale: Array, split: Split | None) -> Array:
+    """Multiplies by whole numbers and scales the sums by column, so that the matrix stays int8 in memory."""
+    return (matmul_frozen(x, w, at_least_float32(x.dtype), split) * scale).astype(x.dtype)
 
 
 def _low_rank(x: Array, lora: LowRank, split: Split | None) -> Array:

@@ -18,6 +18,7 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float, Shaped
 
+from jaxblock.models.numerics import matmul_precision
 from jaxblock.parallel import collectives
 from jaxblock.parallel.rules import constrain
 
@@ -55,17 +56,9 @@ class GatheredWeight(NamedTuple):
     whole: Float[Array, "I O"]
 
 
-def precision(x: Array) -> str:
-    """Returns the matmul precision for x's type: it is stated, never left to the platform.
-
-    float32 means float32 on every platform: no TF32, no bfloat16 passes.
-    """
-    return "highest" if x.dtype == jnp.float32 else "default"
-
-
 def plain_matmul(x: Float[Array, "*rows I"], w: Shaped[Array, "I O"], out: DTypeLike) -> Float[Array, "*rows O"]:
     """Multiplies ``x @ w`` in x's type, with a result of type ``out``, and leaves every exchange to the compiler."""
-    return jnp.matmul(x, w.astype(x.dtype), precision=precision(x), preferred_element_type=out)
+    return jnp.matmul(x, w.astype(x.dtype), precision=matmul_precision(x), preferred_element_type=out)
 
 
 def matmul(x: Float[Array, "*rows I"], w: Float[Array, "I O"], out: DTypeLike, split: Split | None) -> Array:
@@ -177,7 +170,7 @@ def _forward(x: Array, gradient_to: Array | None, w: Array, product: _Product) -
 def _backward(product: _Product, saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array | None, None]:
     x, w = saved
     grad = grad.astype(x.dtype)
-    dx = jnp.matmul(grad, product.whole(w, x.dtype).T, precision=precision(x))
+    dx = jnp.matmul(grad, product.whole(w, x.dtype).T, precision=matmul_precision(x))
     kept = product.gradient
     if kept is None:
         return dx, None, None
@@ -188,7 +181,7 @@ def _backward(product: _Product, saved: tuple[Array, Array], grad: Array) -> tup
     def over_rows(x: Array, grad: Array) -> Array:
         rows = tuple(range(x.ndim - 1))
         numbers = ((rows, rows), ((), ()))
-        dw = jax.lax.dot_general(x, grad, numbers, precision=precision(x), preferred_element_type=wide)
+        dw = jax.lax.dot_general(x, grad, numbers, precision=matmul_precision(x), preferred_element_type=wide)
         return dw.astype(kept)
 
     if not collectives.splits_rows():

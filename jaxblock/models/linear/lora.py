@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Shaped
 
 from jaxblock.errors import UserError
 from jaxblock.models.config import LoraConfig, Unmatched
@@ -41,6 +44,24 @@ class Lora:
     def scale(self) -> float:
         """What each branch is multiplied by."""
         return self.alpha / self.rank
+
+
+class LowRank(NamedTuple):
+    """The LoRA branch of one matrix.
+
+    Attributes:
+        a: the matrix [I, R] that takes an input to the rank, float32.
+        b: the matrix [R, O] that takes it from there to the output, float32.
+        scale: what the branch is multiplied by: alpha / rank.
+        dropout: the chance that an input of the branch is dropped; applied where there are keys.
+        keys: one random key for each row of the batch; None for no dropout.
+    """
+
+    a: Float[Array, "I R"]
+    b: Float[Array, "R O"]
+    scale: float
+    dropout: float = 0.0
+    keys: Shaped[Array, " B"] | None = None
 
 
 def lora_from_config(config: LoraConfig, table: Table) -> Lora | None:
@@ -123,6 +144,28 @@ def adapter_table(base: Table, lora: Lora) -> Table:
     return specs
 
 
+def layer_branches(
+    lora: Lora, adapters: Params, layer: Array | int, row_keys: Shaped[Array, " B"] | None
+) -> dict[str, LowRank]:
+    """Returns the low-rank branches of one layer, by the name of their matrix.
+
+    Args:
+        lora: what is adapted.
+        adapters: the layer's adapters: ``{"q": {"a": ..., "b": ...}}``.
+        layer: the layer's index.
+        row_keys: one random key for each row; None for no dropout. Every branch folds the layer and its own place into
+            them, so that each draws for itself.
+    """
+    branches = {}
+    for place, path in enumerate(lora.targets):
+        name, keys = path.removeprefix("blocks/"), None
+        if row_keys is not None:
+            fold = jax.vmap(lambda key, place=place: jax.random.fold_in(jax.random.fold_in(key, layer), place))
+            keys = fold(row_keys)
+        branches[name] = LowRank(adapters[name]["a"], adapters[name]["b"], lora.scale, lora.dropout, keys)
+    return branches
+
+
 def attach(base: Params, adapters: Params) -> Params:
     """What the network takes: adapters beside their base, or (with no base) a network that is trained itself."""
     return {**base, KEY: adapters} if base else adapters
@@ -145,8 +188,8 @@ def merge(params: Params, lora: Lora) -> Params:
     return nest(flat)
 
 
-def _add(w: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
-    def layer(w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+def _add(w: Array, a: Array, b: Array, scale: float) -> Array:
+    def layer(w: Array, a: Array, b: Array) -> Array:
         wide = jnp.promote_types(w.dtype, jnp.float32)
         return (w.astype(wide) + jnp.matmul(a, b, precision="highest") * scale).astype(w.dtype)
 
