@@ -15,8 +15,6 @@ from jaxblock.evaluation.boxed import extract_answer, normalise_latex
 
 _STRICT = re.compile(r"#### (-?[0-9.,]+)")
 _NUMBER = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
-_BEFORE_ANSWER = re.compile(r".*#### ", re.DOTALL)
-_FULL_STOP = re.compile(r"\.$")
 
 
 class Graded(NamedTuple):
@@ -45,9 +43,8 @@ def normalise_gsm8k(text: str) -> str:
     Args:
         text: an extracted answer, or a whole reference (``worked answer #### 18``).
     """
-    text = text.replace(",", "").replace("$", "")
-    text = _BEFORE_ANSWER.sub("", text).strip()
-    return _FULL_STOP.sub("", text).lower()
+    answer = text.replace(",", "").replace("$", "").rpartition("#### ")[2]
+    return answer.strip().removesuffix(".").lower()
 
 
 def _graded(extracted: str | None, expected: str, normalise: Callable[[str], str]) -> Graded:

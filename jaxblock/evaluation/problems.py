@@ -32,22 +32,8 @@ class Problem(NamedTuple):
 
 
 def format_problems(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Formats rows as JSON lines.
-
-    Args:
-        rows: one mapping for each problem, with at least ``index``, ``grader`` and ``correct``.
-
-    Returns:
-        The text of the per-problem file.
-
-    Raises:
-        UserError: a row lacks one of the three.
-    """
-    lines = []
-    for number, row in enumerate(rows, 1):
-        _check(row, f"row {number}")
-        lines.append(json.dumps(dict(row), ensure_ascii=False) + "\n")
-    return "".join(lines)
+    """Formats rows, each with at least ``index``, ``grader`` and ``correct``, as the text of a per-problem file."""
+    return "".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows)
 
 
 def read_problems(path: PathLike) -> dict[int, Problem]:
@@ -85,6 +71,7 @@ def read_problems(path: PathLike) -> dict[int, Problem]:
 
 
 def _check(row: Any, where: str) -> None:
+    """Raises a UserError where a row lacks one of the three fields or has one of a wrong type."""
     if not isinstance(row, Mapping):
         raise UserError(f"{where}: expected a JSON object with index, grader and correct, got {type(row).__name__}")
     for name, kind in (("index", int), ("grader", str), ("correct", bool)):

@@ -1,4 +1,4 @@
-"""What an evaluation finds, and its summary as plain values."""
+"""Holds what an evaluation finds, and summarises it as plain values."""
 
 from __future__ import annotations
 

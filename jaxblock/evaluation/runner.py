@@ -51,15 +51,6 @@ class Evaluator:
     nelbo_samples: int | None = None
     _compiled: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    @property
-    def layout(self) -> Layout:
-        """Returns the layout of the decoder's canvas.
-
-        Raises:
-            UserError: the block does not divide the response.
-        """
-        return layouts.decoding_layout(self.canvas, self.decode, self.net.arch, self.encoder.special.stop_ids)
-
     def solve(
         self, params: Params, records: Sequence[Record], progress: Callable[[int], None] = lambda done: None
     ) -> Solved:
@@ -72,8 +63,11 @@ class Evaluator:
 
         Returns:
             The graded responses and the time that decoding took.
+
+        Raises:
+            UserError: the block does not divide the response.
         """
-        layout = self.layout
+        layout = layouts.decoding_layout(self.canvas, self.decode, self.net.arch, self.encoder.special.stop_ids)
         options = self.decode.static(layout.block)
         size = min(self.decode.batch_size, max(len(records), 1))
         batches = [records[at : at + size] for at in range(0, len(records), size)]

@@ -28,7 +28,7 @@ class Shape(NamedTuple):
 
     @property
     def elements(self) -> int:
-        """Counts the elements."""
+        """Returns the number of elements."""
         return math.prod(self.dims)
 
     @property

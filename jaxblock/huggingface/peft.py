@@ -19,7 +19,7 @@ from jaxblock.huggingface.placement import read_parameter, tensor_names
 from jaxblock.huggingface.tensor_files import FolderContents, scan_file
 from jaxblock.huggingface.tensor_writer import pending_tensors, write_tensors
 from jaxblock.io.files import read_json, write_json
-from jaxblock.io.folders import check_vacant, new_folder
+from jaxblock.io.folders import new_folder
 from jaxblock.io.paths import PathLike, is_remote
 from jaxblock.models.architecture import Architecture
 from jaxblock.models.families import registry
@@ -87,7 +87,6 @@ def save_adapter(
             f"cannot export to {folder}: these are not the adapters that were described: {'; '.join(problems)}"
         )
     pending = pending_tensors(table, flatten(adapters), dtype)
-    check_vacant(folder, marker=CONFIG)
     with new_folder(folder, marker=CONFIG) as scratch:
         copy_tokenizer(tokenizer, scratch)
         write_tensors(scratch / WEIGHTS, pending, pending)

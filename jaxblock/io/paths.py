@@ -1,4 +1,4 @@
-"""Local paths and addresses of an object store (``gs://bucket/folder``) in one type, and errors that name the path."""
+"""Handles local paths and addresses of an object store (``gs://bucket/folder``) alike, with errors that name the path."""
 
 from __future__ import annotations
 

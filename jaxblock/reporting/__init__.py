@@ -1,1 +1,1 @@
-"""What people look at: terminal views, the HTML of ``inspect``, plots, progress."""
+"""Shows people what happens: records in the terminal and in HTML, a decode while it runs, and plots of training."""

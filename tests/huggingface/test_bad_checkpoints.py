@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
+import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -230,4 +230,4 @@ def test_shards_without_an_index_are_read_all_the_same(sharded: Path) -> None:
     _, expected = load_checkpoint(sharded)
     (sharded / INDEX).unlink()
     _, params = load_checkpoint(sharded)
-    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    chex.assert_trees_all_equal(params, expected)

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import jax
+import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -43,7 +43,7 @@ def test_new_rows_are_the_mean_of_the_old(small: Any, tmp_path: Path, mesh: Any,
     save_checkpoint(tmp_path / "again", wanted, loaded)
     arch_again, again = load_checkpoint(tmp_path / "again")
     assert (arch_again.vocab_size, arch_again.mask_id, arch_again.alignment) == (64, 40, "same_position")
-    jax.tree.map(np.testing.assert_array_equal, again, loaded)
+    chex.assert_trees_all_equal(again, loaded)
 
 
 def test_other_sizes_are_named(small: Any, tmp_path: Path) -> None:
@@ -89,4 +89,4 @@ def test_the_transpose_on_an_accelerator_is_the_hosts(
     grown = dataclasses.replace(arch, vocab_size=48)
     here = load_checkpoint(tmp_path / "out", arch=grown)[1]
     monkeypatch.setattr(placement, "_transposed_on_cpu", lambda host, transpose, devices: (host, transpose))
-    jax.tree.map(np.testing.assert_array_equal, load_checkpoint(tmp_path / "out", arch=grown)[1], here)
+    chex.assert_trees_all_equal(load_checkpoint(tmp_path / "out", arch=grown)[1], here)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -233,4 +234,4 @@ def test_peft_itself_there_and_back(tmp_path: Path, name: str) -> None:
     loaded.save_pretrained(tmp_path / "theirs")
     again, values = peft.load_adapter(tmp_path / "theirs", arch)
     assert again == lora
-    jax.tree.map(np.testing.assert_array_equal, values, adapters)
+    chex.assert_trees_all_equal(values, adapters)

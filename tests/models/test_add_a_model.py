@@ -8,9 +8,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import jax
+import chex
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
@@ -72,13 +71,13 @@ def test_the_worked_example_reads_and_writes_its_layout(exaone: Family, tmp_path
     arch, loaded = load_checkpoint(folder)
     assert arch.family == "exaone" and (arch.n_layers, arch.norm_eps) == (3, 1e-5)
     assert arch.rope_scaling == llama.rope_scaling
-    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+    chex.assert_trees_all_equal(loaded, params)
     save_checkpoint(tmp_path / "again", arch, loaded)
     written = json.loads((tmp_path / "again" / "config.json").read_text())
     assert "num_hidden_layers" not in written and (written["num_layers"], written["embed_dropout"]) == (3, 0.0)
     arch_again, again = load_checkpoint(tmp_path / "again")
     assert registry.param_table(arch_again) == registry.param_table(arch)
-    jax.tree.map(np.testing.assert_array_equal, again, params)
+    chex.assert_trees_all_equal(again, params)
     assert registry.with_mask(arch, 40).vocab_size == 64
 
     (folder / "config.json").write_text(json.dumps(config | {"hidden_act": "gelu"}))
