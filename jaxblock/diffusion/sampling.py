@@ -30,11 +30,11 @@ class Uniforms(NamedTuple):
     """The random numbers of a step, drawn once for the whole global batch and indexed by ``row_id``.
 
     Attributes:
-        block: decide which blocks of each sequence are active.
-        count: decide the masked count or the mask rate.
-        stratum: order the draws of the global batch (the permutation of ``stratified_count``).
-        position: decide which positions of the block are masked.
-        noise: decide the ablations' masks, by response position; R is 0 where there are none.
+        block: numbers that decide which blocks of each sequence are active.
+        count: numbers that decide the masked count or the mask rate.
+        stratum: numbers that order the draws of the global batch (the permutation of ``stratified_count``).
+        position: numbers that decide which positions of the block are masked.
+        noise: numbers that decide the ablations' masks, by response position; R is 0 without ablations.
     """
 
     block: Float[Array, "B blocks"]
@@ -44,26 +44,26 @@ class Uniforms(NamedTuple):
     noise: Float[Array, "B K R"]
 
 
-def draw_uniforms(key: Array, rows: int, draws: int, layout: Layout, *, noise: bool) -> Uniforms:
+def draw_uniforms(method: MethodConfig, layout: Layout, key: Array, rows: int) -> Uniforms:
     """Draws the uniform numbers of one step.
 
     Args:
-        key: ``fold_in(key(seed), step)``.
-        rows: the global batch size; another one gives other draws.
-        draws: K, the draws of a row.
+        method: its draws K, and whether its ablations need numbers outside the block.
         layout: the canvas's static part.
-        noise: whether the ablations need numbers outside the block (``MethodConfig.needs_noise``).
+        key: the random key of the step, ``fold_in(key(seed), step)``.
+        rows: the global batch size; another one gives other draws.
 
     Returns:
         Values in [0, 1).
     """
+    draws, noise = method.draws, layout.response_len if method.needs_noise else 0
     b, c, s, p, n = jax.random.split(key, 5)
     return Uniforms(
         block=jax.random.uniform(b, (rows, layout.n_blocks)),
         count=jax.random.uniform(c, (rows, draws)),
         stratum=jax.random.uniform(s, (rows, draws)),
         position=jax.random.uniform(p, (rows, draws, layout.block)),
-        noise=jax.random.uniform(n, (rows, draws, layout.response_len if noise else 0)),
+        noise=jax.random.uniform(n, (rows, draws, noise)),
     )
 
 
@@ -123,7 +123,7 @@ def draw(
     count, position = count[canvas.row_id], uniforms.position[canvas.row_id]
     if method.pairs:
         if block is None:
-            raise ValueError("blocks='pairs' takes the active block from the data: pass block")
+            raise ValueError("method.blocks pairs takes the active block from the data: pass block")
         chosen, share = block[:, None], jnp.ones((block.shape[0], 1), count.dtype)
     else:
         chosen, share = choose_blocks(uniforms.block[canvas.row_id], canvas.n_blocks, method.draws // each)

@@ -81,9 +81,7 @@ class Objective:
 
     def draw(self, batch: Batch, canvas: Canvas, step: Array | int) -> tuple[Draw, Array]:
         """Returns the step's draws [K, B, ...] and the ablations' noise [K, B, R], which depend on seed, step and row alone."""
-        uniforms = sampling.draw_uniforms(
-            self._key(step), self.rows, self.method.draws, self.layout, noise=self.method.needs_noise
-        )
+        uniforms = sampling.draw_uniforms(self.method, self.layout, self._key(step), self.rows)
         draws = sampling.draw(self.method, self.layout, canvas, uniforms, self.drawn_blocks(batch))
         return draws, jnp.moveaxis(uniforms.noise[canvas.row_id], 1, 0)
 

@@ -270,7 +270,7 @@ def test_losses_are_the_tables_combination(truths, name):
 
     @jax.jit
     def real(key):
-        uniforms = sampling.draw_uniforms(key, rows, how.draws, truth.layout, noise=False)
+        uniforms = sampling.draw_uniforms(how, truth.layout, key, rows)
         return sampling.draw(how, truth.layout, canvas, uniforms, block)
 
     compiled = jax.jit(jax.value_and_grad(total, argnums=1, has_aux=True), static_argnums=0)

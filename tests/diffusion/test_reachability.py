@@ -107,7 +107,7 @@ ROWS, DRAWS = 3, 2
 def _train(layout, method, rows, key):
     """What a training step feeds: views [K, B, ...] and draws of rows with prompts of unequal length."""
     canvas = canvases.from_rows(layout, *rows)
-    uniforms = sampling.draw_uniforms(key, ROWS, DRAWS, layout, noise=method.needs_noise)
+    uniforms = sampling.draw_uniforms(method, layout, key, ROWS)
     draws = sampling.draw(method, layout, canvas, uniforms)
     noise = jnp.moveaxis(uniforms.noise, 1, 0) if method.needs_noise else None
     return jax.vmap(lambda d, u: corrupt(layout, canvas, d, method, u)[0])(draws, noise), draws

@@ -101,7 +101,7 @@ def test_sound_masking_has_no_findings_and_shows_what_training_feeds(context: st
     block = jnp.array([1, 0], jnp.int32) if method.pairs else None
 
     def draw_of(step: int) -> tuple[Draw, jax.Array]:
-        uniforms = draw_uniforms(jax.random.key(step), 2, 4, form, noise=method.needs_noise)
+        uniforms = draw_uniforms(method, form, jax.random.key(step), 2)
         return draw(method, form, canvas, uniforms, block), jnp.moveaxis(uniforms.noise, 1, 0)
 
     draws, noise = draws_of_steps(draw_of, [5, 6])
