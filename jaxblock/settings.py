@@ -12,7 +12,7 @@ from jaxblock.errors import UserError
 Alignment = Literal["same_position", "shifted"]
 """Which hidden state predicts the token at position i: the one at i, or the one at i - 1 (as in an autoregressive model)."""
 
-Split = Literal["train", "validation", "test"]
+SplitName = Literal["train", "validation", "test"]
 """The three sets of prepared records."""
 
 OnResume = Literal["must_match", "may_change", "may_change_once_saved"]

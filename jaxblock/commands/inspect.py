@@ -12,7 +12,7 @@ from jaxblock.data.config import DataConfig
 from jaxblock.diffusion.config import CanvasConfig, MethodConfig
 from jaxblock.errors import UserError
 from jaxblock.io.files import check_absent, write_text
-from jaxblock.settings import Split
+from jaxblock.settings import SplitName
 from jaxblock.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class Options:
 
     config: str | None = None
     """YAML file of sections; flags override it."""
-    split: Split = "train"
+    split: SplitName = "train"
     """Which prepared records."""
     records: tuple[int, ...] = (0, 1)
     """Indices of the records to show."""

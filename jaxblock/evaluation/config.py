@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from jaxblock.settings import AT_LEAST_1, Section, Split, setting
+from jaxblock.settings import AT_LEAST_1, Section, SplitName, setting
 
 GraderName = Literal["gsm8k_strict", "gsm8k_flexible", "math_boxed", "exact"]
 
@@ -14,7 +14,7 @@ GraderName = Literal["gsm8k_strict", "gsm8k_flexible", "math_boxed", "exact"]
 class EvaluateConfig(Section, name="evaluate", on_resume="may_change"):
     """What is scored, and how."""
 
-    split: Split = "test"
+    split: SplitName = "test"
     """The prepared records that are scored."""
     problems: int | None = setting(None, AT_LEAST_1)
     """The number of problems that are decoded, the first ones; None for all."""

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from jaxblock.data.text import stories
 
-Split = Literal["train", "test"]
+CorpusSplit = Literal["train", "test"]
 Chain = tuple[Any, ...]
 """(start, (operation, operand), ...): the start is a number, an operation one of "+", "-" and "*"."""
 
@@ -56,7 +56,7 @@ DEFAULT_LEVEL = "easy"
 _STEP = re.compile(r"(\d+) ([-+*]) (\d+) = (\d+)")
 
 
-def generate(split: Split, n: int, *, level: str = DEFAULT_LEVEL, seed: int = 0) -> list[dict[str, str]]:
+def generate(split: CorpusSplit, n: int, *, level: str = DEFAULT_LEVEL, seed: int = 0) -> list[dict[str, str]]:
     """Makes `n` problems, no two of which share a chain.
 
     The same arguments give the same problems in every process, and a smaller `n` gives a prefix of what a larger one
@@ -100,7 +100,7 @@ def generate(split: Split, n: int, *, level: str = DEFAULT_LEVEL, seed: int = 0)
     return records
 
 
-def split_of(chain: Chain) -> Split:
+def split_of(chain: Chain) -> CorpusSplit:
     """Returns the split that a chain belongs to, which is a pure function of its numbers and operations."""
     digest = hashlib.blake2b(repr(chain).encode(), digest_size=8).digest()
     return "test" if int.from_bytes(digest, "big") < TEST_SHARE * 2**64 else "train"

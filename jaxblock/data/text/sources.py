@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from jaxblock.data.config import DataConfig
 from jaxblock.data.text import corpus
@@ -72,7 +72,7 @@ def read_source(path: str, config: DataConfig, split: str) -> Source:
     return Source(path, file_sha256(path) or _texts_sha256(examples), examples, dict(dropped))
 
 
-def builtin_examples(split: Literal["train", "test"], n: int, config: DataConfig) -> list[Example]:
+def builtin_examples(split: corpus.CorpusSplit, n: int, config: DataConfig) -> list[Example]:
     """Makes `n` problems of the built-in corpus at the config's level and seed, named "builtin:test:12" and so on.
 
     Raises:
