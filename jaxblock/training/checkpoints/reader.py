@@ -1,8 +1,8 @@
-"""Reads the checkpoints of a run: which there are, and what is in them, checked against its checksums.
+"""Reads the checkpoints of a run: which ones exist, and what they hold, checked against their checksums.
 
-Orbax's ``CheckpointManager`` is not used, for reading because several jobs may look at one folder (it keeps a list of
-its own, and its documentation forbids that), for writing see ``writer``. The only state of the data in a checkpoint is
-the step, so a restore may change the number of devices or processes.
+``decode`` and ``evaluate`` read while a run still writes. Orbax's ``CheckpointManager`` keeps a list of its own, and its
+documentation allows one job per folder, so the folder itself is looked at each time (about writing see ``writer``).
+The only state of the data in a checkpoint is the step, so a restore may change the number of devices or processes.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ CHECKPOINTS_FOLDER = "checkpoints"
 
 
 class CheckpointReader:
-    """The checkpoints of one run folder, opened for reading.
+    """Reads the checkpoints of one run folder.
 
     Attributes:
-        folder: the folder that holds them.
+        folder: the folder that holds the checkpoints.
     """
 
     _orbax_class: type[ocp.Checkpointer] = ocp.Checkpointer

@@ -23,7 +23,7 @@ _DELETING = ".deleting"
 
 
 def delete(folder: epath.Path) -> None:
-    """Deletes a checkpoint.
+    """Deletes a checkpoint so that it does not look whole at any moment.
 
     On a local disk its folder is renamed first. An object store cannot rename: there a note beside the folder says that
     it is being deleted, and the checksums, which make it whole, go first.

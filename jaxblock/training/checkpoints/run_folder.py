@@ -117,7 +117,7 @@ def begin(
 
 
 def open_run(folder: PathLike) -> Run:
-    """Opens a run folder.
+    """Opens a run folder and reads what later commands need of it.
 
     Raises:
         UserError: the folder holds no run, or a file of it is damaged.

@@ -7,7 +7,8 @@ keep what this module promises (Orbax 0.12.8):
 - a checkpoint is whole when its checksums are there, and only then may an older one go. The manager deletes as soon as
   Orbax has committed, and offers no moment between the two (its ``post_finalization_callback`` comes before the commit).
 - a deletion that is killed leaves nothing that looks whole (``removal``). The manager deletes in place.
-- nothing is written over: the manager first deletes what stands where it saves, a damaged checkpoint included.
+- nothing is overwritten. The manager first deletes any folder that has the new checkpoint's name, even a damaged
+  checkpoint that a person should look at.
 - a save that fails is reported when it fails. The manager raises at the next save, in the middle of the training loop,
   and has by then taken older checkpoints off its list that are still there.
 """
@@ -34,10 +35,10 @@ from jaxblock.training.state import TrainState
 
 
 class CheckpointWriter(CheckpointReader):
-    """The checkpoints of one run folder, opened by the run itself. ``wait`` and ``close`` wait for a save under way.
+    """Saves, reads and removes the checkpoints of one run folder, for the run itself.
 
     Attributes:
-        folder: the folder that holds them.
+        folder: the folder that holds the checkpoints.
         failed: the step of the last save that failed; None if none has.
     """
 

@@ -23,7 +23,7 @@ class SkippedSteps:
     """
 
     def __init__(self, limit: int, total: int = 0) -> None:
-        """Starts to count.
+        """Starts the count of skipped steps.
 
         Args:
             limit: the number of skipped steps in a row that stops the run; 0 for no limit.

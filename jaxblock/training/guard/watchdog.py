@@ -52,7 +52,7 @@ class Watchdog:
             self._stage, self._step, self._since, self._reported = stage, step, time.monotonic(), False
 
     def __enter__(self) -> Watchdog:
-        """Starts the thread."""
+        """Starts the thread that watches."""
         if self._seconds > 0:
             self._since = time.monotonic()
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -62,7 +62,7 @@ class Watchdog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Ends the thread."""
+        """Ends the thread that watches."""
         with self._changed:
             self._ended = True
             self._changed.notify()

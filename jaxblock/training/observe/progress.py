@@ -43,7 +43,7 @@ class TrainProgress:
         self._task = TaskID(0)
 
     def __enter__(self) -> TrainProgress:
-        """Starts the display."""
+        """Starts to show the progress."""
         if self._console.is_terminal:
             self._bar = Progress(
                 TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),

@@ -21,7 +21,7 @@ class TensorBoard:
     """Writes event files to ``tensorboard/`` of the run folder; every number of a row is a scalar ``kind/name``."""
 
     def __init__(self, run: PathLike, step: int) -> None:
-        """Opens the files.
+        """Opens TensorBoard's event files.
 
         Args:
             run: the run folder, on a local disk.
@@ -41,7 +41,7 @@ class TensorBoard:
         self._events.flush()
 
     def close(self) -> None:
-        """Closes the files."""
+        """Closes TensorBoard's event files."""
         self._events.close()
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -55,6 +56,7 @@ def adamw(config: OptimizerConfig, rate: optax.Schedule, decays: Callable[[str],
     def update(
         grads: Params, state: AdamState, params: Params, *, finite: Array | bool = True
     ) -> tuple[Params, AdamState]:
+        chex.assert_trees_all_equal_shapes(grads, params)
         step = state.step + 1
         share, lr = clip_share(grads, config.clip_norm), rate(state.step)
         unbias1, unbias2 = (1 - b ** step.astype(jnp.float32) for b in (config.b1, config.b2))

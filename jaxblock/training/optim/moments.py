@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -47,6 +48,8 @@ def quantise(x: Float[Array, "..."], bits: UInt[Array, "..."], *, signed: bool) 
         signed: use int8 codes with a sign and a zero; otherwise uint8 codes without a zero, which raise what is smaller
             than the smallest magnitude to it, since a second moment of 0 would make the update infinite.
     """
+    chex.assert_equal_shape([x, bits])
+    chex.assert_type(x, jnp.float32)
     top = 127 if signed else 255
     scale = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
     share = jnp.abs(x) / jnp.where(scale > 0, scale, 1.0)
