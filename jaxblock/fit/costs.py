@@ -8,7 +8,7 @@ from jaxblock.fit.flops import instruction_flops
 from jaxblock.fit.hlo import Module
 from jaxblock.fit.loops import executed_computations
 from jaxblock.fit.traffic import instruction_traffic
-from jaxblock.fit.transfers import KINDS, Collective, find_collectives
+from jaxblock.fit.transfers import COLLECTIVE_KINDS, Collective, find_collectives
 
 
 class Costs(NamedTuple):
@@ -26,7 +26,7 @@ class Costs(NamedTuple):
 
     def sent(self, kind: str | None = None) -> float:
         """Adds up the bytes that a device sends to others of its slice, in collectives of one kind or of all."""
-        return sum((c.sent for c in self.collectives if (c.kind == kind if kind else c.kind in KINDS)), 0.0)
+        return sum((c.sent for c in self.collectives if (c.kind == kind if kind else c.kind in COLLECTIVE_KINDS)), 0.0)
 
     @property
     def across(self) -> float:

@@ -12,7 +12,7 @@ from jaxblock.fit.placement import place_run, planned_mesh, row_shards
 from jaxblock.fit.programs import Program, decoder_program, train_program
 from jaxblock.fit.sizes import planned_architecture
 from jaxblock.fit.topology import Topology
-from jaxblock.fit.transfers import KINDS, Collective
+from jaxblock.fit.transfers import COLLECTIVE_KINDS, Collective
 from jaxblock.models.families import registry
 from jaxblock.models.spec import count_params
 
@@ -100,7 +100,7 @@ def _described(program: Program, topology: Topology, tokens: int | None) -> dict
         return described
     described["flops"] = found.flops
     described["traffic"] = found.traffic
-    described["sent"] = {kind: found.sent(kind) for kind in (*KINDS, "across slices") if found.sent(kind)}
+    described["sent"] = {kind: found.sent(kind) for kind in (*COLLECTIVE_KINDS, "across slices") if found.sent(kind)}
     described["collectives"] = [
         {
             "kind": one.kind,

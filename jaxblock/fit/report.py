@@ -36,17 +36,16 @@ def print_plan(console: Console, plan: dict[str, Any]) -> None:
             "collectives differ",
             highlight=False,
         )
-    console.print(_memory(plan))
-    console.print(_costs(plan))
-    _verdict(console, plan)
+    programs = [plan[name] for name in ("train", "decode") if name in plan]
+    console.print(_memory_table(plan, programs))
+    console.print(_costs_table(programs))
+    _print_verdict(console, plan)
 
 
-def _memory(plan: dict[str, Any]) -> Table:
+def _memory_table(plan: dict[str, Any], programs: list[dict[str, Any]]) -> Table:
     table = Table(title="memory of one device", title_justify="left")
     for name in ("", "train step", "decode block"):
         table.add_column(name, justify="left" if not name else "right")
-    train, decode = plan["train"], plan.get("decode")
-    programs = [train] + ([decode] if decode else [])
 
     def row(name: str, value: Any, style: str | None = None) -> None:
         cells = [value(program) for program in programs]
@@ -65,11 +64,10 @@ def _memory(plan: dict[str, Any]) -> Table:
     return table
 
 
-def _costs(plan: dict[str, Any]) -> Table:
+def _costs_table(programs: list[dict[str, Any]]) -> Table:
     table = Table(title="costs of one device", title_justify="left")
     for name in ("", "train step", "decode block, all steps"):
         table.add_column(name, justify="left" if not name else "right")
-    programs = [plan["train"]] + ([plan["decode"]] if "decode" in plan else [])
     programs = [program for program in programs if "flops" in program]
     if not programs:
         return table
@@ -81,7 +79,7 @@ def _costs(plan: dict[str, Any]) -> Table:
     return table
 
 
-def _verdict(console: Console, plan: dict[str, Any]) -> None:
+def _print_verdict(console: Console, plan: dict[str, Any]) -> None:
     guess = plan["train"].get("estimate")
     if guess:
         console.print(

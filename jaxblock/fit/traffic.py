@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from jaxblock.fit.hlo import Computation, Instruction, Module, Shape, root_of, total_bytes
 
+# Instructions that move no data themselves.
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
     "copy-done", "slice-done", "send-done", "recv-done", "all-gather-done", "all-reduce-done", "async-done", "async-start",
@@ -27,19 +28,18 @@ def instruction_traffic(module: Module, instruction: Instruction, computation: C
     if code in ("dynamic-slice", "gather", "slice"):
         return _main(instruction.shapes) + (total_bytes(instruction.shapes) if _in_main(operands[0]) else 0.0)
     if code == "dynamic-update-slice":
-        update = operands[1]
-        return (_main(update.shapes) if update else 0.0) + (
-            total_bytes(update.shapes) if update and _in_main(operands[0]) else 0.0
-        )
+        if (update := operands[1]) is None:
+            return 0.0
+        return _main(update.shapes) + (total_bytes(update.shapes) if _in_main(operands[0]) else 0.0)
     if code != "fusion":
         return _main(instruction.shapes) + sum(_main(operand.shapes) for operand in operands if operand is not None)
     inside = module.computations.get(instruction.attribute("calls"), {})
     reads = sum(
-        min(_read(module, inside, place), _main(operand.shapes))
+        min(_bytes_read(module, inside, place), _main(operand.shapes))
         for place, operand in enumerate(operands)
         if operand is not None and _in_main(operand)
     )
-    return reads + _written(instruction, inside)
+    return reads + _bytes_written(instruction, inside)
 
 
 def _main(shapes: Iterable[Shape]) -> float:
@@ -51,13 +51,14 @@ def _in_main(instruction: Instruction | None) -> bool:
     return instruction is not None and any(shape.in_main_memory for shape in instruction.shapes)
 
 
-def _read(module: Module, inside: Computation, place: int) -> float:
+def _bytes_read(module: Module, inside: Computation, place: int) -> float:
     """Returns the bytes that a fusion reads of an operand: only its slices where the fusion only slices it."""
     parameter = next((i for i in inside.values() if i.opcode == "parameter" and i.rest.startswith(f"({place})")), None)
-    return 0.0 if parameter is None else _read_of(module, inside, parameter)
+    return 0.0 if parameter is None else _bytes_read_of(module, inside, parameter)
 
 
-def _read_of(module: Module, inside: Computation, value: Instruction) -> float:
+def _bytes_read_of(module: Module, inside: Computation, value: Instruction) -> float:
+    """Returns the bytes of a value that the instructions of a fusion read; infinity where one reads all of it."""
     total = 0.0
     for user in inside.values():
         for place, name in enumerate(user.operands):
@@ -68,15 +69,15 @@ def _read_of(module: Module, inside: Computation, value: Instruction) -> float:
             elif user.opcode == "dynamic-update-slice" and place == 0:
                 continue  # written in place
             elif user.opcode == "bitcast":
-                total += _read_of(module, inside, user)
+                total += _bytes_read_of(module, inside, user)
             elif user.opcode == "fusion":
-                total += _read(module, module.computations.get(user.attribute("calls"), {}), place)
+                total += _bytes_read(module, module.computations.get(user.attribute("calls"), {}), place)
             elif user.opcode != "tuple":
                 return math.inf
     return total
 
 
-def _written(fusion: Instruction, inside: Computation) -> float:
+def _bytes_written(fusion: Instruction, inside: Computation) -> float:
     """Returns the bytes that a fusion writes: of an update in place, only the update."""
     root = root_of(inside)
     results = [inside.get(name) for name in root.operands] if root is not None and root.opcode == "tuple" else [root]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from jaxblock.fit.hlo import Instruction, Module, Shape, operand_shapes, total_bytes
 from jaxblock.fit.loops import executed_computations
 
-KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+COLLECTIVE_KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 """The kinds of collective operations, as HLO names them."""
 
 
@@ -17,7 +17,7 @@ class Collective(NamedTuple):
     """Describes one collective operation of a program.
 
     Attributes:
-        kind: one of ``KINDS``, or ``across slices`` for a transfer over the data-centre network.
+        kind: one of ``COLLECTIVE_KINDS``, or ``across slices`` for a transfer over the data-centre network.
         shapes: the arrays that it makes; of a reduction and of an all-to-all the arrays that it is given.
         group: the number of devices that take part together.
         times: how often it runs in a step.
@@ -55,7 +55,7 @@ def find_collectives(module: Module, devices: int) -> list[Collective]:
         computation = module.computations.get(name, {})
         begins = any("AsyncCollectiveStart" in i.rest for i in computation.values())
         for instruction in computation.values():
-            if instruction.opcode.removesuffix("-start") in KINDS or _to_other_slices(instruction):
+            if instruction.opcode.removesuffix("-start") in COLLECTIVE_KINDS or _to_other_slices(instruction):
                 channel = re.search(r"channel_id=(\d+)", instruction.rest)
                 # Sends have channel numbers of their own.
                 key = f"{instruction.opcode == 'send'}/{channel[1]}" if channel else f"{name}/{instruction.name}"

@@ -7,7 +7,8 @@ from collections.abc import Collection, Iterable, Mapping
 from jaxblock.errors import UserError
 from jaxblock.huggingface.placement import stored_shape, tensor_names
 from jaxblock.huggingface.tensor_files import DTYPES, FolderContents
-from jaxblock.models.spec import ParamSpec, Table, flatten
+from jaxblock.io.paths import PathLike
+from jaxblock.models.spec import Table, flatten
 from jaxblock.types import Params
 
 Shape = tuple[int, ...]
@@ -76,10 +77,19 @@ def tensor_problems(
     ]
 
 
-def tree_problems(params: Params, table: Mapping[str, ParamSpec]) -> list[str]:
-    """Lists what differs between a tree of arrays and the table that should describe it, one line a kind."""
+def check_export(folder: PathLike, params: Params, table: Table, what: str) -> None:
+    """Raises a UserError that names every difference between a tree to be exported and the table that describes it.
+
+    Args:
+        folder: the folder to export to, for the message.
+        params: a nested dict of arrays.
+        table: the parameters that the export should hold.
+        what: what the table describes, as in "these are not {what}".
+    """
     found = {path: leaf.shape for path, leaf in flatten(params).items()}
-    return shape_differences(found, {path: spec.shape for path, spec in table.items()})
+    problems = shape_differences(found, {path: spec.shape for path, spec in table.items()})
+    if problems:
+        raise UserError(f"cannot export to {folder}: these are not {what}: {'; '.join(problems)}")
 
 
 def check_no_problems(problems: list[str], headline: str, advice: str) -> None:

@@ -13,7 +13,7 @@ from jax.sharding import SingleDeviceSharding
 from jax.typing import DTypeLike
 
 from jaxblock.errors import UserError
-from jaxblock.huggingface.checks import check_no_problems, tensor_problems, tree_problems
+from jaxblock.huggingface.checks import check_export, check_no_problems, tensor_problems
 from jaxblock.huggingface.companions import copy_tokenizer
 from jaxblock.huggingface.placement import read_parameter, tensor_names
 from jaxblock.huggingface.tensor_files import FolderContents, scan_file
@@ -81,11 +81,7 @@ def save_adapter(
         UserError: the folder exists or cannot be written, or the adapters are not those of the architecture.
     """
     table = adapter_table(registry.param_table(arch), lora)
-    problems = tree_problems(adapters, table)
-    if problems:
-        raise UserError(
-            f"cannot export to {folder}: these are not the adapters that were described: {'; '.join(problems)}"
-        )
+    check_export(folder, adapters, table, "the adapters that were described")
     pending = pending_tensors(table, flatten(adapters), dtype)
     with new_folder(folder, marker=CONFIG) as scratch:
         copy_tokenizer(tokenizer, scratch)

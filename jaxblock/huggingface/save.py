@@ -15,7 +15,7 @@ from jaxtyping import Int
 
 from jaxblock.errors import UserError
 from jaxblock.huggingface import companions
-from jaxblock.huggingface.checks import tree_problems
+from jaxblock.huggingface.checks import check_export
 from jaxblock.huggingface.load import load_checkpoint
 from jaxblock.huggingface.tensor_files import INDEX
 from jaxblock.huggingface.tensor_writer import pending_tensors, split_into_files, write_tensors
@@ -63,10 +63,7 @@ def save_checkpoint(
     """
     table = registry.param_table(arch)
     _check_exportable(folder, params)
-    if problems := tree_problems(params, table):
-        raise UserError(
-            f"cannot export to {folder}: these are not the parameters of the architecture: {'; '.join(problems)}"
-        )
+    check_export(folder, params, table, "the parameters of the architecture")
     pending = pending_tensors(table, flatten(params), dtype)
     files = split_into_files(pending, max_shard_bytes)
     check_vacant(folder, marker=MARKER)

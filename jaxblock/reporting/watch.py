@@ -135,7 +135,7 @@ class Watch:
 
     def _view(self) -> Group:
         blocks, active = self._blocks(), self._active()
-        # Prompt, status and some air take 8 lines; a long canvas is shown around the active block.
+        # Prompt, status and blank lines take 8 lines; a long canvas is shown around the active block.
         room = max(3, self._console.height - 8)
         centre = len(blocks) if self._over else active
         first = min(max(0, centre - room // 2), max(0, len(blocks) - room))

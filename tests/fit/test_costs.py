@@ -8,7 +8,7 @@ import pytest
 
 from jaxblock.fit.costs import count_costs
 from jaxblock.fit.hlo import parse_program
-from jaxblock.fit.transfers import KINDS
+from jaxblock.fit.transfers import COLLECTIVE_KINDS
 
 PROGRAM = """\
 HloModule by_hand, is_scheduled=true
@@ -104,7 +104,7 @@ def test_loops_and_collectives_of_a_program_by_hand() -> None:
     assert found.sent("all-reduce") == 2 * (8 * 16 * 4) / 2  # of the pairs along y
     assert found.sent("collective-permute") == 8 * 16 * 4
     assert found.across == 8 * 16 * 4
-    assert found.sent() == sum(found.sent(kind) for kind in KINDS)
+    assert found.sent() == sum(found.sent(kind) for kind in COLLECTIVE_KINDS)
     (scatter,) = [one for one in found.collectives if one.kind == "reduce-scatter"]
     assert (scatter.times, scatter.group) == (31, 4)
 

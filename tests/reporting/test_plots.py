@@ -1,4 +1,4 @@
-"""Plots: what is read from the metrics, and that pictures of full, short and empty runs come out."""
+"""Plots: what is drawn, and that pictures of full, short and empty runs come out."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from jaxblock.errors import UserError
 from jaxblock.reporting import curves, plots
 from jaxblock.training.observe import metrics
 
@@ -28,37 +27,6 @@ def evaluation(step: int, correct: int) -> dict[str, Any]:
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
-
-
-def test_a_resumed_run_replaces_the_steps_it_repeats(tmp_path: Path) -> None:
-    rows = [train(1), train(2), train(3, loss=9.0), evaluation(3, 1), train(2, loss=7.0), train(3, loss=8.0)]
-    got = metrics.read_metrics(write(tmp_path / "m.jsonl", rows))
-    assert [(r["step"], r["loss"]) for r in got.train] == [(1, 2.5), (2, 7.0), (3, 8.0)]
-    assert [r["step"] for r in got.evals] == [3]
-
-
-def test_a_line_cut_off_by_a_kill_is_left_out_and_a_broken_one_is_named(tmp_path: Path) -> None:
-    path = write(tmp_path / "m.jsonl", [train(1)])
-    path.write_text(path.read_text() + '{"step": 2, "ki', encoding="utf-8")
-    assert len(metrics.read_metrics(path).train) == 1
-    path.write_text('{"step": 2, "ki\n' + json.dumps(train(3)) + "\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"m\.jsonl:1: not JSON"):
-        metrics.read_metrics(path)
-    with pytest.raises(UserError, match="cannot read the metrics"):
-        metrics.read_metrics(tmp_path / "absent.jsonl")
-
-
-def test_breakdowns_are_pooled_before_dividing() -> None:
-    rows = [train(1, loss_by_block=[[1.0, 1.0], [0.0, 0.0]]), train(2, loss_by_block=[[9.0, 3.0], [0.0, 0.0]])]
-    pooled = metrics.pooled(rows, "loss_by_block")
-    assert pooled[0] == 2.5 and np.isnan(pooled[1])  # (1 + 9) / (1 + 3), not the mean of 1 and 3
-    assert metrics.pooled([train(1)], "loss_by_block").size == 0
-
-
-def test_series_skips_what_is_not_finite() -> None:
-    rows = [train(1), train(2, loss=float("nan")), train(3, loss=None), train(4)]
-    steps, values = metrics.series(rows, "loss")
-    assert steps.tolist() == [1, 4] and values.tolist() == [2.5, 1.0]
 
 
 def test_smoothing_keeps_constants_and_means() -> None:
