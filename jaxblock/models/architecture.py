@@ -13,11 +13,11 @@ class RopeScaling(NamedTuple):
     """How rotary frequencies are stretched for longer contexts (``rope_scaling`` of config.json).
 
     Attributes:
-        kind: ``linear`` divides every frequency; ``llama3`` only those slower than ``original_len`` asks for.
-        factor: the stretch.
-        low_freq_factor: ``llama3``: wavelengths above original_len / this are stretched in full.
-        high_freq_factor: ``llama3``: wavelengths below original_len / this are left alone.
-        original_len: ``llama3``: the length the model was first trained for.
+        kind: ``linear`` divides every frequency; ``llama3`` divides only the slow ones.
+        factor: the number by which frequencies are divided.
+        low_freq_factor: ``llama3``: wavelengths above original_len / low_freq_factor are stretched in full.
+        high_freq_factor: ``llama3``: wavelengths below original_len / high_freq_factor are left alone.
+        original_len: ``llama3``: the length that the model was first trained for.
     """
 
     kind: Literal["linear", "llama3"]
@@ -32,15 +32,29 @@ class Architecture:
     """The sizes and special ids of a network, as its checkpoint's config.json gives them.
 
     Attributes:
-        family: key of ``models.families.registry.FAMILIES``.
+        family: the family's name, a key of ``models.families.registry.FAMILIES``.
+        vocab_size: the number of token ids.
+        d_model: the width of the residual stream.
+        n_layers: the number of layers.
+        n_heads: the number of query heads.
+        n_kv_heads: the number of key and value heads, which divides that of query heads.
+        head_dim: the width of a head.
+        mlp_dim: the width of the feed-forward layer.
+        norm_eps: the number added to the mean square in RMSNorm.
+        rope_theta: the base of the rotary frequencies.
+        max_len: the longest sequence that the model was made for, in tokens.
+        tie_embeddings: whether the head is the transposed embedding.
         mask_id: the mask token; None for an autoregressive checkpoint that has none yet.
+        eos_id: the end-of-sequence token; it fills the rest of the terminator's block.
+        pad_id: the token that fills rows up to the width of their batch; it is never seen.
         alignment: which hidden state predicts a token (see ``Layout``).
-        eos_id: end of sequence; fills the rest of the terminator's block.
         end_ids: further ids that config.json counts as ends of a response.
-        qkv_bias: queries, keys and values have biases.
-        qk_norm: queries and keys are normalised by head before they are rotated.
-        init_std: standard deviation of random weights; None for Mitchell's initialisation.
-        extra: the config.json this was read from, kept so that export writes back what it does not understand.
+        qkv_bias: whether queries, keys and values have biases.
+        qk_norm: whether queries and keys are normalised by head before they are rotated.
+        rope_scaling: how rotary frequencies are stretched; None for not at all.
+        init_std: the standard deviation of random weights; None for Mitchell's initialisation.
+        extra: the fields of the config.json that this was read from, as JSON, so that an export writes back those that we
+            do not use.
     """
 
     family: str
@@ -67,10 +81,10 @@ class Architecture:
     extra: tuple[tuple[str, str], ...] = ()
 
     def need_mask_id(self) -> int:
-        """The mask token.
+        """Returns the mask token.
 
         Raises:
-            UserError: there is none: the checkpoint is autoregressive.
+            UserError: there is none, because the checkpoint is autoregressive.
         """
         if self.mask_id is None:
             raise UserError(

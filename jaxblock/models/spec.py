@@ -1,7 +1,7 @@
-"""What a family's parameters are: one table that owns every shape, logical axis, initialiser and Hugging Face name.
+"""Tables of parameters: one entry owns the shape, logical axes, initialisation and Hugging Face name of a parameter.
 
-Initialisation, sharding, import and export, weight decay and FLOP counts are all read off this table; modules hold
-no literal sizes.
+Initialisation, sharding, import and export, weight decay and FLOP counts are all read off such a table; modules hold no
+literal sizes.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from jaxblock.types import Params
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """One tensor (of one layer, where ``axes[0]`` is not ``layers`` in the table's per-layer view).
+    """Describes one parameter; one that every layer has is stacked over the layers.
 
     Attributes:
-        shape: the stacked shape: ``[L, ...]`` for a layer's tensor.
-        axes: a logical axis name per dimension; ``layers`` first where stacked.
-        std: standard deviation of a normal initialisation; None initialises to ones (norms), 0 to zeros.
-        depth_scaled: divide the standard deviation by sqrt(layer + 1) (outputs into the residual stream).
-        hf_name: the checkpoint's name; ``{layer}`` stands for the layer's index.
-        transpose: torch keeps [out, in], we keep [in, out].
-        dtype: storage type where it is the tensor's own (int8); None for the type of the whole network.
+        shape: the shape as it is stored: ``[L, ...]`` for a parameter that every layer has.
+        axes: the logical name of each dimension (see ``parallel.rules``); ``layers`` first where stacked.
+        std: the standard deviation of random weights; None initialises to ones (norms), 0 to zeros.
+        hf_name: the tensor's name in a checkpoint; ``{layer}`` stands for the layer's index.
+        transpose: whether the checkpoint's tensor is transposed: torch keeps [out, in], we keep [in, out].
+        depth_scaled: whether the standard deviation is divided by sqrt(layer + 1) (outputs into the residual stream).
+        dtype: the type in which this parameter is stored (int8); None for the type of the whole network.
     """
 
     shape: tuple[int, ...]
@@ -45,26 +45,26 @@ class ParamSpec:
 
     @property
     def stacked(self) -> bool:
-        """Whether axis 0 runs over layers."""
+        """Whether the first dimension runs over layers."""
         return self.axes[0] == "layers"
 
     @property
     def is_matrix(self) -> bool:
-        """Whether weight decay applies under ``decay: matrices``."""
+        """Whether each layer's tensor has two dimensions or more, so that ``decay: matrices`` decays it."""
         return len(self.shape) - self.stacked >= 2
 
 
 Table = Mapping[str, ParamSpec]
-"""Specs by path; ``/`` separates levels: ``blocks/q``."""
+"""The specs of parameters by their path in the nested dict; ``/`` separates levels, as in ``blocks/q``."""
 
 
 def init_params(table: Table, seed: int, dtype: DTypeLike) -> Params:
-    """Random weights. A tensor's values depend on the seed, its path and its shape, never on the other tensors.
+    """Draws random weights. Those of a parameter depend on the seed, its path and its shape, never on other parameters.
 
     Args:
-        table: the family's specs.
-        seed: of the whole network.
-        dtype: storage type.
+        table: the specs of the parameters.
+        seed: the seed of the whole network.
+        dtype: the type in which the weights are stored.
 
     Returns:
         The nested dict of arrays that the table describes.
@@ -74,6 +74,7 @@ def init_params(table: Table, seed: int, dtype: DTypeLike) -> Params:
 
 
 def _draw(spec: ParamSpec, seed: int, path: str, dtype: DTypeLike) -> jax.Array:
+    """Draws the weights of one parameter."""
     if spec.std is None:
         return jnp.ones(spec.shape, dtype)
     if spec.std == 0:
@@ -88,36 +89,36 @@ def _draw(spec: ParamSpec, seed: int, path: str, dtype: DTypeLike) -> jax.Array:
 
 
 def abstract_params(table: Table, dtype: DTypeLike) -> Params:
-    """Shapes and types of the parameters, nothing allocated."""
+    """Returns the shapes and types of the parameters as a nested dict, without allocating them."""
     return nest({path: jax.ShapeDtypeStruct(spec.shape, spec.dtype or dtype) for path, spec in table.items()})
 
 
 def nest(flat: Mapping[str, Any]) -> Params:
-    """``{"blocks/q": x}`` -> ``{"blocks": {"q": x}}``."""
+    """Nests a flat dict: ``{"blocks/q": x}`` becomes ``{"blocks": {"q": x}}``."""
     return traverse_util.unflatten_dict(dict(flat), sep="/")
 
 
 def flatten(tree: Params) -> dict[str, Any]:
-    """``{"blocks": {"q": x}}`` -> ``{"blocks/q": x}``."""
+    """Flattens a nested dict: ``{"blocks": {"q": x}}`` becomes ``{"blocks/q": x}``."""
     return traverse_util.flatten_dict(tree, sep="/")
 
 
 def count_params(table: Table) -> int:
-    """How many parameters."""
+    """Counts the parameters that the table describes."""
     return sum(int(np.prod(spec.shape)) for spec in table.values())
 
 
 def matmul_flops_per_token(table: Table, arch: Architecture, context: int, *, head: bool = True) -> float:
-    """Floating-point operations of one token's forward pass: two per weight of each matrix, plus attention.
+    """Counts the floating-point operations of one token's forward pass: two per weight of each matrix, plus attention.
 
     Args:
-        table: the family's specs.
-        arch: sizes.
-        context: visible keys per query (bidirectional attention sees them all).
-        head: count the vocabulary projection.
+        table: the specs of the parameters.
+        arch: the sizes of the network.
+        context: the number of visible keys per query (bidirectional attention sees them all).
+        head: whether the vocabulary projection is counted.
 
     Returns:
-        FLOPs of the forward pass per token (three times as much for forward and backward).
+        The FLOPs per token of a forward pass (forward and backward together take three times as many).
     """
     weights = sum(float(np.prod(s.shape)) for p, s in table.items() if s.is_matrix and p not in ("embed", "head"))
     projection = arch.vocab_size * arch.d_model if head else 0

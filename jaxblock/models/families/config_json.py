@@ -1,4 +1,4 @@
-"""Reading config.json: what every family's reader needs, and the reader of Llama's layout of it."""
+"""Reading and writing config.json: what the readers and writers of all families need."""
 
 from __future__ import annotations
 
@@ -11,38 +11,38 @@ from jaxblock.models.architecture import Architecture, RopeScaling
 
 
 class Fields:
-    """A parsed config.json whose complaints name the file and the field."""
+    """A parsed config.json whose errors name the file and the field."""
 
     def __init__(self, config: Mapping[str, Any], where: str, family: str) -> None:
-        """Wraps a config.
+        """Wraps a parsed config.json.
 
         Args:
             config: the parsed file.
-            where: its path, for messages.
-            family: the reader's name, for messages.
+            where: the file's path, for messages.
+            family: the family's name, for messages.
         """
         self._config, self._where, self._family = config, where, family
 
     def get(self, name: str, default: Any = None) -> Any:
-        """A field; the default where it is absent or null."""
+        """Returns a field, or the default where it is absent or null."""
         value = self._config.get(name)
         return default if value is None else value
 
     def need(self, name: str) -> Any:
-        """A field that must be there.
+        """Returns a field that must be there.
 
         Raises:
-            UserError: it is absent or null.
+            UserError: the field is absent or null.
         """
         if self._config.get(name) is None:
             raise UserError(f"{self._where}: field {name!r} is missing; a {self._family} config must have it")
         return self._config[name]
 
     def size(self, name: str, default: int | None = None) -> int:
-        """A positive whole number.
+        """Returns a field that must be a whole number above 0.
 
         Raises:
-            UserError: it is absent, or something else.
+            UserError: the field is something else, or absent without a default.
         """
         value = self.need(name) if default is None else self.get(name, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -50,10 +50,10 @@ class Fields:
         return value
 
     def number(self, name: str, default: float) -> float:
-        """A number above 0.
+        """Returns a field that must be a number above 0.
 
         Raises:
-            UserError: it is something else.
+            UserError: the field is something else.
         """
         return self._positive(name, self.get(name, default))
 
@@ -63,16 +63,16 @@ class Fields:
         return float(value)
 
     def check_heads(self, d_model: int, n_heads: int, n_kv_heads: int, head_dim: int | None = None) -> None:
-        """Checks sizes that tensors cannot contradict.
+        """Checks the sizes of heads, which the shapes of tensors do not show.
 
         Args:
-            d_model: width.
-            n_heads: query heads.
-            n_kv_heads: key and value heads.
-            head_dim: where the config names one; None where it is the width over the heads.
+            d_model: the width of the residual stream.
+            n_heads: the number of query heads.
+            n_kv_heads: the number of key and value heads.
+            head_dim: the width of a head where the file names it; None where it is d_model / n_heads.
 
         Raises:
-            UserError: heads that do not divide, or of an odd size, which cannot be rotated.
+            UserError: the heads do not divide, or are of an odd size, which cannot be rotated.
         """
         if n_heads % n_kv_heads:
             raise self.error(f"{n_heads} query heads are no multiple of {n_kv_heads} key and value heads")
@@ -84,29 +84,36 @@ class Fields:
             )
 
     def check_fixed(self, fixed: Mapping[str, tuple[Any, ...]]) -> None:
-        """Raises UserError where a field asks for something that the network does not do."""
+        """Checks fields of which the network supports some values only.
+
+        Args:
+            fixed: the supported values of each field; an absent field means one of them.
+
+        Raises:
+            UserError: a field has another value.
+        """
         for name, allowed in fixed.items():
             if self._config.get(name) is not None and self._config[name] not in allowed:
                 raise self.error(f"{name} is {self._config[name]!r}; this reader supports {allowed[0]!r} only")
 
     def error(self, what: str) -> UserError:
-        """An error about this file."""
+        """Makes an error whose message names this file."""
         return UserError(f"{self._where}: {what}")
 
     def token(self, name: str, vocab_size: int, default: int | None = None) -> int | None:
-        """A special id inside the vocabulary; of a list, the first.
+        """Returns a field that names a special token; of a list, the first.
 
         Raises:
-            UserError: it is outside the vocabulary, or no id.
+            UserError: the field is no token's id, or one outside the vocabulary.
         """
         ids = self.tokens(name, vocab_size)
         return ids[0] if ids else default
 
     def need_token(self, name: str, vocab_size: int) -> int:
-        """A special id that must be there.
+        """Returns a field that must name a special token; of a list, the first.
 
         Raises:
-            UserError: it is absent, outside the vocabulary, or no id.
+            UserError: the field is absent, no token's id, or one outside the vocabulary.
         """
         self.need(name)
         ids = self.tokens(name, vocab_size)
@@ -115,10 +122,10 @@ class Fields:
         return ids[0]
 
     def tokens(self, name: str, vocab_size: int) -> tuple[int, ...]:
-        """Special ids: one, or a list.
+        """Returns all special tokens that a field names: none, one or a list.
 
         Raises:
-            UserError: one of them is outside the vocabulary, or no id.
+            UserError: one of them is no token's id, or outside the vocabulary.
         """
         value = self.get(name)
         ids = value if isinstance(value, list) else [] if value is None else [value]
@@ -130,10 +137,10 @@ class Fields:
         return tuple(ids)
 
     def rope_theta(self) -> float:
-        """The rotary base, at the top level or under ``rope_parameters``.
+        """Returns the base of the rotary frequencies, from the top level or from ``rope_parameters``.
 
         Raises:
-            UserError: it is no number above 0, or ``rope_parameters`` is no object.
+            UserError: the base is no number above 0, or ``rope_parameters`` is no JSON object.
         """
         nested = self.get("rope_parameters", {})
         if not isinstance(nested, dict):
@@ -141,10 +148,10 @@ class Fields:
         return self._positive("rope_theta", self.get("rope_theta", nested.get("rope_theta") or 10_000.0))
 
     def rope_scaling(self) -> RopeScaling | None:
-        """How rotary frequencies are stretched, under ``rope_scaling`` or ``rope_parameters``.
+        """Returns how rotary frequencies are stretched, from ``rope_scaling`` or ``rope_parameters``.
 
         Raises:
-            UserError: a kind that the network does not do, or one that lacks its numbers.
+            UserError: the network does not compute this kind, or the field lacks its numbers.
         """
         scaling = self.get("rope_scaling") or self.get("rope_parameters", {})
         try:
@@ -162,12 +169,12 @@ class Fields:
         raise self.error(f"rope_scaling of type {kind!r} is not supported (only default, linear and llama3 are)")
 
     def kept(self) -> tuple[tuple[str, str], ...]:
-        """All fields as JSON, so that an export can write back what it does not understand."""
+        """Returns all fields as JSON, so that an export can write back those that we do not use."""
         return tuple(sorted((key, json.dumps(value)) for key, value in self._config.items()))
 
 
 def add_rope_and_dtype(config: dict[str, Any], arch: Architecture, dtype: str) -> dict[str, Any]:
-    """Adds the rotary base and the tensors' type, in the spelling that the config already uses (transformers 4 or 5)."""
+    """Adds the rotary frequencies and the tensors' type to a config, in the spelling it has (transformers 4 or 5)."""
     nested = config.get("rope_parameters")
     if isinstance(nested, dict) and "rope_theta" in nested:
         config["rope_parameters"] = {**nested, "rope_theta": arch.rope_theta}

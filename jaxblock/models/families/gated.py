@@ -1,4 +1,4 @@
-"""The table of a gated transformer: what all families share. A family gives its checkpoint's names and its own extras."""
+"""The table of parameters of a gated transformer, which all families share under names of their own."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from jaxblock.models.spec import ParamSpec, Table
 
 
 def gated_table(arch: Architecture, names: Mapping[str, str]) -> Table:
-    """Every tensor of RMSNorm, grouped attention and a gated feed-forward layer, repeated.
+    """Returns the specs of layers of RMSNorm, grouped attention and a gated feed-forward layer, with embedding and head.
 
     Args:
-        arch: sizes; ``qkv_bias``, ``qk_norm`` and ``tie_embeddings`` say which tensors exist.
-        names: the checkpoint's module name of each tensor, ``{layer}`` for the layer's index.
+        arch: the sizes; ``qkv_bias``, ``qk_norm`` and ``tie_embeddings`` say which parameters exist.
+        names: the checkpoint's module name for each parameter, with ``{layer}`` for the layer's index.
 
     Returns:
-        Specs by path. Matrices are [in, out]; q, k and v are flat over (heads, head_dim).
+        The specs by path. Matrices are [in, out]; the outputs of q, k and v are flat over (heads, head_dim).
     """
     d, f, n_layers, std = arch.d_model, arch.mlp_dim, arch.n_layers, arch.init_std
     q_dim, kv_dim = arch.n_heads * arch.head_dim, arch.n_kv_heads * arch.head_dim

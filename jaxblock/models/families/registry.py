@@ -40,24 +40,24 @@ def traits(family: str, alignment: Alignment | None = None) -> dict[str, Any]:
 
 
 _ROWS = 64
-"""A vocabulary that takes a new token grows to a multiple of this: sizes that divide over devices."""
+"""A vocabulary that takes a new token grows to a multiple of this, a size that divides over devices."""
 
 
 def with_mask(arch: Architecture, mask_id: int, alignment: Alignment | None = None) -> Architecture:
     """Gives an autoregressive network the mask token that makes a diffusion network of it.
 
     Args:
-        arch: of any family; one that has a mask token keeps it.
-        mask_id: a token that its text never uses, or the first after the vocabulary, which then grows to a multiple of
-            64 rows.
-        alignment: which hidden state predicts a token; None keeps ``arch``'s.
+        arch: an architecture of any family; one that has a mask token keeps it.
+        mask_id: a token that its text never uses, or one just after the vocabulary, which then grows to a multiple of 64
+            rows.
+        alignment: which hidden state predicts a token; None keeps the architecture's.
 
     Returns:
-        The architecture with both.
+        The architecture with the mask token and the alignment.
 
     Raises:
-        UserError: it has another mask token or, as a diffusion family, another alignment; the id ends a response, or is
-            no id of the vocabulary nor the next one.
+        UserError: the architecture has another mask token or, as a diffusion family, another alignment; or the id ends a
+            response, or is too far outside the vocabulary.
     """
     chosen = traits(arch.family, alignment or arch.alignment)["alignment"]
     if arch.mask_id not in (None, mask_id):

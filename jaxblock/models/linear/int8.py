@@ -1,6 +1,7 @@
-"""An int8 base: each layer's matrices as whole numbers and one scale a column. For frozen weights under LoRA only.
+"""The int8 form of a frozen base: each layer's matrices as whole numbers with one scale for each column.
 
-Half of bfloat16's memory. Embedding, head, norms and biases keep their type.
+It takes half of bfloat16's memory and is for frozen weights under LoRA only. Embedding, head, norms and biases keep their
+type.
 """
 
 from __future__ import annotations
@@ -16,16 +17,16 @@ from jaxtyping import Float, Int8
 from jaxblock.models.spec import ParamSpec, Table
 
 SCALE = "_scale"
-"""``blocks/q`` is int8 and ``blocks/q_scale`` its columns' scales."""
+"""The suffix of the scales' name: the columns of the int8 matrix ``blocks/q`` have the scales ``blocks/q_scale``."""
 
 
 def quantised(spec: ParamSpec) -> bool:
-    """Whether a tensor is kept in int8: the matrices of the layers."""
+    """Says whether a parameter is kept in int8: the matrices of the layers are."""
     return spec.stacked and spec.is_matrix
 
 
 def int8_table(base: Table) -> Table:
-    """The specs of the int8 network: the matrices' type, and their scales beside them."""
+    """Returns the specs of the int8 network: its matrices are int8, and have their scales beside them."""
     specs: dict[str, ParamSpec] = {}
     for path, spec in base.items():
         specs[path] = spec
@@ -41,10 +42,10 @@ def quantise(w: Float[Array, "*layers I O"]) -> tuple[Int8[Array, "*layers I O"]
     """Rounds each column to 255 levels, symmetric about 0.
 
     Args:
-        w: matrices; their memory is given up.
+        w: the matrices; their memory is given up.
 
     Returns:
-        (whole numbers, scales); ``numbers * scales`` is within half a scale of w.
+        The whole numbers and the scales; ``numbers * scales`` is within half a scale of w.
     """
     wide = w.astype(jnp.float32)
     scale = jnp.maximum(jnp.max(jnp.abs(wide), axis=-2), jnp.finfo(jnp.float32).tiny) / 127.0

@@ -17,22 +17,23 @@ from jaxtyping import Float, Shaped
 
 from jaxblock.errors import UserError
 from jaxblock.models.config import LoraConfig, Unmatched
+from jaxblock.models.numerics import at_least_float32
 from jaxblock.models.spec import ParamSpec, Table, flatten, nest
 from jaxblock.types import Params
 
 KEY = "lora"
-"""Where the adapters lie in the parameters."""
+"""The key under which the parameters of a network hold its adapters."""
 
 
 @dataclass(frozen=True)
 class Lora:
-    """What is adapted, and how. Static.
+    """Says which matrices are adapted, and how. Static.
 
     Attributes:
-        rank: R.
-        alpha: the branch is multiplied by alpha / rank.
-        dropout: chance that an input of a branch is dropped in training.
-        targets: paths of the adapted matrices in the family's table, in the table's order.
+        rank: the rank R of the adapters.
+        alpha: a branch is multiplied by alpha / rank.
+        dropout: the chance that an input of a branch is dropped in training.
+        targets: the paths of the adapted matrices in the family's table, in the table's order.
     """
 
     rank: int
@@ -42,7 +43,7 @@ class Lora:
 
     @property
     def scale(self) -> float:
-        """What each branch is multiplied by."""
+        """The number by which each branch is multiplied."""
         return self.alpha / self.rank
 
 
@@ -80,18 +81,18 @@ def lora_from_config(config: LoraConfig, table: Table) -> Lora | None:
 
 
 def resolve(table: Table, names: Sequence[str], unmatched: Unmatched = "error") -> tuple[str, ...]:
-    """Finds the matrices that target names mean.
+    """Finds the matrices that the names of targets mean.
 
     A name is ours, the same for every family (``q``, ``k``, ``v``, ``o``, ``gate``, ``up``, ``down``, or ``all`` of
     them), or the checkpoint's own module name (``q_proj``, ``attn_out``), as PEFT matches it: by the last component.
 
     Args:
-        table: the family's specs.
-        names: target names.
+        table: the specs of the family's parameters.
+        names: the names of the targets.
         unmatched: what to do with a name that matches nothing.
 
     Returns:
-        Paths of the table, in its order, each once.
+        The paths of the matrices, in the table's order, each once.
 
     Raises:
         UserError: a name matches nothing (under ``error``), or none does.
@@ -113,21 +114,22 @@ def resolve(table: Table, names: Sequence[str], unmatched: Unmatched = "error") 
 
 
 def _module(spec: ParamSpec) -> str:
+    """Returns the last component of the checkpoint's module name, as PEFT matches it."""
     return spec.hf_name.removesuffix(".weight").rsplit(".", 1)[-1]
 
 
 def adapter_table(base: Table, lora: Lora) -> Table:
-    """The adapters' specs: shapes, axes and initialisation, as those of any network.
+    """Returns the specs of the adapters.
 
     ``a`` begins with PEFT's variance (uniform within 1/sqrt(in) there, a cut normal here), ``b`` with zeros, so that the
     adapted network begins as the base.
 
     Args:
-        base: the family's specs.
+        base: the specs of the family's parameters.
         lora: what is adapted.
 
     Returns:
-        Specs by path (``blocks/q/a``). ``hf_name`` is PEFT's.
+        The specs by path (``blocks/q/a``); ``hf_name`` is PEFT's.
     """
     specs = {}
     for path in lora.targets:
@@ -167,19 +169,19 @@ def layer_branches(
 
 
 def attach(base: Params, adapters: Params) -> Params:
-    """What the network takes: adapters beside their base, or (with no base) a network that is trained itself."""
+    """Returns the parameters that the network takes: adapters beside their base; without a base, ``adapters`` as they are."""
     return {**base, KEY: adapters} if base else adapters
 
 
 def merge(params: Params, lora: Lora) -> Params:
-    """The base with every branch added to its matrix: ``w + a @ b * scale``, computed in float32, in the base's type.
+    """Adds every branch to its matrix: ``w + a @ b * scale``, computed in float32 and stored in the base's type.
 
     Args:
-        params: base and adapters; no adapted matrix may be int8.
+        params: the base and the adapters; no adapted matrix may be int8.
         lora: what is adapted.
 
     Returns:
-        A tree without adapters.
+        The parameters of the merged network, without adapters.
     """
     flat = flatten({name: leaf for name, leaf in params.items() if name != KEY})
     adapters = flatten(params[KEY])
@@ -189,9 +191,10 @@ def merge(params: Params, lora: Lora) -> Params:
 
 
 def _add(w: Array, a: Array, b: Array, scale: float) -> Array:
+    """Adds the branch to the matrix of each layer [L, I, O]."""
+
     def layer(w: Array, a: Array, b: Array) -> Array:
-        wide = jnp.promote_types(w.dtype, jnp.float32)
-        return (w.astype(wide) + jnp.matmul(a, b, precision="highest") * scale).astype(w.dtype)
+        return (w.astype(at_least_float32(w.dtype)) + jnp.matmul(a, b, precision="highest") * scale).astype(w.dtype)
 
     return jax.lax.map(lambda wab: layer(*wab), (w, a, b))  # one layer at a time: float32 copies stay small
 
