@@ -1,4 +1,4 @@
-"""What the makers of accelerators say of them: memory, peak arithmetic, bandwidths."""
+"""The published figures of accelerators: memory, peak arithmetic and bandwidths."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import jax
 
 
 class Chip(NamedTuple):
-    """Published figures of an accelerator, for one chip.
+    """The published figures of an accelerator, for one chip.
 
     Attributes:
-        name: of its kind.
-        memory: bytes that programs can use.
-        flops: peak bfloat16 operations a second; None where no figure would mean anything.
-        bandwidth: bytes a second of main memory.
-        links: bytes a second that it can send to its slice (or node), all links together, one direction.
-        across: bytes a second that it can send over the data-centre network; None where it is not published.
+        name: the name of this kind of chip.
+        memory: the bytes of memory that programs can use.
+        flops: the peak of bfloat16 operations a second; None where no figure would mean anything.
+        bandwidth: the bytes a second of main memory; None where it is not known.
+        links: the bytes a second that a chip can send within its slice (or node), over all links, in one direction.
+        across: the bytes a second that a chip can send over the data-centre network; None where it is not published.
         source: where the figures are from.
     """
 
@@ -46,7 +46,7 @@ CHIPS: dict[str, Chip] = {
     "h200": Chip("H200 141 GB", 0.9 * 141 * _GB, 989 * _TERA, 4800 * _GB, 450 * _GB, None, _NVIDIA),
 }
 
-# What JAX calls them. Other H100s (PCIe, NVL) have other figures, and are not known.
+# The names that JAX gives to devices. Other H100s (PCIe, NVL) have other figures, and are not in the table.
 _KINDS = {
     "TPU v4": "v4",
     "TPU v5": "v5p",
@@ -61,6 +61,6 @@ _KINDS = {
 
 
 def chip_of(device: jax.Device) -> Chip | None:
-    """The figures of a device; None where they are not known (a CPU, other accelerators)."""
+    """Returns the figures of a device; None where they are not known (a CPU, other accelerators)."""
     kind = _KINDS.get(device.device_kind)
     return None if kind is None else CHIPS[kind]

@@ -1,4 +1,4 @@
-"""Keeps freed memory in the process where the device is a CPU: what a step frees, the next one allocates again."""
+"""Keeps freed memory in the process where the device is a CPU: the memory that a step frees, the next step takes again."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def keep_freed_memory(variables: Mapping[str, str] = os.environ) -> bool:
     of the quickstart's step; an eighth at width 512). Call it before JAX starts its threads.
 
     Args:
-        variables: the environment; a user's own settings of malloc are left alone.
+        variables: the environment variables; where they set malloc already, nothing is changed.
 
     Returns:
         Whether anything was changed.
@@ -37,7 +37,7 @@ def keep_freed_memory(variables: Mapping[str, str] = os.environ) -> bool:
 
 
 def _has_accelerator(variables: Mapping[str, str]) -> bool:
-    """Whether JAX may find one: asked without starting JAX, which must wait for `jax.distributed`."""
+    """Says whether JAX may find an accelerator, without starting JAX: that must wait until the process group is joined."""
     platforms = variables.get("JAX_PLATFORMS", "")
     if platforms:
         return platforms != "cpu"

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from jaxblock.errors import UserError
-from jaxblock.parallel.processes import HEARTBEAT, from_environment
+from jaxblock.parallel.environment import HEARTBEAT, from_environment
 
 THREE = {"JAX_COORDINATOR_ADDRESS": "10.0.0.2:8476", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
 BEAT = {"heartbeat_timeout_seconds": HEARTBEAT}

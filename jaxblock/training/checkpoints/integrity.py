@@ -70,7 +70,7 @@ def first_problem(problem: str | None) -> str | None:
         return problem
     text = np.frombuffer((problem or "").encode()[:_TEXT_BYTES], np.uint8)
     padded = np.pad(text, (0, _TEXT_BYTES - len(text)))
-    rows = processes.gathered(padded).reshape(-1, _TEXT_BYTES).astype(np.uint8)
+    rows = processes.gather_values(padded).reshape(-1, _TEXT_BYTES).astype(np.uint8)
     texts = (row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in rows)
     return next(filter(None, texts), None)
 

@@ -78,4 +78,4 @@ class SkippedSteps:
 
 def _of_all(records: np.ndarray) -> str:
     """Lists the numbers of a batch's records, those of the other processes too."""
-    return ", ".join(map(str, processes.gathered(records).tolist()))
+    return ", ".join(map(str, processes.gather_values(records).tolist()))
