@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """Imports on first use, so that ``jaxblock --help`` does not wait for JAX."""
+    """Imports a public name on its first use, so that ``jaxblock --help`` does not wait for JAX."""
     if name == "load":
         from jaxblock.loading import load
 

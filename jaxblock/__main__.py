@@ -1,4 +1,4 @@
-"""``python -m jaxblock`` is the same as ``jaxblock``."""
+"""Makes ``python -m jaxblock`` the same as ``jaxblock``."""
 
 import sys
 

@@ -1,4 +1,7 @@
-"""The command line: parse, call, print. ``jaxblock VERB --config FILE --section.field value``."""
+"""Reads the command line, runs the verb, and turns errors into messages and exit codes.
+
+``jaxblock VERB --config FILE --section.field value``
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import tyro
 
+import jaxblock
 from jaxblock.commands import decode, evaluate, export, inspect, plan, prepare, train
 from jaxblock.config.checks import check_config
 from jaxblock.config.config import Config
@@ -30,7 +34,7 @@ Options = TypeVar("Options")
 
 
 class Command(NamedTuple, Generic[Options]):
-    """What the command line needs of a verb.
+    """Holds what the command line needs of a verb.
 
     Attributes:
         options: a dataclass of its flags. Fields named as sections of ``Config`` are filled from the YAML file.
@@ -51,6 +55,9 @@ VERBS: dict[str, Command[Any]] = {
     "plan": Command(plan.Options, plan.run),
 }
 
+SHORT_FLAGS = {"train": {"--profile": "--train.profile"}}
+"""Flags that have a short name too, by verb."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb.
@@ -60,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0; 2 for a mistake that the user can mend; 130 (143 for SIGTERM) for a run that was told to stop;
-        134 where another process of the group was lost; 1 for a bug of ours, or a reader of our output that has gone.
+        134 where another process of the group was lost; 1 for a bug of ours, or where the reader of our output has gone.
         (In a process group 1, 2 and 134 end the process here.)
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -68,18 +75,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is None:
         host_memory.keep_freed_memory()
         if not traces:
-            _hush()
-    short = {"--profile": "--train.profile"} if given[:1] == ["train"] else {}
-    given = [short.get(argument, argument) for argument in given if argument != "--traceback"]
+            _silence_threads()
+    given = [argument for argument in given if argument != "--traceback"]
     if not given or given[0] in ("-h", "--help"):
         print(_overview())
         return 0 if given else 2
     if given[0] == "--version":
-        import jaxblock
-
         print(jaxblock.__version__)
         return 0
-    code = _guarded(given, traces)
+    verb, *flags = given
+    short = SHORT_FLAGS.get(verb, {})
+    code = _run_verb(verb, [short.get(flag, flag) for flag in flags], traces)
     if code in (1, 2, LOST) and "jax" in sys.modules:
         from jaxblock.parallel import processes
 
@@ -87,13 +93,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
-def _guarded(given: list[str], traces: bool) -> int:
-    """Runs the verb; whatever goes wrong becomes a message and an exit code."""
+def _run_verb(verb: str, flags: list[str], traces: bool) -> int:
+    """Runs a verb; whatever goes wrong becomes a message and an exit code. ``traces`` lets mistakes raise instead."""
     try:
-        verb = given[0]
         if verb not in VERBS:
             raise UserError(f"unknown verb {verb!r}{_nearest_verb(verb)}")
-        options = parse(verb, given[1:])
+        options = parse(verb, flags)
         code = VERBS[verb].run(options, config_of(options))
         sys.stdout.flush()  # a closed pipe shows here, not while the interpreter ends
         return code
@@ -101,44 +106,44 @@ def _guarded(given: list[str], traces: bool) -> int:
         # The reader of our output has gone (`| head`): what is still buffered goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except KeyboardInterrupt:
+        return _complain("stopped", 130)
     except (UserError, OSError) as error:
         if traces:
             raise
-        print(f"jaxblock: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("jaxblock: stopped", file=sys.stderr)
-        return 130
+        return _complain(str(error), 2)
     except Exception as error:
-        if not traces and (isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)):
-            print(
-                f"jaxblock: out of memory ({str(error).splitlines()[0][:200] if str(error) else 'on the host'}). Lower "
-                "train.batch_size or decode.batch_size, or set model.remat to full",
-                file=sys.stderr,
+        return _report_exception(error, traces)
+
+
+def _report_exception(error: Exception, traces: bool) -> int:
+    """Prints an exception that is no ``UserError``, with its traceback where it is a bug; returns the exit code."""
+    first_line = str(error).splitlines()[0][:200] if str(error) else "on the host"
+    if not traces and (isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)):
+        return _complain(
+            f"out of memory ({first_line}). Lower train.batch_size or decode.batch_size, or set model.remat to full", 2
+        )
+    if not traces and "jax" in sys.modules:
+        from jaxblock.parallel import processes
+
+        if processes.partner_lost(error):
+            return _complain(
+                f"another process of the group has ended or cannot be reached ({first_line}): its own output says why. "
+                "Start all of them again: the run goes on from its last checkpoint",
+                LOST,
             )
-            return 2
-        if not traces and "jax" in sys.modules and _partner_lost(error):
-            print(
-                "jaxblock: another process of the group has ended or cannot be reached "
-                f"({str(error).splitlines()[0][:200]}): its own output says why. Start all of them again: the run goes on "
-                "from its last checkpoint",
-                file=sys.stderr,
-            )
-            return LOST
-        # Not the user's mistake but ours: here the traceback is the message.
-        traceback.print_exc()
-        print("jaxblock: this is a bug; please report it with the lines above", file=sys.stderr)
-        return 1
+    traceback.print_exception(error)
+    return _complain("this is a bug; please report it with the lines above", 1)
 
 
-def _partner_lost(error: Exception) -> bool:
-    from jaxblock.parallel import processes
+def _complain(text: str, code: int) -> int:
+    """Prints a line to standard error and returns the exit code."""
+    print(f"jaxblock: {text}", file=sys.stderr)
+    return code
 
-    return processes.partner_lost(error)
 
-
-def _hush() -> None:
-    """Threads of libraries print tracebacks of errors that we report ourselves, in one line: they are silenced."""
+def _silence_threads() -> None:
+    """Silences the tracebacks that threads of libraries print for errors that we report ourselves, in one line."""
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.excepthook = lambda *_: None
@@ -149,8 +154,8 @@ def parse(verb: str, arguments: Sequence[str]) -> Any:
     """Reads a verb's options: a flag goes before the YAML file, and the file before the default.
 
     Args:
-        verb: key of ``VERBS``.
-        arguments: the flags.
+        verb: a key of ``VERBS``.
+        arguments: the flags. A checkpoint's own config stands in for a YAML file that they do not name.
 
     Returns:
         An instance of the verb's ``Options``.
@@ -160,8 +165,8 @@ def parse(verb: str, arguments: Sequence[str]) -> Any:
     """
     kind: Any = VERBS[verb].options
     path = _value_of("--config", arguments)
-    if path is None and (checkpoint := _value_of("--checkpoint", arguments)) and verb in ("decode", "evaluate"):
-        path = _config_of(checkpoint)
+    if path is None and {"checkpoint", "config"} <= {field.name for field in fields(kind)}:
+        path = _config_of(_value_of("--checkpoint", arguments))
     return tyro.cli(
         functools.partial(kind, **_sections(load_config(path), kind)),
         prog=f"jaxblock {verb}",
@@ -194,8 +199,10 @@ def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
     return None
 
 
-def _config_of(checkpoint: str) -> str | None:
+def _config_of(checkpoint: str | None) -> str | None:
     """Returns the path of the config that a run folder keeps; None where there is none."""
+    if not checkpoint:
+        return None
     path = as_path(checkpoint) / "config.yaml"
     return str(path) if path.exists() else None
 

@@ -1,4 +1,7 @@
-"""``jaxblock.load``: a run, a Hugging Face folder or hub id, or adapters, as a ``Model``."""
+"""Opens a run, a Hugging Face folder or hub id, or a folder of adapters as a ``Model``: this is ``jaxblock.load``.
+
+The file is not called ``load.py``, because a module ``jaxblock.load`` would take the place of the function.
+"""
 
 from __future__ import annotations
 
@@ -39,13 +42,14 @@ def load(
     """Loads a run folder, a Hugging Face folder (or hub id), or a folder of PEFT adapters.
 
     Args:
-        folder: what ``jaxblock train`` wrote, a folder with config.json and safetensors (tokenizer optional), or one
+        folder: what ``jaxblock train`` wrote, a folder with config.json and safetensors (the tokenizer is optional), or one
             with adapter_config.json.
-        dtype: compute and storage type, ``float32`` or ``bfloat16``; None keeps what is stored (float16 is computed in float32).
+        dtype: the type to compute and store in, ``float32`` or ``bfloat16``; None keeps what is stored (float16 is computed
+            in float32).
         base: where the weights beneath adapters are; None for where their run or adapter_config.json says.
         quantize: ``int8`` keeps the layers' matrices beneath adapters in int8; None for what their run did.
-        mask_id: the mask token of an autoregressive checkpoint that has none (adapters that we exported remember it);
-            its embedding gets rows where it is new.
+        mask_id: the mask token of an autoregressive checkpoint that has none (adapters that we exported remember it); the
+            embedding gets rows for a token that is new.
         alignment: the logit alignment of such a checkpoint; None for ``shifted``.
         step: which checkpoint of a run: the newest, the best by `train.keep_best`, or that of a step.
 
@@ -58,47 +62,60 @@ def load(
     if dtype not in (None, "float32", "bfloat16"):
         raise UserError(f"dtype is {dtype!r}: choose float32 or bfloat16, or None for what is stored")
     if run_folder.is_run(folder):
-        return _from_run(folder, dtype, base, quantize, step)
+        return _load_run(folder, dtype, base, quantize, step)
     if step != "latest":
         raise UserError(f"{folder} is no run, so it has no checkpoint {step}: leave `step` out")
-    weights_folder, found = _adapters_of(local_checkpoint(folder), base)
-    to_int8 = quantize == "int8"
-    if to_int8 and found is None:
+    weights_folder, adapter_folder = _split_adapter(local_checkpoint(folder), base)
+    if quantize == "int8" and adapter_folder is None:
         raise UserError(f"{folder}: quantize int8 is for the weights beneath adapters, and there are none")
     arch = read_architecture(weights_folder)
     if mask_id is not None or alignment is not None:
         arch = registry.with_mask(arch, arch.need_mask_id() if mask_id is None else mask_id, alignment)
-    elif found is not None:
-        arch = peft.with_saved_start(found, arch)
-    # Adapters for another base are found out before gigabytes are read.
-    adapted, adapters = (None, None) if found is None else peft.load_adapter(found, arch)
-    _, params = load_checkpoint(weights_folder, dtype=dtype, arch=arch, int8=to_int8)
+    elif adapter_folder is not None:
+        arch = peft.with_saved_start(adapter_folder, arch)
+    return _load_checkpoint(weights_folder, adapter_folder, arch, dtype, quantize or "none")
+
+
+def _load_checkpoint(
+    weights_folder: str, adapter_folder: str | None, arch: Architecture, dtype: str | None, quantize: Quantize
+) -> Model:
+    """Loads the weights of a Hugging Face folder, with adapters beside them where there are any."""
+    # The adapters come first: those for another base are refused before gigabytes are read.
+    adapted, adapters = (None, None) if adapter_folder is None else peft.load_adapter(adapter_folder, arch)
+    _, params = load_checkpoint(weights_folder, dtype=dtype, arch=arch, int8=quantize == "int8")
     compute = dtype or params["final_norm"].dtype.name
     # Half precision is a way to store weights: its range is too small to compute in, and CPUs do not.
     compute = "float32" if compute == "float16" else compute
-    net = Transformer(arch, dtype=compute, lora=adapted, quantize="int8" if to_int8 else "none")
-    params = params if adapters is None else lora.attach(params, adapters)
-    named = found if found is not None and has_tokenizer(found) else weights_folder
-    tokenizer = load_tokenizer(named) if has_tokenizer(named) else None
+    net = Transformer(arch, dtype=compute, lora=adapted, quantize=quantize)
+    origin = adapter_folder if adapter_folder is not None and has_tokenizer(adapter_folder) else weights_folder
+    tokenizer = load_tokenizer(origin) if has_tokenizer(origin) else None
     if tokenizer is not None and tokenizer.vocab_size > arch.vocab_size:
         raise UserError(
-            f"{named}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, but the embedding of {weights_folder} has "
+            f"{origin}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, but the embedding of {weights_folder} has "
             f"{arch.vocab_size} rows: use the checkpoint's own tokenizer files, or (for an added mask token) say mask_id"
         )
     return Model(
         net=net,
-        params=params,
+        params=params if adapters is None else lora.attach(params, adapters),
         canvas=CanvasConfig(),
         stop_ids=_stop_ids(arch, tokenizer),
         tokenizer=tokenizer,
-        encoder=None if tokenizer is None else checkpoint_encoder(named, tokenizer, arch.mask_id, arch.eos_id),
-        origin=named,
-        base=None if found is None else weights_folder,
+        encoder=None if tokenizer is None else checkpoint_encoder(origin, tokenizer, arch.mask_id, arch.eos_id),
+        origin=origin,
+        base=None if adapter_folder is None else weights_folder,
     )
 
 
-def _adapters_of(folder: str, base: PathLike | None) -> tuple[str, str | None]:
-    """(the folder of the weights, the folder of the adapters or None)."""
+def _split_adapter(folder: str, base: PathLike | None) -> tuple[str, str | None]:
+    """Returns (the folder of the weights, the folder of the adapters or None).
+
+    Args:
+        folder: a local folder, of weights or of adapters.
+        base: where the weights beneath adapters are; None for where adapter_config.json says.
+
+    Raises:
+        UserError: a base is given but there are no adapters, or the base is a run.
+    """
     if peft.is_adapter(folder):
         beneath = local_checkpoint(base if base is not None else peft.read_base_name(folder))
         if run_folder.is_run(beneath):
@@ -110,26 +127,24 @@ def _adapters_of(folder: str, base: PathLike | None) -> tuple[str, str | None]:
 
 
 def _stop_ids(arch: Architecture, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """Returns the tokens that end a response: known ends of a turn in the tokenizer, and config.json's own ends."""
     ends = [tokenizer.id_of(text) for text in TURN_ENDS] if tokenizer is not None else []
     return tuple(dict.fromkeys([*(i for i in ends if i is not None), arch.eos_id, *arch.end_ids]))
 
 
-def _from_run(
-    folder: PathLike,
-    dtype: str | None,
-    base: PathLike | None,
-    quantize: str | None,
-    step: Checkpoint,
+def _load_run(
+    folder: PathLike, dtype: str | None, base: PathLike | None, quantize: Quantize | None, step: Checkpoint
 ) -> Model:
+    """Loads a checkpoint of a run, with the tokenizer and the settings that the run folder keeps."""
     run = run_folder.open_run(folder)
     model = run.config.model
     if run.base is None and (base is not None or quantize == "int8"):
         raise UserError(f"{folder} holds no adapters: leave out base and quantize")
-    to_int8 = run.base is not None and (quantize or model.quantize) == "int8"
+    quantize = "none" if run.base is None else quantize or model.quantize
     params, _ = weights.load_run_params(
-        run, dtype=dtype, step=step, base=None if base is None else str(base), to_int8=to_int8
+        run, dtype=dtype, step=step, base=None if base is None else str(base), quantize=quantize
     )
-    net = dataclasses.replace(build.network(run.arch, model, run.config.lora), quantize="int8" if to_int8 else "none")
+    net = dataclasses.replace(build.network(run.arch, model, run.config.lora), quantize=quantize)
     return Model(
         net=net if dtype is None else dataclasses.replace(net, dtype=dtype),
         params=params,

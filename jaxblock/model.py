@@ -1,4 +1,7 @@
-"""The Python interface: logits, decode, stream, nelbo, save. A thin face over the pure functions; the verbs use it."""
+"""Offers a network with its weights as one object: logits, decoding, the NELBO, and saving.
+
+It is a thin layer over the pure functions, and the verbs of the command line use it too.
+"""
 
 from __future__ import annotations
 
@@ -46,12 +49,12 @@ _nelbo = jax.jit(likelihood.nelbo, static_argnums=(0, 1, 2))
 
 
 class Decoded(NamedTuple):
-    """What ``Model.decode`` returns on request.
+    """Holds what ``Model.decode`` returns with ``return_steps``.
 
     Attributes:
-        ids: responses [B, R].
-        canvases: the response after 0, 1, ... steps [S, B, R], mask ids where nothing is committed.
-        nfe: forward passes spent on each row [B].
+        ids: the responses [B, R].
+        canvases: the responses after 0, 1, ... steps [S, B, R]; the mask id where nothing is committed yet.
+        nfe: the forward passes spent on each row [B].
     """
 
     ids: np.ndarray
@@ -61,17 +64,17 @@ class Decoded(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A network with its weights, and what is needed to use it.
+    """Holds a network with its weights, and what is needed to use it.
 
     Attributes:
         net: the network.
-        params: its weights.
-        canvas: default sizes of the canvas.
+        params: the network's weights, with its adapters where it has any.
+        canvas: the sizes of the canvas, where a call names no others.
         stop_ids: the tokens that end a response.
-        decode_defaults: the decoder's options where a call names none.
-        tokenizer: None where the folder holds none.
-        encoder: tokenizer and chat template together; None where the folder lacks either.
-        origin: the folder it came from.
+        decode_defaults: the decoder's options, where a call names no others.
+        tokenizer: the tokenizer; None where the folder holds none.
+        encoder: the tokenizer with its chat template; None where the folder lacks either.
+        origin: the folder that the model came from; None where it was not loaded.
         base: the folder of the weights beneath adapters; None without adapters.
     """
 
@@ -87,23 +90,23 @@ class Model:
 
     @property
     def arch(self) -> Architecture:
-        """Sizes and special ids."""
+        """The network's sizes and special ids."""
         return self.net.arch
 
     def logits(self, ids: Ids, attention_mask: Ids | None = None) -> np.ndarray:
-        """Logits of every position, as the network gives them, before any shift.
+        """Computes the logits of every position, as the network gives them, before any shift.
 
         Args:
-            ids: tokens [B, T].
-            attention_mask: [B, T], 1 = real; hidden positions get logits of 0.
+            ids: the tokens [B, T].
+            attention_mask: 1 for real tokens, 0 for padding [B, T]; None where all are real. Padding gets logits of 0.
 
         Returns:
-            float32 [B, T, V].
+            The logits, float32 [B, T, V].
 
         Raises:
-            UserError: rows of different lengths, or ids outside the vocabulary.
+            UserError: rows have different lengths, or an id is outside the vocabulary.
         """
-        whole = _batch(ids)
+        whole = _as_array(ids)
         if whole.size and (whole.min() < 0 or whole.max() >= self.arch.vocab_size):
             raise UserError(f"ids hold one outside the vocabulary of {self.arch.vocab_size}")
         rows, lengths, back = _flush_left(whole, attention_mask)
@@ -115,14 +118,14 @@ class Model:
         return result
 
     def layout(self, options: DecodeConfig) -> Layout:
-        """The decoder's canvas under these options."""
+        """Returns the layout of the decoder's canvas under these options."""
         return layouts.decoding_layout(self.canvas, options, self.arch, self.stop_ids)
 
     def options(self, **fields: Any) -> DecodeConfig:
-        """The decoder's options: the model's defaults, with these fields replaced.
+        """Returns the decoder's options: the model's defaults, with these fields of ``DecodeConfig`` replaced.
 
         Raises:
-            UserError: a field that the decoder does not have, or a value it cannot take.
+            UserError: the decoder has no such field, or a field cannot take its value.
         """
         chosen = with_fields(self.decode_defaults, fields, "decode")
         check_options(chosen)
@@ -140,17 +143,17 @@ class Model:
         """Decodes responses block by block.
 
         Args:
-            prompt_ids: prompts [B, P] (padded on either side where ``attention_mask`` says), or a list of lists.
-            attention_mask: [B, P], 1 = real.
-            return_steps: return ``Decoded``: also the canvas after every step, and the forward passes.
-            first_index: index of the first prompt; a prompt's random key comes from its index.
-            **options: any field of ``DecodeConfig``, by name.
+            prompt_ids: the prompts, as a list of lists of ids or an array [B, P], which may be padded on either side.
+            attention_mask: 1 for real tokens, 0 for padding [B, P]; None where all are real.
+            return_steps: whether to return ``Decoded``, with the canvas after every step and the forward passes.
+            first_index: the index of the first prompt; a prompt's random key comes from its index.
+            **options: fields of ``DecodeConfig``, by name.
 
         Returns:
-            Response ids [B, R]; after an early stop the fill token.
+            The response ids [B, R], with the fill token after an early stop; or ``Decoded``.
 
         Raises:
-            UserError: a prompt that is empty, holds the mask token, or does not fit the model.
+            UserError: a prompt is empty, holds the mask token, or does not fit the model.
         """
         chosen = self.options(**options)
         layout = self.layout(chosen)
@@ -168,15 +171,15 @@ class Model:
         )
 
     def stream(self, prompt_ids: Sequence[int], *, index: int = 0, **options: Any) -> Iterator[tuple[np.ndarray, int]]:
-        """Decodes one prompt and yields as it goes, block by block; the result is ``decode``'s.
+        """Decodes one prompt and yields every step, block by block; the last is what ``decode`` returns.
 
         Args:
-            prompt_ids: one prompt.
-            index: its index (its random key).
-            **options: any field of ``DecodeConfig``.
+            prompt_ids: the prompt's ids.
+            index: the prompt's index, from which its random key comes.
+            **options: fields of ``DecodeConfig``, by name.
 
         Yields:
-            (the response so far [R], mask ids where nothing is committed; forward passes so far), one per decode step.
+            (the response so far [R], with the mask id where nothing is committed; the forward passes so far).
         """
         chosen = self.options(**options)
         layout = self.layout(chosen)
@@ -202,13 +205,21 @@ class Model:
         return ids[: first_stop(ids, self.layout(self.options(**options)).stop_ids)]
 
     def prompts(self, prompt_ids: Ids, attention_mask: Ids | None, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
-        """Prompts as the decoder takes them: flush left, padded to a width that few programs share.
+        """Lays prompts flush left and pads them to a width, so that few programs are compiled.
 
         The width is the canvas's, or for a longer prompt the next multiple of 16: so a prompt is computed in the same
-        shape whatever its neighbours are.
+        shape whatever the other prompts of its batch are.
+
+        Args:
+            prompt_ids: the prompts, as ``decode`` takes them.
+            attention_mask: 1 for real tokens, 0 for padding; None where all are real.
+            layout: the layout of the decoder's canvas.
 
         Returns:
             (ids [B, P], lengths [B]).
+
+        Raises:
+            UserError: there are no prompts, or ``check_prompt`` refuses one.
         """
         if attention_mask is None and not isinstance(prompt_ids, np.ndarray | Array):
             prompts = [np.asarray(row, np.int32) for row in prompt_ids]
@@ -218,7 +229,7 @@ class Model:
                 )
             longest = max(map(len, prompts), default=0)
         else:
-            rows, lengths, _ = _flush_left(_batch(prompt_ids), attention_mask)
+            rows, lengths, _ = _flush_left(_as_array(prompt_ids), attention_mask)
             prompts, longest = [row[:length] for row, length in zip(rows, lengths, strict=True)], rows.shape[1]
         if not prompts:
             raise UserError("no prompts: give at least one")
@@ -227,7 +238,13 @@ class Model:
         return pad_ids(prompts, -(-max(self.canvas.prompt_len, longest) // 16) * 16)
 
     def check_prompt(self, prompt: Sequence[int] | np.ndarray, name: str, layout: Layout) -> None:
-        """Raises UserError, naming the prompt, where it is empty, holds what no prompt may hold, or is too long."""
+        """Raises UserError where a prompt is empty, holds an id that no prompt may hold, or is too long.
+
+        Args:
+            prompt: the prompt's ids.
+            name: the prompt's name in the message.
+            layout: the layout of the decoder's canvas.
+        """
         ids, arch = np.asarray(prompt), self.arch
         if not ids.size:
             raise UserError(f"{name} is empty: it needs at least one token")
@@ -251,21 +268,22 @@ class Model:
         samples: int | None = None,
         seed: int = 0,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Upper bounds on the responses' negative log-likelihoods, in nats.
+        """Computes upper bounds on the responses' negative log-likelihoods, in nats.
 
         Args:
-            prompt_ids: one list per row.
-            response_ids: one list per row, the terminator included.
-            response_len: R; None for the canvas's.
-            block: B; None for the canvas's.
-            samples: masked sets per block, stratified by count; exact where 2^B - 1 is not more. None for B.
-            seed: of the masks.
+            prompt_ids: the prompts, one list of ids per row.
+            response_ids: the responses, one list of ids per row, the terminator included.
+            response_len: R, the response positions of the canvas; None for the model's own.
+            block: B, the positions of a block; None for the model's own.
+            samples: how many masked sets are drawn per block, stratified by their count; None for B. From 2^B - 1 on, which
+                is how many there are, all of them are enumerated and the result is exact.
+            seed: the seed of the masks.
 
         Returns:
-            (NELBO [B], standard error of the masks drawn [B]; 0 where exact).
+            (the NELBO [B], the standard error that the drawn masks leave [B], which is 0 where exact).
 
         Raises:
-            UserError: a response that does not fit, or a row that holds the mask token.
+            UserError: a response does not fit, or a row holds the mask token.
         """
         layout = self.layout(self.options(response_len=response_len, block=block))
         if samples is not None and samples < 1:
@@ -290,11 +308,11 @@ class Model:
         return np.asarray(value), np.asarray(error)
 
     def save(self, folder: PathLike, dtype: DTypeLike | None = None) -> float:
-        """Writes a Hugging Face folder, reads it back and compares logits. Adapters are merged into their base.
+        """Writes a Hugging Face folder, reads it back and compares logits; adapters are merged into their base.
 
         Args:
-            folder: what to make; it must not exist.
-            dtype: the tensors' type; None keeps each one's own.
+            folder: the folder to make, which must not exist.
+            dtype: the type of the tensors; None keeps each one's own.
 
         Returns:
             The largest difference of any logit from the weights written (0 where the type is kept).
@@ -310,20 +328,20 @@ class Model:
         """Writes the adapters alone in PEFT's format, reads them back and compares logits.
 
         Args:
-            folder: what to make; it must not exist.
+            folder: the folder to make, which must not exist.
 
         Returns:
             The largest difference of any logit: 0.
 
         Raises:
-            UserError: there are none, the folder exists or cannot be written, or the base's vocabulary was extended,
+            UserError: there are no adapters, the folder exists or cannot be written, or the base's vocabulary was extended,
                 which an adapter cannot carry.
         """
         if self.net.lora is None:
             raise UserError(f"{self.origin} holds no adapters: save it whole")
         adapters, base = self.params[lora.KEY], self.base
         if base is not None and run_folder.is_run(base):
-            base = None  # PEFT cannot load a run: the base is to be exported, and named by whoever loads the adapters
+            base = None  # PEFT cannot load a run: whoever loads the adapters must export the base, and name the export
         elif base is not None:
             peft.check_base_rows(folder, self.arch, read_architecture(local_checkpoint(base)))
         peft.save_adapter(
@@ -340,7 +358,7 @@ class Model:
         return difference
 
     def merged(self) -> Model:
-        """The same network with its adapters added to its weights; itself where there are none.
+        """Returns the same network with its adapters added to its weights; itself where there are none.
 
         Raises:
             UserError: the weights are int8.
@@ -355,10 +373,11 @@ class Model:
         return dataclasses.replace(self, net=dataclasses.replace(self.net, lora=None), params=params, base=None)
 
     def _weights(self) -> Params:
+        """Returns the weights without the adapters."""
         return {name: leaf for name, leaf in self.params.items() if name != lora.KEY}
 
     def _companions(self) -> dict[str, Any]:
-        """Where the files lie that travel with the weights."""
+        """Returns the folders of the files that are saved beside the weights: of the tokenizer, and of the first checkpoint."""
         if self.origin is None or not run_folder.is_run(self.origin):
             return {"tokenizer": self.origin, "origin": self.base}
         kept = as_path(self.origin) / run_folder.ORIGIN
@@ -366,12 +385,13 @@ class Model:
         return {"tokenizer": tokenizer, "origin": str(kept) if kept.exists() else None}
 
     def _probe(self) -> Array:
-        """Tokens to compare logits on."""
+        """Returns random tokens [2, T] to compare logits on."""
         width = min(64, self.arch.max_len)
         return jnp.asarray(np.random.default_rng(0).integers(0, self.arch.vocab_size, (2, width), dtype=np.int32))
 
 
-def _batch(ids: Ids) -> np.ndarray:
+def _as_array(ids: Ids) -> np.ndarray:
+    """Returns a batch of ids as an array; raises UserError where rows have different lengths."""
     try:
         return np.asarray(ids, np.int32)
     except ValueError as error:
@@ -379,7 +399,15 @@ def _batch(ids: Ids) -> np.ndarray:
 
 
 def _flush_left(ids: np.ndarray, attention_mask: Ids | None) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
-    """Moves each row's real tokens to the left. Returns (ids, lengths, the source positions of each row's tokens)."""
+    """Moves each row's real tokens to the left.
+
+    Args:
+        ids: the tokens [B, T].
+        attention_mask: 1 for real tokens, 0 for padding [B, T]; None where all are real.
+
+    Returns:
+        (ids [B, T], lengths [B], where each row's tokens were).
+    """
     if ids.ndim != 2:
         raise UserError(f"ids are a batch [B, T], but these have the shape {ids.shape}")
     if attention_mask is None:

@@ -23,7 +23,7 @@ from jaxblock.io.files import read_bytes
 from jaxblock.io.hub import local_checkpoint
 from jaxblock.io.paths import as_path
 from jaxblock.models.architecture import Architecture
-from jaxblock.models.config import Checkpoint
+from jaxblock.models.config import Checkpoint, Quantize
 from jaxblock.models.families import registry
 from jaxblock.models.linear import int8
 from jaxblock.models.linear.lora import adapter_table, attach, lora_from_config, merge
@@ -105,7 +105,7 @@ def starting_weights(config: Config, net: Transformer, mesh: Mesh, run: Run | No
         params = params if lora is None else merge(params, lora)
         where = f"step {step:,} of {source}"
     else:
-        params = load_base(source, net.arch, mesh, dtype, step=None, to_int8=False)
+        params = load_base(source, net.arch, mesh, dtype, step=None, quantize="none")
         where = str(config.model.init_from)
     console.out(f"starting from {where}", highlight=False)
     return Weights(params, {}, None, source)
@@ -119,7 +119,7 @@ def _adapters_beside_base(
     base = identify_base(source, config.model.init_step) if run is None else _check_base(source, run.base)
     # The folder as the config names it, not the local copy of one that is elsewhere.
     base = base._replace(folder=str(config.model.init_from))
-    frozen = load_base(source, net.arch, mesh, config.model.param_dtype, step=base.step, to_int8=net.quantize == "int8")
+    frozen = load_base(source, net.arch, mesh, config.model.param_dtype, step=base.step, quantize=net.quantize)
     if run is None:
         targets = ", ".join(path.removeprefix("blocks/") for path in net.lora.targets)
         counts = f"{count_params(net.trainable):,} in adapters of {targets}"
@@ -223,7 +223,7 @@ def _check_base(source: str, remembered: Base | None) -> Base:
 
 
 def load_base(
-    source: str, arch: Architecture, mesh: Mesh, dtype: str | None, *, step: int | None, to_int8: bool
+    source: str, arch: Architecture, mesh: Mesh, dtype: str | None, *, step: int | None, quantize: Quantize
 ) -> Params:
     """Loads whole weights from a run or a Hugging Face folder.
 
@@ -233,13 +233,14 @@ def load_base(
         mesh: the devices that hold them.
         dtype: the type of the tensors; None keeps each tensor's own.
         step: which checkpoint of a run; None for the newest.
-        to_int8: whether to quantise the layers' matrices.
+        quantize: ``int8`` quantises the layers' matrices.
     """
     table = registry.param_table(arch)
     if run_folder.is_run(source):
         run = run_folder.open_run(source)
         params, _ = load_run_params(run, mesh, dtype, step="latest" if step is None else step)
-        return _quantised(params, table, mesh) if to_int8 else params
+        return _quantised(params, table, mesh) if quantize == "int8" else params
+    to_int8 = quantize == "int8"
     placed = rules.param_shardings(mesh, int8.int8_table(table) if to_int8 else table)
     return load_checkpoint(source, dtype=dtype, shardings=placed, arch=arch, int8=to_int8)[1]
 
@@ -264,7 +265,7 @@ def load_run_params(
     *,
     step: Checkpoint = "latest",
     base: str | None = None,
-    to_int8: bool = False,
+    quantize: Quantize = "none",
 ) -> tuple[Params, int]:
     """Loads the parameters of a run's checkpoint (their average, where the run kept one), adapters with their base.
 
@@ -274,7 +275,7 @@ def load_run_params(
         dtype: the type of the parameters (adapters stay float32); None for the type they were trained in.
         step: which checkpoint.
         base: where the adapters' base is now; None for where it was.
-        to_int8: whether to quantise the adapters' base.
+        quantize: ``int8`` quantises the adapters' base.
 
     Returns:
         (parameters, the checkpoint's step).
@@ -291,7 +292,7 @@ def load_run_params(
     adapters = _restore_trained(run, step, adapter_table(table, lora), "float32", "float32", mesh)
     source = local_checkpoint(base or str(run.config.model.init_from))
     found = _check_base(source, run.base)
-    frozen = load_base(source, run.arch, mesh, dtype or param_dtype, step=found.step, to_int8=to_int8)
+    frozen = load_base(source, run.arch, mesh, dtype or param_dtype, step=found.step, quantize=quantize)
     return attach(frozen, adapters), step
 
 
