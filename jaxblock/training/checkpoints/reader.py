@@ -48,11 +48,8 @@ class CheckpointReader:
 
     def steps(self) -> list[int]:
         """Returns the steps of all whole checkpoints, in ascending order."""
-        return [step for step in self._named_steps() if step not in self._unusable and self._is_whole(step)]
-
-    def latest(self) -> int | None:
-        """Returns the step of the newest whole checkpoint; None if there is none."""
-        return max(self.steps(), default=None)
+        usable = (step for step in self._named_steps() if step not in self._unusable)
+        return [step for step in usable if integrity.is_whole(self._at(step))]
 
     def best(self) -> int | None:
         """Returns the step of the best checkpoint by the run's ``train.keep_best``; None if none was scored."""
@@ -132,9 +129,6 @@ class CheckpointReader:
             except UserError:
                 self._scores[step] = None
         return self._scores[step]
-
-    def _is_whole(self, step: int) -> bool:
-        return integrity.is_whole(self._at(step))
 
     def _at(self, step: int) -> epath.Path:
         return self._root / str(step)

@@ -197,7 +197,7 @@ class CheckpointWriter(CheckpointReader):
         self.failed = step
         newest = None
         with contextlib.suppress(Exception):
-            newest = self.latest()
+            newest = max(self.steps(), default=None)
         kept = "there is none yet" if newest is None else f"the last whole one is of step {newest:,}"
         self._say(f"step {step:,}: no checkpoint was written in {self.folder}: {cause}; {kept}")
 

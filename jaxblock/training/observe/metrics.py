@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -124,14 +125,15 @@ def read_metrics(path: PathLike) -> Metrics:
         text = (read_jsonl_bytes(path) or read_bytes(path)).decode("utf-8")
     except (UserError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot read the metrics ({error}); is this the folder of a training run?") from error
-    *lines, last = text.split("\n")
-    if last and _is_json(last):
-        lines.append(last)
+    lines = text.split("\n")
     kept: dict[str, list[Row]] = {"train": [], "eval": []}
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        row = _parsed(line, f"{path}:{number}")
+        try:
+            row = _parse(line)
+        except ValueError as error:
+            if not line.strip() or number == len(lines):
+                continue
+            raise UserError(f"{path}:{number}: {error}; repair or delete the line") from error
         rows = kept.get(row["kind"], [])
         while rows and rows[-1]["step"] >= row["step"]:
             rows.pop()
@@ -148,29 +150,21 @@ def readable_rows(path: PathLike) -> list[Row]:
     Raises:
         UserError: the file cannot be read.
     """
-    lines = read_jsonl_bytes(path).decode("utf-8", errors="replace").splitlines()
-    return [row for row in map(json.loads, filter(_is_json, lines)) if _is_row(row)]
+    rows = []
+    for line in read_jsonl_bytes(path).splitlines():
+        with contextlib.suppress(ValueError):
+            rows.append(_parse(line))
+    return rows
 
 
-def _is_json(line: str) -> bool:
-    try:
-        json.loads(line)
-    except json.JSONDecodeError:
-        return False
-    return True
-
-
-def _is_row(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("step"), int) and isinstance(value.get("kind"), str)
-
-
-def _parsed(line: str, where: str) -> Row:
+def _parse(line: str | bytes) -> Row:
+    """Parses a line of the file; raises ValueError if it is no row."""
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON ({error}); repair or delete the line") from error
-    if not _is_row(row):
-        raise UserError(f"{where}: expected an object with an integer 'step' and a text 'kind'")
+    except ValueError as error:
+        raise ValueError(f"not JSON ({error})") from error
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int) or not isinstance(row.get("kind"), str):
+        raise ValueError("expected an object with an integer 'step' and a text 'kind'")
     return row
 
 
