@@ -133,6 +133,8 @@ def environment(out: Path) -> dict[str, str]:
     if not {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & given.keys():
         given["XLA_CLIENT_MEM_FRACTION"] = "0.9"  # as launch/gpu.sh; JAX refuses to start with both names set
     given.setdefault("JAX_COMPILATION_CACHE_DIR", str(out / "programs"))
+    # Every item makes weights by the same dozen programs, most of which compile in less than JAX's own bound of a second.
+    given.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
     given["JAXBLOCK_DISTRIBUTED"] = "0"
     given["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), given.get("PYTHONPATH"))))
     return given

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,6 +14,9 @@ from benchmarks.accelerator.device_items import Context
 from benchmarks.accelerator.internals import Architecture, Backend
 from benchmarks.accelerator.measure import Row, Rows, Skip, attempt, spread, timed
 from benchmarks.accelerator.sizes import Canvas, Sizes
+
+KERNELS = ("cudnn$fmha", "tpu_custom_call")
+"""How the fused kernels are called in a program: cuDNN's, and any Pallas kernel on a TPU."""
 
 
 def attention(context: Context) -> Rows:
@@ -33,7 +35,10 @@ def attention(context: Context) -> Rows:
 def _measure_fused(backend: Backend, arch: Architecture, canvas: Canvas, sizes: Sizes) -> Row:
     if backend == "xla":
         raise Skip("there is no fused attention for this platform: cuDNN's is for NVIDIA GPUs, Splash for TPUs")
-    return {"backend": backend, **_measure(backend, arch, canvas, sizes)}
+    q, k, v, _, length = _inputs(arch, canvas)
+    text = _programs(backend)[0].lower(q, k, v, length).as_text()
+    kernel = "yes" if any(name in text for name in KERNELS) else "no"
+    return {"backend": backend, "its kernel is in the program": kernel, **_measure(backend, arch, canvas, sizes)}
 
 
 def _measure(backend: Backend, arch: Architecture, canvas: Canvas, sizes: Sizes) -> Row:
@@ -69,9 +74,11 @@ def _inputs(arch: Architecture, canvas: Canvas) -> tuple[Array, Array, Array, Ar
     return made[0], made[1], made[2], made[3], length
 
 
-def _programs(backend: Backend) -> tuple[Callable[..., Array], Callable[..., Any]]:
+def _programs(backend: Backend) -> tuple[Any, Any]:
+    """Returns the jitted attention, and its jitted gradient by queries, keys and values."""
+
     def forward(q: Array, k: Array, v: Array, length: Array) -> Array:
-        return internals.attend(q, k, v, length, backend)
+        return internals.attend(q, k, v, internals.Mask(length), backend)
 
     def total(q: Array, k: Array, v: Array, length: Array, towards: Array) -> Array:
         return jnp.sum(forward(q, k, v, length).astype(jnp.float32) * towards.astype(jnp.float32))

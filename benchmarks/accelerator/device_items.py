@@ -79,7 +79,7 @@ def weights(context: Context) -> Rows:
     again = timed(make, context.sizes.repeats, context.sizes.seconds, warm_up=0)
     yield {
         "case": f"{run.arch.n_layers} layers of width {run.arch.d_model}, {run.preset.model.param_dtype}",
-        "parameters": internals.count_params(run.net.param_table),
+        "parameters": internals.count_params(run.learner.net.param_table),
         "bytes": made,
         "first time, compiling included, s": first,
         "again, s": spread(again),
@@ -107,7 +107,7 @@ def _lora_step(sizes: Sizes, canvas: Canvas, *, quantize: bool = False) -> Rows:
     """Compiles the step by shapes alone, makes the weights only if it fits, and times it."""
     run = LoraRun.of(sizes, canvas, quantize=quantize)
     case = f"{run.preset.train.batch_size} rows of {canvas.length}, rank {run.preset.lora.rank}"
-    found = internals.planned(run.abstract.lower, (run.abstract.state, run.abstract.frozen))
+    found = internals.planned(run.lower, (run.shapes.state, run.shapes.frozen))
     yield {"case": f"{case}: planned", **found.plan}
     with jax.set_mesh(run.mesh):
         yield {"case": f"{case}: measured", **_run_steps(run, found, sizes)}
@@ -207,7 +207,7 @@ def _save_and_restore(run: LoraRun, folder: Path, sizes: Sizes) -> Row:
     for _ in range(min(sizes.repeats, 3)):
         begin = time.perf_counter()
         reader = internals.CheckpointReader(folder)
-        restored = jax.block_until_ready(reader.restore(step, run.abstract.state))
+        restored = jax.block_until_ready(reader.restore(step, run.shapes.state))
         back.append(time.perf_counter() - begin)
         reader.close()
         del restored

@@ -20,30 +20,35 @@ from jaxblock import build
 from jaxblock.config.config import Config
 from jaxblock.config.yaml import load_config
 from jaxblock.data.loader import Batch
-from jaxblock.diffusion import canvas as canvases
-from jaxblock.diffusion.decoding import decoder
+from jaxblock.diffusion.canvas import for_decoding
+from jaxblock.diffusion.decoding.decoder import Responses, decode
 from jaxblock.diffusion.layouts import decoding_layout
-from jaxblock.fit import memory, shapes
-from jaxblock.fit import sizes as published
+from jaxblock.fit.memory import compile_lowered
+from jaxblock.fit.shapes import RunShapes, bytes_per_device, lower_step, param_shapes, run_shapes
+from jaxblock.fit.sizes import planned_architecture
 from jaxblock.models.architecture import Architecture
-from jaxblock.models.attention.backends import Backend, attend, backend_of
-from jaxblock.models.families import registry
-from jaxblock.models.linear import int8
+from jaxblock.models.attention.backends import attend, backend_of
+from jaxblock.models.attention.mask import Mask
+from jaxblock.models.config import Backend
+from jaxblock.models.families.registry import param_table
+from jaxblock.models.linear.int8 import SCALE, int8_table, quantise, quantised
 from jaxblock.models.spec import ParamSpec, Table, count_params, flatten, init_params, matmul_flops_per_token, nest
 from jaxblock.models.transformer import Transformer
 from jaxblock.parallel import rules
 from jaxblock.parallel.chips import chip_of
 from jaxblock.parallel.mesh import make_mesh
-from jaxblock.training import state as states
 from jaxblock.training.checkpoints.reader import CheckpointReader
 from jaxblock.training.checkpoints.retention import Keep
 from jaxblock.training.checkpoints.writer import CheckpointWriter
-from jaxblock.training.observe import throughput
-from jaxblock.training.optim.make import make_optimizer
+from jaxblock.training.observe.device_memory import device_limit, device_peak
+from jaxblock.training.observe.device_memory import gib as shown_gib
+from jaxblock.training.observe.throughput import Work, model_flops, peak_flops
+from jaxblock.training.state import TrainState, create_state
+from jaxblock.training.step import Learner
 from jaxblock.types import Params
 
 __all__ = [
-    "Architecture", "Backend", "CheckpointReader", "CheckpointWriter", "Keep", "attend", "backend_of", "chip_of",
+    "Architecture", "Backend", "CheckpointReader", "CheckpointWriter", "Keep", "Mask", "attend", "backend_of", "chip_of",
     "count_params",
 ]  # fmt: skip
 """What the items take from here as it is."""
@@ -69,13 +74,8 @@ def config(sizes: Sizes, canvas: Canvas, *, quantize: bool = False) -> Config:
 
 def architecture(sizes: Sizes, preset: Config) -> Architecture:
     """Returns the published architecture that the preset starts from, with the fields that the sizes replace."""
-    found, _ = published.architecture(preset, None)
+    found, _ = planned_architecture(preset, None)
     return dataclasses.replace(found, **sizes.architecture)
-
-
-def network(preset: Config, arch: Architecture, *, adapters: bool) -> Transformer:
-    """Returns the network that the preset runs, with or without its adapters."""
-    return build.network(arch, preset.model, preset.lora if adapters else None)
 
 
 def mesh(axis: str) -> Mesh:
@@ -95,10 +95,10 @@ def weight_maker(table: Table, dtype: str, mesh: Mesh, *, quantize: bool = False
         mesh: where they go.
         quantize: round the layers' matrices to int8, as under ``model.quantize``.
     """
-    placed = flatten(rules.param_shardings(mesh, int8.int8_table(table) if quantize else table))
+    placed = flatten(rules.param_shardings(mesh, int8_table(table) if quantize else table))
     makers: dict[tuple[str, ...], Callable[[], tuple[Array, ...]]] = {}
     for path, spec in table.items():
-        names = (path, path + int8.SCALE) if quantize and int8.quantised(spec) else (path,)
+        names = (path, path + SCALE) if quantize and quantised(spec) else (path,)
         draw = partial(_draw, path, spec, dtype, quantize=len(names) > 1)
         makers[names] = jax.jit(draw, out_shardings=tuple(placed[name] for name in names))
 
@@ -119,7 +119,7 @@ def _draw(path: str, spec: ParamSpec, dtype: str, *, quantize: bool) -> tuple[Ar
 
     def one(seed: Array) -> tuple[Array, ...]:
         drawn = flatten(init_params({path: layer}, seed, dtype))[path]  # type: ignore[arg-type]
-        return int8.quantise(drawn) if quantize else (drawn,)
+        return quantise(drawn) if quantize else (drawn,)
 
     return jax.lax.map(one, jnp.arange(spec.shape[0]))
 
@@ -131,16 +131,16 @@ def size(tree: Any) -> int:
 
 def peak_gib() -> float | None:
     """Returns the most memory that has been in use on any device of this host since the process began, in GiB."""
-    peaks = [memory.device_peak(device) for device in jax.local_devices()]
+    peaks = [device_peak(device) for device in jax.local_devices()]
     return None if None in peaks else gib(max(filter(None, peaks)))
 
 
 def check_room(tree: Any) -> None:
     """Raises Skip where arrays (given as shapes with shardings) are more than a device gives to programs."""
-    needed, limit = float(shapes.bytes_per_device(tree)), memory.device_limit(jax.local_devices()[0])
+    needed, limit = float(bytes_per_device(tree)), device_limit(jax.local_devices()[0])
     if limit is not None and needed > limit:
         raise Skip(
-            f"the weights alone take {memory.gib(needed)} of a device, which gives {memory.gib(limit)} to programs"
+            f"the weights alone take {shown_gib(needed)} of a device, which gives {shown_gib(limit)} to programs"
         )
 
 
@@ -169,11 +169,11 @@ def planned(lower: Callable[[], jax.stages.Lowered], arguments: Any) -> Planned:
         Skip: it needs more memory than a device gives to programs.
     """
     with Compilation() as compiling:
-        built = memory.build(lower(), float(shapes.bytes_per_device(arguments)))
+        built = compile_lowered(lower(), float(bytes_per_device(arguments)))
     found, device = built.memory, jax.local_devices()[0]
-    limit = memory.device_limit(device) or found.limit
+    limit = device_limit(device) or found.limit
     if built.program is None or (limit is not None and found.total > limit):
-        raise Skip(f"it needs {memory.gib(found.total)} of a device, which gives {memory.gib(limit or 0)} to programs")
+        raise Skip(f"it needs {shown_gib(found.total)} of a device, which gives {shown_gib(limit or 0)} to programs")
     plan = {
         **compiling.described(),
         "memory planned by the compiler, GiB": gib(found.total),
@@ -189,31 +189,37 @@ class LoraRun(NamedTuple):
 
     Attributes:
         preset: the settings.
-        arch: the network's sizes.
-        net: the network.
+        learner: the network, the loss and the optimizer.
         mesh: the devices.
-        abstract: the shapes of the state and of the base, and the step.
+        shapes: the shapes of the state, the batch and the base.
     """
 
     preset: Config
-    arch: Architecture
-    net: Transformer
+    learner: Learner
     mesh: Mesh
-    abstract: shapes.Abstract
+    shapes: RunShapes
 
     @classmethod
     def of(cls, sizes: Sizes, canvas: Canvas, *, quantize: bool = False) -> LoraRun:
         """Describes the run that the preset makes of a batch of this shape."""
         preset = config(sizes, canvas, quantize=quantize)
         arch, devices = architecture(sizes, preset), mesh("fsdp")
-        net = network(preset, arch, adapters=True)
-        return cls(preset, arch, net, devices, shapes.build(preset, arch, devices))
+        learner = build.learner(preset, arch, (arch.eos_id,))
+        return cls(preset, learner, devices, run_shapes(preset, learner, devices))
 
-    def state(self) -> states.TrainState:
+    @property
+    def arch(self) -> Architecture:
+        """The network's sizes."""
+        return self.learner.net.arch
+
+    def lower(self) -> jax.stages.Lowered:
+        """Traces the train step."""
+        return lower_step(self.learner, self.shapes, self.mesh)
+
+    def state(self) -> TrainState:
         """Makes the state before the first step: random adapters, and the optimizer's state."""
-        adapters = weight_maker(self.net.trainable, "float32", self.mesh)()
-        optimizer = make_optimizer(self.preset.optimizer, self.preset.train.steps, self.net.trainable)
-        return states.create(adapters, optimizer, self.mesh, self.net.trainable)
+        table = self.learner.net.trainable
+        return create_state(weight_maker(table, "float32", self.mesh)(), self.learner.optimizer, self.mesh, table)
 
     def base_maker(self) -> Callable[[], Params]:
         """Returns what makes random weights of the frozen base.
@@ -221,9 +227,9 @@ class LoraRun(NamedTuple):
         Raises:
             Skip: they do not fit.
         """
-        check_room(self.abstract.frozen)
-        table = registry.param_table(self.arch)
-        return weight_maker(table, self.preset.model.param_dtype, self.mesh, quantize=self.net.int8)
+        check_room(self.shapes.frozen)
+        model = self.preset.model
+        return weight_maker(param_table(self.arch), model.param_dtype, self.mesh, quantize=model.quantize == "int8")
 
     def batch(self) -> Batch:
         """Makes a batch of random tokens that fills its canvas."""
@@ -250,12 +256,12 @@ class LoraRun(NamedTuple):
     def flops(self) -> float:
         """Counts a step's floating-point operations as the training loop does for its MFU: what remat repeats is left out."""
         rows = self.preset.train.batch_size
-        work = throughput.Work(rows, self.tokens, rows * self.preset.canvas.block)
-        return throughput.model_flops(self.net.param_table, self.arch, work, self.net.trainable)
+        work = Work(rows, self.tokens, rows * self.preset.canvas.block)
+        return model_flops(self.learner.net.param_table, self.arch, work, self.learner.net.trainable)
 
     def peak_flops(self) -> float | None:
         """Returns the published peak of the devices together; None where it is not known."""
-        return throughput.peak_flops(self.mesh)
+        return peak_flops(self.mesh)
 
 
 def _tokens(draw: np.random.Generator, arch: Architecture, shape: tuple[int, int]) -> np.ndarray:
@@ -289,21 +295,21 @@ class Decoding(NamedTuple):
         """
         preset = config(sizes, sizes.decoding)
         arch, devices = architecture(sizes, preset), mesh("tensor")
-        net, dtype = network(preset, arch, adapters=False), preset.model.param_dtype
-        check_room(shapes.placed(net.param_table, devices, dtype))
+        net, dtype = build.network(arch, preset.model), preset.model.param_dtype
+        check_room(param_shapes(net.param_table, devices, dtype))
         return cls(preset, arch, net, devices, weight_maker(net.param_table, dtype, devices)())
 
-    def program(self, rows: int) -> tuple[Planned, Callable[[], decoder.Responses]]:
+    def program(self, rows: int) -> tuple[Planned, Callable[[], Responses]]:
         """Compiles the decoder for a number of prompts; returns the program, and a call that decodes random prompts."""
         layout = decoding_layout(self.preset.canvas, self.preset.decode, self.arch, (self.arch.eos_id,))
         options = self.preset.decode.static(layout.block)
         width = self.preset.canvas.prompt_len
         prompts = jnp.asarray(_tokens(np.random.default_rng(0), self.arch, (rows, width)))
         lengths = jnp.full(rows, width, jnp.int32)
-        canvas = canvases.for_decoding(layout, prompts, lengths, jnp.arange(rows, dtype=jnp.int32))
+        canvas = for_decoding(layout, prompts, lengths, jnp.arange(rows, dtype=jnp.int32))
         canvas = jax.device_put(canvas, rules.replicated(self.mesh))
         seed = jax.device_put(jnp.int32(0), rules.replicated(self.mesh))
-        jitted = jax.jit(decoder.decode, static_argnums=(0, 1, 2))
+        jitted = jax.jit(decode, static_argnums=(0, 1, 2))
         found = planned(lambda: jitted.lower(self.net, layout, options, self.params, canvas, seed), self.params)
         return found, lambda: found.run(self.params, canvas, seed)
 
