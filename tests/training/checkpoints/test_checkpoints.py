@@ -152,7 +152,7 @@ def test_what_a_killed_save_or_deletion_left_is_swept_up(three: Path, tmp_path: 
     run = tmp_path / "run"
     shutil.copytree(three, run)
     folder = run / "checkpoints"
-    shutil.copytree(folder / "30", folder / "40.orbax-checkpoint-tmp")
+    shutil.copytree(folder / "30", folder / f"40{ocp.path.atomicity.TMP_DIR_SUFFIX}")
     (folder / "10").rename(folder / "10.deleting")
     checkpoints = CheckpointWriter(run, Keep(9))
     assert checkpoints.recover() == 30
@@ -166,10 +166,11 @@ def test_a_failed_save_is_told_once_and_later_saves_work(tmp_path: Path, monkeyp
     checkpoints = CheckpointWriter(tmp_path, Keep(1), told.append)
     checkpoints.save(_state(1.0), 1, {})
     checkpoints.wait()
+    wait_until_finished = ocp.AsyncCheckpointer.wait_until_finished
     with monkeypatch.context() as patch:
 
         def full(orbax: Any) -> None:
-            orbax._async_manager.wait_until_finished()
+            wait_until_finished(orbax)
             raise RuntimeError("RESOURCE_EXHAUSTED: No space left on device")
 
         patch.setattr(ocp.AsyncCheckpointer, "wait_until_finished", full)
