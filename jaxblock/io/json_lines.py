@@ -67,13 +67,11 @@ class JsonlWriter:
             UserError: the line cannot be written to a local disk; it waits, and is written with the next. An object store
                 that fails is tried again with the next part, and only ``close`` raises.
         """
+        self._waiting.append((line + "\n").encode())
         if not self._remote:
-            self._waiting.append((line + "\n").encode())
             with explained("write", self.path):
                 self._write_out()
-            return
-        self._waiting.append((line + "\n").encode())
-        if len(self._waiting) >= MOST_LINES or time.monotonic() - self._since >= self._period:
+        elif len(self._waiting) >= MOST_LINES or time.monotonic() - self._since >= self._period:
             self.flush()
 
     def flush(self) -> None:

@@ -1,4 +1,4 @@
-r"""Answers in ``\boxed{}``: which one is read, and which spellings are one."""
+r"""Tests answers in ``\boxed{}``: which one is extracted, and which spellings are the same answer."""
 
 from __future__ import annotations
 

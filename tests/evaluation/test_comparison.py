@@ -1,4 +1,4 @@
-"""Paired comparisons of per-problem files, and files that do not match or cannot be read."""
+"""Tests paired comparisons of per-problem files, and files that do not match or cannot be read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Graders against hand-made cases, and against the ways in which strict and flexible are known to differ."""
+"""Tests graders on hand-made cases, also those on which strict and flexible are known to differ."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The evaluation runner: batches do not matter, costs are counted, the NELBO is the likelihood module's."""
+"""Tests the runner: batches change no result, costs are counted, and the NELBO is the likelihood module's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Statistics against values worked out by hand."""
+"""Tests statistics against values that were worked out by hand."""
 
 from __future__ import annotations
 

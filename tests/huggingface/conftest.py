@@ -1,4 +1,4 @@
-"""Small networks of every family, with grouped keys and sizes that all differ, so that no transpose goes unseen."""
+"""Makes small networks of every family, with grouped keys and sizes that all differ, so that a wrong transpose shows."""
 
 from __future__ import annotations
 
@@ -40,5 +40,5 @@ def _small(family: str = "llada", dtype: Any = jnp.float32, **changes: Any) -> t
 
 @pytest.fixture(scope="session")
 def small() -> Small:
-    """``small(family, dtype, **fields of Architecture)``: an architecture and random weights."""
+    """Returns ``small(family, dtype, **fields of Architecture)``, which makes an architecture and random weights."""
     return _small

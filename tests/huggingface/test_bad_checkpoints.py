@@ -1,4 +1,4 @@
-"""Everything that can be wrong with a checkpoint folder is named, all at once, before a tensor is read."""
+"""Tests that everything wrong with a checkpoint folder is named, all at once, before a tensor is read."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ HEAD = "model.transformer.ff_out.weight"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A sound checkpoint in one file."""
+    """Writes a sound checkpoint in one file."""
     save_checkpoint(tmp_path / "checkpoint", ARCH, init_params(registry.param_table(ARCH), 0, jnp.float32))
     return tmp_path / "checkpoint"
 
 
 @pytest.fixture
 def sharded(tmp_path: Path) -> Path:
-    """A sound checkpoint in several."""
+    """Writes a sound checkpoint in several files."""
     save_checkpoint(
         tmp_path / "sharded", ARCH, init_params(registry.param_table(ARCH), 0, jnp.float32), max_shard_bytes=2000
     )
@@ -62,7 +62,7 @@ def sharded(tmp_path: Path) -> Path:
 
 
 def change(edit: Callable[[dict[str, np.ndarray]], Any]) -> Callable[[Path], None]:
-    """Breaks the tensors of a single file."""
+    """Returns a function that breaks the tensors of a single file."""
 
     def apply(folder: Path) -> None:
         tensors = load_file(folder / "model.safetensors")
@@ -73,7 +73,7 @@ def change(edit: Callable[[dict[str, np.ndarray]], Any]) -> Callable[[Path], Non
 
 
 def config(**fields: Any) -> Callable[[Path], None]:
-    """Breaks config.json."""
+    """Returns a function that breaks config.json."""
 
     def apply(folder: Path) -> None:
         path = folder / "config.json"
@@ -83,7 +83,7 @@ def config(**fields: Any) -> Callable[[Path], None]:
 
 
 def resize(n_bytes: int) -> Callable[[Path], None]:
-    """Cuts the file short, or lengthens it."""
+    """Returns a function that cuts the file short, or lengthens it."""
 
     def apply(folder: Path) -> None:
         path = folder / "model.safetensors"
@@ -94,7 +94,7 @@ def resize(n_bytes: int) -> Callable[[Path], None]:
 
 
 def many(tensors: dict[str, np.ndarray]) -> None:
-    """Four things at once."""
+    """Breaks four things at once."""
     del tensors[HEAD]
     tensors["surprise"] = np.ones(3, np.float32)
     tensors[Q0] = tensors[Q0][:, :5].copy()
@@ -153,7 +153,7 @@ def test_single_file(folder: Path, case: str) -> None:
 
 
 def test_code_in_a_checkpoint_is_carried_and_never_run(folder: Path, tmp_path: Path) -> None:
-    """config.json's auto_map names code that lies in the folder, as the published checkpoints' do."""
+    """config.json's auto_map names code in the folder, as in the published checkpoints."""
     for name in ("modeling_llada.py", "configuration_llada.py", "tokenization_llada.py", "__init__.py", "setup.py"):
         (folder / name).write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     config(auto_map={"AutoConfig": "configuration_llada.LLaDAConfig", "AutoModel": "modeling_llada.LLaDAModelLM"})(
@@ -187,7 +187,7 @@ def test_a_cast_mends_what_cannot_be_kept(folder: Path) -> None:
 
 
 def reindex(edit: Callable[[dict[str, str]], Any]) -> Callable[[Path], None]:
-    """Breaks the index."""
+    """Returns a function that breaks the index."""
 
     def apply(folder: Path) -> None:
         index = json.loads((folder / INDEX).read_text())

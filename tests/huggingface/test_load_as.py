@@ -1,4 +1,4 @@
-"""A file read as something else than it says: a mask token added, an int8 base, on any mesh."""
+"""Tests files that are read as another architecture than their own: with a mask token, as int8, on any mesh."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_an_int8_base_is_what_quantise_makes_of_each_leaf(small: Any, tmp_path: 
 def test_the_transpose_on_an_accelerator_is_the_hosts(
     small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A CPU's matrices are transposed on the host; other devices are sent what the file holds."""
+    """For a CPU matrices are transposed on the host; other devices are sent what the file holds, and transpose it."""
     arch, params = small("dream", jnp.bfloat16)
     save_checkpoint(tmp_path / "out", arch, params)
     grown = dataclasses.replace(arch, vocab_size=48)

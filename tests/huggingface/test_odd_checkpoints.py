@@ -1,4 +1,4 @@
-"""Odd checkpoints as users have them: half precision, code left on the hub, adapters of autoregressive starts, bad fields."""
+"""Tests odd checkpoints that users have: half precision, code left on the hub, autoregressive starts, bad fields."""
 
 from __future__ import annotations
 

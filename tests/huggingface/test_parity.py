@@ -1,4 +1,4 @@
-"""Logits through ``jaxblock.load`` are those of the PyTorch implementations; nothing but the folder differs."""
+"""Tests that ``jaxblock.load`` gives the logits of the PyTorch implementations, with no difference but the folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MODELS = ["llada_mha", "llada_gqa_tied", "dream"]
 
 
 def largest_difference(model: jaxblock.Model, oracle: dict[str, np.ndarray], padding: str) -> float:
-    """The largest difference at a real token, relative to the largest logit."""
+    """Returns the largest difference at a real token, relative to the largest logit."""
     ids, want = oracle[f"{padding}input_ids"], oracle[f"{padding}logits"]
     mask = oracle.get(f"{padding}attention_mask", np.ones(ids.shape))
     got = model.logits(ids, mask if padding else None)
@@ -34,7 +34,7 @@ def test_float32(folder: Path) -> None:
 
 
 def test_bfloat16(folder: Path) -> None:
-    """Within 4e-2, not the 2e-2 that was asked for, which bfloat16 weights cannot meet.
+    """Logits are within 4e-2; 2e-2 cannot be met with bfloat16 weights.
 
     Rounding the weights alone, with everything computed in float32, moves these logits by 1.4e-2, 2.2e-2 and 1.9e-2 of
     the largest; PyTorch's own bfloat16 forward of the two LLaDA models is off by 3.2e-2 and 3.5e-2, ours by 3.3e-2,

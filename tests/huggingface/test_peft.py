@@ -1,4 +1,4 @@
-"""Adapters in PEFT's format: the fixture's, PEFT's own there and back, and what is no adapter of this base."""
+"""Tests adapters in PEFT's format: the fixture's, PEFT's own there and back, and those that do not fit the base."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def random_adapters(arch: Any, lora: Lora) -> Params:
-    """Both matrices random: PEFT's (and our) beginning has b = 0, which hides everything."""
+    """Makes adapters with two random matrices: PEFT (and we) begin with b = 0, which would hide every mistake."""
     table = adapter_table(registry.param_table(arch), lora)
     draw = np.random.default_rng(0)
     flat = {path: jnp.asarray(draw.normal(0, 0.2, spec.shape), jnp.float32) for path, spec in table.items()}
@@ -43,7 +43,7 @@ def logits(net: Transformer, params: Params, ids: np.ndarray) -> np.ndarray:
 
 @pytest.fixture
 def golden(shared: Path, tmp_path: Path) -> Path:
-    """The fixture's adapters as PEFT stores them (the fixture leaves out the wrapper's prefix)."""
+    """Writes the fixture's adapters as PEFT stores them (the fixture leaves out the wrapper's prefix)."""
     folder = tmp_path / "golden"
     folder.mkdir()
     stored = load_file(shared / "golden" / "train" / "lora.final.safetensors")
@@ -85,7 +85,7 @@ def test_the_reference_adapters_unmerged_merged_and_written_back(shared: Path, g
 
 
 def test_target_names_hit_the_adapted_modules_and_no_others(small: Any) -> None:
-    """By PEFT's own rule: a list matches last components, a string is a regular expression of the whole name."""
+    """PEFT's own rule is applied: a list matches last components, a string is a regular expression of the whole name."""
     from re import fullmatch
 
     for family, tied in (("llada", False), ("llada", True), ("dream", False)):
@@ -139,7 +139,7 @@ Q0A = PREFIX + "blocks.0.q_proj.lora_A.weight"
 
 
 def other_base(held: dict[str, np.ndarray]) -> None:
-    """Another width, a layer too many, one too few, and an adapted head: all at once."""
+    """Breaks four things at once: another width, a layer too many, one too few, and an adapted head."""
     held[Q0A] = held[Q0A][:, :8].copy()
     held[PREFIX + "blocks.9.q_proj.lora_A.weight"] = np.ones((4, 16), np.float32)
     held[PREFIX + "ff_out.lora_A.weight"] = np.ones((4, 16), np.float32)

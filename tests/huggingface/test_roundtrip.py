@@ -1,4 +1,4 @@
-"""Checkpoints in and out: equal to the reference forward, bit-exact there and back, small in memory, safe on disk."""
+"""Tests checkpoints in and out: equal to the reference, bit-exact there and back, small in memory, safe on disk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters, tokenizers and mask tokens through ``jaxblock.load``."""
+"""Tests adapters, tokenizers and mask tokens through ``jaxblock.load``."""
 
 from __future__ import annotations
 

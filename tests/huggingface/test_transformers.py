@@ -1,4 +1,4 @@
-"""Checkpoints that transformers wrote, read, run and written back; what it then reads is what it had."""
+"""Tests that checkpoints of transformers are read, run and written back, and that it then reads what it had."""
 
 from __future__ import annotations
 

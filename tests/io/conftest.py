@@ -1,7 +1,7 @@
-"""A stand-in for Google Cloud Storage: its HTTP interface over a dictionary, spoken to by the real clients.
+"""Stands in for Google Cloud Storage: serves its HTTP interface from a dictionary to the real clients.
 
-Like the store it has objects that appear whole when their upload ends, and neither folders, nor rename, nor append;
-``gcsfs`` (through etils' epath) and TensorStore (through Orbax) reach it by the variables that they have for emulators.
+As in the real store, objects appear whole when their upload ends, and there are no folders, no rename and no append.
+``gcsfs`` (through etils' epath) and TensorStore (through Orbax) reach it by their environment variables for emulators.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ LOCATION = re.compile(r"/(?:download/)?storage/v1/b/([^/]+)(?:/o(?:/(.*))?)?$")
 
 
 class Store(ThreadingHTTPServer):
-    """The server.
+    """Serves the objects.
 
     Attributes:
-        objects: (bucket, name) -> (generation, bytes).
-        log: one line per request that changes something: ``write name`` and ``delete name``.
-        refused: requests that the store has no answer to: what a client of ours must never send.
-        failing: answer writes of names that match with "503 unavailable".
-        writers: name -> the host names by which clients that wrote it have called the store.
+        objects: (generation, bytes) of each object by (bucket, name).
+        log: one line for each request that changes something: ``write name`` or ``delete name``.
+        refused: requests that the store does not know, which jaxblock must never send.
+        failing: the pattern of the names that cannot be written; None where all can.
+        writers: the host names by which clients called the store when they wrote an object, by the object's name.
     """
 
     daemon_threads = True
@@ -50,10 +50,10 @@ class Store(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that asks twice at once and takes the first answer hangs up on the other."""
+        """Ignores broken connections: a client that asks twice and takes the first answer closes the other connection."""
 
     def names(self, prefix: str = "") -> list[str]:
-        """The objects' names, sorted."""
+        """Returns the objects' names, sorted."""
         return sorted(name for _, name in self.objects if name.startswith(prefix))
 
     def content(self, name: str) -> bytes:
@@ -231,7 +231,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
-    """A running stand-in that ``gs://`` paths of this process, and of those it starts, lead to."""
+    """Starts a stand-in to which ``gs://`` paths of this process, and of processes that it starts, lead."""
     monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # asks a second service, over gRPC
     pytest.importorskip("gcsfs", reason="gs:// needs gcsfs")
     server = Store()
@@ -249,7 +249,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
 
 
 def _forget_clients() -> None:
-    """Clients are kept for the process's life, with the address they were made for."""
+    """Drops the clients, which would otherwise be kept with the address of an earlier stand-in."""
     import fsspec
     import gcsfs
     from etils.epath import backend

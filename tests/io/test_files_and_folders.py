@@ -1,4 +1,4 @@
-"""Files and folders are whole or absent; errors name the path and the cause."""
+"""Tests that files and folders are whole or absent, and that errors name the path and the cause."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hub names become local folders; paths stay what they are; what goes wrong says what to do. No network is touched."""
+"""Tests that hub names become local folders, paths stay as they are, and errors say what to do; no network is used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Everything that a pod keeps in a bucket, kept in the stand-in's: prepared data, a run, its metrics, an export."""
+"""Tests everything that a pod keeps in a bucket, in the stand-in's: prepared data, a run, its metrics, an export."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def test_a_run_lives_in_a_bucket(store: Store, tiny_config: Path, tiny_run: Path
 
 @pytest.mark.slow
 def test_adapters_live_in_a_bucket(store: Store, tiny_config: Path, tiny_run: Path, capsys: Any) -> None:
-    """Their base is a run that was copied there, then its export; all that is made of them is there too."""
+    """Their base in the bucket is first a copied run, then its export; what is made from them is in the bucket too."""
     for file in sorted(path for path in tiny_run.rglob("*") if path.is_file()):
         store.put("bucket", f"base/{file.relative_to(tiny_run).as_posix()}", file.read_bytes(), {})
     quiet = ["--train.eval_every", "0", "--train.eval_problems", "0", "--train.eval_nelbo_rows", "0"]
@@ -267,7 +267,7 @@ exec "$0" -m jaxblock "$@"
 
 @pytest.mark.slow
 def test_two_processes_live_in_a_bucket(store: Store, tiny_config: Path, tiny_pod_run: Path) -> None:
-    """They are told to stop, go on, and end as two that were left alone and wrote to a disk."""
+    """They are stopped and resumed, and end like two that ran without a stop and wrote to a disk."""
     out, prepared = "gs://bucket/pod", "gs://bucket/prepared"
     assert main(["prepare", "--config", str(tiny_config), "--data.prepared", prepared]) == 0
     store.writers.clear()

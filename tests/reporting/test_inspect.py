@@ -1,4 +1,4 @@
-"""What ``inspect`` shows: by hand on a tiny canvas, in every mode without a finding, and findings on broken masking."""
+"""Tests what ``inspect`` shows on a tiny canvas, that no mode has findings, and that broken masking has."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def layout(context: Any = "aligned", **changes: Any) -> Layout:
 
 
 def tiny(form: Layout) -> Canvas:
-    """Row 0: prompt 1 2, response 11..14 and a terminator (two blocks). Row 1: prompt 1, response 11, cut."""
+    """Makes row 0 with prompt 1 2, response 11..14 and a terminator (two blocks), and row 1 with prompt 1, response 11, cut."""
     return canvases.from_rows(
         form,
         jnp.array([[1, 2, 0], [1, 0, 0]], jnp.int32),
@@ -44,7 +44,7 @@ def tiny(form: Layout) -> Canvas:
 
 
 def hand_draw() -> Draw:
-    """Row 0: block 1, its first and third position masked. Row 1: block 0, its second."""
+    """Draws for row 0 block 1 with its first and third position masked, for row 1 block 0 with its second."""
     masked = jnp.array([[True, False, True, False], [False, True, False, False]])
     return Draw(jnp.array([[1, 0]], jnp.int32), masked[None], jnp.array([[4.0, 2.0]], jnp.float32))
 

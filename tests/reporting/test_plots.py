@@ -1,4 +1,4 @@
-"""Plots: what is drawn, and that pictures of full, short and empty runs come out."""
+"""Tests what is drawn, and that pictures of full, short and empty runs are written."""
 
 from __future__ import annotations
 

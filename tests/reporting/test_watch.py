@@ -1,4 +1,4 @@
-"""The view of a decode, on a terminal and off it."""
+"""Tests the view of a decode, on a terminal and elsewhere."""
 
 from __future__ import annotations
 
