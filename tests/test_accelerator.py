@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from packaging.utils import canonicalize_name
 from benchmarks.accelerator import __main__ as kit
 from benchmarks.accelerator import report, wheels
 from benchmarks.accelerator.sizes import ITEMS, TINY
+from jaxblock.parallel.chips import CHIPS
 
 # Stands in for the process of an item: what it does depends on the item.
 STUB = """
@@ -39,6 +41,20 @@ if item == "int8":
     sys.exit("the last | words")
 if item in ("decode", "attention", "checkpoint", "quickstart"):
     write(end=dict(status="done"))
+"""
+
+
+# Runs an item as on an H100 of little memory, as far as figures go: what a CPU does not report is made up here.
+PRETENDED = """
+import sys
+from benchmarks.accelerator import child, internals
+from jaxblock.parallel.chips import CHIPS
+internals.chip_of = lambda device: CHIPS["h100"]
+internals.peak_flops = lambda mesh: CHIPS["h100"].flops
+internals.device_peak = lambda device: 2.0**30
+internals.device_limit = lambda device: {limit}
+internals.backend_of = lambda platform: "reference"
+sys.exit(child.main())
 """
 
 
@@ -117,12 +133,16 @@ def test_the_list_of_wheels_is_whole() -> None:
     assert set(listed) <= pinned
 
 
-@pytest.mark.slow
-def test_rehearsal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every item runs on the CPU, with tiny sizes and the code of an accelerator; called again, none is repeated."""
-    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    flags = re.sub(r"--xla_force_host_platform_device_count=\S+", "", kit.os.environ.get("XLA_FLAGS", ""))
+@pytest.fixture
+def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gives the processes of items one device of the host instead of eight."""
+    flags = re.sub(r"--xla_force_host_platform_device_count=\S+", "", os.environ.get("XLA_FLAGS", ""))
     monkeypatch.setenv("XLA_FLAGS", flags)
+
+
+@pytest.mark.slow
+def test_rehearsal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_device: None) -> None:
+    """Every item runs on the CPU, with tiny sizes and the code of an accelerator; called again, none is repeated."""
     command = ["--tiny", "--out", str(tmp_path), "--minutes", "20"]
     assert kit.main(command) == 0, (tmp_path / "results.md").read_text()
     found = results(tmp_path)
@@ -145,3 +165,32 @@ def test_rehearsal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "| 1 x cpu (cpu) |" in text and "there is no fused attention for this platform" in text
     monkeypatch.setattr(kit, "run_item", lambda *_: pytest.fail("an item was run again"))
     assert kit.main(command) == 0
+
+
+@pytest.mark.slow
+def test_figures_of_a_known_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_device: None) -> None:
+    """What a CPU has no figures for is computed from those of a chip, and what does not fit is skipped with the reason."""
+    script = tmp_path / "pretended.py"
+    monkeypatch.setattr(kit, "CHILD", [sys.executable, str(script)])
+    script.write_text(PRETENDED.format(limit=2.0**34))
+    chosen = ["--only", "lora", "--only", "decode", "--only", "attention"]
+    command = ["--tiny", "--out", str(tmp_path / "out"), "--minutes", "20"]
+    assert kit.main([*command, *chosen]) == 0, (tmp_path / "out" / "results.md").read_text()
+    found = results(tmp_path / "out")
+    planned, measured = found["lora"]["rows"]
+    assert measured["peak memory over the plan"] == pytest.approx(1 / planned["memory planned by the compiler, GiB"])
+    share = measured["MFU (of the published bf16 peak)"]["median"] / measured["model TFLOP/s"]["median"]
+    assert share == pytest.approx(1e12 / CHIPS["h100"].flops)
+    for row in found["decode"]["rows"]:
+        limit = CHIPS["h100"].bandwidth / row["weights read by a forward, bytes"]
+        assert row["limit by memory bandwidth, forwards/s"] == pytest.approx(limit)
+        lower = min(limit, row["limit by arithmetic, forwards/s"])
+        assert row["share of the lower limit"] == pytest.approx(row["forwards/s"]["median"] / lower)
+    fused = [row for row in found["attention"]["rows"] if row["case"].endswith("fused")]
+    assert [row["its kernel is in the program"] for row in fused] == ["no", "no"]
+    script.write_text(PRETENDED.format(limit=3e4))
+    assert kit.main([*command, "--again", "--only", "weights", "--only", "lora", "--only", "decode"]) == 0
+    found = results(tmp_path / "out")
+    assert {found[name]["status"] for name in ("weights", "lora", "decode")} == {"skipped"}
+    assert re.match("it needs .* of a device, which gives 29.30 KiB to programs", found["lora"]["reason"])
+    assert re.match("the weights alone take 42.31 KiB of a device", found["weights"]["reason"])
