@@ -1,6 +1,7 @@
-"""`python -m tests.faults.harmed_run FAULT DISK UNTIL ...`: jaxblock's command line, whose disk fails it for a while.
+"""`python -m tests.faults.harmed_run FAULT DISK UNTIL ...`: runs jaxblock's command line on a disk that fails for a while.
 
-From just before the save of step 40, with that of step 20 whole, to the save of step UNTIL (0: to the end, and after).
+The disk fails from just before the save of step 40, when that of step 20 is whole, until the save of step UNTIL (0: until
+the process has ended).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def harm(fault: str, disk: Path) -> None:
 
 
 def mend(fault: str, disk: Path) -> None:
-    """Takes the harm back."""
+    """Makes the disk work again."""
     if fault == "full":
         (disk / "filler").unlink()
     else:

@@ -1,6 +1,6 @@
-"""`python -m tests.faults.held_run FOLDER ...`: jaxblock's command line, whose process 1 blocks once in each stage.
+"""`python -m tests.faults.held_run FOLDER ...`: runs jaxblock's command line; process 1 blocks once in each stage.
 
-It says ``held in STAGE``, and goes on when somebody writes to the named pipe FOLDER/STAGE.
+It prints ``held in STAGE``, and continues when the test writes to the named pipe FOLDER/STAGE.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from jaxblock.training.observe.window import StepWindow
 from tests import pod
 
 HELD = {"evaluation": 0, "step": 5, "save": 10, "end": pod.STEPS}
-"""Stage -> updates done when it is held, in this order."""
+"""The number of updates done when each stage blocks, in this order."""
 
 
 def hold(stage: str) -> None:
-    """Blocks."""
+    """Blocks until the test writes to the stage's pipe."""
     print(f"held in {stage}", file=sys.stderr, flush=True)
     (Path(sys.argv[1]) / stage).read_text()
 
 
 def before(owner: Any, name: str, stage: str, due: Callable[..., bool] = lambda *arguments: True) -> None:
-    """Holds the first due call of a function."""
+    """Makes a method block before its first call for which ``due`` is true."""
     original, waiting = getattr(owner, name), [stage]
 
     def held(*arguments: Any, **named: Any) -> Any:
@@ -42,7 +42,7 @@ def before(owner: Any, name: str, stage: str, due: Callable[..., bool] = lambda 
 if __name__ == "__main__":
     if os.environ["JAX_PROCESS_ID"] == "1":
         before(Evaluator, "estimate_nelbo", "evaluation")
-        before(StepWindow, "idle", "step", lambda window: window.step == HELD["step"])  # each step asks
+        before(StepWindow, "idle", "step", lambda window: window.step == HELD["step"])  # called in each step
         before(CheckpointWriter, "save", "save", lambda checkpoints, state, step, *rest: step == HELD["save"])
         before(CheckpointWriter, "close", "end")
     sys.exit(main(sys.argv[2:]))

@@ -1,4 +1,4 @@
-"""`python -m tests.faults.poisoned_run STEP ...`: jaxblock's command line, with a NaN in the gradients of one step."""
+"""`python -m tests.faults.poisoned_run STEP ...`: runs jaxblock's command line with NaN gradients in one step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Real file systems that are full or read-only: training goes on, the user is told once, nothing whole is deleted."""
+"""Tests real file systems that are full or read-only: training continues, the user is told once, no whole checkpoint is deleted."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def private() -> list[str]:
-    """The command in front of one that may mount file systems nobody else sees."""
+    """Returns the prefix of a command that may mount file systems which no other process sees."""
     command = ["unshare", "-rm"]
     if shutil.which("unshare") is None:
         pytest.skip("no unshare(1) here: no file system can be mounted")
@@ -61,7 +61,7 @@ def _rows(run: Path) -> list[tuple[object, ...]]:
 def test_a_run_outlives_its_disk(
     tiny_config: Path, tiny_run: Path, tmp_path: Path, private: list[str], fault: str, until: int
 ) -> None:
-    """From step 40 to the end, or to a later step: the run folder (its checkpoints) takes no bytes."""
+    """The run folder, or its checkpoints, cannot be written from step 40 on, to the end or to a later step."""
     disk, out = tmp_path / "disk", tmp_path / "saved"
     disk.mkdir()
     command = ["train", "--config", str(tiny_config), "--train.out", f"{disk}/run"]

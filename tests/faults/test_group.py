@@ -1,4 +1,4 @@
-"""A group of two real processes: damage that one of them finds is everybody's, and so is a poisoned batch."""
+"""Tests two real processes: what one of them finds, damage or a poisoned batch, counts for both."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ POISONED = 4
 
 
 def _train(config: Path, run: Path) -> str:
-    """A run of two processes, each with half of every parameter, as far as it goes. Returns what was said."""
+    """Runs two processes, each with half of every parameter, to the end. Returns what they print."""
     command = [str(ROOT / "launch" / "local_pod.sh"), "2", "--devices", "1", "--", sys.executable, "-m"]
     command += ["tests.faults.poisoned_run", str(POISONED), "train", "--config", str(config), "--train.out", str(run)]
     command += ["--train.fsdp", "2", "--train.steps", "12", "--train.save_every", "6", "--train.keep", "3"]
@@ -35,7 +35,7 @@ def _train(config: Path, run: Path) -> str:
 
 
 def _flip(folder: Path) -> str:
-    """A bit of what process 1 has written."""
+    """Flips a bit in a file that process 1 has written; returns the problem that must be reported."""
     path = max((folder / "params" / "ocdbt.process_1").rglob("d/*"), key=lambda file: file.stat().st_size)
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1

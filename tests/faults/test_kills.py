@@ -1,4 +1,4 @@
-"""Real processes that die at any moment: nothing is lost, and the run ends as the one that was left alone."""
+"""Kills real processes at any moment: nothing is lost, and the run ends like one that was never killed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _train(*flags: str, **environment: str) -> subprocess.Popen[bytes]:
 
 
 def _until(process: subprocess.Popen[bytes], seen: Callable[[str], bool]) -> str:
-    """Reads what a process says until a line is as wanted (or it ends)."""
+    """Reads what a process prints until ``seen`` is true of a line, or the process ends."""
     assert process.stderr is not None
     said = ""
     for line in process.stderr:
@@ -64,7 +64,7 @@ def _names(run: Path) -> list[str]:
 
 
 def _unfinished(run: Path, done: int) -> str | None:
-    """What is being done to checkpoints after step ``done``, as far as the folder shows; sealing is a save's last part."""
+    """Returns what the folder shows is being done to checkpoints after step ``done``; sealing is the last part of a save."""
     names = _names(run)
     if any(name.endswith(".deleting") for name in names):
         return "deletion"
@@ -77,7 +77,7 @@ def _unfinished(run: Path, done: int) -> str | None:
 
 
 def _wait_for(process: subprocess.Popen[bytes], seen: Callable[[], bool]) -> None:
-    """Without a pause: a deletion takes milliseconds."""
+    """Waits, without sleeping because a deletion takes milliseconds, until ``seen`` is true or the process ends."""
     end = time.monotonic() + 2
     while process.poll() is None and time.monotonic() < end and not seen():
         pass
@@ -87,7 +87,7 @@ def _killed(aim: str, run: Path, flags: list[str], done: int, chance: random.Ran
     """Starts a process and kills it at a random moment of a kind.
 
     Returns:
-        Where the kill did hit, by what the folder holds afterwards; the steps that were told; all that was said.
+        What the kill interrupted, by what the folder holds afterwards; the steps that were printed; all that was printed.
     """
     often = [
         "--train.save_every",
@@ -122,7 +122,7 @@ def _killed(aim: str, run: Path, flags: list[str], done: int, chance: random.Ran
 
 @pytest.mark.slow
 def test_twenty_kills_lose_nothing(tiny_config: Path, tiny_run: Path, record_property: Callable[..., None]) -> None:
-    """SIGKILL at random: during start and compiling, plain training, asynchronous saves and retention's deletions."""
+    """SIGKILL at random moments of start and compiling, plain training, saves in the background, and deletions."""
     run, chance = tiny_config.parent / "killed20", random.Random(0)
     flags = ["--config", str(tiny_config), "--train.out", str(run), *QUIET]
     aims = ["start"] * 4 + ["training"] * 5 + ["save"] * 5 + ["sealing"] * 3 + ["deletion"] * 3
@@ -166,12 +166,14 @@ def test_sigterm_saves_and_says_so_by_its_code(tiny_config: Path, tiny_run: Path
 
 
 def _pair(*flags: str) -> list[subprocess.Popen[bytes]]:
-    """Two processes of a group, without a script that would end one when it loses the other."""
+    """Starts two processes of a group, without the launch script, which would end one when it loses the other."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     group = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAXBLOCK_HEARTBEAT_TIMEOUT": "10"}
-    one_device = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1"  # the last one counts
+    one_device = (
+        os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1"
+    )  # the last of two equal flags counts
     return [_train(*flags, **group, XLA_FLAGS=one_device, JAX_PROCESS_ID=str(index)) for index in range(2)]
 
 
@@ -180,7 +182,7 @@ def _pair(*flags: str) -> list[subprocess.Popen[bytes]]:
 def test_a_process_without_its_partner_ends_with_a_message_and_the_pair_goes_on(
     tiny_config: Path, tiny_pod_run: Path, record_property: Callable[..., None], loss: signal.Signals
 ) -> None:
-    """No collective can end: a dead one's connection is closed, of a silent one (its host is gone) the heartbeat tells."""
+    """No collective can end. A killed process closes its connection; a stopped one, like a lost host, misses heartbeats."""
     run = tiny_config.parent / f"partner-{loss.name}"
     flags = ["--config", str(tiny_config), "--train.out", str(run), *pod.SETTINGS]
     first, second = _pair(*flags)
@@ -193,7 +195,9 @@ def test_a_process_without_its_partner_ends_with_a_message_and_the_pair_goes_on(
         seconds = time.monotonic() - begun
         second.kill()
         second.communicate()
-    code = 128 - first.returncode if first.returncode < 0 else first.returncode  # a shell's: the runtime may abort
+    code = (
+        128 - first.returncode if first.returncode < 0 else first.returncode
+    )  # as a shell reports it: the runtime may abort
     record_property(f"seconds until the other one ended ({loss.name})", seconds)
     print(f"{loss.name}: the other one ended with {code} after {seconds:.1f} s")
     assert code == 134 and seconds < 40, said[-3000:]

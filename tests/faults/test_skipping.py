@@ -1,4 +1,4 @@
-"""A poisoned batch: the step is skipped inside the compiled program, and only too many in a row stop the run."""
+"""Tests batches that give NaN: the compiled program skips the step, and only too many in a row stop the run."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_skipped_update_changes_no_bit(settings: dict[str, Any] | None) -> Non
     for left, right in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
         assert left.dtype == right.dtype
         assert np.asarray(left).tobytes() == np.asarray(right).tobytes()
-    # The control: a gate that is open lets the NaN through, or at least moves something.
+    # The control: without the gate the NaN gets through, or at least something changes.
     moved = step(*before, bad, True)
     assert not all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(moved), strict=True))
 
@@ -78,7 +78,7 @@ def test_only_too_many_in_a_row_stop_the_run() -> None:
 
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], list[np.ndarray]]:
-    """Makes the gradients of some steps NaN, and notes every batch's records. Other steps are the same program's always."""
+    """Makes the gradients of some steps NaN and records every batch's records; all steps run the same program."""
     gradients, batches = steps.gradients, loop.batches
     limits, seen = [0, 0], []
 
@@ -142,7 +142,7 @@ def test_one_poisoned_batch_of_a_run_is_skipped(
     assert counts == {100: 99, 120: 119}
     assert all(rows[step]["lr"] == straight[step if step <= 6 else step - 1]["lr"] for step in rows)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jaxblock.load(run).params))
-    # Going on after the skipped step, the learning rate that is told is the optimizer's too.
+    # A run that continues after the skipped step also reports the learning rate that the optimizer uses.
     shutil.rmtree(run / "checkpoints" / "120")
     assert main(command) == 0
     again = _rows(run)

@@ -1,4 +1,4 @@
-"""A run that does not move is reported once, with the stacks of all threads, by every process of it that waits."""
+"""Tests that every process of a run that hangs reports it once, with the stacks of all threads."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_hang_may_end_the_process() -> None:
 
 
 def test_a_start_that_waits_for_other_hosts_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Devices start under a lock: whoever asks JAX which process this is waits too."""
+    """JAX starts the devices under a lock, so a thread that asks JAX for its process index would wait too."""
     over = threading.Event()
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(jax, "process_index", over.wait)
@@ -70,12 +70,12 @@ REPORT = re.compile(r"\[(\d)\] jaxblock: process (\d) of 2 does not move: .* in 
 
 
 class Told:
-    """What two processes say.
+    """Collects what two processes print.
 
     Attributes:
-        lines: as they were said, one after the other.
-        pids: of the processes.
-        reports: (process, stage, updates done) -> the stacks.
+        lines: the lines, in the order they came.
+        pids: the process ids, by process index.
+        reports: the stacks that were reported, by (process, stage, updates done).
     """
 
     def __init__(self, group: subprocess.Popen[str]) -> None:
@@ -103,7 +103,7 @@ class Told:
         if found := re.match(r"process (\d) is (\d+)", line):
             self.pids[found[1]] = int(found[2])
         elif found := REPORT.match(line):
-            assert found[1] == found[2], line  # each speaks for itself
+            assert found[1] == found[2], line  # each process reports for itself
             self._last[found[1]] = self.reports.setdefault((int(found[1]), found[3], int(found[4])), [])
         elif found := re.match(r"\[(\d)\]   File ", line):
             self._last[found[1]].append(line.strip())
@@ -113,14 +113,14 @@ class Told:
 def test_a_hang_of_one_process_is_reported_by_both_and_the_run_goes_on_as_if_nothing_had_been(
     tiny_config: Path, tiny_pod_run: Path, tmp_path: Path
 ) -> None:
-    """Process 1 blocks once in each stage, and is stopped once by a signal: then it cannot report, and 0 does."""
+    """Process 1 blocks once in each stage, and is stopped once by a signal: then only process 0 can report."""
     run, by = tmp_path / "run", (sys.executable, "-m", "tests.faults.held_run", str(tmp_path))
     for stage in HELD:
         os.mkfifo(tmp_path / stage)
 
     def let_go(stage: str) -> None:
         step = HELD[stage]
-        # Process 0 has given its device a step or two before it waits.
+        # Process 0 has dispatched a step or two more before it waits.
         told.until(
             lambda: (
                 f"[1] held in {stage}\n" in told.lines

@@ -1,4 +1,4 @@
-"""What happens to checkpoints that are cut short, damaged, refused by the disk, or no longer wanted."""
+"""Tests checkpoints that are cut short, damaged, refused by the disk, or no longer kept."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _largest(folder: Path) -> Path:
-    """An array's bytes."""
+    """Returns the largest file that holds an array's bytes."""
     return max((f for f in folder.rglob("params/**/d/*") if f.is_file()), key=lambda f: f.stat().st_size)
 
 
@@ -73,13 +73,13 @@ def _lose_metadata(folder: Path) -> str:
 
 
 def _cut_short(folder: Path) -> str:
-    """Killed while two processes wrote their lists."""
+    """Leaves what a kill leaves while two processes write their lists."""
     (folder / "whole-0-of-1.json").rename(folder / "whole-0-of-2.json")
     return "it was never finished (whole-1-of-2.json is missing)"
 
 
 def _unlisted_and_cut(folder: Path) -> str:
-    """Without checksums, damage that reading tells."""
+    """Damages a checkpoint without checksums in a way that reading notices."""
     checksums.unseal(folder)
     _largest(folder).write_bytes(_largest(folder).read_bytes()[:100])
     return "it has no checksums and cannot be read"
@@ -113,7 +113,7 @@ def test_a_damaged_checkpoint_is_named_and_set_aside_and_the_one_before_is_used(
     assert len(told) == 1 and problem in told[0] and str(run / "damaged" / "30") in told[0]
     assert sorted(f.name for f in (run / "damaged" / "30").rglob("*")) == before
     chex.assert_trees_all_equal(checkpoints.restore(20, _state()).params, _state(20.0).params)
-    checkpoints.save(_state(30.0), 30, {})  # its place is free again
+    checkpoints.save(_state(30.0), 30, {})  # the damaged one is out of the way
     checkpoints.close()
     assert checkpoints.steps() == [10, 20, 30] and len(told) == 1
 
@@ -161,7 +161,7 @@ def test_what_a_killed_save_or_deletion_left_is_swept_up(three: Path, tmp_path: 
 
 
 def test_a_failed_save_is_told_once_and_later_saves_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The disk fills up in the background, after the loop has gone on."""
+    """The disk is full when the save's background thread waits for the files."""
     told: list[str] = []
     checkpoints = CheckpointWriter(tmp_path, Keep(1), told.append)
     checkpoints.save(_state(1.0), 1, {})
@@ -249,7 +249,7 @@ def test_what_is_kept(tmp_path: Path) -> None:
 
 
 def test_a_restore_onto_other_meshes_is_exact(three: Path) -> None:
-    """8 devices, then 4 x 2, then 1."""
+    """Restores onto 8 devices, then a 4 x 2 mesh, then 1 device."""
     checkpoints = CheckpointReader(three)
     for data, fsdp in ((1, 8), (4, 2), (1, 1)):
         mesh = make_mesh(data, fsdp, devices=jax.devices()[: data * fsdp])

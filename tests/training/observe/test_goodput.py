@@ -1,4 +1,4 @@
-"""Where a run's time goes, by a clock of the test's own, and the trace of a few steps of a real run."""
+"""Tests where a run's time goes, with a clock that the test sets, and the trace of a few steps of a real run."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def _rows(run: Path, kind: str) -> list[dict[str, Any]]:
 
 
 class _Clock:
-    """Time that passes when it is told to."""
+    """A clock that moves only when the test moves it."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
         monkeypatch.setattr(goodput.time, "perf_counter", lambda: self.now)
 
     def compile(self, clock: Goodput, seconds: float, inside: float) -> None:
-        """A function is compiled, in it another."""
+        """Compiles a function, and another one inside it."""
         self.now += seconds
         clock._note("/jax/core/compile/jaxpr_trace_duration", inside)
         clock._note("/jax/core/compile/backend_compile_duration", seconds)
@@ -85,7 +85,7 @@ def test_what_a_killed_process_did_in_vain(tmp_path: Path) -> None:
     assert at_ten.seconds == {**dict.fromkeys(CAUSES, 0.0), "start": 4.0, "evaluation": 1.0, "step": 20.0}
     assert at_ten[1:] == (58.0 - 25.0, 4, 2.5)  # known up to step 25, then four steps
     assert read_earlier_time(path, 29)[1:] == (0.0, 0, 2.5)
-    assert read_earlier_time(path, -1) == EarlierTime({}, 58.0, 4, 2.5)  # nothing was saved: everything was in vain
+    assert read_earlier_time(path, -1) == EarlierTime({}, 58.0, 4, 2.5)  # nothing was saved, so everything is lost
 
 
 def test_compiling_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,7 +95,7 @@ def test_compiling_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
         assert clock.row(0)["seconds"]["compile"] > 0
     before = clock._seconds["compile"]
     jax.jit(lambda x: jnp.sin(x) * 18.25)(1.0)
-    assert clock._compiles == [] and clock._seconds["compile"] == before  # not after its end
+    assert clock._compiles == [] and clock._seconds["compile"] == before  # a clock that is closed hears nothing
 
 
 def test_a_run_says_where_its_time_went_and_leaves_a_trace(
@@ -125,9 +125,9 @@ def test_a_run_says_where_its_time_went_and_leaves_a_trace(
     for cause in ("start", "step", "evaluation"):
         values = [row["seconds"][cause] for row in told]
         assert values == sorted(values) and values[-1] > 0
-    # Readers look at what they know.
+    # Readers ignore kinds that they do not know.
     assert len(metrics.read_metrics(run / "metrics.jsonl").train) == 12
-    assert all("mfu" not in row for row in _rows(run, "train"))  # a host's peak means nothing
+    assert all("mfu" not in row for row in _rows(run, "train"))  # the peak of a CPU is not known
 
 
 def test_a_window_is_two_steps_of_the_run(tiny_config: Path, capsys: pytest.CaptureFixture[str]) -> None:

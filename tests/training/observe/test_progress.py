@@ -1,4 +1,4 @@
-"""Progress of training, with a clock of our own."""
+"""Tests the display of progress, with a clock that the test sets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The arithmetic of a step, worked out by hand, and its share of a chip's peak."""
+"""Tests the arithmetic of a step against numbers worked out by hand, and its share of a chip's peak."""
 
 from __future__ import annotations
 

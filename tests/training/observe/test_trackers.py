@@ -1,4 +1,4 @@
-"""Trackers: what each is given, what happens when one fails, and what is refused before a run starts."""
+"""Tests what each tracker is given, what happens when one fails, and what is refused before a run starts."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _rows(run: Path, kind: str) -> list[dict[str, Any]]:
 
 
 class _Page:
-    """What W&B's run does, noted."""
+    """Stands in for W&B's run and records what it is given."""
 
     def __init__(self, **given: Any) -> None:
         self.given, self.logged, self.steps, self.finished = given, [], [], False
@@ -78,8 +78,8 @@ def test_a_tracker_that_fails_stops_nothing_and_is_told_of_once(
     assert first.steps[-1] == ("*", "step") and first.finished
     wanted = {"project": "p", "name": "run", "mode": "online", "config": {"a": 1}, "resume": "allow"}
     assert wanted.items() <= first.given.items()
-    assert first.given["id"] == second.given["id"]  # a resumed run goes on with its page
-    # The JSON lines have all of it, and a resume has taken out what comes again.
+    assert first.given["id"] == second.given["id"]  # a resumed run continues the same page
+    # The JSON lines have every row, and the resume has removed the rows that came again.
     assert [row["step"] for row in _rows(tmp_path / "run", "eval")] == [2, 2]
     assert [row["grad_norm"] for row in _rows(tmp_path / "run", "train")] == ["nan"] * 2
     assert list((tmp_path / "run" / "tensorboard").iterdir())
@@ -96,7 +96,9 @@ def test_a_disk_that_is_full_stops_nothing(tmp_path: Path, monkeypatch: pytest.M
     for then in (full, full, append, full):
         monkeypatch.setattr(log._lines._lines, "append", then)
         log.write(ROWS[0])
-    assert told == ["the disk is full; training goes on, and the rows wait"] * 2  # once each time
+    assert (
+        told == ["the disk is full; training goes on, and the rows wait"] * 2
+    )  # once for each time that the disk is full
 
 
 def test_what_a_tracker_needs_is_said_before_the_run_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Optimizer state in few bits follows float32; bfloat16 weights move by what they should; all of it on any mesh."""
+"""Tests that optimizer state in few bits follows float32, and that bfloat16 weights move as they should, on any mesh."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _table(vocab_size: int, d_model: int, n_layers: int, n_heads: int, mlp_dim: 
 
 @pytest.fixture
 def nearest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The broken variant: every draw is one half, which rounds to the nearest."""
+    """Breaks stochastic rounding: every draw is one half, which rounds to the nearest."""
 
     def half(seed: int, step: jax.Array, path: str, shape: tuple[int, ...], layer: jax.Array | None) -> jax.Array:
         return jnp.full(shape, 0x7FFF7FFF, jnp.uint32)
@@ -53,7 +53,7 @@ def test_random_bits_are_even_and_depend_on_seed_step_path_and_place() -> None:
     share = np.unpackbits(bits.view(np.uint8)).reshape(-1, 32).mean(0)
     assert np.abs(share - 0.5).max() < 5 * 0.5 / math.sqrt(bits.size)  # five standard deviations
     uniform = bits / 2.0**32 - 0.5
-    for axis in range(3):  # neighbours are not alike
+    for axis in range(3):  # neighbours are not correlated
         ahead, behind = (np.delete(uniform, end, axis) for end in (0, -1))
         assert abs((ahead * behind).mean() * 12) < 5 / math.sqrt(ahead.size)
     for other in (random_bits(1, jnp.int32(0), "x", (64,)), random_bits(0, jnp.int32(0), "y", (64,)), _bits((64,), 1)):
@@ -65,10 +65,12 @@ def test_bfloat16_rounding_is_between_neighbours_and_unbiased() -> None:
     x = jnp.asarray([1.0, 1.001, -1.001, 3e-5, 0.0, -7.77], jnp.float32)
     drawn = np.asarray(stochastic_bfloat16(jnp.broadcast_to(x, (40_000, 6)), _bits((40_000, 6))))
     np.testing.assert_array_equal(drawn, drawn.astype(jnp.bfloat16).astype(np.float32))
-    gap = np.asarray([0, 2**-7, 2**-7, 2**-23, 0, 2**-5])  # between bfloat16 neighbours; 0: held exactly
+    gap = np.asarray(
+        [0, 2**-7, 2**-7, 2**-23, 0, 2**-5]
+    )  # between bfloat16 neighbours; 0 where bfloat16 holds the number exactly
     assert (np.abs(drawn - x) <= gap).all()
     assert (np.abs(drawn.mean(0) - x) <= 5 * gap / 2 / 200).all()
-    # The NaN of a GPU is all ones: it must not be carried over to zero.
+    # A GPU's NaN has all bits set: adding to them must not carry over to zero.
     odd = np.asarray([0x7FFFFFFF, 0xFFFFFFFF, 0x7F800000], np.uint32).view(np.float32)
     with np.errstate(invalid="ignore"):
         np.testing.assert_array_equal(stochastic_bfloat16(jnp.asarray(odd), jnp.full(3, 0xFFFF, jnp.uint32)), odd)
@@ -76,7 +78,7 @@ def test_bfloat16_rounding_is_between_neighbours_and_unbiased() -> None:
 
 @pytest.mark.parametrize("signed", [True, False])
 def test_eight_bits_are_near_unbiased_and_keep_a_rows_largest(signed: bool) -> None:
-    """Within one spacing (9.05%) over the whole range, 2^16 or 2^32; rows are independent; what is 0 stays 0."""
+    """Errors stay within one spacing (9.05%) over the whole range, 2^16 or 2^32; rows are independent; 0 stays 0."""
     reach = 15.7 if signed else 31.8
     magnitudes = 2.0 ** -np.linspace(0, reach, 64)
     x = np.outer([1.0, 1e-20, 0.0], magnitudes * (np.where(np.arange(64) % 2, -1, 1) if signed else 1))
@@ -101,13 +103,13 @@ def test_what_is_below_the_range_vanishes_or_does_not() -> None:
 
 
 def _gradients(step: int) -> dict[str, Any]:
-    """Noisy gradients whose sizes differ a thousandfold along a row."""
+    """Returns noisy gradients whose sizes differ a thousandfold along a row."""
     sizes = jnp.logspace(-3, 0, 64)
     return {"w": sizes * (0.3 + jax.random.normal(jax.random.key(step), (16, 64)))}
 
 
 def _adamw(storage: Storage, b2: float) -> optax.GradientTransformation:
-    """Its updates are the direction, backwards."""
+    """Makes an AdamW whose updates are Adam's direction with the opposite sign."""
     config = OptimizerConfig(lr=1.0, schedule="constant", warmup_steps=0, clip_norm=0.0, b2=b2, moments=storage)
     return make_optimizer(config, 1, {})
 
@@ -124,7 +126,7 @@ def _updates(optimizer: optax.GradientTransformation, steps: int = 100) -> np.nd
 
 @pytest.mark.parametrize("b2", [0.95, 0.999])
 def test_moments_follow_float32(b2: float) -> None:
-    """Root mean square of the error of Adam's direction, over 100 steps, relative to the direction itself."""
+    """Compares the root mean square error of Adam's direction over 100 steps with that of the direction itself."""
     wanted = _updates(optax.adam(1.0, 0.9, b2))
     bounds: dict[Storage, float] = {"float32": 1e-5, "bfloat16": 0.01, "int8": 0.12}
     for storage, bound in bounds.items():
@@ -134,7 +136,10 @@ def test_moments_follow_float32(b2: float) -> None:
 
 
 def _second_moment(storage: Storage, b2: float) -> float:
-    """The mean of v, from 1, after gradients of 0.5 for the half-life of b2. One of a row stays, and holds its scale."""
+    """Returns the mean of v, which begins at 1, after gradients of 0.5 for the half-life of b2.
+
+    One element of each row keeps a gradient of 1, so that the row's scale stays.
+    """
     optimizer = _adamw(storage, b2)
     one = jnp.ones((4, 256))
     grads = one.at[:, 1:].set(0.5)
@@ -167,7 +172,7 @@ def test_rounded_to_the_nearest_it_stays_where_it_was(storage: Storage, b2: floa
 
 
 def _fit(config: OptimizerConfig, dtype: str = "float32") -> float:
-    """The loss of a small noisy regression after 150 steps."""
+    """Returns the loss of a small noisy regression after 150 steps."""
     key = jax.random.key(0)
     inputs = jax.random.normal(key, (150, 32, 16)) * jnp.logspace(-1, 0.5, 16)
     truth = jax.random.normal(jax.random.fold_in(key, 1), (16, 8))
@@ -202,7 +207,7 @@ def test_training_ends_as_low_as_with_float32(fields: dict[str, Any], full: floa
 
 
 def test_bfloat16_weights_end_nearly_as_low(full: float) -> None:
-    """Weights of 8 bits cannot fit more exactly: the bound is theirs."""
+    """The bound is wider because weights with 8 significant bits cannot fit more exactly."""
     assert _fit(OptimizerConfig(lr=0.05, warmup_steps=10, moments="int8"), "bfloat16") == pytest.approx(full, rel=0.06)
 
 
@@ -213,7 +218,7 @@ def full() -> float:
 
 @pytest.mark.parametrize(("rounding", "moves"), [("nearest", False), ("stochastic", True)])
 def test_small_updates_of_bfloat16_weights(rounding: Literal["nearest", "stochastic"], moves: bool) -> None:
-    """200 updates of 1e-5 from 1, where bfloat16's neighbours are 1/256 below and 1/128 above."""
+    """Applies 200 updates of 1e-5 to 1, whose bfloat16 neighbours are 1/256 below and 1/128 above."""
     config = OptimizerConfig(lr=1e-5, schedule="constant", warmup_steps=0, rounding=rounding)
     optimizer = make_optimizer(config, 200, {"w": ParamSpec((64, 512), (None, None), 1.0, "w")})
     grads = {"w": jnp.ones((64, 512), jnp.bfloat16).at[:32].set(-1)}
@@ -247,7 +252,7 @@ BYTES: list[tuple[dict[str, Any], float, float]] = [
 
 @pytest.mark.parametrize(("fields", "least", "most"), BYTES)
 def test_bytes_of_state_for_each_weight_of_8b(fields: dict[str, Any], least: float, most: float) -> None:
-    """Measured on the state's shapes; nothing is allocated."""
+    """The bytes are computed from the state's shapes; nothing is allocated."""
     table = _table(126_464, 4096, 32, 32, 12_288)
     optimizer = make_optimizer(OptimizerConfig(**fields), 10, table)
     state = jax.eval_shape(optimizer.init, abstract_params(table, "bfloat16"))
@@ -261,7 +266,10 @@ Updated = tuple[TrainState, TrainState]
 
 @pytest.fixture(scope="module")
 def updated() -> Iterator[Callable[[dict[str, Any]], Updated]]:
-    """Three updates of bfloat16 weights: on one device, and on (2, 4) layer by layer. Without clipping, no sums differ."""
+    """Updates bfloat16 weights three times on one device, and layer by layer on a (2, 4) mesh.
+
+    Gradients are not clipped, because a sum over devices would differ in its rounding.
+    """
     whole = _table(256, 128, 2, 2, 256)
     table = {path: whole[path] for path in ("embed", "blocks/q", "blocks/attn_norm")}  # fewer tensors compile faster
     start = jax.device_get(init_params(table, 0, "bfloat16"))
@@ -302,7 +310,7 @@ def test_eight_bit_moments_and_rounding_do_not_depend_on_mesh_or_loop(
         assert codes.sharding.is_equivalent_to(weight.sharding, weight.ndim), path
         assert codes.addressable_shards[0].data.size == codes.size // 4, path
         assert scale.sharding.shard_shape(scale.shape)[-1] == 1, path
-    # A checkpoint of the split state, read onto one device.
+    # A checkpoint of the split state is read onto one device.
     checkpoints = CheckpointWriter(tmp_path, Keep(1))
     checkpoints.save(many, 3, {})
     read = checkpoints.restore(3, one)

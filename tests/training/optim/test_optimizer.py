@@ -1,4 +1,4 @@
-"""The optimizer's schedule, weight decay and clipping, against numbers worked out by hand and DeepSpeed's schedule."""
+"""Tests the schedule, weight decay and clipping against numbers worked out by hand, DeepSpeed's schedule and PyTorch."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_without_warm_up_the_first_update_is_at_the_peak() -> None:
 
 
 def test_deepspeeds_schedule(shared: Path) -> None:
-    """Every stored vector; and one update late, from 0, in the order of DeepSpeed's engine."""
+    """Compares every stored vector, also one update late from 0, as DeepSpeed's engine orders it."""
     cases = json.loads((shared / "golden" / "train" / "lr_schedules.json").read_text())
     assert len(cases) == 12
     for case in cases:
@@ -86,7 +86,7 @@ def test_weight_decay_alone_shrinks_what_it_should(table: Table, decay: Literal[
 
 @pytest.mark.parametrize("clip", [0.0, 1e-9, 1e3])
 def test_clipping_bounds_the_gradient_before_adam(table: Table, clip: float) -> None:
-    """With a large eps Adam's first update is lr * g / (|g| + eps), nearly linear in g: clipping shows."""
+    """With a large eps Adam's first update, lr * g / (|g| + eps), is nearly linear in g, so that it shows clipping."""
     config = OptimizerConfig(lr=1.0, schedule="constant", warmup_steps=0, eps=1e6, clip_norm=clip)
     params = init_params(table, 0, "float32")
     grads = jax.tree.map(jnp.ones_like, params)
@@ -100,7 +100,7 @@ def test_clipping_bounds_the_gradient_before_adam(table: Table, clip: float) -> 
 
 
 def test_clipping_is_torchs() -> None:
-    """The 1e-6 shows near zero: a gradient of norm 1e-6 clipped to 1e-6 is halved. What is small enough is left alone."""
+    """The 1e-6 shows near zero: a gradient of norm 1e-6 clipped to 1e-6 is halved. A smaller norm is not clipped."""
     grads = {"a": jnp.asarray([6e-7]), "b": jnp.asarray([8e-7])}
     assert float(precision.clip_share(grads, 1e-6)) == pytest.approx(0.5, rel=1e-6)
     assert float(precision.clip_share(grads, 1.0)) == 1.0
@@ -109,7 +109,7 @@ def test_clipping_is_torchs() -> None:
 
 
 def test_adamw_is_torchs(table: Table) -> None:
-    """Five steps of torch.optim.AdamW with torch's clipping, from random gradients."""
+    """Compares five steps with torch.optim.AdamW and torch's clipping, on random gradients."""
     torch = pytest.importorskip("torch")
     config = OptimizerConfig(
         lr=0.05, schedule="constant", warmup_steps=0, weight_decay=0.3, decay="all", b2=0.99, eps=1e-3, clip_norm=2.0
