@@ -25,7 +25,7 @@ from jaxblock.data.loader import BatchAt, batches
 from jaxblock.data.store.prepare import prepare
 from jaxblock.parallel.host_memory import keep_freed_memory
 from jaxblock.training.resume import saved_values
-from jaxblock.training.start import Session
+from jaxblock.training.session import Session
 from jaxblock.training.step import jit_step
 
 

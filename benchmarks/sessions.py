@@ -7,7 +7,7 @@ from rich.console import Console
 from jaxblock import build
 from jaxblock.config.config import Config
 from jaxblock.training import start
-from jaxblock.training.start import Session
+from jaxblock.training.session import Session
 
 
 def loaded_session(config: Config, console: Console) -> Session:

@@ -25,8 +25,8 @@ from jaxblock.models.families import registry
 from jaxblock.models.linear import lora
 from jaxblock.models.transformer import Transformer
 from jaxblock.settings import Alignment
-from jaxblock.training import weights
 from jaxblock.training.checkpoints import run_folder
+from jaxblock.training.stored_weights import load_run_params
 
 
 def load(
@@ -141,7 +141,7 @@ def _load_run(
     if run.base is None and (base is not None or quantize == "int8"):
         raise UserError(f"{folder} holds no adapters: leave out base and quantize")
     quantize = "none" if run.base is None else quantize or model.quantize
-    params, _ = weights.load_run_params(
+    params, _ = load_run_params(
         run, dtype=dtype, step=step, base=None if base is None else str(base), quantize=quantize
     )
     net = dataclasses.replace(build.network(run.arch, model, run.config.lora), quantize=quantize)

@@ -37,7 +37,7 @@ from jaxblock.training.observe.throughput import Work
 from jaxblock.training.observe.trackers import Trackers
 from jaxblock.training.observe.window import StepWindow
 from jaxblock.training.optim import gating, schedules
-from jaxblock.training.start import Session
+from jaxblock.training.session import Session
 from jaxblock.training.state import TrainState
 from jaxblock.training.step import Step, StepMetrics
 

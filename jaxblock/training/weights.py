@@ -1,14 +1,12 @@
-"""Finds and reads the weights that a run begins with: random ones, another run's, or a Hugging Face folder's.
+"""Chooses the weights that a run begins with: random ones, another run's, or a Hugging Face folder's.
 
-The weights are trained whole, or they are the frozen base beneath adapters, which is known again by its content.
+They are trained whole, or they are the frozen base beneath adapters.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import hashlib
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -17,26 +15,19 @@ from rich.console import Console
 from jaxblock.config.config import Config
 from jaxblock.data.store.prepared_folder import Prepared
 from jaxblock.errors import UserError
-from jaxblock.huggingface.load import load_checkpoint, read_architecture
-from jaxblock.huggingface.placement import quantise_parameter
-from jaxblock.io.files import read_bytes
+from jaxblock.huggingface.load import read_architecture
 from jaxblock.io.hub import local_checkpoint
-from jaxblock.io.paths import as_path
 from jaxblock.models.architecture import Architecture
-from jaxblock.models.config import Checkpoint, Quantize
 from jaxblock.models.families import registry
-from jaxblock.models.linear import int8
-from jaxblock.models.linear.lora import adapter_table, attach, lora_from_config, merge
-from jaxblock.models.spec import Table, abstract_params, count_params, flatten, init_params, nest
+from jaxblock.models.linear.lora import lora_from_config, merge
+from jaxblock.models.spec import Table, count_params, init_params
 from jaxblock.models.transformer import Transformer
 from jaxblock.parallel import rules
-from jaxblock.parallel.mesh import make_mesh
+from jaxblock.training.base_identity import check_base, identify_base
 from jaxblock.training.checkpoints import run_folder
-from jaxblock.training.checkpoints.reader import CheckpointReader
 from jaxblock.training.checkpoints.run_folder import Base, Run
+from jaxblock.training.stored_weights import load_base, load_run_params
 from jaxblock.types import Params
-
-_SAMPLE = 1 << 16  # bytes of a file's start and end that go into a fingerprint
 
 
 class Weights(NamedTuple):
@@ -116,7 +107,7 @@ def _adapters_beside_base(
 ) -> Weights:
     """Returns random adapters beside their frozen base; of a resumed run, beside the base that it was begun with."""
     assert net.lora is not None
-    base = identify_base(source, config.model.init_step) if run is None else _check_base(source, run.base)
+    base = identify_base(source, config.model.init_step) if run is None else check_base(source, run.base)
     # The folder as the config names it, not the local copy of one that is elsewhere.
     base = base._replace(folder=str(config.model.init_from))
     frozen = load_base(source, net.arch, mesh, config.model.param_dtype, step=base.step, quantize=net.quantize)
@@ -172,156 +163,3 @@ def check_vocabulary(arch: Architecture, prepared: Prepared, source: str) -> Non
                 f"{source} calls {theirs} its {name} token, the data's tokenizer calls {ours} so: prepare the data "
                 "with the checkpoint's own tokenizer (data.tokenizer)"
             )
-
-
-def identify_base(source: str, wanted: Checkpoint = "latest") -> Base:
-    """Identifies a base by its content: the headers and ends of its files are read, not all of them.
-
-    Args:
-        source: a run or a local Hugging Face folder.
-        wanted: which checkpoint of a run.
-
-    Raises:
-        UserError: it holds adapters itself, or has no such checkpoint.
-    """
-    path = as_path(source)
-    if run_folder.is_run(source):
-        run = run_folder.open_run(source)
-        if run.config.lora.rank:
-            raise UserError(
-                f"{source} holds adapters; adapters on adapters are not supported: export it merged "
-                "(`jaxblock export`) and set model.init_from to the export"
-            )
-        step = run_folder.find_step(run, wanted)
-        files = (read_bytes(path / name) for name in (run_folder.MODEL, run_folder.CONFIG))
-        content = b"".join(files) + str(step).encode()
-        return Base(source, hashlib.sha256(content).hexdigest(), step)
-    digest = hashlib.sha256()
-    for file in sorted(path.glob("*.safetensors")):
-        size = file.stat().length
-        with file.open("rb") as handle:
-            digest.update(f"{file.name}:{size}".encode() + handle.read(_SAMPLE))
-            handle.seek(max(size - _SAMPLE, 0))
-            digest.update(handle.read(_SAMPLE))
-    return Base(source, digest.hexdigest(), None)
-
-
-def _check_base(source: str, remembered: Base | None) -> Base:
-    """Identifies the base at ``source``; raises UserError where it is not the one that adapters were trained on."""
-    assert remembered is not None  # run_folder.open_run checks it
-    if not as_path(source).is_dir():
-        raise UserError(
-            f"{source}, the base of these adapters, is not there: set model.init_from (from Python: `base`) to where it is"
-        )
-    found = identify_base(source, "latest" if remembered.step is None else remembered.step)
-    if found.fingerprint != remembered.fingerprint:
-        raise UserError(
-            f"{source} is not the base that these adapters were trained on (that was {remembered.folder}, fingerprint "
-            f"{remembered.fingerprint[:12]}; this is {found.fingerprint[:12]}): set model.init_from to that one"
-        )
-    return found
-
-
-def load_base(
-    source: str, arch: Architecture, mesh: Mesh, dtype: str | None, *, step: int | None, quantize: Quantize
-) -> Params:
-    """Loads whole weights from a run or a Hugging Face folder.
-
-    Args:
-        source: the folder.
-        arch: the architecture that they are read as.
-        mesh: the devices that hold them.
-        dtype: the type of the tensors; None keeps each tensor's own.
-        step: which checkpoint of a run; None for the newest.
-        quantize: ``int8`` quantises the layers' matrices.
-    """
-    table = registry.param_table(arch)
-    if run_folder.is_run(source):
-        run = run_folder.open_run(source)
-        params, _ = load_run_params(run, mesh, dtype, step="latest" if step is None else step)
-        return _quantised(params, table, mesh) if quantize == "int8" else params
-    to_int8 = quantize == "int8"
-    placed = rules.param_shardings(mesh, int8.int8_table(table) if to_int8 else table)
-    return load_checkpoint(source, dtype=dtype, shardings=placed, arch=arch, int8=to_int8)[1]
-
-
-def _quantised(params: Params, table: Table, mesh: Mesh) -> Params:
-    """Rounds the layers' matrices to int8 with their scales, each placed as its table says."""
-    placed = flatten(rules.param_shardings(mesh, int8.int8_table(table)))
-    flat: dict[str, Any] = {}
-    for path, leaf in flatten(params).items():
-        if int8.quantised(table[path]):
-            scale = path + int8.SCALE
-            flat[path], flat[scale] = quantise_parameter(leaf, placed[path], placed[scale])
-        else:
-            flat[path] = leaf
-    return nest(flat)
-
-
-def load_run_params(
-    run: Run,
-    mesh: Mesh | None = None,
-    dtype: str | None = None,
-    *,
-    step: Checkpoint = "latest",
-    base: str | None = None,
-    quantize: Quantize = "none",
-) -> tuple[Params, int]:
-    """Loads the parameters of a run's checkpoint (their average, where the run kept one), adapters with their base.
-
-    Args:
-        run: the run.
-        mesh: the devices that hold them; None for one device.
-        dtype: the type of the parameters (adapters stay float32); None for the type they were trained in.
-        step: which checkpoint.
-        base: where the adapters' base is now; None for where it was.
-        quantize: ``int8`` quantises the adapters' base.
-
-    Returns:
-        (parameters, the checkpoint's step).
-
-    Raises:
-        UserError: there is no checkpoint, it does not fit model.json, or the base is another.
-    """
-    step = run_folder.find_step(run, step)
-    mesh = mesh or make_mesh(1, devices=jax.local_devices()[:1])
-    table, param_dtype = registry.param_table(run.arch), run.config.model.param_dtype
-    lora = lora_from_config(run.config.lora, table)
-    if lora is None:
-        return _restore_trained(run, step, table, param_dtype, dtype or param_dtype, mesh), step
-    adapters = _restore_trained(run, step, adapter_table(table, lora), "float32", "float32", mesh)
-    source = local_checkpoint(base or str(run.config.model.init_from))
-    found = _check_base(source, run.base)
-    frozen = load_base(source, run.arch, mesh, dtype or param_dtype, step=found.step, quantize=quantize)
-    return attach(frozen, adapters), step
-
-
-def _restore_trained(run: Run, step: int, table: Table, stored: str, dtype: str, mesh: Mesh) -> Params:
-    """Restores what a run trained from a checkpoint: its average, which is float32, where the run kept one.
-
-    Args:
-        run: the run.
-        step: which checkpoint.
-        table: the specs of what was trained.
-        stored: the type that was trained in.
-        dtype: the type to return.
-        mesh: the devices that hold it.
-    """
-    averaged = run.config.optimizer.ema > 0
-    like = jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        abstract_params(table, "float32" if averaged else stored),
-        rules.param_shardings(mesh, table),
-    )
-    checkpoints = CheckpointReader(run.folder)
-    run_folder.check_model(run, checkpoints.meta(step))
-    params = checkpoints.restore_params(step, like, average=averaged)
-    checkpoints.close()
-    if averaged and stored != "float32":
-        # Rounded as the trained weights are, then to what was asked for.
-        params = jax.tree.map(functools.partial(_cast, dtype=stored), params)
-    return jax.tree.map(functools.partial(_cast, dtype=dtype), params)
-
-
-def _cast(leaf: jax.Array, dtype: str) -> jax.Array:
-    return leaf.astype(dtype)

@@ -29,7 +29,7 @@ from jaxblock.commands import train
 from jaxblock.parallel import rules
 from jaxblock.training import loop
 from jaxblock.training.observe.goodput import Goodput
-from jaxblock.training.start import Session
+from jaxblock.training.session import Session
 from jaxblock.training.step import Step
 
 

@@ -15,7 +15,7 @@ import jaxblock
 from jaxblock.cli import main
 from jaxblock.errors import UserError
 from jaxblock.models.spec import flatten
-from jaxblock.training import weights
+from jaxblock.training.base_identity import identify_base
 from jaxblock.training.checkpoints.reader import CheckpointReader
 
 LORA = ["--lora.rank", "2", "--lora.alpha", "8", "--lora.dropout", "0.2", "--optimizer.ema", "0.5"]
@@ -109,15 +109,15 @@ def test_a_base_is_known_by_its_end_too(tmp_path: Path, tiny_run: Path) -> None:
     """Of a large file the start and the end are read; of a run, the step counts."""
     file = tmp_path / "model.safetensors"
     file.write_bytes(bytes(300_000))
-    before = weights.identify_base(str(tmp_path)).fingerprint
+    before = identify_base(str(tmp_path)).fingerprint
     file.write_bytes(bytes(299_999) + b"x")
-    assert weights.identify_base(str(tmp_path)).fingerprint != before
+    assert identify_base(str(tmp_path)).fingerprint != before
     file.write_bytes(bytes(300_001))
-    assert weights.identify_base(str(tmp_path)).fingerprint != before
+    assert identify_base(str(tmp_path)).fingerprint != before
     run = shutil.copytree(tiny_run, tmp_path / "run")
-    last = weights.identify_base(str(run))
+    last = identify_base(str(run))
     shutil.rmtree(run / "checkpoints" / str(last.step))
-    assert weights.identify_base(str(run)).fingerprint != last.fingerprint
+    assert identify_base(str(run)).fingerprint != last.fingerprint
 
 
 def test_exports_give_the_same_network(run: Path, base: Path, tmp_path: Path) -> None:

@@ -1,0 +1,62 @@
+"""Identifies the frozen base of adapters by its content, since adapters fit no other base."""
+
+from __future__ import annotations
+
+import hashlib
+
+from jaxblock.errors import UserError
+from jaxblock.io.files import read_bytes
+from jaxblock.io.paths import as_path
+from jaxblock.models.config import Checkpoint
+from jaxblock.training.checkpoints import run_folder
+from jaxblock.training.checkpoints.run_folder import Base
+
+_SAMPLE = 1 << 16  # bytes of a file's start and end that go into a fingerprint
+
+
+def identify_base(source: str, wanted: Checkpoint = "latest") -> Base:
+    """Identifies a base by its content: the headers and ends of its files are read, not all of them.
+
+    Args:
+        source: a run or a local Hugging Face folder.
+        wanted: which checkpoint of a run.
+
+    Raises:
+        UserError: it holds adapters itself, or has no such checkpoint.
+    """
+    path = as_path(source)
+    if run_folder.is_run(source):
+        run = run_folder.open_run(source)
+        if run.config.lora.rank:
+            raise UserError(
+                f"{source} holds adapters; adapters on adapters are not supported: export it merged "
+                "(`jaxblock export`) and set model.init_from to the export"
+            )
+        step = run_folder.find_step(run, wanted)
+        files = (read_bytes(path / name) for name in (run_folder.MODEL, run_folder.CONFIG))
+        content = b"".join(files) + str(step).encode()
+        return Base(source, hashlib.sha256(content).hexdigest(), step)
+    digest = hashlib.sha256()
+    for file in sorted(path.glob("*.safetensors")):
+        size = file.stat().length
+        with file.open("rb") as handle:
+            digest.update(f"{file.name}:{size}".encode() + handle.read(_SAMPLE))
+            handle.seek(max(size - _SAMPLE, 0))
+            digest.update(handle.read(_SAMPLE))
+    return Base(source, digest.hexdigest(), None)
+
+
+def check_base(source: str, remembered: Base | None) -> Base:
+    """Identifies the base at ``source``; raises UserError where it is not the one that adapters were trained on."""
+    assert remembered is not None  # run_folder.open_run checks it
+    if not as_path(source).is_dir():
+        raise UserError(
+            f"{source}, the base of these adapters, is not there: set model.init_from (from Python: `base`) to where it is"
+        )
+    found = identify_base(source, "latest" if remembered.step is None else remembered.step)
+    if found.fingerprint != remembered.fingerprint:
+        raise UserError(
+            f"{source} is not the base that these adapters were trained on (that was {remembered.folder}, fingerprint "
+            f"{remembered.fingerprint[:12]}; this is {found.fingerprint[:12]}): set model.init_from to that one"
+        )
+    return found
