@@ -10,7 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.sharding import Mesh, NamedSharding
+from jax.stages import Compiled
 
 from jaxblock.data.loader import filled, pad_ids, pad_records
 from jaxblock.data.store.records import Record
@@ -49,7 +51,7 @@ class Evaluator:
     decode: DecodeConfig
     grader: str
     nelbo_samples: int | None = None
-    _compiled: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _compiled: dict[Any, Compiled] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def solve(
         self, params: Params, records: Sequence[Record], progress: Callable[[int], None] = lambda done: None
@@ -85,7 +87,9 @@ class Evaluator:
             progress(len(rows))
         return Solved(rows, wilson(sum(row["correct"] for row in rows), len(rows)), seconds)
 
-    def _decoder(self, params: Params, layout: Layout, options: DecodeConfig, inputs: tuple[Any, ...]) -> Any:
+    def _decoder(
+        self, params: Params, layout: Layout, options: DecodeConfig, inputs: tuple[np.ndarray, ...]
+    ) -> Compiled:
         """Returns the decoder compiled for these shapes.
 
         It is compiled before the first batch, so that the time of decoding holds no compilation, and kept, so that the
@@ -176,7 +180,7 @@ def _replicated(params: Params) -> NamedSharding | None:
     return rules.replicated(place.mesh) if isinstance(place, NamedSharding) else None
 
 
-def _split_rows(params: Params, arrays: tuple[np.ndarray, ...]) -> tuple[Any, ...]:
+def _split_rows(params: Params, arrays: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...] | tuple[Array, ...]:
     """Splits rows over the devices of the weights' mesh; where they do not divide, every device gets all of them.
 
     Every process holds all rows. Where the weights are on no mesh, the rows are returned as they are.
@@ -192,15 +196,19 @@ def _split_rows(params: Params, arrays: tuple[np.ndarray, ...]) -> tuple[Any, ..
     return tuple(jax.make_array_from_callback(rows.shape, where, rows.__getitem__) for rows in arrays)
 
 
-def _decode_prompts(net, layout, options, params, seed, prompt_ids, prompt_len, index):  # type: ignore[no-untyped-def]
-    canvas = canvases.for_decoding(layout, prompt_ids, prompt_len, index)
+def _decode_prompts(
+    net: Transformer, layout: Layout, options: DecodeConfig, params: Params, seed: int, *prompts: Array
+) -> decoder.Responses:
+    """Decodes the responses to a batch of prompts (``canvas.for_decoding``)."""
+    canvas = canvases.for_decoding(layout, *prompts)
     return decoder.decode(net, layout, options, params, canvas, seed)
 
 
-def _nelbo_of_rows(  # type: ignore[no-untyped-def]
-    net, layout, samples, params, key, keep, prompt_ids, prompt_len, response_ids, text_len, index
-):
-    canvas = canvases.from_rows(layout, prompt_ids, prompt_len, response_ids, text_len, index)
-    # A row that only fills up the batch is given no blocks, so that it adds nothing to the sums by count.
+def _nelbo_of_rows(
+    net: Transformer, layout: Layout, samples: int, params: Params, key: Array, keep: Array, *rows: Array
+) -> likelihood.Nelbo:
+    """Estimates the NELBO of a batch of rows (``canvas.from_rows``); rows that are not kept only fill up the batch."""
+    canvas = canvases.from_rows(layout, *rows)
+    # Without blocks a row adds nothing to the sums by count.
     canvas = canvas._replace(n_blocks=jnp.where(keep, canvas.n_blocks, 0))
     return likelihood.nelbo(net, layout, samples, params, canvas, key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -20,21 +21,20 @@ def print_plan(console: Console, plan: dict[str, Any]) -> None:
         plan: the dict that ``plan.plan_run`` returns.
     """
     chip, mesh = plan["chip"], plan["mesh"]
-    console.print(
+    write_line = partial(console.print, highlight=False)
+    write_line(
         f"[bold]{plan['topology']}[/]: {plan['devices']} x {chip['name']}, mesh "
         + " x ".join(f"{name} {size}" for name, size in mesh.items() if size > 1 or name == "fsdp")
         + f"; {plan['rows']} rows an update, {plan['rows_per_device']:g} a device",
-        highlight=False,
     )
     model = plan["model"]
-    console.print(f"{model['family']}, {model['parameters']:,} parameters, from {model['source']}", highlight=False)
+    write_line(f"{model['family']}, {model['parameters']:,} parameters, from {model['source']}")
     for note in plan["notes"]:
-        console.print(f"note: {note}", highlight=False)
+        write_line(f"note: {note}")
     if plan["estimate_from_host"]:
-        console.print(
+        write_line(
             "ESTIMATE: no compiler for this platform is at hand; compiled for the host's CPU instead, whose temporaries and "
             "collectives differ",
-            highlight=False,
         )
     programs = [plan[name] for name in ("train", "decode") if name in plan]
     console.print(_memory_table(plan, programs))
@@ -80,15 +80,15 @@ def _costs_table(programs: list[dict[str, Any]]) -> Table:
 
 
 def _print_verdict(console: Console, plan: dict[str, Any]) -> None:
+    write_line = partial(console.print, highlight=False)
     guess = plan["train"].get("estimate")
     if guess:
-        console.print(
+        write_line(
             f"step time, ESTIMATE (roofline, nothing ever waits): {_milliseconds(guess['step'])} by {guess['bound']} (compute "
             f"{_milliseconds(guess['compute'])}, memory {_milliseconds(guess['memory'])}, links "
             f"{_milliseconds(guess['links'])}"
             + (f", across slices {_milliseconds(guess['across'])}" if guess["across"] else "")
             + f"); at most {guess['tokens_per_second']:,.0f} tokens/s, {guess['tokens_per_second_per_chip']:,.0f} a chip",
-            highlight=False,
         )
     if plan["fits"]:
         console.print(f"[bold green]it fits[/]: {plan['train']['memory']['total'] / plan['limit']:.0%} of the memory")
@@ -97,13 +97,13 @@ def _print_verdict(console: Console, plan: dict[str, Any]) -> None:
         for one in plan.get("tried", []):
             how = f"{gib(one['needed'])}" + ("" if one["compiled"] else " of arguments alone")
             word = "[green]fits[/]" if one["fits"] else "does not fit"
-            console.print(f"  {one['flags']}: {word}, {how}  ({one['cost']})", highlight=False)
+            write_line(f"  {one['flags']}: {word}, {how}  ({one['cost']})")
         if plan.get("advice"):
-            console.print(f"[bold]smallest change that fits, compiled:[/] {plan['advice']['flags']}", highlight=False)
+            write_line(f"[bold]smallest change that fits, compiled:[/] {plan['advice']['flags']}")
         else:
-            console.print("nothing that was tried fits: plan for more chips, or raise --tries", highlight=False)
+            write_line("nothing that was tried fits: plan for more chips, or raise --tries")
     if "decode" in plan and not plan["decode"]["fits"]:
-        console.print("[red]the decoder does not fit[/]: set decode.batch_size lower", highlight=False)
+        write_line("[red]the decoder does not fit[/]: set decode.batch_size lower")
 
 
 def _milliseconds(seconds: float) -> str:
