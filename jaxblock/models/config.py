@@ -7,7 +7,7 @@ from typing import Literal
 
 from jaxblock.settings import AT_LEAST_1, BELOW_1, NOT_NEGATIVE, Alignment, Section, may_change, require, setting
 
-Family = Literal["llada", "dream", "llama", "qwen2", "qwen3"]
+FamilyName = Literal["llada", "dream", "llama", "qwen2", "qwen3"]
 Quantize = Literal["none", "int8"]
 Dtype = Literal["float32", "bfloat16"]
 Remat = Literal["none", "dots", "full", "offload"]
@@ -30,7 +30,7 @@ class ModelConfig(Section, name="model"):
     LLaDA's; None for `shifted`. The diffusion families have their own."""
     quantize: Quantize = "none"
     """Whether the layers' matrices are kept in int8, at half of bfloat16's memory; for the frozen base of LoRA alone."""
-    family: Family = "llada"
+    family: FamilyName = "llada"
     """The architecture of random weights."""
     d_model: int = setting(128, AT_LEAST_1)
     """The width of the residual stream."""

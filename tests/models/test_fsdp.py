@@ -14,6 +14,7 @@ import pytest
 from jaxblock.models.architecture import Architecture
 from jaxblock.models.families import registry
 from jaxblock.models.linear import int8, lora
+from jaxblock.models.linear.fsdp import Split, matmul
 from jaxblock.models.linear.lora import Lora
 from jaxblock.models.spec import flatten, init_params, nest
 from jaxblock.models.transformer import Transformer
@@ -82,3 +83,30 @@ def test_both_kinds_of_products_agree_in_value_and_gradient(network: str, mesh: 
         plain = run(dataclasses.replace(net, products="plain"), trained, frozen)
     chex.assert_trees_all_close(stated, plain, rtol=2e-5, atol=2e-5)
     chex.assert_trees_all_equal_shapes_and_dtypes(stated, plain)
+
+
+@pytest.mark.parametrize("draws", [0, 3])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_gradient_of_a_product_is_that_of_plain_matmul(dtype, draws):
+    """In bfloat16 the oracle is float32's: products of two bfloat16 are exact there, and the weight's sum stays wide."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    lead = (draws, 2, 9) if draws else (2, 9)
+    x, weight = jax.random.normal(keys[0], (*lead, 5), dtype), jax.random.normal(keys[1], (5, 7))
+    cotangent = jax.random.normal(keys[2], (*lead, 7), dtype)
+
+    def gradients(product, x, w, cotangent):
+        def loss(x, w):
+            of_draw = lambda part: product(part, w, x.dtype, Split.of(("embed", "mlp")))  # noqa: E731
+            return jnp.vdot(cotangent, (jax.vmap(of_draw) if draws else of_draw)(x), precision="highest")
+
+        return jax.grad(lambda x, w: loss(x, w).astype(jnp.float32), argnums=(0, 1))(x, w)
+
+    def plain(x, w, out, _):
+        return jnp.matmul(x, w, precision="highest", preferred_element_type=out)
+
+    (dx, dw) = gradients(matmul, x, weight, cotangent)
+    exact_x, exact_w = gradients(plain, *(a.astype(dtype).astype(jnp.float32) for a in (x, weight, cotangent)))
+    assert (dx.dtype, dw.dtype) == (x.dtype, weight.dtype)
+    np.testing.assert_allclose(dw, exact_w, rtol=2e-6, atol=1e-5)
+    rounding = 2e-6 if dtype == "float32" else 2**-8
+    np.testing.assert_allclose(dx.astype(jnp.float32), exact_x, rtol=rounding, atol=1e-5)
