@@ -99,9 +99,11 @@ def set_aside(folder: epath.Path) -> str:
 def _uncommitted(root: epath.Path) -> list[tuple[epath.Path, epath.Path]]:
     """Lists the folders that Orbax has not committed, each with the name that it would have got.
 
-    In an object store Orbax gives no other name to what it has not committed: nothing is listed there, since a
-    checkpoint that has lost its commit marker is damaged, and damaged checkpoints are not deleted.
+    In an object store Orbax writes under the final name from the beginning, and a folder without its commit marker may
+    also be a checkpoint that lost it: that is damage, and damaged checkpoints are not deleted. So none are listed.
     """
+    if is_remote(root):
+        return []
     found = [(path.get(), path.get_final()) for path in ocp.path.step.all_temporary_paths(root)]
     return [(temporary, final) for temporary, final in found if temporary != final]
 
