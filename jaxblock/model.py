@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 
 from jaxblock.config.yaml import with_fields
 from jaxblock.data.loader import pad_ids
+from jaxblock.data.prompts import Ids, as_array, flush_left, split_prompts
 from jaxblock.data.tokens.encoding import Encoder
 from jaxblock.data.tokens.special import first_stop
 from jaxblock.data.tokens.tokenizer import Tokenizer
@@ -39,8 +40,6 @@ from jaxblock.models.linear import lora
 from jaxblock.models.transformer import Transformer
 from jaxblock.training.checkpoints import run_folder
 from jaxblock.types import Params
-
-Ids = Sequence[Sequence[int]] | np.ndarray | Array
 
 _logits = jax.jit(Transformer.all_logits, static_argnums=0)
 _decode = jax.jit(decoder.decode, static_argnums=(0, 1, 2))
@@ -106,10 +105,10 @@ class Model:
         Raises:
             UserError: rows have different lengths, or an id is outside the vocabulary.
         """
-        whole = _as_array(ids)
+        whole = as_array(ids)
         if whole.size and (whole.min() < 0 or whole.max() >= self.arch.vocab_size):
             raise UserError(f"ids hold one outside the vocabulary of {self.arch.vocab_size}")
-        rows, lengths, back = _flush_left(whole, attention_mask)
+        rows, lengths, back = flush_left(whole, attention_mask)
         positions = np.broadcast_to(np.arange(rows.shape[1], dtype=np.int32), rows.shape)
         out = np.asarray(_logits(self.net, self.params, rows, positions, lengths))
         result = np.zeros((*whole.shape, out.shape[-1]), out.dtype)
@@ -221,16 +220,7 @@ class Model:
         Raises:
             UserError: there are no prompts, or ``check_prompt`` refuses one.
         """
-        if attention_mask is None and not isinstance(prompt_ids, np.ndarray | Array):
-            prompts = [np.asarray(row, np.int32) for row in prompt_ids]
-            if any(row.ndim != 1 for row in prompts):
-                raise UserError(
-                    "prompts are a batch: a list of lists of ids, or an array [B, P]; put one prompt in [ ]"
-                )
-            longest = max(map(len, prompts), default=0)
-        else:
-            rows, lengths, _ = _flush_left(_as_array(prompt_ids), attention_mask)
-            prompts, longest = [row[:length] for row, length in zip(rows, lengths, strict=True)], rows.shape[1]
+        prompts, longest = split_prompts(prompt_ids, attention_mask)
         if not prompts:
             raise UserError("no prompts: give at least one")
         for at, prompt in enumerate(prompts):
@@ -388,34 +378,3 @@ class Model:
         """Returns random tokens [2, T] to compare logits on."""
         width = min(64, self.arch.max_len)
         return jnp.asarray(np.random.default_rng(0).integers(0, self.arch.vocab_size, (2, width), dtype=np.int32))
-
-
-def _as_array(ids: Ids) -> np.ndarray:
-    """Returns a batch of ids as an array; raises UserError where rows have different lengths."""
-    try:
-        return np.asarray(ids, np.int32)
-    except ValueError as error:
-        raise UserError("ids are a batch [B, T]: rows of one length; pad them, and say so by attention_mask") from error
-
-
-def _flush_left(ids: np.ndarray, attention_mask: Ids | None) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
-    """Moves each row's real tokens to the left.
-
-    Args:
-        ids: the tokens [B, T].
-        attention_mask: 1 for real tokens, 0 for padding [B, T]; None where all are real.
-
-    Returns:
-        (ids [B, T], lengths [B], where each row's tokens were).
-    """
-    if ids.ndim != 2:
-        raise UserError(f"ids are a batch [B, T], but these have the shape {ids.shape}")
-    if attention_mask is None:
-        everything = [np.arange(ids.shape[1]) for _ in ids]
-        return ids, np.full(len(ids), ids.shape[1], np.int32), everything
-    real = np.asarray(attention_mask).astype(bool)
-    if real.shape != ids.shape:
-        raise UserError(f"attention_mask has the shape {real.shape}, the ids {ids.shape}: they must be equal")
-    sources = [np.flatnonzero(row) for row in real]
-    rows, lengths = pad_ids([row[source] for row, source in zip(ids, sources, strict=True)], ids.shape[1])
-    return rows, lengths, sources

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json as json_format
+import json
 from dataclasses import dataclass, field
 
 from jaxblock.commands import say
@@ -64,6 +64,6 @@ def run(options: Options, config: Config) -> int:
     )
     report.print_plan(Console(), plan)
     if options.json:
-        write_text(options.json, json_format.dumps(plan, indent=1) + "\n")
+        write_text(options.json, json.dumps(plan, indent=1) + "\n")
         say(f"wrote {options.json}")
     return 0

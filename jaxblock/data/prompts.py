@@ -1,0 +1,74 @@
+"""Turns prompts, as a caller has them, into rows without padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from jax import Array
+
+from jaxblock.data.loader import pad_ids
+from jaxblock.errors import UserError
+
+Ids = Sequence[Sequence[int]] | np.ndarray | Array
+"""A batch of token ids: a list of lists, or an array [B, T]."""
+
+
+def as_array(ids: Ids) -> np.ndarray:
+    """Returns a batch of ids as an array [B, T].
+
+    Raises:
+        UserError: Rows have different lengths.
+    """
+    try:
+        return np.asarray(ids, np.int32)
+    except ValueError as error:
+        raise UserError("ids are a batch [B, T]: rows of one length; pad them, and say so by attention_mask") from error
+
+
+def flush_left(ids: np.ndarray, attention_mask: Ids | None) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+    """Moves each row's real tokens to the left.
+
+    Args:
+        ids: The tokens [B, T].
+        attention_mask: 1 for real tokens, 0 for padding [B, T]; None where all are real.
+
+    Returns:
+        (ids [B, T], lengths [B], where each row's tokens were).
+
+    Raises:
+        UserError: The ids or the mask have the wrong shape.
+    """
+    if ids.ndim != 2:
+        raise UserError(f"ids are a batch [B, T], but these have the shape {ids.shape}")
+    if attention_mask is None:
+        everything = [np.arange(ids.shape[1]) for _ in ids]
+        return ids, np.full(len(ids), ids.shape[1], np.int32), everything
+    real = np.asarray(attention_mask).astype(bool)
+    if real.shape != ids.shape:
+        raise UserError(f"attention_mask has the shape {real.shape}, the ids {ids.shape}: they must be equal")
+    sources = [np.flatnonzero(row) for row in real]
+    rows, lengths = pad_ids([row[source] for row, source in zip(ids, sources, strict=True)], ids.shape[1])
+    return rows, lengths, sources
+
+
+def split_prompts(prompt_ids: Ids, attention_mask: Ids | None) -> tuple[list[np.ndarray], int]:
+    """Splits a batch into its prompts.
+
+    Args:
+        prompt_ids: The prompts; an array may be padded on either side.
+        attention_mask: 1 for real tokens, 0 for padding; None where all are real.
+
+    Returns:
+        (each prompt's ids, the width of the batch as it was given).
+
+    Raises:
+        UserError: These are no batch of prompts, or the mask has the wrong shape.
+    """
+    if attention_mask is None and not isinstance(prompt_ids, np.ndarray | Array):
+        prompts = [np.asarray(row, np.int32) for row in prompt_ids]
+        if any(row.ndim != 1 for row in prompts):
+            raise UserError("prompts are a batch: a list of lists of ids, or an array [B, P]; put one prompt in [ ]")
+        return prompts, max(map(len, prompts), default=0)
+    rows, lengths, _ = flush_left(as_array(prompt_ids), attention_mask)
+    return [row[:length] for row, length in zip(rows, lengths, strict=True)], rows.shape[1]
