@@ -7,16 +7,14 @@ The table's names are flat (``blocks/q_bias``), the modules are not: ``param_nam
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
-from jaxblock.models.architecture import Architecture, RopeScaling
+from jaxblock.models.architecture import Architecture
 from jaxblock.models.attention.backends import attend
 from jaxblock.models.attention.mask import Mask
 from jaxblock.models.config import Backend
@@ -24,6 +22,7 @@ from jaxblock.models.linear.dense import dense
 from jaxblock.models.linear.fsdp import Products, Split
 from jaxblock.models.linear.lora import LowRank
 from jaxblock.models.numerics import at_least_float32, rounded_once
+from jaxblock.models.rotary import Rotation, rotate
 from jaxblock.models.spec import ParamSpec
 
 Specs = Mapping[str, ParamSpec]
@@ -41,41 +40,6 @@ def param_name(path: tuple[str, ...]) -> str:
     """
     module, parameter = path[-2:]
     return module if parameter == "weight" else f"{module}_{parameter}"
-
-
-class Rotation(NamedTuple):
-    """Cosines and sines of rotary positions, [B, T, 1, H/2] each, in float32 or wider."""
-
-    cos: Float[Array, "B T 1 half"]
-    sin: Float[Array, "B T 1 half"]
-
-
-def rotation(positions: Int[Array, "B T"], arch: Architecture, dtype: DTypeLike) -> Rotation:
-    """Computes the rotation of each position, for activations of a type."""
-    wide = at_least_float32(dtype)
-    rate = arch.rope_theta ** (-jnp.arange(0, arch.head_dim, 2, dtype=wide) / arch.head_dim)
-    if arch.rope_scaling is not None:
-        rate = _stretched(rate, arch.rope_scaling)
-    angle = positions[..., None, None].astype(wide) * rate
-    return Rotation(jnp.cos(angle), jnp.sin(angle))
-
-
-def _stretched(rate: Array, scaling: RopeScaling) -> Array:
-    """Slows rotary frequencies down for a longer context, as transformers' ``linear`` and ``llama3`` do."""
-    if scaling.kind == "linear":
-        return rate / scaling.factor
-    turns = scaling.original_len * rate / (2 * jnp.pi)  # full turns within the first training length
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)  # 1: fast enough to be left alone
-    return (1 - kept) * rate / scaling.factor + kept * rate
-
-
-def rotate(x: Float[Array, "B T N H"], by: Rotation) -> Float[Array, "B T N H"]:
-    """Rotates the two halves of each head against each other."""
-    first, second = jnp.split(x.astype(by.cos.dtype), 2, axis=-1)
-    return jnp.concatenate([first * by.cos - second * by.sin, second * by.cos + first * by.sin], axis=-1).astype(
-        x.dtype
-    )
 
 
 def rms_norm(x: Float[Array, "*rows D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "*rows D"]:
@@ -132,14 +96,14 @@ class Attention(nnx.Module):
         self.k_norm = RMSNorm(specs["k_norm"], arch.norm_eps) if arch.qk_norm else None
 
     def __call__(
-        self, h: Float[Array, "B T D"], by: Rotation, mask: Mask, at: Int[Array, "B A"] | None, adapters: Adapters
+        self, h: Float[Array, "B T D"], rotation: Rotation, mask: Mask, at: Int[Array, "B A"] | None, adapters: Adapters
     ) -> Float[Array, "B wanted D"]:
         """Attends from all positions, or from those at ``at``, to all positions (see ``Block``)."""
-        k = rotate(self._heads(self.k(h, adapters.get("k")), self.k_norm), by)
+        k = rotate(self._heads(self.k(h, adapters.get("k")), self.k_norm), rotation)
         v = self._heads(self.v(h, adapters.get("v")))
         if at is not None:
-            h, by = pick(h, at), Rotation(pick(by.cos, at), pick(by.sin, at))
-        q = rotate(self._heads(self.q(h, adapters.get("q")), self.q_norm), by)
+            h, rotation = pick(h, at), Rotation(pick(rotation.cos, at), pick(rotation.sin, at))
+        q = rotate(self._heads(self.q(h, adapters.get("q")), self.q_norm), rotation)
         attended = attend(q, k, v, mask, self.backend)
         return self.o(attended.reshape(*h.shape[:2], -1), adapters.get("o"))
 
@@ -183,7 +147,7 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        by: Rotation,
+        rotation: Rotation,
         mask: Mask,
         adapters: Adapters,
         at: Int[Array, "B A"] | None = None,
@@ -192,7 +156,7 @@ class Block(nnx.Module):
 
         Args:
             x: the residual stream.
-            by: the rotation of each position.
+            rotation: the rotation of each position.
             mask: which keys a query sees.
             adapters: the low-rank branches of this layer's matrices.
             at: the positions whose output is wanted; None for all.
@@ -200,6 +164,6 @@ class Block(nnx.Module):
         Returns:
             The residual stream at the wanted positions.
         """
-        attended = self.attention(self.attn_norm(x), by, mask, at, adapters)
+        attended = self.attention(self.attn_norm(x), rotation, mask, at, adapters)
         x = (x if at is None else pick(x, at)) + attended
         return x + self.mlp(self.mlp_norm(x), adapters)

@@ -24,11 +24,12 @@ from jaxblock.models.attention.mask import Mask, MaskKind
 from jaxblock.models.config import Backend, Quantize, Remat
 from jaxblock.models.embedding import look_up
 from jaxblock.models.families import registry
-from jaxblock.models.layers import Block, param_name, pick, rms_norm, rotation
+from jaxblock.models.layers import Block, param_name, pick, rms_norm
 from jaxblock.models.linear import int8, lora
 from jaxblock.models.linear.fsdp import GatheredWeight, Products, Split, gather_weight, matmul_gathered
 from jaxblock.models.linear.lora import Lora
 from jaxblock.models.numerics import at_least_float32
+from jaxblock.models.rotary import compute_rotation
 from jaxblock.models.spec import Table
 from jaxblock.parallel.rules import constrain
 from jaxblock.types import Params, View
@@ -140,14 +141,14 @@ class Transformer:
         chex.assert_equal_shape([ids, positions])
         chex.assert_shape(length, ids.shape[:1])
         x = self._embedded(params, ids)
-        by, mask = rotation(positions, self.arch, self.dtype), Mask(length, self.mask)
+        rotation, mask = compute_rotation(positions, self.arch, self.dtype), Mask(length, self.mask)
         drops = self.lora is not None and self.lora.dropout > 0 and row_keys is not None
 
         def layer(x: Array, own: Params, adapters: Params, index: Array | int, at: Array | None = None) -> Array:
             x = checkpoint_name(x, _LAYER_INPUT) if self.remat == "offload" else x
             keys = row_keys if drops else None
             branches = {} if self.lora is None else lora.layer_branches(self.lora, adapters, index, keys)
-            return constrain(self._with_params(own)(x, by, mask, branches, at), "batch", None, None)
+            return constrain(self._with_params(own)(x, rotation, mask, branches, at), "batch", None, None)
 
         if self.remat != "none":
             layer = jax.checkpoint(layer, policy=_POLICIES[self.remat], prevent_cse=not self.scan_layers)
