@@ -8,7 +8,7 @@ from jaxblock.fit.costs import Costs
 from jaxblock.parallel.chips import Chip
 
 
-class Estimate(NamedTuple):
+class StepTime(NamedTuple):
     """Holds the time in seconds that each resource is busy at its published peak: a lower bound, not a measurement.
 
     Attributes:
@@ -34,9 +34,9 @@ class Estimate(NamedTuple):
         return max(self._asdict(), key=lambda name: self._asdict()[name])
 
 
-def estimate_step(costs: Costs, chip: Chip) -> Estimate | None:
+def estimate_step(costs: Costs, chip: Chip) -> StepTime | None:
     """Divides costs by a chip's published figures; returns None for a chip without figures (the host's CPU)."""
     if chip.flops is None or chip.bandwidth is None or chip.links is None:
         return None
     across = costs.across / chip.across if chip.across else 0.0
-    return Estimate(costs.flops / chip.flops, costs.traffic / chip.bandwidth, costs.sent() / chip.links, across)
+    return StepTime(costs.flops / chip.flops, costs.traffic / chip.bandwidth, costs.sent() / chip.links, across)

@@ -11,8 +11,6 @@ from jaxblock.io.paths import PathLike
 from jaxblock.models.spec import Table, flatten
 from jaxblock.types import Params
 
-Shape = tuple[int, ...]
-
 
 def summary_line(what: str, items: Iterable[str]) -> list[str]:
     """Returns one line that counts and names some things, or no line where there are none."""
@@ -21,8 +19,8 @@ def summary_line(what: str, items: Iterable[str]) -> list[str]:
 
 
 def shape_differences(
-    found: Mapping[str, Shape],
-    expected: Mapping[str, Shape],
+    found: Mapping[str, tuple[int, ...]],
+    expected: Mapping[str, tuple[int, ...]],
     *,
     unexpected: str = "not expected",
     unreadable: Collection[str] = (),

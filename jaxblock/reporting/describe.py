@@ -25,7 +25,7 @@ class Cell(NamedTuple):
     style: Kind | Literal["loss", "mask"]
 
 
-class Section(NamedTuple):
+class CanvasSection(NamedTuple):
     """Holds the canvas positions that are drawn together.
 
     Attributes:
@@ -78,7 +78,7 @@ def legend(records: Sequence[ExaminedRecord]) -> list[tuple[Cell, str]]:
     ]
 
 
-def sections(record: ExaminedRecord) -> list[Section]:
+def sections(record: ExaminedRecord) -> list[CanvasSection]:
     """Divides the canvas positions that are not hidden into prompt, blocks and what is beyond them."""
 
     def name(at: int) -> tuple[str, int | None]:
@@ -88,7 +88,7 @@ def sections(record: ExaminedRecord) -> list[Section]:
         return ("beyond", None) if position.block is None else (f"block {position.block}", position.block)
 
     shown = (at for at, position in enumerate(record.positions) if position.kind != "hidden")
-    return [Section(*key, tuple(positions)) for key, positions in groupby(shown, name)]
+    return [CanvasSection(*key, tuple(positions)) for key, positions in groupby(shown, name)]
 
 
 def hidden_line(record: ExaminedRecord) -> str:
