@@ -6,7 +6,9 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +116,42 @@ def test_every_item_has_its_code() -> None:
     from benchmarks.accelerator import child  # brings all that the kit imports from jaxblock
 
     assert list(child.RUN) == [item.name for item in ITEMS]
+
+
+def test_a_case_that_fails_is_named_and_does_not_end_its_item(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.accelerator import child
+    from benchmarks.accelerator.measure import NoTime, Skip, attempt
+
+    def divide(by: int) -> dict[str, float]:
+        if not by:
+            raise Skip("no division by 0")
+        return {"result": 1 / (by - 1)}
+
+    def ends(*errors: Exception) -> dict[str, Any]:
+        def item(_: object) -> Iterator[dict[str, Any]]:
+            yield from (attempt(f"by {by}", partial(divide, by)) for by in (0, 1, 3))
+            for error in errors:
+                raise error
+
+        monkeypatch.setitem(child.RUN, "parity", item)
+        record = tmp_path / "findings.jsonl"
+        flags = ["--record", str(record), "--out", "out", "--golden", "golden", "--seconds", "1"]
+        with suppress(type(errors[0]) if errors else NoTime):
+            child.main(["parity", *flags])
+        environment, *rows, end = map(json.loads, record.read_text().splitlines())
+        assert environment["environment"]["platform"] == "cpu"
+        assert [list(row["row"].values())[1] for row in rows] == [
+            "no division by 0",
+            "ZeroDivisionError: division by zero",
+            0.5,
+        ]
+        return end["end"]
+
+    assert ends() == {"status": "failed in part", "reason": "by 1"}
+    assert ends(Skip("why")) == {"status": "skipped", "reason": "why"}
+    assert ends(NoTime("short")) == {"status": "no time left", "reason": "short"}
+    assert ends(RuntimeError("RESOURCE_EXHAUSTED: 3 GB\nmore"))["status"] == "out of memory"
+    assert ends(ValueError("two\nlines")) == {"status": "failed", "reason": "ValueError: two"}
 
 
 def test_values_are_shown_with_their_range() -> None:

@@ -68,7 +68,7 @@ def _difference(model: jaxblock.Model, oracle: dict[str, np.ndarray], padding: s
 
 
 def weights(context: Context) -> Rows:
-    """Times random weights of the model's size."""
+    """Times the making of random weights of the model's size."""
     run = LoraRun.of(context.sizes, context.sizes.short)
     make = run.base_maker()
     begin = time.perf_counter()
@@ -114,15 +114,20 @@ def _lora_step(sizes: Sizes, canvas: Canvas, *, quantize: bool = False) -> Rows:
 
 
 def _run_steps(run: LoraRun, found: Planned, sizes: Sizes) -> Row:
+    """Makes the weights and times the compiled step on one batch.
+
+    The device's peak memory counts from the start of the process, so that before the first step is given beside it: where
+    both are equal, making the weights took the most.
+    """
     base, batch = run.base_maker()(), run.batch()
     state = jax.block_until_ready(run.state())
     before, metrics = internals.peak_gib(), []
 
     def step() -> Any:
         nonlocal state
-        state, found_now = found.run(state, batch, base)
-        metrics.append(found_now)
-        return found_now
+        state, of_this_step = found.run(state, batch, base)
+        metrics.append(of_this_step)
+        return of_this_step
 
     times = timed(step, sizes.repeats, sizes.seconds, warm_up=2)
     flops, peak, used = run.flops(), run.peak_flops(), internals.peak_gib()
@@ -152,8 +157,8 @@ def decode(context: Context) -> Rows:
 
 def _decode(decoding: Decoding, rows: int, sizes: Sizes) -> Row:
     found, call = decoding.program(rows)
-    times = timed(call, sizes.repeats, sizes.seconds)
-    forwards = int(np.max(call().nfe))
+    forwards = int(np.max(call().nfe))  # this call is the warm-up
+    times = timed(call, sizes.repeats, sizes.seconds, warm_up=0)
     canvas, chip, count = sizes.decoding, internals.chip_of(jax.local_devices()[0]), decoding.mesh.size
     speed = rates(forwards, times)
     row: Row = {
