@@ -1,4 +1,4 @@
-"""The Python interface: what the verbs do, by the same functions."""
+"""Tests the Python interface, which does what the verbs do, by the same functions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The verbs, as people use and misuse them."""
+"""Tests the verbs, as people use and misuse them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def _flags(kind: Any, default: Any, prefix: str = "") -> dict[str, Any]:
-    """Every flag of a verb with its default."""
+    """Returns every flag of a verb with its default."""
     found = {}
     for field in fields(kind):
         value = getattr(default, field.name) if default is not None else field.default
@@ -88,7 +88,7 @@ def test_the_module_is_the_script() -> None:
 
 
 def test_training_starts_without_what_it_may_never_use() -> None:
-    """Together as long to import as all the rest: pictures, statistics, the kernels of another machine."""
+    """These take as long to import as all the rest together: pictures, statistics, the kernels of another machine."""
     heavy = ("matplotlib", "scipy.stats", "jax.experimental.pallas", "transformers", "torch")
     imported = "jaxblock.build, jaxblock.fit.compile, jaxblock.training.loop"
     code = f"import sys, {imported}; print([name for name in {heavy} if name in sys.modules])"
@@ -240,7 +240,7 @@ def test_a_full_disk_leaves_nothing_that_looks_whole(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The disk is full at the first write inside each folder that a verb makes."""
+    """Lets the disk be full at the first write inside each folder that a verb makes."""
     run, config = ["--checkpoint", str(tiny_run)], ["--config", str(tiny_config)]
     out = tmp_path / "out"
     verbs = {

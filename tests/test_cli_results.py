@@ -1,4 +1,4 @@
-"""What `decode`, `evaluate` and `export` give, and what a damaged run gives instead."""
+"""Tests what `decode`, `evaluate` and `export` give, and what a damaged run gives instead."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The verbs of the command line, one file each: the verb's options, and ``run``, which does what it promises.
+"""Holds the verbs of the command line, one file each: the verb's ``Options``, and ``run``, which does the work.
 
 ``jaxblock.cli`` reads the options of every verb for ``--help``, which must not wait for JAX. So there is one rule for the
 imports of these files: at the top stands what the options need, and what is quick to import; everything that imports JAX,

@@ -95,7 +95,7 @@ def run(options: Options, config: Config) -> int:
 
 
 def _check_fit(options: Options, config: Config, model: Model, prepared: Prepared) -> None:
-    """Raises UserError where data, checkpoint and canvas do not go together: before the work, not after it."""
+    """Raises UserError, before the work begins, where data, checkpoint and canvas do not go together."""
     from jaxblock.diffusion import layouts
     from jaxblock.training import weights
 
@@ -105,7 +105,7 @@ def _check_fit(options: Options, config: Config, model: Model, prepared: Prepare
 
 
 def _check_comparable(path: str, records: Sequence[Record], grader: str) -> None:
-    """Raises UserError where ``compare_evaluations`` would: before the work, not after it."""
+    """Raises UserError, before the work begins, where ``compare_evaluations`` would raise it at the end."""
     from jaxblock.evaluation.problems import read_problems
 
     earlier = read_problems(path)

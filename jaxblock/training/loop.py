@@ -262,6 +262,7 @@ class _Loop:
         return Work(window.rows * everywhere, positions * everywhere, predicted * everywhere)
 
     def _utilisation(self, work: Work, seconds: float) -> dict[str, float]:
+        """Returns the entries of a metrics row that compare the work with the devices' peak."""
         net = self.session.learner.net
         adapters = None if net.lora is None else net.trainable
         flops = throughput.model_flops(net.param_table, net.arch, work, adapters)

@@ -1,4 +1,4 @@
-"""Costs read off programs that were written by hand, and off small real ones whose costs are known."""
+"""Reads costs off programs that were written by hand, and off small real ones whose costs are known."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ ENTRY %main (l: bf16[512,4096]) -> f32[] {{
 
 
 def test_a_scan_counts_all_its_layers() -> None:
-    """XLA's own analysis counts the body once: this is why costs are read off the text."""
+    """XLA's own analysis counts a loop's body once, which is why costs are read off the program's text."""
 
     def layers(x: jax.Array, w: jax.Array) -> jax.Array:
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]

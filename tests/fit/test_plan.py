@@ -1,4 +1,4 @@
-"""Plans: topologies, meshes, what is advised, and the verb from end to end."""
+"""Tests plans: topologies, meshes, what is advised, and the verb from end to end."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def test_what_is_kept_for_the_backward_pass() -> None:
 
 
 def test_a_plan_is_held_against_what_the_device_reports() -> None:
-    """Where it reports: a CPU does not."""
+    """Compares only where the device reports its memory, which a CPU does not."""
     device = Mock(spec=jax.Device)
     device.memory_stats.return_value = {"bytes_limit": 4 * 2**30, "peak_bytes_in_use": 7 * 2**29}
     plan = MemoryPlan(3.0 * 2**30, device_limit(device))

@@ -1,4 +1,4 @@
-"""LLaDA-8B compiled for TPU slices by libtpu: what the plan says of it, against arithmetic."""
+"""Compiles LLaDA-8B for TPU slices by libtpu, and compares what the plan says with arithmetic."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CHIPS, ROWS, VOCAB = 8, 64, 126464
 
 @pytest.fixture(scope="module", autouse=True)
 def with_little_effort() -> Iterator[None]:
-    """A third of libtpu's time. Operations, arguments and what is sent are those of full effort (docs/plan.md)."""
+    """Makes libtpu optimise little, in a third of the time; operations, arguments and bytes sent do not change (docs/plan.md)."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_EXEC_TIME_OPTIMIZATION_EFFORT", "-1.0")
         yield
@@ -62,7 +62,7 @@ def test_memory_is_that_of_the_shapes_and_fits(plan: dict[str, Any], run: tuple[
 
 
 def test_operations_are_three_passes_over_the_layers(plan: dict[str, Any], run: tuple[Config, Architecture]) -> None:
-    """Forward, forward again, and backward to the inputs: the frozen weights have no gradients of their own."""
+    """The passes are forward, forward again, and backward to the inputs: frozen weights have no gradients of their own."""
     _, arch = run
     layers = count_params(registry.param_table(arch)) - 2 * VOCAB * arch.d_model
     down = arch.n_layers * arch.d_model * arch.mlp_dim  # its output is not needed again
@@ -87,7 +87,7 @@ def test_what_is_sent_is_weights_not_logits(plan: dict[str, Any], run: tuple[Con
 
 
 def test_full_fine_tuning_scatters_its_gradients() -> None:
-    """On 64 chips, where XLA by itself takes all-reduces: twice the bytes."""
+    """Plans for 64 chips, where XLA by itself would use all-reduces, which send twice the bytes."""
     pytest.importorskip("libtpu")
     config = check_config(load_config(str(CONFIG.with_name("llada_8b_full.yaml"))))
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=8 * 64))
@@ -100,7 +100,7 @@ def test_full_fine_tuning_scatters_its_gradients() -> None:
 
 
 def test_a_slice_of_the_mesh_is_a_slice_of_chips() -> None:
-    """Only gradients may cross the data-centre network: whatever lies along the other axes is of one slice."""
+    """Only gradients may cross the data-centre network, so all chips along the other axes must be of one slice."""
     pytest.importorskip("libtpu")
     chips = list(topology.devices_to_compile_for(topology.parse_topology("2xv5e-16")))
     mesh = make_mesh(2, 4, 2, slices=2, devices=chips)
@@ -112,7 +112,7 @@ def test_a_slice_of_the_mesh_is_a_slice_of_chips() -> None:
 
 @pytest.mark.parametrize("name, mesh", [("v6e-64", (1, 32, 2)), ("v6e-64", (1, 64, 1)), ("v5p-8", (1, 2, 2))])
 def test_an_axis_may_split_a_side_of_the_slice(name: str, mesh: tuple[int, int, int]) -> None:
-    """Tensor groups of two on 8 x 8 chips, and they are neighbours: one link apart."""
+    """Tensor groups of two on 8 x 8 chips must be neighbours, one link apart."""
     pytest.importorskip("libtpu")
     placed = make_mesh(*mesh, devices=list(topology.devices_to_compile_for(topology.parse_topology(name)))).devices
     groups = np.array([chip.coords for chip in placed.flat]).reshape(*placed.shape, -1)
@@ -129,7 +129,7 @@ def _head(arch: Architecture) -> int:
 
 
 def _near_the_least(plan: dict[str, Any], size: float, chips: int) -> None:
-    """A chip has its part of everything already, and sends at least as much as it gets."""
+    """Asserts that a chip sends hardly more than the least: what it does not hold itself, as much as it gets."""
     least = size * (chips - 1) / chips
     sent = sum(plan["train"]["sent"].values())
     assert least < sent < 1.1 * least

@@ -1,4 +1,4 @@
-"""Debug mode, and the check that a model can learn one batch by heart."""
+"""Tests debug mode, and the check that a model can learn one batch by heart."""
 
 from __future__ import annotations
 

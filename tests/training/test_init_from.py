@@ -108,7 +108,7 @@ def test_a_smaller_vocabulary_is_refused(
 
 @pytest.fixture(scope="module")
 def poisoned(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, float], Path]:
-    """A Hugging Face folder of the run with one weight of layer 1 replaced."""
+    """Makes a Hugging Face folder of the run with one weight of layer 1 replaced."""
 
     def make(name: str, value: float) -> Path:
         model = jaxblock.load(tiny_run)
@@ -181,7 +181,7 @@ def test_a_run_that_does_not_fit_is_refused_before_weights_are_read(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Reading the weights of a large network takes minutes."""
+    """The refusal must come first, because reading the weights of a large network takes minutes."""
     read = []
     monkeypatch.setattr(weights, "starting_weights", lambda *_: read.append(1))
     monkeypatch.setattr(device_memory, "device_limit", lambda device: 1000.0)

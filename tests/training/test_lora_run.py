@@ -1,4 +1,4 @@
-"""Runs that train adapters: from a Hugging Face folder or a run, resumed, scored, exported merged and alone."""
+"""Tests runs that train adapters: from a Hugging Face folder or a run, resumed, scored, exported merged and alone."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ QUIET = ["--train.eval_problems", "0", "--train.eval_nelbo_rows", "8", "--train.
 
 @pytest.fixture(scope="module")
 def base(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny run, exported."""
+    """Exports the tiny run, and adds files that a published checkpoint has besides."""
     out = tmp_path_factory.mktemp("lora") / "base"
     assert main(["export", "--checkpoint", str(tiny_run), "--out", str(out)]) == 0
     # What a published checkpoint brings along besides.
@@ -106,7 +106,7 @@ def test_another_base_is_refused(run: Path, base: Path, tiny_config: Path, tmp_p
 
 
 def test_a_base_is_known_by_its_end_too(tmp_path: Path, tiny_run: Path) -> None:
-    """Of a large file the start and the end are read; of a run, the step counts."""
+    """Only the start and the end of a large file are read; of a run, the step is part of the identity."""
     file = tmp_path / "model.safetensors"
     file.write_bytes(bytes(300_000))
     before = identify_base(str(tmp_path)).fingerprint
@@ -121,7 +121,7 @@ def test_a_base_is_known_by_its_end_too(tmp_path: Path, tiny_run: Path) -> None:
 
 
 def test_exports_give_the_same_network(run: Path, base: Path, tmp_path: Path) -> None:
-    """Merged into one checkpoint, and alone in PEFT's format on the same base."""
+    """Exports adapters merged into one checkpoint, and alone in PEFT's format for the same base."""
     assert main(["export", "--checkpoint", str(run), "--out", str(tmp_path / "merged")]) == 0
     alone = ["--format", "adapter", "--out", str(tmp_path / "adapter")]
     assert main(["export", "--checkpoint", str(run), *alone]) == 0
@@ -197,5 +197,5 @@ def test_settings_that_make_no_sense(
 
 
 def test_devices(run: Path) -> None:
-    """The fixture trained on all eight: nothing above was on one device only."""
+    """Asserts that the fixture trained on all eight devices, so that nothing above was on one device only."""
     assert jax.device_count() == 8 and (run / "base.json").exists()

@@ -106,7 +106,7 @@ QUIET = ["--train.eval_every", "0", "--train.eval_problems", "0", "--train.eval_
 def _recorded(
     config: Path, processes: int, run: Path, stop: int, *flags: str, **variables: str
 ) -> tuple[list[dict[str, Any]], str]:
-    """What recorded_run notes of one more part of a run, and what was said."""
+    """Trains one more part of a run; returns what recorded_run notes of it, and what was printed."""
     lines = run.parent / f"{run.name}-{processes}.jsonl"
     command = ["tests.training.recorded_run", str(lines), str(stop), "train", "--config", str(config)]
     command += ["--train.out", str(run), "--train.log_every", "1", *QUIET, *flags]
@@ -124,7 +124,7 @@ def _recorded(
 
 @pytest.mark.slow
 def test_four_processes_are_stopped_and_two_and_one_go_on_exactly(tiny_config: Path, tmp_path: Path) -> None:
-    """4 x 2 devices, 2 x 4 and 1 x 8, each with parameters split another way."""
+    """Trains on 4 x 2 devices, then on 2 x 4 and 1 x 8, each with parameters split another way."""
 
     def part(processes: int, run: Path, stop: int, fsdp: int) -> dict[int, dict[str, Any]]:
         flags = ["--train.fsdp", str(fsdp), "--train.save_every", "6", "--optimizer.ema", "0.9"]

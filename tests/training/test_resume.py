@@ -29,7 +29,7 @@ def _params(run: Path) -> list[np.ndarray]:
 
 
 def _rows(run: Path) -> list[dict[str, Any]]:
-    """The metrics but for speeds, the notes of resumption and where the time went."""
+    """Returns the rows of metrics without speeds, notes of resumption, and where the time went."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [
         {k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows if row["kind"] in ("train", "eval")
@@ -162,7 +162,7 @@ def test_what_does_not_change_learning_may_change(tiny_config: Path, tiny_run: P
 def test_other_data_are_refused(
     tiny_config: Path, tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The same settings, but the file of records has changed since."""
+    """Resumes with the same settings after the file of records has changed."""
     folder = tmp_path / "other"
     shutil.copytree(tiny_config.parent, folder, ignore=lambda at, names: {n for n in names if n not in KEPT})
     lines = (folder / "train.jsonl").read_text().splitlines(keepends=True)

@@ -57,7 +57,7 @@ def _batch() -> Batch:
 
 
 class Result(NamedTuple):
-    """Of each step the draws, the loss and the gradient's norm; after the last, what is trained and its state."""
+    """Holds each step's draws, loss and gradient norm, and after the last step what was trained and its state."""
 
     draws: Any
     losses: list[float]
@@ -68,7 +68,7 @@ class Result(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A mesh, what is trained, and how the step runs; the default is one device."""
+    """Describes a mesh, what is trained, and how the step runs; the default is one device."""
 
     data: int = 1
     fsdp: int = 1
@@ -81,7 +81,7 @@ class Case(NamedTuple):
     objective: str = "blockwise"
 
     def on_one_device(self) -> Case:
-        """The same training on one device, all rows at once."""
+        """Returns the same training on one device, all rows at once."""
         return self._replace(data=1, fsdp=1, tensor=1, slices=1, accumulate=1)
 
 
@@ -102,7 +102,7 @@ def _method(case: Case) -> MethodConfig:
 
 
 def _base(net: Transformer) -> Any:
-    """Frozen weights beneath adapters, in int8 where the network has them so."""
+    """Makes frozen weights beneath adapters, in int8 where the network has them so."""
     table = registry.param_table(net.arch)
     flat = flatten(init_params(table, 1, "float32"))
     for path in [path for path, spec in table.items() if net.quantize == "int8" and int8.quantised(spec)]:
@@ -117,7 +117,7 @@ def _moments(opt_state: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def train() -> Callable[[Case], Result]:
-    """Three steps on a mesh, with a moving average; with ``rank``, of adapters (with dropout) beside a frozen base."""
+    """Trains three steps on a mesh, with a moving average; with ``rank``, adapters (with dropout) beside a frozen base."""
     batch, config = _batch(), OptimizerConfig(warmup_steps=2, weight_decay=0.1)
 
     @functools.cache
@@ -200,7 +200,7 @@ def test_dropout_keys_differ_by_step_draw_and_row() -> None:
 
 
 def test_the_average_is_what_its_definition_says(train: Callable[[Case], Result]) -> None:
-    """Replayed from the parameters after each step: the first has the share 1 - 1/10, the second 1 - 2/11 ..."""
+    """Replays the average from the parameters after each step: the first has the share 1 - 1/10, the second 1 - 2/11 ..."""
     average, decay = np.array([1.0, -2.0], np.float32), 0.15
     want = average.astype(np.float64)
     for k, params in enumerate(([0.5, 0.5], [3.0, 1.0], [2.0, 2.0])):

@@ -1,4 +1,4 @@
-"""Twelve updates on the published script's batches: losses, gradient norms, learning rates and final weights."""
+"""Repeats twelve updates on the published script's batches: losses, gradient norms, learning rates, final weights."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _layout(model: jaxblock.Model, block: int) -> Layout:
 
 
 def _batch(batches: dict[str, np.ndarray], step: int, block: int) -> tuple[Canvas, Draw]:
-    """The script's rows (padding visible) and masks, as a canvas and one draw a row."""
+    """Returns the script's rows (padding visible) and masks as a canvas and one draw a row."""
     ids, prompt_len, end, active, flags = (
         jnp.asarray(batches[name][step], bool if name == "mask_flags" else jnp.int32)
         for name in ("input_ids", "prompt_len", "length", "block_index", "mask_flags")
@@ -70,7 +70,7 @@ def _batch(batches: dict[str, np.ndarray], step: int, block: int) -> tuple[Canva
 
 
 class Replay(Objective):
-    """The objective on draws that come with the batch."""
+    """Computes the objective on draws that come with the batch."""
 
     def __call__(self, params: Params, batch: Any, step: jax.Array) -> Losses:
         canvas, draw = batch
@@ -103,7 +103,7 @@ def _optimizer_config(run: dict[str, Any]) -> OptimizerConfig:
 
 
 def _follow(golden: Golden, run: dict[str, Any], model: jaxblock.Model) -> Params:
-    """Takes the run's steps on what the model trains, comparing what each reports; the values after the last."""
+    """Takes the run's steps, compares what each reports, and returns what the model trained."""
     config = _optimizer_config(run)
     optimizer = make_optimizer(config, run["total_steps"], model.net.trainable)
     frozen = {} if model.net.lora is None else {path: x for path, x in model.params.items() if path != lora.KEY}
@@ -122,7 +122,7 @@ def _follow(golden: Golden, run: dict[str, Any], model: jaxblock.Model) -> Param
 
 
 def _assert_stored(params: Params, table: Table, stored: dict[str, np.ndarray], prefix: str = "") -> None:
-    """Every stored tensor is ours, by its checkpoint name, to the fixtures' tolerance; each of ``table`` is stored."""
+    """Asserts that ours and the stored tensors have the same names and, to the fixtures' tolerance, the same values."""
     flat = flatten(jax.device_get(params))
     for path, spec in table.items():
         for layer in range(spec.shape[0] if spec.stacked else 1):
@@ -150,7 +150,7 @@ def test_full_parameter_trajectory(golden: Golden, model: jaxblock.Model, name: 
 
 
 def test_lora_trajectory(golden: Golden, model: jaxblock.Model, tmp_path: Path) -> None:
-    """From PEFT's initial adapters to its final ones, the merged matrices, and the merged network's logits."""
+    """Trains PEFT's initial adapters, and compares the final ones, the merged matrices, and the merged network's logits."""
     run = golden.runs["lora"]
     config = {"peft_type": "LORA", "r": run["r"], "lora_alpha": run["alpha"], "target_modules": run["targets"]}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
