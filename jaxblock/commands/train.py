@@ -78,7 +78,7 @@ def train(config: Config, console: Console) -> Outcome:
             continue, too many steps in a row that are not finite, or a last state that could not be saved.
     """
     from jaxblock import build
-    from jaxblock.fit import compile as fit_compile
+    from jaxblock.fit.compile import compile_step
     from jaxblock.training import loop, start
     from jaxblock.training.guard.watchdog import Watchdog
     from jaxblock.training.observe.goodput import Goodput
@@ -90,7 +90,7 @@ def train(config: Config, console: Console) -> Outcome:
         step: Step = learner.update
         plan: MemoryPlan | None = None
         if not (config.train.debug or opened.finished):
-            step, plan = fit_compile.compile_step(config, learner, opened.mesh, lambda text: _print(console, text))
+            step, plan = compile_step(config, learner, opened.mesh, lambda text: _print(console, text))
         session = start.load_session(opened, learner, console)
         outcome = loop.run(session, step, plan, console, clock, watchdog)
         if outcome.metrics_file is not None:

@@ -50,14 +50,8 @@ def plan_run(
     limit = step.memory.limit or topology.chip.memory
     fits = step.memory.total <= limit and step.costs is not None
     result = {
-        "topology": topology.name,
-        "devices": topology.devices,
-        "estimate_from_host": topology.is_estimate,
-        "chip": topology.chip._asdict(),
+        **_place(placed, topology),
         "model": {"source": source, "family": arch.family, "parameters": count_params(registry.param_table(arch))},
-        "mesh": {name: getattr(placed.train, name) for name in ("slices", "data_parallel", "fsdp", "tensor")},
-        "rows": placed.train.batch_size,
-        "rows_per_device": placed.train.batch_size / row_shards(placed),
         "notes": notes,
         "limit": limit,
         "train": _described(step, topology, _tokens(placed)),
@@ -79,6 +73,19 @@ def plan_run(
         result["tried"] = [_advice(one) for one in tried]
         result["advice"] = None if found is None else _advice(found)
     return result
+
+
+def _place(config: Config, topology: Topology) -> dict[str, Any]:
+    """Returns the devices, and how rows and weights are split over them, as plain values."""
+    return {
+        "topology": topology.name,
+        "devices": topology.devices,
+        "estimate_from_host": topology.is_estimate,
+        "chip": topology.chip._asdict(),
+        "mesh": {name: getattr(config.train, name) for name in ("slices", "data_parallel", "fsdp", "tensor")},
+        "rows": config.train.batch_size,
+        "rows_per_device": config.train.batch_size / row_shards(config),
+    }
 
 
 def _tokens(config: Config) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 from jaxblock.config.config import Config
 from jaxblock.config.yaml import to_tree
 from jaxblock.errors import UserError
-from jaxblock.fit import topology as topologies
+from jaxblock.fit.topology import compile_environment, parse_topology
 
 
 def plan_in_process(
@@ -41,7 +41,7 @@ def plan_in_process(
     Raises:
         UserError: the topology or the sizes are not known, or the compiler failed.
     """
-    where = topologies.parse_topology(topology)
+    where = parse_topology(topology)
     job = {
         "config": to_tree(config),
         "topology": topology,
@@ -49,13 +49,29 @@ def plan_in_process(
         "decoder": decoder,
         "tries": tries,
     }
+    out, code, last = _run_process(job, compile_environment(where), say)
+    try:
+        result: dict[str, Any] = json.loads(out)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"the compiler for {topology} ended with code {code} and no plan: {' | '.join(last[-5:]) or 'it said nothing'}"
+        ) from error
+    if "error" in result:
+        raise UserError(result["error"])
+    return result
+
+
+def _run_process(
+    job: dict[str, Any], environment: dict[str, str], say: Callable[[str], None]
+) -> tuple[str, int, list[str]]:
+    """Runs the process that plans a job; returns (its output, its exit code, its last lines that are not progress)."""
     process = subprocess.Popen(
         [sys.executable, "-m", "jaxblock.fit"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, **topologies.compile_environment(where)},
+        env={**os.environ, **environment},
     )
     last: list[str] = []
     listener = threading.Thread(target=_listen, args=(process.stderr, say, last), daemon=True)
@@ -69,15 +85,7 @@ def plan_in_process(
     finally:
         process.kill()
     listener.join(5)
-    try:
-        result: dict[str, Any] = json.loads(out)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"the compiler for {topology} ended with code {code} and no plan: {' | '.join(last[-5:]) or 'it said nothing'}"
-        ) from error
-    if "error" in result:
-        raise UserError(result["error"])
-    return result
+    return out, code, last
 
 
 def _listen(stream: Any, say: Callable[[str], None], last: list[str]) -> None:
