@@ -166,7 +166,6 @@ class BatchAt:
         self._order = grain.MapDataset.range(n).shuffle(seed=hashed).repeat()
         rows = batch_size // process_count
         self._rows = np.arange(process_index * rows, (process_index + 1) * rows)
-        self.rows_per_epoch = n
 
     def __call__(self, step: int) -> Batch:
         """Returns this process's slice of the batch of a step."""

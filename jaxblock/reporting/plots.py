@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from jaxblock.io.files import write_bytes
 from jaxblock.io.paths import PathLike, as_path
-from jaxblock.reporting.curves import COLOURS, draw_breakdown, draw_loss, draw_nelbo, draw_optimizer, draw_pass_at_1
+from jaxblock.reporting.curves import draw_breakdown, draw_loss, draw_nelbo, draw_optimizer, draw_pass_at_1
 from jaxblock.training.observe.metrics import Metrics, read_metrics
 
 _STYLE: Any = {
@@ -71,33 +71,6 @@ def plot_run(metrics_path: PathLike, out: PathLike) -> list[str]:
             draw(axes, run)
         written.append(_save_png(figure, folder / "curves.png"))
     return written
-
-
-def plot_comparison(runs: Mapping[str, PathLike], path: PathLike) -> str:
-    """Draws held-out NELBO and Pass@1 of several runs on common axes.
-
-    A run with a single evaluation (a starting point) is drawn as a level line across the picture. Training losses are
-    left out, since those of different objectives do not compare.
-
-    Args:
-        runs: the ``metrics.jsonl`` of each run by its label, in the order of the legend.
-        path: the PNG to write.
-
-    Returns:
-        ``path``.
-
-    Raises:
-        UserError: some metrics cannot be read.
-    """
-    loaded = {label: read_metrics(file) for label, file in runs.items()}
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(11, 4.2))
-        for axes, draw in zip(figure.subplots(1, 2), (draw_nelbo, draw_pass_at_1), strict=True):
-            for number, (label, run) in enumerate(loaded.items()):
-                draw(axes, run, COLOURS[number % len(COLOURS)], label)
-            if axes.get_legend_handles_labels()[0]:
-                axes.legend()
-        return _save_png(figure, path)
 
 
 def _save_png(figure: Figure, path: PathLike) -> str:

@@ -125,10 +125,10 @@ def test_every_pair_is_listed_once() -> None:
 @pytest.mark.parametrize("kind", ["per_sequence", "pairs"])
 def test_an_epoch_visits_everything_once_and_each_epoch_is_shuffled_anew(kind: str) -> None:
     at = BatchAt(RECORDS, canvas=CANVAS, seed=3, batch_size=1, kind=kind)  # type: ignore[arg-type]
-    n = at.rows_per_epoch
     expected = [(i, -1) for i in range(23)]
     if kind == "pairs":
         expected = [(i, k) for i, record in enumerate(RECORDS) for k in range(-(-len(record.response_ids) // 4))]
+    n = len(expected)
     epochs = []
     for epoch in range(3):
         rows = [at(step) for step in range(epoch * n, (epoch + 1) * n)]

@@ -65,10 +65,3 @@ def test_what_is_drawn_is_what_was_logged(tmp_path: Path) -> None:
     curves.draw_breakdown(axes, run, "loss_by_count")
     assert np.asarray(axes.get_lines()[0].get_xdata()).tolist() == list(range(1, 9))  # masked counts start at 1
     assert np.asarray(axes.get_lines()[0].get_ydata()).tolist() == [0.5] * 8
-
-
-def test_comparison_draws_a_starting_point_as_a_level_line(tmp_path: Path) -> None:
-    before = write(tmp_path / "before.jsonl", [evaluation(0, 1)])
-    after = write(tmp_path / "after.jsonl", RUNS["full"])
-    out = plots.plot_comparison({"before": before, "after": after}, tmp_path / "x" / "comparison.png")
-    assert Path(out).read_bytes().startswith(b"\x89PNG")
