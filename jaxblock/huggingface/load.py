@@ -102,7 +102,7 @@ _MAY_DIFFER = {"vocab_size", "mask_id", "eos_id", "pad_id", "end_ids", "init_std
 
 def _check_same_network(folder: Path, own: Architecture, wanted: Architecture) -> None:
     """Raises a UserError where a checkpoint cannot be read as another architecture."""
-    free = _MAY_DIFFER if registry.FAMILIES[own.family].alignment else _MAY_DIFFER | {"alignment"}
+    free = _MAY_DIFFER | ({"alignment"} if registry.FAMILIES[own.family].autoregressive else set())
     pairs = [(name, value, vars(wanted)[name]) for name, value in vars(own).items()]
     differing = [f"{name} is {a}, not {b}" for name, a, b in pairs if name not in free and a != b]
     if wanted.vocab_size < own.vocab_size:

@@ -86,7 +86,7 @@ def save_adapter(
     with new_folder(folder, marker=CONFIG) as scratch:
         copy_tokenizer(tokenizer, scratch)
         write_tensors(scratch / WEIGHTS, pending, pending)
-        if _autoregressive(arch) and arch.mask_id is not None:
+        if registry.FAMILIES[arch.family].autoregressive and arch.mask_id is not None:
             write_json(scratch / START, {"mask_token_id": arch.mask_id, ALIGNMENT: arch.alignment})
         write_json(scratch / CONFIG, _config(arch, lora, base))
 
@@ -130,10 +130,6 @@ def with_saved_start(folder: PathLike, arch: Architecture) -> Architecture:
     return registry.with_mask(arch, mask_id, start[ALIGNMENT])
 
 
-def _autoregressive(arch: Architecture) -> bool:
-    return registry.FAMILIES[arch.family].alignment is None
-
-
 def _config(arch: Architecture, lora: Lora, base: str | None) -> dict[str, Any]:
     return {
         "base_model_name_or_path": base,
@@ -148,7 +144,7 @@ def _config(arch: Architecture, lora: Lora, base: str | None) -> dict[str, Any]:
         "r": lora.rank,
         "target_modules": target_modules(registry.param_table(arch), lora),
         # PEFT's wrapper of this type asks the base for methods that the diffusion families' code may lack.
-        "task_type": "CAUSAL_LM" if _autoregressive(arch) else None,
+        "task_type": "CAUSAL_LM" if registry.FAMILIES[arch.family].autoregressive else None,
         "use_dora": False,
         "use_rslora": False,
     }

@@ -23,8 +23,7 @@ class Family:
         qkv_bias: queries, keys and values have biases.
         qk_norm: queries and keys are normalised by head before they are rotated.
         alignment: the logit alignment that all networks of a family of diffusion models share. None for an
-            autoregressive family: its checkpoints have no mask token until they are given one (``registry.with_mask``),
-            and either alignment may be chosen.
+            autoregressive family, whose networks get either alignment with their mask token (``registry.with_mask``).
         new_config: fields of config.json that a network gets which was not read from one.
         code: the hub repository with the family's model code, where transformers has none of its own.
     """
@@ -39,3 +38,8 @@ class Family:
     alignment: Alignment | None = None
     new_config: Mapping[str, Any] = field(default_factory=dict)
     code: str | None = None
+
+    @property
+    def autoregressive(self) -> bool:
+        """Whether the family's checkpoints predict the next token, and so have no mask token until they are given one."""
+        return self.alignment is None
