@@ -145,7 +145,7 @@ class Evaluator:
         """
         layout = layouts.scoring_layout(self.canvas, self.net.arch, self.encoder.special.stop_ids)
         samples = self.nelbo_samples or layout.block
-        size = min(64, len(records))
+        size = min(self.decode.batch_size, len(records))
         run = jax.jit(_nelbo_of_rows, static_argnums=(0, 1, 2), out_shardings=_replicated(params))
         parts = []
         for at in range(0, len(records), size):

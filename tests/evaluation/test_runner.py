@@ -85,8 +85,14 @@ def test_perfect_and_wrong_answers_are_told_apart(evaluator: Evaluator, records:
     assert not evaluator._graded(record, wrong, 7, (eot, eos))["correct"]
 
 
-def test_bound_agrees_with_the_interface(evaluator: Evaluator, model: api.Model, records: list[Record]) -> None:
+def test_bound_agrees_with_the_interface(
+    evaluator: Evaluator, model: api.Model, records: list[Record], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    padded = runner.pad_records
+    monkeypatch.setattr(runner, "pad_records", lambda rows, canvas: sizes.append(len(rows)) or padded(rows, canvas))
     bound = evaluator.estimate_nelbo(model.params, records)
+    assert sizes == [4, 4] and evaluator.decode.batch_size == 4  # two batches, since there are six records
     assert bound.exact and bound.mask_se == 0
     values, _ = model.nelbo(
         [record.prompt_ids.tolist() for record in records],

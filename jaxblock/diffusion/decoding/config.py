@@ -62,7 +62,7 @@ class DecodeConfig(Section, name="decode", on_resume="may_change"):
     seed: int = setting(0, NOT_NEGATIVE)
     """The seed of sampling; each prompt's random key also depends on its index."""
     batch_size: int = setting(64, AT_LEAST_1)
-    """The number of prompts that are decoded together."""
+    """The number of prompts that are decoded together, and of responses whose NELBO is estimated together."""
 
     @property
     def passes(self) -> int:
