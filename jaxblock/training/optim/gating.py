@@ -46,7 +46,19 @@ def count_updates(opt_state: Any) -> int:
     """Returns the number of updates that an optimizer's state has seen, without skipped steps. Waits for the device.
 
     Args:
-        opt_state: the state of any optimizer of this room; its integer scalars all hold this number.
+        opt_state: the state of any optimizer of this room. Its transformations count updates in a field of their state's
+            named tuple, ``step`` in ours and ``count`` in Optax's; other integers may stand beside it.
+
+    Raises:
+        ValueError: the state has no counter, or its counters differ.
     """
-    counts = (leaf for leaf in jax.tree.leaves(opt_state) if leaf.ndim == 0 and jnp.issubdtype(leaf.dtype, jnp.integer))
-    return int(jax.device_get(next(counts)))
+    counts = {
+        int(jax.device_get(leaf))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(opt_state)
+        if path and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name in ("step", "count")
+    }
+    if len(counts) != 1:
+        raise ValueError(
+            f"an optimizer's state must count its updates in one way, but the counters are {sorted(counts)}"
+        )
+    return counts.pop()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jaxblock.models.families import registry
 from jaxblock.models.spec import ParamSpec, Table, flatten, init_params
 from jaxblock.training.optim import precision, schedules
 from jaxblock.training.optim.config import OptimizerConfig
+from jaxblock.training.optim.gating import count_updates
 from jaxblock.training.optim.make import make_optimizer
 from jaxblock.types import Params
 
@@ -164,3 +165,34 @@ def test_adafactors_first_updates_by_hand() -> None:
     updates, _ = optimizer.update({"w": 0.1 * grads["w"]}, state, params)
     wanted = 0.1 / (share + (1 - share) * 0.01) ** 0.5
     np.testing.assert_allclose(updates["w"], -0.1 * wanted * jnp.sign(grads["w"]), rtol=1e-3)
+
+
+class _Key(NamedTuple):
+    """An optimizer's state that has an integer which counts nothing."""
+
+    draws: jax.Array
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"moments": "int8"},
+        {"name": "adafactor"},
+        {"name": "adafactor", "b1": 0.0, "weight_decay": 0.1},
+        {"name": "adafactor", "moments": "bfloat16", "rounding": "nearest"},
+    ],
+    ids=str,
+)
+def test_updates_are_counted_whatever_else_the_state_holds(settings: dict[str, Any]) -> None:
+    params = {"step": jnp.ones((8, 8), jnp.bfloat16)}  # a parameter's name is no counter's
+    table = {"step": ParamSpec((8, 8), ("embed", "mlp"), 1.0, "w")}
+    made = make_optimizer(OptimizerConfig(warmup_steps=0, **settings), 10, table)
+    other = optax.GradientTransformation(lambda _: _Key(jnp.int32(7)), lambda updates, state, _: (updates, state))
+    for optimizer in (made, optax.chain(other, made)):
+        state, update = optimizer.init(params), jax.jit(optimizer.update)
+        for done in range(3):
+            assert count_updates(state) == done
+            _, state = update(params, state, params)
+    with pytest.raises(ValueError, match="counters are"):
+        count_updates(other.init(params))
