@@ -15,6 +15,7 @@ import pytest
 
 import jaxblock
 from jaxblock.cli import main
+from jaxblock.training.checkpoints.reader import CheckpointReader
 
 
 @pytest.mark.parametrize("temperature", ["0", "0.7"])
@@ -172,8 +173,18 @@ def test_an_export_is_the_run(
     ("name", "value"), [("d_model", 32), ("n_layers", 1), ("n_heads", 4), ("mask_token_id", 7), ("rope_theta", 1e4)]
 )
 def test_a_run_whose_model_file_disagrees_is_refused(
-    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, value: float
+    tiny_run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    value: float,
 ) -> None:
+    opened: list[CheckpointReader] = []
+    closed: list[CheckpointReader] = []
+    init, close = CheckpointReader.__init__, CheckpointReader.close
+    monkeypatch.setattr(CheckpointReader, "__init__", lambda self, run: opened.append(self) or init(self, run))
+    monkeypatch.setattr(CheckpointReader, "close", lambda self: closed.append(self) or close(self))
     run = tmp_path / "run"
     shutil.copytree(tiny_run, run)
     model = json.loads((run / "model.json").read_text())
@@ -182,6 +193,7 @@ def test_a_run_whose_model_file_disagrees_is_refused(
     assert main(["decode", "--checkpoint", str(run), "1+1?"]) == 2
     told = capsys.readouterr().err
     assert f"model.json does not describe the network that was trained: {name} = {before!r} then, {value!r} now" in told
+    assert opened and opened == closed  # a load that fails keeps no threads of Orbax
 
 
 @pytest.mark.parametrize("damage", ["config", "model", "manifest", "tokenizer", "checkpoint"])

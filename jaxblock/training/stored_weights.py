@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any
 
@@ -104,10 +105,9 @@ def _restore_trained(run: Run, step: int, table: Table, stored: str, dtype: str,
         abstract_params(table, "float32" if averaged else stored),
         rules.param_shardings(mesh, table),
     )
-    checkpoints = CheckpointReader(run.folder)
-    run_folder.check_model(run, checkpoints.meta(step))
-    params = checkpoints.restore_params(step, like, average=averaged)
-    checkpoints.close()
+    with contextlib.closing(CheckpointReader(run.folder)) as checkpoints:
+        run_folder.check_model(run, checkpoints.meta(step))
+        params = checkpoints.restore_params(step, like, average=averaged)
     if averaged and stored != "float32":
         # Rounded as the trained weights are, then to what was asked for.
         params = jax.tree.map(functools.partial(_cast, dtype=stored), params)
