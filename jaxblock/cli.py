@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import itertools
 import logging
 import os
 import sys
@@ -190,13 +191,16 @@ def _sections(source: Any, target: Any) -> dict[str, Any]:
 
 
 def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
-    """Returns what follows a flag on the command line; None where the flag is not given."""
-    for at, argument in enumerate(arguments):
-        if argument == flag and at + 1 < len(arguments):
-            return arguments[at + 1]
-        if argument.startswith(flag + "="):
-            return argument.split("=", 1)[1]
-    return None
+    """Returns what follows a flag on the command line; None where the flag is not given.
+
+    Raises:
+        UserError: the flag is given twice; tyro would use the last one, beside settings from another file.
+    """
+    given = [argument.split("=", 1)[1] for argument in arguments if argument.startswith(flag + "=")]
+    given += [value for argument, value in itertools.pairwise(arguments) if argument == flag]
+    if len(given) > 1:
+        raise UserError(f"{flag} is given {len(given)} times ({', '.join(given)}): give it once")
+    return given[0] if given else None
 
 
 def _config_of(checkpoint: str | None) -> str | None:

@@ -102,6 +102,9 @@ def test_training_starts_without_what_it_may_never_use() -> None:
         (["trian"], "unknown verb 'trian'; did you mean train?"),
         (["xyz"], "verbs: prepare, inspect, train"),
         (["train", "--config", "nowhere.yaml"], "cannot read nowhere.yaml"),
+        (["train", "--config", "{config}", "--config", "b.yaml"], "--config is given 2 times ({config}, b.yaml)"),
+        (["train", "--config=a.yaml", "--train.steps", "3", "--config", "{config}"], "2 times (a.yaml, {config})"),
+        (["decode", "--checkpoint", "{run}", "--checkpoint={new}", "1+1?"], "--checkpoint is given 2 times"),
         (
             ["train", "--config", "{config}", "--canvas.block", "3"],
             "canvas.block 3 does not divide canvas.response_len 16",
@@ -127,7 +130,7 @@ def test_training_starts_without_what_it_may_never_use() -> None:
         (["decode", "--checkpoint", "{run}", "--file", "{latin}"], "{latin}:2: not UTF-8 text"),
         (
             ["decode", "--checkpoint", "{run}", "--file", "{jsonl}"],
-            "{jsonl}:2: no field 'question' (its fields are quest)",
+            "{jsonl}:2: no field 'question' (did you mean 'quest'?); set data.prompt_field to one of 'quest'\n",
         ),
         (["decode", "--checkpoint", "{run}", "1+1?", "--out", "{file}"], "{file} exists already"),
         (["decode", "--checkpoint", "{run}", "1+1?", "--out", "/proc/x/y"], "/proc/x"),
