@@ -48,7 +48,10 @@ def test_decode_takes_prompts_from_everywhere_and_its_batches_do_not_matter(
     out = tmp_path / "out.jsonl"
     assert main([*command, "--file", str(tmp_path / "p.jsonl"), "--data.prompt_field", "q", "--out", str(out)]) == 0
     assert [json.loads(line) for line in out.read_text().split("\n") if line] == expected
+    (tmp_path / "p.json").write_text(json.dumps([{"q": prompt, "id": 7} for prompt in prompts], indent=1))
     capsys.readouterr()
+    assert main([*command, "--file", str(tmp_path / "p.json"), "--data.prompt_field", "q"]) == 0
+    assert answers() == expected
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(prompts).encode())))
     assert main(command) == 0
     assert answers() == expected

@@ -23,6 +23,9 @@ from jaxblock.models.config import Checkpoint
 if TYPE_CHECKING:
     from jaxblock.model import Model
 
+RECORDS = (".jsonl", ".json", ".parquet")
+"""The ends of the names of files that hold records; any other file holds a prompt a line."""
+
 
 @dataclass(frozen=True)
 class Options:
@@ -35,7 +38,7 @@ class Options:
     config: str | None = None
     """YAML file of sections; without one the run's own config is used. Flags override it."""
     file: str | None = None
-    """Prompts: a text file (one a line), or .jsonl whose `data.prompt_field` is read."""
+    """Prompts: records (.jsonl, .json, .parquet) whose `data.prompt_field` is read, or else a text file with one a line."""
     out: str | None = None
     """Write JSON lines here instead of to standard output; an existing file is refused."""
     watch: bool = False
@@ -92,16 +95,23 @@ def run(options: Options, config: Config) -> int:
 
 def _prompts(options: Options, data: DataConfig) -> Iterator[tuple[str, str]]:
     """Yields (where it stands, text) of every prompt, from the command line, a file or standard input."""
-    from jaxblock.data.text.recipes import with_recipe
-
     if options.prompts:
         yield from ((f"prompt {at}", text) for at, text in enumerate(options.prompts, 1))
-        return
-    if options.file is None and sys.stdin.isatty():
-        say("reading prompts from standard input, one a line; end with Ctrl-D")
-    name = options.file or "standard input"
-    content = sys.stdin.buffer.read() if options.file is None else read_bytes(options.file)
-    field_name = with_recipe(data).prompt_field or "question"
+    elif options.file is None:
+        if sys.stdin.isatty():
+            say("reading prompts from standard input, one a line; end with Ctrl-D")
+        yield from _lines("standard input", sys.stdin.buffer.read())
+    elif options.file.endswith(RECORDS):
+        from jaxblock.data.text.examples import read_prompts
+        from jaxblock.data.text.recipes import with_recipe
+
+        yield from read_prompts(options.file, with_recipe(data))
+    else:
+        yield from _lines(options.file, read_bytes(options.file))
+
+
+def _lines(name: str, content: bytes) -> Iterator[tuple[str, str]]:
+    """Yields (where it stands, text) of every line that is not blank."""
     # Not splitlines: a prompt may hold other line separators (U+2028, form feed).
     for number, raw in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         where = f"{name}:{number}"
@@ -110,22 +120,7 @@ def _prompts(options: Options, data: DataConfig) -> Iterator[tuple[str, str]]:
         except UnicodeDecodeError as error:
             raise UserError(f"{where}: not UTF-8 text ({error}); convert the file to UTF-8") from error
         if line.strip():
-            yield where, _prompt_of(line, where, field_name) if name.endswith(".jsonl") else line
-
-
-def _prompt_of(line: str, where: str, name: str) -> str:
-    """Returns the prompt field of a line of JSON."""
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON ({error})") from error
-    if not isinstance(row, dict) or name not in row:
-        has = f"its fields are {', '.join(row)}" if isinstance(row, dict) else f"it is a {type(row).__name__}"
-        raise UserError(f"{where}: no field {name!r} ({has}); set data.prompt_field")
-    if not isinstance(row[name], str) or not row[name].strip():
-        raise UserError(f"{where}: field {name!r} must be text, not {row[name]!r}")
-    prompt: str = row[name]
-    return prompt
+            yield where, line
 
 
 def _watch(model: Model, text: str, ids: list[int], index: int) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from jaxblock.data.config import DataConfig
-from jaxblock.data.text.files import Row, json_type
+from jaxblock.data.text.files import Row, json_type, read_rows
 from jaxblock.errors import UserError
 
 Message = Mapping[str, str]
@@ -52,9 +52,27 @@ def examples_of(row: Row, config: DataConfig) -> list[Example]:
     """
     if config.messages_field in row.record:
         return _turns(row, _conversation(row, config.messages_field), config)
-    prompt = _field(row, "prompt_field", config.prompt_field, config)
-    response = _field(row, "response_field", config.response_field, config)
+    otherwise = f", or give {config.messages_field!r}"
+    prompt = _field(row, "prompt_field", config.prompt_field, otherwise)
+    response = _field(row, "response_field", config.response_field, otherwise)
     return [question_and_answer(prompt, response, config, row.where, row.source)]
+
+
+def read_prompts(path: str, config: DataConfig) -> Iterator[tuple[str, str]]:
+    """Reads the prompts alone of a file of records, which need no response.
+
+    Args:
+        path: A file, as `files.read_rows` takes it.
+        config: Resolved settings (see `recipes.with_recipe`), for the name of the field.
+
+    Yields:
+        The place of each record, for error messages, and its prompt.
+
+    Raises:
+        UserError: If the file cannot be read, or a record is not an object or its prompt is missing, empty or not text.
+    """
+    for row in read_rows(path, "test"):
+        yield row.where, _field(row, "prompt_field", config.prompt_field)
 
 
 def question_and_answer(prompt: str, response: str, config: DataConfig, where: str, source: str) -> Example:
@@ -87,14 +105,14 @@ def checked_text(value: Any, name: str, where: str) -> str:
     return value
 
 
-def _field(row: Row, setting: str, name: str | None, config: DataConfig) -> str:
-    """Returns the text of the record's field `name`, which the setting `data.{setting}` gives."""
+def _field(row: Row, setting: str, name: str | None, otherwise: str = "") -> str:
+    """Returns the text of the record's field `name`, which the setting `data.{setting}` gives; `otherwise` ends the advice."""
     if name not in row.record:
         near = difflib.get_close_matches(str(name), row.record, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise UserError(
             f"{row.where}: no field {name!r}{hint}; set data.{setting} to one of "
-            f"{', '.join(map(repr, row.record)) or 'none: it is empty'}, or give {config.messages_field!r}"
+            f"{', '.join(map(repr, row.record)) or 'none: it is empty'}{otherwise}"
         )
     return checked_text(row.record[name], f"field {name!r}", row.where)
 
