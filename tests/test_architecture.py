@@ -24,20 +24,23 @@ ARROWS = """
 room          may import, when the program runs
 types
 errors
-settings      types errors
-io            errors settings
+settings      errors
+io            errors
 diffusion     types errors settings
-parallel      types errors settings
+parallel      types errors
 models        types errors settings parallel
-config        types errors settings io diffusion
-data          types errors settings io config
-huggingface   types errors settings io parallel models
-evaluation    types errors settings io data diffusion parallel models
-training      types errors settings io config data diffusion parallel models huggingface evaluation
-fit           types errors settings io config data diffusion parallel models huggingface training build
-reporting     types errors settings io data diffusion training
+config        errors settings io diffusion
+data          errors settings io
+huggingface   types errors io models
+evaluation    types errors settings io diffusion parallel models data
+training      types errors settings io diffusion parallel models config data huggingface evaluation
+build         settings diffusion models config training
+fit           errors io diffusion parallel models config data huggingface training build
+model         types errors settings io diffusion models config data huggingface training
+loading       errors settings io models data huggingface training build model
+reporting     types settings io diffusion training
 __init__      errors model loading
-cli           errors settings io config parallel commands __init__
+cli           errors io parallel config __init__ commands
 __main__      cli
 """
 """The arrows between rooms, from the ground up: a room imports itself and rooms above it in this list, never below.
@@ -47,9 +50,6 @@ room may read it, since it imports nothing but the vocabulary."""
 
 JOINERS = {
     "commands": "a verb brings together whatever it needs; nothing but cli.py imports it",
-    "build": "puts config and architecture together into network, objective, optimizer and decoder",
-    "model": "the public Model: network, weights, tokenizer and decoder in one object",
-    "loading": "opens every kind of folder as a Model",
 }
 """The rooms and modules that may join any others, and why. Even they make no circle."""
 
