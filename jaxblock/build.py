@@ -1,6 +1,7 @@
-"""Assembles what training computes with from a config and an architecture: network, objective, optimizer.
+"""Builds network, objective and optimizer from a config and an architecture.
 
-This is the one place that does: training, the plan, a refused run's trials and `inspect` all build here.
+It is the only module that does so: training, the memory plan, the trials that search for a config that fits (`fit/advice.py`)
+and `inspect` all call it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from jaxblock.training.optim.make import make_optimizer
 from jaxblock.training.step import Learner, Objective
 
 CheckLayer = Callable[[int, Array], None]
-"""Looks at a layer's output: (layer's number from 0, output)."""
+"""A function that is called with a layer's number, from 0, and its output."""
 
 
 def learner(
@@ -33,17 +34,17 @@ def learner(
     platform: str | None = None,
     check_layer: CheckLayer | None = None,
 ) -> Learner:
-    """Builds all that is static about a run's train step.
+    """Builds the static parts of a run's train step: network, objective, optimizer and two settings.
 
     Args:
         config: the run's settings, checked.
         arch: the network's sizes and special ids.
         stop_ids: the tokens that end a response.
-        platform: the platform that the step will run on; None for this process's own.
-        check_layer: called with every layer's output; None for never.
+        platform: the platform that the step will run on; None for the default backend of this process.
+        check_layer: a function that is called with every layer's output; None for none.
 
     Raises:
-        UserError: a target of the adapters matches no matrix.
+        UserError: an entry of `lora.targets` matches no matrix.
     """
     net = network(arch, config.model, config.lora, platform=platform, check_layer=check_layer)
     train = config.train
@@ -68,13 +69,13 @@ def network(
 
     Args:
         arch: the network's sizes and special ids.
-        model: the ``model`` section: how the network runs.
-        lora: the ``lora`` section: which matrices have adapters; None for no adapters.
-        platform: the platform that it will run on; None for this process's own.
-        check_layer: called with every layer's output, which needs unrolled layers; None for never.
+        model: the ``model`` section, which says how the network runs.
+        lora: the ``lora`` section, which says which matrices have adapters; None for no adapters.
+        platform: the platform that the network will run on; None for the default backend of this process.
+        check_layer: a function that is called with every layer's output; the layers are then unrolled. None for none.
 
     Raises:
-        UserError: a target of the adapters matches no matrix.
+        UserError: an entry of `lora.targets` matches no matrix.
     """
     backend = backend_of(platform or jax.default_backend()) if model.attention == "auto" else model.attention
     return Transformer(

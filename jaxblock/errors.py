@@ -1,10 +1,10 @@
-"""Defines the one error that users are meant to read: what was wrong, where, and what to do instead."""
+"""Defines `UserError`, the error shown to users: its text says what is wrong, where, and what to do instead."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """Reports a mistake in input, configuration or environment that the user can mend.
+    """Reports a mistake in input, configuration or environment that the user can correct.
 
     The command line prints its text without a traceback (``--traceback`` shows one) and exits with code 2.
     """

@@ -1,4 +1,4 @@
-"""What the sections of a config are made of: fields that say which numbers they take and whether a resumed run may change them."""
+"""Defines config sections, whose fields declare which numbers they accept and whether a resumed run may change them."""
 
 from __future__ import annotations
 
@@ -16,18 +16,21 @@ SplitName = Literal["train", "validation", "test"]
 """The three sets of prepared records."""
 
 OnResume = Literal["must_match", "may_change", "may_change_once_saved"]
-"""Whether a resumed run may change a field: never, always (it does not change what is learnt, up to rounding), or from the
-first checkpoint on (it is read for the start alone)."""
+"""Whether a resumed run may change a field.
+
+`must_match`: never. `may_change`: always, because the field does not change what is learnt, up to rounding.
+`may_change_once_saved`: once the run has a checkpoint, because the field is used only to begin a new run.
+"""
 
 T = TypeVar("T")
 
 
 class Range(NamedTuple):
-    """The numbers that a field takes.
+    """Describes which numbers a field accepts.
 
     Attributes:
         says: the end of the error message, after "train.steps is 0: ".
-        holds: whether a number is one of them.
+        holds: tells whether a number is accepted.
     """
 
     says: str
@@ -49,35 +52,40 @@ def setting(default: T, takes: Range | None = None, *, on_resume: OnResume | Non
 
     Args:
         default: the field's default; a field whose value is None is not checked.
-        takes: the numbers that it takes; None for whatever its type allows.
-        on_resume: whether a resumed run may change it; None for what its section says.
+        takes: the numbers that the field accepts; None for whatever its type allows.
+        on_resume: whether a resumed run may change the field; None for the default of its section.
     """
     found: Any = dataclasses.field(default=default, metadata={"takes": takes, "on_resume": on_resume})
-    return found  # for type checkers a field has its default's type
+    return found  # typed as T, so that a type checker gives the field the type of its default
 
 
 def may_change(default: T, takes: Range | None = None) -> T:
-    """Declares a field of a section that a resumed run may change: it does not change what is learnt (up to rounding)."""
+    """Declares a field that a resumed run may always change, because it does not change what is learnt (up to rounding).
+
+    Args:
+        default: the field's default.
+        takes: the numbers that the field accepts; None for whatever its type allows.
+    """
     return setting(default, takes, on_resume="may_change")
 
 
 @dataclass(frozen=True)
 class Section:
-    """A section of the config: a frozen dataclass that checks its own values.
+    """Is the base class of the config's sections: frozen dataclasses that check their own values.
 
-    A subclass names itself as the YAML file does: ``class TrainConfig(Section, name="train")``. It extends ``check`` by what
-    ties its fields to each other; what ties two sections is in ``config/checks.py``.
+    A subclass gives the section's name in the YAML file: ``class TrainConfig(Section, name="train")``. It extends ``check``
+    with checks that involve several of its fields; checks that involve two sections are in ``config/checks.py``.
     """
 
     section_name: ClassVar[str]
     on_resume: ClassVar[OnResume]
 
     def __init_subclass__(cls, name: str, on_resume: OnResume = "must_match") -> None:
-        """Names the section, and says whether a resumed run may change those of its fields that do not say so themselves."""
+        """Names the section, and sets whether a resumed run may change a field that does not declare it itself."""
         cls.section_name, cls.on_resume = name, on_resume
 
     def check(self) -> None:
-        """Raises UserError where a field has a value that it does not take."""
+        """Raises UserError where a field has a value that it does not accept."""
         for field in dataclasses.fields(self):
             value, takes = getattr(self, field.name), field.metadata.get("takes")
             if value is not None and takes is not None:
@@ -88,7 +96,7 @@ class Section:
         """Returns the fields that a resumed run may change.
 
         Args:
-            saved: the run has a checkpoint; without one its start is made again, and must be the same start.
+            saved: whether the run has a checkpoint; without one the run begins again, so fewer fields may change.
         """
         allowed = {"may_change", "may_change_once_saved"} if saved else {"may_change"}
         return {

@@ -1,4 +1,4 @@
-"""The types of arrays that several rooms share.
+"""Defines the types of arrays, and the interface of a network, that several packages share.
 
 Letters in shapes (also the suffixes of local names): B rows of a batch, T canvas positions, R response positions,
 A positions of the active block, K draws per sequence, N query heads, G key/value heads, H head dim, D embed,
@@ -17,12 +17,12 @@ Params = dict[str, Any]
 
 
 class View(NamedTuple):
-    """What the network sees of a batch, in training and in decoding alike.
+    """Describes what the network sees of a batch, in training and in decoding alike.
 
     Attributes:
         ids: the tokens of the canvas, with mask tokens where something is hidden.
         positions: the rotary position of each token.
-        length: the visible positions of each row; keys at or after it are hidden.
+        length: the number of visible positions of each row; keys at or after it are hidden.
         active: the canvas positions of the active block.
         at: the position whose hidden state predicts each active position (the only place of Dream's shift).
         valid: which active positions exist and may be supervised or committed.
@@ -37,7 +37,7 @@ class View(NamedTuple):
 
 
 class Sum(NamedTuple):
-    """A total and what it will be divided by, where it is written down and not before: a mean of means would be wrong."""
+    """Holds a sum and its weight. They are divided only when the value is written, because a mean of means would be wrong."""
 
     total: Array
     weight: Array
@@ -45,10 +45,10 @@ class Sum(NamedTuple):
 
 @runtime_checkable
 class Network(Protocol):
-    """What the method needs of a network: hidden states at chosen positions, and the head applied to those alone."""
+    """Declares what the method needs of a network: hidden states at chosen positions, and the head applied only to those."""
 
     def hidden(self, params: Params, view: View, row_keys: Array | None = None) -> Float[Array, "B A D"]:
-        """Returns the hidden states at ``view.at`` after the last norm; ``row_keys`` [B] draw the dropout, None is no dropout."""
+        """Returns the hidden states at ``view.at`` after the last norm; dropout uses the keys ``row_keys`` [B], None turns it off."""
         ...
 
     def logits(self, params: Params, hidden: Float[Array, "B A D"]) -> Float[Array, "B A V"]:

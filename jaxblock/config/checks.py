@@ -1,4 +1,4 @@
-"""Checks of a whole config: each section's own, and what ties two sections to each other."""
+"""Checks a whole config: each section by itself, and fields of two sections against each other."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ def check_config(config: Config, sections: Collection[str] | None = None) -> Con
     """Checks a config and returns it.
 
     Args:
-        config: what to check.
-        sections: the sections that a verb uses; None for all. What is not used is not checked.
+        config: the config to check.
+        sections: the names of the sections that a command uses; None for all. Other sections are not checked.
 
     Raises:
-        UserError: names the fields and what to set instead.
+        UserError: a check fails; the message names the fields and what to set instead.
     """
     used = {section.section_name for section in config.sections()} if sections is None else set(sections)
     for section in config.sections():
         if section.section_name in used:
             section.check()
     if "decode" in used:
-        from jaxblock.diffusion.decoding.rules import check_options  # imports JAX, which not every verb needs
+        from jaxblock.diffusion.decoding.rules import check_options  # imports JAX, which some commands do not need
 
         check_options(config.decode)
     for needed, check in _ACROSS.items():
@@ -64,4 +64,4 @@ _ACROSS: dict[tuple[str, ...], Callable[[Config], None]] = {
     ("lora", "model"): _check_adapters,
     ("optimizer", "train"): _check_warmup,
 }
-"""The checks that span sections, by the sections that they read."""
+"""The checks that involve two sections, by the names of those sections."""

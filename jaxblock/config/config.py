@@ -1,4 +1,4 @@
-"""``Config``: the sections of all rooms, put together."""
+"""Defines ``Config``, which holds the sections that the packages define."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jaxblock.training.optim.config import OptimizerConfig
 
 @dataclass(frozen=True)
 class Config:
-    """All sections of a YAML file."""
+    """Holds all sections of a YAML file."""
 
     data: DataConfig = field(default_factory=DataConfig)
     canvas: CanvasConfig = field(default_factory=CanvasConfig)

@@ -1,4 +1,4 @@
-"""The `data` section: where text comes from and how it becomes tokens."""
+"""Defines the `data` section: where text comes from and how it becomes tokens."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Literal
 from jaxblock.settings import NOT_NEGATIVE, Section, may_change, require, setting
 
 RecipeName = Literal["metamathqa", "gsm8k", "math"]
-"""Data sets that `prepare` knows by name (jaxblock/data/text/recipes.py)."""
+"""The names of the data sets that `prepare` has recipes for (jaxblock/data/text/recipes.py)."""
 
 
 @dataclass(frozen=True)
 class DataConfig(Section, name="data"):
-    """Where text comes from, how it becomes tokens, and where the prepared data are."""
+    """Says where text comes from, how it becomes tokens, and where the prepared data are."""
 
     prepared: str = may_change("prepared")
     """Folder of prepared data: `prepare` writes it, every other verb reads it."""
@@ -21,15 +21,15 @@ class DataConfig(Section, name="data"):
     """The training records: a .jsonl, .json or .parquet file, `hf:NAME[@REVISION][:CONFIG][#SPLIT]` (the `datasets` library),
     or `builtin`: the recipe's own source, else generated arithmetic word problems."""
     validation: str | None = None
-    """The records scored during training; None takes `validation_records` of them from the training records (for generated
-    ones: held-out problems)."""
+    """The records scored during training; None takes `validation_records` records out of the training file (for the built-in
+    corpus: that many held-out problems)."""
     test: str | None = "builtin"
     """The records for `decode` and `evaluate`, which training never sees; None for none."""
     validation_records: int = setting(128, NOT_NEGATIVE)
     """The number of validation records to set apart when `validation` is None; a conversation counts as one and is never split."""
     recipe: RecipeName | None = None
-    """A data set that the paper uses: its field names, prompt, length rule and filter (docs/data.md); fields that are set here go
-    before the recipe's."""
+    """A data set that the paper uses: its field names, prompt, length rule and filter (docs/data.md); a field that is set here
+    overrides the recipe's."""
     test_recipe: RecipeName | None = None
     """The recipe of the test records: their field names, and their source where `test` is `builtin`; None for the training
     records' recipe."""
@@ -48,10 +48,11 @@ class DataConfig(Section, name="data"):
     exclude_types: tuple[str, ...] | None = None
     """Training records whose type contains one of these texts are dropped and counted; None for the recipe's, else none."""
     max_total_len: int | None = setting(None, NOT_NEGATIVE)
-    """Training records with more prompt and response tokens together are dropped and counted; None for the recipe's, else 0:
-    none are dropped."""
+    """Training records with more than this number of tokens, prompt and response together, are dropped and counted; None for the
+    recipe's, else 0, which drops none."""
     max_records: int | None = setting(None, NOT_NEGATIVE)
-    """The number of training records that are kept, the first that pass; None for the recipe's, else 0: all."""
+    """The number of training records that are kept: the first ones that are not dropped; None for the recipe's, else 0, which
+    keeps all."""
     level: str = "easy"
     """The difficulty of the built-in corpus."""
     builtin_train: int = setting(6_000, NOT_NEGATIVE)
@@ -84,13 +85,14 @@ class DataConfig(Section, name="data"):
     eot_token: str | None = None
     """The token that ends a response; None for the one that the template writes there (a trained tokenizer: <|eot_id|>)."""
     overlong: Literal["error", "drop", "truncate"] = "error"
-    """A prompt or response longer than the canvas: stop; drop and count it; or cut the response, which then has no
-    terminator (an over-long prompt is dropped even so)."""
+    """What happens to a record whose prompt or response is longer than the canvas: `error` stops; `drop` drops and counts it;
+    `truncate` cuts the response, which then has no terminator (a record with an over-long prompt is dropped)."""
     overwrite: bool = may_change(False)
     """Whether to replace an existing prepared folder."""
 
     def check(self) -> None:
-        """Raises UserError where a number cannot be, or a field would make every record the same or the vocabulary wrong."""
+        """Raises UserError for a number out of range, a `prompt_template` without {prompt}, an empty text in `exclude_types`, or
+        `add_mask_token` with a tokenizer that is trained here."""
         super().check()
         require(
             self.prompt_template is None or "{prompt}" in self.prompt_template,

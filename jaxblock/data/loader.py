@@ -1,8 +1,8 @@
 """Makes batches: pads rows, and orders them by a pure function of (seed, step).
 
-Step s of a run holds rows s * batch_size to (s + 1) * batch_size of an endless shuffled list, in which every epoch is a
-new permutation. Rows are addressed, not replayed: starting at step s reads nothing before it, and the only data state
-of a checkpoint is the step. Process i of n makes the i-th of n equal slices of each batch.
+The batch of step s holds rows s * batch_size to (s + 1) * batch_size of an endless shuffled list, in which every epoch is a
+new permutation. The rows of step s are computed from s, so that a run that resumes there reads no earlier rows and a
+checkpoint stores no data state but the step. Process i of n makes the i-th of n equal slices of each batch.
 
 No other module pads rows or fills up a short batch.
 """
@@ -25,7 +25,7 @@ Item = TypeVar("Item")
 
 
 class Batch(NamedTuple):
-    """B rows on the host, int32 throughout; P and R are the canvas's prompt and response positions.
+    """Holds B rows on the host, as int32 arrays; P and R are the numbers of prompt and response positions of the canvas.
 
     Attributes:
         prompt_ids: The prompts' ids [B, P], 0 after each prompt's end.
@@ -113,7 +113,12 @@ def pad_records(
 
 
 def pairs_of(records: Sequence[Record], block: int) -> np.ndarray:
-    """Lists every (record, block that holds a token of its response), records in order: int32 [pairs, 2]."""
+    """Lists the pairs (record, block) for every block that holds a token of the record's response: int32 [pairs, 2].
+
+    Args:
+        records: The records, in the order of the result.
+        block: The number of response positions of a block.
+    """
     if isinstance(records, Records):
         response_len = records.lengths()[:, 1]
     else:
@@ -125,7 +130,7 @@ def pairs_of(records: Sequence[Record], block: int) -> np.ndarray:
 
 
 class BatchAt:
-    """Makes this process's rows of any step's batch. It holds no state, so threads and processes may share it."""
+    """Makes this process's rows of the batch of any step. It holds no state, so threads and processes may share it."""
 
     def __init__(
         self,
@@ -142,12 +147,12 @@ class BatchAt:
 
         Args:
             records: The training records (worker processes need them picklable).
-            canvas: The lengths of a row, and the size of the blocks of `pairs`.
-            seed: Any integer of 0 or more; with the step it decides every row.
+            canvas: The canvas settings, which give the lengths of a row and the block size.
+            seed: The seed of the order of the rows, 0 or more.
             batch_size: The number of rows of the global batch, a multiple of `process_count`.
-            kind: `per_sequence`: rows are records; `pairs`: rows are (record, block), each once an epoch.
-            process_index: The number of the slice of each batch that is made here.
-            process_count: The number of slices of each batch.
+            kind: `per_sequence`: a row is a record; `pairs`: a row is a (record, block), each of which is used once per epoch.
+            process_index: The index of this process, which is that of its slice of each batch.
+            process_count: The number of processes, and so of the slices of each batch.
 
         Raises:
             UserError: If there are no records, or the batch does not split evenly.
@@ -181,19 +186,19 @@ def batches(at: BatchAt, *, start_step: int = 0, workers: int = 0) -> Iterator[B
     """Makes endless batches, read ahead by threads or worker processes.
 
     Args:
-        at: The rows of each step's batch.
+        at: A function that makes the rows of a step's batch.
         start_step: The step of the first batch.
         workers: The number of worker processes; 0 reads ahead in two threads.
 
     Returns:
-        An iterator (of Grain; its `close()` ends workers at once).
+        A Grain iterator; its `close()` ends the workers at once.
     """
     steps = grain.MapDataset.range(start_step, sys.maxsize).map(at)
     dataset = steps.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
     if workers:
         if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # Grain's worker processes read absl flags; their defaults are what we want
-        # A batch is small: sent through the queue, it leaves no shared memory behind if the iterator is dropped midway.
+            flags.FLAGS.mark_as_parsed()  # Grain's worker processes read absl flags, and the defaults are right
+        # A batch is small, so it is sent through the queue: shared memory would leak if the iterator were dropped midway.
         options = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
         dataset = grain.experimental.WithOptionsIterDataset(dataset, options)
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))

@@ -1,4 +1,4 @@
-"""Turns prompts, as a caller has them, into rows without padding."""
+"""Converts a caller's prompts (lists, or a padded array with a mask) into rows without padding."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def as_array(ids: Ids) -> np.ndarray:
     """Returns a batch of ids as an array [B, T].
 
     Raises:
-        UserError: Rows have different lengths.
+        UserError: The rows have different lengths.
     """
     try:
         return np.asarray(ids, np.int32)
@@ -34,7 +34,7 @@ def flush_left(ids: np.ndarray, attention_mask: Ids | None) -> tuple[np.ndarray,
         attention_mask: 1 for real tokens, 0 for padding [B, T]; None where all are real.
 
     Returns:
-        (ids [B, T], lengths [B], where each row's tokens were).
+        (ids [B, T], lengths [B], for each row the original positions of its tokens).
 
     Raises:
         UserError: The ids or the mask have the wrong shape.
@@ -60,10 +60,10 @@ def split_prompts(prompt_ids: Ids, attention_mask: Ids | None) -> tuple[list[np.
         attention_mask: 1 for real tokens, 0 for padding; None where all are real.
 
     Returns:
-        (each prompt's ids, the width of the batch as it was given).
+        (each prompt's ids, the width of the batch before padding was removed).
 
     Raises:
-        UserError: These are no batch of prompts, or the mask has the wrong shape.
+        UserError: The input is not a batch of prompts, or the mask has the wrong shape.
     """
     if attention_mask is None and not isinstance(prompt_ids, np.ndarray | Array):
         prompts = [np.asarray(row, np.int32) for row in prompt_ids]

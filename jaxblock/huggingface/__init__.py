@@ -1,1 +1,1 @@
-"""Checkpoints in Hugging Face's layout, in and out: the only room that knows safetensors and config.json."""
+"""Reads and writes checkpoints and adapters in Hugging Face's layout; no other package knows safetensors or config.json."""

@@ -13,7 +13,12 @@ from jaxblock.types import Params
 
 
 def summary_line(what: str, items: Iterable[str]) -> list[str]:
-    """Returns one line that counts and names some things, or no line where there are none."""
+    """Returns a list of one line that counts and names the items, or an empty list where there are none.
+
+    Args:
+        what: what the items have in common, as in "missing".
+        items: the names of the items.
+    """
     items = list(items)
     return [f"{what} ({len(items)}): {', '.join(items)}"] if items else []
 
@@ -28,10 +33,10 @@ def shape_differences(
     """Lists the arrays that are missing, not expected, or of another shape.
 
     Args:
-        found: the shapes that are there, by name.
-        expected: the shapes that should be there, by name.
-        unexpected: what an array that is in ``found`` alone is called.
-        unreadable: names of arrays that are there but damaged, and thus not missing.
+        found: the shapes of the arrays that were found, by name.
+        expected: the shapes of the arrays that should be there, by name.
+        unexpected: the heading of the line that names the arrays which are in ``found`` only.
+        unreadable: names of arrays that are damaged, which are not reported as missing.
 
     Returns:
         One line for each kind of difference.
@@ -57,8 +62,8 @@ def tensor_problems(
     Args:
         contents: the tensors found in the files.
         table: the parameters that the files should hold.
-        unexpected: what a tensor that is no parameter of the table is called.
-        ignored: names of tensors that may be there besides.
+        unexpected: the heading of the line that names the tensors which are not in the table.
+        ignored: names of other tensors that the files may hold.
 
     Returns:
         One line for each kind of problem.
@@ -82,7 +87,7 @@ def check_export(folder: PathLike, params: Params, table: Table, what: str) -> N
         folder: the folder to export to, for the message.
         params: a nested dict of arrays.
         table: the parameters that the export should hold.
-        what: what the table describes, as in "these are not {what}".
+        what: what the table describes, for the message "these are not {what}".
     """
     found = {path: leaf.shape for path, leaf in flatten(params).items()}
     problems = shape_differences(found, {path: spec.shape for path, spec in table.items()})
@@ -91,7 +96,7 @@ def check_export(folder: PathLike, params: Params, table: Table, what: str) -> N
 
 
 def check_no_problems(problems: list[str], headline: str, advice: str) -> None:
-    """Raises a UserError with a headline, every problem on a line of its own, and advice, where there are problems."""
+    """Raises a UserError, with a headline, one line for each problem, and advice, unless the list of problems is empty."""
     if problems:
         lines = "\n  ".join([f"{headline}:", *problems])
         raise UserError(f"{lines}\n{advice}")

@@ -1,4 +1,4 @@
-"""Copies the files that travel with weights: tokenizer, chat template, generation config, model code (never run)."""
+"""Copies the files that accompany weights: tokenizer, chat template, generation config, and model code, which is never run."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def copy_code(source: PathLike | None, target: Path) -> None:
 
 
 def point_auto_map_at(config: dict[str, Any], folder: Path, repository: str | None) -> None:
-    """Makes config.json's auto_map name a repository wherever it names a Python file that is not beside it.
+    """Changes config.json's auto_map so that it names a repository for each Python file that is not in the folder.
 
-    A checkpoint downloaded by hub name comes without code, and transformers could not load an export that asks for it.
+    A checkpoint that was downloaded from the hub comes without code; transformers can then load the code from the repository.
 
     Args:
         config: the content of config.json; changed in place.
         folder: the folder of the export, with its code already in it.
-        repository: the hub name of the repository with the family's code; None where transformers needs none.
+        repository: the hub name of the repository with the family's code; None where transformers needs no such code.
     """
     named = config.get("auto_map")
     if repository is None or not isinstance(named, dict):
@@ -63,7 +63,7 @@ def point_auto_map_at(config: dict[str, Any], folder: Path, repository: str | No
 
 
 def copy_origin(source: PathLike, target: Path) -> None:
-    """Copies what an export will need of the checkpoint that a run starts from: model code and generation config.
+    """Copies the model code and generation config of the checkpoint that a run starts from, which an export will need.
 
     Args:
         source: a Hugging Face folder, or the folder of such copies in an earlier run.
@@ -94,12 +94,12 @@ def copy_tokenizer(source: PathLike | None, target: Path) -> None:
 
 
 def merged_generation_config(source: PathLike | None, arch: Architecture) -> dict[str, Any]:
-    """Returns the content of an export's generation_config.json: the origin's, completed from the architecture.
+    """Returns the content of an export's generation_config.json: that of the origin, completed from the architecture.
 
     Args:
         source: the folder that may hold the origin's generation config; None for no origin.
-        arch: the architecture with the special ids. Its end of sequence always ends a response, and its mask token
-            replaces the origin's.
+        arch: the architecture, which gives the special ids. Its end-of-sequence id is always among the ids that end a
+            response, and its mask token replaces the origin's.
 
     Returns:
         The dict to write.

@@ -1,4 +1,4 @@
-"""Reads a folder in Hugging Face's layout into our parameters: stacked, transposed, and straight into each device."""
+"""Reads a folder in Hugging Face's layout into our parameters, which are stacked, transposed and put on the devices."""
 
 from __future__ import annotations
 
@@ -57,26 +57,26 @@ def load_checkpoint(
     """Reads a checkpoint's weights onto the devices.
 
     Nothing in the folder is executed, and every tensor is checked before the first is read. A stacked parameter is
-    filled on the device one layer at a time, and each device is given its own slice only: the host holds one tensor at a
-    time besides the result.
+    filled on the device one layer at a time, and each device is sent only its own slice: apart from the result, the host
+    holds one tensor at a time.
 
     Args:
         folder: a local folder with config.json and safetensors (one file, or shards with an index).
         dtype: the type to cast to; None keeps each tensor's own.
-        shardings: a nested dict of shardings (``parallel.rules.param_shardings``); None puts all on one device.
-        arch: the architecture to read the file as; None takes the one that config.json describes. It may differ from
-            that one in special ids, in the alignment of an autoregressive checkpoint, and in a longer vocabulary (new
-            rows of embedding and head are the mean of the file's).
-        int8: whether the layers' matrices are quantised, each as soon as it is filled; ``shardings`` are then those of
-            ``models.linear.int8.int8_table``.
+        shardings: a nested dict of shardings (``parallel.rules.param_shardings``); None puts all parameters on one device.
+        arch: the architecture of the result; None takes the one that config.json describes. It may differ from that one in
+            special ids, in the logit alignment of an autoregressive checkpoint, and by a larger vocabulary (new rows of
+            embedding and head are the mean of the file's rows).
+        int8: whether the layers' matrices are quantised, each as soon as it is filled; ``shardings`` are then those of the
+            parameters in ``models.linear.int8.int8_table``.
 
     Returns:
-        (the architecture, the parameters as its table describes them, or with ``int8`` as
+        (the architecture, the parameters as the family's table describes them, or with ``int8`` as
         ``models.linear.int8.int8_table`` does).
 
     Raises:
-        UserError: the folder is no checkpoint or holds pickles; or tensors are missing, extra, mis-shaped, cut short, or
-            of a type that cannot be kept (all of them are named at once); or ``arch`` has other sizes.
+        UserError: the folder is not a checkpoint or holds only pickles; or tensors are missing, extra, mis-shaped, cut
+            short, or of a type that cannot be kept (the message names all of them); or ``arch`` has other sizes.
     """
     own = read_architecture(folder)
     path = Path(folder)
@@ -141,10 +141,10 @@ def _types_that_cannot_be_kept(table: Table, contents: FolderContents) -> list[s
 
 
 def _tied_head(arch: Architecture, table: Table, contents: FolderContents) -> tuple[tuple[str, ...], list[str]]:
-    """Compares the head that a tied checkpoint may store once more with its embedding.
+    """Compares the head with the embedding, in a checkpoint that ties the two but stores both.
 
     Returns:
-        (names of tensors that may be ignored, the problem where the two are not equal).
+        (the head's name if it is stored and so may be ignored, a problem if head and embedding are not equal).
     """
     head = registry.param_table(replace(arch, tie_embeddings=False))["head"].hf_name
     embed = table["embed"].hf_name

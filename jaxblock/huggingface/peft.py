@@ -29,15 +29,16 @@ from jaxblock.models.spec import Table, flatten, nest
 from jaxblock.types import Params
 
 CONFIG = "adapter_config.json"
-"""The file that is written last, and so says that an exported folder is whole."""
+"""The file that is written last: a folder that has it is whole."""
 
 WEIGHTS = "adapter_model.safetensors"
 
 START = "diffusion_start.json"
-"""Holds the mask token and alignment beside adapters of an autoregressive base, whose own config.json names neither."""
+"""The name of a file beside adapters of an autoregressive base; it holds the mask token and the logit alignment, which the
+base's own config.json does not name."""
 
-# Settings of PEFT that change what a branch computes, and the values that we support: an adapter with another value would
-# load and give wrong results.
+# Settings of PEFT that change what an adapter computes, and the values that we support: an adapter with another value is
+# refused, because it would give wrong results.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "alpha_pattern": ({}, None),
     "arrow_config": (None,),
@@ -69,16 +70,16 @@ def save_adapter(
     """Writes adapters so that ``peft`` loads them onto their base. The folder appears whole or not at all.
 
     Args:
-        folder: the folder to make; it must not exist (or be empty).
+        folder: the folder to make; it must not exist, or be empty.
         arch: the base's architecture.
-        lora: which matrices are adapted, and the rank and scale of their branches.
+        lora: which matrices are adapted, and the adapters' rank and scale.
         adapters: the weights, as ``models.linear.lora.adapter_table`` describes them.
         base: the base's folder or hub name, for ``base_model_name_or_path``.
         dtype: the type to cast to; None keeps float32.
         tokenizer: a folder whose tokenizer files are copied; None copies none.
 
     Raises:
-        UserError: the folder exists or cannot be written, or the adapters are not those of the architecture.
+        UserError: the folder exists or cannot be written, or the adapters do not fit the architecture.
     """
     table = adapter_table(registry.param_table(arch), lora)
     check_export(folder, adapters, table, "the adapters that were described")
@@ -96,11 +97,11 @@ def check_base_rows(folder: PathLike, arch: Architecture, base: Architecture) ->
 
     Args:
         folder: the folder to export to, for the message.
-        arch: the architecture that the adapters were trained on.
+        arch: the architecture that the adapters were trained with.
         base: the architecture in the base's own config.json.
 
     Raises:
-        UserError: the vocabulary was extended, so that adapters without the new rows would be of no use.
+        UserError: the vocabulary was extended for training, and the base does not have the new rows.
     """
     if base.vocab_size < arch.vocab_size:
         raise UserError(
@@ -111,14 +112,14 @@ def check_base_rows(folder: PathLike, arch: Architecture, base: Architecture) ->
 
 
 def with_saved_start(folder: PathLike, arch: Architecture) -> Architecture:
-    """Gives an autoregressive base the mask token and alignment that were saved beside its adapters.
+    """Returns a base's architecture with the mask token and logit alignment that were saved beside its adapters.
 
     Args:
         folder: the folder of the adapters.
-        arch: the base's own architecture; one that has a mask token is returned as it is.
+        arch: the base's own architecture; if it has a mask token, it is returned as it is.
 
     Raises:
-        UserError: the file that names them is damaged, or they do not fit the base.
+        UserError: the file (`START`) that holds them is damaged, or they do not fit the base.
     """
     path = Path(folder) / START
     if arch.mask_id is not None or not path.is_file():
@@ -153,8 +154,8 @@ def _config(arch: Architecture, lora: Lora, base: str | None) -> dict[str, Any]:
 def target_modules(table: Table, lora: Lora) -> list[str] | str:
     """Returns the adapted modules as PEFT's ``target_modules`` names them.
 
-    PEFT matches plain names by the last component, so LLaDA's ``ff_out`` would adapt the head too: where a plain name
-    matches more than is adapted, one regular expression of whole names is returned.
+    PEFT compares a plain name with a module's last component, so LLaDA's ``ff_out`` would adapt the head too. Where plain
+    names would match other modules as well, one regular expression of whole names is returned.
 
     Args:
         table: the base's parameters.
@@ -199,11 +200,11 @@ def load_adapter(folder: PathLike, arch: Architecture) -> tuple[Lora, Params]:
         arch: the base's architecture.
 
     Returns:
-        (what is adapted, the adapters in float32, as ``models.linear.lora.adapter_table`` describes them).
+        (which matrices are adapted and how, the adapters in float32 as ``models.linear.lora.adapter_table`` describes them).
 
     Raises:
-        UserError: there are no adapters, they are of a kind that the network does not support, or their tensors are not
-            those of this base (all of them are named at once).
+        UserError: there are no adapters, they are of a kind that the network does not support, or their tensors do not fit
+            this base (the message names all of them).
     """
     path = Path(folder)
     if not (path / CONFIG).is_file():
@@ -221,7 +222,7 @@ def load_adapter(folder: PathLike, arch: Architecture) -> tuple[Lora, Params]:
 
 
 def _check_kind(where: Path, config: Any) -> None:
-    """Raises a UserError where a config asks for more than plain LoRA branches of one rank."""
+    """Raises a UserError where a config asks for anything but plain LoRA adapters, all of one rank."""
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         found = config.get("peft_type") if isinstance(config, dict) else None
         raise UserError(f"{where}: peft_type is {found!r}; only LORA adapters are supported")

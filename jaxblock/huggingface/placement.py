@@ -1,4 +1,4 @@
-"""Reads parameters from tensor files onto the devices: stacked and transposed, to each device its own slice.
+"""Reads parameters from tensor files, stacks and transposes them, and sends each device only its own slice.
 
 The host holds one tensor at a time.
 """
@@ -24,7 +24,7 @@ Bounds = tuple[tuple[int, int], ...]
 
 
 def tensor_names(spec: ParamSpec) -> list[str]:
-    """Returns a parameter's names in the checkpoint: one for each layer where it is stacked, else one."""
+    """Returns a parameter's names in the checkpoint: one for each layer if it is stacked, else a single one."""
     return [spec.hf_name.format(layer=i) for i in range(spec.shape[0])] if spec.stacked else [spec.hf_name]
 
 
@@ -37,10 +37,10 @@ def stored_shape(spec: ParamSpec) -> tuple[int, ...]:
 def transposed(x: np.ndarray) -> np.ndarray:
     """Returns a matrix's transpose as a contiguous copy.
 
-    It copies panels of 8 rows: walking down whole columns, as NumPy and XLA's CPU backend do, misses the cache at every
-    step where the width is a power of two (4 and 5 times slower at 5632 x 2048).
+    It copies 8 rows at a time. NumPy and XLA's CPU backend walk down whole columns, which misses the cache at every step
+    where the width is a power of two (they are 4 and 5 times slower at 5632 x 2048).
     """
-    plain = x.view(f"u{x.dtype.itemsize}")  # NumPy copies bfloat16 through a function call an element
+    plain = x.view(f"u{x.dtype.itemsize}")  # because NumPy copies bfloat16 with one function call per element
     out = np.empty(plain.shape[::-1], plain.dtype)
     for row in range(0, plain.shape[0], 8):
         out[:, row : row + 8] = plain[row : row + 8].T
@@ -50,16 +50,16 @@ def transposed(x: np.ndarray) -> np.ndarray:
 def read_parameter(
     spec: ParamSpec, stored: Mapping[str, StoredTensor], dtype: DTypeLike | None, sharding: Sharding
 ) -> Array:
-    """Reads one parameter from the files, each device's part by itself.
+    """Reads one parameter from the files; each device's part is read separately.
 
     Args:
-        spec: the parameter's spec; along the vocabulary it may have more rows than the file.
+        spec: the parameter's spec; it may have more rows along the vocabulary than the file.
         stored: the tensors in the files, by name.
         dtype: the type to cast to; None keeps the file's.
         sharding: how the parameter is split over the devices.
 
     Returns:
-        The array. Rows of the vocabulary that the file lacks are the mean of those that it has.
+        The array. Rows of the vocabulary that the file lacks are the mean of the rows that it has.
     """
     tensors = [stored[name] for name in tensor_names(spec)]
     target = np.dtype(dtype) if dtype is not None else DTYPES[tensors[0].dtype]
@@ -124,13 +124,13 @@ def _read_stack(
         host, transpose = _transposed_on_cpu(read_tensor(tensors[layer], inner), spec.transpose, devices)
         sent = [jax.device_put(host, device) for device in devices]
         parts = [_insert(p, x, layer - first, transpose) for p, x in zip(parts, sent, strict=True)]
-        # Without the wait, transfers queue up and the host holds every layer that is still under way.
+        # Without this wait, the host would hold every layer whose transfer has not ended.
         jax.block_until_ready(parts)
     return parts
 
 
 def _transposed_on_cpu(host: np.ndarray, transpose: bool, devices: list[jax.Device]) -> tuple[np.ndarray, bool]:
-    """Transposes on the host what is meant for CPU devices; every other device transposes faster than the host.
+    """Transposes an array for CPU devices on the host; other devices transpose faster than the host, and do it themselves.
 
     Returns:
         (the array to send to the devices, whether they still have to transpose it).
@@ -152,7 +152,7 @@ def _insert(stack: Array, x: Array, layer: Array | int, transpose: bool) -> Arra
 
 
 def _extended(x: Array, held: int, axis: int) -> Array:
-    """Fills the rows that the file lacked with the mean of those that it had: a new token begins as an average one."""
+    """Fills the rows that the file lacks with the mean of its rows, so that a new token begins as an average token."""
     known = jax.lax.broadcasted_iota(jnp.int32, x.shape, axis) < held
     wide = jnp.promote_types(x.dtype, jnp.float32)
     mean = jnp.sum(jnp.where(known, x, 0).astype(wide), axis=axis, keepdims=True) / held

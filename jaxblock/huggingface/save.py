@@ -31,7 +31,7 @@ from jaxblock.models.transformer import Transformer
 from jaxblock.types import Params
 
 MARKER = "config.json"
-"""The file that is written last, and so says that an exported folder is whole."""
+"""The file that is written last: a folder that has it is whole."""
 
 
 def save_checkpoint(
@@ -49,17 +49,17 @@ def save_checkpoint(
     The host holds one layer's tensor at a time. The folder appears whole or not at all.
 
     Args:
-        folder: the folder to make; it must not exist (or be empty).
-        arch: the sizes and special ids; other fields of the config.json that it was read from are written back.
-        params: the weights as the family's table describes them, adapters merged (``models.linear.lora.merge``).
+        folder: the folder to make; it must not exist, or be empty.
+        arch: the architecture; other fields of the config.json that it was read from are written back.
+        params: the weights as the family's table describes them; adapters must be merged (``models.linear.lora.merge``).
         tokenizer: a folder whose tokenizer files are copied; None copies none.
         origin: a folder whose generation config and model code, if any, are copied; None for those of ``tokenizer``.
         dtype: the type to cast to; None keeps each tensor's own.
         max_shard_bytes: the size of weights, in bytes, above which they are split over several files with an index.
 
     Raises:
-        UserError: the folder exists or cannot be written; or the parameters are not those of the architecture, have a
-            type that other readers of safetensors do not know, or are spread over several processes.
+        UserError: the folder exists or cannot be written; or the parameters do not fit the architecture, have a type that
+            other readers of safetensors do not know, or are spread over several processes.
     """
     table = registry.param_table(arch)
     _check_exportable(folder, params)
@@ -109,17 +109,17 @@ def verify_checkpoint(folder: PathLike, net: Transformer, params: Params, ids: I
     Args:
         folder: the folder that `save_checkpoint` wrote.
         net: the network that was exported.
-        params: the parameters that were exported; those read back are placed on the devices in the same way.
-        ids: the tokens to run, all visible.
+        params: the parameters that were exported; those that are read back are split over the devices in the same way.
+        ids: the tokens to run the network on; all of them are visible.
 
     Returns:
-        The largest absolute difference of any logit, which is 0 where the types are the same.
+        The largest absolute difference of any logit, which is 0 if the export has the parameters' own types.
 
     Raises:
-        UserError: the types are the same and the logits are not, or the folder's config.json gives another network.
+        UserError: the export has the parameters' own types but other logits, or its config.json describes another network.
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding if isinstance(leaf, Array) else None, params)
-    # An export in an object store is downloaded, so that what is compared is what was stored.
+    # An export in an object store is downloaded, so that the stored files are what is compared.
     arch, again = load_checkpoint(local_folder(folder, ["*.json", "*.safetensors"]), shardings=shardings)
     if registry.param_table(arch) != registry.param_table(net.arch) or _computed(arch) != _computed(net.arch):
         raise UserError(f"{folder}: config.json gives another network than the one exported: {arch} against {net.arch}")
@@ -138,6 +138,6 @@ def verify_checkpoint(folder: PathLike, net: Transformer, params: Params, ids: I
 
 
 def _computed(arch: Architecture) -> tuple[Any, ...]:
-    """Returns the fields that change what a network computes and that its table of parameters does not show."""
+    """Returns the fields that change what a network computes without changing its table of parameters."""
     shared = (arch.mask_id, arch.eos_id, arch.pad_id, arch.n_heads, arch.norm_eps, arch.alignment)
     return (*shared, arch.rope_theta, arch.rope_scaling)

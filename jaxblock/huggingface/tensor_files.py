@@ -1,6 +1,6 @@
-"""Lists and reads the tensors in the safetensors files of a folder, and collects all that is wrong with them.
+"""Lists and reads the tensors in the safetensors files of a folder, and collects everything that is wrong with them.
 
-The `safetensors` library checks and reads; a header is parsed here only to say *which* tensors a damaged file lost.
+The `safetensors` library checks and reads the files; a header is parsed here only to name the tensors that a damaged file lost.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class StoredTensor(NamedTuple):
     Attributes:
         name: the tensor's name in the file.
         path: the file that holds it.
-        dtype: the type, as safetensors names it.
-        shape: the shape as stored (in torch's orientation).
+        dtype: the tensor's type, as safetensors names it.
+        shape: the tensor's shape as stored (in torch's orientation).
     """
 
     name: str
@@ -55,7 +55,7 @@ class StoredTensor(NamedTuple):
 
 @dataclass
 class FolderContents:
-    """Lists what the safetensors files of a folder hold.
+    """Holds the list of the tensors in the safetensors files of a folder.
 
     Attributes:
         stored: every readable tensor, by name.
@@ -69,13 +69,13 @@ class FolderContents:
 
 
 def scan_folder(folder: Path) -> FolderContents:
-    """Opens every shard and lists its tensors; damage is collected, not raised.
+    """Opens every shard of a folder and lists its tensors; damage is listed in the result and raises no error.
 
     Args:
         folder: a local folder with one safetensors file, or several with an index.
 
     Raises:
-        UserError: there is no safetensors file at all, or the index cannot be understood.
+        UserError: there is no safetensors file, or the index is not valid.
     """
     promised = _read_index(folder)
     names = sorted(set(promised.values())) if promised else sorted(p.name for p in folder.glob("*.safetensors"))
@@ -91,7 +91,7 @@ def scan_folder(folder: Path) -> FolderContents:
 
 
 def _read_index(folder: Path) -> dict[str, str]:
-    """Returns the file of each tensor, by the tensor's name, as the index says it; empty without an index."""
+    """Returns the name of each tensor's file from the index, by the tensor's name; empty where there is no index."""
     path = folder / INDEX
     if not path.exists():
         return {}
@@ -107,7 +107,7 @@ def _read_index(folder: Path) -> dict[str, str]:
 
 
 def scan_file(path: Path) -> FolderContents:
-    """Lists the tensors of one local safetensors file; damage is collected, not raised.
+    """Lists the tensors of one local safetensors file; damage is listed in the result and raises no error.
 
     Raises:
         UserError: there is no such file.
@@ -129,7 +129,7 @@ def _no_shards(folder: Path, wanted: str) -> UserError:
 
 
 def _scan_file(path: Path, promised: list[str], contents: FolderContents) -> None:
-    """Adds the tensors of one file to `contents`; `promised` are the names of those that the index says are in it."""
+    """Adds the tensors of one file to `contents`; `promised` are the names of the tensors that the index expects in it."""
     if not path.exists():
         contents.damaged |= dict.fromkeys(promised, f"its file {path.name} is missing")
         return
@@ -153,7 +153,7 @@ def _scan_file(path: Path, promised: list[str], contents: FolderContents) -> Non
 
 
 def _diagnose(path: Path) -> dict[str, str] | None:
-    """Describes every tensor of a file that ends early; None if its header cannot be read or nothing is missing."""
+    """Says for every tensor of a file that ends early whether it is whole; None if that is not what is wrong with the file."""
     try:
         with open(path, "rb") as file:
             header_len = int.from_bytes(file.read(8), "little")
@@ -177,12 +177,12 @@ def _diagnose(path: Path) -> dict[str, str] | None:
 def read_tensor(tensor: StoredTensor, bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
     """Reads a slice of one tensor, in the orientation in which it is stored.
 
-    The file is opened anew each time: dropping the mapping gives its pages back, so that a process holds this tensor in
-    memory and not all that it has read so far.
+    The file is opened again for each tensor. Closing it frees its mapped pages, so that a process does not hold all the
+    tensors that it has read so far.
 
     Args:
         tensor: the tensor to read.
-        bounds: (start, stop) of each dimension.
+        bounds: the (start, stop) of the slice along each dimension.
 
     Returns:
         A copy of the slice.

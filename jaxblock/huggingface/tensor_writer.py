@@ -1,6 +1,6 @@
 """Writes safetensors files, holding one tensor in memory at a time.
 
-The `safetensors` library's own writer needs a whole file's tensors in memory, twice; the format is a header and the bytes.
+The `safetensors` library's own writer holds all tensors of a file in memory twice. The format is simple: a header, then bytes.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _SLICE_BYTES = 1 << 25
 
 
 class PendingTensor(NamedTuple):
-    """Describes a tensor that is to be written, and fetches its values only when they are asked for.
+    """Describes a tensor that is to be written; its values are copied to the host only when `fetch` is called.
 
     Attributes:
-        dtype: the type in the file.
-        shape: the shape in the file.
-        fetch: returns the values on the host.
+        dtype: the tensor's type in the file.
+        shape: the tensor's shape in the file.
+        fetch: a function that returns the tensor's values on the host.
     """
 
     dtype: np.dtype[Any]
@@ -38,12 +38,12 @@ class PendingTensor(NamedTuple):
 
     @property
     def n_bytes(self) -> int:
-        """Computes the tensor's size in the file, in bytes."""
+        """The tensor's size in the file, in bytes."""
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
 
 def split_into_files(tensors: Mapping[str, PendingTensor], max_shard_bytes: int) -> dict[str, list[str]]:
-    """Splits tensors over files, in order; a file is above the limit only where one tensor alone is.
+    """Splits tensors over files, in order; a file exceeds the limit only if its single tensor does.
 
     Args:
         tensors: the tensors by name, in the order in which they are to be written.
@@ -71,7 +71,7 @@ def write_tensors(path: Path, names: Iterable[str], tensors: Mapping[str, Pendin
     Args:
         path: the file to make.
         names: the names of the tensors to write, in order.
-        tensors: the tensors by name; others than those in ``names`` are not written.
+        tensors: the tensors by name; only those in ``names`` are written.
 
     Raises:
         OSError: the file cannot be written.
@@ -99,15 +99,15 @@ def pending_tensors(table: Table, flat: Mapping[str, Any], dtype: DTypeLike | No
     """Lists every tensor of a table in the network's order: embedding, layer by layer, then what follows the layers.
 
     Args:
-        table: the parameters.
-        flat: their arrays, by the same paths.
+        table: the specs of the parameters, by path.
+        flat: the parameters' arrays, by path.
         dtype: the type to cast to; None keeps each tensor's own.
 
     Returns:
         The tensors by their names in the checkpoint.
 
     Raises:
-        UserError: one has a type that other readers of safetensors do not know, or is spread over several processes.
+        UserError: a parameter has a type that other readers of safetensors do not know, or is spread over several processes.
     """
     n_layers = max((s.shape[0] for s in table.values() if s.stacked), default=0)
     paths = list(table)
@@ -146,8 +146,8 @@ def _fetch(leaf: Any, spec: ParamSpec, layer: int, dtype: np.dtype[Any]) -> Call
 def _in_slices(leaf: Array, dtype: np.dtype[Any], transpose: bool) -> np.ndarray:
     """Copies a large matrix to the host, as the file stores it.
 
-    It copies in slices, since a JAX array keeps the host's copy of itself as long as it exists; and shard by shard, since
-    a slice of the whole would be gathered on every device first.
+    It copies slices, because a JAX array that was copied whole keeps that copy on the host as long as it exists; and it
+    copies each shard separately, because a slice of the whole array would first be gathered on every device.
     """
     bits = f"u{dtype.itemsize}"
     out = np.empty(leaf.shape[::-1] if transpose else leaf.shape, bits)

@@ -1,1 +1,1 @@
-"""Reads and writes files, folders and JSON lines, on a local disk or in an object store, and downloads from the hub."""
+"""Reads and writes files, folders and JSON lines, on a local disk or in an object store; downloads from the Hugging Face hub."""

@@ -1,7 +1,7 @@
 """Makes, moves and copies folders that are at any moment either whole or absent.
 
-A local disk has an atomic rename: a folder is written under a temporary name beside its own and then moved into place. An
-object store (``gs://``) has none: there one agreed file, the folder's *commit marker*, is written last, and a folder
+A local disk has an atomic rename: a folder is written under a temporary name beside its final one and then renamed. An
+object store (``gs://``) has none: there one chosen file, the folder's *commit marker*, is written last, and a folder
 without it is not whole.
 """
 
@@ -26,12 +26,12 @@ from jaxblock.io.remote import upload_folder
 
 @contextlib.contextmanager
 def new_folder(path: PathLike, *, marker: str, overwrite: bool = False) -> Iterator[pathlib.Path]:
-    """Yields a local scratch folder that becomes the folder `path` if the block ends well, and vanishes if it raises.
+    """Yields a local scratch folder that becomes the folder `path` when the block ends, and is removed if it raises.
 
     Args:
         path: the folder to make.
-        marker: the name of the file, made by the block, that says that the folder is whole. It is uploaded last; and no
-            folder that has none is ever replaced, so that a mistyped path cannot delete what is not ours.
+        marker: the name of the commit marker, a file that the block must write; it is uploaded last. A folder without it is
+            never replaced, so that a mistyped path cannot delete other files.
         overwrite: whether an existing whole folder is replaced.
 
     Yields:
@@ -46,7 +46,7 @@ def new_folder(path: PathLike, *, marker: str, overwrite: bool = False) -> Itera
         if is_remote(path):
             scratch = pathlib.Path(cleaning.enter_context(tempfile.TemporaryDirectory(prefix="jaxblock-")))
         else:
-            target = as_path(os.path.realpath(target))  # a link to a folder stays a link
+            target = as_path(os.path.realpath(target))  # so that the folder is replaced and a link to it is kept
             target.parent.mkdir(parents=True, exist_ok=True)
             scratch = temporary_sibling(target)
             scratch.mkdir()
@@ -85,7 +85,11 @@ def check_vacant(path: PathLike, *, marker: str, overwrite: bool = False) -> Non
 
 
 def write_files(folder: PathLike, files: Mapping[str, bytes]) -> None:
-    """Writes several files, by name, into a folder that is being made; unlike `write_bytes` each may be left in part.
+    """Writes files into a folder that is being made. Unlike `write_bytes`, a failure may leave part of a file.
+
+    Args:
+        folder: the folder, which is made if absent.
+        files: the content of each file, by its name.
 
     Raises:
         UserError: one of them cannot be written.
@@ -113,7 +117,7 @@ def copy_files(source: PathLike, target: pathlib.Path, patterns: Sequence[str] =
 
 
 def list_folder(folder: PathLike) -> list[epath.Path]:
-    """Lists the files and folders directly in a folder, sorted by name; none where there is no such folder.
+    """Lists the files and folders directly in a folder, sorted by name; empty where there is no such folder.
 
     Raises:
         UserError: the folder cannot be read.
@@ -131,10 +135,10 @@ def folder_bytes(folder: PathLike) -> int:
 
 
 def move_folder(source: PathLike, target: PathLike) -> None:
-    """Moves a folder to a place that does not exist yet: by rename, or in an object store by copy, then removal.
+    """Moves a folder to a path that does not exist yet: by rename, or in an object store by copying and removing it.
 
     Raises:
-        UserError: it cannot be moved.
+        UserError: the folder cannot be moved.
     """
     with explained("move", source):
         if not is_remote(source):

@@ -1,4 +1,4 @@
-"""Downloads checkpoints named on the Hugging Face hub or kept in an object store into local folders."""
+"""Downloads checkpoints from the Hugging Face hub or an object store into local folders."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from jaxblock.io.remote import local_folder
 
 _NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
 
-# Weights, configs, tokenizers and chat templates: no code and no pickles.
+# Only weights, configs, tokenizers and chat templates are downloaded from the hub: no code and no pickles.
 _WEIGHTS = ["*.safetensors"]
 _BESIDE = ["*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt"]
 _UNWANTED = ["*/*", "*.py", "*.bin", "*.pt", "*.pth"]  # subfolders hold the same weights in other formats
-_FILES = (".json", ".jsonl", ".model", ".yaml", ".safetensors")  # a name that ends so is a mistyped path
+_FILES = (".json", ".jsonl", ".model", ".yaml", ".safetensors")  # a name with one of these endings is a mistyped path
 
 
 def local_checkpoint(name: PathLike, *, weights: bool = True) -> str:
-    """Returns the local folder of a model that is named by path or by hub name, and downloads it if need be.
+    """Returns the local folder of a model that is named by path or hub name, and downloads it where needed.
 
     Args:
-        name: a path, which is returned as it is; or where no such file or folder exists ``org/name`` or
-            ``org/name@revision`` on the hub. The folder of a checkpoint or of adapters at ``gs://`` is copied to a
-            temporary folder of this process; that of a run is returned as it is.
+        name: a local path, which is returned as it is; where it does not exist, ``org/name`` or ``org/name@revision`` is
+            downloaded from the hub. A ``gs://`` folder of a checkpoint, adapters or a tokenizer is copied to a temporary
+            folder of this process; that of a run is returned as it is.
         weights: whether the weights are downloaded too; a tokenizer does not need them.
 
     Returns:
-        The path, which is not checked further: whoever reads it says what is missing.
+        The path. It is not checked: the code that reads it reports what is missing.
 
     Raises:
         UserError: the hub name cannot be downloaded.
@@ -49,7 +49,7 @@ def local_checkpoint(name: PathLike, *, weights: bool = True) -> str:
         return str(
             huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=wanted, ignore_patterns=_UNWANTED)
         )
-    except Exception as error:  # the client's, and those of the several HTTP libraries beneath it
+    except Exception as error:  # huggingface_hub raises its own exceptions and those of several HTTP libraries
         raise UserError(f"{text} is no local folder, and {_why(error, repo, revision)}") from error
 
 
@@ -58,7 +58,8 @@ def _copy_of_remote(folder: str, weights: bool) -> str:
     names = {entry.name for entry in list_folder(folder)}
     if not names & {"config.json", "adapter_config.json", "tokenizer.json", "tokenizer.model"}:
         return folder
-    return str(local_folder(folder, [*(_WEIGHTS if weights else ()), *_BESIDE, "*.py"]))  # code: for an export
+    # Model code is copied too, though never run, so that an export can include it.
+    return str(local_folder(folder, [*(_WEIGHTS if weights else ()), *_BESIDE, "*.py"]))
 
 
 def _why(error: Exception, repo: str, revision: str | None) -> str:

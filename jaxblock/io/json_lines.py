@@ -20,9 +20,9 @@ from jaxblock.io.files import write_bytes
 from jaxblock.io.paths import PathLike, as_path, explained, is_remote
 
 PERIOD = 60.0
-"""The time in seconds for which lines wait for others before a part is written."""
+"""The longest time, in seconds, that a line waits before the next call of `append` writes a part."""
 MOST_LINES = 1000
-"""The number of waiting lines at which a part is written, however quickly they came."""
+"""The number of waiting lines at which a part is written, even before `PERIOD` has passed."""
 
 _LOG = logging.getLogger(__name__)
 
@@ -31,11 +31,11 @@ class JsonlWriter:
     """Appends lines to a file that no other process writes to."""
 
     def __init__(self, path: PathLike, keep: Callable[[bytes], bool], *, period: float = PERIOD) -> None:
-        """Opens the file, or begins it; a last line that a kill has cut off is removed.
+        """Opens the file or makes it; an incomplete last line, left by a process that was killed, is removed.
 
         Args:
             path: the file's name, local or ``gs://``; in an object store the parts' names are made from it.
-            keep: returns whether a line that is there already stays.
+            keep: tells whether a line that is in the file already is kept.
             period: the time in seconds between two parts in an object store.
 
         Raises:
@@ -45,7 +45,7 @@ class JsonlWriter:
         self._remote = is_remote(path)
         self._period, self._since = period, time.monotonic()
         self._waiting: list[bytes] = []
-        self._begun = 0  # bytes of the first waiting line that a full disk took
+        self._begun = 0  # bytes of the first waiting line that were written before the disk was full
         self._number = 0
         with explained("write", self.path):
             there = read_jsonl_bytes(self.path).splitlines(keepends=True)
@@ -61,11 +61,11 @@ class JsonlWriter:
             self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (unwritten lines wait in this object)
 
     def append(self, line: str) -> None:
-        """Adds one line; on a local disk it is written when this returns, in an object store with the next part.
+        """Adds one line. It is written at once to a local disk, and with the next part to an object store.
 
         Raises:
-            UserError: the line cannot be written to a local disk; it waits, and is written with the next. An object store
-                that fails is tried again with the next part, and only ``close`` raises.
+            UserError: the line cannot be written to a local disk; it waits, and is written with the next line. A failing
+                object store raises nothing here: it is tried again with the next part, and only ``close`` raises.
         """
         self._waiting.append((line + "\n").encode())
         if not self._remote:
@@ -75,7 +75,7 @@ class JsonlWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Writes the waiting lines, to an object store as a part; if that fails it is logged, and they wait on."""
+        """Writes the waiting lines, to an object store as a part. A failure is logged, and the lines go on waiting."""
         try:
             with explained("write", self.path):
                 if self._remote:
@@ -104,7 +104,7 @@ class JsonlWriter:
             self._merge(read_jsonl_bytes(self.path).splitlines(keepends=True))
 
     def _write_out(self) -> None:
-        """Writes the waiting lines to a local disk; a full disk may take a part of a line, and the rest of it waits."""
+        """Writes the waiting lines to a local disk; where a full disk accepts only part of a line, the rest of it waits."""
         while self._waiting:
             self._begun += self._file.write(self._waiting[0][self._begun :])
             if self._begun == len(self._waiting[0]):
@@ -133,7 +133,7 @@ class JsonlWriter:
 
 
 def read_jsonl_bytes(path: PathLike) -> bytes:
-    """Reads all lines from the one file, from its parts (also where a bucket was copied to a local disk), or from both.
+    """Reads all lines from the file, its parts or both. Parts are read on a local disk too, if a bucket was copied there.
 
     Args:
         path: the file's name, from which its parts' names are made.
@@ -159,7 +159,7 @@ def _parts(path: epath.Path, *, superseded: bool = False) -> list[epath.Path]:
 
     Args:
         path: the file's name, from which the parts' names are made.
-        superseded: whether parts whose lines a later ``-all`` part holds are listed too.
+        superseded: whether to list also the parts before the last ``-all`` part, which holds all of their lines.
     """
     if not path.parent.exists():
         return []

@@ -1,4 +1,4 @@
-"""Handles local paths and addresses of an object store (``gs://bucket/folder``) alike, with errors that name the path."""
+"""Handles local paths and object store addresses (``gs://bucket/folder``) alike, with errors that name the path."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def as_path(path: PathLike) -> epath.Path:
         UserError: the kind of address is unknown.
     """
     if is_remote(path):
-        # Other processes write there too: a remembered listing would hide their files for as long as we live.
+        # Other processes write there too, and a cached listing would hide their files until this process ends.
         fsspec.config.conf.setdefault("gs", {}).setdefault("use_listings_cache", False)
     try:
         return epath.Path(path)
@@ -57,11 +57,11 @@ def explained(action: str, path: PathLike) -> Iterator[None]:
     """Turns errors of the operating system or the object store into a `UserError` that names the path and the cause.
 
     Args:
-        action: what is being done, as in "cannot {action} {path}".
+        action: what the block does, for the message "cannot {action} {path}".
         path: the path that the message names.
 
     Raises:
-        UserError: in place of any OSError; for a remote path in place of any error of its client.
+        UserError: the block raised OSError or, for a remote path, any error.
     """
     try:
         yield
@@ -79,5 +79,5 @@ def explained(action: str, path: PathLike) -> Iterator[None]:
 
 
 def temporary_sibling(target: epath.Path) -> pathlib.Path:
-    """Returns a hidden, unused name beside `target`: on the same disk, so that a rename puts it in the target's place."""
+    """Returns an unused hidden path beside `target`, on the same disk, so that it can later be renamed to `target`."""
     return pathlib.Path(target.parent) / f".{target.name}.partial-{os.getpid()}-{secrets.token_hex(4)}"

@@ -20,7 +20,7 @@ _CHUNK = 8 << 20  # bytes in memory while a file is copied
 
 
 def local_file(path: PathLike) -> pathlib.Path:
-    """Returns a local file with the content of `path`: itself, or for a remote file a copy fetched once per process.
+    """Returns a local file with the content of `path`: `path` itself, or a copy of a remote file, made once per process.
 
     Raises:
         UserError: the file cannot be read, or the local disk is too small.
@@ -33,13 +33,13 @@ def local_file(path: PathLike) -> pathlib.Path:
 
 
 def local_folder(path: PathLike, patterns: Sequence[str]) -> pathlib.Path:
-    """Returns a local folder with the files of `path` whose names match: itself, or for a remote one a copy.
+    """Returns `path` itself where it is local, or a local copy of those files of a remote folder whose names match.
 
     The copy is made once per process, and is removed when the process ends.
 
     Args:
         path: the folder.
-        patterns: globs of the names of files directly in it (``*.json``); a local folder is returned with all it holds.
+        patterns: globs (``*.json``) of the names of the files, directly in a remote folder, to copy.
 
     Raises:
         UserError: the folder cannot be read, or the local disk is too small.
@@ -50,7 +50,7 @@ def local_folder(path: PathLike, patterns: Sequence[str]) -> pathlib.Path:
 
 
 def upload_folder(source: pathlib.Path, target: epath.Path, marker: str) -> None:
-    """Replaces a folder in an object store by a local one: the old marker goes first, the new one comes last.
+    """Replaces a folder in an object store by a local one: removes the old marker first, and writes the new one last.
 
     Args:
         source: the local folder.

@@ -16,14 +16,14 @@ from jaxblock.errors import UserError
 
 
 class LengthRules:
-    """Applies the rules on lengths to every split, and counts what they leave out.
+    """Applies the rules on lengths to every split, and counts the records that they drop.
 
-    Training records pass the rule of `data.max_total_len` first, and only `data.max_records` of them are kept; then
-    every record meets the canvas (`data.overlong`).
+    A training record with more than `data.max_total_len` tokens is dropped. Then every record must fit the canvas;
+    `data.overlong` says what happens if it does not. Of the training records that fit, the first `data.max_records` are kept.
     """
 
     def __init__(self, data: DataConfig, canvas: CanvasConfig) -> None:
-        """Reads the rules of resolved settings (see `recipes.with_recipe`)."""
+        """Takes the rules from the settings, which are resolved (see `recipes.with_recipe`)."""
         self._data, self._block = data, canvas.block
         self._limits = {"prompt": canvas.prompt_len, "response": canvas.response_len}
         self._first_complaint = ""
@@ -37,20 +37,20 @@ class LengthRules:
 
         Args:
             split: "train", "validation" or "test".
-            pairs: The ids of prompt and response of each example; not read beyond the last that is needed.
-            examples: The examples themselves.
+            pairs: The ids of each example's prompt and response; no more of them are read than are needed.
+            examples: The examples that the ids belong to.
 
         Returns:
             (the records that fit, a report {"kept": n, "dropped": {reason: n}, "cut": {reason: n}} of how many records
             were kept, left out and cut). Nothing is ever cut off a prompt.
 
         Raises:
-            UserError: If no record is left.
+            UserError: If no record is left (unless `data.overlong` is `error`: then `check` raises).
         """
         kept: list[Record] = []
         dropped: Counter[str] = Counter()
         cut: Counter[str] = Counter()
-        # Validation records that are taken from the training records follow their rule.
+        # Where no file gives validation records they are training records, and `data.max_total_len` holds for them too.
         ruled = split == "train" or split == "validation" and self._data.validation is None
         most_tokens = self._data.max_total_len if ruled else None
         most_records = self._data.max_records if split == "train" else None
@@ -84,10 +84,9 @@ class LengthRules:
         return kept, {"kept": len(kept), "dropped": dict(dropped), "cut": dict(cut)}
 
     def check(self) -> None:
-        """Stops where `data.overlong` is `error` and a record of any split was too long.
+        """Raises UserError where `data.overlong` is `error` and a record of any split was too long.
 
-        Raises:
-            UserError: The message names the first such record, counts them all, and says which lengths hold them.
+        The message names the first such record, counts all of them, and says which canvas lengths would fit them.
         """
         if self._data.overlong != "error" or not self._first_complaint:
             return

@@ -1,4 +1,4 @@
-"""The manifest describes a prepared folder; it is written last, so that its presence means the folder is whole."""
+"""Reads and writes the manifest of a prepared folder, which is written last: a folder that has one is whole."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from jaxblock.io.paths import PathLike, as_path
 
 MANIFEST_FILE = "manifest.json"
 MANIFEST_FORMAT = 1
-# Settings that do not change what is prepared, but only where it is written or what training shows of it.
+# Settings that do not change the records: they say where the folder is, or how much of a record training shows the model.
 _NOT_RECORDED_DATA = ("prepared", "overwrite")
 _NOT_RECORDED_CANVAS = ("context", "suffix_window", "total_len")
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The description of a prepared folder.
+    """Describes a prepared folder.
 
     Attributes:
         format: The version of the folder's layout.
-        fingerprint: The SHA-256 of all that decides the content: settings, inputs, tokenizer, template.
-        data: The data settings, with what a recipe filled in.
+        fingerprint: The SHA-256 of everything that decides the content: settings, inputs, tokenizer, template.
+        data: The data settings, including the values that a recipe gave.
         canvas: The canvas settings.
         inputs: For each split its source: {"path", "sha256", "records", "conversations"}.
         tokenizer: The tokenizer's class and files: {"kind", "files": {name: sha256}}.
@@ -68,7 +68,7 @@ class Manifest:
 
 
 def write_manifest(folder: PathLike, manifest: Manifest) -> None:
-    """Writes the manifest, and so declares the folder whole."""
+    """Writes the manifest, which marks the folder as whole."""
     write_json(as_path(folder) / MANIFEST_FILE, dataclasses.asdict(manifest))
 
 
@@ -76,7 +76,7 @@ def read_manifest(folder: PathLike) -> Manifest:
     """Reads the manifest of a prepared folder.
 
     Raises:
-        UserError: If there is none, or another version wrote it.
+        UserError: If there is no manifest, or another version wrote it.
     """
     name = os.fspath(folder)
     path = as_path(folder) / MANIFEST_FILE
@@ -99,7 +99,7 @@ def recorded_settings(data: DataConfig, canvas: CanvasConfig) -> dict[str, dict[
     """Returns the (resolved) settings that decide what is prepared, as a manifest records them."""
     return {
         "data": {
-            key: list(value) if isinstance(value, tuple) else value  # as JSON gives it back
+            key: list(value) if isinstance(value, tuple) else value  # JSON has no tuples
             for key, value in dataclasses.asdict(data).items()
             if key not in _NOT_RECORDED_DATA
         },
@@ -116,10 +116,10 @@ def compute_fingerprint(
     """Computes the SHA-256 of everything that decides a prepared folder's content.
 
     Args:
-        settings: The recorded settings.
+        settings: The settings, as `recorded_settings` returns them.
         inputs: The source of each split, as in the manifest.
-        tokenizer: The SHA-256 of each file of a given tokenizer by name, and the special ids of its checkpoint; empty
-            for a tokenizer trained here.
+        tokenizer: The SHA-256 of each file of a tokenizer that is not trained here, by name, and the special ids of its
+            checkpoint; empty for a tokenizer that is trained here.
         template: The chat template's Jinja source.
     """
     hashes = {split: entry["sha256"] for split, entry in inputs.items()}
@@ -128,7 +128,7 @@ def compute_fingerprint(
 
 
 def changed_settings(old: Manifest, settings: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Lists which recorded settings differ from those of a folder, as "data.level = 'easy' there, 'hard' here"."""
+    """Lists the settings that differ from those in a folder's manifest, as "data.level = 'easy' there, 'hard' here"."""
     found = []
     for section, before in (("data", old.data), ("canvas", old.canvas)):
         values = settings[section]

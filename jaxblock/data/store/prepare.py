@@ -1,4 +1,4 @@
-"""Prepares text records: a folder of tokenised records, tokenizer, template and manifest, whole or not at all."""
+"""Makes a prepared folder from text records: tokenised records, tokenizer, template and manifest, all of them or none."""
 
 from __future__ import annotations
 
@@ -48,19 +48,19 @@ def _silent(message: str) -> None:
 def prepare(data: DataConfig, canvas: CanvasConfig, progress: Progress = _silent) -> Manifest:
     """Prepares data in the folder `data.prepared`.
 
-    A folder that already holds what the same settings and inputs give is left as it is.
+    A folder that was prepared from the same settings and inputs is left as it is.
 
     Args:
         data: The data settings.
         canvas: The canvas settings; records that do not fit the canvas are treated as `data.overlong` says.
-        progress: A function that is called with a line of text now and then.
+        progress: A function that is called with a line of text at the start of each part of the work.
 
     Returns:
         The folder's manifest.
 
     Raises:
-        UserError: If the input or a setting is bad (file and line are named), or the folder may not be replaced; nothing
-            is written then.
+        UserError: If a record or a setting is wrong (the message names file and line), or the folder may not be replaced.
+            Nothing is written then.
     """
     data.check()
     canvas.check()
@@ -98,10 +98,10 @@ def prepare(data: DataConfig, canvas: CanvasConfig, progress: Progress = _silent
 
 
 def _prepared_before(data: DataConfig, settings: dict[str, dict[str, Any]], fingerprint: str) -> Manifest | None:
-    """Returns the manifest of a folder that already holds this very result; None if the folder is to be written.
+    """Returns the folder's manifest if it has this fingerprint; None if the folder is to be written.
 
     Raises:
-        UserError: If the folder holds something else and may not be replaced.
+        UserError: If the folder has other content and may not be replaced.
     """
     path = as_path(data.prepared)
     if (path / MANIFEST_FILE).exists():
@@ -126,7 +126,7 @@ def _prepared_before(data: DataConfig, settings: dict[str, dict[str, Any]], fing
 
 
 class _GivenTokenizer(NamedTuple):
-    """A tokenizer that is not trained here, and the special ids that the config.json of its checkpoint gives."""
+    """Holds a tokenizer that is not trained here, and the special ids in the config.json of its checkpoint."""
 
     tokenizer: Tokenizer
     ids: dict[str, int]
@@ -140,7 +140,7 @@ def _given_tokenizer(data: DataConfig) -> _GivenTokenizer:
 def _make_encoder(
     data: DataConfig, train: list[Example], given: _GivenTokenizer | None, source: str, progress: Progress
 ) -> Encoder:
-    """Puts tokenizer, template and special ids together; trains the tokenizer where none is given."""
+    """Makes the encoder from tokenizer, template and special ids; trains a tokenizer where none is given."""
     if given is None:
         progress(f"training a {data.tokenizer_type} tokenizer on {len(train):,} records")
         tokens = {"bos_token": BOS, "eos_token": data.eos_token or EOS, "eot_token": data.eot_token or EOT}

@@ -1,4 +1,4 @@
-"""Opens a prepared folder for the verbs that read it."""
+"""Opens a prepared folder for the commands that read it."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from jaxblock.io.paths import PathLike, as_path
 
 @dataclass(frozen=True)
 class Prepared:
-    """An opened prepared folder.
+    """Gives access to a prepared folder: its manifest, tokenizer and records.
 
     Attributes:
         folder: The folder's path.
-        manifest: The folder's description of itself.
+        manifest: The description of the folder.
         tokenizer: The folder's tokenizer.
         encoder: The tokenizer with the chat template and the special ids.
     """
@@ -36,7 +36,7 @@ class Prepared:
 
     @property
     def special(self) -> SpecialIds:
-        """The ids of the mask, the end of the sequence and the end of a turn."""
+        """The ids of the special tokens: mask, end of the sequence, end of a turn, padding."""
         return self.encoder.special
 
     def records(self, split: str) -> Records:
@@ -53,10 +53,10 @@ class Prepared:
         return Records(self.folder, split)
 
     def check_canvas(self, canvas: CanvasConfig) -> None:
-        """Raises UserError where a canvas may be too small for the records.
+        """Raises UserError where a canvas is smaller than the one that the records were prepared for.
 
         Args:
-            canvas: The canvas to train or score on.
+            canvas: The canvas to train or score on; where it has a `total_len`, each record's length is compared with that.
         """
         prepared_for = self.manifest.canvas_config
         for name, length, least in (
@@ -83,7 +83,7 @@ def open_prepared(folder: PathLike) -> Prepared:
     """Opens a prepared folder.
 
     Raises:
-        UserError: If it is absent, not whole, or damaged.
+        UserError: If the folder is absent, not whole, or damaged.
     """
     manifest = read_manifest(folder)
     local = as_path(folder) / "tokenizer"

@@ -1,4 +1,4 @@
-"""Prepared records, of one tokenised prompt and response each, in ArrayRecord files that are read at random."""
+"""Reads and writes prepared records (one tokenised prompt and response each) in ArrayRecord files with random access."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from jaxblock.errors import UserError
 from jaxblock.io.paths import PathLike, as_path
 from jaxblock.io.remote import local_file
 
-_HEADER = struct.Struct("<6I")  # index, ids of the prompt and the response, bytes of the three texts
-# Files up to this many bytes are read once: a random read costs 0.1 ms, more than everything else that a row needs.
+_HEADER = struct.Struct("<6I")  # index, numbers of prompt and response ids, numbers of bytes of the three texts
+# Files up to this many bytes are kept in memory: a random read takes 0.1 ms, longer than all other work on a row.
 _KEEP_IN_MEMORY = 64 << 20
 
 
 @dataclass(frozen=True)
 class Record:
-    """One supervised response and the prompt that it answers.
+    """Holds one supervised response and the prompt that it answers.
 
     Attributes:
-        prompt_ids: int32 [prompt tokens]: everything the model is given, the assistant's header included.
-        response_ids: int32 [response tokens]: the text and its terminator (none if it was cut); no fill.
-        prompt: The record's own question, untouched by the template.
-        response: The record's own answer, untouched by the template.
+        prompt_ids: The prompt's ids, int32 [prompt tokens], with all that the template puts before the response.
+        response_ids: The response's ids, int32 [response tokens]: the text and its terminator (a response that was cut has
+            none), without fill.
+        prompt: The question as the record has it, without the template.
+        response: The answer as the record has it, without the template.
         source: The place the record came from, as in "train.jsonl:17".
         index: The record's place in its split, from 0.
     """
@@ -43,7 +44,7 @@ class Record:
 
 
 def encode_record(record: Record) -> bytes:
-    """Writes a record as bytes, from which `decode_record` reads it."""
+    """Returns a record as bytes, from which `decode_record` reads it."""
     prompt_ids = np.ascontiguousarray(record.prompt_ids, "<i4")
     response_ids = np.ascontiguousarray(record.response_ids, "<i4")
     texts = [text.encode() for text in (record.prompt, record.response, record.source)]
@@ -78,11 +79,11 @@ def write_records(folder: pathlib.Path, split: str, records: Iterable[Record]) -
     """Writes a split's file into a local folder.
 
     Raises:
-        UserError: If it cannot be written; what was written so far must then not be used.
+        UserError: If the file cannot be written; it may then hold a part of the records.
     """
     path = records_file(folder, split)
     try:
-        writer = ArrayRecordWriter(path, "group_size:1")  # 1: random access decompresses a single record
+        writer = ArrayRecordWriter(path, "group_size:1")  # so that a random read decompresses one record only
         for record in records:
             writer.write(encode_record(record))
         writer.close()
@@ -91,7 +92,7 @@ def write_records(folder: pathlib.Path, split: str, records: Iterable[Record]) -
 
 
 class Records(Sequence[Record]):
-    """Gives random access to a split's records, to threads and (it can be pickled) to worker processes."""
+    """Gives random access to a split's records. Threads may share it, and worker processes may unpickle it."""
 
     def __init__(self, folder: PathLike, split: str) -> None:
         """Opens a split ("train", "validation" or "test") of a prepared folder.
@@ -141,7 +142,7 @@ class Records(Sequence[Record]):
         return self._source[i % len(self)] if self._memory is None else self._memory[i]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "local": self._local}  # a worker reads this process's copy
+        return {"path": self.path, "local": self._local}  # so that a worker process does not download the file again
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.path, self._local = state["path"], state["local"]

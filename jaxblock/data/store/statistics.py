@@ -1,4 +1,4 @@
-"""Counts the tokens and blocks of prepared records, and the questions that two splits share."""
+"""Counts the tokens and blocks of prepared records, and the prompts that two splits share."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from jaxblock.data.store.records import Record
 
 
 def length_statistics(records: Sequence[Record], block: int) -> dict[str, Any]:
-    """Computes token statistics (prompt, response, total) and how many responses take 1, 2, ... blocks.
+    """Computes statistics of the token counts (prompt, response, total), and counts the responses of 1, 2, ... blocks.
 
     Args:
         records: The records of a split, at least one.
         block: The number of response positions of a block.
 
     Returns:
-        {"tokens": {"prompt": {"min", "mean", "median", "p95", "max"}, ...}, "blocks": {"1": responses, ...}}
+        {"tokens": {"prompt": {"min", "mean", "median", "p95", "max"}, ...}, "blocks": {"1": number of responses, ...}}
     """
     prompt = np.array([len(record.prompt_ids) for record in records])
     response = np.array([len(record.response_ids) for record in records])
@@ -32,10 +32,10 @@ def length_statistics(records: Sequence[Record], block: int) -> dict[str, Any]:
 
 
 def count_overlaps(prompts: Mapping[str, Iterable[str]]) -> dict[str, int]:
-    """Counts for each pair of splits how many prompts of the second are in the first too (blanks and case aside).
+    """Counts for each pair of splits how many prompts of the second are in the first too; blanks and case are ignored.
 
     Args:
-        prompts: The prompts of each split, by its name.
+        prompts: The prompts of each split, by the split's name.
 
     Returns:
         {"train and test": n, ...}

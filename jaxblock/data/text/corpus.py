@@ -1,8 +1,8 @@
-"""The built-in corpus: multi-step arithmetic word problems in GSM8K's format, generated from a seed.
+"""Generates the built-in corpus from a seed: multi-step arithmetic word problems in GSM8K's format.
 
 A problem is a *chain* (a starting number and the operations applied to it, in order) told as a short story. Whether a
 chain belongs to training or to the held-out split depends on the chain alone: not on the seed, the level, the wording or
-how many problems are asked for. So no chain seen in training is ever a test item, whatever two calls made the two sets.
+the number of problems asked for. So a training set and a test set never share a chain, even if their seeds or levels differ.
 """
 
 import bisect
@@ -22,10 +22,13 @@ CorpusSplit = Literal["train", "test"]
 Chain = tuple[Any, ...]
 """(start, (operation, operand), ...): the start is a number, an operation one of "+", "-" and "*"."""
 
-TEST_SHARE = 1 / 8  # of all chains
+TEST_SHARE = 1 / 8
+"""The share of all chains that belongs to the test split."""
+
 _OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
-_LARGEST_FACTOR = 9  # "37 times as many" is no sentence of a story
-_COUNTABLE = 2_000_000  # so many chains may be walked through one by one, to count a split exactly
+_LARGEST_FACTOR = 9  # larger factors ("37 times as many") would sound odd in a story
+# Up to this number of chains, all of them may be enumerated to report exactly how many belong to a split.
+_COUNTABLE = 2_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +36,9 @@ class Level:
     """Bounds the numbers and operations of a problem.
 
     Attributes:
-        steps: The least and the greatest number of dependent operations.
-        max_operand: The largest operand; operands are 2 or more (factors at most 9).
-        max_total: The largest start and running total; neither is below 0.
+        steps: The smallest and the largest number of operations.
+        max_operand: The largest operand; an operand is at least 2, and a factor at most 9.
+        max_total: The largest starting number and running total; a start is at least 2, a running total at least 0.
         operations: The operations used, out of "+", "-" and "*".
     """
 
@@ -133,7 +136,7 @@ def chain_of(record: dict[str, str]) -> Chain:
 
 @functools.cache
 def _moves(level: Level, total: int) -> tuple[tuple[tuple[str, int], int], ...]:
-    """Returns every ((operation, operand), result) that may follow a running total."""
+    """Returns the moves from a running total: every ((operation, operand), result) that the level allows."""
     moves = []
     for operation in level.operations:
         largest = min(level.max_operand, _LARGEST_FACTOR) if operation == "*" else level.max_operand
@@ -146,9 +149,11 @@ def _moves(level: Level, total: int) -> tuple[tuple[tuple[str, int], int], ...]:
 
 @functools.cache
 def _ways(level: Level, total: int, steps: int) -> tuple[int, ...]:
-    """Counts the chains that go on from `total` by `steps` operations, as running sums over its moves.
+    """Counts the ways to go on from a running total, by their first move.
 
-    The first entry is 0; entry i + 1 counts the chains that begin with one of the moves 0 to i; the last counts them all.
+    Returns:
+        Cumulative counts over `_moves(level, total)`: entry i is the number of sequences of `steps` operations whose first
+        move comes before move i, so that the first entry is 0 and the last counts all sequences.
     """
     followers = (_ways(level, result, steps - 1)[-1] if steps > 1 else 1 for _, result in _moves(level, total))
     return tuple(itertools.accumulate(followers, initial=0))
@@ -156,7 +161,12 @@ def _ways(level: Level, total: int, steps: int) -> tuple[int, ...]:
 
 @functools.cache
 def _heads(level: Level) -> tuple[list[tuple[int, int]], list[int]]:
-    """Returns every (steps, start), and the running sums of the numbers of chains that begin so, the first of them 0."""
+    """Lists every pair (number of steps, start), and counts the chains of each.
+
+    Returns:
+        (the pairs, cumulative counts: entry i is the number of chains of all pairs before pair i). `_unrank` finds a chain's
+        pair by its index among these counts; the last count is that of all chains of the level.
+    """
     heads = [
         (steps, start) for steps in range(level.steps[0], level.steps[1] + 1) for start in range(2, level.max_total + 1)
     ]
@@ -164,7 +174,7 @@ def _heads(level: Level) -> tuple[list[tuple[int, int]], list[int]]:
 
 
 def _unrank(level: Level, index: int) -> Chain:
-    """Returns the chain at `index` when chains are sorted by number of steps, start, first operation and so on."""
+    """Returns the chain at `index` in the list of all chains, sorted by number of steps, start, first operation and so on."""
     heads, begins = _heads(level)
     at = bisect.bisect(begins, index) - 1
     index -= begins[at]  # from here on, an index among the chains that share this beginning

@@ -1,4 +1,4 @@
-"""Turns one record into conversations with a supervised answer. Every complaint names the file and the line."""
+"""Converts a record into examples: conversations with a supervised answer. Every error names the file and the line."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ ROLES = ("system", "user", "assistant")
 
 @dataclass(frozen=True)
 class Example:
-    """A conversation whose last turn, the assistant's, is supervised.
+    """Holds a conversation whose last turn, the assistant's, is supervised.
 
     Attributes:
-        messages: The turns; the last is the assistant's.
-        prompt: The question as the record has it, without `data.prompt_template` (of several turns: all of them, one
-            "role: text" a line).
+        messages: The turns of the conversation; the last is the assistant's.
+        prompt: The question as the record has it, without `data.prompt_template`; where several turns come before the
+            answer, all of them, each as a line "role: text".
         response: The supervised answer as the record has it.
-        where: The path and the line, for error messages.
-        source: The file name and the line, for the prepared record, and the number of the assistant's turn where
+        where: The path and the line of the record, for error messages.
+        source: The file name and the line, which the prepared record keeps, and the number of the assistant's turn where
             several are supervised ("train.jsonl:17#2").
-        conversation: A name that all examples of one conversation share; they stay in one split.
+        conversation: A name that all examples of one conversation share, so that they are put into the same split.
     """
 
     messages: tuple[Message, ...]
@@ -41,11 +41,11 @@ class Example:
 
 
 def examples_of(row: Row, config: DataConfig) -> list[Example]:
-    """Reads a record: one example of a question and its answer, one or several of a conversation.
+    """Makes the examples of a record: one of a question and its answer, one or several of a conversation.
 
     Args:
-        row: The record and its place.
-        config: Resolved settings (see `recipes.with_recipe`): the names of the fields, and which turns are supervised.
+        row: The record and its place in a file.
+        config: Resolved settings (see `recipes.with_recipe`), which name the fields and the turns that are supervised.
 
     Raises:
         UserError: If a field is missing, empty or not text, or the messages are not a conversation.
@@ -76,7 +76,7 @@ def read_prompts(path: str, config: DataConfig) -> Iterator[tuple[str, str]]:
 
 
 def question_and_answer(prompt: str, response: str, config: DataConfig, where: str, source: str) -> Example:
-    """Makes the example of a single question and its answer; the question goes into `data.prompt_template`."""
+    """Makes the example of a single question and its answer; the question is put into `data.prompt_template`."""
     messages = ({"role": "user", "content": in_template(prompt, config)}, {"role": "assistant", "content": response})
     return Example(messages, prompt, response, where, source, where)
 
@@ -87,10 +87,15 @@ def in_template(prompt: str, config: DataConfig) -> str:
 
 
 def checked_text(value: Any, name: str, where: str) -> str:
-    """Returns a value that is text and not empty.
+    """Checks that a value is text and not empty, and returns it.
+
+    Args:
+        value: The value to check.
+        name: What the value is, for the error message.
+        where: The record that the value is from, for the error message.
 
     Raises:
-        UserError: If it is not a string, is blank, or cannot be written as UTF-8; `where` and `name` say what it is.
+        UserError: If the value is not a string, is blank, or cannot be written as UTF-8.
     """
     if not isinstance(value, str):
         raise UserError(f"{where}: {name} must be a string, not {json_type(value)}")
@@ -118,10 +123,11 @@ def _field(row: Row, setting: str, name: str | None, otherwise: str = "") -> str
 
 
 def _turns(row: Row, messages: list[Message], config: DataConfig) -> list[Example]:
-    """Makes one example for each supervised turn; the turns after it are not in it."""
+    """Makes one example for each supervised turn, from the turns up to it."""
     spoken = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
     first_user = next(number for number, message in enumerate(messages) if message["role"] == "user")
-    supervised = [number for number in spoken if number > first_user]  # a greeting answers nothing
+    # What the assistant says before the user's first turn answers nothing: it is context and not supervised.
+    supervised = [number for number in spoken if number > first_user]
     every_turn = config.turns == "all"
     examples = []
     for number in supervised if every_turn else supervised[-1:]:
@@ -142,7 +148,11 @@ def _turns(row: Row, messages: list[Message], config: DataConfig) -> list[Exampl
 
 
 def _conversation(row: Row, field: str) -> list[Message]:
-    """Returns the messages of a record, checked: they end with the assistant's turn and contain a user's."""
+    """Returns the messages of a record after checking that they are a conversation.
+
+    Raises:
+        UserError: If they are not, do not end with the assistant's turn, or have no turn of the user.
+    """
     value, where = row.record[field], row.where
     if not isinstance(value, list) or not value:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Reads record files (JSON lines, a JSON array, Parquet) and data sets of the `datasets` library, each record with its place."""
+"""Reads records, each with its place, from files (JSON lines, JSON array, Parquet) and data sets of the `datasets` library."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class Row(NamedTuple):
-    """One record of a file and its place.
+    """Holds one record of a file and its place.
 
     Attributes:
         record: The record's fields.
         where: The path and the place in the file, for error messages.
-        source: The file name and the place in the file, for the prepared record.
+        source: The file name and the place in the file, which the prepared record keeps.
     """
 
     record: dict[str, Any]
@@ -41,14 +41,14 @@ def read_rows(path: str, split: str) -> Iterator[Row]:
     Args:
         path: A file, local or gs://: Parquet (.parquet), JSON (.json: one array, or lines) or JSON lines (anything else);
             or "hf:NAME[@REVISION][:CONFIG][#SPLIT]", where NAME may be a local folder that `datasets` can read.
-        split: The split of a data set whose path names none.
+        split: The split to read of a data set whose path does not name one.
 
     Yields:
-        Rows, named by line (JSON lines) or by index from 0 (the rest).
+        Rows, whose places are line numbers (JSON lines) or indices from 0 (all other kinds).
 
     Raises:
-        UserError: If the file is missing, is not UTF-8 (the byte's offset is named) or is not JSON (the line is named),
-            if a record is not an object, and if a library is not installed.
+        UserError: If the file is missing, is not UTF-8 (the message gives the byte's offset) or is not JSON (it gives the
+            line), a record is not an object, or a library is not installed.
     """
     if path.startswith(HUB):
         return _dataset(path, split)
@@ -92,7 +92,7 @@ def _json_lines(path: str, content: bytes) -> Iterator[Row]:
 
 
 def _decoded(raw: bytes, path: str, line: int, offset: int) -> str:
-    """Decodes UTF-8; `line` and `offset` say where in the file the bytes begin."""
+    """Decodes UTF-8; the bytes begin at line `line` and byte `offset` of the file, which an error names."""
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
@@ -120,7 +120,7 @@ def _parsed_line(text: str, where: str) -> Any:
 
 
 def _json_array(path: str, content: bytes) -> Iterator[Row]:
-    """Parses the elements one after another, so that an error names the line of its element."""
+    """Yields the elements of a JSON array; they are parsed one by one, so that an error can name the element's line."""
     start = len(_BYTE_ORDER_MARK) if content.startswith(_BYTE_ORDER_MARK) else 0
     text = _decoded(content[start:], path, 1, start)
     line_ends = [found.start() for found in re.finditer("\n", text)]
@@ -191,7 +191,7 @@ def _dataset(path: str, split: str) -> Iterator[Row]:
         ) from error
     try:
         table = datasets.load_dataset(name, found["config"], split=split, revision=found["revision"])
-    except Exception as error:  # the library raises many kinds, its own and those of the network
+    except Exception as error:  # the library raises its own exceptions and those of several network libraries
         first = next(iter(str(error).splitlines()), "")
         raise UserError(
             f"cannot load {path} (split {split!r}) through the datasets library: {type(error).__name__}: {first}. Without "

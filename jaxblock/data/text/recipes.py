@@ -1,4 +1,4 @@
-"""Recipes give the field names, prompt, length rule and filter of a data set that the paper uses by one setting."""
+"""Defines recipes: each gives the field names, prompt, length rule and filter of a data set that the paper uses."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{prompt}\n\n### Response: Let's think step by step."
 )
-"""The prompt of the published code's preprocessing script; it is one user turn."""
+"""The prompt of the published code's preprocessing script; all of it is one user turn."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The settings that a data set's name stands for.
+    """Holds the settings that a recipe's name stands for.
 
     Attributes:
         prompt_field: The field that holds the prompt.
         response_field: The field that holds the response.
         train: The source of the training records when the config names no file.
         test: The source of the test records when the config names no file; None if the data set has none.
-        exclude_types: Training records whose type contains one of these texts are dropped.
-        prompt_template: The text that a prompt is put into, at `{prompt}`.
+        exclude_types: Texts; a training record whose type contains one of them is dropped.
+        prompt_template: The text in which `{prompt}` is replaced by the prompt.
         max_total_len: Training records with more tokens of prompt and response together are dropped; 0 for no limit.
         max_records: The number of training records that are kept; 0 for all.
     """
@@ -42,7 +42,7 @@ class Recipe:
 
 
 RECIPES: dict[RecipeName, Recipe] = {
-    # The published script skips the GSM types by default: what it trains on derives from MATH alone.
+    # The published script skips the GSM types by default, so that it trains only on records that derive from MATH.
     "metamathqa": Recipe("query", "response", "hf:meta-math/MetaMathQA", None, exclude_types=("GSM",)),
     "gsm8k": Recipe("question", "answer", "hf:openai/gsm8k:main", "hf:openai/gsm8k:main"),
     "math": Recipe(
@@ -53,9 +53,9 @@ _NO_RECIPE = Recipe("question", "answer", BUILTIN, BUILTIN, prompt_template="{pr
 
 
 def with_recipe(config: DataConfig) -> DataConfig:
-    """Fills in every setting that a recipe may decide; a setting that is given stays as it is.
+    """Fills in the settings that a recipe decides; a setting that is given stays as it is.
 
-    Where `train` is `builtin`, a recipe's own source takes its place, and then that of `test` too.
+    Where `train` is `builtin` it is replaced by the recipe's source, and then a `test` that is `builtin` by the recipe's too.
 
     Args:
         config: The data settings.

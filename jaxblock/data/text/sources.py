@@ -18,10 +18,10 @@ from jaxblock.errors import UserError
 
 @dataclass(frozen=True)
 class Source:
-    """The examples of a split, and where they came from.
+    """Holds the examples of a split, and where they came from.
 
     Attributes:
-        path: What the settings name: a file, a data set or `builtin`.
+        path: The source as the settings name it: a file, a data set or `builtin`.
         sha256: The hash of the file, or of the examples' texts where there is no file.
         examples: The examples in their order.
         dropped: How many records were left out, by reason.
@@ -33,7 +33,7 @@ class Source:
     dropped: dict[str, int] = field(default_factory=dict)
 
     def described(self) -> dict[str, Any]:
-        """Returns what the manifest says: "path", "sha256", and how many "records" (examples) and "conversations"."""
+        """Returns the manifest's entry: "path", "sha256", and the numbers of "records" (examples) and "conversations"."""
         return {
             "path": self.path,
             "sha256": self.sha256,
@@ -46,14 +46,14 @@ def read_source(path: str, config: DataConfig, split: str) -> Source:
     """Reads the records of a file or a data set.
 
     Args:
-        path: A file or a data set, as `files.read_rows` takes it.
-        config: Resolved settings (see `recipes.with_recipe`): names of the fields, which turns are supervised, and, for
-            the split "train" only, which types are left out.
+        path: A file or a data set, as `files.read_rows` accepts it.
+        config: Resolved settings (see `recipes.with_recipe`), which name the fields, the turns that are supervised, and, for
+            the split "train" only, the types that are left out.
         split: "train", "validation" or "test".
 
     Raises:
         UserError: If the file cannot be read or holds no record, or if a record is not an object or its fields are
-            missing, empty or not text; the file and the line are named.
+            missing, empty or not text; the message names the file and the line.
     """
     examples: list[Example] = []
     dropped: Counter[str] = Counter()
@@ -73,10 +73,10 @@ def read_source(path: str, config: DataConfig, split: str) -> Source:
 
 
 def builtin_examples(split: corpus.CorpusSplit, n: int, config: DataConfig) -> list[Example]:
-    """Makes `n` problems of the built-in corpus at the config's level and seed, named "builtin:test:12" and so on.
+    """Makes `n` problems of the built-in corpus at the config's level and seed, with sources like "builtin:test:12".
 
     Raises:
-        UserError: If the level is unknown or does not have so many problems.
+        UserError: If the level is unknown or has fewer than `n` problems.
     """
     try:
         records = corpus.generate(split, n, level=config.level, seed=config.seed)
@@ -90,7 +90,7 @@ def builtin_examples(split: corpus.CorpusSplit, n: int, config: DataConfig) -> l
 
 
 def builtin_source(examples: list[Example]) -> Source:
-    """Describes examples of the built-in corpus as a source; the hash is that of their texts."""
+    """Makes a source of examples of the built-in corpus; its hash is that of their texts."""
     return Source(BUILTIN, _texts_sha256(examples), examples)
 
 

@@ -19,16 +19,16 @@ SPLIT_NAMES = ("train", "validation", "test")
 def read_splits(config: DataConfig) -> dict[str, Source]:
     """Reads every split that has examples, in the order of `SPLIT_NAMES`.
 
-    Validation records that no file gives are set apart: of a training file by a permutation seeded with `config.seed`,
-    of the built-in corpus from its held-out problems beyond the first `builtin_test`. The examples of one conversation
-    stay together.
+    Where no file gives validation records, they are taken from the training file, chosen by a permutation seeded with
+    `config.seed`, or, with the built-in corpus, from the held-out problems after the first `builtin_test`. All examples of
+    one conversation are put into the same split.
 
     Args:
         config: Resolved settings (see `recipes.with_recipe`).
 
     Raises:
-        UserError: If a file or a record is refused (see `sources.read_source`), the settings fit no split, or the
-            built-in corpus is not disjoint.
+        UserError: If a file or a record is refused (see `sources.read_source`), the settings leave no training records or
+            mix `builtin` with a training file, or splits of the built-in corpus share a problem.
     """
     if config.train != BUILTIN and config.test == BUILTIN:
         raise UserError(
@@ -40,7 +40,7 @@ def read_splits(config: DataConfig) -> dict[str, Source]:
 
 
 def _from_corpus(config: DataConfig) -> dict[str, Source]:
-    """Makes training problems, and held-out ones for the splits that no file gives."""
+    """Makes training problems, and held-out problems for each other split that the settings give no file for."""
     if not config.builtin_train:
         raise UserError("data.builtin_train = 0 leaves nothing to train on")
     n_validation = config.validation_records if config.validation in (None, BUILTIN) else 0
@@ -73,7 +73,7 @@ def _read_file(split: str, path: str, config: DataConfig) -> Source:
 
 
 def _set_apart(train: Source, config: DataConfig) -> tuple[Source, Source]:
-    """Divides training examples into (training, validation); whole conversations are drawn, so that none is in both."""
+    """Divides training examples into (training, validation); all examples of a conversation are put into the same one."""
     conversations = list(dict.fromkeys(example.conversation for example in train.examples))
     n = config.validation_records
     if n >= len(conversations):
@@ -89,7 +89,7 @@ def _set_apart(train: Source, config: DataConfig) -> tuple[Source, Source]:
 
 
 def _check_disjoint(splits: dict[str, Source]) -> None:
-    """Checks what the built-in corpus promises: a problem in two splits would make every score meaningless."""
+    """Raises UserError where a problem of the built-in corpus is in two splits, which would make every score meaningless."""
     for key in (lambda example: corpus.chain_of({"answer": example.response}), lambda example: example.prompt):
         seen: set[Any] = set()
         for split, source in splits.items():

@@ -13,8 +13,8 @@ _THINGS = (
     "cookies", "crayons", "cups", "eggs", "flowers", "keys", "lemons", "letters", "marbles", "muffins", "pears",
     "pencils", "plums", "postcards", "ribbons", "shells", "spoons", "stamps", "stickers", "tickets", "tulips",
 )  # fmt: skip
-# A number is never followed by a full stop, with which a tokenizer could merge it into one token.
-# The sentences are short because a prompt token costs as much as a response token and the quickstart runs on two cores.
+# No number is followed by a full stop: a tokenizer could merge the two into one token.
+# The sentences are short because a prompt token costs as much time as a response token and the quickstart runs on two cores.
 _OPENINGS = (
     "{name} has {n} {things}.",
     "{name} owns {n} {things}.",

@@ -1,4 +1,4 @@
-"""Turns conversations into ids of a prompt and a response, and checks the boundary between the two in tokens."""
+"""Converts conversations into the ids of a prompt and a response, and checks that the boundary between them is stable."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from jaxblock.io.paths import PathLike, as_path
 
 
 class Encoder:
-    """Turns text into ids by a tokenizer, a chat template and special ids, in training and decoding alike."""
+    """Converts text into ids with a tokenizer, a chat template and special ids, in training and decoding alike."""
 
     def __init__(self, tokenizer: Tokenizer, template: Template, special: SpecialIds, config: DataConfig) -> None:
-        """Puts the parts together; of the data settings it uses `prompt_template` and `system`."""
+        """Keeps the parts; of the data settings only `prompt_template` and `system` are used."""
         self.tokenizer, self.template, self.special = tokenizer, template, special
         self._config = config
-        # A named unused token need not be marked as special in the tokenizer's files.
+        # An unused token that `data.mask_token` names may not be marked as special in the tokenizer's files.
         named = {tokenizer.piece(i) for i in (special.mask, special.eos, special.eot) if i < tokenizer.vocab_size}
         forbidden = tokenizer.special_texts | named
         self._forbidden = re.compile("|".join(map(re.escape, sorted(forbidden, key=len, reverse=True))))
@@ -34,8 +34,8 @@ class Encoder:
 
         Args:
             prompt: A user's text, which is put into `data.prompt_template` as a record's prompt is; or a conversation
-                that ends with a user's turn, which is taken as it stands.
-            where: The place that errors name, as in "train.jsonl:17".
+                that ends with a user's turn, to which no prompt template is applied.
+            where: The place that error messages name, as in "train.jsonl:17".
 
         Raises:
             UserError: If the text holds a special token, or the template fails on it.
@@ -60,7 +60,7 @@ class Encoder:
         What a template writes after the terminator (a newline, or LLaDA's next assistant header) is dropped.
 
         Raises:
-            UserError: If the text holds a special token, the prompt's ids are not a prefix of the whole's, or the
+            UserError: If the text holds a special token, the prompt's ids are not a prefix of the conversation's ids, or the
                 template loses the response or does not end it.
         """
         where = example.where
@@ -90,14 +90,17 @@ class Encoder:
         return prompt_ids, response_ids
 
     def _unknown(self) -> str:
-        """Names the tokens that the template writes and the tokenizer lacks: a template made for another tokenizer fails so."""
+        """Returns a sentence for an error: the special tokens that the template writes but the tokenizer lacks.
+
+        It is empty where there are none. There are some if the template was made for another tokenizer.
+        """
         unknown = [text for text in self.template.control_tokens() if self.tokenizer.id_of(text) is None]
         if not unknown:
             return ""
         return f". The template writes {', '.join(unknown)}, which the tokenizer does not have as tokens"
 
     def _checked(self, messages: Sequence[Message], where: str) -> list[Message]:
-        """Refuses special tokens in the messages' texts, and puts `data.system` before them where it is set."""
+        """Raises UserError where a message's text holds a special token; returns the messages, with `data.system` first."""
         for message in messages:
             found = self._forbidden.search(message["content"])
             if found:
@@ -127,17 +130,17 @@ class Encoder:
 
 
 def checkpoint_encoder(folder: PathLike, tokenizer: Tokenizer, mask_id: int | None, eos_id: int) -> Encoder | None:
-    """Makes an encoder of a checkpoint's tokenizer and chat template, where no manifest says which belong together.
+    """Makes the encoder of a checkpoint, which has no manifest, from the tokenizer and chat template in its folder.
 
     Args:
-        folder: The checkpoint's folder; a template.jinja in it (written by an export) comes before the chat template
-            that the tokenizer brought along.
+        folder: The checkpoint's folder; a template.jinja in it (written by an export) is preferred to the chat template
+            in the tokenizer's files.
         tokenizer: The folder's tokenizer.
         mask_id: The mask token's id in config.json; None if it has none.
         eos_id: The id of the end of the sequence in config.json.
 
     Returns:
-        The encoder; None without a template or a mask token.
+        The encoder; None where there is no template or no mask token.
     """
     if mask_id is None:
         return None

@@ -17,13 +17,14 @@ from jaxblock.io.hub import local_checkpoint
 from jaxblock.io.paths import PathLike, as_path
 
 TURN_ENDS = (EOT, "<|im_end|>")
-"""The model families' names of the end-of-turn token: config.json gives the end of the sequence alone."""
+"""The end-of-turn tokens of the model families; config.json gives only the end of the sequence."""
 
 _MASKS = (MASK, "<|mask|>", "<|MASK|>", "[MASK]", "<mask>")
 _ENDS = (EOS, "<|end_of_text|>", "</s>")
 _UNUSED = re.compile(r"mask|reserved|unused|extra|placeholder|dummy", re.IGNORECASE)
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_PROBE = "Zq7Probe"  # no template contains it, and none would trim or escape it
+# Stands for the assistant's words in a rendered conversation: a text that no template contains, trims or escapes.
+_PROBE = "Zq7Probe"
 
 
 def ids_in_checkpoint(path: PathLike) -> dict[str, int]:
@@ -33,8 +34,8 @@ def ids_in_checkpoint(path: PathLike) -> dict[str, int]:
         path: The tokenizer's folder, file or hub name.
 
     Returns:
-        {"mask": id, "eos": id}, without an entry that config.json does not have. Of several end-of-sequence ids it is
-        the first.
+        {"mask": id, "eos": id}; an id that config.json does not give is left out. Where it lists several end-of-sequence
+        ids, "eos" is the first.
 
     Raises:
         UserError: If there is a config.json that is not a JSON object.
@@ -56,11 +57,11 @@ def ids_in_checkpoint(path: PathLike) -> dict[str, int]:
 
 
 def add_mask(tokenizer: Tokenizer, config: DataConfig, checkpoint: Mapping[str, int]) -> Tokenizer:
-    """Returns the tokenizer with the mask token that `data.add_mask_token` asks for added under the next free id.
+    """Returns the tokenizer with a mask token added under the next free id, as `data.add_mask_token` asks.
 
     Args:
         tokenizer: The checkpoint's tokenizer.
-        config: The data settings; `mask_token` names the token, or LLaDA's name is used.
+        config: The data settings; `mask_token` names the token, and where it is None LLaDA's name is used.
         checkpoint: The ids that `ids_in_checkpoint` found.
 
     Raises:
@@ -89,18 +90,19 @@ def add_mask(tokenizer: Tokenizer, config: DataConfig, checkpoint: Mapping[str, 
 def find_special(
     tokenizer: Tokenizer, template_name: str, source: str, config: DataConfig, checkpoint: Mapping[str, int]
 ) -> tuple[Template, SpecialIds]:
-    """Finds the special tokens of a tokenizer and gives the template the texts of those that it may write.
+    """Finds the special tokens of a tokenizer, and makes the template with the texts of those that it may write.
 
     Args:
         tokenizer: The tokenizer in which the tokens' texts are looked up.
-        template_name: The template's name. The template that came with the tokenizer (`tokenizer`) is given the
-            tokenizer's own `eos_token`; every other one is given the token of the id that was found.
+        template_name: The template's name. In the template that came with the tokenizer (`tokenizer`), `eos_token` is
+            the tokenizer's own; in every other one it is the token of the end-of-sequence id that was found.
         source: The template's Jinja text.
-        config: The data settings; special tokens that they name win over everything else.
-        checkpoint: The ids that `ids_in_checkpoint` found; they win over the tokenizer's own settings.
+        config: The data settings; a special token that they name overrides all other sources.
+        checkpoint: The ids that `ids_in_checkpoint` found; they override the tokenizer's own settings.
 
     Raises:
-        UserError: If a token cannot be found (the field to set is named), or the mask is used for something else too.
+        UserError: If a token cannot be found (the message names the field to set), or the mask token is also the end of the
+            sequence or of a turn.
     """
     eos = _eos_id(tokenizer, config, checkpoint)
     usual_eot = next((text for text in TURN_ENDS if tokenizer.id_of(text) is not None), tokenizer.piece(eos))
@@ -130,8 +132,8 @@ def turn_end(tokenizer: Tokenizer, template: Template, system: str | None = None
     """Finds the special token that a template writes right after an assistant's words, by rendering a conversation.
 
     Args:
-        tokenizer: The tokenizer, which knows the special tokens' texts.
-        template: The template in question.
+        tokenizer: The tokenizer, whose special tokens are looked for.
+        template: The template to render.
         system: A system message, for templates that need one.
 
     Returns:
@@ -143,7 +145,7 @@ def turn_end(tokenizer: Tokenizer, template: Template, system: str | None = None
     try:
         text = template.render(messages, False)
     except UserError:
-        return None  # the first record meets the same error, and its message names the record's place
+        return None  # rendering the first record raises the same error again, with the record's place in the message
     rest = text[text.rfind(_PROBE) + len(_PROBE) :].lstrip() if _PROBE in text else ""
     return max((special for special in tokenizer.special_texts if rest.startswith(special)), key=len, default=None)
 
@@ -172,7 +174,14 @@ def _eos_id(tokenizer: Tokenizer, config: DataConfig, checkpoint: Mapping[str, i
 
 
 def _first_known(tokenizer: Tokenizer, named: str | None, setting: str, usual: tuple[str, ...]) -> int | None:
-    """Looks a token up: the one that the config names, or else the one of the tokenizer's settings or of a usual name."""
+    """Returns the id of the first token that the tokenizer has; None if it has none of them.
+
+    Args:
+        tokenizer: The tokenizer.
+        named: The token that the config names, which is then the only one tried; None if it names none.
+        setting: The name of the token in the tokenizer's settings, as in "mask_token", which is tried first.
+        usual: The usual texts of such a token, which are tried after that.
+    """
     texts = [named] if named else [token_text(tokenizer.settings.get(setting)), *usual]
     return next((i for text in texts if text and (i := tokenizer.id_of(text)) is not None), None)
 
@@ -186,7 +195,7 @@ def _missing(tokenizer: Tokenizer, config: DataConfig, name: str, text: str | No
 
 
 def _candidates(tokenizer: Tokenizer) -> str:
-    """Lists special tokens whose names say that they are unused, the shortest first."""
+    """Lists up to six special tokens whose names suggest that they are masks or unused, the shortest first."""
     unused = [text for text in tokenizer.special_texts if _UNUSED.search(text)]
     unused.sort(key=lambda text: (len(text), text))
     more = f" and {len(unused) - 6} more" if len(unused) > 6 else ""

@@ -1,4 +1,4 @@
-"""Opens a tokenizer by the path or the hub name that `data.tokenizer` gives."""
+"""Loads the tokenizer that `data.tokenizer` names by path or hub name."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _COMPANIONS = (
 
 
 def has_tokenizer(folder: PathLike) -> bool:
-    """Tells whether a folder contains a file that `load_tokenizer` makes a tokenizer of."""
+    """Tells whether a folder contains a file from which `load_tokenizer` can make a tokenizer."""
     names = {entry.name for entry in as_path(folder).iterdir()}
     return "tokenizer.json" in names or "merges.txt" in names or any(name.endswith(".model") for name in names)
 
@@ -31,9 +31,9 @@ def has_tokenizer(folder: PathLike) -> bool:
 def load_tokenizer(path: PathLike) -> Tokenizer:
     """Reads a tokenizer: a SentencePiece .model, a tokenizer.json, or a folder (or hub name) that contains one.
 
-    In a folder tokenizer.json comes first, then vocab.json with merges.txt (of a Qwen2 tokenizer, as Dream ships it),
-    then a .model. Files of these names beside it become part of the tokenizer: tokenizer_config.json,
-    special_tokens_map.json, chat_template.jinja, added_tokens.json, vocab.json and merges.txt.
+    A folder's tokenizer.json is preferred, then vocab.json with merges.txt (Dream ships its Qwen2 tokenizer so), then a
+    .model. These files beside it become part of the tokenizer: tokenizer_config.json, special_tokens_map.json,
+    chat_template.jinja, added_tokens.json, vocab.json and merges.txt.
 
     Raises:
         UserError: If there is no tokenizer, or it cannot be read.

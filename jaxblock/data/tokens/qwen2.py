@@ -1,4 +1,4 @@
-"""Makes a tokenizer.json of a Qwen2 tokenizer's vocab.json and merges.txt: Dream ships these two files only."""
+"""Makes a tokenizer.json from a Qwen2 tokenizer's vocab.json and merges.txt, since Dream ships only these two files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FILES = ("vocab.json", "merges.txt")
 QWEN2_CLASSES = ("DreamTokenizer", "Qwen2Tokenizer", "Qwen2TokenizerFast")
 """Values of `tokenizer_class` in tokenizer_config.json that stand for Qwen2's way of splitting a text."""
 
-# What Qwen2 splits a text into before its merges: contractions, words, single digits, punctuation, line ends, blanks.
+# Qwen2 splits a text into these parts before it merges: contractions, words, single digits, punctuation, line ends, blanks.
 _QWEN2_PARTS = "|".join(
     (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
@@ -29,12 +29,12 @@ _QWEN2_PARTS = "|".join(
 
 
 def tokenizer_json(files: Mapping[str, bytes], where: str) -> bytes:
-    """Makes the tokenizer.json.
+    """Makes the content of a tokenizer.json.
 
     Args:
-        files: The contents of vocab.json, merges.txt and tokenizer_config.json by name; the last one gives the
+        files: The contents of vocab.json, merges.txt and tokenizer_config.json by name; tokenizer_config.json gives the
             tokenizer's class, and the added tokens with their ids.
-        where: The folder that errors name.
+        where: The folder that error messages name.
 
     Returns:
         The bytes of a tokenizer.json.

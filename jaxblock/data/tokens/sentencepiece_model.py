@@ -1,4 +1,4 @@
-"""`SentencePieceTokenizer`, and the training of one that loses nothing of a text."""
+"""Wraps SentencePiece models, and trains models that reproduce every text exactly."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jaxblock.data.config import DataConfig
 from jaxblock.data.tokens.tokenizer import BOS, EOS, EOT, MASK, Tokenizer
 from jaxblock.errors import UserError
 
-_SPACE = "\u2581"  # SentencePiece's own sign for a space
+_SPACE = "\u2581"  # the character that SentencePiece puts in place of a space
 _SPACE_BYTES = tuple(f"<0x{byte:02X}>" for byte in _SPACE.encode())
 _BRACKETED = re.compile(r"<[^<>\s]+>|\[[A-Z_]+\]")
 
@@ -26,14 +26,14 @@ def train_tokenizer(
     A vocabulary that the text cannot fill ends up smaller than asked.
 
     Args:
-        texts: Rendered conversations, special tokens included.
-        config: The data settings; they give the model's type, its vocabulary size (which counts the 256 bytes, the
+        texts: The rendered conversations, special tokens included.
+        config: The data settings, which give the model's type, its vocabulary size (which counts the 256 bytes, the
             unknown piece, the newline and all special tokens) and the special tokens' texts.
-        extra_symbols: More texts that become one token each (those that the chat template writes).
+        extra_symbols: Other texts that become one token each: the special tokens that the chat template writes.
 
     Raises:
         UserError: If the vocabulary is too small for the text's letters, bytes and special tokens, if a special token
-            is not in brackets, or if there is no text to fit.
+            is not in brackets, or if there is no text to train on.
     """
     named = (config.mask_token or MASK, config.eos_token or EOS, config.eot_token or EOT)
     symbols = list(dict.fromkeys([*named, BOS, *extra_symbols]))
@@ -91,7 +91,7 @@ def _fit(parts: Iterable[str], config: DataConfig, symbols: Sequence[str]) -> by
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model. Control tokens in a text become their ids; models trained here round-trip every text."""
+    """Runs a SentencePiece model. Control tokens in a text become their ids; models trained here reproduce every text."""
 
     def __init__(self, files: Mapping[str, bytes], where: str) -> None:
         """Makes the tokenizer from the bytes of its files by name, one of which is "tokenizer.model".
@@ -141,10 +141,10 @@ class SentencePieceTokenizer(Tokenizer):
         return self._model.is_control(i) or (_BRACKETED.fullmatch(text) is not None and i in self._model.encode(text))
 
     def _splitter(self) -> re.Pattern[str] | None:
-        """Returns the pattern of the texts that are split off before the model sees the rest; None if there are none.
+        """Returns a pattern of the texts at which `encode` splits, which the model does not encode; None for no splits.
 
-        A model with a dummy prefix would put one before each part that follows a split. With such a model only control
-        tokens are split off, which it cannot find itself.
+        A model with a dummy prefix puts a space before every part that it encodes. With such a model `encode` splits only at
+        control tokens, which the model does not find in a text.
         """
         dummy_prefix = self._model.normalize("a") != "a"
         apart = [text for text in self.special_texts if not dummy_prefix or self._model.is_control(self._ids[text])]
@@ -155,15 +155,18 @@ class SentencePieceTokenizer(Tokenizer):
         return re.compile("(" + "|".join(map(re.escape, sorted(apart, key=len, reverse=True))) + ")")
 
     def _with_real_spaces(self, ids: list[int]) -> list[int]:
-        """Replaces spaces that fell back to bytes: SentencePiece writes the bytes of its own sign, which decode to that sign."""
+        """Replaces the bytes of ▁ (U+2581) by the byte of a space.
+
+        SentencePiece puts ▁ in place of a space. Where byte fallback writes it as its three bytes, they would decode to ▁.
+        """
         if not self._has_bytes:
             return ids
         first, second, third = (self._ids[byte] for byte in _SPACE_BYTES)
         if first not in ids:
             return ids
-        mended: list[int] = []
+        replaced: list[int] = []
         for i in ids:
-            mended.append(i)
-            if mended[-3:] == [first, second, third]:
-                mended[-3:] = [self._ids["<0x20>"]]
-        return mended
+            replaced.append(i)
+            if replaced[-3:] == [first, second, third]:
+                replaced[-3:] = [self._ids["<0x20>"]]
+        return replaced

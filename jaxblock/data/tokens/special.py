@@ -1,4 +1,4 @@
-"""The ids of the special tokens that the method needs, and where they end a response."""
+"""Defines the special tokens that the method needs, and finds where a response ends."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class SpecialIds:
-    """The ids of the tokens that the method needs.
+    """Holds the ids of the special tokens that the method needs.
 
     Attributes:
         mask: The id of the mask token.
-        eos: The id of the end of the sequence, which fills the rest of the terminator's block.
-        eot: The id of the end of a turn, which ends a response.
-        pad: The id of padding: the tokenizer's own, else `eos`. Nothing that the model sees is padded.
+        eos: The id of the end-of-sequence token, which fills the rest of the terminator's block.
+        eot: The id of the end-of-turn token, which ends a response.
+        pad: The id of the padding token: the tokenizer's own, else `eos`. The model never sees padding.
     """
 
     mask: int
@@ -24,14 +24,14 @@ class SpecialIds:
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """The ids that end a response, each once."""
+        """The ids that end a response, without repetition."""
         return (self.eot,) if self.eot == self.eos else (self.eot, self.eos)
 
 
 def first_stop(ids: Iterable[int], stop_ids: Collection[int]) -> int | None:
     """Returns the position of the first token that ends a response; None if no token does.
 
-    In both cases `ids[:first_stop(ids, stop_ids)]` is the response's text without its terminator.
+    With either result `ids[:first_stop(ids, stop_ids)]` is the response without its terminator.
 
     Args:
         ids: The tokens of a response.

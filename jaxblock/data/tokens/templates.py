@@ -1,7 +1,7 @@
-"""Chat templates turn messages into the text that is tokenised: Jinja in a sandbox, as Hugging Face renders it.
+"""Renders chat templates, which convert messages into the text that is tokenised, with Jinja in a sandbox.
 
-Templates find here what Hugging Face's renderer offers: `messages`, `add_generation_prompt`, `tools` and `documents`
-(always none), the special tokens by name, `raise_exception`, `strftime_now`, `tojson`, loop controls and `{% generation %}`.
+Templates can use what Hugging Face's renderer offers: `messages`, `add_generation_prompt`, `tools` and `documents` (both
+None), the special tokens by name, `raise_exception`, `strftime_now`, `tojson`, loop controls and `{% generation %}`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from jaxblock.errors import UserError
 from jaxblock.io.files import read_bytes
 from jaxblock.io.paths import as_path
 
-# LLaDA's layout, after its own tokenizer's template: every turn has a header and an end.
+# LLaDA's layout, written after the template of its tokenizer: every turn has a header and an end.
 _CHAT = """\
 {{ bos_token }}
 {%- for message in messages %}
@@ -36,7 +36,7 @@ _CHAT = """\
 {%- endif %}
 """
 
-# The question's own end of turn stands right before the answer: no token can reach across that boundary.
+# The end-of-turn token after the question comes right before the answer, so that no token spans question and answer.
 _PLAIN = """\
 {%- for message in messages %}
 {%- if message['role'] == 'system' %}
@@ -59,12 +59,13 @@ _ERRORS_OF_EXPRESSIONS = (
 
 @dataclass(frozen=True)
 class Template:
-    """A chat template and the texts of the special tokens that it may write.
+    """Holds a chat template and the texts of the special tokens that it may write.
 
     Attributes:
         name: The template's name, as the config gives it.
-        source: The Jinja text.
-        tokens: The values of its variables `bos_token`, `eos_token`, `eot_token` and the tokenizer's others.
+        source: The template's Jinja text.
+        tokens: The values of the template's variables for special tokens: `bos_token`, `eos_token`, `eot_token` and others
+            that the tokenizer names.
     """
 
     name: str
@@ -76,9 +77,9 @@ class Template:
 
         Args:
             messages: The turns of the conversation.
-            add_generation_prompt: Whether the text ends with what comes before an assistant's words (a template may
-                write that in any case).
-            where: The record that errors name, as in "train.jsonl:17".
+            add_generation_prompt: Whether the text ends with the header of an assistant's turn (a template may write the
+                header in any case).
+            where: The record that error messages name, as in "train.jsonl:17".
 
         Raises:
             UserError: If the template does not compile, fails, or rejects the messages.
@@ -97,7 +98,7 @@ class Template:
             raise UserError(f"{where or 'a conversation'}: template {self.name!r} fails on it: {error}") from error
 
     def control_tokens(self) -> tuple[str, ...]:
-        """Returns the texts like <|name|> that the template itself writes; each must be one token of a trained tokenizer."""
+        """Returns the texts like <|name|> in the template's source; a tokenizer trained here makes each of them one token."""
         return tuple(dict.fromkeys(_CONTROL.findall(self.source)))
 
 
@@ -106,7 +107,8 @@ def template_source(name: str, *, tokenizer_template: Any = None) -> str:
 
     Args:
         name: `chat`, `plain`, `tokenizer` (the template that came with the tokenizer), or the path of a Jinja file.
-        tokenizer_template: The template that came with the tokenizer, or a list of several by name; None without one.
+        tokenizer_template: The template that came with the tokenizer, or a list of named templates, of which the one
+            called "default" is used; None where none came with it.
 
     Raises:
         UserError: If there is no template of that name.
@@ -138,7 +140,7 @@ class _Generation(jinja2.ext.Extension):
     tags = {"generation"}
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        """Parses the body, which gets a scope of its own."""
+        """Parses the tag's body, which has a variable scope of its own."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return jinja2.nodes.Scope(body, lineno=line)
@@ -151,14 +153,14 @@ def _refuse(message: str) -> None:
 def _to_json(
     value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
-    """Writes JSON as it is, where Jinja's own filter would escape it for HTML."""
+    """Returns a value as JSON without the HTML escapes that Jinja's own filter adds."""
     separators = separators and tuple(separators)
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 @functools.cache
 def _clock() -> datetime.datetime:
-    """Returns one time for the whole process: a prompt and the conversation that begins with it must give the same date."""
+    """Returns the time of the process's first call, so that a prompt and its whole conversation show the same date."""
     return datetime.datetime.now()
 
 
@@ -168,7 +170,7 @@ def _compiled(source: str) -> jinja2.Template:
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
     )
     environment.filters["tojson"] = _to_json
-    # Templates of Hugging Face models call these: on roles they do not know, and to tell today's date.
+    # Templates of Hugging Face models call the first to refuse unknown roles, and the second to write today's date.
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = lambda form: _clock().strftime(form)
     return environment.from_string(source)

@@ -1,4 +1,4 @@
-"""`Tokenizer`: what the library asks of a tokenizer, whatever library runs it."""
+"""Defines `Tokenizer`, the interface to the tokenizers of the `tokenizers` and SentencePiece libraries."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from jaxblock.errors import UserError
 from jaxblock.io.folders import write_files
 
 MASK, EOS, EOT, BOS = "<|mdm_mask|>", "<|endoftext|>", "<|eot_id|>", "<|startoftext|>"
-"""LLaDA's special tokens, which a tokenizer trained here has unless the config names others."""
+"""The special tokens of LLaDA; a tokenizer trained here has them unless the config names others."""
 
 
 class Tokenizer(abc.ABC):
-    """A tokenizer, made from the bytes of its files.
+    """Converts between text and ids; an instance is made from the bytes of a tokenizer's files.
 
     Attributes:
         files: The content of the tokenizer's files by name, as `save` writes them.
-        settings: What tokenizer_config.json and special_tokens_map.json say, with the chat template that came along
-            under "chat_template"; empty if the tokenizer came without these files.
+        settings: The content of tokenizer_config.json and special_tokens_map.json, with the text of chat_template.jinja
+            under "chat_template"; empty without these files.
         vocab_size: The number of rows that an embedding table needs: the largest id + 1.
-        special_texts: The texts of control tokens, which a record's own text must not contain.
+        special_texts: The texts of the special tokens, which a record's own text must not contain.
     """
 
     vocab_size: int
@@ -60,7 +60,7 @@ class Tokenizer(abc.ABC):
 
 
 def read_settings(files: Mapping[str, bytes], where: str) -> dict[str, Any]:
-    """Reads a tokenizer's settings from its files: those of tokenizer_config.json win over those of older files.
+    """Reads a tokenizer's settings from its files; tokenizer_config.json overrides the older special_tokens_map.json.
 
     Raises:
         UserError: If a file is not JSON or not UTF-8; the message begins with `where`.

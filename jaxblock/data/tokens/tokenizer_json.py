@@ -1,4 +1,4 @@
-"""`HuggingFaceTokenizer`: a tokenizer.json, run by the `tokenizers` library."""
+"""Defines `HuggingFaceTokenizer`, which runs a tokenizer.json with the `tokenizers` library."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jaxblock.errors import UserError
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A tokenizer that is described by a tokenizer.json."""
+    """Runs the tokenizer that a tokenizer.json describes."""
 
     def __init__(self, files: Mapping[str, bytes], where: str) -> None:
         """Makes the tokenizer from the bytes of its files by name, one of which is "tokenizer.json".
@@ -49,10 +49,10 @@ class HuggingFaceTokenizer(Tokenizer):
 
         Args:
             text: The new token's text.
-            name: What the tokenizer's settings call the token, as in "mask_token"; the settings files say so too.
+            name: The token's name in the tokenizer's settings files, to which it is added, as in "mask_token".
 
         Raises:
-            UserError: If ids of the vocabulary are missing, so that the library would give the token another id.
+            UserError: If the vocabulary's ids have gaps, so that the library would give the token another id.
         """
         tokenizer = tokenizers.Tokenizer.from_str(self.files["tokenizer.json"].decode())
         entry: dict[str, Any] = {
