@@ -2,7 +2,7 @@
 
 One function, ``view``, builds what the model sees for the trainer and for the decoder alike. Training passes "a mask where
 the draw says so, else the true token" as the block's tokens; decoding passes "what is committed so far". Everything else (the
-prompt, what comes after the block, how much is visible) is decided here, once, so the two cannot drift apart.
+prompt, what comes after the block, how much is visible) is decided here, so training and decoding cannot differ in it.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def for_decoding(
 
 
 def supervised_end(layout: Layout, canvas: Canvas) -> Int[Array, " B"]:
-    """Returns the canvas position after each row's last supervised token; the fill is supervised under ``aligned`` alone."""
+    """Returns the canvas position after each row's last supervised token; the fill is supervised only under ``aligned``."""
     if layout.context == "aligned":
         return canvas.prompt_len + canvas.n_blocks * layout.block
     return canvas.prompt_len + canvas.text_len
@@ -174,11 +174,12 @@ def view(layout: Layout, canvas: Canvas, block: Int[Array, " B"], block_ids: Int
     Args:
         layout: the canvas's static part.
         canvas: the true tokens in training, the committed tokens in decoding.
-        block: the active block of each row; -1 shows the canvas as it is (the published script's exhausted rows).
+        block: the active block of each row; -1 for a row without one, whose canvas is shown unchanged (the published script
+            keeps such rows in the batch when all blocks of their sequence have been used).
         block_ids: the block's tokens; those outside the supervised text are ignored.
 
     Returns:
-        The view, whose ``at`` holds the logit alignment.
+        The view; its ``at`` follows from ``layout.alignment``.
     """
     chex.assert_shape(block, canvas.ids.shape[:1])
     chex.assert_shape(block_ids, (canvas.ids.shape[0], layout.block))

@@ -23,21 +23,21 @@ class CanvasConfig(Section, name="canvas"):
     """The canvas that training and decoding share."""
 
     prompt_len: int = setting(64, AT_LEAST_1)
-    """Tokens of the longest prompt."""
+    """The number of tokens of the longest prompt."""
     response_len: int = setting(32, AT_LEAST_1)
     """R: response positions of a row, a multiple of `block`."""
     block: int = setting(8, AT_LEAST_1)
     """B: response positions of a block."""
     context: Context = "aligned"
-    """What the model sees around the active block in training: `aligned` shows what the decoder would, `paper` what the published
-    training script does."""
+    """What the model sees around the active block in training: `aligned` shows what it sees when it decodes, `paper` what the
+    published training script shows."""
     total_len: int | None = setting(None, AT_LEAST_2)
     """`paper` context: canvas positions of prompt and response together, filled to the end; None for the sum of both."""
     suffix_window: int | None = setting(None, NOT_NEGATIVE)
     """Ablation: positions after the active block that the model sees, in training and decoding alike; None for all."""
 
     def check(self) -> None:
-        """Raises UserError where a size cannot be, or a field belongs to the other context."""
+        """Raises UserError where a size is out of range, sizes do not fit together, or a field has no effect in this context."""
         super().check()
         require(
             self.block <= self.response_len,
@@ -71,10 +71,10 @@ def check_blocks(response_len: int, block: int, section: str) -> None:
 
 @dataclass(frozen=True)
 class MethodConfig(Section, name="method"):
-    """The objective: what is masked, and how its loss is weighed."""
+    """The objective: which tokens are masked, and how their losses are weighted."""
 
     objective: Literal["blockwise", "classical"] = "blockwise"
-    """`blockwise` supervises one active block a draw; `classical` masks tokens all over the response (LLaDA's SFT)."""
+    """`blockwise` supervises one active block per draw; `classical` masks tokens all over the response (LLaDA's SFT)."""
     law: Law = "exact_count"
     """How the masked set of a block is drawn (docs/method.md)."""
     weighting: Weighting = "nelbo"
@@ -93,12 +93,12 @@ class MethodConfig(Section, name="method"):
 
     @property
     def pairs(self) -> bool:
-        """Whether the data name each row's active block; classical SFT has one block, so there a row is its whole sequence."""
+        """Whether the loader chooses each row's active block; classical SFT has one block, so its rows are whole sequences."""
         return self.objective == "blockwise" and self.blocks == "pairs"
 
     @property
     def masks_per_block(self) -> int:
-        """Draws that share a block: antithetic draws come in pairs, and where the data name the block all draws share it."""
+        """The number of draws that share a block: all where the loader chooses the block, else 2 under `antithetic` and 1 otherwise."""
         if self.pairs:
             return self.draws
         return 2 if self.law == "antithetic" else 1
@@ -109,7 +109,7 @@ class MethodConfig(Section, name="method"):
         return self.prefix_mask_rate > 0 or self.suffix_mask_prob < 1
 
     def check(self) -> None:
-        """Raises UserError where a rate is no probability, or antithetic draws are odd in number."""
+        """Raises UserError where a rate is no probability, or the number of antithetic draws is odd."""
         super().check()
         require(
             self.law != "antithetic" or self.draws % 2 == 0,

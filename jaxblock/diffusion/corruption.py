@@ -1,4 +1,4 @@
-"""Turns a canvas and a draw into what the model sees and what it must predict: masks in the active block, ablations outside."""
+"""Turns a canvas and a draw into what the model sees and what it must predict: masks the active block, applies the ablations."""
 
 from __future__ import annotations
 

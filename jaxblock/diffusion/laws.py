@@ -75,8 +75,8 @@ def bernoulli(count: Array, position: Array, valid: Array) -> tuple[Array, Array
 def floored_bernoulli(count: Array, position: Array, valid: Array) -> tuple[Array, Array]:
     """Masks positions independently at the rate p = floor + (1 - floor) * count, with the weight 1 / p.
 
-    LLaDA's and the paper's scripts draw so. It is biased: a set of one is drawn too rarely by the factor that docs/method.md
-    gives, and the set may be empty. It is here to reproduce their results, and for LLaDA's classical SFT.
+    This is the law of LLaDA's and the paper's scripts, kept to reproduce their results and for LLaDA's classical SFT. It is
+    biased: sets of one position are drawn too rarely (docs/method.md gives the factor), and the set may be empty.
     """
     p = RATE_FLOOR + (1 - RATE_FLOOR) * count
     return (position < p[..., None]) & valid, 1.0 / p

@@ -1,4 +1,4 @@
-"""Makes the canvas's static part for training, for decoding and for the NELBO, from the settings and a network's traits."""
+"""Makes the layouts (the static part of a canvas) of training, decoding and the NELBO from settings and a network's traits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jaxblock.settings import Alignment
 
 @runtime_checkable
 class NetworkTraits(Protocol):
-    """Names what a canvas depends on of a network; ``models.architecture.Architecture`` has all of it."""
+    """Lists the properties of a network that a canvas depends on; ``models.architecture.Architecture`` has all of it."""
 
     @property
     def alignment(self) -> Alignment:
@@ -22,7 +22,7 @@ class NetworkTraits(Protocol):
 
     @property
     def vocab_size(self) -> int:
-        """How many token ids there are."""
+        """The number of token ids."""
         ...
 
     @property
@@ -65,7 +65,7 @@ def training_layout(
 
 
 def scoring_layout(canvas: CanvasConfig, network: NetworkTraits, stop_ids: tuple[int, ...]) -> Layout:
-    """Returns the layout of the NELBO: the decoder's, whatever a run's objective and context, so that runs compare."""
+    """Returns the layout of the NELBO: the decoder's for every objective and context, so that runs can be compared."""
     return decoding_layout(canvas, DecodeConfig(), network, stop_ids)
 
 
@@ -78,7 +78,7 @@ def decoding_layout(
 
     Args:
         canvas: the ``canvas`` section.
-        decode: the ``decode`` section; its sizes and special ids go before those of the canvas and the network.
+        decode: the ``decode`` section; its sizes and special ids, where set, override those of the canvas and the network.
         network: the network's traits.
         stop_ids: the tokens that end a response, where ``decode`` names none.
 
@@ -107,7 +107,7 @@ def decoding_layout(
 
 
 def check_decoding(canvas: CanvasConfig, decode: DecodeConfig, network: NetworkTraits) -> None:
-    """Raises UserError where decoding on this canvas cannot work: before hours of other work, not after them."""
+    """Raises UserError where decoding on this canvas cannot work. Called first, so that the error does not come hours later."""
     layout = decoding_layout(canvas, decode, network, ())
     width = canvas.prompt_len + max(canvas.response_len, layout.response_len)
     if width > network.max_len:

@@ -40,7 +40,7 @@ class Nelbo(NamedTuple):
 
 
 def is_exact(layout: Layout, samples: int) -> bool:
-    """Tells whether ``nelbo`` enumerates: a block has no more masked sets than there are samples."""
+    """Tells whether ``nelbo`` enumerates all masked sets of a block: it does where they are no more than ``samples``."""
     return layout.block < 20 and 2**layout.block - 1 <= samples
 
 
@@ -51,7 +51,7 @@ def nelbo(net: Network, layout: Layout, samples: int, params: Params, canvas: Ca
         net: the network (static).
         layout: the canvas's static part.
         samples: the masked sets drawn per block (static), stratified: sample j of N has the count
-            1 + floor(n * (j + u) / N). Where 2^B - 1 is not more, all sets are enumerated and the result is exact.
+            1 + floor(n * (j + u) / N). From 2^B - 1 samples on, all masked sets are enumerated and the result is exact.
         params: the network's parameters.
         canvas: the prompts and responses, from ``canvas.from_rows``.
         key: the random key of the masks; a row's masks depend on it and on the row's ``row_id`` alone.
@@ -105,7 +105,11 @@ def _sampled(valid: Array, keys: Array, index: Array, samples: int) -> tuple[Arr
 
 
 def _enumerated(layout: Layout, valid: Array, index: Array) -> tuple[Array, Array]:
-    """Returns the set whose bits are ``index`` + 1, and its weight 1 / (l C(n, l)); a set beyond the row's n has weight 0."""
+    """Returns the masked set with number ``index``, and its weight 1 / (l C(n, l)).
+
+    Bit i of ``index`` + 1 says whether position i of the block is masked. A set with positions that a row does not have
+    (i >= n) gets weight 0.
+    """
     bits = ((index + 1) >> jnp.arange(layout.block)) & 1
     masked = jnp.broadcast_to(bits.astype(bool), valid.shape)
     fits = jnp.all(valid | ~masked, axis=-1)

@@ -1,4 +1,4 @@
-"""The objective: the summed loss of the masked tokens, and what it is divided by.
+"""Computes the objective: the summed loss of the masked tokens, and what it is divided by.
 
 Classical SFT is the same code with one block as long as the response. What the sum is divided by depends on the data alone,
 never on the draw: dividing by the number of masked tokens of a batch would be a biased ratio.
@@ -74,8 +74,8 @@ def losses(
         method: what the sum is divided by (``normaliser``), and the ablations outside the block.
         noise: the ablations' uniforms by response position; read where ``method.needs_noise``.
         row_keys: the random keys [K, B] of the network's dropout; None for no dropout.
-        drawn_blocks: the block that each row stands for, where the data give it (``method.pairs``); None where a row stands
-            for its whole sequence.
+        drawn_blocks: the active block of each row, where the loader chooses it (``method.pairs``); None where each row is
+            its whole sequence.
 
     Returns:
         Sums and weights, float32 or wider.
@@ -111,9 +111,9 @@ def normaliser(
         layout: the canvas's static part.
         canvas: the rows.
         normalize: ``text_tokens`` (terminator counted, fill not), ``supervised_tokens`` (fill counted), ``sequences``,
-            ``sequence_mean`` (each row by its own supervised tokens, then by rows: LLaDA's SFT), ``blocks``, or
+            ``sequence_mean`` (each row's loss by its own supervised tokens, the sum by the number of rows: LLaDA's SFT), ``blocks``, or
             ``canvas_tokens`` (all positions of the batch: LLaDA's pre-training).
-        drawn_blocks: the block that each row stands for, where the data give it; None for the whole sequence.
+        drawn_blocks: the active block of each row, where the loader chooses it; None where each row is its whole sequence.
 
     Returns:
         (shares [B], weight); both depend on the data alone.

@@ -48,10 +48,10 @@ def draw_uniforms(method: MethodConfig, layout: Layout, key: Array, rows: int) -
     """Draws the uniform numbers of one step.
 
     Args:
-        method: its draws K, and whether its ablations need numbers outside the block.
+        method: says how many draws K there are, and whether ablations need random numbers outside the block.
         layout: the canvas's static part.
         key: the random key of the step, ``fold_in(key(seed), step)``.
-        rows: the global batch size; another one gives other draws.
+        rows: the global batch size; the draws depend on it.
 
     Returns:
         Values in [0, 1).
@@ -110,7 +110,7 @@ def draw(
         layout: the canvas's static part.
         canvas: the rows; ``row_id`` picks each row's uniforms.
         uniforms: the random numbers of the whole global batch.
-        block: the active block of each row, which the data give where ``method.pairs``; else None.
+        block: the active block of each row, which the loader chooses under ``method.pairs``; else None.
 
     Returns:
         A Draw whose arrays have a leading K axis: block [K, B], masked [K, B, A], weight [K, B]. A row's loss is the

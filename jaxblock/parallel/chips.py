@@ -1,4 +1,4 @@
-"""The published figures of accelerators: memory, peak arithmetic and bandwidths."""
+"""Lists the published figures of accelerators: memory, peak arithmetic and bandwidths."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ class Chip(NamedTuple):
     Attributes:
         name: the name of this kind of chip.
         memory: the bytes of memory that programs can use.
-        flops: the peak of bfloat16 operations a second; None where no figure would mean anything.
-        bandwidth: the bytes a second of main memory; None where it is not known.
-        links: the bytes a second that a chip can send within its slice (or node), over all links, in one direction.
-        across: the bytes a second that a chip can send over the data-centre network; None where it is not published.
+        flops: the peak number of bfloat16 operations per second; None where there is no meaningful figure.
+        bandwidth: the bytes per second of main memory; None where it is not known.
+        links: the bytes per second that a chip can send within its slice (or node), over all links, in one direction.
+        across: the bytes per second that a chip can send over the data-centre network; None where it is not published.
         source: where the figures are from.
     """
 
@@ -34,13 +34,13 @@ _TPU = "Google Cloud TPU documentation, page of the version"
 _NVIDIA = "NVIDIA's data sheet (SXM, dense)"
 
 CHIPS: dict[str, Chip] = {
-    # Memory: what the compiler gives to programs of the published 16, 32, 95 and 32 GB. Links: half of the published
-    # bidirectional bandwidth. Across: a pod's published data-centre bandwidth over its 256 chips.
+    # TPU memory is what the compiler lets programs use of the published 16, 32, 95 and 32 GB. Links are half of the published
+    # bidirectional bandwidth. Across is a pod's published data-centre bandwidth divided by its 256 chips.
     "v5e": Chip("TPU v5e", 15.75 * _GIB, 197 * _TERA, 819 * _GB, 200 * _GB, 3.125 * _GB, _TPU),
     "v6e": Chip("TPU v6e", 31.25 * _GIB, 918 * _TERA, 1640 * _GB, 400 * _GB, 12.5 * _GB, _TPU),
     "v5p": Chip("TPU v5p", 95.74 * _GIB, 459 * _TERA, 2765 * _GB, 600 * _GB, None, _TPU),
     "v4": Chip("TPU v4", 30.75 * _GIB, 275 * _TERA, 1228 * _GB, 300 * _GB, None, _TPU),
-    # Nine tenths of the card: the rest is the driver's and the allocator's. JAX takes three quarters unless told:
+    # Nine tenths of the card's memory: driver and allocator need the rest. JAX takes three quarters by default;
     # launch/gpu.sh and launch/slurm.sbatch set XLA_CLIENT_MEM_FRACTION=0.9.
     "h100": Chip("H100 80 GB", 0.9 * 80 * _GB, 989 * _TERA, 3350 * _GB, 450 * _GB, None, _NVIDIA),
     "h200": Chip("H200 141 GB", 0.9 * 141 * _GB, 989 * _TERA, 4800 * _GB, 450 * _GB, None, _NVIDIA),

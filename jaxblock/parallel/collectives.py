@@ -1,4 +1,4 @@
-"""States the exchanges between devices that XLA, left to itself, would make too large: weights in, gradients out.
+"""States how weights are gathered and gradients summed over devices, where XLA by itself would send more than is needed.
 
 Every function acts under the ambient mesh (``jax.set_mesh``).
 """
@@ -16,7 +16,7 @@ from jaxtyping import Float
 from jaxblock.parallel.rules import RULES, partition_spec, ways
 
 _SINGLE_STAGE_LIMIT = 8
-"""The number of devices along ``fsdp`` up to which XLA for TPUs keeps a reduce-scatter as one."""
+"""The most devices along ``fsdp`` for which XLA for TPUs keeps one reduce-scatter, instead of making it an all-reduce."""
 
 
 def per_device(
@@ -48,12 +48,12 @@ def splits_rows() -> bool:
 def gather(w: Array, *names: str | None) -> Array:
     """Gathers the parts of a weight that are split over ``fsdp``; splits over other axes stay.
 
-    Stated where the weight is used, it makes XLA gather once for all products with the weight, and nothing but the
-    weight: left to itself XLA gathers twice in a backward pass, or sends pieces round a ring.
+    Called where the weight is used, it makes XLA gather the weight, and only the weight, once for all products with it. By
+    itself XLA gathers twice in a backward pass, or replaces the gather by a series of permutes.
 
     Args:
         w: the weight.
-        names: the logical names of its dimensions, as it is multiplied.
+        names: the logical names of the weight's dimensions when it is multiplied.
 
     Returns:
         The weight, whole along ``fsdp``; w itself where there is no ambient mesh.
@@ -64,7 +64,7 @@ def gather(w: Array, *names: str | None) -> Array:
 
 
 def _without_fsdp(names: Sequence[str | None]) -> tuple[tuple[str, ...] | None, ...]:
-    """Returns the mesh axes of each dimension, ``fsdp`` left out."""
+    """Returns the mesh axes that split each dimension, without ``fsdp``."""
     kept = (tuple(axis for axis in RULES.get(name or "", ()) if axis != "fsdp") for name in names)
     return tuple(over or None for over in kept)
 
@@ -104,7 +104,7 @@ def sum_over_devices(
 ) -> Array:
     """Adds up the partial sums of a gradient by reduce-scatters over ``fsdp``, and leaves the sum split as its matrix is.
 
-    XLA left to itself takes an all-reduce, which sends twice as much, where there are many devices.
+    On many devices XLA by itself uses an all-reduce, which sends twice as much.
 
     Args:
         parts: what ``partial_sums`` returned.
@@ -135,10 +135,10 @@ def sum_over_devices(
 
 
 def _reduce_scatter_stages(size: int) -> list[list[list[int]] | None]:
-    """Splits a reduce-scatter over many devices into two: over the columns of a square-like grid, then over its rows.
+    """Splits a reduce-scatter over many devices into two: over the columns of a nearly square grid, then over its rows.
 
-    Both together send what one would, ``(size - 1) / size`` of the array. XLA for TPUs turns a single one over 16 or 64
-    chips into an all-reduce, even one that is asked for by name. On a slice the grid is that of its links.
+    Both together send as much as a single one, ``(size - 1) / size`` of the array. XLA for TPUs turns a single one over 16 or
+    64 chips into an all-reduce, even if the program names a reduce-scatter. On a TPU slice the grid matches its links.
 
     Args:
         size: the number of devices.

@@ -1,7 +1,7 @@
 """Reads from environment variables which group of processes this one is to join.
 
-Tried in this order: variables that name the group outright (the process's number may be that of a Kubernetes indexed
-job), `JAXBLOCK_DISTRIBUTED=1` or a TPU's own variables where JAX can find out by itself (TPU VMs, GKE), and Slurm.
+Three sources are tried in this order: JAX's own variables, which name the group (a Kubernetes indexed job may give the
+process's number); `JAXBLOCK_DISTRIBUTED=1` or a TPU's variables, where JAX detects the group (TPU VMs, GKE); and Slurm.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ HEARTBEAT_TIMEOUT = "JAXBLOCK_HEARTBEAT_TIMEOUT"
 """The seconds after which a silent process counts as lost (default ``HEARTBEAT``)."""
 
 HEARTBEAT = 45
-"""The default of the heartbeat's timeout; JAX's is 100. JAX's own threads send the beats, so that neither Python nor the
-compiler holds them up, and a healthy host misses them only while the network finds another route, which takes seconds to
-half a minute."""
+"""The default of ``HEARTBEAT_TIMEOUT`` in seconds; JAX's own is 100. JAX's own threads send the heartbeats, so neither Python
+nor the compiler delays them. A healthy host misses them only while the network finds another route, which takes up to half
+a minute."""
 
 EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-"""The variables that name a group outright."""
+"""The variables by which JAX is told the group: the address of process 0, the number of processes, and this one's index."""
 
 _INDEXED_JOB = "JOB_COMPLETION_INDEX"  # Kubernetes numbers the pods of an indexed job, as a JobSet's are
 _SLURM = ("SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
@@ -68,7 +68,7 @@ def from_environment(variables: Mapping[str, str]) -> dict[str, Any] | None:
 
 
 def _is_tpu_group(variables: Mapping[str, str]) -> bool:
-    """Says whether GKE (or whatever starts the container) names several TPU hosts or slices; JAX itself asks a TPU VM."""
+    """Says whether variables, set by GKE for example, name several TPU hosts or slices; on a TPU VM JAX finds out by itself."""
     hosts = [name for name in variables.get("TPU_WORKER_HOSTNAMES", "").split(",") if name]
     if len(hosts) > 1 and not variables.get("TPU_WORKER_ID"):
         raise UserError(
@@ -88,7 +88,7 @@ def _timeouts(variables: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _explicit(variables: Mapping[str, str], given: list[str]) -> dict[str, Any]:
-    """Returns the address, size and index that variables name outright; ``given`` are those of ``EXPLICIT`` that are set."""
+    """Returns the address, size and index from the variables of ``EXPLICIT``, of which those in ``given`` are set."""
     ids = EXPLICIT[2] if variables.get(EXPLICIT[2]) else _INDEXED_JOB
     missing = [name for name in EXPLICIT if name not in given]
     if ids == _INDEXED_JOB and variables.get(ids):

@@ -1,4 +1,4 @@
-"""Keeps freed memory in the process where the device is a CPU: the memory that a step frees, the next step takes again."""
+"""Keeps freed memory in the process where the device is a CPU, because the next step needs as much again."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # glibc's malloc.h
 
 
 def keep_freed_memory(variables: Mapping[str, str] = os.environ) -> bool:
-    """Tells glibc not to give freed memory back, where JAX has no device but the CPU.
+    """Tells glibc not to return freed memory to the kernel, where JAX has no device but the CPU.
 
     XLA's CPU backend allocates its temporary memory anew at every call, and glibc returns blocks of that size to the
     kernel when they are freed: each train step then faults every page in again (13,000 faults, a quarter of the CPU time
@@ -31,13 +31,13 @@ def keep_freed_memory(variables: Mapping[str, str] = os.environ) -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:  # musl has none
         return False
-    # Never trim, never map; one arena, since the others are too small for such blocks.
+    # Memory is never trimmed and blocks are never mapped. One arena: glibc's further ones are too small for such blocks.
     changed = [mallopt(*setting) for setting in ((_TRIM_THRESHOLD, -1), (_MMAP_MAX, 0), (_ARENA_MAX, 1))]
     return all(changed)
 
 
 def _has_accelerator(variables: Mapping[str, str]) -> bool:
-    """Says whether JAX may find an accelerator, without starting JAX: that must wait until the process group is joined."""
+    """Says whether JAX may find an accelerator, without starting JAX, which must come after joining the process group."""
     platforms = variables.get("JAX_PLATFORMS", "")
     if platforms:
         return platforms != "cpu"

@@ -1,6 +1,6 @@
 """Arranges the devices in a mesh of four axes: slice, data, fsdp and tensor.
 
-Mesh axes are ``Auto``, stated: the default of ``jax.make_mesh`` has been ``Explicit`` since JAX 0.9, under which
+The axes are set to ``Auto``, because the default of ``jax.make_mesh`` has been ``Explicit`` since JAX 0.9, under which
 sharded gathers raise.
 """
 
@@ -58,14 +58,14 @@ def make_mesh(
 def _arrange(devices: list[jax.Device], shape: tuple[int, int, int, int]) -> np.ndarray:
     """Arranges devices in the shape of a mesh so that neighbours on an axis are close on the network.
 
-    An axis may split a side of a slice (tensor 2 on 8 x 8 chips), which ``jax.make_mesh`` allows on v5e alone.
+    An axis may take part of a side of a slice (tensor 2 on 8 x 8 chips), which ``jax.make_mesh`` allows only on v5e.
     """
     slices = shape[0]
     if slices == 1:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     found = len({getattr(device, "slice_index", 0) for device in devices})
     if found == 1 and devices[0].platform != "tpu":
-        # CPU devices that stand for several slices in tests have no slice of their own: they are taken in order.
+        # The CPU devices that stand for several slices in tests have no slice index: they are taken in order.
         return np.array(devices).reshape(shape)
     if found != slices:
         raise UserError(f"train.slices is {slices}, but these devices are of {found} slices: set it to {found}")

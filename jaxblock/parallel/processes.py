@@ -1,4 +1,4 @@
-"""The group of processes of a run: joining it, waiting for it, asking all of it, and leaving it after a failure."""
+"""Joins the group of processes of a run, waits for all of them, collects values from all, and leaves after a failure."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jaxblock.parallel.environment import EXPLICIT, START_TIMEOUT, SWITCH, from_
 
 _LOST_SIGNS = ("Gloo", "heartbeat", "coordination service", "Connection closed by peer", "unhealthy", "preempted")
 _STATUS = re.compile(r"[A-Z]+(_[A-Z]+)*: ")
-_place: tuple[int, int] | None = None  # what start has returned
+_place: tuple[int, int] | None = None  # (index, count) that ``start`` returned
 
 
 def start() -> tuple[int, int]:
@@ -39,7 +39,8 @@ def start() -> tuple[int, int]:
         if arguments is not None:
             _initialize(arguments)
         elif (count := jax.process_count()) > 1:
-            # A TPU slice knows its hosts even so; each of them would take itself for the one that writes.
+            # JAX knows the hosts of a TPU slice even without a process group. Without the group, each host would write the
+            # run folder.
             raise UserError(
                 f"this is one of the {count} hosts of a TPU slice, and no process group was joined: set {SWITCH}=1 on all "
                 "of them (launch/tpu.sh does)"
@@ -51,7 +52,7 @@ def start() -> tuple[int, int]:
 def place() -> tuple[int, int] | None:
     """Returns what ``start`` has returned; None before it has.
 
-    It is for threads that must not wait: asking JAX starts the devices, under a lock, and they may wait for other hosts.
+    It is for threads that must not block: JAX's own functions start the devices under a lock, which may wait for other hosts.
     """
     return _place
 
@@ -111,11 +112,12 @@ def gather_values(values: np.ndarray) -> np.ndarray:
 
 
 def _initialize(arguments: dict[str, Any]) -> None:
-    """Joins the group, and says that it waits where this takes long."""
+    """Joins the group; prints a line if it has to wait long for the other processes."""
     if arguments.get("process_id"):
         _await_coordinator(arguments["coordinator_address"], arguments.get("initialization_timeout", 300))
     seconds = arguments.get("initialization_timeout", 300)
-    # JAX ends a process whose group stays incomplete with a line about a "fatal error": ours then stands above it.
+    # JAX ends the process with a line about a "fatal error" if the group stays incomplete, so our explanation is printed
+    # before that.
     waiting = threading.Timer(
         min(15, seconds / 2),
         lambda: print(
@@ -138,7 +140,7 @@ def _initialize(arguments: dict[str, Any]) -> None:
 
 
 def _await_coordinator(address: str, seconds: float) -> None:
-    """Waits until process 0 listens: where it never does, JAX ends the process without an exception."""
+    """Waits until process 0 listens, since JAX would end this process without an exception if it never does."""
     host, _, port = address.rpartition(":")
     end = time.monotonic() + seconds
     while True:
@@ -151,4 +153,6 @@ def _await_coordinator(address: str, seconds: float) -> None:
                     f"process 0 of the group was not found at {address} for {seconds:g} s ({error}). Check that it runs, "
                     f"that the port is reachable from here, and {' and '.join(EXPLICIT)}; {START_TIMEOUT} sets the time"
                 ) from error
-            time.sleep(min(0.2, max(end - time.monotonic(), 0)))  # the name may not be known yet, nor anybody listen
+            time.sleep(
+                min(0.2, max(end - time.monotonic(), 0))
+            )  # the host name may not resolve yet, or process 0 not listen

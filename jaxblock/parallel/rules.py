@@ -1,6 +1,6 @@
-"""Maps the logical names of an array's dimensions to axes of the mesh: the one table that decides what is split how.
+"""Maps the logical names of an array's dimensions to the axes of the mesh that split them.
 
-``PartitionSpec`` is written in this room only; the rest of the package names dimensions (``batch``, ``embed``, ``heads``).
+``PartitionSpec`` appears only in this package; the rest of the package names dimensions (``batch``, ``embed``, ``heads``).
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from jaxblock.errors import UserError
 from jaxblock.types import Params
 
 RULES: dict[str, tuple[str, ...]] = {
-    # Rows of a batch are split over all axes but one: under FSDP every device has its own rows. Slices are joined by the
-    # slow data-centre network: nothing is split over them but rows, so that only gradients cross it.
+    # Rows of a batch are split over all axes but ``tensor``: under FSDP every device has its own rows. Only rows are split
+    # over slices, so that only gradients cross the slow data-centre network between them.
     "batch": ("slice", "data", "fsdp"),
-    # How rows are split while the model's width is split over fsdp.
+    # For activations whose width is split over fsdp (the embedding lookup): their rows are split over the other axes.
     "rows": ("slice", "data"),
     # Parameters and their optimizer state are split along the model's width.
     "embed": ("fsdp",),
@@ -30,8 +30,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
     "vocab": ("tensor",),
-    # The side of a LoRA adapter that is not its rank is split over all axes that split weights, and its optimizer state
-    # with it.
+    # The dimension of a LoRA adapter that is not its rank. It is split over all axes that split weights; the adapter's
+    # optimizer state follows it.
     "adapter": ("tensor", "fsdp"),
 }
 

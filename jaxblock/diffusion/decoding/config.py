@@ -21,11 +21,11 @@ class DecodeConfig(Section, name="decode", on_resume="may_change"):
     """How responses are decoded, block by block."""
 
     response_len: int | None = setting(None, AT_LEAST_1)
-    """R: response positions of a row; None for those of `canvas`."""
+    """R: response positions of a row; None for `canvas.response_len`."""
     block: int | None = setting(None, AT_LEAST_1)
-    """B: response positions of a block; None for those of `canvas`."""
+    """B: response positions of a block; None for `canvas.block`."""
     steps_per_block: int | None = setting(None, AT_LEAST_1)
-    """Decode steps of a block; None for one token a step. The rules `confidence_threshold` and `factor` take as many as they need."""
+    """Decode steps of a block; None for one token per step. The rules `confidence_threshold` and `factor` take as many as they need."""
     rule: RuleName = "low_confidence"
     """Which positions a step commits. A quota of them: the most confident by LLaDA's `low_confidence` or Dream's `maskgit_plus`,
     `topk_margin` or `entropy`, or `random` ones. Without a quota: `confidence_threshold`, `factor`, or Dream's `origin` (each
@@ -43,8 +43,8 @@ class DecodeConfig(Section, name="decode", on_resume="may_change"):
     temperature: float = setting(0.0, NOT_NEGATIVE)
     """The sampling temperature (Gumbel noise); 0 takes the most probable token."""
     top_p: float | None = setting(None, ABOVE_0_TO_1)
-    """Draw from the most probable tokens up to the one that takes their sum above this; None for all. Dream's rules also
-    measure confidence on what is left."""
+    """Draw from the most probable tokens up to the one with which their probabilities sum to more than this; None for all.
+    Dream's rules also measure confidence on these tokens alone."""
     top_k: int | None = setting(None, AT_LEAST_1)
     """Draw from this many most probable tokens (after `top_p`); None for all."""
     alg_temp: float = setting(0.0, NOT_NEGATIVE)
@@ -52,7 +52,7 @@ class DecodeConfig(Section, name="decode", on_resume="may_change"):
     cfg_scale: float = setting(0.0, NOT_NEGATIVE)
     """Classifier-free guidance: un + (scale + 1)(cond - un); 0 for none."""
     eos_suppression: EosSuppression = "none"
-    """Whether the end is held back: `logits` forbids the fill token, `confidence` ranks stop tokens last."""
+    """Whether the end of a response is delayed: `logits` never commits the fill token, `confidence` ranks stop tokens last."""
     early_stop: bool = True
     """Whether a row stops after the block that holds its first stop token."""
     stop_ids: tuple[int, ...] | None = None
@@ -66,18 +66,18 @@ class DecodeConfig(Section, name="decode", on_resume="may_change"):
 
     @property
     def passes(self) -> int:
-        """Forward passes of a decode step: guidance takes a second one, of the network that does not see the prompt."""
+        """The forward passes per decode step: 2 with guidance, which also runs the network with the prompt masked, else 1."""
         return 2 if self.cfg_scale else 1
 
     def steps(self, block: int) -> int:
-        """Returns the decode steps of a block of so many positions, where the rule does not set its own pace."""
+        """Returns the decode steps of a block with ``block`` positions, for the rules that do not choose them (``Rule.pace``)."""
         return block if self.steps_per_block is None else self.steps_per_block
 
     def static(self, block: int) -> DecodeConfig:
         """Returns the settings that a compiled decoder depends on, with the defaults for all others.
 
-        The sizes and special ids are in the layout, the seed and the prompts are arguments: settings that differ in those
-        alone are equal here, so that a jitted function that takes them as a static argument is not compiled again.
+        Sizes and special ids are in the layout, and the seed is an argument of the compiled function. Settings that differ only
+        in these are equal here, so that a jitted function that takes them as a static argument is not compiled again.
 
         Args:
             block: positions of a block.

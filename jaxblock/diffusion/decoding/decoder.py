@@ -1,8 +1,8 @@
-"""The blockwise decoder: ``decode_block`` is the unit, ``decode`` scans it over the blocks of the canvas.
+"""Decodes responses block by block: ``decode_block`` decodes one block, ``decode`` scans it over all blocks of the canvas.
 
 Each step shows the network the same view that training builds (``canvas.view``), scores the active block's masks, and
-commits those that the transfer rule picks. Nothing committed is ever masked again, so ``commit_step`` rebuilds every
-intermediate canvas. The mask token is never committed.
+commits those that the transfer rule picks. A committed token is never masked again, so every
+intermediate canvas can be rebuilt from ``commit_step``. The mask token is never committed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Carry(NamedTuple):
         commit_step: the step, counted over the whole response, that committed each response position; -1 for a mask.
         done: the rows that stopped early.
         nfe: the forward passes spent on each row.
-        row_key: one random key a row [B], so that a row's result does not depend on its batch.
+        row_key: one random key per row [B], so that a row's result does not depend on its batch.
     """
 
     ids: Int[Array, "B T"]

@@ -12,10 +12,10 @@ from jaxtyping import Float, Int
 
 
 class Measure(NamedTuple):
-    """What a rule ranks positions by.
+    """Measures the confidence by which a rule ranks positions.
 
     Attributes:
-        surprise: (logits [B, A, V], tokens [B, A], mask id) -> the number [B, A] that ranks positions, smallest first.
+        surprise: takes (logits [B, A, V], tokens [B, A], mask id) and returns a number per position [B, A]; the smallest ranks first.
         confidence: turns that number into the confidence that ``alg_temp`` divides.
     """
 
@@ -43,7 +43,7 @@ def surprise(logits: Float[Array, "*rows V"], token: Int[Array, "*rows"]) -> Flo
 def margin_surprise(logits: Float[Array, "*rows V"], mask_id: int) -> Float[Array, "*rows"]:
     """Returns -log(p1 - p2), the log of the best token's lead over the second best (Dream's ``topk_margin``).
 
-    The mask token may be the runner-up, never the leader: where it is the most probable token there is no lead.
+    The mask token counts as second best but never as best: where it is the most probable token, there is no lead.
 
     Args:
         logits: float32 or wider; -inf for what was filtered out.

@@ -1,4 +1,4 @@
-"""The decoding rules, one record each: what a rule ranks positions by, how it commits them, which settings it looks at.
+"""Defines the decoding rules, one record each: it says how a rule ranks and commits positions, and which settings it uses.
 
 A new rule is one entry of ``RULES``; its name also goes to ``config.RuleName``, which the command line shows without JAX.
 """
@@ -19,16 +19,16 @@ from jaxblock.settings import require
 
 @dataclass(frozen=True)
 class Rule:
-    """A decoding rule.
+    """Describes how one decoding rule works.
 
     Attributes:
-        transfer: makes the function that picks the positions to commit, from the settings and the positions of a block.
-        measure: what positions are ranked by; None gives each a uniform random number instead.
+        transfer: takes the settings and the block size, and returns the function that picks the positions to commit.
+        measure: how the confidence that ranks positions is measured; None ranks by a uniform random number instead.
         measured_on: the distribution that is measured: the raw ``logits`` (LLaDA's family), or the ``candidates`` that the
             token is drawn from, tempered and filtered (Dream's).
-        pace: who says how many steps a block takes: the ``settings``, or the ``rule``, which commits what it is sure of and at
-            least one position a step.
-        uses: the settings that it looks at, among those that not every rule does.
+        pace: what decides how many steps a block takes: the ``settings``, or the ``rule``, which commits the confident
+            positions of each step and at least one.
+        uses: the rule-specific settings that this rule uses; it refuses those of other rules.
     """
 
     transfer: Callable[[DecodeConfig, int], Transfer]
@@ -70,9 +70,9 @@ RULES: dict[RuleName, Rule] = {
 
 
 def check_options(options: DecodeConfig) -> None:
-    """Raises UserError where a setting has a value that it does not take, or one that the rule does not look at.
+    """Raises UserError where a setting is out of range, or is set although the rule does not use it.
 
-    Nothing that somebody sets is ignored silently.
+    No setting that a user changed is ignored silently.
     """
     options.check()
     name, rule = options.rule, RULES[options.rule]

@@ -1,9 +1,9 @@
-"""Scores every masked position of a decode step: the token it would get, and how sure the network is of it.
+"""Scores every masked position of a decode step: finds the token that it would get, and how confident the network is of it.
 
 Two conventions exist. LLaDA's family draws the token from the tempered distribution and measures confidence by the un-noised
-softmax of the raw logits. Dream's filters the tempered distribution (top-p, then top-k) and measures confidence on exactly
-what the token is drawn from (``Rule.measured_on``). In both the mask token is never the token, and stays in the confidence's
-normaliser.
+softmax of the raw logits. Dream's filters the tempered distribution (top-p, then top-k) and measures confidence on the
+filtered distribution that the token is drawn from (``Rule.measured_on``). In both, the mask token is never chosen, but its
+probability stays in the normaliser of the confidence.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from jaxblock.diffusion.decoding.rules import RULES
 from jaxblock.diffusion.decoding.transfer import Scores
 
 _TOKEN, _CHANCE, _POSITION = 0, 1, 2
-"""What a row's key of a step is folded with for each kind of draw."""
+"""Constants folded into a row's random key, so that the draws of tokens, chances and positions are independent."""
 
 
 def keep_top_p(logits: Float[Array, "*rows V"], top_p: float) -> Bool[Array, "*rows V"]:
-    """Returns the most probable tokens up to the one that takes their sum above ``top_p``; ties go to the lowest index.
+    """Returns the most probable tokens up to the one with which they sum to more than ``top_p``; ties go to the lowest index.
 
     Args:
         logits: already divided by the temperature.
@@ -32,7 +32,7 @@ def keep_top_p(logits: Float[Array, "*rows V"], top_p: float) -> Bool[Array, "*r
     """
     order = jnp.argsort(-logits, axis=-1, stable=True)
     mass = jnp.cumsum(jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1), axis=-1)
-    # The best token stays; any other stays while those before it do not yet exceed the level.
+    # The best token is kept; any other is kept if the more probable ones sum to at most top_p.
     kept = jnp.concatenate([jnp.ones_like(mass[..., :1], bool), mass[..., :-1] <= top_p], axis=-1)
     return jnp.take_along_axis(kept, jnp.argsort(order, axis=-1), axis=-1)
 
@@ -51,11 +51,11 @@ def keep_top_k(logits: Float[Array, "*rows V"], top_k: int) -> Bool[Array, "*row
 def candidates(options: DecodeConfig, mask_id: int, logits: Float[Array, "*rows V"]) -> Float[Array, "*rows V"]:
     """Returns the logits that the token is drawn from: divided by the temperature, then cut by top-p, then by top-k.
 
-    The filters see the mask token, as in Dream. They always leave the best other token: the mask token itself is never
-    drawn, and where it alone would pass there would be nothing left. What they cut is -inf.
+    The filters see the mask token, as in Dream. They always keep the best token other than it: where only
+    the mask token passes a filter, nothing could be drawn. Removed tokens get -inf.
 
     Args:
-        options: the temperature (at 0 the logits stay as they are, and the argmax is taken), top_p and top_k.
+        options: the settings; temperature (0 leaves the logits unscaled), top_p and top_k are used.
         mask_id: the mask token.
         logits: float32 or wider.
     """
@@ -85,7 +85,7 @@ def score(
         options: the rule, temperatures, filters and suppression.
         logits: float32 or wider.
         eligible: the positions that may be committed.
-        keys: one random key a row [B].
+        keys: one random key per row [B].
     """
     chex.assert_equal_shape_prefix([logits, eligible], 2)
     chex.assert_shape(keys, logits.shape[:1])
@@ -95,7 +95,8 @@ def score(
     drawn_from = candidates(options, layout.mask_id, logits)
     pick = jnp.where(ids == layout.mask_id, -jnp.inf, drawn_from)
     if options.temperature > 0:
-        # exp(l) / (-log U)^T has the argmax of l / T + Gumbel; float32 noise or wider (LLaDA notes that less is biased).
+        # LLaDA takes the argmax of exp(l) / (-log U)^T, which is the argmax of l / T + Gumbel noise. The noise is float32 or
+        # wider, since LLaDA notes that a narrower type is biased.
         pick = pick + _gumbel(keys, _TOKEN, pick)
     token = jnp.argmax(pick, axis=-1).astype(jnp.int32)
     measure = rule.measure

@@ -1,7 +1,7 @@
 """Transfer functions: they pick the masked positions of the active block that a decode step commits.
 
-They rank confidence by ``Scores.surprise``, which is -log p: probabilities near 1 tie in float32, their logarithms do not. A
-threshold tau becomes -log tau. Ties go to the lowest index.
+They rank by ``Scores.surprise``, which is -log of the confidence p: probabilities near 1 are equal in float32, their
+logarithms are not. A threshold tau on p is -log tau on the surprise. Among equal positions the lowest index comes first.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Scores(NamedTuple):
 
     Attributes:
         token: the token that each position would get.
-        surprise: -log of the rule's confidence in nats (smaller is more confident), or what the rule ranks by in its place
+        surprise: -log of the rule's confidence in nats (smaller is more confident), or the number that the rule ranks by instead
             (``scoring.score``).
         eligible: which positions may be committed: those that are still masks.
     """
@@ -70,8 +70,8 @@ def quota_table(schedule: Quota, most: int, steps: int, eps: float = 1e-3) -> np
 def dream_grid(steps: int, eps: float) -> np.ndarray:
     """Returns Dream's times, from 1 down to ``eps`` in equal steps: float32 [steps + 1], equal to ``torch.linspace`` bit for bit.
 
-    That function walks from both ends and rounds once per point (a fused multiply-add), and a count may depend on the last
-    bit.
+    ``torch.linspace`` counts from both ends and rounds once per point (a fused multiply-add), and the number of tokens that a
+    step commits may depend on the last bit.
     """
     first, last = np.float32(1), np.float32(eps)
     size = float((last - first) / np.float32(steps))
@@ -80,7 +80,7 @@ def dream_grid(steps: int, eps: float) -> np.ndarray:
 
 
 def dream_chances(steps: int, eps: float) -> np.ndarray:
-    """Returns each step's chance to lift a mask: 1 - s / t on Dream's time grid, and 1 in the last step; float32 [steps]."""
+    """Returns the chance that a step commits a masked position, float32 [steps]: 1 - s / t on Dream's grid, 1 in the last step."""
     grid = dream_grid(steps, eps)
     return np.append(np.float32(1) - grid[1:-1] / grid[:-2], np.float32(1))
 
@@ -90,8 +90,8 @@ def _even(n: int, steps: int) -> list[int]:
 
 
 def _linear(n: int, steps: int) -> list[int]:
-    # Halves are common here (n * 1/2), so which way they fall is decided by float32's rounding of 1 - (1 - t): the
-    # published vectors are met only by computing in that order and in that type.
+    # left * chance is often one half up to rounding, so whether it is rounded up depends on float32's error in 1 - (1 - t).
+    # Only this type and this order of operations reproduce dllm's published counts.
     one = np.float32(1)
     grid = [one - (one - np.float32(i) / np.float32(steps)) for i in range(steps + 1)]
     counts, left = [], n
