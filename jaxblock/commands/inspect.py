@@ -12,12 +12,14 @@ from jaxblock.data.config import DataConfig
 from jaxblock.diffusion.config import CanvasConfig, MethodConfig
 from jaxblock.errors import UserError
 from jaxblock.io.files import check_absent, write_text
+from jaxblock.models.config import ModelConfig
 from jaxblock.settings import SplitName
 from jaxblock.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from jaxblock.data.store.prepared_folder import Prepared
     from jaxblock.diffusion.canvas import Layout
+    from jaxblock.models.architecture import Architecture
     from jaxblock.reporting.examine import ExaminedRecord
 
 
@@ -38,6 +40,7 @@ class Options:
     data: DataConfig = field(default_factory=DataConfig)
     canvas: CanvasConfig = field(default_factory=CanvasConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
@@ -85,7 +88,6 @@ def examine_records(
 
     from jaxblock import build
     from jaxblock.data.loader import pad_records
-    from jaxblock.models.families import registry
     from jaxblock.reporting.examine import draws_of_steps, examine
 
     source = prepared.records(split)
@@ -100,11 +102,8 @@ def examine_records(
         block = np.zeros(len(records), np.int32)
     batch = pad_records(records, config.canvas, block=block)
     sized = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=len(records)))
-    special, manifest = prepared.special, prepared.manifest
-    arch = registry.architecture_from_config(
-        config.model, vocab_size=manifest.vocab_size, mask_id=special.mask, eos_id=special.eos
-    )
-    objective = build.objective(sized, build.network(arch, config.model), special.stop_ids)
+    net = build.network(_architecture(config, prepared), config.model)
+    objective = build.objective(sized, net, prepared.special.stop_ids)
     canvas = objective.canvas(batch)
     draws, noise = draws_of_steps(lambda step: objective.draw(batch, canvas, step), range(steps))
     examined = examine(
@@ -117,3 +116,27 @@ def examine_records(
         labels=[f"{split} {record.index} ({record.source})" for record in records],
     )
     return examined, objective.layout
+
+
+def _architecture(config: Config, prepared: Prepared) -> Architecture:
+    """Returns the network that training would use, from small files alone.
+
+    Where those of ``model.init_from`` are not here, the network takes its logit alignment, the one of its traits that is
+    shown, from the published checkpoint of this name, from ``model.alignment``, or else from ``model.family``.
+    """
+    from jaxblock.fit.sizes import PUBLISHED
+    from jaxblock.io.hub import is_downloaded
+    from jaxblock.models.families import registry
+    from jaxblock.training import weights
+
+    source = config.model.init_from
+    if source is None or is_downloaded(source):
+        return weights.architecture(config, prepared, None)
+    random = dataclasses.replace(config.model, init_from=None, alignment=None)
+    arch = weights.architecture(dataclasses.replace(config, model=random), prepared, None)
+    published = PUBLISHED.get(source.split("@")[0])
+    if published is not None:
+        return dataclasses.replace(arch, alignment=registry.from_hf(published, source).alignment)
+    alignment = config.model.alignment or arch.alignment
+    say(f"model.init_from {source} is not here, so {alignment} logits (model.alignment, else model.family) are shown")
+    return dataclasses.replace(arch, alignment=alignment)

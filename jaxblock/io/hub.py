@@ -40,8 +40,8 @@ def local_checkpoint(name: PathLike, *, weights: bool = True) -> str:
     text = os.fspath(name)
     if is_remote(text):
         return _copy_of_remote(text, weights)
-    match = _NAME.fullmatch(text)
-    if match is None or text.endswith(_FILES) or os.path.exists(text):
+    match = _hub_name(text)
+    if match is None:
         return text
     repo, revision = match["repo"], match["revision"]
     wanted = _WEIGHTS + _BESIDE if weights else _BESIDE
@@ -51,6 +51,21 @@ def local_checkpoint(name: PathLike, *, weights: bool = True) -> str:
         )
     except Exception as error:  # huggingface_hub raises its own exceptions and those of several HTTP libraries
         raise UserError(f"{text} is no local folder, and {_why(error, repo, revision)}") from error
+
+
+def is_downloaded(name: str) -> bool:
+    """Tells whether a checkpoint's config.json can be read without the hub: from a folder, or from what was downloaded before."""
+    match = _hub_name(name)
+    if match is None:
+        return is_remote(name) or os.path.isdir(name)
+    return isinstance(
+        huggingface_hub.try_to_load_from_cache(match["repo"], "config.json", revision=match["revision"]), str
+    )
+
+
+def _hub_name(text: str) -> re.Match[str] | None:
+    """Parses a name on the hub; None for whatever is, or can only be, a path."""
+    return None if text.endswith(_FILES) or os.path.exists(text) else _NAME.fullmatch(text)
 
 
 def _copy_of_remote(folder: str, weights: bool) -> str:

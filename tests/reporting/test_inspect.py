@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import json
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,11 +16,18 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from jaxblock.cli import main
+from jaxblock.commands import train
+from jaxblock.config.yaml import load_config
+from jaxblock.data.store.prepared_folder import open_prepared
 from jaxblock.diffusion import canvas as canvases
 from jaxblock.diffusion import corruption
 from jaxblock.diffusion.canvas import Canvas, Layout
 from jaxblock.diffusion.config import MethodConfig
 from jaxblock.diffusion.sampling import Draw, draw, draw_uniforms
+from jaxblock.io import hub
+from jaxblock.models.config import ModelConfig
+from jaxblock.models.families import registry
 from jaxblock.reporting import examine as examining
 from jaxblock.reporting.examine import draws_of_steps, examine
 from jaxblock.reporting.html import html_page
@@ -201,3 +211,50 @@ def test_html_is_whole_escaped_and_needs_nothing_else() -> None:
     assert f"must become id {EOT}, predicted from the hidden state at 6; weight 4" in html
     assert html.count('class="t loss"') == 1 + 3  # the legend's, and one per masked token
     assert html.count("<div") == html.count("</div>") and html.count("<span") == html.count("</span>")
+
+
+BEFORE = "predicted from the position before it"
+
+
+@pytest.fixture
+def dream(tiny_config: Path, tmp_path: Path) -> Path:
+    """Makes the folder of a Dream checkpoint for the tiny data; it has a config.json and no weights."""
+    prepared = open_prepared(tiny_config.parent / "prepared")
+    special, vocab = prepared.special, prepared.manifest.vocab_size
+    model = ModelConfig(family="dream", d_model=16, n_heads=2)
+    arch = registry.architecture_from_config(model, vocab_size=vocab, mask_id=special.mask, eos_id=special.eos)
+    (tmp_path / "dream").mkdir()
+    (tmp_path / "dream" / "config.json").write_text(json.dumps(registry.to_hf(arch, "float32")))
+    return tmp_path / "dream"
+
+
+def test_a_checkpoints_own_alignment_is_shown(
+    tiny_config: Path, dream: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def download(*_: Any, **__: Any) -> str:
+        raise AssertionError("inspect downloads nothing")
+
+    monkeypatch.setattr(hub.huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(hub.huggingface_hub, "try_to_load_from_cache", lambda *_, **__: None)
+
+    def shown(*flags: str) -> tuple[bool, str]:
+        assert main(["inspect", "--config", str(tiny_config), "--records", "0", "--steps", "1", *flags]) == 0
+        told = capsys.readouterr()
+        return BEFORE in " ".join(told.out.split()), told.err
+
+    assert shown() == (False, "")
+    assert shown("--model.init_from", str(dream)) == (True, "")
+    assert shown("--model.init_from", "Dream-org/Dream-v0-Instruct-7B@main") == (True, "")
+    assert shown("--model.init_from", "GSAI-ML/LLaDA-8B-Instruct", "--model.family", "dream") == (False, "")
+    unknown, told = shown("--model.init_from", "some/model", "--model.family", "qwen2")
+    assert unknown and "some/model is not here, so shifted logits" in told
+    unknown, told = shown("--model.init_from", "runs/later", "--model.alignment", "shifted")
+    assert unknown and "runs/later is not here" in told
+
+
+def test_the_first_batch_of_a_debugged_run_has_its_checkpoints_alignment(tiny_config: Path, dream: Path) -> None:
+    out = io.StringIO()
+    config = load_config(str(tiny_config))
+    model = dataclasses.replace(config.model, init_from=str(dream))
+    train._show_first_batch(dataclasses.replace(config, model=model), Console(file=out, width=200))
+    assert BEFORE in out.getvalue()

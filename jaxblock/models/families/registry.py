@@ -108,6 +108,25 @@ def architecture_from_config(model: ModelConfig, *, vocab_size: int, mask_id: in
     )
 
 
+def unused_sizes(model: ModelConfig, arch: Architecture) -> list[str]:
+    """Lists the sizes that a config asks for and that the network of its ``model.init_from`` does not have.
+
+    Args:
+        model: the ``model`` section; sizes that have their default are not looked at.
+        arch: the architecture of the checkpoint that the run starts from.
+
+    Returns:
+        Texts such as "model.d_model is 64 (the checkpoint's is 4096)"; none where the config asks for no other network.
+    """
+    default = ModelConfig()
+    sizes = {name: value for name, value in vars(arch).items() if name in vars(model) and name != "alignment"}
+    return [
+        f"model.{name} is {vars(model)[name]} (the checkpoint's is {value})"
+        for name, value in sizes.items()
+        if vars(model)[name] not in (vars(default)[name], value)
+    ]
+
+
 def param_table(arch: Architecture) -> Table:
     """Returns the specs of all parameters of an architecture, under its family's names."""
     return gated_table(arch, FAMILIES[arch.family].names)
