@@ -92,6 +92,27 @@ def test_a_second_call_finds_it_and_a_different_one_is_refused(tmp_path: pathlib
     assert _left(tmp_path) == ["out", "train.jsonl"]
 
 
+def test_another_template_or_tokenizer_in_the_same_files_is_noticed(
+    tmp_path: pathlib.Path, jsonl: Jsonl, tokenizer_folder: Callable[..., str]
+) -> None:
+    template, folder = tmp_path / "mine.jinja", pathlib.Path(tokenizer_folder())
+    source = "{% for m in messages %}{{ m.content }}{{ eot_token }}{% endfor %}"
+    template.write_text(source)
+    files = {"train": jsonl("train.jsonl", [("q", "a")]), "test": None, "validation_records": 0}
+    config = _config(tmp_path, **files, tokenizer=str(folder), template=str(template))
+    made = _prepare(config)
+    for path, text in (
+        (template, source + "{# a comment #}"),
+        (folder / "tokenizer.json", (folder / "tokenizer.json").read_text() + "\n"),
+    ):
+        before = path.read_text()
+        path.write_text(text)
+        with pytest.raises(UserError, match="the content of its input, tokenizer or template files"):
+            _prepare(config)
+        path.write_text(before)
+    assert _prepare(config) == made
+
+
 def test_a_foreign_folder_is_never_replaced(tmp_path: pathlib.Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("")

@@ -108,7 +108,14 @@ def test_the_header_that_lladas_template_always_appends_is_dropped(tokenizer_fol
             "{% for m in messages %}{{ m.content }}{{ eot_token }}{% endfor %}{{ 'Bye' if messages[1] }}",
             "writes more after the response's end: 'Bye'",
         ),
-        ("{{ '<|mdm_mask|>' }}{% for m in messages %}{{ m.content }}{{ eot_token }}{% endfor %}", "the mask token"),
+        (
+            "{{ '<|mdm_mask|>' }}{% for m in messages %}{{ m.content }}{{ eot_token }}{% endfor %}",
+            "the prompt's tokens contain the mask token",
+        ),
+        (
+            "{% for m in messages %}{{ '<|mdm_mask|>' if loop.index0 }}{{ m.content }}{{ eot_token }}{% endfor %}",
+            "the response's tokens contain the mask token",
+        ),
         ("{{ raise_exception('no such role') }}", "template 'mine' fails on it: no such role"),
         ("{{ messages[0].content + 1 }}", "template 'mine' fails on it"),
         ("{{ messages.__class__.__mro__ }}", "template 'mine' fails on it: .*unsafe"),

@@ -67,6 +67,14 @@ def test_threshold(vectors):
         assert _accepted(transfer.by_threshold(case["threshold"]), case["confidence"]) == case["mask"], case
 
 
+def test_a_confidence_at_the_bound_is_accepted():
+    """At least the threshold; and under the factor 1.5 the second has (2 + 1)(1 - 1/2) = 1.5."""
+    assert _accepted(transfer.by_threshold(1.0), [0.9, 1.0, 1.0]) == [0, 1, 1]
+    assert _accepted(transfer.by_threshold(0.5), [0.75, 0.5, 0.25]) == [1, 1, 0]
+    for variant in ("strict", "v1"):
+        assert _accepted(transfer.by_factor(1.5, WIDTH, variant), [0.75, 0.5, 0.25, 0.125]) == [1, 1, 0, 0]
+
+
 RULES = {
     "quota": transfer.by_quota(transfer.quota_table("even", WIDTH, 2)),
     "threshold": transfer.by_threshold(0.9),

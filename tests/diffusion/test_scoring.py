@@ -110,6 +110,14 @@ def test_filters_and_confidence_are_dreams(filters):
             np.testing.assert_allclose(-value if rule == "entropy" else np.exp(-value), confidence, atol=3e-6)
 
 
+def test_a_token_that_takes_the_sum_to_top_p_exactly_is_not_the_last():
+    """Probabilities 1/2, 1/4, 1/8 and 1/8, without rounding: the sum must exceed ``top_p``, as in Dream."""
+    logits = jnp.log(jnp.array([0.125, 0.5, 0.125, 0.25]))
+    assert np.asarray(jax.nn.softmax(logits)).tolist() == [0.125, 0.5, 0.125, 0.25]
+    for top_p, kept in ((0.5, [0, 1, 0, 1]), (0.75, [1, 1, 0, 1]), (0.6, [0, 1, 0, 1])):
+        assert np.asarray(scoring.keep_top_p(logits, top_p)).astype(int).tolist() == kept
+
+
 def test_other_rules_filter_the_token_but_not_the_confidence():
     """LLaDA's family: -log p of the token under the un-noised softmax of all logits."""
     options = _decoding(1, temperature=2.0, top_k=1, rule="low_confidence")

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ import pytest
 
 import jaxblock
 from jaxblock.cli import main
+from jaxblock.data.loader import Batch
 from jaxblock.diffusion.objective import Losses
 from jaxblock.errors import UserError
 from jaxblock.models.spec import ParamSpec
@@ -27,7 +29,8 @@ from jaxblock.training.optim import gating
 from jaxblock.training.optim.config import OptimizerConfig
 from jaxblock.training.optim.gating import gated
 from jaxblock.training.optim.make import make_optimizer
-from jaxblock.training.step import StepMetrics
+from jaxblock.training.state import TrainState
+from jaxblock.training.step import Objective, StepMetrics
 from jaxblock.types import Sum
 
 
@@ -56,6 +59,20 @@ def test_a_skipped_update_changes_no_bit(settings: dict[str, Any] | None) -> Non
     # The control: without the gate the NaN gets through, or at least something changes.
     moved = step(*before, bad, True)
     assert not all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(moved), strict=True))
+
+
+@pytest.mark.parametrize("loss", [1.0, float("nan")])
+def test_a_skipped_step_changes_neither_weights_nor_their_average(loss: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, grads = _metrics(False).losses, {"w": jnp.ones(3)}
+    found = found._replace(loss=Sum(jnp.float32(loss), jnp.float32(1)))
+    monkeypatch.setattr(steps, "gradients", lambda *_: (found, grads))
+    optimizer = optax.sgd(0.5)
+    state = TrainState({"w": jnp.ones(3)}, optimizer.init(grads), jnp.int32(4), {"w": jnp.zeros(3)})
+    after, metrics = steps.train_step(Mock(Objective), optimizer, state, Mock(Batch), ema=0.9)
+    moved = jax.tree.map(
+        lambda a, b: bool((a != b).any()), (after.params, after.average), (state.params, state.average)
+    )
+    assert moved == ({"w": loss == 1}, {"w": loss == 1}) and bool(metrics.skipped) == (loss != 1) and after.step == 5
 
 
 def _metrics(skipped: bool) -> StepMetrics:

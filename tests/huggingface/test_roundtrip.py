@@ -188,6 +188,10 @@ def test_verify_sees_a_changed_weight_and_a_changed_config(small: Any, tmp_path:
     changed = {**params, "final_norm": params["final_norm"].at[3].add(1e-3)}
     with pytest.raises(UserError, match="should be equal"):
         verify_checkpoint(tmp_path / "out", Transformer(arch), changed, ids)
+    holed = {**params, "final_norm": params["final_norm"].at[3].set(jnp.nan)}
+    save_checkpoint(tmp_path / "holed", arch, holed)
+    with pytest.raises(UserError, match="the weights hold one"):
+        verify_checkpoint(tmp_path / "holed", Transformer(arch), holed, ids)
     config = tmp_path / "out" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"mask_token_id": 3}))
     with pytest.raises(UserError, match="another network"):

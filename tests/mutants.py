@@ -1,0 +1,314 @@
+"""Plants known bugs (mutants) one by one, and shows that the test meant for each notices it.
+
+    python -m tests.mutants [NAME ...]
+
+Works on a copy of the package and its tests in a temporary folder. The named tests must pass there first; then each mutant
+replaces one piece of the source, and its test must fail. Prints a table, and exits with 1 where a mutant survives. The tests
+need no reference data. `tests/test_mutants.py` checks that the table below still fits the source.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Mutant(NamedTuple):
+    """A bug to plant.
+
+    Attributes:
+        name: what the bug is called, as the command line takes it.
+        file: the source file, relative to the root of the project.
+        text: the source text to replace, which must occur exactly once.
+        bug: the text that replaces it.
+        test: the test that must fail, by pytest's node id.
+    """
+
+    name: str
+    file: str
+    text: str
+    bug: str
+    test: str
+
+
+_DECODING = "jaxblock/diffusion/decoding"
+_ENCODING = "jaxblock/data/tokens/encoding.py"
+_MANIFEST = "jaxblock/data/store/manifest.py"
+_SAMPLING = "jaxblock/diffusion/sampling.py"
+_LAWS_TEST = "tests/diffusion/test_laws.py::test_expected_gradient_is_the_nelbos"
+_REACHED_TEST = "tests/diffusion/test_reachability.py::test_every_masked_set_of_every_block_is_reached"
+_VERIFY_TEST = "tests/huggingface/test_roundtrip.py::test_verify_sees_a_changed_weight_and_a_changed_config"
+_TEMPLATES_TEST = "tests/data/test_templates.py::test_bad_templates"
+_PREPARE_TEST = "tests/data/test_prepare.py::test_another_template_or_tokenizer_in_the_same_files_is_noticed"
+
+MUTANTS = [
+    # Files from elsewhere, and files for others.
+    Mutant(
+        "index-names-any-file",
+        "jaxblock/huggingface/tensor_files.py",
+        "if file != os.path.basename(file):",
+        "if not file:",
+        "tests/huggingface/test_bad_checkpoints.py::test_shards[index points outside]",
+    ),
+    Mutant(
+        "rslora-taken-for-lora",
+        "jaxblock/huggingface/peft.py",
+        '    "use_rslora": (False, None),\n',
+        "",
+        "tests/huggingface/test_peft.py::test_what_is_no_adapter_of_this_base[rslora]",
+    ),
+    Mutant(
+        "export-not-compared",
+        "jaxblock/huggingface/save.py",
+        "if same_types and not difference == 0:",
+        "if False:",
+        _VERIFY_TEST,
+    ),
+    Mutant(
+        "export-with-nan-passes",
+        "jaxblock/huggingface/save.py",
+        "if same_types and not difference == 0:",
+        "if same_types and difference > 0:",
+        _VERIFY_TEST,
+    ),
+    Mutant(
+        "export-not-read-back",
+        "jaxblock/model.py",
+        "return verify_checkpoint(folder, merged.net, merged.params, self._probe())",
+        "return 0.0",
+        "tests/huggingface/test_through_load.py::test_an_autoregressive_start_decodes_once_it_has_a_mask",
+    ),
+    Mutant(
+        "new-rows-not-the-mean",
+        "jaxblock/huggingface/placement.py",
+        "axis=axis, keepdims=True) / held",
+        "axis=axis, keepdims=True) / x.shape[axis]",
+        "tests/huggingface/test_load_as.py::test_new_rows_are_the_mean_of_the_old[False-None]",
+    ),
+    Mutant(
+        "checksum-not-compared",
+        "jaxblock/training/checkpoints/checksums.py",
+        "return None if _size_and_checksum(path) == expected else",
+        "return None if size == expected[0] else",
+        "tests/training/checkpoints/test_checkpoints.py"
+        "::test_a_damaged_checkpoint_is_named_and_set_aside_and_the_one_before_is_used[_flip]",
+    ),
+    # Data.
+    Mutant(
+        "prompt-no-prefix",
+        _ENCODING,
+        "if ids[: len(prompt_ids)] == prompt_ids:",
+        "if prompt_ids:",
+        _TEMPLATES_TEST,
+    ),
+    Mutant("mask-in-prompt", _ENCODING, "if self.special.mask in ids:", "if False:", _TEMPLATES_TEST),
+    Mutant("mask-in-response", _ENCODING, "if self.special.mask in response_ids:", "if False:", _TEMPLATES_TEST),
+    Mutant(
+        "special-token-in-a-text",
+        _ENCODING,
+        "            if found:",
+        "            if found and message['role'] == 'user':",
+        "tests/data/test_templates.py::test_special_tokens_in_a_records_text_are_refused",
+    ),
+    Mutant(
+        "template-not-in-fingerprint",
+        _MANIFEST,
+        "hashes, dict(tokenizer), template]",
+        "hashes, dict(tokenizer)]",
+        _PREPARE_TEST,
+    ),
+    Mutant(
+        "tokenizer-not-in-fingerprint",
+        _MANIFEST,
+        "hashes, dict(tokenizer), template]",
+        "hashes, template]",
+        _PREPARE_TEST,
+    ),
+    Mutant(
+        "loader-without-seed",
+        "jaxblock/data/loader.py",
+        "SeedSequence([seed, 0xDA7A])",
+        "SeedSequence([0xDA7A])",
+        "tests/data/test_loader.py::test_an_epoch_visits_everything_once_and_each_epoch_is_shuffled_anew",
+    ),
+    # Training.
+    Mutant(
+        "no-weight-k-i",
+        _SAMPLING,
+        "n_blocks[:, None] / jnp.maximum(used, 1), 0.0)",
+        "1 / jnp.maximum(used, 1), 0.0)",
+        f"{_LAWS_TEST}[exact_count-per_sequence-1-aligned]",
+    ),
+    Mutant(
+        "antithetic-halves-not-shared",
+        _SAMPLING,
+        "share = jnp.repeat(share, each, axis=1) / each",
+        "share = jnp.repeat(share, each, axis=1)",
+        f"{_LAWS_TEST}[antithetic-per_sequence-2-aligned]",
+    ),
+    Mutant(
+        "no-shift",
+        "jaxblock/diffusion/canvas.py",
+        "at=jnp.maximum(active - predicts_next, 0),",
+        "at=active,",
+        f"{_REACHED_TEST}[shifted]",
+    ),
+    Mutant(
+        "shift-always",
+        "jaxblock/diffusion/canvas.py",
+        "at=jnp.maximum(active - predicts_next, 0),",
+        "at=jnp.maximum(active - 1, 0),",
+        f"{_REACHED_TEST}[same_position]",
+    ),
+    Mutant(
+        "suffix-window-from-block-start",
+        "jaxblock/diffusion/canvas.py",
+        "start + layout.block + layout.suffix_window)",
+        "start + layout.suffix_window)",
+        "tests/reporting/test_inspect.py::test_alignment_shift_and_window_are_shown",
+    ),
+    Mutant(
+        "average-moves-in-a-skipped-step",
+        "jaxblock/training/step.py",
+        "average = select(finite, next_average(average, params, state.step, ema), average)",
+        "average = next_average(average, params, state.step, ema)",
+        "tests/faults/test_skipping.py::test_a_skipped_step_changes_neither_weights_nor_their_average",
+    ),
+    # Decoding and scoring.
+    Mutant(
+        "below-the-threshold",
+        f"{_DECODING}/transfer.py",
+        "(scores.surprise <= bound)",
+        "(scores.surprise < bound)",
+        "tests/diffusion/test_quota.py::test_a_confidence_at_the_bound_is_accepted",
+    ),
+    Mutant(
+        "below-the-factor",
+        f"{_DECODING}/transfer.py",
+        "~(scores.surprise <= bounds[ranks])",
+        "~(scores.surprise < bounds[ranks])",
+        "tests/diffusion/test_quota.py::test_a_confidence_at_the_bound_is_accepted",
+    ),
+    Mutant(
+        "top-p-stops-at-the-sum-itself",
+        f"{_DECODING}/scoring.py",
+        "mass[..., :-1] <= top_p]",
+        "mass[..., :-1] < top_p]",
+        "tests/diffusion/test_scoring.py::test_a_token_that_takes_the_sum_to_top_p_exactly_is_not_the_last",
+    ),
+    Mutant(
+        "finished-rows-go-on",
+        f"{_DECODING}/decoder.py",
+        "live = valid & ~carry.done[:, None]",
+        "live = valid",
+        "tests/diffusion/test_decoder.py::test_early_stop_freezes_finished_rows_and_saves_forwards",
+    ),
+    Mutant(
+        "copies-counted-in-the-nelbo",
+        "jaxblock/evaluation/runner.py",
+        "canvas._replace(n_blocks=jnp.where(keep, canvas.n_blocks, 0))",
+        "canvas._replace(n_blocks=jnp.where(keep, canvas.n_blocks, canvas.n_blocks))",
+        "tests/evaluation/test_runner.py::test_bound_agrees_with_the_interface",
+    ),
+]
+
+
+def plant(root: Path, mutant: Mutant) -> str:
+    """Returns the source of a mutant's file with the bug in it.
+
+    Args:
+        root: the root of the tree that holds the file.
+        mutant: the bug.
+
+    Raises:
+        ValueError: the text to replace is not in the file exactly once.
+    """
+    source = (root / mutant.file).read_text()
+    found = source.count(mutant.text)
+    if found != 1:
+        raise ValueError(
+            f"mutant {mutant.name!r}: its text is in {mutant.file} {found} times, not once; "
+            "change the table in tests/mutants.py to what the source says now"
+        )
+    return source.replace(mutant.text, mutant.bug)
+
+
+def failure(root: Path, tests: Sequence[str]) -> str | None:
+    """Runs tests of a tree; returns what pytest prints if one of them fails, None if all pass.
+
+    Args:
+        root: the root of the tree.
+        tests: pytest's node ids.
+
+    Raises:
+        RuntimeError: pytest could not run the tests, so that nothing was shown.
+    """
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider", *tests]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run(
+        command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    if done.returncode not in (0, 1):
+        raise RuntimeError(f"pytest could not run {' '.join(tests)}:\n{done.stdout}")
+    return done.stdout if done.returncode else None
+
+
+def survivors(root: Path, mutants: Sequence[Mutant]) -> list[str]:
+    """Plants mutants in a tree, one by one, and prints what became of each; returns the names of those that survive.
+
+    Args:
+        root: the root of the tree, which is as it was afterwards.
+        mutants: the bugs.
+    """
+    left = []
+    for mutant in mutants:
+        path = root / mutant.file
+        sound, begin = path.read_text(), time.perf_counter()
+        path.write_text(plant(root, mutant))
+        survives = failure(root, [mutant.test]) is None
+        path.write_text(sound)
+        verdict = "SURVIVES" if survives else "dies"
+        print(f"{mutant.name:36} {verdict:8} {time.perf_counter() - begin:6.1f} s  {mutant.test}", flush=True)
+        if survives:
+            left.append(mutant.name)
+    return left
+
+
+def main(names: Sequence[str]) -> int:
+    """Runs the mutants of these names, or all where none is given; returns the exit code."""
+    known = {mutant.name: mutant for mutant in MUTANTS}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        print(f"no mutant is called {', '.join(unknown)}; there are {', '.join(known)}", file=sys.stderr)
+        return 2
+    chosen = [known[name] for name in names or known]
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder) / "jaxblock"
+        for part in ("jaxblock", "tests"):
+            shutil.copytree(ROOT / part, root / part, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", root)
+        failed = failure(root, list(dict.fromkeys(mutant.test for mutant in chosen)))
+        if failed is not None:
+            print(f"{failed}\nthis fails without any mutant: mend it first", file=sys.stderr)
+            return 1
+        left = survivors(root, chosen)
+    print(f"{len(chosen) - len(left)} of {len(chosen)} mutants die")
+    if left:
+        print(f"no test notices: {', '.join(left)}", file=sys.stderr)
+    return 1 if left else 0
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="a mutant to plant (default: all)")
+    sys.exit(main(parser.parse_args().names))
