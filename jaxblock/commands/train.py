@@ -79,17 +79,23 @@ def train(config: Config, console: Console) -> Outcome:
     """
     from jaxblock import build
     from jaxblock.fit.compile import compile_step
+    from jaxblock.models.families import registry
     from jaxblock.training import loop, start
     from jaxblock.training.guard.watchdog import Watchdog
     from jaxblock.training.observe.goodput import Goodput
 
     with Goodput() as clock, Watchdog(config.train.watchdog_seconds, config.train.on_hang) as watchdog:
         opened = start.open_session(config, console)
+        if opened.finished:
+            return loop.end_finished(opened, console)
+        if opened.config.model.init_from is not None:
+            for unused in registry.unused_sizes(config.model, opened.arch):
+                _print(console, f"{unused}: the sizes of a network that model.init_from names are its own")
         check_layer = None if opened.nans is None else opened.nans.layer
         learner = build.learner(config, opened.arch, opened.prepared.special.stop_ids, check_layer=check_layer)
         step: Step = learner.update
         plan: MemoryPlan | None = None
-        if not (config.train.debug or opened.finished):
+        if not config.train.debug:
             step, plan = compile_step(config, learner, opened.mesh, lambda text: _print(console, text))
         session = start.load_session(opened, learner, console)
         outcome = loop.run(session, step, plan, console, clock, watchdog)

@@ -29,7 +29,7 @@ from jaxblock.training.guard.watchdog import Watchdog
 from jaxblock.training.observe import goodput, throughput
 from jaxblock.training.observe.device_memory import MemoryPlan
 from jaxblock.training.observe.goodput import Goodput
-from jaxblock.training.observe.metrics import METRICS_FILE, UNWRITTEN_ROWS
+from jaxblock.training.observe.metrics import METRICS_FILE, UNWRITTEN_ROWS, restore_rows
 from jaxblock.training.observe.profiler import Profiler
 from jaxblock.training.observe.progress import TrainProgress
 from jaxblock.training.observe.summary import summarise
@@ -37,7 +37,7 @@ from jaxblock.training.observe.throughput import Work
 from jaxblock.training.observe.trackers import Trackers
 from jaxblock.training.observe.window import StepWindow
 from jaxblock.training.optim import gating, schedules
-from jaxblock.training.session import Session
+from jaxblock.training.session import OpenedSession, Session
 from jaxblock.training.state import TrainState
 from jaxblock.training.step import Step, StepMetrics
 
@@ -66,6 +66,25 @@ class Outcome:
     code: int = 0
 
 
+def end_finished(opened: OpenedSession, console: Console) -> Outcome:
+    """Ends a run that has done all of its steps before: says so, and reads no weights.
+
+    Args:
+        opened: the run, opened, whose newest checkpoint is of its last step.
+        console: prints that there is nothing to do.
+
+    Raises:
+        UserError: rows of metrics that could not be written before still cannot be.
+    """
+    assert opened.step is not None and opened.checkpoints is not None
+    opened.checkpoints.close()
+    out = opened.config.train.out
+    if opened.process_index == 0:
+        restore_rows(out, opened.saved.get(UNWRITTEN_ROWS, []))
+    console.out(f"{out} is finished ({opened.step:,} steps); nothing to do", highlight=False)
+    return Outcome(opened.step, finished_before=True)
+
+
 def run(
     session: Session, step: Step, plan: MemoryPlan | None, console: Console, clock: Goodput, watchdog: Watchdog
 ) -> Outcome:
@@ -82,12 +101,7 @@ def run(
     Raises:
         UserError: too many steps in a row were not finite, or the last state could not be saved.
     """
-    train = session.config.train
     with jax.set_mesh(session.mesh):
-        if session.step >= train.steps:
-            console.out(f"{train.out} is finished ({session.step:,} steps); nothing to do", highlight=False)
-            session.checkpoints.close()
-            return Outcome(session.step, finished_before=True)
         try:
             return _Loop(session, step, plan, console, clock, watchdog).run()
         finally:

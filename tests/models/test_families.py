@@ -9,6 +9,7 @@ import pytest
 
 from jaxblock.errors import UserError
 from jaxblock.models.architecture import Architecture, RopeScaling
+from jaxblock.models.config import ModelConfig
 from jaxblock.models.families import registry
 from jaxblock.models.spec import count_params
 
@@ -150,3 +151,18 @@ def test_real_sizes_have_their_published_number_of_parameters() -> None:
         num_key_value_heads=8, head_dim=128, intermediate_size=3072, tie_word_embeddings=True,
     )  # fmt: skip
     assert count_params(registry.param_table(qwen3)) == 596_049_920
+
+
+def test_sizes_that_a_checkpoint_does_not_have_are_listed() -> None:
+    own = ModelConfig(family="dream", d_model=32, n_layers=2, n_kv_heads=2, init_std=0.1)
+    arch = registry.architecture_from_config(own, vocab_size=11, mask_id=10, eos_id=1)
+    for same in (own, ModelConfig(init_from="x"), ModelConfig(init_from="x", d_model=32, remat="full")):
+        assert registry.unused_sizes(same, arch) == []
+    other = ModelConfig(family="llama", n_layers=3, n_kv_heads=1, tie_embeddings=True, norm_eps=1e-6)
+    assert registry.unused_sizes(other, arch) == [
+        "model.family is llama (the checkpoint's is dream)",
+        "model.n_layers is 3 (the checkpoint's is 2)",
+        "model.n_kv_heads is 1 (the checkpoint's is 2)",
+        "model.norm_eps is 1e-06 (the checkpoint's is 1e-05)",
+        "model.tie_embeddings is True (the checkpoint's is False)",
+    ]

@@ -20,6 +20,7 @@ import pytest
 import jaxblock
 from jaxblock.cli import main
 from jaxblock.config.yaml import load_config
+from jaxblock.training import start
 
 F_SETPIPE_SZ = 1031
 
@@ -113,8 +114,11 @@ def test_terminal_interrupt_reaches_no_worker_process(tiny_config: Path, tiny_ru
     _assert_same_run(run, tiny_run)
 
 
-def test_a_finished_run_says_so(tiny_config: Path, tiny_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_run_says_so_and_reads_no_weights(
+    tiny_config: Path, tiny_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = (tiny_run / "metrics.jsonl").read_bytes()
+    monkeypatch.setattr(start, "load_session", None)
     assert main(["train", "--config", str(tiny_config)]) == 0
     assert "is finished (120 steps); nothing to do" in capsys.readouterr().err
     assert (tiny_run / "metrics.jsonl").read_bytes() == before
