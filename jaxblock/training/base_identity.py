@@ -1,4 +1,4 @@
-"""Identifies the frozen base of adapters by its content, since adapters fit no other base."""
+"""Identifies the frozen base of adapters by its content, since adapters work only with the base they were trained on."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _SAMPLE = 1 << 16  # bytes of a file's start and end that go into a fingerprint
 
 
 def identify_base(source: str, wanted: Checkpoint = "latest") -> Base:
-    """Identifies a base by its content: the headers and ends of its files are read, not all of them.
+    """Identifies a base by a hash: of a run's small files and step, or of the first and last bytes of each weights file.
 
     Args:
         source: a run or a local Hugging Face folder.
-        wanted: which checkpoint of a run.
+        wanted: the checkpoint, where the source is a run.
 
     Raises:
-        UserError: it holds adapters itself, or has no such checkpoint.
+        UserError: the source holds adapters itself, or has no such checkpoint.
     """
     path = as_path(source)
     if run_folder.is_run(source):

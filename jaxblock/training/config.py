@@ -20,7 +20,7 @@ class TrainConfig(Section, name="train"):
     steps: int = setting(1000, AT_LEAST_1)
     """The number of optimizer updates."""
     batch_size: int = setting(16, AT_LEAST_1)
-    """Sequences (or pairs) per update, over all devices."""
+    """The sequences, or (example, block) pairs, per update, over all devices."""
     accumulate: int = may_change(1, AT_LEAST_1)
     """The number of parts into which a batch is split to save memory; the update is that of the whole batch."""
     seed: int = setting(0, NOT_NEGATIVE)
@@ -41,9 +41,9 @@ class TrainConfig(Section, name="train"):
     keep: int = may_change(2, AT_LEAST_1)
     """The number of newest checkpoints that are kept."""
     tensorboard: bool = may_change(False)
-    """Whether to write TensorBoard events too."""
+    """Whether to write TensorBoard events."""
     loader_workers: int = may_change(0, NOT_NEGATIVE)
-    """Worker processes that read data; 0 for threads."""
+    """Worker processes that read data; 0 reads in threads of the main process."""
     debug: bool = may_change(False)
     """Whether to run without jit and with unrolled layers, find the layer and step of a NaN, and show the first batch as `inspect`
     does."""
@@ -71,12 +71,12 @@ class TrainConfig(Section, name="train"):
     """The number of steps in a row with a loss or gradient that is not finite after which the run stops (each is skipped); 0 for
     never."""
     watchdog_seconds: float = may_change(1800.0, NOT_NEGATIVE)
-    """Seconds after which a step, save, evaluation or start is reported with the stacks of all threads; 0 for never."""
+    """Seconds after which a step, save, evaluation or start that still runs is reported with all threads' stacks; 0 for never."""
     on_hang: OnHang = may_change("report")
-    """What to do after such a report: go on waiting, or end the process with exit code 124 (`abort`)."""
+    """What to do after a report of the watchdog: go on waiting (`report`), or end the process with exit code 124 (`abort`)."""
 
     def check(self) -> None:
-        """Raises UserError where a number cannot be, or two fields of the run do not go together."""
+        """Raises UserError where a number is out of range, or two fields of the section contradict each other."""
         super().check()
         require(
             self.keep_every % self.save_every == 0,

@@ -1,7 +1,7 @@
-"""Runs the host's side of training: the loop over steps, with its evaluations, metrics, checkpoints and interruptions.
+"""Runs the training loop on the host: steps, evaluations, metrics, checkpoints and interruptions.
 
-The loop never waits for the device: the metrics of a step are read after later steps have been dispatched, when a line of
-metrics is written.
+Between evaluations and saves the device is kept busy: when a line of metrics is due, the next step is dispatched before the
+metrics of the steps so far are read.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from jaxblock.training.state import TrainState
 from jaxblock.training.step import Step, StepMetrics
 
 INTERRUPTED, PREEMPTED = 130, 143
-"""Exit codes of a run that was told to stop and has saved: by its user (SIGINT), by a machine that goes away (SIGTERM)."""
+"""The exit codes of a run that saved and stopped because of SIGINT (the user), or of SIGTERM (the machine is taken away)."""
 
 
 @dataclass
@@ -50,11 +50,11 @@ class Outcome:
     """Says how a run ended.
 
     Attributes:
-        step: how many updates have been done.
-        interrupted: whether it was told to stop; it has saved, and can go on.
-        finished_before: whether there was nothing to do.
+        step: the number of updates done.
+        interrupted: whether the run was told to stop before its last step; it has saved, and can be resumed.
+        finished_before: whether the run was complete before it was started, so that nothing was done.
         last: the last evaluation's row of metrics; {} without an evaluation.
-        metrics_file: the metrics that this process wrote; None where another process writes them, or nothing was done.
+        metrics_file: the metrics file that this process wrote; None where another process writes them, or nothing was done.
         code: the exit code of the process.
     """
 
@@ -123,7 +123,9 @@ class _Loop:
         train = session.config.train
         self.session, self.config, self.console = session, session.config, console
         self.step_fn, self.plan, self.clock, self.watchdog = step, plan, clock, watchdog
-        skipped_before = session.step - gating.count_updates(session.state.opt_state)  # by earlier processes
+        skipped_before = session.step - gating.count_updates(
+            session.state.opt_state
+        )  # in earlier processes of this run
         self.skipped = SkippedSteps(train.max_skipped, skipped_before)
         self.lr = schedules.learning_rates(self.config.optimizer, train.steps)
         run_folder = as_path(train.out)
@@ -168,7 +170,9 @@ class _Loop:
                     session.nans.check(step, metrics, batch.index)
                 self._after_step(state, step, metrics)
                 if session.process_count == 1 or step % train.log_every == 0:
-                    stopping = processes.any_of(stop.asked)  # a group stops together; asking waits for the device
+                    stopping = processes.any_of(
+                        stop.asked
+                    )  # all processes must stop at one step; asking them waits for the device
             if stopping:
                 if self.window.metrics:
                     self._report()
@@ -180,7 +184,7 @@ class _Loop:
         return self._end(step, code)
 
     def _data(self) -> Generator[Batch]:
-        """Yields batches from the run's step on; closed, it ends the loader and waits for its workers."""
+        """Yields batches from the run's step on. Closing the generator ends the loader and waits for its workers."""
         train, method = self.config.train, self.config.method
         at = BatchAt(
             self.session.prepared.records("train"),
@@ -193,8 +197,8 @@ class _Loop:
         )
         start_step = 0 if train.overfit_one_batch else self.session.step
         stream = batches(at, start_step=start_step, workers=train.loader_workers)
-        # Worker processes start with the first batch.
-        with contextlib.closing(cast(Generator[Batch], stream)):  # Grain's iterator
+        # Worker processes are started when the first batch is read.
+        with contextlib.closing(cast(Generator[Batch], stream)):  # Grain's iterator has close()
             with shielded() if train.loader_workers else contextlib.nullcontext():
                 first = next(stream)
             yield first
@@ -203,7 +207,7 @@ class _Loop:
             yield from stream
 
     def _before_first_step(self, state: TrainState) -> None:
-        """Evaluates the start of a new run; marks where a resumed one goes on."""
+        """Evaluates a new run before its first step; for a resumed run, writes a row that says where it goes on."""
         step = self.session.step
         if self.session.resumed:
             self._write({"step": step, "kind": "resume"})
@@ -212,7 +216,7 @@ class _Loop:
             self._write(self.clock.row(step))
 
     def _step(self, state: TrainState, step: int, data: Generator[Batch]) -> tuple[TrainState, StepMetrics, Batch]:
-        """Dispatches the step that follows ``step`` updates, and reads the metrics of those before it where they are due."""
+        """Dispatches the step after ``step`` updates, and writes the metrics of earlier steps if they are due."""
         self.watchdog.at("step", step)
         self.clock.charge("step")
         batch = next(data)
@@ -221,7 +225,7 @@ class _Loop:
         placed = batch if self.config.train.debug else self.session.on_mesh(batch)
         state, metrics = self.step_fn(state, placed, self.session.frozen)
         if self.window.due:
-            # The step just dispatched keeps the device busy while the host reads those before it.
+            # The step just dispatched keeps the device busy while the host reads the metrics of the steps before it.
             self._report()
         return state, metrics, batch
 
@@ -235,11 +239,13 @@ class _Loop:
         if self.window.due and (evaluate or save or train.debug):
             self._report()
         if evaluate:
-            jax.block_until_ready(metrics)  # evaluating waits for it too: it is training's time
+            jax.block_until_ready(metrics)  # charges this wait to training, not to the evaluation
             self._evaluate(state, step)
             save = processes.any_of(save or self.session.checkpoints.improves(self._score(step)))
         if evaluate or save:
-            self._write(self.clock.row(step))  # before the save: a checkpoint's time is told up to it
+            self._write(
+                self.clock.row(step)
+            )  # before the save, so that a resumed run finds the time up to its checkpoint
         if save:
             self._save(state, step)
 
@@ -260,7 +266,8 @@ class _Loop:
         self.clock.note_step(seconds / count)
         work = self._work()
         speed = work.positions / seconds
-        # Of the last step, whether skipped or not: the optimizer counts updates, so earlier skipped steps are not among them.
+        # This is the learning rate of the window's last step. The schedule counts updates, so earlier skipped steps are
+        # subtracted.
         lr = float(self.lr[step - 1 - (self.skipped.total - bool(found[-1].skipped))])
         rates = {"lr": lr, "tokens_per_second": speed, **self._utilisation(work, seconds)}
         self._write({"step": step, "kind": "train", **row, **rates})
@@ -268,7 +275,7 @@ class _Loop:
         window.clear(now)
 
     def _work(self) -> Work:
-        """Returns what the window's steps fed the network, over all processes and draws."""
+        """Counts the rows and positions that the window's steps computed, over all processes and draws."""
         window = self.window
         everywhere = self.session.process_count * self.config.method.draws
         positions = window.prompt_tokens + window.rows * self.config.canvas.response_len
@@ -328,7 +335,7 @@ class _Loop:
         kept = resume.saved_values(self.config, session.prepared, session.learner.net.arch, session.base)
         if self.trackers is not None:
             kept[UNWRITTEN_ROWS] = self.trackers.flush()
-        jax.block_until_ready(state.step)  # saving waits for it too: it is training's time
+        jax.block_until_ready(state.step)  # charges this wait to training, not to saving
         with self.clock.during("save"):
             session.checkpoints.save(state, step, kept, self._score(step))
         self.saved = step

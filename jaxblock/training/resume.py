@@ -1,4 +1,4 @@
-"""Says what a resumed run must have in common with the run as it was begun, and checks it."""
+"""Checks that a resumed run has the settings, data and model that the run was begun with."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ def check_resume(
         The plain values that were saved with the checkpoint.
 
     Raises:
-        UserError: settings differ that may not, the data are other data, or model.json was changed.
+        UserError: a setting differs that may not change, the prepared data have changed, or model.json was edited.
     """
     run = run_folder.open_run(folder)
     if step is None:
-        # Without a checkpoint the start is made again: it must be the same start.
+        # Without a checkpoint the run begins again from the same weights, so fewer fields may change.
         saved: dict[str, Any] = {"data": run.manifest.fingerprint, "config": to_tree(run.config)}
     else:
         saved = checkpoints.meta(step)

@@ -1,4 +1,4 @@
-"""Holds what a run knows once it is opened, and what it has once its weights are loaded."""
+"""Defines what is known of a run once it is opened (``OpenedSession``), and once its weights are loaded (``Session``)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from jaxblock.types import Params
 
 @dataclass(frozen=True)
 class OpenedSession:
-    """Holds a run that may begin or go on: everything is checked, and nothing large has been read.
+    """Holds a run that has been checked and can begin or go on; no weights have been read yet.
 
     Attributes:
         config: the run's settings, checked.
@@ -34,12 +34,12 @@ class OpenedSession:
         arch: the network's sizes and special ids.
         mesh: the devices.
         checkpoints: the run folder's checkpoints; None where the run folder is still to be made.
-        resumed: the run folder's content, where a checkpoint of it is restored; None for a start.
-        step: the step of this checkpoint; None for a start.
-        saved: the plain values that were saved with this checkpoint; {} for a start.
+        resumed: the contents of the run folder, where one of its checkpoints is restored; None for a new run.
+        step: the step of the checkpoint to restore; None for a new run.
+        saved: the plain values that were saved with the run; {} for a new run.
         nans: locates the first layer that is not finite; None except in debug mode.
         process_index: this process's number in its group.
-        process_count: how many processes the group has.
+        process_count: the number of processes in the group.
     """
 
     config: Config
@@ -62,7 +62,7 @@ class OpenedSession:
 
 @dataclass(frozen=True)
 class Session:
-    """Holds a run whose state is on the devices: what the loop trains, logs and saves with.
+    """Holds a run whose state is on the devices, with all that the training loop needs.
 
     Attributes:
         config: the run's settings, checked.
@@ -72,13 +72,13 @@ class Session:
         mesh: the devices.
         state: the state to begin or go on with.
         frozen: the base beneath adapters; {} where the whole network is trained.
-        base: where this base came from; None where the whole network is trained.
+        base: where the frozen base came from; None where the whole network is trained.
         checkpoints: the run folder's checkpoints.
-        step: how many updates have been done.
+        step: the number of updates done.
         resumed: whether the state comes from one of the run's own checkpoints.
         nans: locates the first layer that is not finite; None except in debug mode.
         process_index: this process's number in its group.
-        process_count: how many processes the group has.
+        process_count: the number of processes in the group.
     """
 
     config: Config
@@ -101,7 +101,7 @@ class Session:
         return lora.attach(self.frozen, state.params if state.average is None else state.average)
 
     def on_mesh(self, batch: Batch) -> Batch:
-        """Places this process's rows on the devices, as its part of the global batch."""
+        """Places this process's rows of the global batch on its devices."""
         where = rules.sharding(self.mesh, "batch")
         if self.process_count == 1:
             return jax.device_put(batch, where)  # one call for all arrays

@@ -1,11 +1,11 @@
-"""Sets a run up in two steps, between which the train step is built and compiled: ``open_session``, ``load_session``.
+"""Sets a run up in two steps, ``open_session`` and ``load_session``; the train step is compiled between them.
 
 Opening checks everything that can be wrong and reads nothing large, so that a run whose step does not fit the devices is
 refused before minutes of reading weights. What a run starts from, in order of precedence:
 
 1. The run folder holds a whole checkpoint, and ``train.resume`` is not ``never``: the run goes on from it.
-   ``model.init_from`` is not read again (but for the base beneath adapters). The config must be the one the run began
-   with, except for the fields that say otherwise (``settings.may_change``).
+   ``model.init_from`` is read again only for the frozen base of adapters. The config must be the one the run began with,
+   except for the fields that a resumed run may change (``settings.may_change``).
 2. ``model.init_from`` names a run or a Hugging Face folder: its weights and architecture, a new optimizer, step 0.
 3. Random weights from ``train.seed`` and the ``model`` section's sizes.
 """
@@ -49,10 +49,10 @@ def open_session(config: Config, console: Console) -> OpenedSession:
         console: prints what happens; it is silenced in all processes but the first.
 
     Raises:
-        UserError: something would make the run wrong, or lose something that is there.
+        UserError: the parts do not fit together, a file is missing or damaged, or the run would overwrite something.
     """
     process_index, process_count = processes.start()
-    console.quiet = process_index > 0  # one process speaks for all
+    console.quiet = process_index > 0  # only process 0 prints
     trackers.check_trackers(config.train)
     prepared = open_prepared(config.data.prepared)
     prepared.check_canvas(config.canvas)
@@ -83,11 +83,11 @@ def open_session(config: Config, console: Console) -> OpenedSession:
 
 
 def load_session(opened: OpenedSession, learner: Learner, console: Console) -> Session:
-    """Reads or makes the weights, makes the run folder or restores its checkpoint.
+    """Loads or draws the weights, and makes the run folder or restores its checkpoint.
 
     Args:
-        opened: the run, opened.
-        learner: what is trained, built for ``opened.arch``.
+        opened: what ``open_session`` returned.
+        learner: the network, objective and optimizer, built for ``opened.arch``.
         console: prints where the weights come from.
 
     Raises:
@@ -128,10 +128,10 @@ def load_session(opened: OpenedSession, learner: Learner, console: Console) -> S
 
 
 def _existing_checkpoints(train: TrainConfig, console: Console) -> tuple[CheckpointWriter | None, int | None]:
-    """Returns the run folder's checkpoints, and the step to go on from; None for what there is not.
+    """Returns the run folder's checkpoints, and the step to go on from; each is None where there is none.
 
     Raises:
-        UserError: ``train.resume`` forbids to go on, or to begin.
+        UserError: ``train.resume`` is ``never`` and the run exists, or ``must`` and there is no checkpoint.
     """
     exists = run_folder.is_run(train.out)
     if train.resume == "never" and exists:
@@ -152,7 +152,7 @@ def _checkpoints(train: TrainConfig, console: Console) -> CheckpointWriter:
 
 
 def _new_run_folder(opened: OpenedSession, begun: weights.Weights, console: Console) -> CheckpointWriter:
-    """Makes the run folder, by one process while the others wait, and opens its checkpoints."""
+    """Makes the run folder in process 0 while the others wait, and opens its checkpoints."""
     processes.wait("every process has looked at the run folder")
     if opened.process_index == 0:
         run_folder.begin(opened.config.train.out, opened.config, opened.arch, opened.prepared, begun.base, begun.source)

@@ -1,4 +1,4 @@
-"""Holds the training state, and says how it is placed on the mesh."""
+"""Defines the training state, and how it is placed on the mesh."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from jaxblock.types import Params
 
 
 class TrainState(NamedTuple):
-    """Holds all that a step reads and writes. ``step`` is also the only state of the data and of the draws.
+    """Holds all that a step reads and writes. The order of the data and the random draws depend on ``step`` alone.
 
     Attributes:
-        params: what is trained: the adapters where there are any, else the whole network.
+        params: the trained parameters: the adapters where there are any, else the whole network.
         opt_state: the optimizer's state.
-        step: how many updates have been done.
+        step: the number of steps done, skipped ones included.
         average: the exponential moving average of ``params`` in float32; None without one.
     """
 
@@ -34,14 +34,14 @@ class TrainState(NamedTuple):
 def create_state(
     params: Params, optimizer: optax.GradientTransformation, mesh: Mesh, table: Table, *, averaged: bool = False
 ) -> TrainState:
-    """Makes the state before the first update; the optimizer's state is allocated where its parameters are.
+    """Makes the state before the first update, with the optimizer's state on the devices of its parameters.
 
     Args:
-        params: what is trained, placed on the mesh.
+        params: the trained parameters, placed on the mesh.
         optimizer: the update rule.
         mesh: the mesh.
-        table: the specs of what is trained.
-        averaged: whether to keep a moving average too, which begins as the parameters.
+        table: the specs of the trained parameters.
+        averaged: whether to keep a moving average too; it begins equal to the parameters.
     """
     placed = state_shardings(jax.eval_shape(optimizer.init, params), mesh, table, averaged=averaged)
     opt_state = jax.jit(optimizer.init, out_shardings=placed.opt_state)(params)
@@ -50,19 +50,22 @@ def create_state(
 
 
 def first_average(params: Params) -> Params:
-    """Returns the average before the first update: a float32 copy of the parameters (both are donated later)."""
+    """Returns the average before the first update: a float32 copy of the parameters.
+
+    It must be a copy, since the train step donates both.
+    """
     return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.promote_types(leaf.dtype, jnp.float32)), params)
 
 
 def next_average(average: Params, params: Params, step: Array, decay: float) -> Params:
     """Computes the average after an update: ``d * average + (1 - d) * params`` with d = min(decay, (1 + k) / (10 + k)).
 
-    Early updates k weigh more, so that a short run's average is not its start.
+    Early updates k have more weight, so that the average of a short run is not dominated by its initial weights.
 
     Args:
         average: the average before the update.
         params: the parameters after the update.
-        step: k, how many updates were done before this one.
+        step: k, the number of updates before this one.
         decay: the decay d of a long run.
     """
     k = step.astype(jnp.float32)
@@ -71,16 +74,16 @@ def next_average(average: Params, params: Params, step: Array, decay: float) -> 
 
 
 def state_shardings(abstract_opt_state: Any, mesh: Mesh, table: Table, *, averaged: bool = False) -> Any:
-    """Returns the sharding of every leaf of a state; leaves of the optimizer find their parameter by their path.
+    """Returns the sharding of every leaf of a state; the path of an optimizer's leaf says to which parameter it belongs.
 
-    A leaf of a parameter's shape is placed as the parameter. One of the same rank (the scales of 8-bit moments) is split
+    A leaf with its parameter's shape is placed as the parameter. One of the same rank (the scales of 8-bit moments) is split
     along the axes that have the parameter's size; one of another rank (Adafactor's row and column means) is small, and is
     not split.
 
     Args:
         abstract_opt_state: the optimizer's state, or its shapes.
         mesh: the mesh.
-        table: the specs of what is trained.
+        table: the specs of the trained parameters.
         averaged: whether the state holds a moving average.
 
     Returns:
@@ -94,7 +97,7 @@ def state_shardings(abstract_opt_state: Any, mesh: Mesh, table: Table, *, averag
         spec = table.get("/".join(keys))
         if spec is None or len(leaf.shape) != len(spec.shape):
             return whole
-        # Statistics of rows keep an axis of size 1 where their parameter may be split.
+        # The statistics of rows have an axis of size 1, which cannot be split as the parameter's is.
         names = (
             name if size == full else None for name, size, full in zip(spec.axes, leaf.shape, spec.shape, strict=True)
         )

@@ -1,6 +1,6 @@
 """Computes one train step: a pure function of (state, batch), compiled or not.
 
-Every draw comes from the seed and the step, so the result does not depend on the devices or processes that compute it.
+All random draws come from the seed and the step, so they do not depend on the number of devices or processes.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ Step = Callable[["TrainState", "Batch", Params], tuple["TrainState", "StepMetric
 """An update, compiled or not: (state, batch, frozen base) -> (state, metrics)."""
 
 _DROPOUT = 0x10A
-"""Keeps dropout's keys apart from those of the draws."""
+"""Folded into the step's key for dropout, so that dropout is independent of the masks."""
 
 
 class StepMetrics(NamedTuple):
     """Holds what a step reports, on the device until the host reads it.
 
     Attributes:
-        losses: the sums and weights of the loss.
+        losses: the summed losses and their weights.
         grad_norm: the global norm of the gradient, before clipping.
         skipped: whether the loss or the gradient was not finite, so that the step changed nothing.
     """
@@ -75,7 +75,7 @@ class Objective:
     dropout: bool = False
 
     def canvas(self, batch: Batch) -> Canvas:
-        """Lays out the rows of a batch."""
+        """Makes the canvas of a batch."""
         rows = (batch.prompt_ids, batch.prompt_len, batch.response_ids, batch.text_len, batch.row_id)
         return canvases.from_rows(self.layout, *map(jnp.asarray, rows))
 
@@ -97,11 +97,11 @@ class Objective:
         return jax.random.fold_in(jax.random.key(self.seed), step)
 
     def drawn_blocks(self, batch: Batch) -> Array | None:
-        """Returns each row's active block [B] where the data name it (``pairs``); None where the draw chooses it."""
+        """Returns each row's active block [B] where the loader chooses it (``pairs``); None where the draw does."""
         return jnp.asarray(batch.block) if self.method.pairs else None
 
     def __call__(self, params: Params, batch: Batch, step: Array) -> Losses:
-        """Returns the sums and weights of the loss."""
+        """Computes the summed losses of a batch and their weights."""
         canvas = self.canvas(batch)
         draws, noise = self.draw(batch, canvas, step)
         return losses(
@@ -119,14 +119,14 @@ class Objective:
 
 @dataclass(frozen=True)
 class Learner:
-    """Holds all that is static about a train step: what is trained, on which loss, by which update rule.
+    """Holds the static parts of a train step: network, objective and optimizer.
 
     Attributes:
         net: the network.
         objective: the loss.
         optimizer: the update rule.
-        accumulate: how many parts of the batch are computed one after the other.
-        ema: the decay of the moving average of what is trained; 0 for no average.
+        accumulate: the number of parts of the batch that are computed one after the other.
+        ema: the decay of the moving average of the trained parameters; 0 for no average.
     """
 
     net: Transformer
@@ -136,7 +136,7 @@ class Learner:
     ema: float = 0.0
 
     def update(self, state: TrainState, batch: Batch, frozen: Params) -> tuple[TrainState, StepMetrics]:
-        """Computes one step by ``train_step``; ``frozen`` is the base beneath adapters, or {}."""
+        """Computes one step with ``train_step``; ``frozen`` is the base beneath adapters, or {}."""
         return train_step(
             self.objective, self.optimizer, state, batch, frozen, accumulate=self.accumulate, ema=self.ema
         )
@@ -145,16 +145,16 @@ class Learner:
 def gradients(
     objective: Objective, params: Params, batch: Batch, step: Array, frozen: Params | None = None, accumulate: int = 1
 ) -> tuple[Losses, Params]:
-    """Computes the losses, and the gradient of ``total / weight`` with respect to what is trained.
+    """Computes the losses, and the gradient of ``total / weight`` with respect to the trained parameters.
 
     Args:
         objective: the loss.
-        params: what is trained.
+        params: the trained parameters.
         batch: the global batch.
         step: the step whose draws are used.
         frozen: the base beneath adapters; None or {} where the whole network is trained.
-        accumulate: how many parts of the batch are computed one after the other. Weights depend on the data alone, so the
-            sum of the parts' gradients over the sum of their weights is the whole batch's gradient.
+        accumulate: the number of parts of the batch that are computed one after the other. Weights depend on the data
+            alone, so the sum of the parts' gradients divided by the sum of their weights is the whole batch's gradient.
 
     Returns:
         (losses, gradient of the same structure as ``params``).
@@ -197,7 +197,7 @@ def train_step(
     accumulate: int = 1,
     ema: float = 0.0,
 ) -> tuple[TrainState, StepMetrics]:
-    """Computes one update. A step whose loss or gradient is not finite changes nothing but the step's number.
+    """Computes one update. If the loss or the gradient is not finite, only the step's number changes.
 
     Args:
         objective: the loss (static).
@@ -205,7 +205,7 @@ def train_step(
         state: the state before the update.
         batch: the global batch, as arrays.
         frozen: the base beneath adapters, which is only read; None or {} where the whole network is trained.
-        accumulate: how many parts of the batch are computed one after the other (static).
+        accumulate: the number of parts of the batch that are computed one after the other (static).
         ema: the decay of the moving average, where the state has one (static).
 
     Returns:
@@ -226,8 +226,8 @@ def jit_step(learner: Learner, state: TrainState, mesh: Mesh) -> jax.stages.Wrap
     """Returns the jitted update: the state is donated, rows are split over the mesh, metrics are on every device.
 
     Args:
-        learner: what is trained, and how.
-        state: a state, or its shapes: the optimizer's state is placed by its structure.
+        learner: the network, objective and optimizer.
+        state: a state or its shapes, from which the shardings are derived.
         mesh: the mesh; the jitted function must be called under ``jax.set_mesh(mesh)``.
 
     Returns:

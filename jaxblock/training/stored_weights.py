@@ -1,4 +1,4 @@
-"""Loads weights that are stored: those of a run's checkpoint, or of a Hugging Face folder, onto the devices."""
+"""Loads stored weights, from a run's checkpoint or a Hugging Face folder, onto the devices."""
 
 from __future__ import annotations
 
@@ -36,21 +36,21 @@ def load_run_params(
     base: str | None = None,
     quantize: Quantize = "none",
 ) -> tuple[Params, int]:
-    """Loads the parameters of a run's checkpoint (their average, where the run kept one), adapters with their base.
+    """Loads the parameters of a run's checkpoint, or their moving average where the run kept one; adapters with their base.
 
     Args:
         run: the run.
-        mesh: the devices that hold them; None for one device.
-        dtype: the type of the parameters (adapters stay float32); None for the type they were trained in.
-        step: which checkpoint.
-        base: where the adapters' base is now; None for where it was.
+        mesh: the devices that will hold the parameters; None for one device.
+        dtype: the type of the parameters (adapters stay float32); None for the type that they were trained in.
+        step: the checkpoint to load.
+        base: the folder where the adapters' base is now; None for the one that the run's config names.
         quantize: ``int8`` quantises the adapters' base.
 
     Returns:
         (parameters, the checkpoint's step).
 
     Raises:
-        UserError: there is no checkpoint, it does not fit model.json, or the base is another.
+        UserError: there is no such checkpoint, it does not fit model.json, or the base is not the one of the adapters.
     """
     step = run_folder.find_step(run, step)
     mesh = mesh or make_mesh(1, devices=jax.local_devices()[:1])
@@ -72,10 +72,10 @@ def load_base(
 
     Args:
         source: the folder.
-        arch: the architecture that they are read as.
-        mesh: the devices that hold them.
+        arch: the architecture to read the weights as.
+        mesh: the devices that will hold the weights.
         dtype: the type of the tensors; None keeps each tensor's own.
-        step: which checkpoint of a run; None for the newest.
+        step: the step of the checkpoint, where the source is a run; None for the newest.
         quantize: ``int8`` quantises the layers' matrices.
     """
     table = registry.param_table(arch)
@@ -89,15 +89,15 @@ def load_base(
 
 
 def _restore_trained(run: Run, step: int, table: Table, stored: str, dtype: str, mesh: Mesh) -> Params:
-    """Restores what a run trained from a checkpoint: its average, which is float32, where the run kept one.
+    """Restores the trained parameters from a checkpoint, or their average (in float32) where the run kept one.
 
     Args:
         run: the run.
-        step: which checkpoint.
-        table: the specs of what was trained.
-        stored: the type that was trained in.
+        step: the step of the checkpoint.
+        table: the specs of the trained parameters.
+        stored: the type in which they were trained.
         dtype: the type to return.
-        mesh: the devices that hold it.
+        mesh: the devices that will hold the parameters.
     """
     averaged = run.config.optimizer.ema > 0
     like = jax.tree.map(
@@ -109,13 +109,13 @@ def _restore_trained(run: Run, step: int, table: Table, stored: str, dtype: str,
         run_folder.check_model(run, checkpoints.meta(step))
         params = checkpoints.restore_params(step, like, average=averaged)
     if averaged and stored != "float32":
-        # Rounded as the trained weights are, then to what was asked for.
+        # The average is rounded first as the trained weights are, then to the requested type.
         params = jax.tree.map(functools.partial(_cast, dtype=stored), params)
     return jax.tree.map(functools.partial(_cast, dtype=dtype), params)
 
 
 def _quantised(params: Params, table: Table, mesh: Mesh) -> Params:
-    """Rounds the layers' matrices to int8 with their scales, each placed as its table says."""
+    """Rounds the layers' matrices to int8; each matrix and its scales are placed as the table says."""
     placed = flatten(rules.param_shardings(mesh, int8.int8_table(table)))
     flat: dict[str, Any] = {}
     for path, leaf in flatten(params).items():

@@ -1,6 +1,6 @@
-"""Chooses the weights that a run begins with: random ones, another run's, or a Hugging Face folder's.
+"""Provides the weights that a run begins with: random ones, or those of another run or of a Hugging Face folder.
 
-They are trained whole, or they are the frozen base beneath adapters.
+The whole network is trained, or it is the frozen base beneath adapters.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class Weights(NamedTuple):
     """Holds the weights that a run begins with.
 
     Attributes:
-        trained: the adapters, or the whole network.
+        trained: the weights that are trained: the adapters where there are any, else the whole network.
         frozen: the base beneath adapters; {} where the whole network is trained.
-        base: where this base came from; None where the whole network is trained.
-        source: the folder that all of it came from; None for random weights.
+        base: where the frozen base came from; None where the whole network is trained.
+        source: the local folder that the network's weights came from; None for random weights.
     """
 
     trained: Params
@@ -47,15 +47,15 @@ class Weights(NamedTuple):
 
 
 def architecture(config: Config, prepared: Prepared, run: Run | None) -> Architecture:
-    """Returns the network that a run trains, from small files alone.
+    """Returns the architecture of the network that a run trains, without reading weights.
 
     Args:
         config: the run's settings, checked.
-        prepared: the data, whose tokenizer must be the weights'.
-        run: the run that is resumed; None for a start.
+        prepared: the prepared data; its tokenizer must fit the source's vocabulary.
+        run: the run that is resumed; None for a new run.
 
     Raises:
-        UserError: the source is no checkpoint, or is of another vocabulary.
+        UserError: the source is no checkpoint, or its vocabulary does not fit the data.
     """
     if run is not None:
         return run.arch
@@ -66,13 +66,13 @@ def architecture(config: Config, prepared: Prepared, run: Run | None) -> Archite
 
 
 def starting_weights(config: Config, net: Transformer, mesh: Mesh, run: Run | None, console: Console) -> Weights:
-    """Returns the weights before the first step; of a resumed run, ones whose trained part a checkpoint will replace.
+    """Returns the weights before the first step; for a resumed run, a checkpoint then replaces the trained part.
 
     Args:
         config: the run's settings, checked.
         net: the network, built for ``architecture``.
         mesh: the devices that hold them.
-        run: the run that is resumed; None for a start.
+        run: the run that is resumed; None for a new run.
         console: prints where the weights came from.
 
     Raises:
@@ -84,7 +84,7 @@ def starting_weights(config: Config, net: Transformer, mesh: Mesh, run: Run | No
         assert source is not None  # the config's check requires it
         return _adapters_beside_base(config, net, mesh, source, run, console)
     if run is not None:
-        # Values come from the checkpoint; random ones hold their place (and their shardings) until then.
+        # Random weights are placeholders with the right shardings until the checkpoint is restored.
         return Weights(_random(net.trainable, seed, dtype, mesh), {}, None, source)
     if source is None:
         console.out(f"random weights: {count_params(net.trainable):,} parameters", highlight=False)
@@ -105,10 +105,10 @@ def starting_weights(config: Config, net: Transformer, mesh: Mesh, run: Run | No
 def _adapters_beside_base(
     config: Config, net: Transformer, mesh: Mesh, source: str, run: Run | None, console: Console
 ) -> Weights:
-    """Returns random adapters beside their frozen base; of a resumed run, beside the base that it was begun with."""
+    """Returns random adapters and their frozen base; for a resumed run, checks that it is the base that it was begun with."""
     assert net.lora is not None
     base = identify_base(source, config.model.init_step) if run is None else check_base(source, run.base)
-    # The folder as the config names it, not the local copy of one that is elsewhere.
+    # The record names the folder as the config does, not its local copy.
     base = base._replace(folder=str(config.model.init_from))
     frozen = load_base(source, net.arch, mesh, config.model.param_dtype, step=base.step, quantize=net.quantize)
     if run is None:
@@ -119,14 +119,14 @@ def _adapters_beside_base(
 
 
 def _random(table: Table, seed: int, dtype: str, mesh: Mesh) -> Params:
-    """Draws the parameters of a table, each device its own part."""
+    """Draws the parameters of a table; each device draws its own part."""
     placed = rules.param_shardings(mesh, table)
     params: Params = jax.jit(lambda: init_params(table, seed, dtype), out_shardings=placed)()
     return params
 
 
 def _source_architecture(source: str, config: Config, prepared: Prepared) -> Architecture:
-    """Returns a source's architecture; an autoregressive one takes its mask token and fill from the data's tokenizer."""
+    """Returns a source's architecture; an autoregressive one gets its mask and fill tokens from the data's tokenizer."""
     is_run = run_folder.is_run(source)
     if not is_run and config.model.init_step != "latest":
         raise UserError(f"model.init_step is {config.model.init_step}, but {source} is no run: leave it out")
@@ -144,7 +144,7 @@ def _source_architecture(source: str, config: Config, prepared: Prepared) -> Arc
 
 
 def check_vocabulary(arch: Architecture, prepared: Prepared, source: str) -> None:
-    """Raises UserError where checkpoint and tokenizer differ about an id; rows beyond the tokenizer's ids are allowed.
+    """Raises UserError where the tokenizer does not fit the checkpoint; more embedding rows than token ids are allowed.
 
     Args:
         arch: the checkpoint's architecture.

@@ -1,8 +1,8 @@
-"""Lists the size and CRC-32 of every file of a folder; the lists are written last, so they also say that it is whole.
+"""Writes the size and CRC-32 of every file of a folder to lists; they are written last, so they also mark it as complete.
 
 Neither Orbax nor TensorStore notices a flipped bit in an array's bytes. A CRC-32 of each file does (it misses one error
-in four billion), at some GB/s and without another library. Each process of a group lists its share of the files, so
-that the processes need not talk to each other: the folder is whole when every share has its list.
+in four billion), at some GB/s and without another library. Each process of a group lists its own share of the files,
+without waiting for the others; the folder is whole when every share has its list.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ def seal(folder: PathLike, share: int = 0, shares: int = 1) -> None:
 
 
 def is_sealed(folder: PathLike) -> bool:
-    """Tells whether every share of the folder has its list, so that nothing was cut short."""
+    """Tells whether every share of the folder has its list, which means that the folder is complete."""
     found = _lists(folder)
     return any(sum(match[2] == shares for match in found) == int(shares) for shares in {match[2] for match in found})
 
 
 def has_lists(folder: PathLike) -> bool:
-    """Tells whether the folder has any list: checkpoints from before there were lists have none."""
+    """Tells whether the folder has any list; checkpoints from before lists were introduced have none."""
     return bool(_lists(folder))
 
 

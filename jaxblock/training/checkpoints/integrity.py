@@ -22,13 +22,13 @@ from jaxblock.parallel import processes
 from jaxblock.training.checkpoints import checksums, removal
 
 PARAMS, OPTIMIZER, AVERAGE, META = "params", "optimizer", "average", "meta"
-"""The folders of a checkpoint: the trained parameters, the optimizer's state, the parameters' average, plain values."""
+"""The names of a checkpoint's folders, for trained parameters, optimizer state, average of parameters and plain values."""
 
-_TEXT_BYTES = 400  # of the text that each process sends to the others
+_TEXT_BYTES = 400  # the longest text that a process sends to the others
 
 
 def is_whole(folder: epath.Path) -> bool:
-    """Tells whether a checkpoint was finished, as far as the names of its files show."""
+    """Tells whether a checkpoint was finished, judging only by the names of its files."""
     return checksums.is_sealed(folder) or (not checksums.has_lists(folder) and _is_committed(folder))
 
 
@@ -81,7 +81,7 @@ def _is_committed(folder: epath.Path) -> bool:
 
 
 def _why_unreadable(folder: epath.Path) -> str | None:
-    """Returns what is wrong with a checkpoint that has no checksums, as far as reading all of it shows."""
+    """Returns what goes wrong when a checkpoint without checksums is read completely; None if nothing does."""
     if not _is_committed(folder):
         return "it was never finished"
     try:
@@ -89,13 +89,13 @@ def _why_unreadable(folder: epath.Path) -> str | None:
         average = [AVERAGE] if (folder / AVERAGE).exists() else []
         for item in (PARAMS, OPTIMIZER, *average):
             _read_all(folder / item)
-    except Exception as error:  # whatever Orbax and TensorStore raise at what they cannot read
+    except Exception as error:  # Orbax and TensorStore raise many kinds of errors at a damaged file
         return f"it has no checksums and cannot be read ({first_line(error)})"
     return None if step in (None, int(folder.name)) else f"it has no checksums and is of step {step}"
 
 
 def _read_all(item: epath.Path) -> None:
-    """Reads every stored piece of an item, one after the other, so that it never has to fit into memory.
+    """Reads every stored piece of an item, one after the other, so that the item need not fit into memory.
 
     Raises:
         ValueError: there are no pieces, or one cannot be read.

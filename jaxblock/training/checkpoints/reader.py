@@ -1,8 +1,8 @@
-"""Reads the checkpoints of a run: which ones exist, and what they hold, checked against their checksums.
+"""Lists and reads the checkpoints of a run, and compares them with their checksums.
 
-``decode`` and ``evaluate`` read while a run still writes. Orbax's ``CheckpointManager`` keeps a list of its own, and its
-documentation allows one job per folder, so the folder itself is looked at each time (about writing see ``writer``).
-The only state of the data in a checkpoint is the step, so a restore may change the number of devices or processes.
+``decode`` and ``evaluate`` read while a run still writes. Orbax's ``CheckpointManager`` caches its list of checkpoints and
+allows one job per folder, so the folder itself is listed each time instead (see ``writer`` for writing). A checkpoint
+stores nothing about the data but the step, so a run may be resumed on another number of devices or processes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from jaxblock.training.state import TrainState
 from jaxblock.types import Params
 
 CHECKPOINTS_FOLDER = "checkpoints"
-"""Folder of the run folder with one folder for each checkpoint, named by its step."""
+"""The folder, inside the run folder, that has one folder for each checkpoint, named by its step."""
 
 
 class CheckpointReader:
@@ -74,7 +74,7 @@ class CheckpointReader:
 
         Args:
             step: the step of the checkpoint.
-            like: shapes, types and shardings of the result.
+            like: the shapes, types and shardings of the result.
             average: read the parameters' moving average instead.
 
         Raises:
@@ -100,7 +100,7 @@ class CheckpointReader:
         self._orbax.close()
 
     def _restore(self, step: int, like: Mapping[str, Any], under: str, problem: str) -> dict[str, Any]:
-        """Reads items of a checkpoint after comparing those files with their checksums whose names begin with ``under``."""
+        """Compares the files whose names begin with ``under`` with their checksums, then reads items of a checkpoint."""
         self._check_undamaged(step, under)
         wanted = jax.tree.map(ocp.tree.to_shape_dtype_struct, dict(like))
         args = ocp.args.Composite(**{name: ocp.args.StandardRestore(item) for name, item in wanted.items()})
@@ -134,12 +134,12 @@ class CheckpointReader:
         return self._root / str(step)
 
     def _named_steps(self) -> list[int]:
-        """Returns the steps that folders are named by, whole or not, in ascending order."""
+        """Returns the steps of all checkpoint folders, whole or not, in ascending order."""
         names = [entry.name for entry in self._root.iterdir()] if self._root.exists() else []
         return sorted(int(name) for name in names if name.isdigit())
 
 
 def state_items(state: TrainState) -> dict[str, Any]:
-    """Returns the trees of a training state by the names that they have in a checkpoint; the step is not among them."""
+    """Returns the trees of a training state by their names in a checkpoint; the step is not one of them."""
     average = {} if state.average is None else {AVERAGE: state.average}
     return {PARAMS: state.params, OPTIMIZER: state.opt_state, **average}

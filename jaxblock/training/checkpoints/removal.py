@@ -18,15 +18,15 @@ from jaxblock.io.paths import is_remote
 from jaxblock.training.checkpoints import checksums
 
 DAMAGED_FOLDER = "damaged"
-"""Folder beside ``checkpoints`` that holds the checkpoints that were found damaged, unchanged."""
+"""The folder beside ``checkpoints`` to which damaged checkpoints are moved, unchanged."""
 _DELETING = ".deleting"
 
 
 def delete(folder: epath.Path) -> None:
     """Deletes a checkpoint so that it does not look whole at any moment.
 
-    On a local disk its folder is renamed first. An object store cannot rename: there a note beside the folder says that
-    it is being deleted, and the checksums, which make it whole, go first.
+    On a local disk its folder is renamed first. An object store cannot rename: there a marker beside the folder says
+    that it is being deleted, and the checksums, without which it is not whole, are deleted first.
     """
     leaving = _leaving(folder)
     if not is_remote(folder):
@@ -46,10 +46,10 @@ def is_being_deleted(folder: epath.Path) -> bool:
 
 
 def discard_unfinished(folder: epath.Path) -> None:
-    """Removes what a failed save has written, never a whole checkpoint.
+    """Removes what a failed save has written, but never a whole checkpoint.
 
     Args:
-        folder: where the checkpoint was to be.
+        folder: the folder that the checkpoint was to have.
     """
     for temporary, final in _uncommitted(folder.parent):
         if final == folder:
@@ -59,12 +59,12 @@ def discard_unfinished(folder: epath.Path) -> None:
 
 
 def sweep(root: epath.Path) -> None:
-    """Removes what Orbax had not committed, and what was being deleted, when an earlier process was killed.
+    """Removes what a killed process left: uncommitted saves and half-deleted checkpoints.
 
     Args:
         root: the folder of all checkpoints.
     """
-    with contextlib.suppress(OSError):  # a read-only disk does not keep a run from continuing
+    with contextlib.suppress(OSError):  # a run can go on from a read-only disk
         for entry in list(root.iterdir()) if root.exists() else []:
             if entry.name.endswith(_DELETING):
                 folder = root / entry.name.removesuffix(_DELETING)
@@ -97,10 +97,10 @@ def set_aside(folder: epath.Path) -> str:
 
 
 def _uncommitted(root: epath.Path) -> list[tuple[epath.Path, epath.Path]]:
-    """Lists the folders that Orbax has not committed, each with the name that it would have got.
+    """Lists the folders that Orbax has not committed, each with the name that it was to get.
 
-    In an object store Orbax writes under the final name from the beginning, and a folder without its commit marker may
-    also be a checkpoint that lost it: that is damage, and damaged checkpoints are not deleted. So none are listed.
+    None are listed in an object store. There Orbax writes under the final name from the beginning, and a folder without its
+    commit marker may be a damaged checkpoint that lost it; damaged checkpoints are not deleted.
     """
     if is_remote(root):
         return []

@@ -1,4 +1,4 @@
-"""Chooses the checkpoints that stay: the newest few, one of every so many steps for good, and the best by a metric."""
+"""Chooses the checkpoints to keep: the newest few, those at multiples of a number of steps, and the best by a metric."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def best(scores: Mapping[int, float | None]) -> int | None:
 
 
 def superfluous(keep: Keep, steps: Iterable[int], best_step: int | None) -> list[int]:
-    """Returns the steps of the whole checkpoints that may be deleted; the newest never may.
+    """Returns the steps of the whole checkpoints that may be deleted, never the newest one.
 
-    Orbax's own policies would say the same, but only about records that carry a time of saving, which nothing here has.
+    Orbax has such policies too, but they need records with the time of each save, which we do not have.
 
     Args:
         keep: which checkpoints to keep.
         steps: the steps of all whole checkpoints.
-        best_step: the step of the best of them; None where none is kept for that.
+        best_step: the step of the best checkpoint; None where the best is not kept.
     """
     ordered = sorted(steps)
     newest = set(ordered[-max(keep.last, 1) :])

@@ -52,14 +52,14 @@ class Base(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """Holds what was read from a run folder.
+    """Holds the contents of a run folder.
 
     Attributes:
         folder: the run folder.
         config: the config that the run began with.
         arch: the architecture of its network.
         prepared: its tokenizer, template and manifest.
-        base: the frozen weights of its adapters; None without adapters.
+        base: where the frozen weights of its adapters are; None without adapters.
     """
 
     folder: epath.Path
@@ -88,14 +88,14 @@ def begin(
     base: Base | None,
     source: str | None,
 ) -> None:
-    """Makes a run folder with everything but metrics and checkpoints, either all of it or nothing.
+    """Makes a run folder with everything but metrics and checkpoints. If that fails, nothing is left.
 
     Args:
         folder: the run folder; it may exist if it is empty.
         config: the resolved config.
         arch: the architecture of the network.
         prepared: the prepared data.
-        base: the frozen weights of the adapters; None without adapters.
+        base: where the frozen weights of the adapters are; None without adapters.
         source: the run or Hugging Face folder that the weights came from; None for random ones.
 
     Raises:
@@ -117,7 +117,7 @@ def begin(
 
 
 def open_run(folder: PathLike) -> Run:
-    """Opens a run folder and reads what later commands need of it.
+    """Reads a run folder's config, architecture, prepared data and base.
 
     Raises:
         UserError: the folder holds no run, or a file of it is damaged.
@@ -140,7 +140,7 @@ def _base(path: epath.Path) -> Base:
 
 
 def check_model(run: Run, saved: dict[str, Any]) -> None:
-    """Checks that model.json still is as it was when a checkpoint was saved.
+    """Checks that model.json has not changed since a checkpoint was saved.
 
     Args:
         run: the run folder, opened.

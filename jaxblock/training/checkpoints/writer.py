@@ -4,13 +4,13 @@ Orbax's ``AsyncCheckpointer`` copies the state off the devices and writes it bes
 ``CheckpointManager`` would also delete old checkpoints, choose the best and remove unfinished folders, but it cannot
 keep what this module promises (Orbax 0.12.8):
 
-- a checkpoint is whole when its checksums are there, and only then may an older one go. The manager deletes as soon as
+- a checkpoint is whole when its checksums are there, and only then may an older one be deleted. The manager deletes as soon as
   Orbax has committed, and offers no moment between the two (its ``post_finalization_callback`` comes before the commit).
 - a deletion that is killed leaves nothing that looks whole (``removal``). The manager deletes in place.
 - nothing is overwritten. The manager first deletes any folder that has the new checkpoint's name, even a damaged
   checkpoint that a person should look at.
 - a save that fails is reported when it fails. The manager raises at the next save, in the middle of the training loop,
-  and has by then taken older checkpoints off its list that are still there.
+  and by then its list lacks older checkpoints that still exist.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class CheckpointWriter(CheckpointReader):
         """
         if jax.process_index() == 0:
             removal.sweep(self._root)
-        processes.wait("unfinished checkpoints are removed")  # before any process lists what there is
+        processes.wait("unfinished checkpoints are removed")  # before any process lists the checkpoints
         for step in reversed(self._named_steps()):
             problem = integrity.find_damage(self._at(step))
             if problem is None:
@@ -96,8 +96,8 @@ class CheckpointWriter(CheckpointReader):
         Args:
             state: the state to save; one that holds NaN or infinity is refused.
             step: the state's step, as a host number.
-            meta: plain values that go with it, such as the fingerprints that a resume checks.
-            score: its value by the metric that chooses the best checkpoint; higher is better.
+            meta: plain values that are saved with the state, such as the fingerprints that a resume checks.
+            score: the state's value by the metric that chooses the best checkpoint; higher is better.
         """
         self.wait()
         refusal = self._why_unwritable()
@@ -112,11 +112,11 @@ class CheckpointWriter(CheckpointReader):
         try:
             if step in self.steps():
                 return
-            if self._at(step).exists():  # found damaged, and could not be moved
+            if self._at(step).exists():  # a damaged checkpoint that could not be moved
                 self._report_failure(step, "a damaged checkpoint stands in its place")
                 return
             self._orbax.save(self._at(step), args=ocp.args.Composite(**items))
-        except Exception as error:  # whatever a file system, a client or Orbax may raise: training goes on
+        except Exception as error:  # file systems, storage clients and Orbax raise many kinds: training goes on
             self._abandon(step, error)
             return
         self._scores[step] = score
@@ -125,22 +125,22 @@ class CheckpointWriter(CheckpointReader):
         self._thread.start()
 
     def improves(self, score: float | None) -> bool:
-        """Tells whether a score is better than that of every checkpoint, the one being saved included."""
-        saving = self._saving  # read once and first: the thread clears it when the checkpoint has become whole
+        """Tells whether a score is better than those of all checkpoints, including the one being saved."""
+        saving = self._saving  # read before listing, once: the thread clears it when the checkpoint is whole
         scores = self._known_scores() | ({} if saving is None else {saving[0]: saving[1]})
         best = retention.best(scores)
         return score is not None and score == score and (best is None or score > (scores[best] or 0.0))
 
     def wait(self) -> None:
-        """Waits until a save under way is finished or has failed."""
+        """Waits until a running save has finished or failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
     def close(self) -> None:
-        """Waits for a save under way and releases Orbax's threads."""
+        """Waits for a running save and releases Orbax's threads."""
         self.wait()
-        with contextlib.suppress(Exception):  # from a save that failed, which has been reported
+        with contextlib.suppress(Exception):  # the error of a failed save, which has been reported
             super().close()
 
     def _check_undamaged(self, step: int, under: str) -> None:
@@ -148,7 +148,7 @@ class CheckpointWriter(CheckpointReader):
         super()._check_undamaged(step, under)
 
     def _finish(self, step: int) -> None:
-        """Waits, in the save's thread, for the files; then writes the checksums; then removes old checkpoints."""
+        """Waits until the files are written, writes the checksums and removes old checkpoints; runs in the save's thread."""
         try:
             self._orbax.wait_until_finished()
             checksums.seal(self._at(step), jax.process_index(), jax.process_count())
@@ -187,9 +187,9 @@ class CheckpointWriter(CheckpointReader):
     def _abandon(self, step: int, error: Exception) -> None:
         """Removes what a failed save has written, and reports the failure."""
         with contextlib.suppress(Exception):
-            self._orbax.wait_until_finished()  # Orbax keeps an error until it is asked: this one, which is reported here
+            self._orbax.wait_until_finished()  # clears the error that Orbax would raise again; it is reported below
         if jax.process_index() == 0:
-            with contextlib.suppress(Exception):  # what cannot be written can perhaps not be deleted either
+            with contextlib.suppress(Exception):  # deleting may fail for the same reason as writing
                 removal.discard_unfinished(self._at(step))
         self._report_failure(step, _explain(error))
 
@@ -208,7 +208,7 @@ def _finite(state: TrainState) -> list[jax.Array]:
 
 
 def _explain(error: Exception) -> str:
-    """Says in a few words why a file system did not take a checkpoint."""
+    """Says in a few words why a checkpoint could not be written."""
     text = str(error)
     if "RESOURCE_EXHAUSTED" in text or "No space left" in text or "disk quota" in text.lower():
         return "the disk is full"

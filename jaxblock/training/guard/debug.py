@@ -1,4 +1,4 @@
-"""Finds, in debug mode, the layer, loss or gradient that is the first not to be finite, with its step and its examples."""
+"""Finds, in debug mode, what first becomes NaN or infinite (a layer, the loss, the gradient), at which step and examples."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class NanFinder:
     """Records the layers whose output is not finite while a step runs, and raises an error after the step."""
 
     def __init__(self) -> None:
-        """Starts without any layer recorded."""
+        """Begins with no layers recorded."""
         self._layers: set[int] = set()
 
     def layer(self, index: int, hidden: Array) -> None:

@@ -1,4 +1,4 @@
-"""Turns Ctrl-C and SIGTERM into a request: the loop finishes its step, saves and ends. A second Ctrl-C stops at once."""
+"""Turns Ctrl-C and SIGTERM into a request to finish the step, save and end. A second Ctrl-C stops at once."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 
 @contextlib.contextmanager
 def shielded() -> Iterator[None]:
-    """Hides Ctrl-C, which a terminal sends to all processes, from those started in this block: the run ends them itself."""
-    resource_tracker.ensure_running()  # if it started inside the block, it would unblock the signal
+    """Makes processes that are started in this block ignore Ctrl-C, which a terminal sends to all; the run ends them itself."""
+    resource_tracker.ensure_running()  # multiprocessing's tracker process would unblock the signal when it starts
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -27,7 +27,7 @@ class Interrupt:
 
     Attributes:
         asked: whether either signal asked the run to stop.
-        terminated: whether SIGTERM did: the machine is being taken away, and a launcher should restart the run.
+        terminated: whether SIGTERM asked: the machine is being taken away, and a launcher should restart the run.
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class Interrupt:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Puts the handlers back."""
+        """Restores the previous handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

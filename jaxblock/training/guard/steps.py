@@ -1,7 +1,7 @@
 """Counts the steps that were skipped because their loss or gradient was not finite, and stops after too many in a row.
 
-The compiled step itself skips: parameters and optimizer state keep their values, element by element where each tensor
-is written (``optim.gating``), so that nothing is copied and the host need not look at every step.
+The compiled step itself leaves parameters and optimizer state unchanged: it selects the old value of every element where
+it would write the new one (``optim.gating``). So nothing is copied, and the host need not look at every step.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class SkippedSteps:
     """Counts skipped steps on the host, and stops the run when there are too many in a row.
 
     Attributes:
-        total: the number of steps skipped so far, those before a resume included.
+        total: the number of steps skipped so far, including those before a resume.
     """
 
     def __init__(self, limit: int, total: int = 0) -> None:
@@ -34,7 +34,7 @@ class SkippedSteps:
         self._in_a_row: list[tuple[int, StepMetrics, np.ndarray]] = []
 
     def check(self, steps: list[StepMetrics], before: int, records: list[np.ndarray]) -> str | None:
-        """Looks at the metrics of some steps. Every process of a group must call this, with the same metrics.
+        """Counts the skipped steps in some metrics. Every process of a group must call this, with the same metrics.
 
         Args:
             steps: the metrics of each step, copied to the host.
@@ -77,5 +77,5 @@ class SkippedSteps:
 
 
 def _of_all(records: np.ndarray) -> str:
-    """Lists the numbers of a batch's records, those of the other processes too."""
+    """Lists the numbers of a batch's records, including those of the other processes."""
     return ", ".join(map(str, processes.gather_values(records).tolist()))

@@ -1,7 +1,7 @@
-"""Watches from a thread whether the run makes progress; when it does not, prints what every thread is doing.
+"""Watches from a thread whether the run makes progress, and prints the stacks of all threads when it does not.
 
 In a process group, one process that hangs makes all the others wait in their next collective operation. Each prints its
-own stacks to its own standard error, and the process whose stacks differ from the others' is the one that hangs.
+own stacks to its own standard error; the process whose stacks differ from the others' is the one that hangs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jaxblock.parallel import processes
 from jaxblock.training.config import OnHang
 
 HUNG = 124
-"""Exit code of a process that the watchdog ended; timeout(1) uses the same."""
+"""The exit code of a process that the watchdog ended; timeout(1) uses the same."""
 
 
 class Watchdog:
@@ -40,7 +40,7 @@ class Watchdog:
         self._thread: threading.Thread | None = None
 
     def at(self, stage: str, step: int) -> None:
-        """Records that a stage begins, and gives it its full time. Takes about a microsecond.
+        """Records that a stage begins, and starts its time limit anew. Takes about a microsecond.
 
         Args:
             stage: the stage that begins now.

@@ -1,4 +1,4 @@
-"""Compares the memory that a compiled step was planned to take with what the device has, and with what it used."""
+"""Compares the planned memory of a compiled step with the memory that the device has, and with what was used at its peak."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ class MemoryPlan(NamedTuple):
 
     Attributes:
         needed: the bytes that the step takes.
-        limit: the bytes that the device gives to programs; None where the platform does not say.
+        limit: the bytes that programs can use on the device; None where the platform does not report it.
     """
 
     needed: float
     limit: float | None
 
     def describe(self) -> str | None:
-        """Returns the plan as a line for people; None where there is no limit to compare it with."""
+        """Returns a line that compares the plan with the device's memory; None where that is not known."""
         if self.limit is None:
             return None
         return f"the step is planned to take {gib(self.needed)} of the {gib(self.limit)} of a device"
 
     def compare(self, device: jax.Device) -> str | None:
-        """Returns the plan against the most that a device has used, as a line; None where the platform does not say."""
+        """Returns a line that compares planned with peak memory; None where the platform does not report the peak."""
         peak = device_peak(device)
         if peak is None:
             return None
@@ -33,12 +33,12 @@ class MemoryPlan(NamedTuple):
 
 
 def device_limit(device: jax.Device) -> float | None:
-    """Returns the bytes that a device gives to programs; None where the platform does not say (CPU)."""
+    """Returns the bytes that programs can use on a device; None where the platform does not report it (CPU)."""
     return _statistic(device, "bytes_limit")
 
 
 def device_peak(device: jax.Device) -> float | None:
-    """Returns the most bytes that have been in use on a device; None where the platform does not say (CPU)."""
+    """Returns the most bytes that have been in use on a device; None where the platform does not report it (CPU)."""
     return _statistic(device, "peak_bytes_in_use")
 
 
@@ -52,7 +52,7 @@ def _statistic(device: jax.Device, name: str) -> float | None:
 
 
 def gib(size: float) -> str:
-    """Returns a number of bytes for people: ``3.33 GiB``, ``12.5 MiB``."""
+    """Formats a number of bytes: ``3.33 GiB``, ``12.50 MiB``."""
     for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if size >= unit:
             return f"{size / unit:.2f} {name}"

@@ -1,4 +1,4 @@
-"""Measures where a run's time goes, by cause. The host's clock alone is read: it never waits for the device.
+"""Measures where a run's time goes, by cause. It reads only the host's clock and never waits for the device.
 
 Every second of a process belongs to one cause:
 
@@ -10,8 +10,8 @@ evaluation  scoring and decoding validation records
 save        the loop waits for a checkpoint (most of a save runs beside the training)
 lost        earlier processes' work after the checkpoint that this process continues from; it is done again
 
-A resumed run adds its time to the time that the run's ``metrics.jsonl`` records for the processes before it. The time
-between two processes is not counted.
+A resumed run adds its time to that of its earlier processes, which ``metrics.jsonl`` records. The time between two
+processes is not counted.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ _COMPILING = "/jax/core/compile/"
 
 
 class EarlierTime(NamedTuple):
-    """Holds the time that the processes before this one spent.
+    """Holds the time that earlier processes of the run spent.
 
     Attributes:
-        seconds: by cause, up to the checkpoint that the run continues from.
-        lost_seconds: seconds known to have been spent after that checkpoint.
-        lost_steps: further steps done after it, whose time was not written.
-        step_seconds: how long a step took; None where it was not written.
+        seconds: the seconds of each cause, up to the checkpoint that the run continues from.
+        lost_seconds: the recorded seconds spent after that checkpoint.
+        lost_steps: the number of further steps after that checkpoint whose time was not recorded.
+        step_seconds: how long a step took; None where it was not recorded.
     """
 
     seconds: dict[str, float]
@@ -53,14 +53,14 @@ class EarlierTime(NamedTuple):
 
 
 def read_earlier_time(metrics: PathLike, step: int) -> EarlierTime:
-    """Reads the time of earlier processes; called before the rows after ``step`` are removed from the file.
+    """Reads the time of earlier processes. It must be called before the rows after ``step`` are removed from the file.
 
     Args:
         metrics: the run's ``metrics.jsonl``.
         step: the step that the run continues from; -1 if it begins again.
 
     Returns:
-        Their time; no time at all where there is no such file.
+        The time of all earlier processes; no time where there is no such file.
 
     Raises:
         UserError: the file cannot be read.
@@ -80,7 +80,7 @@ def read_earlier_time(metrics: PathLike, step: int) -> EarlierTime:
 
 
 class Goodput:
-    """The clock of one process: a context manager, because it listens to JAX's compiler while it is open."""
+    """Measures the time of one process by cause. A context manager, since it listens to JAX's compiler while it is open."""
 
     def __init__(self) -> None:
         """Starts the clock; time counts as ``start`` until ``started`` is called."""
@@ -90,7 +90,7 @@ class Goodput:
         self._since = time.perf_counter()
         self._started = False
         self._thread = threading.get_ident()
-        self._compiles: list[tuple[float, float]] = []  # (begin, end), by the same clock
+        self._compiles: list[tuple[float, float]] = []  # (begin, end) of each compilation, by the same clock
 
     def __enter__(self) -> Goodput:
         """Begins to listen to the compiler."""
@@ -108,12 +108,12 @@ class Goodput:
         self._earlier = before
 
     def started(self) -> None:
-        """Ends the start: time that no other cause claims counts as training from now on."""
+        """Ends the cause ``start``: from now on, time without another cause counts as ``step``."""
         self.charge("start")
         self._started = True
 
     def charge(self, cause: Cause) -> None:
-        """Adds the time since the last call to a cause, except for what the compiler took of it."""
+        """Adds the time since the last call to a cause, except for the time spent compiling."""
         now = time.perf_counter()
         compiled = sum(end - max(begin, self._since) for begin, end in self._compiles if end > self._since)
         self._compiles.clear()
@@ -142,7 +142,7 @@ class Goodput:
         self._step_seconds.append(seconds)
 
     def row(self, step: int) -> Row:
-        """Returns a row of metrics: the seconds of all processes so far, by cause, and the share of ``step``.
+        """Returns a row of metrics: the seconds of all processes so far by cause, and the share that ``step`` has of them.
 
         Args:
             step: the number of updates done.
@@ -163,7 +163,7 @@ class Goodput:
         end = time.perf_counter()
         begin = end - duration_secs
         while self._compiles and self._compiles[-1][0] >= begin:
-            self._compiles.pop()  # it is part of this one: functions are traced inside functions
+            self._compiles.pop()  # the earlier compilation ran inside this one, whose time includes it
         self._compiles.append((begin, end))
 
 

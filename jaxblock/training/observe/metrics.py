@@ -18,10 +18,10 @@ from jaxblock.io.paths import PathLike, as_path, explained
 METRICS_FILE = "metrics.jsonl"
 """The file's name in the run folder."""
 UNWRITTEN_ROWS = "metrics"
-"""Where a checkpoint's plain values keep the rows that could not be written to the file when it was saved."""
+"""The key of a checkpoint's plain values under which it keeps rows that could not be written to the file."""
 
 Row = dict[str, Any]
-"""One row of metrics; ``step`` is an integer, ``kind`` a text such as ``train`` or ``eval``."""
+"""One row of metrics; ``step`` is an integer, ``kind`` a string such as ``train`` or ``eval``."""
 
 
 class MetricsWriter:
@@ -32,7 +32,7 @@ class MetricsWriter:
 
         Args:
             run: the run folder, which exists.
-            step: the step that the run continues from; -1 if it begins.
+            step: the step that the run continues from; -1 for a new run.
 
         Raises:
             UserError: the folder cannot be written.
@@ -66,14 +66,14 @@ class MetricsWriter:
 
 
 def restore_rows(run: PathLike, rows: Sequence[str]) -> None:
-    """Appends the rows that a checkpoint kept and that the file lacks; called before the run continues.
+    """Appends the rows that a checkpoint kept and that the file lacks. It must be called before the run continues.
 
     Args:
         run: the run folder.
         rows: the kept rows as lines, in order.
 
     Raises:
-        UserError: they still cannot be written.
+        UserError: the rows still cannot be written.
     """
     path = as_path(run) / METRICS_FILE
     present = set(read_jsonl_bytes(path).splitlines()) if rows else set()
@@ -86,7 +86,7 @@ def restore_rows(run: PathLike, rows: Sequence[str]) -> None:
 
 
 def as_json(value: Any) -> Any:
-    """Replaces NaN and infinity, which JSON does not have, by their names, so that every reader can parse the line."""
+    """Replaces NaN and infinity, which JSON does not have, by strings, so that every JSON reader can parse the line."""
     if isinstance(value, dict):
         return {key: as_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -97,7 +97,7 @@ def as_json(value: Any) -> Any:
 
 
 class Metrics(NamedTuple):
-    """Holds the rows of a run that are plotted, in the order of their steps.
+    """Holds the rows of a run that are plotted, ordered by step.
 
     Attributes:
         train: the rows of training steps (``loss``, ``lr``, ``grad_norm``, ``tokens_per_second``, ``loss_by_block``,
@@ -113,7 +113,7 @@ def read_metrics(path: PathLike) -> Metrics:
     """Reads a metrics file: a single file, or the parts of it that an object store holds.
 
     A run that was interrupted and resumed repeats the steps after its last checkpoint: the later rows replace the
-    earlier ones. A last line that a kill has cut off is ignored, and so are rows of other kinds.
+    earlier ones. An incomplete last line, which a killed process leaves, is ignored, and so are rows of other kinds.
 
     Args:
         path: the file, such as ``RUN/metrics.jsonl``.
@@ -145,7 +145,7 @@ def readable_rows(path: PathLike) -> list[Row]:
     """Returns the file's rows of every kind, in the order they were written; lines that are not rows are left out.
 
     Args:
-        path: the file, such as ``RUN/metrics.jsonl``; without it there are no rows.
+        path: the file, such as ``RUN/metrics.jsonl``; a missing file has no rows.
 
     Raises:
         UserError: the file cannot be read.

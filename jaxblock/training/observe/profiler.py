@@ -15,7 +15,7 @@ from jaxblock.io.files import write_bytes
 from jaxblock.io.paths import PathLike, as_path, is_remote
 
 PROFILE_FOLDER = "profile"
-"""Folder of the run folder that holds the trace."""
+"""The folder, inside the run folder, that holds the trace."""
 
 
 class Profiler:
@@ -46,7 +46,7 @@ class Profiler:
         self._running = False
 
     def skip_to(self, step: int) -> None:
-        """Gives the trace up, and says so, if the step that the run continues from is already in the window or after it."""
+        """Cancels the trace and prints why, if the run continues from a step after the window's beginning."""
         if self._window is not None and step >= self._window[0]:
             first, last = self._window
             self._say(f"no trace: train.profile is steps {first} to {last}, and the run goes on from step {step}")

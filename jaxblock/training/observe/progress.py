@@ -1,4 +1,4 @@
-"""Shows the progress of a training run: a bar on a terminal, plain lines elsewhere. It takes numbers, no device arrays."""
+"""Shows the progress of a training run: a bar on a terminal, plain lines elsewhere. It takes numbers, not device arrays."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class TrainProgress:
 
         Args:
             total: the step at which the run ends.
-            start: the step it begins at (above 0 after a resume).
-            every: the number of steps between plain lines where there is no terminal.
+            start: the step that the run begins at; above 0 after a resume.
+            every: the number of steps between two plain lines, which are printed where there is no terminal.
             console: the console to print to; None for standard error, which leaves standard output to results.
             clock: returns the time in seconds; tests replace it.
         """
@@ -70,7 +70,7 @@ class TrainProgress:
 
         Args:
             step: the number of updates done.
-            loss: a recent loss; None keeps the one that is shown, so that nobody has to wait for the device.
+            loss: a recent loss; None leaves the shown one, so that the caller need not wait for the device.
             tokens_per_second: a recent speed; only shown together with a loss.
         """
         self._step = step
@@ -117,7 +117,7 @@ class TrainProgress:
         self._print(text)
 
     def seconds_left(self) -> float | None:
-        """Estimates the time to the last step at the recent speed, without evaluations.
+        """Estimates the time to the last step from the recent speed, not counting evaluations.
 
         Returns:
             Seconds; None until two steps have been seen.
@@ -139,5 +139,5 @@ class TrainProgress:
         return f"  {hours}:{minutes:02}:{seconds:02} left" if hours else f"  {minutes}:{seconds:02} left"
 
     def _print(self, text: str) -> None:
-        # A Text and not a str, in which rich would take brackets for markup.
+        # A Text, since rich would read brackets in a str as markup.
         self._console.print(Text(text), soft_wrap=True)

@@ -14,18 +14,18 @@ from jaxblock.training.config import TrainConfig
 from jaxblock.training.observe.metrics import Row
 
 WANDB_ID = "wandb.json"
-"""File of the run folder with the W&B run's id, by which a resumed run continues the same page."""
+"""The file in the run folder with the id of the W&B run, so that a resumed run continues the same page."""
 
 
 class TensorBoard:
-    """Writes event files to ``tensorboard/`` of the run folder; every number of a row is a scalar ``kind/name``."""
+    """Writes event files to ``tensorboard/`` of the run folder; every number of a row becomes a scalar ``kind/name``."""
 
     def __init__(self, run: PathLike, step: int) -> None:
         """Opens TensorBoard's event files.
 
         Args:
             run: the run folder, on a local disk.
-            step: the step that the run continues from, -1 if it begins; events of later steps are hidden.
+            step: the step that the run continues from, -1 for a new run; events of later steps are hidden.
         """
         from tensorboardX import SummaryWriter
 
@@ -48,8 +48,8 @@ class TensorBoard:
 class WeightsAndBiases:
     """Writes to a W&B run with the run folder's name; a resumed run continues the same page.
 
-    Rows carry their ``step`` as a value, and charts are drawn over it: W&B's own counter cannot go back, as a run does
-    that was killed after its last checkpoint. Offline, files are written to ``wandb/`` of the run folder, for ``wandb sync``.
+    Rows contain their ``step`` as a value, and charts use it as their x axis: W&B's own step counter cannot go back, which
+    a run does when it resumes from its last checkpoint. Offline, files are written to ``wandb/`` of the run folder, for ``wandb sync``.
     """
 
     def __init__(self, train: TrainConfig, tree: dict[str, Any]) -> None:
@@ -77,7 +77,7 @@ class WeightsAndBiases:
                 config=tree,
                 settings=wandb.Settings(console="off", silent=True),
             )
-        except Exception as error:  # wandb.Error, and others where the network fails
+        except Exception as error:  # wandb raises wandb.Error, and other errors where the network fails
             raise UserError(
                 f"train.wandb {train.wandb}: W&B did not begin ({first_line(error)}); run `wandb login` or set WANDB_API_KEY "
                 f"(launch/tpu.sh run --env WANDB_API_KEY), or set train.wandb to {'off' if remote else 'offline'}"
@@ -90,7 +90,7 @@ class WeightsAndBiases:
         self._run.log({"step": row["step"], **{f"{row['kind']}/{name}": value for name, value in scalars(row)}})
 
     def flush(self) -> None:
-        """Does nothing: W&B's own process writes as rows come."""
+        """Does nothing: W&B's own process writes rows as they arrive."""
 
     def close(self) -> None:
         """Ends the W&B run. Offline, W&B's own process writes the last rows just after this, before the process ends."""
@@ -105,7 +105,7 @@ def _wandb_id(run: PathLike) -> str:
 
 
 def scalars(row: Row, prefix: str = "") -> list[tuple[str, float]]:
-    """Returns the numbers of a row as (name, value), nested ones as ``outer/inner``; lists and texts are left out.
+    """Returns the numbers of a row as (name, value), nested ones as ``outer/inner``; lists and strings are left out.
 
     Args:
         row: a row of metrics, or a nested value of one.

@@ -1,4 +1,4 @@
-"""Makes the numbers of a training row from what the steps since the last row report."""
+"""Summarises the metrics of the steps since the last row as one row."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jaxblock.types import Sum
 
 
 def summarise(steps: list[StepMetrics]) -> dict[str, Any]:
-    """Returns the loss of several steps and its breakdowns: sums are added and weights are added, then divided.
+    """Returns the mean loss of several steps and its breakdowns; each mean is the sum of the losses over the sum of weights.
 
     Args:
         steps: the metrics of each step, copied to the host.

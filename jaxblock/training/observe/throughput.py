@@ -1,4 +1,4 @@
-"""Computes how much arithmetic training needs per second, and what share of the chips' published peak that is."""
+"""Computes the arithmetic that training does per second, and its share of the devices' published peak (MFU)."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from jaxblock.parallel.chips import chip_of
 
 
 class Work(NamedTuple):
-    """Counts what went through the network in some steps, over all processes and draws.
+    """Counts the rows and positions that the network computed in some steps, over all processes and draws.
 
     Attributes:
         rows: the number of rows, counted once for each draw.
-        positions: the positions that attention sees, summed over the rows.
+        positions: the positions that attention can see, summed over the rows.
         predicted: the positions that need the vocabulary projection, summed over the rows.
     """
 
@@ -28,12 +28,12 @@ class Work(NamedTuple):
 
 
 def model_flops(table: Table, arch: Architecture, work: Work, adapters: Table | None = None) -> float:
-    """Returns the floating-point operations of the forward and backward passes, without what remat computes again.
+    """Returns the floating-point operations of the forward and backward passes, without those that remat repeats.
 
     Args:
         table: the network's parameters; with adapters, those of the frozen base.
         arch: the network's sizes.
-        work: what went through the network.
+        work: the rows and positions that the network computed.
         adapters: the trained adapters' parameters; None where all weights are trained. A frozen matrix has no
             gradient, so it needs two products where a trained one needs three.
     """
@@ -55,12 +55,12 @@ def peak_flops(mesh: Mesh) -> float | None:
 
 
 def utilisation(flops: float, seconds: float, peak: float | None) -> dict[str, float]:
-    """Returns the entries of a metrics row that compare the work done with the peak; none where the peak is unknown.
+    """Returns the entries of a metrics row for the operations per second and their share of the peak; {} without a peak.
 
     Args:
-        flops: the operations of some steps (``model_flops``).
-        seconds: the time they took.
-        peak: the devices' peak (``peak_flops``).
+        flops: the operations of some steps, from ``model_flops``.
+        seconds: the time that these steps took.
+        peak: the devices' peak, from ``peak_flops``; None where it is unknown.
     """
     if peak is None:
         return {}

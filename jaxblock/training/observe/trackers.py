@@ -1,6 +1,6 @@
-"""Sends rows of metrics to ``metrics.jsonl`` always, and to TensorBoard and Weights & Biases where the config asks for them.
+"""Sends rows of metrics to ``metrics.jsonl``, and to TensorBoard and Weights & Biases where the config asks for them.
 
-A tracker that cannot begin is an error before the run starts. A tracker that fails later is reported once, and training
+A tracker that cannot be opened is an error before the run starts. A tracker that fails later is reported once, and training
 goes on.
 """
 
@@ -21,7 +21,7 @@ from jaxblock.training.observe.services import TensorBoard, WeightsAndBiases
 
 
 class Tracker(Protocol):
-    """Takes rows that have at least ``step`` and ``kind``."""
+    """Records rows of metrics somewhere."""
 
     def write(self, row: Row) -> None:
         """Records one row."""
@@ -30,11 +30,11 @@ class Tracker(Protocol):
         """Makes sure, before a checkpoint, that the rows so far are not lost if the process is killed."""
 
     def close(self) -> None:
-        """Ends the tracker; what was written is kept."""
+        """Closes the tracker; what was written is kept."""
 
 
 def check_trackers(train: TrainConfig) -> None:
-    """Checks, before anything is loaded, that the trackers that the config asks for can be used.
+    """Checks, before anything is loaded, that the configured trackers can be used.
 
     Raises:
         UserError: a package is missing, or a tracker cannot write where the run is.
@@ -52,7 +52,7 @@ def check_trackers(train: TrainConfig) -> None:
 
 
 def _install_command(package: str) -> str:
-    """Returns the command that adds a package to this environment; one that uv made has no pip of its own."""
+    """Returns the command that installs a package in this environment; an environment made by uv has no pip."""
     python = shlex.quote(sys.executable)
     if importlib.util.find_spec("pip") is None:
         return f"uv pip install --python {python} {package}"
@@ -60,7 +60,7 @@ def _install_command(package: str) -> str:
 
 
 class Trackers:
-    """Sends each row to all trackers of a run. Only the process that writes for the run has one."""
+    """Sends each row to all trackers of a run. Only process 0 has this object."""
 
     def __init__(self, train: TrainConfig, tree: dict[str, Any], step: int, say: Callable[[str], None]) -> None:
         """Opens the trackers. Rows after ``step``, which the run makes again, are removed from ``metrics.jsonl``.
@@ -68,11 +68,11 @@ class Trackers:
         Args:
             train: the ``train`` section.
             tree: the whole config as plain values.
-            step: the step that the run continues from; -1 if it begins.
+            step: the step that the run continues from; -1 for a new run.
             say: prints a line for the user when a tracker fails.
 
         Raises:
-            UserError: a tracker cannot begin.
+            UserError: a tracker cannot be opened.
         """
         self._lines = MetricsWriter(train.out, step)
         self.path = self._lines.path
@@ -85,9 +85,9 @@ class Trackers:
             self._trackers["W&B"] = WeightsAndBiases(train, tree)
 
     def write(self, row: Row) -> None:
-        """Gives a row to each tracker."""
+        """Writes a row to each tracker."""
         if (name := os.fspath(self.path)) not in self._each(lambda tracker: tracker.write(row)):
-            self._failing.discard(name)  # so that the next time the disk is full is reported, too
+            self._failing.discard(name)  # the file works again, so its next failure is reported too
 
     def flush(self) -> list[str]:
         """Flushes each tracker before a checkpoint.
@@ -103,15 +103,17 @@ class Trackers:
         self._each(lambda tracker: tracker.close())
 
     def _each(self, act: Callable[[Tracker], None]) -> set[str]:
-        """Does something with every tracker and returns the names of those that failed, each reported once."""
+        """Calls ``act`` with every tracker, reports each one that fails once, and returns the names of those that failed."""
         failed = set()
         for name, tracker in self._trackers.items():
             try:
                 act(tracker)
-            except UserError as error:  # from metrics.jsonl: rows are kept, and written when there is room again
+            except (
+                UserError
+            ) as error:  # metrics.jsonl raises it: rows are kept, and written when that is possible again
                 failed.add(name)
                 self._report(name, f"{error}; training goes on, and the rows wait")
-            except Exception as error:  # whatever a service's client raises: training goes on
+            except Exception as error:  # the services' clients raise many kinds: training goes on
                 failed.add(name)
                 self._report(
                     name, f"{name}: metrics may be missing from here on ({first_line(error)}); training goes on"

@@ -1,4 +1,4 @@
-"""Holds the steps since the last line of metrics, none of whose results has been read off the device."""
+"""Collects the steps since the last line of metrics, whose results are still on the device."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ class StepWindow:
     """Collects steps until the next line of metrics is due.
 
     Attributes:
-        since: the clock's seconds of training (without evaluations, saves and compiling) when the window began.
+        since: when the window began, in seconds of training (without evaluations, saves and compiling).
         metrics: what each step reports, on the device.
-        records: the record numbers of each step's batch, this process's part of them.
+        records: the numbers of the records in this process's part of each step's batch.
         step: the number of the newest step.
-        rows: how many rows the batches have together, this process's part of them.
-        prompt_tokens: how many prompt tokens these rows have.
-        due: whether a line of metrics is to be written.
+        rows: the number of rows in this process's part of all batches.
+        prompt_tokens: the number of prompt tokens in these rows.
+        due: whether the next line of metrics is due.
     """
 
     since: float = 0.0
@@ -33,7 +33,7 @@ class StepWindow:
     due: bool = False
 
     def add(self, step: int, metrics: StepMetrics, batch: Batch) -> None:
-        """Adds a step that was dispatched."""
+        """Adds a step that was just dispatched."""
         self.step = step
         self.metrics.append(metrics)
         self.records.append(batch.index)
@@ -41,10 +41,10 @@ class StepWindow:
         self.prompt_tokens += int(batch.prompt_len.sum())
 
     def clear(self, now: float) -> None:
-        """Begins a new window at ``now``, in the clock's seconds of training."""
+        """Begins a new window at ``now``, in seconds of training."""
         self.since, self.metrics, self.records = now, [], []
         self.rows, self.prompt_tokens, self.due = 0, 0, False
 
     def idle(self) -> bool:
-        """Asks, without waiting, whether the device has done all that it was given."""
+        """Tells, without waiting, whether the device has finished all dispatched steps."""
         return not self.metrics or bool(self.metrics[-1].grad_norm.is_ready())  # type: ignore[attr-defined]

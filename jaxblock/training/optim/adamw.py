@@ -1,7 +1,7 @@
 """Computes AdamW's update in one pass over each tensor, without a float32 copy of the whole network.
 
-A chain of Optax transformations keeps float32 gradients, directions or updates of all weights between its links, which
-is four bytes a weight and more. Here a step holds weights, gradients and moments, and the float32 values of one layer.
+A chain of Optax transformations passes float32 gradients, directions or updates of all weights from link to link, which
+takes at least four bytes per weight. Here a step holds weights, gradients, moments, and the float32 values of one layer.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from jaxblock.training.optim.precision import clip_share, path_name, random_bits
 from jaxblock.types import Params
 
 LOOP_FROM = 2**24
-"""Stacked tensors with at least this many weights are updated layer by layer; smaller ones at once, which is faster."""
+"""Stacked tensors with at least this many weights are updated layer by layer, smaller ones as a whole, which is faster."""
 
 
 class AdamState(NamedTuple):
-    """The number of updates done and the two moments, each a tree with the parameters' structure."""
+    """Holds the number of updates done and the two moments, each a tree with the parameters' structure."""
 
     step: Array
     mu: Any
@@ -34,7 +34,7 @@ class AdamState(NamedTuple):
 
 
 def adamw(config: OptimizerConfig, rate: optax.Schedule, decays: Callable[[str], bool], seed: int) -> Gated:
-    """Makes AdamW: w <- w - lr * (m_hat / (sqrt(v_hat) + eps) + weight_decay * w), as PyTorch's after its clipping.
+    """Makes AdamW: w <- w - lr * (m_hat / (sqrt(v_hat) + eps) + weight_decay * w), as PyTorch computes it after clipping.
 
     Updates have the gradients' type. For bfloat16 gradients and weights that is exact wherever the update is smaller
     than half the weight (Sterbenz); where it is larger, the update itself is rounded to 8 bits.
@@ -42,7 +42,7 @@ def adamw(config: OptimizerConfig, rate: optax.Schedule, decays: Callable[[str],
     Args:
         config: the ``optimizer`` section.
         rate: the learning rate of each update.
-        decays: tells by a parameter's path whether it decays.
+        decays: takes a parameter's path and says whether weight decay applies to it.
         seed: the seed of stochastic rounding.
     """
     first, second = moment_format(config.moments, signed=True), moment_format(config.moments, signed=False)
@@ -94,10 +94,10 @@ def adamw(config: OptimizerConfig, rate: optax.Schedule, decays: Callable[[str],
 
 
 def _in_place(moments: tuple[Array, Array]) -> tuple[Array, Array]:
-    """Has the new moments written over the old ones before the update is computed from them.
+    """Makes XLA write the new moments over the old ones before it computes the update from them.
 
-    XLA for CPUs writes one result per fusion: it would compute the update and the moments each from the old moments,
-    and copy these for it. On other devices one fusion writes all three.
+    XLA for CPUs writes one result per fusion: it would compute update and moments each from the old moments, and copy
+    the old moments to keep them until then. On other devices one fusion writes all three results.
     """
 
     def apart(*moments: Array) -> Any:
@@ -120,7 +120,7 @@ def _by_layer(one: Callable[..., tuple[Array, Any, Any]], p: Array, stacked: Any
         def put(x: Array, new: Array) -> Array:
             return jax.lax.dynamic_update_index_in_dim(x, new, at, 0)
 
-        # The barriers keep reads and writes apart: one fusion of both would make the compiler copy the whole tensor.
+        # The barriers keep reads and writes apart. If XLA fused them, it would copy the whole tensor.
         weight, slices = jax.lax.optimization_barrier((here(p), jax.tree.map(here, carry)))
         return jax.tree.map(put, carry, jax.lax.optimization_barrier(one(weight, at, *slices)))
 

@@ -21,19 +21,19 @@ class OptimizerConfig(Section, name="optimizer"):
     schedule: Literal["cosine", "linear", "constant", "deepspeed_cosine"] = "cosine"
     """The decay after the warm-up, to `final_ratio` of the peak at the last step; `deepspeed_cosine` is DeepSpeed's WarmupCosineLR."""
     warmup_steps: int = setting(50, NOT_NEGATIVE)
-    """The updates of linear warm-up; update 0 has a learning rate above 0. (`deepspeed_cosine`: from `warmup_floor`, at least 2.)"""
+    """The number of warm-up updates; update 0 has a learning rate above 0. (`deepspeed_cosine`: from `warmup_floor`, at least 2.)"""
     warmup: Literal["linear", "log"] = "linear"
     """`deepspeed_cosine`: the shape of the warm-up; DeepSpeed's own default is `log`."""
     warmup_floor: float = setting(0.0, NOT_NEGATIVE)
     """`deepspeed_cosine`: the learning rate at the start of the warm-up, as a share of the peak."""
     scheduler_steps: Literal["before_update", "after_update"] = "before_update"
-    """`deepspeed_cosine`: `after_update` is the order of DeepSpeed's engine: one update late, the first with a learning rate of 0."""
+    """`deepspeed_cosine`: `after_update` is DeepSpeed's order, whose schedule is one update late; update 0 then has a rate of 0."""
     final_ratio: float = setting(0.0, NOT_NEGATIVE)
     """The learning rate at the end, as a share of the peak."""
     weight_decay: float = setting(0.0, NOT_NEGATIVE)
     """The decoupled weight decay."""
     decay: Literal["matrices", "all"] = "matrices"
-    """Which parameters decay; `all` includes norms, as the peers' AdamW does."""
+    """Which parameters decay; `all` includes norms, as PyTorch's AdamW does by default."""
     b1: float = setting(0.9, BELOW_1)
     """The decay of the first moment; 0 keeps no first moment under `adafactor`."""
     b2: float = setting(0.95, BELOW_1)
@@ -45,12 +45,12 @@ class OptimizerConfig(Section, name="optimizer"):
     ema: float = setting(0.0, BELOW_1)
     """The decay of a moving average of the trained weights, which evaluations, `decode` and `export` then use; 0 for none."""
     moments: Storage = "float32"
-    """The type in which moments are stored: 8, 4 or 2 bytes a weight for AdamW's two."""
+    """The type in which moments are stored; AdamW's two moments then take 8, 4 or 2 bytes per weight."""
     rounding: Literal["stochastic", "nearest"] = "stochastic"
-    """How updated bfloat16 weights are rounded (float32 ones are not); to the nearest, small updates are lost."""
+    """How updated bfloat16 weights are rounded (float32 ones are not); `nearest` loses small updates."""
 
     def check(self) -> None:
-        """Raises UserError where a number cannot be, or a field is set that the schedule or the optimizer does not look at."""
+        """Raises UserError where a number is out of range, or a field is set that the schedule or the optimizer does not use."""
         super().check()
         for name, value, only in (
             ("warmup", self.warmup, "linear"),

@@ -1,4 +1,4 @@
-"""Makes optimizers skip their update where the loss or the gradient of a step is not finite."""
+"""Makes optimizers skip their update where the loss or the gradient of a step is not finite, and counts updates."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jaxblock.types import Params
 
 
 class Gated(optax.GradientTransformationExtraArgs):
-    """An optimizer whose update takes ``finite``: where it is false, updates are zero and the state stays the same."""
+    """An optimizer whose update takes ``finite``; where that is false, updates are zero and the state does not change."""
 
 
 def select(finite: Array | bool, new: Any, old: Any) -> Any:
@@ -27,7 +27,7 @@ def no_update(finite: Array | bool, update: Array) -> Array:
 
 
 def gated(optimizer: optax.GradientTransformation) -> Gated:
-    """Makes any optimizer skip steps that are not finite; for a moment its state is in memory twice.
+    """Makes any optimizer skip steps that are not finite. Its old and new state are in memory together for a moment.
 
     Args:
         optimizer: the optimizer; one that is gated already is returned as it is.

@@ -1,4 +1,4 @@
-"""Makes the optimizer that the config describes: AdamW or Adafactor, with clipping, a schedule and its state's precision."""
+"""Makes the optimizer that the config describes: AdamW or Adafactor, with clipping, a schedule and a storage type."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def make_optimizer(config: OptimizerConfig, steps: int, table: Table, seed: int 
     Args:
         config: the ``optimizer`` section.
         steps: the number of updates of the whole run, for the schedule.
-        table: the parameters' specs, which say which of them are matrices.
+        table: the parameters' specs, which say which parameters are matrices.
         seed: the seed of stochastic rounding, where the config asks for it.
 
     Returns:
@@ -43,9 +43,9 @@ def make_optimizer(config: OptimizerConfig, steps: int, table: Table, seed: int 
 def _adafactor(
     config: OptimizerConfig, rate: optax.Schedule, decays: Callable[[str], bool], seed: int
 ) -> optax.GradientTransformation:
-    """Makes Adafactor: Adam with a second moment of rank one per matrix, and directions cut to a root mean square of 1.
+    """Makes Adafactor: Adam with a second moment of rank one per matrix, and directions clipped to a root mean square of 1.
 
-    ``b2``, ``eps`` and the learning rate mean what they mean for Adam, so that it can replace Adam: the decay is
+    ``b2``, ``eps`` and the learning rate mean the same as for Adam, so that it can replace Adam: the decay is
     constant with Adam's bias correction (not 1 - t^-0.8), and steps are not scaled by the parameters' size.
     """
 

@@ -1,10 +1,11 @@
 """Stores Adam's moments in float32, bfloat16 or 8 bits; the arithmetic on them is float32.
 
 The 8-bit format follows the idea of Dettmers et al. (2022, "8-bit Optimizers via Block-wise Quantization"): one scale
-per row (along the last axis) and codes with a wide range, here spaced by equal ratios, eight to a factor of two. The
-first moment has a sign and 127 magnitudes (a range of 2^16), the second 256 magnitudes (2^32, so that its root spans as
-much). Rounding to bfloat16 and to 8 bits is stochastic. Rounded to the nearest, a second moment that changes by (1 - b2)
-a step would not change at all once that is below half a spacing: with b2 = 0.999 in bfloat16, with b2 = 0.95 in 8 bits.
+per row (along the last axis) and codes with a wide range, here in equal ratios, eight codes per factor of two. The
+first moment has a sign and 127 magnitudes (a range of 2^16), the second 256 magnitudes (a range of 2^32, so that its root
+has a range of 2^16). Rounding to bfloat16 and to 8 bits is stochastic. With rounding to the nearest, a second moment would
+stop changing where its change per step, a share of (1 - b2), is less than half the distance to the next code: with
+b2 = 0.999 in bfloat16 and with b2 = 0.95 in 8 bits.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ from jaxblock.training.optim.precision import path_name, random_bits, stochastic
 from jaxblock.types import Params
 
 PER_OCTAVE = 8
-"""The number of codes to a factor of two, so that neighbours differ by 9%."""
+"""The number of codes per factor of two; neighbouring codes differ by 9%."""
 
 
 class Quantised(NamedTuple):
-    """A tensor stored in 8 bits.
+    """Holds a tensor stored in 8 bits.
 
     Attributes:
-        codes: one for each element, of the tensor's shape; int8 where values have a sign, uint8 where they have none.
+        codes: one code for each element, in the tensor's shape; int8 where values have a sign, uint8 where they have none.
         scale: the largest magnitude of each row, float32 [..., 1].
     """
 
@@ -45,8 +46,8 @@ def quantise(x: Float[Array, "..."], bits: UInt[Array, "..."], *, signed: bool) 
     Args:
         x: the tensor, float32, with at least one axis; not negative where ``signed`` is False.
         bits: random bits, one number for each element; the low 16 bits are used.
-        signed: use int8 codes with a sign and a zero; otherwise uint8 codes without a zero, which raise what is smaller
-            than the smallest magnitude to it, since a second moment of 0 would make the update infinite.
+        signed: use int8 codes with a sign and a zero. Otherwise use uint8 codes without a zero: smaller values are raised to
+            the smallest magnitude, since a second moment of 0 would make the update infinite.
     """
     chex.assert_equal_shape([x, bits])
     chex.assert_type(x, jnp.float32)
@@ -108,7 +109,7 @@ def moment_format(storage: Storage, *, signed: bool) -> MomentFormat:
 
 
 class MomentumState(NamedTuple):
-    """The number of updates and their running mean, a tree with the parameters' structure."""
+    """Holds the number of updates and their running mean, a tree with the parameters' structure."""
 
     step: Array
     mu: Any

@@ -1,7 +1,7 @@
 """Computes in float32 and rounds results to bfloat16 without a bias.
 
 A bfloat16 has 8 significant bits. Rounding to the nearest loses every change below 1/512 of a weight, which at a
-fine-tuning learning rate is nearly all of them; stochastic rounding keeps each in expectation (Gupta et al., 2015,
+fine-tuning learning rate is nearly every change; stochastic rounding keeps each in expectation (Gupta et al., 2015,
 "Deep Learning with Limited Numerical Precision").
 """
 
@@ -20,7 +20,7 @@ from jaxblock.types import Params
 
 
 def widen(tree: Any) -> Any:
-    """Casts every leaf to float32; types that are wider stay."""
+    """Casts every leaf to float32; leaves of wider types stay as they are."""
     return jax.tree.map(lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)), tree)
 
 
@@ -29,11 +29,13 @@ def global_norm(tree: Any) -> Array:
     return optax.tree.norm(widen(tree))
 
 
-_PURPOSE = zlib.crc32(b"rounding")  # keeps these keys apart from those of masks and weights, which the same seed draws
+_PURPOSE = zlib.crc32(
+    b"rounding"
+)  # makes these keys differ from those of masks and weights, which come from the same seed
 
 
 def clip_share(grads: Any, limit: float) -> Array | float:
-    """Returns min(1, limit / (norm + 1e-6)), by which ``torch.nn.utils.clip_grad_norm_`` multiplies; a limit of 0 never clips."""
+    """Returns the factor min(1, limit / (norm + 1e-6)) of ``torch.nn.utils.clip_grad_norm_``; a limit of 0 never clips."""
     return jnp.minimum(1.0, limit / (global_norm(grads) + 1e-6)) if limit > 0 else 1.0
 
 
@@ -42,16 +44,16 @@ def random_bits(
 ) -> UInt[Array, "..."]:
     """Returns 32 random bits per element, a function of (seed, step, path) and the element's indices alone.
 
-    Each element's indices are hashed (the finaliser of MurmurHash3) under a key of jax.random. It costs a few integer
-    operations that fuse into what uses them, where jax.random.bits would hold several arrays of the parameter's size;
-    and it does not depend on how the array is split over devices.
+    Each element's indices are hashed (the finaliser of MurmurHash3) under a key of jax.random. That takes a few
+    integer operations, which XLA fuses with their consumer, where jax.random.bits would hold several arrays of the
+    parameter's size. The bits do not depend on how the array is split over devices.
 
     Args:
         seed: the seed of the whole run.
         step: the number of the update.
         path: the tensor's name.
         shape: the shape of the result.
-        layer: return this slice along axis 0 of the bits of a tensor with one more axis; None for the whole tensor.
+        layer: the index on axis 0 of a stacked tensor, whose bits of this layer are returned; None for the whole tensor.
     """
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _PURPOSE), step)
     first, last = jax.random.bits(key, (2,), jnp.uint32)
@@ -79,11 +81,12 @@ def stochastic_bfloat16(x: Float[Array, "..."], bits: UInt[Array, "..."]) -> Flo
         bits: random bits, one number for each element; the low 16 bits are used.
 
     Returns:
-        float32 numbers that bfloat16 holds exactly. Numbers that it held before stay, and so do infinities and NaN.
+        float32 numbers that bfloat16 holds exactly. Numbers that bfloat16 holds exactly, infinities and NaN
+        are returned as they are.
     """
     raw = jax.lax.bitcast_convert_type(x, jnp.uint32) + (bits & 0xFFFF)
     rounded = jax.lax.bitcast_convert_type(raw & jnp.uint32(0xFFFF0000), jnp.float32)
-    # A GPU's NaN is all ones: the sum would carry it over to -0.
+    # A GPU's NaN has all mantissa bits set, so adding random bits would carry into the sign bit and give -0.
     return jnp.where(jnp.isfinite(x), rounded, x)
 
 
@@ -99,7 +102,7 @@ def rounded_update(weight: Array, change: Array, bits: Array) -> Array:
 
 
 class RoundingState(NamedTuple):
-    """The number of updates rounded so far, which decides the next random bits."""
+    """Holds the number of updates rounded so far, on which the next random bits depend."""
 
     step: Array
 
@@ -107,8 +110,8 @@ class RoundingState(NamedTuple):
 def round_parameters(seed: int) -> optax.GradientTransformation:
     """Makes the last link of an optimizer, which rounds the updated bfloat16 parameters stochastically.
 
-    The update u of a parameter p becomes (p + u rounded) - p, so that ``optax.apply_updates``, which rounds p plus the
-    update to the nearest, finds the number that was drawn. Parameters of other types pass through.
+    The update u of a parameter p becomes (p + u rounded) - p, so that ``optax.apply_updates``, which adds it to p and
+    rounds to the nearest, gives the stochastically rounded number. Parameters of other types pass through.
 
     Args:
         seed: the seed of the random bits.

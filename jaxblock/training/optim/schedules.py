@@ -17,7 +17,7 @@ from jaxblock.training.optim.config import OptimizerConfig
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Returns the learning rate of update k = 0 .. steps - 1 as a function of k.
 
-    ``cosine``, ``linear`` and ``constant`` warm up by peak * (k + 1) / warmup_steps, so that update 0 moves, and reach
+    ``cosine``, ``linear`` and ``constant`` warm up by peak * (k + 1) / warmup_steps, so that update 0 has an effect, and reach
     ``final_ratio`` of the peak at update ``steps``. ``deepspeed_cosine`` is ``deepspeed_ratio`` times the peak.
 
     Args:
@@ -41,7 +41,7 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def learning_rates(config: OptimizerConfig, steps: int) -> np.ndarray:
-    """Returns the learning rates of all updates [steps] on the host; asking for each later would wait for the device."""
+    """Returns the learning rates of all updates [steps] on the host; computing each during training would wait for the device."""
     every = jax.jit(jax.vmap(schedule(config, steps)))(jnp.arange(steps))
     return np.broadcast_to(np.asarray(every, np.float32), (steps,))
 
@@ -50,7 +50,7 @@ def deepspeed_ratio(config: OptimizerConfig, steps: int, k: ArrayLike) -> Array:
     """Returns the share of the peak learning rate that DeepSpeed's WarmupCosineLR has at update k.
 
     Iteration i of the scheduler, with w = max(warmup_steps, 2), rises from ``warmup_floor`` by i / w (``linear``) or
-    log(i + 1) / log(w) (``log``) while i < w; from then on it follows a cosine that is already one iteration along and
+    log(i + 1) / log(w) (``log``) while i < w; from then on it follows a cosine that is one iteration ahead and
     reaches ``final_ratio`` at i = steps - 1. The engine steps the scheduler after the optimizer: with
     ``scheduler_steps: after_update`` update k sees iteration k - 1, and update 0 has a learning rate of 0.
 
