@@ -16,6 +16,7 @@ import pytest
 
 from jaxblock import cli
 from jaxblock.cli import main
+from jaxblock.commands import train
 from jaxblock.errors import UserError
 from jaxblock.training.checkpoints import run_folder
 
@@ -215,6 +216,19 @@ def test_flags_come_before_the_file_and_the_file_before_defaults(tiny_config: Pa
     assert (options.train.seed, options.model.n_layers) == (5, 1)
     assert (options.train.steps, options.optimizer.lr) == (120, 0.01)
     assert options.optimizer.b1 == 0.9
+
+
+def test_flags_that_training_does_not_read_are_named(tiny_config: Path, tmp_path: Path) -> None:
+    def named(*flags: str) -> str:
+        return " ".join(train._unused_evaluation(cli.parse("train", flags)))
+
+    (tmp_path / "shared.yaml").write_text("evaluate: {problems: 5, split: validation, compare: problems.jsonl}")
+    file = ("--config", str(tmp_path / "shared.yaml"))
+    assert named(*file) == named(*file, "--evaluate.grader", "exact", "--evaluate.nelbo_samples", "3") == ""
+    assert "--evaluate.problems does not" in named(*file, "--evaluate.problems", "6", "--evaluate.split", "validation")
+    assert named("--config", str(tiny_config), "--evaluate.nelbo_rows", "8") == ""
+    told = named("--evaluate.problems", "6", "--evaluate.no-nelbo")
+    assert "--evaluate.problems does not" in told and "--evaluate.nelbo does not" in told and "split" not in told
 
 
 def test_a_checkpoint_brings_its_own_settings(tiny_run: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from jaxblock.commands import say
 from jaxblock.config.config import Config
+from jaxblock.config.yaml import load_config
 from jaxblock.data.config import DataConfig
 from jaxblock.diffusion.config import CanvasConfig, MethodConfig
 from jaxblock.diffusion.decoding.config import DecodeConfig
@@ -18,9 +20,13 @@ from jaxblock.training.optim.config import OptimizerConfig
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from jaxblock.models.architecture import Architecture
     from jaxblock.training.loop import Outcome
     from jaxblock.training.observe.device_memory import MemoryPlan
     from jaxblock.training.step import Step
+
+_READ_IN_TRAINING = {"grader", "nelbo_samples"}
+"""The fields of the `evaluate` section that the evaluations of a training run read."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +52,14 @@ def run(options: Options, config: Config) -> int:
     from rich.console import Console
 
     console = Console(stderr=True)
+    notes = _unused_evaluation(options)
     if config.train.debug:
         config = _for_debugging(config)
         _show_first_batch(config, console)
         with jax.disable_jit():
-            outcome = train(config, console)
+            outcome = train(config, console, notes)
     else:
-        outcome = train(config, console)
+        outcome = train(config, console, notes)
     if jax.process_index() > 0:  # one process speaks for all
         return outcome.code
     if outcome.interrupted:
@@ -66,12 +73,13 @@ def run(options: Options, config: Config) -> int:
     return 0
 
 
-def train(config: Config, console: Console) -> Outcome:
+def train(config: Config, console: Console, notes: Sequence[str] = ()) -> Outcome:
     """Opens the run, builds and compiles its step, loads its weights, trains, and draws its plots.
 
     Args:
         config: the run's settings, checked.
         console: prints what happens.
+        notes: lines to print first, once it is known which process prints.
 
     Raises:
         UserError: bad settings or data, a run that does not fit the devices, an existing run that this config does not
@@ -79,7 +87,6 @@ def train(config: Config, console: Console) -> Outcome:
     """
     from jaxblock import build
     from jaxblock.fit.compile import compile_step
-    from jaxblock.models.families import registry
     from jaxblock.training import loop, start
     from jaxblock.training.guard.watchdog import Watchdog
     from jaxblock.training.observe.goodput import Goodput
@@ -88,9 +95,8 @@ def train(config: Config, console: Console) -> Outcome:
         opened = start.open_session(config, console)
         if opened.finished:
             return loop.end_finished(opened, console)
-        if opened.config.model.init_from is not None:
-            for unused in registry.unused_sizes(config.model, opened.arch):
-                _print(console, f"{unused}: the sizes of a network that model.init_from names are its own")
+        for note in [*notes, *_unused_sizes(config, opened.arch)]:
+            _print(console, note)
         check_layer = None if opened.nans is None else opened.nans.layer
         learner = build.learner(config, opened.arch, opened.prepared.special.stop_ids, check_layer=check_layer)
         step: Step = learner.update
@@ -108,6 +114,27 @@ def train(config: Config, console: Console) -> Outcome:
 
 def _print(console: Console, text: str) -> None:
     console.out(text, highlight=False)
+
+
+def _unused_sizes(config: Config, arch: Architecture) -> list[str]:
+    """Says of each size in the config that the checkpoint which is trained has another."""
+    from jaxblock.models.families import registry
+
+    if config.model.init_from is None:
+        return []
+    unused = registry.unused_sizes(config.model, arch)
+    return [f"{size}: the sizes of a network that model.init_from names are its own" for size in unused]
+
+
+def _unused_evaluation(options: Options) -> list[str]:
+    """Says of each `evaluate` flag that training does not read it; the file's fields may be meant for ``evaluate``."""
+    of_file = vars(load_config(options.config).evaluate)
+    return [
+        f"--evaluate.{name} does not change how training evaluates (train.eval_problems and train.eval_nelbo_rows do); the "
+        "run keeps it for `jaxblock evaluate`"
+        for name, value in vars(options.evaluate).items()
+        if name not in _READ_IN_TRAINING and value != of_file[name]
+    ]
 
 
 def _for_debugging(config: Config) -> Config:

@@ -35,12 +35,14 @@ def test_a_run_and_its_export_give_the_same_start(
         out = tiny_config.parent / f"from-{source.name}"
         # The sizes of a random start have no effect: the checkpoint's own count. The config has others, which agree.
         flags = ["--train.out", str(out), "--model.init_from", str(source), "--model.d_model", "20"]
+        flags += ["--evaluate.problems", "5"]
         flags += ["--train.eval_every", "0", "--train.log_every", "40"]
         assert main(["train", "--config", str(tiny_config), *flags]) == 0
         said = capsys.readouterr().err
         assert (
             "model.d_model is 20 (the checkpoint's is 16): the sizes" in said and said.count("(the checkpoint's") == 1
         )
+        assert said.count("--evaluate.problems does not change how training evaluates") == 1
         first = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
         last = metrics.read_metrics(tiny_run / "metrics.jsonl").evals[-1]
         assert first["step"] == 0 and last["step"] == 120
