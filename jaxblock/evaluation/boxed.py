@@ -1,7 +1,7 @@
-r"""Extracts and normalises the answers of competition mathematics, which stand in the last ``\boxed{}``.
+r"""Extracts and normalises the answers of competition mathematics, which are given in the last ``\boxed{}``.
 
-Two answers are the same when their normalised texts are equal. No algebra is done: ``x + 1`` and ``1 + x`` differ, so that
-a grader that computes, such as Math-Verify, gives a higher number for the same responses.
+Two answers are the same when their normalised texts are equal. No algebra is done: ``x + 1`` and ``1 + x`` differ, so a
+grader that does algebra, such as Math-Verify, gives a higher score for the same responses.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def _with_braces(fraction: re.Match[str]) -> str:
     return r"\frac" + "".join(part if part.startswith("{") else f"{{{part}}}" for part in fraction.groups())
 
 
-# Applied in order: spellings that LaTeX shows alike, or that carry a unit and no value.
+# Replacements, applied in order: they unify spellings that LaTeX renders alike, and remove units.
 _RULES = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
@@ -29,7 +29,7 @@ _RULES = [
         (r"\{,\}", ","),
         (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))", ""),
         (r"\\?[%$]", ""),
-        (r"(?<=\S)\s*\\(?:text|mbox|mathrm|textrm)\s*\{[^{}]*\}\s*$", ""),  # a unit behind the value
+        (r"(?<=\S)\s*\\(?:text|mbox|mathrm|textrm)\s*\{[^{}]*\}\s*$", ""),  # a unit after the value
         (r"\\(?:text|mbox|mathrm|textrm|textbf|mathbf)\s*\{([^{}]*)\}", r"\1"),
         (r"^\s*[A-Za-z]{1,2}\s*=", ""),
         (r"\s+", ""),
@@ -59,7 +59,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def extract_answer(text: str) -> str | None:
-    """Returns a response's last box, else what follows its last "answer is" on that line; None where it has neither."""
+    """Returns the content of a response's last box, else the rest of the line after its last "answer is", else None."""
     boxed = last_boxed(text)
     if boxed is not None:
         return boxed
@@ -68,14 +68,14 @@ def extract_answer(text: str) -> str | None:
 
 
 def normalise_latex(text: str) -> str:
-    r"""Normalises an answer to one of the spellings that mean the same.
+    r"""Returns an answer in one fixed spelling, so that answers that are spelled differently but mean the same are equal.
 
-    It drops blanks, sizes of brackets, ``\text{}`` around words, units behind a value, degree, per cent and dollar signs,
+    It drops blanks, sizes of brackets, ``\text{}`` around words, units after a value, degree, per cent and dollar signs,
     a final full stop, grouping commas of a number, a leading ``x =`` and zeros at a decimal's end; ``\dfrac``, ``\frac12``
     and ``1/2`` become ``\frac{1}{2}``, and so does ``0.5``.
 
     Args:
-        text: an answer as it stands in the box.
+        text: an answer, as it is written in the box.
     """
     text = text.strip().rstrip(".")
     for pattern, replacement in _RULES:

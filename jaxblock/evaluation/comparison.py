@@ -15,12 +15,12 @@ class McNemar(NamedTuple):
     """Holds a paired comparison of two runs, A and B, on the same problems.
 
     Attributes:
-        grader: the name of the grader of both.
+        grader: the name of the grader of both runs.
         n: the number of problems.
-        both: the number of problems that both solved.
-        only_a: the number of problems that A alone solved.
-        only_b: the number of problems that B alone solved.
-        neither: the number of problems that neither solved.
+        both: the number of problems that both runs solved.
+        only_a: the number of problems that only A solved.
+        only_b: the number of problems that only B solved.
+        neither: the number of problems that neither run solved.
         p_value: the exact two-sided p-value of "A and B are equally likely to win a problem on which they differ".
     """
 

@@ -1,7 +1,7 @@
-"""Graders: each extracts the answer from a response and compares it with the reference.
+"""Defines graders, each of which extracts the answer from a response and compares it with the reference.
 
-Numbers of different graders do not compare (2 to 6 points apart for one checkpoint), so a grader is named with every
-number it produced. A grader is a pure function of two texts; the caller has cut the response at its first stop token.
+Scores of different graders cannot be compared (they differ by 2 to 6 points for one checkpoint), so every score is reported
+with its grader's name. A grader is a pure function of two texts; the caller cuts the response at its first stop token.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Graded(NamedTuple):
 
     Attributes:
         correct: whether the extracted answer equals the expected one after normalisation.
-        extracted: the answer as it stands in the response, before normalisation; None if there is none.
+        extracted: the answer as it is written in the response, before normalisation; None if there is none.
         expected: the reference's answer after normalisation.
     """
 
@@ -37,8 +37,8 @@ Grader = Callable[[str, str], Graded]
 def normalise_gsm8k(text: str) -> str:
     """Normalises an answer as lm-eval's GSM8K tasks do before they compare it.
 
-    It drops ``,`` and ``$``, everything up to the last ``#### ``, a final dot, and the case of letters. Outer white space
-    is dropped as well, so that a reference that ends in a line break can be matched at all.
+    It drops ``,`` and ``$``, everything up to the last ``#### ``, and a final dot, and makes letters lower case. Outer white
+    space is dropped as well, since a reference that ends in a line break would otherwise equal no answer.
 
     Args:
         text: an extracted answer, or a whole reference (``worked answer #### 18``).
@@ -48,12 +48,12 @@ def normalise_gsm8k(text: str) -> str:
 
 
 def _graded(extracted: str | None, expected: str, normalise: Callable[[str], str]) -> Graded:
-    """Grades an extracted answer against the expected one, which is normalised already."""
+    """Compares an extracted answer, after normalisation, with the expected one, which is normalised already."""
     return Graded(extracted is not None and normalise(extracted) == expected, extracted, expected)
 
 
 def gsm8k_strict(response: str, reference: str) -> Graded:
-    """Grades the number behind the first ``#### `` (lm-eval ``gsm8k``, filter ``strict-match``).
+    """Grades the number after the first ``#### `` (lm-eval ``gsm8k``, filter ``strict-match``).
 
     Args:
         response: decoded text, cut at its first stop token.
@@ -69,7 +69,7 @@ def gsm8k_strict(response: str, reference: str) -> Graded:
 def gsm8k_flexible(response: str, reference: str) -> Graded:
     """Grades the last text in the response that looks like a number (lm-eval ``gsm8k``, filter ``flexible-extract``).
 
-    A lone digit counts; so does any run of two or more of ``$0-9.,``, as it does there (``...`` is such a run).
+    A single digit counts as a number, and so does any run of two or more of ``$0-9.,``, as in lm-eval (even ``...``).
 
     Args:
         response: decoded text, cut at its first stop token.
@@ -97,16 +97,16 @@ def exact(response: str, reference: str) -> Graded:
 
 
 def math_boxed(response: str, reference: str) -> Graded:
-    r"""Grades what stands in the last ``\boxed{}``, else behind the last "answer is", compared as normalised text.
+    r"""Grades the content of the last ``\boxed{}``, else the text after the last "answer is"; compares normalised texts.
 
-    The extraction is OpenCompass's for MATH in zero-shot; the normalisation is our own (``boxed.normalise_latex``).
+    The extraction follows OpenCompass for zero-shot MATH; the normalisation is our own (``boxed.normalise_latex``).
 
     Args:
         response: decoded text, cut at its first stop token.
         reference: a solution with its ``\boxed{}``, or the bare answer.
 
     Returns:
-        The grade; ``extracted`` is None when the response gives no answer in either way.
+        The grade; ``extracted`` is None when the response has neither.
     """
     given = extract_answer(reference)
     expected = normalise_latex(reference if given is None else given)
@@ -119,11 +119,11 @@ GRADERS: dict[str, Grader] = {
     "math_boxed": math_boxed,
     "exact": exact,
 }
-"""The graders by the name that is printed with every number."""
+"""The graders by name; the name is reported with every score."""
 
 
 def find_grader(name: str) -> Grader:
-    """Returns the grader of a name.
+    """Returns the grader with this name.
 
     Raises:
         UserError: there is no such grader; the message lists the names.

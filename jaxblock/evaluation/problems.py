@@ -1,7 +1,7 @@
-"""Writes and reads the per-problem JSONL of an evaluation: one row a problem, keyed by the problem's index.
+"""Writes and reads the per-problem file of an evaluation: JSON lines with one row per problem, identified by its index.
 
-A row holds at least ``index`` (the record's index in its split), ``grader`` (its name) and ``correct``; ``prompt`` is
-compared where both files have it. Other fields of a row (``response``, ``extracted``, ``nfe``) are not looked at.
+A row holds at least ``index`` (the record's index in its split), ``grader`` (the grader's name) and ``correct``. A comparison
+also checks ``prompt`` where both files have it, and ignores all other fields (``response``, ``extracted``, ``nfe``).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from jaxblock.io.paths import PathLike
 
 
 class Problem(NamedTuple):
-    """Holds what a comparison needs of one graded problem.
+    """Holds the fields of one graded problem that a comparison needs.
 
     Attributes:
         correct: whether the response was graded as correct.
@@ -46,7 +46,7 @@ def read_problems(path: PathLike) -> dict[int, Problem]:
         The problems by index, in the file's order.
 
     Raises:
-        UserError: the file is absent or empty, or a line is not such a row, or an index occurs twice.
+        UserError: the file is absent or empty, a line is not a row of the format above, or an index occurs twice.
     """
     try:
         text = read_bytes(path).decode("utf-8")
@@ -71,10 +71,10 @@ def read_problems(path: PathLike) -> dict[int, Problem]:
 
 
 def _check(row: Any, where: str) -> None:
-    """Raises a UserError where a row lacks one of the three fields or has one of a wrong type."""
+    """Raises a UserError where a row lacks ``index``, ``grader`` or ``correct``, or one of them has the wrong type."""
     if not isinstance(row, Mapping):
         raise UserError(f"{where}: expected a JSON object with index, grader and correct, got {type(row).__name__}")
     for name, kind in (("index", int), ("grader", str), ("correct", bool)):
-        # bool is an int to Python, yet `"index": true` is a mistake.
+        # Python's bool is a subclass of int, but `"index": true` is a mistake.
         if not isinstance(row.get(name), kind) or (kind is int and isinstance(row.get(name), bool)):
             raise UserError(f"{where}: field {name!r} must be a {kind.__name__}, got {row.get(name)!r}")

@@ -1,4 +1,4 @@
-"""Holds what an evaluation finds, and summarises it as plain values."""
+"""Defines the results of an evaluation, and summarises them as plain values."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class Solved(NamedTuple):
     """Holds problems that were decoded and graded.
 
     Attributes:
-        rows: one dict for each problem, as the per-problem file has it (``Evaluator.solve``).
+        rows: the rows of the per-problem file (``Evaluator.solve``), one dict for each problem.
         pass_at_1: the share of problems that were solved, with a 95% interval.
-        seconds: the wall time of decoding, compilation not counted.
+        seconds: the wall time of decoding, without compilation.
     """
 
     rows: list[dict[str, Any]]
@@ -49,12 +49,12 @@ class NelboBound(NamedTuple):
     """Holds the NELBO of a set of responses, an upper bound on their negative log-likelihood, in nats.
 
     Attributes:
-        per_sequence: the mean over sequences, with the standard error over them (of data and masks).
-        per_text_token: the sum over all sequences divided by their text tokens (terminator counted, fill not).
-        mask_se: the standard error of ``per_sequence.mean`` that comes from the masks drawn; 0 where exact.
+        per_sequence: the mean NELBO of a sequence, with a standard error that includes the randomness of data and masks.
+        per_text_token: the sum over all sequences divided by their number of text tokens (terminator counted, fill not).
+        mask_se: the part of the standard error of ``per_sequence.mean`` that the random masks cause; 0 where exact.
         exact: whether every masked set was enumerated.
-        by_block: for block k (mean NELBO of the block, number of sequences that have it).
-        by_count: for l = 1, 2, ... (mean -log p of a masked token in blocks with l masks, number of such tokens).
+        by_block: for each block k = 0, 1, ... (mean NELBO of the block, number of sequences that have it).
+        by_count: for each l = 1, 2, ... (mean -log p of a masked token in blocks with l masks, number of such tokens).
     """
 
     per_sequence: Estimate
@@ -70,8 +70,8 @@ def summarise_evaluation(solved: Solved | None, bound: NelboBound | None, about:
 
     Args:
         solved: the decoded problems; None where nothing was decoded.
-        bound: the NELBO; None where it was not asked for.
-        about: what was evaluated and how; copied to the front of the summary.
+        bound: the NELBO; None where it was not estimated.
+        about: fields that say what was evaluated and how; they come first in the summary.
     """
     result: dict[str, Any] = dict(about)
     if solved is not None:

@@ -34,7 +34,7 @@ from jaxblock.types import Params
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Evaluates parameters as they change; the decoder is compiled once and kept for later calls.
+    """Evaluates parameters, also repeatedly during a run; the decoder is compiled once and kept for later calls.
 
     Attributes:
         net: the network.
@@ -42,7 +42,7 @@ class Evaluator:
         encoder: the tokenizer and chat template.
         decode: the decoder's options.
         grader: the name of the grader (``graders.GRADERS``).
-        nelbo_samples: the masked sets drawn for each block; None draws as many as the block has positions.
+        nelbo_samples: the number of masked sets drawn for each block; None draws as many as the block has positions.
     """
 
     net: Transformer
@@ -67,7 +67,7 @@ class Evaluator:
             The graded responses and the time that decoding took.
 
         Raises:
-            UserError: the block does not divide the response.
+            UserError: the decoder's block size does not divide the response's length.
         """
         layout = layouts.decoding_layout(self.canvas, self.decode, self.net.arch, self.encoder.special.stop_ids)
         options = self.decode.static(layout.block)
@@ -90,10 +90,10 @@ class Evaluator:
     def _decoder(
         self, params: Params, layout: Layout, options: DecodeConfig, inputs: tuple[np.ndarray, ...]
     ) -> Compiled:
-        """Returns the decoder compiled for these shapes.
+        """Returns the decoder, compiled for the shapes of the weights and of a batch of inputs.
 
-        It is compiled before the first batch, so that the time of decoding holds no compilation, and kept, so that the
-        evaluations of a run compile once.
+        It is compiled before the first batch, so that the measured time of decoding does not include compilation, and kept,
+        so that a run compiles it once.
         """
         given = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, getattr(leaf, "sharding", None)), (params, inputs))
         leaves, tree = jax.tree.flatten(given)
@@ -137,11 +137,11 @@ class Evaluator:
 
         Args:
             params: the weights.
-            records: the prompts and responses, one at least.
+            records: the prompts and responses; at least one.
             seed: the seed of the random masks.
 
         Returns:
-            The bound with standard errors, by block and by masked count.
+            The NELBO with standard errors, and its parts by block and by masked count.
         """
         layout = layouts.scoring_layout(self.canvas, self.net.arch, self.encoder.special.stop_ids)
         samples = self.nelbo_samples or layout.block
@@ -170,20 +170,20 @@ class Evaluator:
 
 
 def _means(totals: np.ndarray, counts: np.ndarray) -> list[tuple[float, int]]:
-    """Pairs each total divided by its count (NaN where that is 0) with the count."""
+    """Returns pairs (total divided by count, count); the first is NaN where the count is 0."""
     return [(float(t / n) if n else float("nan"), int(n)) for t, n in zip(totals, counts, strict=True)]
 
 
 def _replicated(params: Params) -> NamedSharding | None:
-    """Returns the sharding that puts results whole on every device, so that each process of a group can read them."""
+    """Returns the sharding that copies results to every device, so that every process can read them; None without a mesh."""
     place = jax.tree.leaves(params)[0].sharding
     return rules.replicated(place.mesh) if isinstance(place, NamedSharding) else None
 
 
 def _split_rows(params: Params, arrays: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...] | tuple[Array, ...]:
-    """Splits rows over the devices of the weights' mesh; where they do not divide, every device gets all of them.
+    """Splits rows over the devices of the weights' mesh; where they do not split evenly, every device gets all rows.
 
-    Every process holds all rows. Where the weights are on no mesh, the rows are returned as they are.
+    Every process must pass all rows. Where the weights are on no mesh, the rows are returned as they are.
     """
     place = jax.tree.leaves(params)[0].sharding
     if not isinstance(place, NamedSharding) or not isinstance(place.mesh, Mesh):
@@ -209,6 +209,6 @@ def _nelbo_of_rows(
 ) -> likelihood.Nelbo:
     """Estimates the NELBO of a batch of rows (``canvas.from_rows``); rows that are not kept only fill up the batch."""
     canvas = canvases.from_rows(layout, *rows)
-    # Without blocks a row adds nothing to the sums by count.
+    # A row with no blocks adds nothing to the sums by count.
     canvas = canvas._replace(n_blocks=jnp.where(keep, canvas.n_blocks, 0))
     return likelihood.nelbo(net, layout, samples, params, canvas, key)

@@ -1,4 +1,4 @@
-"""Computes the intervals, standard errors and paired test that go with every number an evaluation reports."""
+"""Computes the intervals, standard errors and the paired test that an evaluation reports."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Numbers = Sequence[int | float] | np.ndarray
 
 
 class Proportion(NamedTuple):
-    """Holds a share of successes with its interval.
+    """Holds a share of successes and its confidence interval.
 
     Attributes:
         correct: the number of successes.
@@ -43,7 +43,7 @@ class Estimate(NamedTuple):
 
     Attributes:
         mean: the estimate of the mean.
-        se: one standard error; NaN with fewer than two observations.
+        se: the standard error of the mean; NaN with fewer than two observations.
         n: the number of observations.
     """
 
@@ -79,7 +79,7 @@ def wilson(correct: int, n: int, confidence: float = 0.95) -> Proportion:
 
 
 def _binomial_test(successes: int, trials: int) -> Any:
-    from scipy import stats  # type: ignore[import-untyped,unused-ignore]  # importing it takes 1.5 s, for which training need not wait
+    from scipy import stats  # type: ignore[import-untyped,unused-ignore]  # imported here because it takes 1.5 s, which training would wait for
 
     return stats.binomtest(successes, trials)
 
@@ -104,13 +104,13 @@ def mean_se(values: Numbers) -> Estimate:
 def ratio_se(totals: Numbers, weights: Numbers) -> Estimate:
     """Computes a ratio of sums, such as the NELBO per text token of rows of unequal length, and its standard error.
 
-    The standard error is that of the delta method. With r = Σy / Σw the linearised residual of a row is y - r w, so
+    The standard error is computed by the delta method. With r = Σy / Σw the linearised residual of a row is y - r w, so
     se² = n/(n-1) Σ(y - r w)² / (Σw)². Rows are the observations: Monte Carlo noise within a row is part of its residual and
     must not be added again.
 
     Args:
-        totals: y, the sum of each row (nats), shape [n].
-        weights: w, the divisor of each row (text tokens), shape [n].
+        totals: y, the total of each row, as in its NELBO in nats; shape [n].
+        weights: w, the weight of each row, as in its number of text tokens; shape [n].
 
     Returns:
         The estimate; NaN where the weights sum to 0.
@@ -134,8 +134,8 @@ def mcnemar_p(only_a: int, only_b: int) -> float:
     """Computes the exact two-sided McNemar p-value, a fair-coin binomial test on the discordant pairs.
 
     Args:
-        only_a: the number of pairs that A alone got right.
-        only_b: the number of pairs that B alone got right.
+        only_a: the number of pairs that only A got right.
+        only_b: the number of pairs that only B got right.
 
     Returns:
         The p-value; 1 without discordant pairs.

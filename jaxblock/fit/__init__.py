@@ -1,1 +1,1 @@
-"""Ahead-of-time plans: what a run needs of a topology, and what to change where it does not fit."""
+"""Plans runs ahead of time: how much memory and time a run needs on given devices, and what to change if it does not fit."""

@@ -1,7 +1,7 @@
 """Runs the process that compiles a plan: it reads a job as JSON from standard input and writes the plan as JSON.
 
-It is a process of its own because the number of host devices and the platforms must be set before JAX starts, and because
-a compiler that gives up may end its process.
+Plans are compiled in a separate process because the number of host devices and the platforms must be set before JAX starts,
+and because a compiler that fails may end its process.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from jaxblock.fit.plan import plan_run
 
 
 def main() -> int:
-    """Plans one job; the exit code is 0, or 3 with ``{"error": ...}`` for a mistake that the user can mend."""
-    # Libraries print to standard output now and then, which is for the plan alone.
+    """Plans one job. The exit code is 0, or 3 with ``{"error": ...}`` for a mistake that the user can correct."""
+    # Libraries may print to standard output, where only the plan may be: what they print goes to standard error.
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     job: dict[str, Any] = json.load(sys.stdin)

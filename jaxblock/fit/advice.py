@@ -1,4 +1,4 @@
-"""Looks for what to change in a run that does not fit: the cheapest change first, each tried by compiling it."""
+"""Searches for a change that makes a run fit into memory; changes are tried by compiling them, the cheapest first."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from typing import Any, NamedTuple
 from jaxblock.config.config import Config
 
 TryConfig = Callable[[Config], "Trial"]
-"""Tries whether a config fits."""
+"""A function that finds out whether a config fits."""
 
 
 class Trial(NamedTuple):
-    """Holds what came of a config that was tried.
+    """Holds the result of trying a config.
 
     Attributes:
-        needed: the bytes of a device that it needs; those of the arguments alone where these are too many already.
-        fits: whether it fits.
-        compiled: whether it was compiled; what cannot fit whatever the compiler does is not.
+        needed: the bytes that the step needs on each device. Where `compiled` is false they are those of the state alone, which
+            is too large already, or infinite if the config does not split over the devices.
+        fits: whether the step fits into the memory of a device.
+        compiled: whether the step was compiled. It is not if the config cannot fit whatever the compiler does.
     """
 
     needed: float
@@ -27,12 +28,12 @@ class Trial(NamedTuple):
 
 
 class Change(NamedTuple):
-    """Describes one way to need less memory.
+    """Describes a change to a config that lowers its memory.
 
     Attributes:
         flags: the change, as flags of the command line.
-        cost: what the change costs.
-        config: the config with the change made.
+        cost: a description of what the change costs.
+        config: the config after the change.
     """
 
     flags: str
@@ -41,12 +42,12 @@ class Change(NamedTuple):
 
 
 class Found(NamedTuple):
-    """Holds a change, or several together, with what came of it.
+    """Holds one change, or several that were made together, and the result of trying them.
 
     Attributes:
         flags: the changes, as flags of the command line.
-        cost: what they cost.
-        trial: what came of it.
+        cost: a description of what the changes cost.
+        trial: the result of trying the config with these changes.
     """
 
     flags: str
@@ -55,10 +56,10 @@ class Found(NamedTuple):
 
 
 def changes(config: Config, ways: int, chips: int) -> Iterator[Change]:
-    """Yields single changes to a config that lower its memory, in the order of what they cost.
+    """Yields single changes to a config that lower its memory, the cheapest first.
 
     Args:
-        config: the config that does not fit, with its mesh written out.
+        config: the config that does not fit; its mesh must be given in full (no ``data_parallel: -1``).
         ways: the number of devices that rows are split over.
         chips: the number of devices of a slice.
     """
@@ -95,7 +96,7 @@ def changes(config: Config, ways: int, chips: int) -> Iterator[Change]:
 
 
 def _smaller_state(config: Config, change: Callable[..., Change]) -> Iterator[Change]:
-    """Yields changes to types that take fewer bytes."""
+    """Yields changes to smaller types: of the frozen base, or of moments and weights."""
     if config.lora.rank:
         if config.model.quantize == "none":
             yield change("model", "the frozen base is rounded to 8 bits", quantize="int8")
@@ -116,19 +117,19 @@ def _chunk(length: int) -> int:
 def advise(
     config: Config, ways: int, chips: int, try_config: TryConfig, tries: int
 ) -> tuple[list[Found], Found | None]:
-    """Looks for the smallest change that makes a config fit.
+    """Searches for the cheapest change that makes a config fit.
 
-    Every single change is tried first, the cheapest first; where none is enough, they are made one on top of the other.
+    Single changes are tried first, the cheapest first. If none is enough, they are made together: one more at each try.
 
     Args:
-        config: the config that does not fit, with its mesh written out.
+        config: the config that does not fit; its mesh must be given in full (no ``data_parallel: -1``).
         ways: the number of devices that rows are split over.
         chips: the number of devices of a slice.
         try_config: tries a config.
-        tries: how many may be compiled; a config whose arguments alone are too large is not counted.
+        tries: the number of configs that may be compiled; one that is rejected without compiling is not counted.
 
     Returns:
-        (everything that was tried, the one that fits or None).
+        (all changes that were tried, the one that fits or None).
     """
     tried: list[Found] = []
     left = tries
@@ -144,7 +145,7 @@ def advise(
     so_far, flags, costs = config, "", ""
     made: set[str] = set()
     while left > 0:
-        # Listed anew after each: what a change is depends on those before it (the batch per device, for one).
+        # The list is made again for each change, since a change depends on those before it (by the rows per device, say).
         following = next((c for c in changes(so_far, ways, chips) if _field(c.flags) not in made), None)
         if following is None:
             break
@@ -152,7 +153,7 @@ def advise(
         so_far = following.config
         flags, costs = f"{flags} {following.flags}".strip(), f"{costs}; {following.cost}".strip("; ")
         if following.flags in {single.flags for single in singles} and flags == following.flags:
-            continue  # it was tried alone
+            continue  # this change was tried as a single change above
         trial = try_config(so_far)
         left -= trial.compiled
         tried.append(Found(flags, costs, trial))
@@ -162,5 +163,5 @@ def advise(
 
 
 def _field(flags: str) -> str:
-    """Returns the first flag of a change, which tells changes apart."""
+    """Returns the name of the first flag of a change, which identifies the kind of change."""
     return flags.split()[0]

@@ -1,4 +1,4 @@
-"""Compiles the train step before weights are read; a run that cannot fit is refused, with what to change."""
+"""Compiles the train step before weights are read. A run that does not fit is refused, and the error says what to change."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from jaxblock.training.observe.device_memory import MemoryPlan, gib
 from jaxblock.training.step import Learner, Step
 
 Say = Callable[[str], None]
-"""Prints a line for the user."""
+"""A function that prints a line for the user."""
 
 TRIES = 4
-"""How many changes are compiled before a run is refused."""
+"""The number of changes that are compiled before a run is refused."""
 
 
 class CompiledStep(NamedTuple):
-    """Holds a train step that is ready to run.
+    """Holds a compiled train step and its planned memory.
 
     Attributes:
-        step: the compiled step, called as the jitted one is.
-        plan: the memory that it was planned to take.
+        step: the compiled step, which is called as the jitted step is.
+        plan: the memory that the compiler planned for the step.
     """
 
     step: Step
@@ -45,12 +45,12 @@ def compile_step(config: Config, learner: Learner, mesh: Mesh, say: Say) -> Comp
 
     Args:
         config: the run's settings, checked.
-        learner: what is trained, built from them.
+        learner: the static parts of the step (`build.learner`), built from these settings.
         mesh: the devices.
-        say: prints what is tried, should the step not fit.
+        say: prints what is tried if the step does not fit.
 
     Raises:
-        UserError: the step needs more memory than the device has; says what to change.
+        UserError: the step needs more memory than the device has; the message says what to change.
     """
     shapes = run_shapes(config, learner, mesh)
     result = compile_lowered(lower_step(learner, shapes, mesh), shapes.bytes_per_device)
@@ -64,11 +64,11 @@ def compile_step(config: Config, learner: Learner, mesh: Mesh, say: Say) -> Comp
 def check_fits(
     result: CompileResult, limit: float | None, config: Config, arch: Architecture, mesh: Mesh, say: Say
 ) -> None:
-    """Raises UserError where a step does not fit, with the smallest change that is found to help.
+    """Raises UserError where a step does not fit; the message names the cheapest change that was found to help.
 
     Args:
-        result: the step, compiled, or what is known of it.
-        limit: the bytes that the device gives to programs; None for the compiler's own limit.
+        result: the result of compiling the step.
+        limit: the bytes of the device that programs may use; None for the compiler's own limit.
         config: the run's settings.
         arch: the network's sizes and special ids.
         mesh: the devices.
@@ -89,12 +89,12 @@ def check_fits(
 
 
 def try_by_compiling(arch: Architecture, devices: Sequence[jax.Device], limit: float, say: Say) -> TryConfig:
-    """Returns a function that compiles a changed config and compares what it needs with a limit.
+    """Returns a function that compiles the step of a changed config and compares the memory that it needs with a limit.
 
     Args:
         arch: the network's sizes and special ids.
-        devices: the devices to compile for; the config's mesh must be of as many.
-        limit: the bytes of one device.
+        devices: the devices to compile for, which must be as many as the config's mesh has.
+        limit: the bytes of one device that programs may use.
         say: prints what is being compiled.
     """
 
@@ -109,7 +109,7 @@ def try_by_compiling(arch: Architecture, devices: Sequence[jax.Device], limit: f
                 return Trial(least, fits=False, compiled=False)
             lowered = lower_step(learner, shapes, mesh)
         except (UserError, ValueError):
-            return Trial(float("inf"), fits=False, compiled=False)  # it does not split over the devices
+            return Trial(float("inf"), fits=False, compiled=False)  # the config does not split over the devices
         say(f"compiling a change: remat {config.model.remat}, {_rows(config)}")
         result = compile_lowered(lowered, least)
         needed = result.memory.total
@@ -119,7 +119,7 @@ def try_by_compiling(arch: Architecture, devices: Sequence[jax.Device], limit: f
 
 
 def _rows(config: Config) -> str:
-    """Describes the batch and the types of what is kept, for a line that says what is being compiled."""
+    """Describes the batch size and the types of moments or base, for the line that says what is being compiled."""
     train = config.train
     parts = f" in {train.accumulate} parts" if train.accumulate > 1 else ""
     kept = f"moments {config.optimizer.moments}" if not config.lora.rank else f"base {config.model.quantize}"
@@ -127,12 +127,12 @@ def _rows(config: Config) -> str:
 
 
 def _with_mesh(config: Config, mesh: Mesh) -> Config:
-    """Returns the config with its mesh written out, as ``advice.changes`` needs it."""
+    """Returns the config with the mesh's number of data-parallel devices, which ``advice.changes`` needs, in place of -1."""
     return dataclasses.replace(config, train=dataclasses.replace(config.train, data_parallel=mesh.shape["data"]))
 
 
 def _what_helps(tried: Sequence[Found], found: Found | None) -> str:
-    """Says which change helps; where none does, which were tried."""
+    """Returns the sentence of the error that names the change that fits, or else the changes that were tried."""
     if found is not None:
         return f"This was compiled and fits ({gib(found.trial.needed)}): {found.flags} ({found.cost})."
     if not tried:

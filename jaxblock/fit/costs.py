@@ -1,4 +1,4 @@
-"""Counts what one step of a compiled program costs a device: operations, memory traffic, and bytes sent."""
+"""Counts the costs of running a compiled program once, for one device: operations, memory traffic, and bytes sent."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from jaxblock.fit.transfers import COLLECTIVE_KINDS, Collective, find_collective
 
 
 class Costs(NamedTuple):
-    """Holds the costs of one step for one device.
+    """Holds the costs of running a program once, for one device.
 
     Attributes:
         flops: the floating-point operations of matrix products (two per multiplication).
         traffic: the bytes read from and written to the chip's main memory, estimated from the program's operations.
-        collectives: every collective, the largest first.
+        collectives: the program's collective operations, those that send most first.
     """
 
     flops: float
@@ -25,7 +25,7 @@ class Costs(NamedTuple):
     collectives: list[Collective]
 
     def sent(self, kind: str | None = None) -> float:
-        """Adds up the bytes that a device sends to others of its slice, in collectives of one kind or of all."""
+        """Adds up the bytes that a device sends in collectives of one kind; None for all kinds within its slice."""
         return sum((c.sent for c in self.collectives if (c.kind == kind if kind else c.kind in COLLECTIVE_KINDS)), 0.0)
 
     @property
@@ -39,7 +39,7 @@ def count_costs(module: Module, devices: int) -> Costs:
 
     Args:
         module: the program of one device.
-        devices: the number of devices that run it, for collectives among all of them.
+        devices: the number of devices that run the program, which is the group of a collective that names no groups.
     """
     flops = traffic = 0.0
     for name, times, fused in executed_computations(module):

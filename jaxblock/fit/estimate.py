@@ -1,4 +1,4 @@
-"""Estimates step time by the roofline: the time of a chip's busiest resource if nothing ever waited."""
+"""Estimates step time with the roofline model: the time of a chip's busiest resource if nothing ever waited."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jaxblock.parallel.chips import Chip
 
 
 class StepTime(NamedTuple):
-    """Holds the time in seconds that each resource is busy at its published peak: a lower bound, not a measurement.
+    """Holds the time, in seconds, that each resource is busy at its published peak: a lower bound, not a measurement.
 
     Attributes:
         compute: the time of the matrix products.
@@ -30,12 +30,12 @@ class StepTime(NamedTuple):
 
     @property
     def bound(self) -> str:
-        """Returns the name of the resource that takes longest."""
+        """Returns the name of the resource that is busy longest."""
         return max(self._asdict(), key=lambda name: self._asdict()[name])
 
 
 def estimate_step(costs: Costs, chip: Chip) -> StepTime | None:
-    """Divides costs by a chip's published figures; returns None for a chip without figures (the host's CPU)."""
+    """Divides costs by a chip's published peaks; returns None for a chip without published peaks (the host's CPU)."""
     if chip.flops is None or chip.bandwidth is None or chip.links is None:
         return None
     across = costs.across / chip.across if chip.across else 0.0

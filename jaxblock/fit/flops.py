@@ -11,7 +11,7 @@ from jaxblock.fit.hlo import Computation, Instruction, operand_shapes
 
 
 def instruction_flops(instruction: Instruction, computation: Computation) -> float:
-    """Counts the operations of one instruction, two per multiplication; 0 where it is no matrix product."""
+    """Counts the operations of one instruction, two per multiplication; 0 where it is not a matrix product."""
     code = instruction.opcode
     if code == "dot":
         left = computation[instruction.operands[0]].shapes[0].dims
@@ -26,7 +26,10 @@ def instruction_flops(instruction: Instruction, computation: Computation) -> flo
 
 
 def _convolution_flops(instruction: Instruction, computation: Computation) -> float:
-    """Counts the operations of a convolution; TPU programs write matrix products so, batch dimensions as spatial ones."""
+    """Counts the operations of a convolution.
+
+    In TPU programs matrix products appear as convolutions, whose spatial dimensions are the products' batch dimensions.
+    """
     given, kernel = (computation[name].shapes[0].dims for name in instruction.operands[:2])
     made = instruction.shapes[0].dims
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.rest)
@@ -61,15 +64,17 @@ def _window(rest: str, place: int) -> tuple[int, int, int, int]:
 
 
 def _valid(given: int, kernel: int, made: int, stride: int, low: int, dilated: int, kernel_dilated: int) -> int:
-    """Counts the pairs of output and kernel positions that meet a real input, not padding or a gap."""
+    """Counts the pairs of output and kernel positions, in one dimension, that read an input and not padding or a gap."""
     at = np.arange(made)[:, None] * stride - low + np.arange(kernel)[None, :] * kernel_dilated
     return int(np.sum((at >= 0) & (at <= (given - 1) * dilated) & (at % dilated == 0)))
 
 
 def _splash_flops(instruction: Instruction, computation: Computation) -> float:
-    """Counts the operations of one of splash attention's kernels.
+    """Counts the operations of one of splash attention's kernels, each of which computes several matrix products.
 
-    It makes 2 products per score forward; backward it makes the scores again and 3 (keys and values) or 2 (queries).
+    The forward kernel computes 2: scores and output. The backward kernel for keys and values computes 4: the scores again, and
+    the gradients of probabilities, keys and values. That for queries computes 3: the scores again, and the gradients of
+    probabilities and queries.
     """
     given = operand_shapes(instruction, computation)
     wide = [s.dims for s in given if s.kind in ("bf16", "f32") and len(s.dims) >= 3 and s.dims[-1] % 128 == 0]

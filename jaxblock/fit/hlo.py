@@ -18,8 +18,8 @@ class Shape(NamedTuple):
 
     Attributes:
         kind: the element type, as HLO writes it.
-        dims: the sizes of its dimensions.
-        layout: the text in braces behind the sizes, which names the memory space.
+        dims: the sizes of the array's dimensions.
+        layout: the text in braces after the sizes, which names the memory space.
     """
 
     kind: str
@@ -33,7 +33,7 @@ class Shape(NamedTuple):
 
     @property
     def bytes(self) -> float:
-        """Computes the size in bytes; padding of tiles is not counted."""
+        """Computes the size in bytes, without the padding of tiles."""
         return self.elements * _element_bytes(self.kind)
 
     @property
@@ -47,11 +47,11 @@ class Instruction(NamedTuple):
 
     Attributes:
         name: the name of the result.
-        opcode: the operation.
-        shapes: the arrays of the result, those of a tuple in order.
+        opcode: the name of the operation.
+        shapes: the arrays of the result; several, in order, if it is a tuple.
         operands: the names of the operands.
-        rest: the text of the attributes; for constants and parameters the value or number in front of it.
-        root: whether its result is the result of the computation.
+        rest: the text of the attributes; for a constant or parameter preceded by its value or number in parentheses.
+        root: whether the instruction's result is the result of its computation.
     """
 
     name: str
@@ -82,7 +82,7 @@ Computation = dict[str, Instruction]
 
 
 class Module(NamedTuple):
-    """Describes a whole program.
+    """Holds the computations of a program.
 
     Attributes:
         computations: the computations by name.
@@ -103,7 +103,7 @@ def _element_bytes(kind: str) -> float:
 
 
 def parse_shapes(text: str) -> tuple[Shape, ...]:
-    """Returns the arrays that the text of a type names."""
+    """Returns the arrays that the text of a type describes."""
     return tuple(
         Shape(kind, tuple(int(d.lstrip("<=")) for d in dims.split(",") if d), layout)
         for kind, dims, layout in _SHAPE.findall(text)
@@ -111,7 +111,7 @@ def parse_shapes(text: str) -> tuple[Shape, ...]:
 
 
 def _closing(text: str, begin: int) -> int:
-    """Returns where the parenthesis at ``begin`` closes."""
+    """Returns the index at which the parenthesis at ``begin`` is closed."""
     depth = 0
     for at in range(begin, len(text)):
         depth += {"(": 1, ")": -1}.get(text[at], 0)

@@ -1,7 +1,7 @@
 """Counts how often each computation of a compiled program runs.
 
-XLA's own cost analysis counts the body of a loop once. Here a loop counts as often as it runs, so that the costs of a
-network whose layers are scanned are those of all its layers.
+XLA's own cost analysis counts the body of a loop once. Here it is counted as often as it runs, so that the costs of a
+network whose layers are scanned include all layers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Executed(NamedTuple):
     Attributes:
         name: the name of the computation.
         times: the number of times that it runs.
-        fused: whether it is the inside of a fusion, whose values are in no memory.
+        fused: whether the computation is part of a fusion, so that its intermediate values are not stored in memory.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Executed(NamedTuple):
 def executed_computations(module: Module) -> Iterator[Executed]:
     """Yields every computation that runs, and how often; one that is called from two places is yielded twice.
 
-    Both branches of a conditional count, and a loop whose length the program does not show counts once.
+    All branches of a conditional are counted, and a loop whose number of rounds cannot be found is counted once.
     """
     waiting = [Executed(module.entry, 1.0, False)]
     while waiting:
@@ -60,7 +60,8 @@ def executed_computations(module: Module) -> Iterator[Executed]:
 def trip_count(module: Module, caller: str, loop: Instruction) -> int:
     """Returns an upper bound of the number of times that a ``while`` loop runs; 1 where none can be found.
 
-    XLA notes the number for some backends; else it is found from the condition, whose counter rises to a constant.
+    XLA writes the number into the program for some backends; else it is found from the condition, which compares a counter
+    with a constant.
 
     Args:
         module: the program.
@@ -77,7 +78,15 @@ def trip_count(module: Module, caller: str, loop: Instruction) -> int:
 
 
 def _bounds(module: Module, where: Computation, at: Instruction, caller: str, loop: Instruction) -> list[int]:
-    """Returns upper bounds of the number of rounds of a loop that runs while ``at`` is true."""
+    """Returns upper bounds of a loop's number of rounds: one for each comparison in its condition that can be read.
+
+    Args:
+        module: the program.
+        where: the instructions of the condition by name.
+        at: the instruction of the condition that must be true for another round.
+        caller: the name of the computation that the loop is in.
+        loop: the ``while`` instruction.
+    """
     if at.opcode == "and":
         return [
             bound
@@ -114,7 +123,7 @@ def _bounds(module: Module, where: Computation, at: Instruction, caller: str, lo
 
 
 def _stride(module: Module, where: Computation, counter: Instruction, loop: Instruction) -> int:
-    """Returns what a loop's body adds to its counter, which is more than 1 where XLA has merged several rounds."""
+    """Returns the number that a loop's body adds to its counter; it is more than 1 where XLA has merged several rounds."""
     while counter.opcode in _COPIES and counter.operands[0] in where:
         counter = where[counter.operands[0]]
     index = re.search(r"index=(\d+)", counter.rest)

@@ -1,4 +1,4 @@
-"""Compiles programs, and reads what they need of a device's memory off the compiler."""
+"""Compiles programs, and reads from the compiler how much memory of a device they need."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ import jax
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _USED = re.compile(r"Used ([\d.]+)([KMGT]?)B? of ([\d.]+)([KMGT]?)B? (?:hbm|HBM)")
 _TEMPORARIES = re.compile(r"HLO temporaries \(([\d.]+)([KMGT]?)B?\) exceeds available HBM \(([\d.]+)([KMGT]?)B?\)")
-"""Two ways in which TPU compilers say that a program does not fit: by all that it uses, or by its temporaries."""
+"""Patterns of the two errors in which TPU compilers say that a program does not fit: one gives all the memory that it would use
+(_USED), the other only that of its temporaries (_TEMPORARIES)."""
 
 
 class Memory(NamedTuple):
     """Holds the bytes of one device that a program needs while it runs, as its compiler planned them.
 
     Attributes:
-        arguments: what goes in: weights, optimizer state, batch.
-        outputs: what comes out, except for what takes the place of an argument.
-        temporaries: all between: activations, gradients, gathered weights, logits.
-        code: the program itself.
-        total: all of it. Where the compiler gave up this is what it would have taken, and all parts but the arguments
-            are counted in ``temporaries``.
-        limit: what the compiler would give it; None where it has no limit.
+        arguments: the bytes of the program's inputs, such as weights, optimizer state and batch.
+        outputs: the bytes of its results, except for those that are written in place of an argument.
+        temporaries: the bytes of everything in between, such as activations, gradients, gathered weights and logits.
+        code: the bytes of the program itself.
+        total: the sum of these four. For a program that the compiler refused it is the memory that the program would need, and
+            ``temporaries`` then includes outputs and code.
+        limit: the bytes that a refused program could have used; None for a program that was compiled.
     """
 
     arguments: float
@@ -35,11 +36,11 @@ class Memory(NamedTuple):
 
 
 class CompileResult(NamedTuple):
-    """Holds a compiled program, or what is known of one that would not fit.
+    """Holds a compiled program and the memory that it needs, or would need if it does not fit.
 
     Attributes:
-        program: the program, which can be called; None where the compiler found that it cannot fit.
-        memory: what it needs.
+        program: the program, which can be called; None where the compiler found that it does not fit.
+        memory: the memory that the program needs.
     """
 
     program: jax.stages.Compiled | None
@@ -47,18 +48,18 @@ class CompileResult(NamedTuple):
 
 
 def compile_lowered(lowered: jax.stages.Lowered, arguments: float) -> CompileResult:
-    """Compiles a program; one that does not fit is a result, not an error.
+    """Compiles a program. If it does not fit into memory, this is reported in the result and raises no error.
 
     Args:
         lowered: the program.
-        arguments: the bytes of its arguments on one device, which a compiler that gives up does not tell.
+        arguments: the bytes of the program's arguments on one device, which the compiler's error does not give.
 
     Raises:
-        Exception: any other error of the compiler.
+        Exception: the compiler failed for another reason.
     """
     try:
         program = lowered.compile()
-    except Exception as error:  # jaxlib's, whose type moved between versions
+    except Exception as error:  # the type of jaxlib's exception differs between versions
         needed = memory_of_error(str(error), arguments)
         if needed is None:
             raise
@@ -67,7 +68,7 @@ def compile_lowered(lowered: jax.stages.Lowered, arguments: float) -> CompileRes
 
 
 def memory_of_program(program: jax.stages.Compiled) -> Memory:
-    """Returns what a compiled program needs of one device; zeros where a backend does not tell."""
+    """Returns the memory of one device that a compiled program needs; zeros where the backend does not report it."""
     found = program.memory_analysis()
     if found is None:
         return Memory(0.0, 0.0, 0.0, 0.0, 0.0)
@@ -78,7 +79,7 @@ def memory_of_program(program: jax.stages.Compiled) -> Memory:
 
 
 def memory_of_error(message: str, arguments: float) -> Memory | None:
-    """Reads off a compiler's error what the program would need; None where the error is about something else.
+    """Reads the memory that a program would need from a compiler's error; None where the error is about something else.
 
     Args:
         message: the error's text.

@@ -1,4 +1,4 @@
-"""Chooses the mesh and the batch that a plan is made for: the config's own where they fit the topology."""
+"""Chooses the mesh and batch size of a plan; those of the config are used where they fit the topology."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from jaxblock.parallel.mesh import make_mesh
 
 
 def place_run(config: Config, topology: Topology) -> tuple[Config, list[str]]:
-    """Makes a config's mesh and batch fit a topology.
+    """Fits a config's mesh and batch size to a topology.
 
     Args:
         config: the run's settings, checked.
-        topology: where the run would be.
+        topology: the devices that the run is planned for.
 
     Returns:
-        (the config with its mesh written out, a note for each thing that was chosen and how to set it).
+        (the config with all sizes of its mesh given, a note for each setting that was chosen, with its flag).
 
     Raises:
-        UserError: the config names a mesh that is not this topology's.
+        UserError: the config names a mesh that does not fit the topology.
     """
     train = config.train
     notes: list[str] = []
@@ -55,13 +55,13 @@ def place_run(config: Config, topology: Topology) -> tuple[Config, list[str]]:
 
 
 def row_shards(config: Config) -> int:
-    """Counts the devices that rows are split over; the config's mesh must be written out."""
+    """Counts the devices that rows are split over; the config must give all sizes of its mesh (see ``place_run``)."""
     train = config.train
     return train.slices * train.data_parallel * train.fsdp
 
 
 def planned_mesh(config: Config, topology: Topology) -> Mesh:
-    """Makes the mesh of a placed config, of devices that can be compiled for."""
+    """Makes the mesh of a config that ``place_run`` returned, from devices that programs can be compiled for."""
     train = config.train
     return make_mesh(
         train.data_parallel, train.fsdp, train.tensor, slices=train.slices, devices=devices_to_compile_for(topology)

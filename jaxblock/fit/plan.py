@@ -1,4 +1,4 @@
-"""Plans a run: compiles it, compares it with the chip, and looks for the smallest change where it does not fit."""
+"""Plans a run: compiles it, compares its needs with the chip, and searches for the cheapest change if it does not fit."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ def plan_run(
 
     Args:
         config: the run's settings, checked.
-        topology: where it would run.
-        model_config: a config.json with the network's sizes; None for those of what the config starts from.
+        topology: the devices that the run is planned for.
+        model_config: a config.json with the network's sizes; None for those of the checkpoint that the config starts from.
         decoder: whether to plan the decoder too.
-        tries: how many changes may be compiled where the run does not fit.
+        tries: the number of changes that may be compiled if the run does not fit.
         say: prints what is being compiled.
 
     Returns:
-        Plain values, ready for JSON: see docs/plan.md.
+        The plan as plain values, ready for JSON (docs/plan.md).
 
     Raises:
-        UserError: the sizes are not known, or the mesh is not the topology's.
+        UserError: the network's sizes are not known, or the config's mesh does not fit the topology.
     """
     arch, source = planned_architecture(config, model_config)
     placed, notes = place_run(config, topology)
@@ -89,14 +89,20 @@ def _place(config: Config, topology: Topology) -> dict[str, Any]:
 
 
 def _tokens(config: Config) -> int:
-    """Counts the canvas positions of an update, over all rows and draws."""
+    """Counts the canvas positions that one update processes, over all rows and draws."""
     canvas = config.canvas
     width = canvas.total_len or canvas.prompt_len + canvas.response_len
     return config.train.batch_size * config.method.draws * width
 
 
 def _described(program: Program, topology: Topology, tokens: int | None) -> dict[str, Any]:
-    """Returns a program's needs as plain values, with an estimate of its time where ``tokens`` are known."""
+    """Returns a program's memory and costs as plain values, with an estimate of its time unless ``tokens`` is None.
+
+    Args:
+        program: the compiled program.
+        topology: the devices that the program was compiled for.
+        tokens: the number of canvas positions that the program processes, for the estimated tokens per second.
+    """
     described: dict[str, Any] = {
         "memory": program.memory._asdict(),
         "parts": program.parts,
@@ -130,10 +136,10 @@ def _described(program: Program, topology: Topology, tokens: int | None) -> dict
 
 
 def _shapes(one: Collective) -> list[str]:
-    """Returns the first shapes of a collective, as the compiler writes them."""
+    """Returns the first three shapes of a collective, as the compiler writes them."""
     return [f"{shape.kind}[{','.join(map(str, shape.dims))}]" for shape in one.shapes[:3]]
 
 
 def _advice(found: Found) -> dict[str, Any]:
-    """Returns a change and what came of it as plain values."""
+    """Returns a change and the result of trying it as plain values."""
     return {"flags": found.flags, "cost": found.cost, **found.trial._asdict()}

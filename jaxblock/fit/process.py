@@ -1,4 +1,4 @@
-"""Plans a run in a process of its own: starts it, passes its progress on, and reads its plan."""
+"""Plans a run in a separate process: starts the process, shows its progress, and reads the plan that it writes."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ def plan_in_process(
     tries: int = 6,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Plans a run in a process whose JAX has the topology's devices.
+    """Plans a run in a separate process whose JAX has the topology's devices.
 
     Args:
         config: the run's settings, checked.
         topology: the topology's name, such as ``v5e-16``.
-        model_config: a config.json with the network's sizes; None for those of what the config starts from.
+        model_config: a config.json with the network's sizes; None for those of the checkpoint that the config starts from.
         decoder: whether to plan the decoder too.
-        tries: how many changes may be compiled where the run does not fit.
+        tries: the number of changes that may be compiled if the run does not fit.
         say: prints what is being compiled.
 
     Returns:
         The plan (docs/plan.md).
 
     Raises:
-        UserError: the topology or the sizes are not known, or the compiler failed.
+        UserError: the topology or the network's sizes are not known, or the compiler failed.
     """
     where = parse_topology(topology)
     job = {
@@ -64,7 +64,7 @@ def plan_in_process(
 def _run_process(
     job: dict[str, Any], environment: dict[str, str], say: Callable[[str], None]
 ) -> tuple[str, int, list[str]]:
-    """Runs the process that plans a job; returns (its output, its exit code, its last lines that are not progress)."""
+    """Runs the process that plans a job; returns (its output, its exit code, the last other lines on its standard error)."""
     process = subprocess.Popen(
         [sys.executable, "-m", "jaxblock.fit"],
         stdin=subprocess.PIPE,
@@ -89,7 +89,7 @@ def _run_process(
 
 
 def _listen(stream: Any, say: Callable[[str], None], last: list[str]) -> None:
-    """Passes lines of progress on, and keeps the last others, which matter only if the process fails."""
+    """Passes lines of progress to ``say``, and keeps the last 20 other lines in ``last``, for the error if the process fails."""
     for line in stream:
         text = line.rstrip()
         if text.startswith("plan: "):

@@ -1,4 +1,4 @@
-"""Compiles the programs of a plan by shapes alone: the train step, and one block of the decoder."""
+"""Compiles the programs of a plan, the train step and one block of the decoder, from shapes and without weights."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from jaxblock.models.spec import abstract_params
 
 
 class Program(NamedTuple):
-    """Holds what a compiled program needs, per device.
+    """Holds the memory and costs of a program, for one device.
 
     Attributes:
-        memory: the memory that it takes.
-        parts: bytes by name: of the arguments by kind, and of the temporaries as far as shapes tell.
-        costs: what running it once costs; None where it does not fit.
-        seconds: how long the compiler took.
+        memory: the memory that the program needs.
+        parts: the bytes of each kind of argument, and estimates of the bytes of some temporaries, by name.
+        costs: the costs of running the program once; None where it does not fit.
+        seconds: the time that the compiler took.
     """
 
     memory: Memory
@@ -45,7 +45,7 @@ def train_program(config: Config, arch: Architecture, mesh: Mesh) -> Program:
     """Compiles the train step.
 
     Args:
-        config: the run's settings, whose mesh is ``mesh``.
+        config: the run's settings, which describe the mesh ``mesh``.
         arch: the network's sizes and special ids.
         mesh: the devices to compile for.
     """
@@ -58,7 +58,7 @@ def train_program(config: Config, arch: Architecture, mesh: Mesh) -> Program:
 
 
 def _arguments(shapes: RunShapes, config: Config) -> dict[str, float]:
-    """Returns the bytes of one device that each kind of argument takes."""
+    """Returns the bytes on one device of each kind of argument of the train step."""
     rows = -(-config.train.batch_size // row_shards(config))
     state = shapes.state
     sizes: dict[str, Any] = {
@@ -72,26 +72,28 @@ def _arguments(shapes: RunShapes, config: Config) -> dict[str, float]:
 
 
 def _temporaries(config: Config, arch: Architecture, shapes: RunShapes, platform: str) -> dict[str, float]:
-    """Returns what shapes tell of the temporaries: upper bounds, since not all of them are there at once."""
+    """Estimates the train step's temporaries from shapes: upper bounds, since not all of them exist at the same time."""
     train, canvas, model = config.train, config.canvas, config.model
     rows = max(train.batch_size // (row_shards(config) * train.accumulate), 1)
     classical = config.method.objective == "classical"
     positions = (model.loss_chunk or canvas.response_len) if classical else canvas.block
     parts = {"gradients": float(bytes_per_device(shapes.state.params))}
-    if model.remat != "offload":  # those are in the host's memory
+    if model.remat != "offload":  # which keeps activations in the host's memory
         parts["activations"] = activations(config, arch, rows, platform)
     parts["logits"] = 4.0 * rows * config.method.draws * positions * arch.vocab_size / train.tensor
     return parts
 
 
 def activations(config: Config, arch: Architecture, rows: int, platform: str) -> float:
-    """Counts the bytes that the forward pass leaves for the backward pass, logits among them, weights not.
+    """Counts the bytes that the forward pass keeps for the backward pass; logits are included, weights are not.
+
+    Activations that tensor parallelism splits over devices are counted at their full size.
 
     Args:
-        config: the run's settings. What the devices of a tensor group split between them is counted whole.
+        config: the run's settings.
         arch: the network's sizes and special ids.
-        rows: how many rows one device has in one part of the batch.
-        platform: the platform that it would run on.
+        rows: the number of rows that one device processes at a time, which is smaller with gradient accumulation.
+        platform: the platform that the step would run on.
     """
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=rows))
     net = build.network(arch, config.model, config.lora, platform=platform)
@@ -109,10 +111,10 @@ def activations(config: Config, arch: Architecture, rows: int, platform: str) ->
 
 
 def decoder_program(config: Config, arch: Architecture, mesh: Mesh) -> Program:
-    """Compiles the decoder of one block, with the weights placed as in training.
+    """Compiles the decoder for one block, with the weights split over the devices as in training.
 
     Args:
-        config: the run's settings, whose mesh is ``mesh``.
+        config: the run's settings, which describe the mesh ``mesh``.
         arch: the network's sizes and special ids.
         mesh: the devices to compile for.
     """
@@ -138,7 +140,14 @@ def decoder_program(config: Config, arch: Architecture, mesh: Mesh) -> Program:
 
 
 def _compiled(lowered: jax.stages.Lowered, parts: dict[str, float], arguments: float, mesh: Mesh) -> Program:
-    """Compiles a program, and reads its memory and costs off what the compiler made."""
+    """Compiles a program, and reads its memory and costs from the result.
+
+    Args:
+        lowered: the program.
+        parts: the bytes of its arguments and some temporaries, by name (``Program.parts``).
+        arguments: the bytes of its arguments on one device.
+        mesh: the devices that it is compiled for.
+    """
     begin = time.perf_counter()
     result = compile_lowered(lowered, arguments)
     seconds = time.perf_counter() - begin

@@ -1,4 +1,4 @@
-"""Describes a run's state and step by shapes alone: they are lowered at full size, with nothing allocated."""
+"""Describes a run's state and batch by shapes, so that its train step is lowered at full size without allocating arrays."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class RunShapes(NamedTuple):
     """Holds the arguments of a run's train step, as shapes with shardings.
 
     Attributes:
-        state: what is trained, and the optimizer's state.
+        state: the trained parameters and the optimizer's state.
         batch: the global batch.
-        frozen: the base beneath adapters; {} where the whole network is trained.
+        frozen: the frozen base of adapters; {} where the whole network is trained.
     """
 
     state: Any
@@ -32,7 +32,7 @@ class RunShapes(NamedTuple):
 
     @property
     def bytes_per_device(self) -> float:
-        """The bytes of one device that hold the state and the base, for as long as the run trains."""
+        """The bytes of state and frozen base on one device, which are in use for the whole run."""
         return float(bytes_per_device((self.state, self.frozen)))
 
 
@@ -41,11 +41,11 @@ def run_shapes(config: Config, learner: Learner, mesh: Mesh) -> RunShapes:
 
     Args:
         config: the run's settings, checked.
-        learner: what is trained, built from them.
-        mesh: where they would be.
+        learner: the static parts of the step (`build.learner`), built from these settings.
+        mesh: the devices.
 
     Raises:
-        UserError: a tensor does not split over the mesh.
+        UserError: a tensor does not split evenly over the mesh.
     """
     net, averaged = learner.net, learner.ema > 0
     params = abstract_params(net.trainable, "float32" if net.lora else config.model.param_dtype)
@@ -61,7 +61,7 @@ def run_shapes(config: Config, learner: Learner, mesh: Mesh) -> RunShapes:
 
 
 def param_shapes(table: Table, mesh: Mesh, dtype: str) -> Any:
-    """Returns the parameters of a table as shapes, each with its place on a mesh."""
+    """Returns the parameters of a table as shapes, each with its sharding over a mesh."""
     return _placed(abstract_params(table, dtype), rules.param_shardings(mesh, table))
 
 
@@ -74,12 +74,12 @@ def batch_shapes(config: Config) -> Batch:
 
 
 def lower_step(learner: Learner, shapes: RunShapes, mesh: Mesh) -> jax.stages.Lowered:
-    """Traces the train step, which takes seconds for a large network; ``.compile()`` then gives the program.
+    """Traces the train step, which takes seconds for a large network; ``.compile()`` of the result gives the program.
 
     Args:
-        learner: what is trained.
+        learner: the static parts of the step.
         shapes: the step's arguments.
-        mesh: where the step would run.
+        mesh: the devices that the step would run on.
     """
     with jax.set_mesh(mesh):
         return jit_step(learner, shapes.state, mesh).lower(*shapes)
@@ -92,5 +92,5 @@ def bytes_per_device(tree: Any) -> int:
 
 
 def _placed(tree: Any, where: Any) -> Any:
-    """Gives every shape of a tree its sharding."""
+    """Returns a tree of shapes with the shardings of a second tree."""
     return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), tree, where)

@@ -1,4 +1,4 @@
-"""Finds the sizes of the network that is planned for; no weights are read, and nothing is downloaded."""
+"""Finds the sizes of the network of a plan; no weights are read, and nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 
 
 def planned_architecture(config: Config, given: str | None) -> tuple[Architecture, str]:
-    """Returns the network that a config would train, and where its sizes are from.
+    """Returns the architecture of the network that a config would train, and the source of its sizes.
 
     Args:
         config: the run's settings, checked.
-        given: a config.json, or a folder or run that holds one; None for what the config starts from.
+        given: a config.json, the folder of a checkpoint, or a run's folder; None for the checkpoint that the config starts from.
 
     Returns:
-        (sizes and ids, the name of their source).
+        (the architecture, the name of its source).
 
     Raises:
-        UserError: nothing says what the sizes are.
+        UserError: no source of the sizes is found.
     """
     source = given or config.model.init_from
     if source is None:
@@ -69,13 +69,16 @@ def planned_architecture(config: Config, given: str | None) -> tuple[Architectur
             "--model_config"
         )
     if arch.mask_id is None:
-        # Which token becomes the mask changes no cost.
+        # An autoregressive checkpoint has no mask token. Which token is used changes no costs.
         arch = registry.with_mask(arch, arch.vocab_size, config.model.alignment)
     return arch, said
 
 
 def _random(config: Config) -> tuple[Architecture, str]:
-    """Returns the network of a random start: with the vocabulary of its data, or that asked for where none are prepared."""
+    """Returns the architecture of a random start and its source.
+
+    The vocabulary's size is that of the prepared data, or ``data.vocab_size`` where no data are prepared.
+    """
     folder = as_path(config.data.prepared)
     vocab, said = config.data.vocab_size, "the config's model section and data.vocab_size"
     if (folder / "manifest.json").exists():

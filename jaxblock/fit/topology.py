@@ -1,4 +1,4 @@
-"""Reads names of topologies (``v5e-16``), and makes devices to compile for without having them."""
+"""Parses names of topologies (``v5e-16``), and makes device objects to compile for without having such devices."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import jax
 from jaxblock.errors import UserError, first_line
 from jaxblock.parallel.chips import CHIPS, Chip
 
-# The shapes of slices by their number of chips, as Google offers them. v4 and v5p are named by TensorCores, two a chip.
+# The shapes of slices that Google offers, by their number of chips. The number in the name of a v4 or v5p slice counts
+# TensorCores, of which a chip has two.
 _FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 _CUBES = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8"}
 _NAME = re.compile(r"(?:(\d+)x)?([a-z]\w*)-(\d+)")
@@ -23,8 +24,8 @@ class Topology(NamedTuple):
 
     Attributes:
         name: the topology's name, as it was given.
-        chip: the kind of chip.
-        slices: the number of slices, which the data-centre network joins.
+        chip: the description of one chip.
+        slices: the number of slices, which are connected by the data-centre network.
         chips: the number of chips in one slice.
         shape: the shape of a TPU slice (``4x4``); empty for other platforms.
         platform: ``tpu``, ``gpu`` or ``cpu``.
@@ -44,12 +45,12 @@ class Topology(NamedTuple):
 
     @property
     def is_estimate(self) -> bool:
-        """Returns whether programs are compiled for the host instead, as there is no compiler for the platform."""
+        """Returns whether programs are compiled for the host's CPU, because there is no compiler for the platform at hand."""
         return self.platform != "tpu"
 
 
 def parse_topology(name: str) -> Topology:
-    """Reads a topology's name: ``v5e-16``, ``2xv5e-256``, ``v5p-8`` (4 chips), ``h100-8``, ``cpu-8``.
+    """Parses a topology's name, such as ``v5e-16``, ``2xv5e-256``, ``v5p-8`` (4 chips), ``h100-8`` or ``cpu-8``.
 
     Raises:
         UserError: the name is unknown, or no slice of that size is offered.
@@ -87,12 +88,12 @@ def compile_environment(topology: Topology) -> dict[str, str]:
         flags = re.sub(r"--xla_force_host_platform_device_count=\S*", "", os.environ.get("XLA_FLAGS", ""))
         given["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={topology.devices}".strip()
         return given
-    # libtpu then looks for no chip, and works beside another process that compiles (or trains).
+    # With these libtpu does not look for a chip, and works while another process compiles or trains.
     return {**given, "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 
 def devices_to_compile_for(topology: Topology) -> list[jax.Device]:
-    """Returns devices that programs can be compiled for; those of a TPU cannot run programs.
+    """Returns device objects that programs can be compiled for; TPU devices made here cannot run programs.
 
     Raises:
         UserError: libtpu is not installed, or this process has too few host devices.
@@ -114,7 +115,7 @@ def devices_to_compile_for(topology: Topology) -> list[jax.Device]:
         options["chip_config_name"] = "megacore"
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:{topology.shape}", **options)
-    except Exception as error:  # the plugin's own
+    except Exception as error:  # libtpu's own types of exceptions
         raise UserError(
             f"no compiler for {topology.name} ({first_line(error)}): install the libtpu wheel that goes with "
             f"this JAX (`pip install 'jaxblock[plan]'`); no TPU is needed"

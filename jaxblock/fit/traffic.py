@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from jaxblock.fit.hlo import Computation, Instruction, Module, Shape, root_of, total_bytes
 
-# Instructions that move no data themselves.
+# Instructions that are counted as moving no data: they move none, or another instruction is counted for it.
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
     "copy-done", "slice-done", "send-done", "recv-done", "all-gather-done", "all-reduce-done", "async-done", "async-start",
@@ -16,7 +16,10 @@ _FREE = {
 
 
 def instruction_traffic(module: Module, instruction: Instruction, computation: Computation) -> float:
-    """Estimates the bytes that one instruction reads and writes: slices as slices, updates in place as updates."""
+    """Estimates the bytes of main memory that one instruction reads and writes.
+
+    A slice counts its own size and not that of the array it is cut from; an update in place counts only the updated part.
+    """
     code = instruction.opcode
     if code in _FREE:
         return 0.0
@@ -52,13 +55,13 @@ def _in_main(instruction: Instruction | None) -> bool:
 
 
 def _bytes_read(module: Module, inside: Computation, place: int) -> float:
-    """Returns the bytes that a fusion reads of an operand: only its slices where the fusion only slices it."""
+    """Returns the bytes that a fusion reads of an operand: those of its slices if the fusion only slices it, else infinity."""
     parameter = next((i for i in inside.values() if i.opcode == "parameter" and i.rest.startswith(f"({place})")), None)
     return 0.0 if parameter is None else _bytes_read_of(module, inside, parameter)
 
 
 def _bytes_read_of(module: Module, inside: Computation, value: Instruction) -> float:
-    """Returns the bytes of a value that the instructions of a fusion read; infinity where one reads all of it."""
+    """Returns the bytes that the instructions of a fusion read of a value; infinity if one of them reads the whole value."""
     total = 0.0
     for user in inside.values():
         for place, name in enumerate(user.operands):
@@ -78,7 +81,7 @@ def _bytes_read_of(module: Module, inside: Computation, value: Instruction) -> f
 
 
 def _bytes_written(fusion: Instruction, inside: Computation) -> float:
-    """Returns the bytes that a fusion writes: of an update in place, only the update."""
+    """Returns the bytes that a fusion writes; an update in place counts only the updated part."""
     root = root_of(inside)
     results = [inside.get(name) for name in root.operands] if root is not None and root.opcode == "tuple" else [root]
     if len(results) != len(fusion.shapes):

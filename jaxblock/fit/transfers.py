@@ -1,4 +1,4 @@
-"""Finds the collective operations of a compiled program, and what each of them sends."""
+"""Finds the collective operations of a compiled program, and counts the bytes that each of them sends."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ class Collective(NamedTuple):
 
     Attributes:
         kind: one of ``COLLECTIVE_KINDS``, or ``across slices`` for a transfer over the data-centre network.
-        shapes: the arrays that it makes; of a reduction and of an all-to-all the arrays that it is given.
-        group: the number of devices that take part together.
-        times: how often it runs in a step.
-        sent: the bytes that one device sends in all those times at the least (its share of a ring).
-        name: the name of the operation in our code.
+        shapes: the results of an all-gather or collective-permute; the operands of an all-reduce, reduce-scatter, all-to-all or
+            transfer across slices.
+        group: the number of devices that exchange data with each other.
+        times: the number of times that the operation runs when the program runs once.
+        sent: the least bytes that one device sends in all these runs together (with a ring algorithm).
+        name: the operation's ``op_name``, which says where in the Python code it comes from.
     """
 
     kind: str
@@ -41,14 +42,14 @@ class _Instance(NamedTuple):
 
 
 def find_collectives(module: Module, devices: int) -> list[Collective]:
-    """Lists every collective with the bytes that it sends, the largest first.
+    """Lists every collective with the bytes that it sends; those that send most come first.
 
-    A TPU program may spread one collective over several fusions (start, parts beside other work, end) that share its
-    channel: it is counted where it starts. A reduce-scatter may be written as a fusion of an all-reduce and a slice.
+    A TPU program may spread one collective over several fusions (a start, parts that overlap with other work, an end) that
+    share its channel; it is counted once, at the start. A reduce-scatter may be a fusion of an all-reduce and a slice.
 
     Args:
         module: the program of one device.
-        devices: the number of devices that run it, for collectives among all of them.
+        devices: the number of devices that run the program, which is the group of a collective that names no groups.
     """
     by_channel: dict[str, list[_Instance]] = {}
     for name, times, _ in executed_computations(module):
@@ -57,7 +58,7 @@ def find_collectives(module: Module, devices: int) -> list[Collective]:
         for instruction in computation.values():
             if instruction.opcode.removesuffix("-start") in COLLECTIVE_KINDS or _to_other_slices(instruction):
                 channel = re.search(r"channel_id=(\d+)", instruction.rest)
-                # Sends have channel numbers of their own.
+                # Sends and other collectives may use the same channel numbers.
                 key = f"{instruction.opcode == 'send'}/{channel[1]}" if channel else f"{name}/{instruction.name}"
                 by_channel.setdefault(key, []).append(_Instance(instruction, name, times, begins))
     found = []
@@ -92,14 +93,14 @@ def _collective(module: Module, instance: _Instance, devices: int) -> Collective
 
 
 def _made(instruction: Instruction, given: tuple[Shape, ...]) -> tuple[Shape, ...]:
-    """Returns what a gather or a permutation makes; the type of an asynchronous one names its operands first."""
+    """Returns the results of a gather or permutation. The type of an asynchronous operation lists its operands first."""
     if not instruction.opcode.endswith("-start"):
         return instruction.shapes
     return instruction.shapes[len(given) : 2 * len(given)]
 
 
 def _group_size(rest: str, devices: int) -> int:
-    """Returns the number of devices of one group, in any of the ways that HLO writes groups."""
+    """Returns the number of devices of one group, from any of the notations that HLO has for groups."""
     if "source_target_pairs={" in rest:
         return 2
     if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):

@@ -1,1 +1,1 @@
-"""Shows people what happens: records in the terminal and in HTML, a decode while it runs, and plots of training."""
+"""Shows users what the model sees: records in the terminal and in HTML, a decode while it runs, and plots of training."""

@@ -13,7 +13,7 @@ from jaxblock.training.observe.metrics import Metrics
 
 COLOURS = ("#2f6db3", "#d9692b", "#3b9a5d", "#8a5fb0", "#b8476b", "#7a7a7a")
 _WIDE = 30
-"""An axis is logarithmic where the largest value is more than so many times a typical one."""
+"""The ratio of the largest value to a typical one above which an axis is logarithmic."""
 
 
 class _Estimates(NamedTuple):
@@ -26,7 +26,7 @@ class _Estimates(NamedTuple):
 
 
 def draw_loss(axes: Axes, run: Metrics) -> None:
-    """Draws training loss over steps: every logged value in a light colour, a running mean in a strong one."""
+    """Draws training loss over steps: every logged value in a light colour, and their running mean in a strong one."""
     _label_axes(axes, "Training loss", "loss (nats, as normalised by the config)")
     steps, values = metrics.series(run.train, "loss")
     if not steps.size:
@@ -42,13 +42,13 @@ def draw_loss(axes: Axes, run: Metrics) -> None:
 
 
 def draw_nelbo(axes: Axes, run: Metrics, colour: str = COLOURS[0], label: str | None = None) -> None:
-    """Draws held-out NELBO per text token over steps, with one standard error either way.
+    """Draws held-out NELBO per text token over steps, plus and minus one standard error.
 
     Args:
         axes: the axes to draw on.
         run: the run's metrics.
         colour: the colour of the line.
-        label: the legend entry of one of several runs; None for a run alone on its axes.
+        label: the legend entry where several runs share the axes; None for a single run.
     """
     _label_axes(axes, "Held-out NELBO (± 1 standard error)", "nats per text token")
     rows = [row for row in run.evals if metrics.series([row], "nelbo_per_token", "mean")[0].size]
@@ -62,7 +62,7 @@ def draw_nelbo(axes: Axes, run: Metrics, colour: str = COLOURS[0], label: str | 
 
 
 def draw_pass_at_1(axes: Axes, run: Metrics, colour: str = COLOURS[0], label: str | None = None) -> None:
-    """Draws held-out Pass@1 over steps with its 95% interval; arguments as for ``draw_nelbo``."""
+    """Draws held-out Pass@1 over steps with its 95% interval; the arguments are those of ``draw_nelbo``."""
     rows = [r for r in run.evals if isinstance(r.get("pass_at_1"), dict) and r["pass_at_1"].get("n")]
     problems = {r["pass_at_1"]["n"] for r in rows}
     many = f", {min(problems):,} problems" if len(problems) == 1 and label is None else ""
@@ -77,7 +77,7 @@ def draw_pass_at_1(axes: Axes, run: Metrics, colour: str = COLOURS[0], label: st
 
 
 def draw_breakdown(axes: Axes, run: Metrics, key: Literal["loss_by_block", "loss_by_count"]) -> None:
-    """Draws training loss by block index or by masked count, early in training against late."""
+    """Draws training loss by block index or by masked count, for the first and the last fifth of a run (a short run as one)."""
     by_block = key == "loss_by_block"
     what = "block index" if by_block else "masked count"
     x = "index of the active block (0 is the first)" if by_block else "masked tokens in the active block"
@@ -138,14 +138,16 @@ def smoothed(values: np.ndarray, width: int) -> np.ndarray:
 
 
 def _draw_estimates(axes: Axes, estimates: _Estimates, colour: str, label: str | None, last: str) -> None:
-    """Draws points with bars, or for a single estimate of a labelled run a level line with its interval as a band.
+    """Draws estimates as points with error bars.
+
+    A single estimate that has a label is drawn as a horizontal line, with its interval as a band.
 
     Args:
         axes: the axes to draw on.
-        estimates: what is drawn; nothing is drawn where it is empty.
-        colour: the colour of the line.
-        label: the legend entry; without one the last estimate is written beside its point.
-        last: the format of that text.
+        estimates: the estimates; nothing is drawn where there are none.
+        colour: the colour of points and line.
+        label: the legend entry; None for none, and then the last estimate is written beside its point.
+        last: the format of the text beside the last point.
     """
     steps, middle, low, high = estimates
     if not steps.size:
@@ -170,7 +172,7 @@ def _label_axes(axes: Axes, title: str, y: str, x: str = "step (optimizer update
 
 
 def _use_log_scale_if_wide(axes: Axes, values: np.ndarray, typical: float) -> bool:
-    """Makes the y axis logarithmic where positive values reach far above a typical one; returns whether it did."""
+    """Makes the y axis logarithmic if all values are positive and the largest is far above `typical`; returns whether it did."""
     if values.min() <= 0 or values.max() <= _WIDE * typical:
         return False
     axes.set_yscale("log")

@@ -1,4 +1,4 @@
-"""Puts examined records into words, sections and cells, which the terminal and the HTML page then draw."""
+"""Converts examined records into lines of text, sections and cells, which the terminal and the HTML page then draw."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from jaxblock.diffusion.canvas import Layout
 from jaxblock.reporting.examine import KIND_MEANINGS, ExaminedDraw, ExaminedRecord, Kind, Position, SeenPosition
 
 MASK_GLYPH = "░░"
-"""Stands for one mask token."""
+"""The text that is drawn for one mask token."""
 
 _GLYPHS = {"\n": "⏎", "\t": "⇥", "\r": "␍", "▁": " ", "Ġ": " ", "Ċ": "⏎", "ĉ": "⇥"}
 
 Piece = Callable[[int], str]
-"""Returns a token's text as the vocabulary writes it."""
+"""A function that returns the text of a token id as the vocabulary writes it."""
 
 
 class Cell(NamedTuple):
-    """Holds what is drawn for one canvas position: its text, and the style to draw it in."""
+    """Holds what is drawn for one canvas position: a text, and the style to draw it in."""
 
     text: str
     style: Kind | Literal["loss", "mask"]
@@ -29,7 +29,7 @@ class CanvasSection(NamedTuple):
     """Holds the canvas positions that are drawn together.
 
     Attributes:
-        name: ``prompt``, ``block 0``, ``block 1``, ... or ``beyond`` (after the response positions).
+        name: the section's name: ``prompt``, ``block 0``, ``block 1``, ... or ``beyond`` (after the response positions).
         block: the index of the block; None for the other sections.
         positions: the canvas positions, in order.
     """
@@ -54,13 +54,19 @@ def visible_text(piece: str) -> str:
 
 
 def canvas_cell(position: Position, layout: Layout, piece: Piece) -> Cell:
-    """Returns the cell of a position as the record has it."""
+    """Returns the cell for a canvas position of the record, before any draw masks it."""
     text = MASK_GLYPH if position.id == layout.mask_id else visible_text(piece(position.id))
     return Cell(text, position.kind)
 
 
 def seen_cell(seen: SeenPosition, kind: Kind, piece: Piece) -> Cell:
-    """Returns the cell of a position as the model is fed it; ``kind`` is the kind of the record's position."""
+    """Returns the cell for a canvas position as the model is fed it under a draw.
+
+    Args:
+        seen: the position under the draw.
+        kind: the kind of the position in the record.
+        piece: returns the text of a token id.
+    """
     if not seen.visible:
         return Cell(visible_text(piece(seen.id)), "hidden")
     if seen.loss and seen.target is not None:
@@ -69,7 +75,7 @@ def seen_cell(seen: SeenPosition, kind: Kind, piece: Piece) -> Cell:
 
 
 def legend(records: Sequence[ExaminedRecord]) -> list[tuple[Cell, str]]:
-    """Returns a cell of every kind that occurs in the records, with its meaning."""
+    """Returns the legend: a cell for every kind of position that occurs in the records, with its meaning."""
     kinds = {position.kind for record in records for position in record.positions}
     return [
         *((Cell(kind, kind), meaning) for kind, meaning in KIND_MEANINGS.items() if kind in kinds),
@@ -79,7 +85,7 @@ def legend(records: Sequence[ExaminedRecord]) -> list[tuple[Cell, str]]:
 
 
 def sections(record: ExaminedRecord) -> list[CanvasSection]:
-    """Divides the canvas positions that are not hidden into prompt, blocks and what is beyond them."""
+    """Divides the canvas positions that are not hidden into the prompt, the blocks, and the positions after the blocks."""
 
     def name(at: int) -> tuple[str, int | None]:
         position = record.positions[at]

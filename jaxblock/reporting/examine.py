@@ -1,7 +1,7 @@
-"""Examines what training feeds the model: kinds of tokens, blocks, masks, and which tokens carry loss.
+"""Examines what training feeds the model: kinds of tokens, blocks, masks, and which tokens have loss.
 
-``examine`` is given the training step's own draws, calls the function that training calls (``corruption.corrupt``) and
-only reports what it returns, so that a bug in the masking shows here. ``terminal`` and ``html`` draw the result.
+``examine`` gets the draws of the training step, calls the function that training calls (``corruption.corrupt``) and only
+reports what that returns, so that a bug in the masking is visible. ``terminal`` and ``html`` draw the result.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Position:
 
     Attributes:
         id: the token id.
-        kind: what the token is to training (``KIND_MEANINGS``).
-        block: the index of the block it is in; None in the prompt and beyond the response positions.
+        kind: the role of the token in training (``KIND_MEANINGS``).
+        block: the index of the position's block; None in the prompt and after the response positions.
     """
 
     id: int
@@ -61,9 +61,9 @@ class SeenPosition:
         visible: whether the position is before the visible length.
         masked: whether the model is fed the mask token.
         active: whether the position is in the active block.
-        loss: whether -log p of ``target`` enters the loss.
-        target: the id of the true token; None where there is no loss.
-        read_at: the canvas position whose hidden state predicts the target; None where there is no loss.
+        loss: whether -log p of ``target`` is part of the loss.
+        target: the id of the true token; None where ``loss`` is false.
+        read_at: the canvas position whose hidden state predicts the target; None where ``loss`` is false.
     """
 
     id: int
@@ -82,14 +82,15 @@ class ExaminedDraw:
 
     Attributes:
         block: the index of the active block.
-        supervised: n, the number of its positions that may be masked.
-        masked: l, the number of its positions that are masked.
-        weight: the factor of each masked token's -log p; 0 for an unused draw.
-        coefficient: the factor after the batch's normaliser: the derivative of the batch's loss by that -log p.
+        supervised: n, the number of positions of the active block that may be masked.
+        masked: l, the number of positions of the active block that are masked.
+        weight: the draw's weight, by which the -log p of each masked token is multiplied; 0 for an unused draw.
+        coefficient: the weight divided by the batch's normaliser: the derivative of the batch's loss with respect to the
+            -log p of a masked token.
         visible_len: the number of positions that the model sees.
-        rotary: the first and the last rotary position of those.
+        rotary: the rotary positions of the first and the last visible position.
         seen: every canvas position as the model is fed it.
-        findings: what looks wrong; empty in a sound draw.
+        findings: descriptions of what looks wrong; empty where nothing does.
     """
 
     block: int
@@ -113,8 +114,8 @@ class ExaminedRecord:
         prompt_len: the number of the prompt's tokens.
         text_len: the number of the response's tokens, the terminator counted.
         n_blocks: the number of blocks that may be active.
-        length: the number of visible positions where there is no suffix window.
-        draws: what training would feed the model.
+        length: the number of visible positions without a suffix window.
+        draws: the draws, each with what training would feed the model.
     """
 
     label: str
@@ -130,8 +131,8 @@ def draws_of_steps(draw_of: Callable[[int], tuple[Draw, Array]], steps: Sequence
     """Concatenates the draws of several training steps along the K axis.
 
     Args:
-        draw_of: the training step's own function: step -> (draws [K, B, ...], noise [K, B, R or 0]).
-        steps: the steps to draw.
+        draw_of: the function that training draws with: step -> (draws [K, B, ...], noise [K, B, R or 0]).
+        steps: the numbers of the training steps.
 
     Returns:
         (draws, noise), each with a leading axis of steps * K.
@@ -150,14 +151,14 @@ def examine(
     drawn_blocks: Array | None = None,
     labels: Sequence[str] | None = None,
 ) -> list[ExaminedRecord]:
-    """Examines what the model is fed, and which tokens carry loss.
+    """Examines what the model is fed, and which tokens have loss.
 
     Args:
         layout: the layout of the canvas.
         canvas: the prompts and responses, B rows.
         draws: the draws with a leading K axis, as training gets them from ``sampling.draw``.
-        method: what the batch's loss is divided by, and the ablations outside the active block.
-        noise: the uniforms [K, B, R] of those ablations; None without them.
+        method: the ``method`` section, which gives the normaliser and the ablations outside the active block.
+        noise: the uniforms [K, B, R] for the ablations; None without ablations.
         drawn_blocks: the blocks [B] that the data draws under ``pairs``; None otherwise.
         labels: the names of the rows; None numbers them.
 
@@ -193,7 +194,7 @@ def examine(
 
 
 def _positions(layout: Layout, row: Canvas, end: int) -> tuple[Position, ...]:
-    """Names every canvas position of one row (host arrays)."""
+    """Returns the id, kind and block of every canvas position of one row, whose arrays are on the host."""
     text_end = int(row.prompt_len + row.text_len)
 
     def kind(at: int, token: int) -> Kind:
@@ -250,7 +251,7 @@ def _examined_draw(
 def _findings(
     layout: Layout, canvas: Canvas, one: Draw, seen: View, positions: Sequence[SeenPosition], method: MethodConfig
 ) -> tuple[str, ...]:
-    """Looks for bugs of the masking in the arrays that the network is fed."""
+    """Checks the arrays that the network is fed for bugs of the masking, and describes those that it finds."""
     shift = 1 if layout.alignment == "shifted" else 0
     block_end = int(canvas.prompt_len + (one.block + 1) * layout.block)
     checks = [

@@ -1,4 +1,4 @@
-"""Draws examined records as one HTML file that needs nothing else: no script, font or picture, and every text escaped."""
+"""Draws examined records as one HTML file without scripts, fonts or pictures; all text in it is escaped."""
 
 from __future__ import annotations
 
@@ -60,11 +60,11 @@ def html_page(
         layout: the layout of the canvas.
         records: the records that ``examine`` returned.
         piece: returns the text of a token id.
-        title: the heading.
+        title: the heading of the page.
         about: a line on the objective (law, weighting, draws); empty for none.
 
     Returns:
-        A whole document; ids, positions and weights are shown on hover.
+        A whole HTML document; ids, positions and weights are shown when the pointer is over a token.
     """
     head = (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
@@ -90,7 +90,7 @@ def _record_section(record: ExaminedRecord, layout: Layout, piece: Piece) -> str
         parts.append(f"<h3>draw {number}: {escape(describe.draw_line(draw))}</h3>")
         parts += [f'<p class="bad">✗ {escape(finding)}</p>' for finding in draw.findings]
         if draw.weight > 0:
-            # An open prompt under each draw would bury the block; but a prompt that was changed must be seen.
+            # The prompt is folded under each draw, to keep the block in view, unless the model is fed a changed prompt.
             same = all(draw.seen[at].id == record.positions[at].id for at in range(record.prompt_len))
             seen = partial(_seen_span, record=record, draw=draw, piece=piece)
             parts.append(_blocks(record, seen, draw.block, fold_prompt=same))
@@ -100,7 +100,14 @@ def _record_section(record: ExaminedRecord, layout: Layout, piece: Piece) -> str
 def _blocks(
     record: ExaminedRecord, span: Callable[[int], str], active: int | None, *, fold_prompt: bool = False
 ) -> str:
-    """Draws prompt and blocks; ``span`` returns the HTML of a canvas position."""
+    """Draws the sections of a record: the prompt and the blocks.
+
+    Args:
+        record: the record.
+        span: returns the HTML of a canvas position.
+        active: the index of the active block; None for none.
+        fold_prompt: whether the prompt is folded into a line that opens on a click.
+    """
     out = []
     for name, block, positions in describe.sections(record):
         spans = "".join(map(span, positions))

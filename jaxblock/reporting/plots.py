@@ -51,7 +51,7 @@ def plot_run(metrics_path: PathLike, out: PathLike) -> list[str]:
 
     Args:
         metrics_path: the run's ``metrics.jsonl``; a run with few or no rows is drawn too.
-        out: the folder for the pictures, which is made if absent.
+        out: the folder to write the pictures to, which is made if absent.
 
     Returns:
         The paths of the pictures.

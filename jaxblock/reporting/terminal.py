@@ -1,4 +1,4 @@
-"""Prints examined records in a terminal. Without colour the text says the same: ``░x░`` is a mask that must become x."""
+"""Prints examined records in a terminal. The output can be read without colours: ``░x░`` is a mask that must become x."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _grid() -> Table:
 
 
 def _joined(cells: Sequence[Cell], width: int) -> Text:
-    """Joins cells with separators and breaks lines between them only, never at a token's own leading space."""
+    """Joins cells with separators, and breaks lines only between cells, never at the leading space of a token."""
     line, used = Text(no_wrap=True, overflow="ellipsis"), 0
     for number, cell in enumerate(cells):
         text = "hidden" if cell.style == "hidden" else cell.text

@@ -15,10 +15,10 @@ from jaxblock.reporting.describe import MASK_GLYPH, Piece, visible_text
 
 
 class Watch:
-    """Shows a decode while it runs; a context manager that is given one canvas per decode step.
+    """Shows a decode while it runs. It is a context manager whose `step` is called with the canvas after each decode step.
 
     On a terminal the canvas is redrawn in place: masks are dim, tokens that the last step committed are highlighted, and
-    the active block is marked. Elsewhere one line is printed for each finished block.
+    the active block is marked. Where the output is not a terminal, one line is printed for each finished block.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class Watch:
         console: Console | None = None,
         pause: float = 0.0,
     ) -> None:
-        """Sets up the view; nothing is shown before ``with``.
+        """Prepares the display, which starts when the context is entered.
 
         Args:
             prompt: the prompt's text.
@@ -41,7 +41,7 @@ class Watch:
             block: the number of positions in a block.
             stop_ids: the ids that end the response; tokens after the first of them are shown dim.
             console: the console to draw on; None for standard output.
-            pause: the time to wait after each redraw on a terminal, in seconds (a replay is too fast to see).
+            pause: the time to wait after each redraw on a terminal, in seconds, to slow down the replay of a finished decode.
         """
         self._prompt, self._piece, self._mask = prompt, piece, mask_id
         self._block, self._stops, self._pause = block, frozenset(stop_ids), pause
@@ -68,7 +68,7 @@ class Watch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Leaves the final canvas on the screen; elsewhere prints the summary line."""
+        """Ends the display with the final canvas on a terminal, or else with the last blocks and a summary line."""
         self._fresh, self._over = set(), kind is None
         if self._live is not None:
             self._live.update(self._view(), refresh=True)
@@ -82,8 +82,8 @@ class Watch:
         """Shows the canvas after one decode step.
 
         Args:
-            response_ids: the R response ids, with masks where nothing is committed.
-            nfe: the forward passes spent on this prompt so far; None counts one per step.
+            response_ids: the R response ids, with mask ids where nothing is committed yet.
+            nfe: the number of forward passes spent on this prompt so far; None counts one per step.
         """
         ids = [int(i) for i in response_ids]
         before = self._ids or [self._mask] * len(ids)
@@ -103,7 +103,7 @@ class Watch:
         return [self._ids[at : at + self._block] for at in range(0, len(self._ids), self._block)]
 
     def _active(self) -> int:
-        """Returns the block in which the last step committed, else the first that holds masks; -1 where none does."""
+        """Returns the index of the block in which the last step committed tokens, else of the first block with masks, else -1."""
         if self._over:
             return -1
         if self._fresh:
@@ -111,7 +111,7 @@ class Watch:
         return next((k for k, ids in enumerate(self._blocks()) if self._mask in ids), -1)
 
     def _print_finished_blocks(self, last: bool = False) -> None:
-        """Prints the blocks without masks that are not printed yet; with ``last`` a partly filled block as well."""
+        """Prints the finished blocks that are not printed yet; with ``last`` also a block that still holds some masks."""
         blocks = self._blocks()
         while self._printed < len(blocks):
             ids = blocks[self._printed]
@@ -135,7 +135,7 @@ class Watch:
 
     def _view(self) -> Group:
         blocks, active = self._blocks(), self._active()
-        # Prompt, status and blank lines take 8 lines; a long canvas is shown around the active block.
+        # Prompt, status and blank lines take 8 lines. Of a long canvas only the blocks around the active one are shown.
         room = max(3, self._console.height - 8)
         centre = len(blocks) if self._over else active
         first = min(max(0, centre - room // 2), max(0, len(blocks) - room))
@@ -153,7 +153,7 @@ class Watch:
         return Group(prompt, "", grid, "", self._status())
 
     def _ended(self) -> int:
-        """Returns the position of the first stop token before which no mask is left, else the canvas's length."""
+        """Returns the position of the first stop token if no mask comes before it, else the number of response positions."""
         for i, token in enumerate(self._ids):
             if token == self._mask:
                 break
@@ -162,13 +162,13 @@ class Watch:
         return len(self._ids)
 
     def _line(self, k: int, ids: Sequence[int]) -> Text:
-        """Formats block k's tokens; stop tokens that only repeat the end are shown as dots."""
+        """Formats the tokens of block k; stop tokens after the one that ends the response are shown as dots."""
         line, ended = Text(), self._ended()
         for i, token in enumerate(ids, k * self._block):
             if token == self._mask:
                 line.append(MASK_GLYPH + " ", style="bright_black")
                 continue
-            # Dark on yellow rather than a bright colour: a highlighted space still shows.
+            # A background colour, so that a highlighted space is visible.
             style = "black on yellow" if i in self._fresh else "dim" if i >= ended else ""
             line.append(" ·" if i > ended and token in self._stops else visible_text(self._piece(token)), style=style)
         return line
