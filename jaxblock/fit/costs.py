@@ -1,4 +1,8 @@
-"""Counts the costs of running a compiled program once, for one device: operations, memory traffic, and bytes sent."""
+"""Counts the costs of running a compiled program once, for one device, and estimates the time that they take.
+
+The costs are operations, memory traffic and bytes sent. The estimate follows the roofline model: it is the time of the chip's
+busiest resource if nothing ever waited.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from jaxblock.fit.hlo import Module
 from jaxblock.fit.loops import executed_computations
 from jaxblock.fit.traffic import instruction_traffic
 from jaxblock.fit.transfers import COLLECTIVE_KINDS, Collective, find_collectives
+from jaxblock.parallel.chips import Chip
 
 
 class Costs(NamedTuple):
@@ -34,6 +39,32 @@ class Costs(NamedTuple):
         return self.sent("across slices")
 
 
+class StepTime(NamedTuple):
+    """Holds the time, in seconds, that each resource is busy at its published peak: a lower bound, not a measurement.
+
+    Attributes:
+        compute: the time of the matrix products.
+        memory: the time of reading and writing the chip's main memory.
+        links: the time of sending to other chips of the slice.
+        across: the time of sending to other slices.
+    """
+
+    compute: float
+    memory: float
+    links: float
+    across: float
+
+    @property
+    def step(self) -> float:
+        """Returns the longest of the four times."""
+        return max(self)
+
+    @property
+    def bound(self) -> str:
+        """Returns the name of the resource that is busy longest."""
+        return max(self._asdict(), key=lambda name: self._asdict()[name])
+
+
 def count_costs(module: Module, devices: int) -> Costs:
     """Adds up the costs of running a program once.
 
@@ -49,3 +80,11 @@ def count_costs(module: Module, devices: int) -> Costs:
             if not fused:
                 traffic += times * instruction_traffic(module, instruction, computation)
     return Costs(flops, traffic, find_collectives(module, devices))
+
+
+def estimate_step(costs: Costs, chip: Chip) -> StepTime | None:
+    """Divides costs by a chip's published peaks; returns None for a chip without published peaks (the host's CPU)."""
+    if chip.flops is None or chip.bandwidth is None or chip.links is None:
+        return None
+    across = costs.across / chip.across if chip.across else 0.0
+    return StepTime(costs.flops / chip.flops, costs.traffic / chip.bandwidth, costs.sent() / chip.links, across)

@@ -7,7 +7,7 @@ from typing import Any
 from jaxblock.config.config import Config
 from jaxblock.fit.advice import Found, advise
 from jaxblock.fit.compile import Say, try_by_compiling
-from jaxblock.fit.estimate import estimate_step
+from jaxblock.fit.costs import estimate_step
 from jaxblock.fit.placement import place_run, planned_mesh, row_shards
 from jaxblock.fit.programs import Program, decoder_program, train_program
 from jaxblock.fit.sizes import planned_architecture
