@@ -52,7 +52,7 @@ def plan_run(
     result = {
         **_place(placed, topology),
         "model": {"source": source, "family": arch.family, "parameters": count_params(registry.param_table(arch))},
-        "notes": notes,
+        "notes": [*notes, *registry.unused_sizes(config.model, arch)],
         "limit": limit,
         "train": _described(step, topology, _tokens(placed)),
         "fits": fits,

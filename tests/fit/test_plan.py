@@ -169,13 +169,18 @@ def test_a_plan_is_held_against_what_the_device_reports() -> None:
 
 
 def test_the_verb(tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "plan.json"
-    flags = ["plan", "--config", str(tiny_config), "--topology", "cpu-8", "--train.fsdp", "8"]
+    out, sizes = tmp_path / "plan.json", tmp_path / "config.json"
+    own = ModelConfig(d_model=16, n_layers=1, n_heads=2, mlp_dim=32, tie_embeddings=True)
+    arch = registry.architecture_from_config(own, vocab_size=300, mask_id=299, eos_id=298)
+    sizes.write_text(json.dumps(registry.to_hf(arch, "float32")))
+    flags = ["plan", "--config", str(tiny_config), "--topology", "cpu-8", "--model_config", str(sizes)]
+    flags += ["--train.fsdp", "8"]
     assert main([*flags, "--json", str(out)]) == 0
     shown = capsys.readouterr().out
     for word in ("ESTIMATE", "optimizer state", "temporaries", "logits", "it fits", "all-gather"):
         assert word in shown, word
     plan = json.loads(out.read_text())
+    assert plan["notes"] == ["model.n_layers is 2 (the checkpoint's is 1)"]
     assert plan["fits"] and plan["estimate_from_host"] and plan["mesh"]["fsdp"] == 8
     train = plan["train"]
     # AdamW: two moments of what is trained, in float32.
