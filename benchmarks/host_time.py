@@ -28,7 +28,7 @@ from jaxblock.diffusion.config import CanvasConfig, MethodConfig
 from jaxblock.models.config import ModelConfig
 from jaxblock.parallel.host_memory import keep_freed_memory
 from jaxblock.training.config import TrainConfig
-from jaxblock.training.observe.summary import summarise
+from jaxblock.training.observe.window import summarise
 from jaxblock.training.optim.config import OptimizerConfig
 from jaxblock.training.step import jit_step
 

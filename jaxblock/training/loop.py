@@ -32,10 +32,9 @@ from jaxblock.training.observe.goodput import Goodput
 from jaxblock.training.observe.metrics import METRICS_FILE, UNWRITTEN_ROWS, restore_rows
 from jaxblock.training.observe.profiler import Profiler
 from jaxblock.training.observe.progress import TrainProgress
-from jaxblock.training.observe.summary import summarise
 from jaxblock.training.observe.throughput import Work
 from jaxblock.training.observe.trackers import Trackers
-from jaxblock.training.observe.window import StepWindow
+from jaxblock.training.observe.window import StepWindow, summarise
 from jaxblock.training.optim import gating, schedules
 from jaxblock.training.session import OpenedSession, Session
 from jaxblock.training.state import TrainState

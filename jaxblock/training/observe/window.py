@@ -1,18 +1,20 @@
-"""Collects the steps since the last line of metrics, whose results are still on the device."""
+"""Collects the steps since the last line of metrics, and summarises what they report as one line."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from jaxblock.data.loader import Batch
 from jaxblock.training.step import StepMetrics
+from jaxblock.types import Sum
 
 
 @dataclass
 class StepWindow:
-    """Collects steps until the next line of metrics is due.
+    """Collects steps until the next line of metrics is due; their results stay on the device until then.
 
     Attributes:
         since: when the window began, in seconds of training (without evaluations, saves and compiling).
@@ -48,3 +50,33 @@ class StepWindow:
     def idle(self) -> bool:
         """Tells, without waiting, whether the device has finished all dispatched steps."""
         return not self.metrics or bool(self.metrics[-1].grad_norm.is_ready())  # type: ignore[attr-defined]
+
+
+def summarise(steps: list[StepMetrics]) -> dict[str, Any]:
+    """Returns the mean loss of several steps and its breakdowns; each mean is the sum of the losses over the sum of weights.
+
+    Args:
+        steps: the metrics of each step, copied to the host.
+
+    Returns:
+        ``loss``, ``grad_norm`` (of the last step), ``loss_by_block`` and ``loss_by_count`` as [sum, weight] pairs, and
+        ``skipped``, the number of skipped steps. Skipped steps count in nothing else, unless all of them were skipped:
+        then the loss is what they report, NaN or infinity.
+    """
+    used = [step for step in steps if not step.skipped]
+    counted = used or steps
+
+    def added(parts: list[Sum]) -> tuple[np.ndarray, np.ndarray]:
+        both = np.asarray([[part.total for part in parts], [part.weight for part in parts]], np.float64).sum(1)
+        return both[0, ...], both[1, ...]
+
+    total, weight = added([step.losses.loss for step in counted])
+    by_block = added([step.losses.by_block for step in counted])
+    by_count = added([step.losses.by_count for step in counted])
+    return {
+        "loss": float(total / weight),
+        "grad_norm": float(counted[-1].grad_norm),
+        "loss_by_block": np.stack(by_block, -1).round(4).tolist(),
+        "loss_by_count": np.stack(by_count, -1).round(4).tolist(),
+        "skipped": len(steps) - len(used),
+    }
