@@ -117,7 +117,7 @@ def _print(console: Console, text: str) -> None:
 
 
 def _unused_sizes(config: Config, arch: Architecture) -> list[str]:
-    """Says of each size in the config that the checkpoint which is trained has another."""
+    """Names the sizes in the config that differ from those of the checkpoint that the run starts from."""
     from jaxblock.models.families import registry
 
     if config.model.init_from is None:
@@ -127,7 +127,7 @@ def _unused_sizes(config: Config, arch: Architecture) -> list[str]:
 
 
 def _unused_evaluation(options: Options) -> list[str]:
-    """Says of each `evaluate` flag that training does not read it; the file's fields may be meant for ``evaluate``."""
+    """Names the `evaluate` flags that training does not read; fields of the YAML file may be meant for ``evaluate``."""
     of_file = vars(load_config(options.config).evaluate)
     return [
         f"--evaluate.{name} does not change how training evaluates (train.eval_problems and train.eval_nelbo_rows do); the "
