@@ -186,7 +186,7 @@ class Model:
         rows, lengths = self.prompts([prompt_ids], None, layout)
         row = jnp.asarray([index], jnp.int32)
         canvas = canvases.for_decoding(layout, jnp.asarray(rows), jnp.asarray(lengths), row)
-        carry = decoder.start(layout, canvas, chosen.seed)
+        carry = decoder.start_decoding(layout, canvas, chosen.seed)
         shown = 0
         for block in range(layout.n_blocks):
             if bool(carry.done.all()):

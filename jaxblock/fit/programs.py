@@ -128,7 +128,7 @@ def decoder_program(config: Config, arch: Architecture, mesh: Mesh) -> Program:
 
     def run(params: Any, prompts: Any, lengths: Any, block: Any) -> Any:
         canvas = canvases.for_decoding(layout, prompts, lengths, jnp.arange(rows, dtype=jnp.int32))
-        carry = decoder.start(layout, canvas, config.decode.seed)
+        carry = decoder.start_decoding(layout, canvas, config.decode.seed)
         return decoder.decode_block(net, layout, config.decode, params, canvas, carry, block)[:-1]
 
     whole: Any = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows, config.canvas.prompt_len), (rows,), ())]

@@ -22,7 +22,7 @@ _STATUS = re.compile(r"[A-Z]+(_[A-Z]+)*: ")
 _place: tuple[int, int] | None = None  # (index, count) that ``start`` returned
 
 
-def start() -> tuple[int, int]:
+def join_group() -> tuple[int, int]:
     """Joins the process group that the environment describes, or does nothing where it describes none.
 
     It must run before JAX touches a device. Calling it again is harmless.

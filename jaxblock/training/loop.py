@@ -321,7 +321,7 @@ class _Loop:
 
     def _score(self, step: int) -> float | None:
         """Returns the last evaluation's score by ``train.keep_best``; None where it was not of this step."""
-        return retention.score(
+        return retention.comparable_score(
             self.config.train.keep_best, self.evaluated if self.evaluated.get("step") == step else {}
         )
 

@@ -51,7 +51,7 @@ def open_session(config: Config, console: Console) -> OpenedSession:
     Raises:
         UserError: the parts do not fit together, a file is missing or damaged, or the run would overwrite something.
     """
-    process_index, process_count = processes.start()
+    process_index, process_count = processes.join_group()
     console.quiet = process_index > 0  # only process 0 prints
     trackers.check_trackers(config.train)
     prepared = open_prepared(config.data.prepared)
@@ -155,7 +155,9 @@ def _new_run_folder(opened: OpenedSession, begun: weights.Weights, console: Cons
     """Makes the run folder in process 0 while the others wait, and opens its checkpoints."""
     processes.wait("every process has looked at the run folder")
     if opened.process_index == 0:
-        run_folder.begin(opened.config.train.out, opened.config, opened.arch, opened.prepared, begun.base, begun.source)
+        run_folder.create_run_folder(
+            opened.config.train.out, opened.config, opened.arch, opened.prepared, begun.base, begun.source
+        )
     processes.wait("the run folder is there")
     return _checkpoints(opened.config.train, console)
 

@@ -182,7 +182,7 @@ def test_block_by_block_from_the_host_is_the_scan(net, layout):
     ids = jnp.asarray([[1, 0, 0, 0], [2, 3, 0, 0]], jnp.int32)
     index = jnp.arange(2, dtype=jnp.int32)
     canvas = canvases.for_decoding(layout, ids, jnp.asarray([1, 2], jnp.int32), index)
-    carry = decoder.start(layout, canvas, 3)
+    carry = decoder.start_decoding(layout, canvas, 3)
     block = jax.jit(decoder.decode_block, static_argnums=(0, 1, 2))
     for k in range(layout.n_blocks):
         carry = block(net[0], layout, options, net[1], canvas, carry, jnp.int32(k))

@@ -74,8 +74,8 @@ def test_half_set_or_wrong(variables: dict[str, str], message: str) -> None:
 JOIN = """
 import jax
 from jaxblock.parallel import processes
-first = processes.start()
-assert first == processes.start()
+first = processes.join_group()
+assert first == processes.join_group()
 from jax.experimental.multihost_utils import process_allgather
 print('joined', *first, len(jax.devices()), process_allgather(jax.numpy.array(first[0] + 1)).tolist())
 """
@@ -98,7 +98,7 @@ def test_two_processes_join_over_loopback() -> None:
 
 
 def test_a_process_that_never_comes_is_told_within_the_timeout() -> None:
-    alone = "from jaxblock.parallel import processes; processes.start()"
+    alone = "from jaxblock.parallel import processes; processes.join_group()"
     group = THREE | {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1", "JAXBLOCK_START_TIMEOUT": "2"}
     done = subprocess.run(
         [sys.executable, "-c", alone], env=os.environ | group, capture_output=True, text=True, timeout=120
@@ -125,7 +125,7 @@ import numpy as np
 from jaxblock import cli
 from jaxblock.parallel import processes
 def verb(options, config):
-    me, _ = processes.start()
+    me, _ = processes.join_group()
     processes.any_of(False)
     if me == 1:
         if os.environ["HOW"] == "killed":

@@ -64,7 +64,7 @@ class _Loop(NamedTuple):
     nfe: Array
 
 
-def start(layout: Layout, canvas: Canvas, seed: int | Int[Array, ""]) -> Carry:
+def start_decoding(layout: Layout, canvas: Canvas, seed: int | Int[Array, ""]) -> Carry:
     """Returns the state before the first block.
 
     Args:
@@ -203,7 +203,7 @@ def decode(
 
         return jax.lax.cond(jnp.all(carry.done), lambda c: c, go, carry), None
 
-    first = start(layout, canvas, seed)
+    first = start_decoding(layout, canvas, seed)
     carry, _ = jax.lax.scan(body, first, jnp.arange(layout.n_blocks, dtype=jnp.int32))
     return finish(layout, canvas, carry)
 

@@ -55,7 +55,7 @@ def unseal(folder: PathLike) -> None:
         (as_path(folder) / match[0]).unlink()
 
 
-def find_damage(folder: PathLike, under: str = "", share: int = 0, shares: int = 1) -> str | None:
+def find_difference(folder: PathLike, under: str = "", share: int = 0, shares: int = 1) -> str | None:
     """Compares the folder's files with the lists.
 
     Args:

@@ -45,7 +45,7 @@ def find_damage(folder: epath.Path, under: str = "") -> str | None:
     try:
         if checksums.has_lists(folder):
             share = (jax.process_index(), jax.process_count())
-            return first_problem(checksums.find_damage(folder, under, *share))
+            return first_problem(checksums.find_difference(folder, under, *share))
     except PermissionError as error:
         raise UserError(f"cannot read {os.fspath(folder)}: permission denied") from error
     return first_problem(_why_unreadable(folder))

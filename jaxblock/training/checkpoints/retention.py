@@ -22,7 +22,7 @@ class Keep(NamedTuple):
     best: BestBy = "none"
 
 
-def score(metric: BestBy, evaluation: Mapping[str, Any]) -> float | None:
+def comparable_score(metric: BestBy, evaluation: Mapping[str, Any]) -> float | None:
     """Returns an evaluation's value by a metric, higher for better; None where the metric was not measured.
 
     Args:

@@ -80,7 +80,7 @@ def is_run(folder: PathLike) -> bool:
     return (path / CONFIG).exists() and (path / MODEL).exists()
 
 
-def begin(
+def create_run_folder(
     folder: PathLike,
     config: Config,
     arch: Architecture,

@@ -40,7 +40,7 @@ class Quantised(NamedTuple):
     scale: Array
 
 
-def quantise(x: Float[Array, "..."], bits: UInt[Array, "..."], *, signed: bool) -> Quantised:
+def quantise_moment(x: Float[Array, "..."], bits: UInt[Array, "..."], *, signed: bool) -> Quantised:
     """Stores a tensor in 8 bits per element and a scale per row, unbiased; the largest element of a row stays exact.
 
     Args:
@@ -63,7 +63,7 @@ def quantise(x: Float[Array, "..."], bits: UInt[Array, "..."], *, signed: bool) 
     return Quantised(code.astype(jnp.uint8), scale)
 
 
-def dequantise(stored: Quantised) -> Float[Array, "..."]:
+def dequantise_moment(stored: Quantised) -> Float[Array, "..."]:
     """Returns the float32 values that codes and scales stand for."""
     signed = stored.codes.dtype == jnp.int8
     code = stored.codes.astype(jnp.float32)
@@ -98,7 +98,7 @@ def moment_format(storage: Storage, *, signed: bool) -> MomentFormat:
             codes = jnp.zeros(p.shape, jnp.int8 if signed else jnp.uint8)
             return Quantised(codes, jnp.zeros((*p.shape[:-1], 1), jnp.float32))
 
-        return MomentFormat(zeros, dequantise, lambda x, bits: quantise(x, bits, signed=signed))
+        return MomentFormat(zeros, dequantise_moment, lambda x, bits: quantise_moment(x, bits, signed=signed))
     if storage == "bfloat16":
         return MomentFormat(
             lambda p: jnp.zeros(p.shape, jnp.bfloat16),

@@ -238,9 +238,9 @@ def test_what_is_kept(tmp_path: Path) -> None:
     assert retention.superfluous(Keep(2, best="nelbo"), [1, 2, 3, 4], 1) == [2]
     assert retention.best({1: 0.5, 2: None, 3: 0.7, 4: 0.7, 5: float("nan")}) == 3
     assert retention.best({1: None}) is None
-    assert retention.score("nelbo", {"nelbo_per_token": {"mean": 2.0}}) == -2
-    assert retention.score("pass_at_1", {"pass_at_1": {"correct": 3, "n": 4}}) == 0.75
-    assert retention.score("pass_at_1", {}) is None
+    assert retention.comparable_score("nelbo", {"nelbo_per_token": {"mean": 2.0}}) == -2
+    assert retention.comparable_score("pass_at_1", {"pass_at_1": {"correct": 3, "n": 4}}) == 0.75
+    assert retention.comparable_score("pass_at_1", {}) is None
     _saved(tmp_path, [10, 20, 30, 40, 50], Keep(1, 40, "nelbo"), {10: -3.0, 20: -1.0, 30: -2.0, 50: -4.0})
     checkpoints = CheckpointWriter(tmp_path, Keep(1))
     assert checkpoints.steps() == [20, 40, 50] and checkpoints.best() == 20

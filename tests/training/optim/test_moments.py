@@ -24,7 +24,7 @@ from jaxblock.training.checkpoints.writer import CheckpointWriter
 from jaxblock.training.optim import adamw, moments
 from jaxblock.training.optim.config import OptimizerConfig, Storage
 from jaxblock.training.optim.make import make_optimizer
-from jaxblock.training.optim.moments import dequantise, quantise
+from jaxblock.training.optim.moments import dequantise_moment, quantise_moment
 from jaxblock.training.optim.precision import random_bits, stochastic_bfloat16
 from jaxblock.training.state import TrainState, create_state, state_shardings
 
@@ -86,7 +86,7 @@ def test_eight_bits_are_near_unbiased_and_keep_a_rows_largest(signed: bool) -> N
     stored = jax.jit(quantise, static_argnames="signed")(many, _bits(many.shape), signed=signed)
     assert (stored.codes.dtype, stored.codes.shape) == (jnp.int8 if signed else jnp.uint8, many.shape)
     assert (stored.scale.dtype, stored.scale.shape) == (jnp.float32, (5000, 3, 1))
-    back = np.asarray(dequantise(stored), np.float64)
+    back = np.asarray(dequantise_moment(stored), np.float64)
     spacing = 2 ** (1 / moments.PER_OCTAVE) - 1
     assert (np.abs(back - x) <= spacing * np.abs(x) * 1.001).all()
     assert (np.abs(back.mean(0) - x) <= (5 * spacing / 2 / math.sqrt(5000) + 1e-5) * np.abs(x)).all()
@@ -96,10 +96,12 @@ def test_eight_bits_are_near_unbiased_and_keep_a_rows_largest(signed: bool) -> N
 def test_what_is_below_the_range_vanishes_or_does_not() -> None:
     """A first moment below its range is 0 on most draws, and itself on average; a second moment is never 0."""
     x = jnp.broadcast_to(jnp.asarray([1.0, 2.0**-20], jnp.float32), (50_000, 2))
-    first = np.asarray(dequantise(quantise(x, _bits(x.shape), signed=True)))[:, 1]
+    first = np.asarray(dequantise_moment(quantise_moment(x, _bits(x.shape), signed=True)))[:, 1]
     assert 0.9 < (first == 0).mean() < 1 and first.mean() == pytest.approx(2.0**-20, rel=0.1)
     tiny = jnp.asarray([1.0, 2.0**-60, 0.0], jnp.float32)
-    np.testing.assert_allclose(dequantise(quantise(tiny, _bits((3,)), signed=False))[1:], 2 ** (-255 / 8), rtol=1e-5)
+    np.testing.assert_allclose(
+        dequantise_moment(quantise_moment(tiny, _bits((3,)), signed=False))[1:], 2 ** (-255 / 8), rtol=1e-5
+    )
 
 
 def _gradients(step: int) -> dict[str, Any]:
@@ -143,14 +145,14 @@ def _second_moment(storage: Storage, b2: float) -> float:
     optimizer = _adamw(storage, b2)
     one = jnp.ones((4, 256))
     grads = one.at[:, 1:].set(0.5)
-    kept: Any = quantise(one, _bits(one.shape), signed=False) if storage == "int8" else one.astype(storage)
+    kept: Any = quantise_moment(one, _bits(one.shape), signed=False) if storage == "int8" else one.astype(storage)
 
     def step(state: Any, _: None) -> tuple[Any, None]:
         return optimizer.update({"w": grads}, state, {"w": one})[1], None
 
     start = optimizer.init({"w": one})._replace(nu={"w": kept})
     kept = jax.jit(lambda s: jax.lax.scan(step, s, None, _half_life(b2))[0])(start).nu["w"]
-    return float(jnp.mean((dequantise(kept) if storage == "int8" else kept.astype(jnp.float32))[:, 1:]))
+    return float(jnp.mean((dequantise_moment(kept) if storage == "int8" else kept.astype(jnp.float32))[:, 1:]))
 
 
 def _half_life(b2: float) -> int:
