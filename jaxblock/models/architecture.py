@@ -1,4 +1,4 @@
-"""The sizes and special ids of a network, as its checkpoint's config.json gives them."""
+"""Defines the sizes and special ids of a network, as its checkpoint's config.json gives them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from jaxblock.settings import Alignment
 
 
 class RopeScaling(NamedTuple):
-    """How rotary frequencies are stretched for longer contexts (``rope_scaling`` of config.json).
+    """Says how rotary frequencies are scaled for longer contexts (``rope_scaling`` of config.json).
 
     Attributes:
         kind: ``linear`` divides every frequency; ``llama3`` divides only the slow ones.
         factor: the number by which frequencies are divided.
-        low_freq_factor: ``llama3``: wavelengths above original_len / low_freq_factor are stretched in full.
-        high_freq_factor: ``llama3``: wavelengths below original_len / high_freq_factor are left alone.
+        low_freq_factor: ``llama3``: wavelengths above original_len / low_freq_factor are scaled by the whole factor.
+        high_freq_factor: ``llama3``: wavelengths below original_len / high_freq_factor are not scaled.
         original_len: ``llama3``: the length that the model was first trained for.
     """
 
@@ -29,7 +29,7 @@ class RopeScaling(NamedTuple):
 
 @dataclass(frozen=True)
 class Architecture:
-    """The sizes and special ids of a network, as its checkpoint's config.json gives them.
+    """Holds the sizes and special ids of a network, as its checkpoint's config.json gives them.
 
     Attributes:
         family: the family's name, a key of ``models.families.registry.FAMILIES``.
@@ -45,16 +45,16 @@ class Architecture:
         max_len: the longest sequence that the model was made for, in tokens.
         tie_embeddings: whether the head is the transposed embedding.
         mask_id: the mask token; None for an autoregressive checkpoint that has none yet.
-        eos_id: the end-of-sequence token; it fills the rest of the terminator's block.
+        eos_id: the end-of-sequence token, which also fills the rest of a response's last block.
         pad_id: the token that fills rows up to the width of their batch; it is never seen.
         alignment: which hidden state predicts a token (see ``Layout``).
-        end_ids: further ids that config.json counts as ends of a response.
+        end_ids: further tokens that end a response, from config.json.
         qkv_bias: whether queries, keys and values have biases.
-        qk_norm: whether queries and keys are normalised by head before they are rotated.
-        rope_scaling: how rotary frequencies are stretched; None for not at all.
+        qk_norm: whether queries and keys are normalised per head before they are rotated.
+        rope_scaling: how rotary frequencies are scaled; None for no scaling.
         init_std: the standard deviation of random weights; None for Mitchell's initialisation.
-        extra: the fields of the config.json that this was read from, as JSON, so that an export writes back those that we
-            do not use.
+        extra: all fields of the config.json that this was read from, as JSON, so that an export can write back the unused
+            ones.
     """
 
     family: str

@@ -19,7 +19,7 @@ Checkpoint = Literal["latest", "best"] | int
 
 @dataclass(frozen=True)
 class ModelConfig(Section, name="model"):
-    """Where the network comes from and how it runs; the sizes matter for random weights alone."""
+    """Where the network comes from and how it runs; the sizes are used only for random weights."""
 
     init_from: str | None = setting(None, on_resume="may_change_once_saved")
     """The run folder, Hugging Face folder or hub id (`org/name`) to start from; None for random weights."""
@@ -29,7 +29,7 @@ class ModelConfig(Section, name="model"):
     """The logit alignment of an autoregressive start (Llama, Qwen): `shifted` keeps its next-token skill, `same_position` is
     LLaDA's; None for `shifted`. The diffusion families have their own."""
     quantize: Quantize = "none"
-    """Whether the layers' matrices are kept in int8, at half of bfloat16's memory; for the frozen base of LoRA alone."""
+    """Whether the layers' matrices are kept in int8, at half of bfloat16's memory; only for the frozen base of LoRA."""
     family: FamilyName = "llada"
     """The architecture of random weights."""
     d_model: int = setting(128, AT_LEAST_1)
@@ -49,7 +49,7 @@ class ModelConfig(Section, name="model"):
     norm_eps: float = 1e-5
     """The number added to the mean square in RMSNorm."""
     tie_embeddings: bool = False
-    """Whether the head is the transposed embedding."""
+    """Whether the output head is the transposed embedding."""
     init_std: float | None = None
     """The standard deviation of random weights (divided by sqrt(2 layers) for outputs into the residual stream); None for
     Mitchell's."""
@@ -61,15 +61,15 @@ class ModelConfig(Section, name="model"):
     """What the backward pass recomputes: nothing, all but matmuls (`dots`), or whole layers (`full`); `offload` recomputes whole
     layers from inputs that it keeps in the host's memory."""
     loss_chunk: int | None = may_change(None, AT_LEAST_1)
-    """The positions of a row whose logits are held at once (classical SFT has a loss on many); None for all."""
+    """The number of a row's positions whose logits are in memory at once, for classical SFT, which predicts many; None for all."""
     attention: Literal["auto", Backend] = may_change("auto")
     """The attention backend: `auto` takes the platform's (`splash` on TPU, `cudnn` on NVIDIA GPUs, `xla` on CPU; the first two
-    for bfloat16 alone); `reference` is the plain oracle."""
+    only for bfloat16); `reference` is a plain softmax for tests."""
     scan_layers: bool = may_change(True)
-    """Whether layers run by lax.scan, which compiles one of them; unrolled layers are for debugging, and faster on a CPU if few."""
+    """Whether layers run by lax.scan, which compiles only one; unrolled layers are for debugging, and faster on a CPU if few."""
 
     def check(self) -> None:
-        """Raises UserError where a size cannot be, or the heads of a random start do not divide its width."""
+        """Raises UserError where a size is out of range, or the heads of a network with random weights do not divide its width."""
         super().check()
         if self.init_from is not None:
             return
@@ -97,7 +97,7 @@ class LoraConfig(Section, name="lora"):
     alpha: float = 16.0
     """The adapters' output is multiplied by alpha / rank."""
     dropout: float = setting(0.0, BELOW_1)
-    """The chance that an input of an adapter is dropped in training."""
+    """The probability with which dropout drops each input of an adapter in training."""
     targets: tuple[str, ...] = ("all",)
     """The adapted matrices: `all`, or some of q, k, v, o, gate, up, down (the same names for every family), or the
     checkpoint's own module names."""
@@ -105,7 +105,7 @@ class LoraConfig(Section, name="lora"):
     """What to do about a target that matches no matrix: stop, or go on without it (the paper's names match 4 of 7 on LLaDA)."""
 
     def check(self) -> None:
-        """Raises UserError where adapters would have no effect or no matrix."""
+        """Raises UserError where a value is out of range, or adapters would have no effect or no target."""
         super().check()
         if self.rank:
             require(self.alpha > 0, f"lora.alpha is {self.alpha}: it must be above 0")

@@ -17,8 +17,8 @@ from jaxblock.models.numerics import at_least_float32
 def look_up(table: Float[Array, "V D"], ids: Int[Array, "*rows"], dtype: DTypeLike) -> Float[Array, "*rows D"]:
     """Looks up the embeddings of tokens; the gradient of the table is summed in float32 or wider, whatever the types.
 
-    A batch has thousands of mask tokens, whose gradients go to one row: a sum in bfloat16 stops growing where a term is
-    less than 1/256 of it.
+    A batch has thousands of mask tokens, whose gradients are summed in one row of the table. A bfloat16 sum stops growing
+    when a term is less than 1/256 of it.
 
     Args:
         table: the embeddings of all tokens.
@@ -30,6 +30,7 @@ def look_up(table: Float[Array, "V D"], ids: Int[Array, "*rows"], dtype: DTypeLi
 
 @look_up.defjvp
 def _look_up_jvp(dtype: DTypeLike, primals: tuple[Array, Array], tangents: tuple[Array, Any]) -> tuple[Array, Array]:
-    # Only the change is widened: its transpose sums. The table itself in float32 would be a second, larger copy.
+    # Only the tangent is cast: the transpose of its lookup, which sums the gradients of a row, is then in float32. Casting
+    # the table too would make a second, larger copy of it.
     wide = tangents[0].astype(at_least_float32(tangents[0].dtype))
     return look_up(*primals, dtype), wide[primals[1]].astype(dtype)

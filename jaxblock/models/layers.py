@@ -1,7 +1,7 @@
-"""One layer of the network as Flax modules, which declare their parts by name.
+"""Defines one layer of the network as Flax modules, which declare their parts by name.
 
-Shapes come from the family's table of parameters; which optional parts a module has comes from the architecture's traits.
-The table's names are flat (``blocks/q_bias``), the modules are not: ``param_name`` maps the one to the other.
+Shapes come from the family's table of parameters, and the architecture's traits say which optional parts a module has.
+The table's names are flat (``blocks/q_bias``), but modules are nested: ``param_name`` maps a nested name to a flat one.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def pick(x: Float[Array, "B T *rest"], at: Int[Array, "B A"]) -> Float[Array, "B
 
 
 class RMSNorm(nnx.Module):
-    """A norm and its scale."""
+    """Normalises by the root mean square, with a learnt scale."""
 
     def __init__(self, spec: ParamSpec, eps: float):
         self.weight = nnx.Param(jnp.zeros(spec.shape[1:]))
@@ -67,7 +67,7 @@ class RMSNorm(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """A matrix, with the scales of its columns where it is int8 and a bias where the architecture has one."""
+    """Multiplies by a matrix; has scales per column where the matrix is int8, and a bias where the architecture has one."""
 
     def __init__(self, spec: ParamSpec, products: Products, *, bias: bool = False):
         _, n_in, n_out = spec.shape
@@ -84,7 +84,7 @@ class Linear(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Attention with rotary positions; keys and values may be shared by groups of heads."""
+    """Computes attention with rotary positions; groups of heads may share keys and values."""
 
     def __init__(self, arch: Architecture, specs: Specs, backend: Backend, products: Products):
         self.arch, self.backend = arch, backend
@@ -108,13 +108,13 @@ class Attention(nnx.Module):
         return self.o(attended.reshape(*h.shape[:2], -1), adapters.get("o"))
 
     def _heads(self, x: Float[Array, "B T _"], norm: RMSNorm | None = None) -> Float[Array, "B T N H"]:
-        """Splits projected rows into heads and normalises each where the architecture does."""
+        """Splits projected rows into heads, and normalises each head if there is a norm."""
         heads = x.reshape(*x.shape[:2], -1, self.arch.head_dim)
         return heads if norm is None else norm(heads)
 
 
 class FeedForward(nnx.Module):
-    """The gated feed-forward layer (SwiGLU)."""
+    """Computes the gated feed-forward layer (SwiGLU)."""
 
     def __init__(self, specs: Specs, products: Products):
         self.gate = Linear(specs["gate"], products)
@@ -128,7 +128,7 @@ class FeedForward(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One layer: attention, then the feed-forward layer, each normed before and added to the residual stream."""
+    """Computes one layer: attention, then the feed-forward layer; each has a norm before it and adds to the residual stream."""
 
     def __init__(self, arch: Architecture, specs: Specs, backend: Backend, products: Products = "fsdp"):
         """Declares the layer's parts.

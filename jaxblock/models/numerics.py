@@ -1,4 +1,4 @@
-"""How precisely the network computes, whatever type its weights and activations have."""
+"""Sets the precision of the network's arithmetic, independently of the type of weights and activations."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def at_least_float32(dtype: DTypeLike) -> jnp.dtype:
 
 
 def matmul_precision(x: Array) -> str:
-    """Returns the matmul precision for x's type: it is stated, never left to the platform.
+    """Returns the matmul precision for x's type, so that it does not depend on the platform.
 
-    float32 means float32 on every platform: no TF32, no bfloat16 passes.
+    float32 is real float32 on every platform, without TF32 or bfloat16 passes.
     """
     return "highest" if x.dtype == jnp.float32 else "default"
 
@@ -26,8 +26,8 @@ def matmul_precision(x: Array) -> str:
 def rounded_once(f: Callable[[Array, Array], Array], x: Float[Array, "*rows D"], v: Float[Array, " D"]) -> Array:
     """Applies ``f`` (multiply or add) to rows and a vector in float32 or wider, and rounds the result to x's type.
 
-    The values are those of ``f`` in x's type. The vector's gradient is not: it is a sum over all rows, which in bfloat16
-    would be off by a percent, and by another on each mesh.
+    The result is the same as that of ``f`` in x's type, but the gradient of the vector is computed in float32: it is a sum
+    over all rows, which in bfloat16 would be wrong by about a percent, and by a different amount on each mesh.
     """
     wide = at_least_float32(x.dtype)
     return f(x.astype(wide), v.astype(wide)).astype(x.dtype)

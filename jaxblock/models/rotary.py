@@ -1,4 +1,4 @@
-"""Rotary positions: each pair of a head's dimensions is rotated by an angle that grows with the position."""
+"""Applies rotary positions: each pair of a head's dimensions is rotated by an angle that grows with the position."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jaxblock.models.numerics import at_least_float32
 
 
 class Rotation(NamedTuple):
-    """Cosines and sines of rotary positions, [B, T, 1, H/2] each, in float32 or wider."""
+    """Holds the cosines and sines of rotary positions, [B, T, 1, H/2] each, in float32 or wider."""
 
     cos: Float[Array, "B T 1 half"]
     sin: Float[Array, "B T 1 half"]
@@ -25,7 +25,7 @@ def compute_rotation(positions: Int[Array, "B T"], arch: Architecture, dtype: DT
 
     Args:
         positions: the rotary position of each token.
-        arch: the base of the frequencies, how they are stretched, and the width of a head.
+        arch: the architecture; its frequency base, its scaling and its head size are used.
         dtype: the type of the activations, which are rotated in float32 or wider.
     """
     wide = at_least_float32(dtype)
@@ -37,7 +37,7 @@ def compute_rotation(positions: Int[Array, "B T"], arch: Architecture, dtype: DT
 
 
 def _stretched(rate: Array, scaling: RopeScaling) -> Array:
-    """Slows rotary frequencies down for a longer context, as transformers' ``linear`` and ``llama3`` do."""
+    """Scales rotary frequencies down for a longer context, as transformers' ``linear`` and ``llama3`` do."""
     if scaling.kind == "linear":
         return rate / scaling.factor
     turns = scaling.original_len * rate / (2 * jnp.pi)  # full turns within the first training length

@@ -1,7 +1,7 @@
-"""Tables of parameters: one entry owns the shape, logical axes, initialisation and Hugging Face name of a parameter.
+"""Defines tables of parameters: an entry has a parameter's shape, logical axes, initialisation and Hugging Face name.
 
-Initialisation, sharding, import and export, weight decay and FLOP counts are all read off such a table; modules hold no
-literal sizes.
+Initialisation, sharding, import and export, weight decay and FLOP counts all use such a table; modules contain no literal
+sizes.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class ParamSpec:
     Attributes:
         shape: the shape as it is stored: ``[L, ...]`` for a parameter that every layer has.
         axes: the logical name of each dimension (see ``parallel.rules``); ``layers`` first where stacked.
-        std: the standard deviation of random weights; None initialises to ones (norms), 0 to zeros.
+        std: the standard deviation of random weights; None makes them ones (norms), 0 makes them zeros.
         hf_name: the tensor's name in a checkpoint; ``{layer}`` stands for the layer's index.
-        transpose: whether the checkpoint's tensor is transposed: torch keeps [out, in], we keep [in, out].
+        transpose: whether the checkpoint's tensor is transposed: torch stores [out, in], we store [in, out].
         depth_scaled: whether the standard deviation is divided by sqrt(layer + 1) (outputs into the residual stream).
         dtype: the type in which this parameter is stored (int8); None for the type of the whole network.
     """
@@ -59,7 +59,7 @@ Table = Mapping[str, ParamSpec]
 
 
 def init_params(table: Table, seed: int, dtype: DTypeLike) -> Params:
-    """Draws random weights. Those of a parameter depend on the seed, its path and its shape, never on other parameters.
+    """Draws random weights. A parameter's weights depend on the seed, its path and its shape, not on other parameters.
 
     Args:
         table: the specs of the parameters.
@@ -80,7 +80,7 @@ def _draw(spec: ParamSpec, seed: int, path: str, dtype: DTypeLike) -> jax.Array:
     if spec.std == 0:
         return jnp.zeros(spec.shape, dtype)
     key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode()))
-    # Three standard deviations are the customary cut: no weight starts as an outlier.
+    # Truncation at three standard deviations is customary: no weight starts as an outlier.
     values = spec.std * jax.random.truncated_normal(key, -3.0, 3.0, spec.shape, jnp.float32)
     if spec.depth_scaled:
         depth = jnp.arange(1, spec.shape[0] + 1, dtype=jnp.float32)

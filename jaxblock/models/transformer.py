@@ -1,7 +1,7 @@
-"""The network as pure functions of a nested dict of arrays.
+"""Computes the network by pure functions of a nested dict of arrays.
 
-Flax NNX defines the layer (``layers.Block``); what stands here is split from its module once and runs over stacked layers.
-``nnx.merge`` appears in this file alone, inside traced code.
+The layer is a Flax NNX module (``layers.Block``). This file splits the module from its parameters once, and runs it over
+stacked layers. ``nnx.merge`` is called only in this file, inside traced code.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ _POLICIES: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Transformer:
-    """A network as pure functions of its parameters (see ``types.Network``). Hashable: jitted code closes over it.
+    """Computes a network by pure functions of its parameters (see ``types.Network``).
+
+    It is hashable, because jitted functions take it as a static argument.
 
     Attributes:
         arch: the sizes, traits and special ids.
@@ -61,9 +63,9 @@ class Transformer:
         loss_chunk: the number of positions of a row whose logits ``nll`` holds at once; None for all.
         lora: the adapters beside the weights, under ``params["lora"]``; None for none.
         quantize: ``int8`` where the layers' matrices are int8 (see ``linear.int8``).
-        mask: what attention hides besides what is not visible; ``causal`` is for comparing an autoregressive checkpoint
-            with its origin.
-        products: ``fsdp`` states the exchanges between devices, ``plain`` leaves them to the compiler (an oracle for tests).
+        mask: whether attention is ``bidirectional`` or ``causal``; ``causal`` is for comparing an autoregressive checkpoint
+            with transformers.
+        products: ``fsdp`` states the exchanges between devices, ``plain`` leaves them to the compiler (for tests).
         check_layer: called with (layer, hidden states) after each unrolled layer; finds NaNs in debug mode.
     """
 
@@ -87,12 +89,12 @@ class Transformer:
 
     @cached_property
     def trainable(self) -> Table:
-        """The specs of what is trained: the adapters where there are any, else the weights."""
+        """The specs of the trained parameters: the adapters where there are any, else all weights."""
         return self.param_table if self.lora is None else lora.adapter_table(registry.param_table(self.arch), self.lora)
 
     @cached_property
     def _block(self) -> tuple[nnx.GraphDef, dict[str, tuple[str, ...]]]:
-        """The layer's module without its parameters, and the place of each parameter in it, by the table's name."""
+        """The layer's module without its parameters, and the path of each parameter in it by its name in the table."""
         specs = {path.removeprefix("blocks/"): spec for path, spec in self.param_table.items() if spec.stacked}
         module = nnx.eval_shape(lambda: Block(self.arch, specs, self.attention, self.products))
         graph, state = nnx.split(module)
@@ -131,11 +133,12 @@ class Transformer:
         at: Int[Array, "B A"] | None = None,
         row_keys: Array | None = None,
     ) -> Float[Array, "B wanted D"]:
-        """Computes the residual stream before the last norm, of every position or of those at ``at`` alone.
+        """Computes the residual stream before the last norm, of every position or only of those at ``at``.
 
-        Unrolled, the last layer computes no more than is wanted (a third of a small network's work). Scanned layers are
-        all alike: splitting the last off would copy the stack of the others. Nor is it trimmed where a trimmed layer
-        would be another function: under dropout, whose draws are by position, and under a causal mask.
+        Where layers are unrolled, the last one is trimmed: it computes only the positions at ``at``, which saves a third
+        of a small network's work. Scanned layers must all be alike, and splitting the last one off would copy the stack of
+        the others. The last layer is not trimmed either where that would change its result: under dropout, which is drawn
+        by position, and under a causal mask.
         """
         chex.assert_rank(ids, 2)
         chex.assert_equal_shape([ids, positions])
@@ -166,9 +169,11 @@ class Transformer:
         return x if at is None or trimmed is not None else pick(x, at)
 
     def _embedded(self, params: Params, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Looks tokens up: each device its columns of the embedding, for its group's rows; then columns go for rows.
+        """Looks up the embeddings of tokens.
 
-        Left to itself the compiler gathers the whole embedding, and its gradient copies all rows to every device.
+        Each device first looks up its columns of the embedding for all rows of its ``fsdp`` group; an all-to-all then
+        exchanges columns for rows. By itself XLA would gather the whole embedding, and copy all rows to every device for
+        its gradient.
         """
         columns = look_up(params["embed"], constrain(ids, "rows", None), self.dtype)
         return constrain(constrain(columns, "rows", None, "embed"), "batch", None, None)
@@ -189,8 +194,8 @@ class Transformer:
     ) -> Float[Array, "*rows A"]:
         """Computes the negative log-likelihoods of targets, in nats, in float32 or wider.
 
-        With ``loss_chunk`` set, that many positions of a row at a time: their logits are made, used, and made again for
-        the gradient, so that memory holds those of one chunk.
+        With ``loss_chunk`` set, it processes that many positions of a row at a time and recomputes their logits for the
+        gradient, so that only the logits of one chunk are in memory.
         """
         chex.assert_equal(hidden.shape[:-1], targets.shape)
         width, chunk, head = hidden.shape[-2], self.loss_chunk, self._head(params, hidden)
@@ -212,7 +217,7 @@ class Transformer:
         return Split.of(("embed", "vocab")) if self.products == "fsdp" else None
 
     def _head(self, params: Params, hidden: Array) -> GatheredWeight:
-        """Gathers the matrix that makes logits of hidden states, in their type."""
+        """Gathers the matrix that turns hidden states into logits, in the type of the hidden states."""
         head = params["embed"].T if self.arch.tie_embeddings else params["head"]
         return gather_weight(head, hidden.dtype, self._head_split)
 
@@ -221,7 +226,7 @@ class Transformer:
 
     def _nll(self, head: GatheredWeight, hidden: Array, targets: Array) -> Array:
         logits = self._logits(head, hidden)
-        # Not a gather: where the vocabulary is split over devices, a gather would bring all logits to each of them.
+        # A gather would copy all logits to each device where the vocabulary is split over devices, so we select and sum.
         here = jnp.arange(logits.shape[-1]) == targets[..., None]
         chosen = jnp.sum(jnp.where(here, logits, 0), axis=-1)
         return jax.nn.logsumexp(logits, axis=-1) - chosen

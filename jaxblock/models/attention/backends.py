@@ -1,4 +1,4 @@
-"""Attention over a row's visible keys: one function, several backends, one oracle."""
+"""Computes attention over a row's visible keys with one of several backends."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def attend(
         k: the keys, rotated; N is a multiple of G.
         v: the values.
         mask: which keys a query sees.
-        backend: ``xla`` leaves the layout to JAX. ``splash`` (TPU) and ``cudnn`` (NVIDIA) are fused kernels, which hold no
-            matrix of scores; where they do not apply, ``xla`` is taken. ``reference`` is the plain float32 softmax.
+        backend: ``xla`` is JAX's own attention. ``splash`` (TPU) and ``cudnn`` (NVIDIA) are fused kernels, which hold no
+            matrix of scores; ``xla`` replaces them where they do not apply. ``reference`` is a plain float32 softmax.
 
     Returns:
         The attended values, in the queries' type.
@@ -42,14 +42,14 @@ def attend(
     chex.assert_equal_shape([k, v])
     chex.assert_is_divisible(q.shape[2], k.shape[2])
     chex.assert_shape(mask.length, q.shape[:1])
-    # The other backends take their softmax in float32 whatever the type, so float64 (proofs) is left to the oracle.
+    # The other backends compute the softmax in float32 for every type, so float64 (for proofs) needs the reference.
     if backend == "reference" or q.dtype == jnp.float64:
         return reference.attend(q, k, v, mask)
-    # The kernels multiply in 16 bits whatever they are given, and float32 means float32.
+    # The kernels multiply in 16 bits for every type, but we promise float32 products for float32.
     if backend == "xla" or q.dtype.itemsize != 2 or mask.kind != "bidirectional":
         return xla.attend(q, k, v, mask)
     if backend == "cudnn":
         return cudnn.attend(q, k, v, mask)
-    from jaxblock.models.attention import splash  # its import takes half a second, and only TPUs need it
+    from jaxblock.models.attention import splash  # imported here: it takes half a second, and only TPUs need it
 
     return splash.attend(q, k, v, mask)

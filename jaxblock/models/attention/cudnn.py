@@ -1,4 +1,4 @@
-"""cuDNN's fused attention for NVIDIA GPUs, which never holds the scores of a whole row; 16-bit types only."""
+"""Computes attention with cuDNN's fused kernel for NVIDIA GPUs, which never holds all scores of a row; 16-bit types only."""
 
 from __future__ import annotations
 
@@ -14,5 +14,5 @@ def attend(
     q: Float[Array, "B T N H"], k: Float[Array, "B S G H"], v: Float[Array, "B S G H"], mask: Mask
 ) -> Float[Array, "B T N H"]:
     """Computes scaled dot-product attention under a bidirectional mask (see ``backends.attend``)."""
-    length = mask.length.astype(jnp.int32)  # the only type that JAX takes here; 64-bit mode makes int64
+    length = mask.length.astype(jnp.int32)  # JAX accepts only int32 lengths here; with x64 they are int64
     return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=length, implementation="cudnn")

@@ -1,7 +1,7 @@
-"""The attention mask as one value, which every backend asks for the form that it needs.
+"""Defines the attention mask, from which every backend gets the form that it needs.
 
-A row has one active block and sees all of its canvas before its end, so the mask is only a number of visible keys; none
-but the reference backend makes a dense matrix of it.
+Every query of a row sees all visible positions of its canvas, so the mask is just the number of visible keys. Only the
+reference backend makes a dense matrix of it.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from jax import Array
 from jaxtyping import Bool, Int
 
 MaskKind = Literal["bidirectional", "causal"]
-"""``bidirectional``: every query sees all visible keys of its row. ``causal``: it does not see those after itself, as an
-autoregressive checkpoint was trained; queries and keys are then the same positions."""
+"""``bidirectional``: every query sees all visible keys of its row. ``causal``: a query does not see keys after its own
+position, as in the training of an autoregressive checkpoint; queries and keys are then the same positions."""
 
 
 @jax.tree_util.register_dataclass

@@ -1,4 +1,4 @@
-"""The oracle of all attention backends: a plain softmax over a dense matrix of scores, in float32 or wider."""
+"""Computes attention as a plain softmax over a dense matrix of scores in float32 or wider; other backends are tested by it."""
 
 from __future__ import annotations
 

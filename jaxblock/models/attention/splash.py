@@ -1,4 +1,4 @@
-"""Splash attention: JAX's Pallas kernel for TPUs, which never holds the scores of a whole row.
+"""Computes attention with Splash, JAX's Pallas kernel for TPUs, which never holds all scores of a row.
 
 It compiles for a TPU only; ``interpret`` runs the same kernel step by step anywhere, for tests.
 """
@@ -18,7 +18,7 @@ from jaxblock.models.attention.mask import Mask
 from jaxblock.parallel.collectives import per_device
 
 LANES = 128
-"""The width of the kernel's tiles: lengths and the width of heads are padded to multiples of it."""
+"""The width of the kernel's tiles; sequence lengths and head sizes are padded to multiples of it."""
 
 _LONGEST_TILE = 512
 

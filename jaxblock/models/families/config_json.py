@@ -1,4 +1,4 @@
-"""Reading and writing config.json: what the readers and writers of all families need."""
+"""Helps to read and write config.json: the parts that the readers and writers of all families share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jaxblock.models.architecture import Architecture, RopeScaling
 
 
 class Fields:
-    """A parsed config.json whose errors name the file and the field."""
+    """Reads the fields of a parsed config.json, with errors that name the file and the field."""
 
     def __init__(self, config: Mapping[str, Any], where: str, family: str) -> None:
         """Wraps a parsed config.json.
@@ -72,7 +72,7 @@ class Fields:
             head_dim: the width of a head where the file names it; None where it is d_model / n_heads.
 
         Raises:
-            UserError: the heads do not divide, or are of an odd size, which cannot be rotated.
+            UserError: the numbers of heads or the widths do not divide, or a head's size is odd, so that it cannot be rotated.
         """
         if n_heads % n_kv_heads:
             raise self.error(f"{n_heads} query heads are no multiple of {n_kv_heads} key and value heads")
@@ -84,7 +84,7 @@ class Fields:
             )
 
     def check_fixed(self, fixed: Mapping[str, tuple[Any, ...]]) -> None:
-        """Checks fields of which the network supports some values only.
+        """Checks the fields for which only some values are supported.
 
         Args:
             fixed: the supported values of each field; an absent field means one of them.
@@ -101,7 +101,7 @@ class Fields:
         return UserError(f"{self._where}: {what}")
 
     def token(self, name: str, vocab_size: int, default: int | None = None) -> int | None:
-        """Returns a field that names a special token; of a list, the first.
+        """Returns the special token that a field names; the first one if it names several.
 
         Raises:
             UserError: the field is no token's id, or one outside the vocabulary.
@@ -110,7 +110,7 @@ class Fields:
         return ids[0] if ids else default
 
     def need_token(self, name: str, vocab_size: int) -> int:
-        """Returns a field that must name a special token; of a list, the first.
+        """Returns the special token that a field must name; the first one if it names several.
 
         Raises:
             UserError: the field is absent, no token's id, or one outside the vocabulary.
@@ -174,7 +174,7 @@ class Fields:
 
 
 def add_rope_and_dtype(config: dict[str, Any], arch: Architecture, dtype: str) -> dict[str, Any]:
-    """Adds the rotary frequencies and the tensors' type to a config, in the spelling it has (transformers 4 or 5)."""
+    """Adds rotary frequencies and the tensors' type to a config, under the names of the transformers version (4 or 5) it is from."""
     nested = config.get("rope_parameters")
     if isinstance(nested, dict) and "rope_theta" in nested:
         config["rope_parameters"] = {**nested, "rope_theta": arch.rope_theta}

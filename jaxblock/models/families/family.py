@@ -1,4 +1,4 @@
-"""The record that describes a family of checkpoints."""
+"""Defines the record that describes a family of checkpoints."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from jaxblock.settings import Alignment
 
 @dataclass(frozen=True)
 class Family:
-    """What distinguishes a family of checkpoints from the others: its traits, its config.json and its tensors' names.
+    """Describes what distinguishes a family of checkpoints: its traits, its config.json and the names of its tensors.
 
     Attributes:
         name: the family's name, as ``Architecture.family`` and ``model.family`` have it.
         model_types: the values of ``model_type`` in config.json that mean this family.
         names: the checkpoint's module name for each of our tensors (see ``gated.gated_table``).
-        from_hf: reads a parsed config.json; takes it, its path for messages, and the family.
+        from_hf: reads a config.json; takes the parsed file, its path for messages, and the family.
         to_hf: makes a config.json; takes the architecture, the tensors' type as torch spells it, and the family.
-        qkv_bias: queries, keys and values have biases.
-        qk_norm: queries and keys are normalised by head before they are rotated.
-        alignment: the logit alignment that all networks of a family of diffusion models share. None for an
-            autoregressive family, whose networks get either alignment with their mask token (``registry.with_mask``).
-        new_config: fields of config.json that a network gets which was not read from one.
-        code: the hub repository with the family's model code, where transformers has none of its own.
+        qkv_bias: whether queries, keys and values have biases.
+        qk_norm: whether queries and keys are normalised per head before they are rotated.
+        alignment: the logit alignment of all networks of a family of diffusion models. None for an autoregressive family,
+            whose networks get one together with their mask token (``registry.with_mask``).
+        new_config: fields for the config.json of a network that was not loaded from a checkpoint.
+        code: the hub repository with the family's model code; None where transformers includes it.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""The table of parameters of a gated transformer, which all families share under names of their own."""
+"""Makes the table of parameters of a gated transformer, which all families share; only the tensor names differ."""
 
 from __future__ import annotations
 

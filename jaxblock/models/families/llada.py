@@ -1,4 +1,4 @@
-"""LLaDA: a Llama block without the causal mask, under a config.json and names of tensors of its own.
+"""Describes LLaDA: a Llama block without the causal mask, with its own config.json and its own tensor names.
 
 RMSNorm, rotary positions (half-split), SwiGLU, no biases; keys and values may be grouped, embeddings may be tied.
 Names follow the published checkpoints (GSAI-ML/LLaDA-8B-*).
@@ -14,7 +14,7 @@ from jaxblock.models.architecture import Architecture
 from jaxblock.models.families.config_json import Fields, add_rope_and_dtype
 from jaxblock.models.families.family import Family
 
-# What the network computes in one way only: a checkpoint that asks for another would load and be wrong.
+# Fields of which only these values are supported. A checkpoint with another value would load and give wrong results.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "block_type": ("llama",),
     "activation_type": ("silu", "swiglu"),
@@ -60,7 +60,7 @@ def read_llada_config(config: Mapping[str, Any], where: str, family: Family) -> 
         The architecture; every special id comes from the file.
 
     Raises:
-        UserError: a field is missing, or asks for something that the network does not compute.
+        UserError: a field is missing, or has a value that the network does not support.
     """
     fields = Fields(config, where, "LLaDA")
     fields.check_fixed(_FIXED)

@@ -1,7 +1,7 @@
-"""Llama's layout of config.json and of a checkpoint's tensors, and the families that share it.
+"""Reads and writes config.json in Llama's layout, and describes the families that share it and the tensor names.
 
-A family of this layout is one record at the end of this file. The autoregressive ones are read as bidirectional networks:
-they are the usual start of a new diffusion model.
+A family of this layout is one record at the end of this file. Autoregressive checkpoints are read as bidirectional
+networks, since they are the usual start of a new diffusion model.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from jaxblock.models.families.config_json import Fields, add_rope_and_dtype
 from jaxblock.models.families.family import Family
 
 ALIGNMENT = "logit_alignment"
-"""The field of config.json, our own, that says the alignment of an autoregressive start that we trained; transformers
-keeps fields that it does not know."""
+"""Our own field of config.json; it records the logit alignment of a diffusion model that was trained from an autoregressive
+checkpoint. transformers keeps fields that it does not know."""
 
 _LAYER = "model.layers.{layer}."
 NAMES: dict[str, str] = {
@@ -37,7 +37,7 @@ NAMES: dict[str, str] = {
 }
 """The module names of Llama's layout in transformers."""
 
-# What the network computes in one way only: a checkpoint that asks for another would load and be wrong.
+# Fields of which only these values are supported. A checkpoint with another value would load and give wrong results.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "mlp_bias": (False,),
@@ -59,7 +59,7 @@ def read_llama_config(config: Mapping[str, Any], where: str, family: Family) -> 
         The architecture; every special id comes from the file.
 
     Raises:
-        UserError: a field is missing, or asks for something that the network does not compute.
+        UserError: a field is missing, or has a value that the network does not support.
     """
     fields = Fields(config, where, family.name)
     fields.check_fixed({**_FIXED, "attention_bias": (family.qkv_bias,)})
@@ -108,8 +108,8 @@ def make_llama_config(arch: Architecture, dtype: str, family: Family) -> dict[st
     Args:
         arch: the architecture; fields of the file that it was read from and that we do not use are written back.
         dtype: the tensors' type, as torch spells it.
-        family: the architecture's family. For an autoregressive one the file also says the mask token and the logit
-            alignment of the diffusion model that we made of it.
+        family: the architecture's family. If it is autoregressive, the file also records the mask token and the logit
+            alignment of the diffusion model that was trained from it.
 
     Returns:
         The dict to write.
@@ -146,7 +146,7 @@ def make_llama_config(arch: Architecture, dtype: str, family: Family) -> dict[st
 
 
 def _llama_like(name: str, new_config: Mapping[str, Any], model_type: str | None = None, **rest: Any) -> Family:
-    """Makes the record of a family whose config.json and tensors are laid out as Llama's."""
+    """Makes the record of a family whose config.json and tensors have Llama's layout."""
     return Family(
         name=name,
         model_types=(model_type or name,),
@@ -158,18 +158,18 @@ def _llama_like(name: str, new_config: Mapping[str, Any], model_type: str | None
     )
 
 
-# RMSNorm, grouped keys and values, SwiGLU, no biases. SmolLM2, TinyLlama and others are of this family too.
+# RMSNorm, grouped keys and values, SwiGLU, no biases. SmolLM2, TinyLlama and others belong to this family.
 LLAMA = _llama_like("llama", {"architectures": ["LlamaForCausalLM"]})
 
 # Qwen2 and Qwen2.5.
 QWEN2 = _llama_like("qwen2", {"architectures": ["Qwen2ForCausalLM"]}, qkv_bias=True)
 
-# transformers takes heads of 128 where config.json names no other size, so that it is always written.
+# head_dim is always written, because transformers assumes 128 where config.json has none.
 QWEN3 = _llama_like("qwen3", {"architectures": ["Qwen3ForCausalLM"], "head_dim": 128}, qk_norm=True)
 
 _DREAM_CODE = "Dream-org/Dream-v0-Instruct-7B"
 
-# Qwen2.5's body without the causal mask, its logits shifted by one. DiffuCoder and Dream-Coder are of this family too.
+# Qwen2.5's network without the causal mask, with logits shifted by one. DiffuCoder and Dream-Coder belong to this family.
 DREAM = _llama_like(
     "dream",
     {

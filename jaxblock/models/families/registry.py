@@ -1,4 +1,4 @@
-"""The table of all families, and what is looked up in it."""
+"""Lists all families, and looks up what depends on the family."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jaxblock.models.spec import Table
 from jaxblock.settings import Alignment
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (LLADA, DREAM, LLAMA, QWEN2, QWEN3)}
-"""Every family that we can read and write, by its name."""
+"""Every supported family, by its name."""
 
 
 def traits(family: str, alignment: Alignment | None = None) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def traits(family: str, alignment: Alignment | None = None) -> dict[str, Any]:
         alignment: the logit alignment to give a network of an autoregressive family; None for ``shifted``.
 
     Raises:
-        UserError: another alignment was asked for than the one of a diffusion family.
+        UserError: the family is a diffusion family, and ``alignment`` is not its own.
     """
     record = FAMILIES[family]
     if record.alignment is not None and alignment not in (None, record.alignment):
@@ -40,16 +40,15 @@ def traits(family: str, alignment: Alignment | None = None) -> dict[str, Any]:
 
 
 _ROWS = 64
-"""A vocabulary that takes a new token grows to a multiple of this, a size that divides over devices."""
+"""A vocabulary that gets a new token grows to a multiple of this, so that it can be split over devices."""
 
 
 def with_mask(arch: Architecture, mask_id: int, alignment: Alignment | None = None) -> Architecture:
-    """Gives an autoregressive network the mask token that makes a diffusion network of it.
+    """Gives an autoregressive network a mask token, which makes it a diffusion network.
 
     Args:
         arch: an architecture of any family; one that has a mask token keeps it.
-        mask_id: a token that its text never uses, or one just after the vocabulary, which then grows to a multiple of 64
-            rows.
+        mask_id: a token that no text uses, or a new one after the vocabulary, which then grows to a multiple of 64 rows.
         alignment: which hidden state predicts a token; None keeps the architecture's.
 
     Returns:
@@ -76,16 +75,16 @@ def with_mask(arch: Architecture, mask_id: int, alignment: Alignment | None = No
 
 
 def architecture_from_config(model: ModelConfig, *, vocab_size: int, mask_id: int, eos_id: int) -> Architecture:
-    """Returns the architecture of a start from random weights, over a tokenizer's vocabulary.
+    """Returns the architecture of a new network with random weights, for a tokenizer's vocabulary.
 
     Args:
-        model: the ``model`` section, which has the sizes.
-        vocab_size: how many ids the tokenizer has.
+        model: the ``model`` section, which holds the sizes.
+        vocab_size: the number of the tokenizer's ids.
         mask_id: the tokenizer's mask token.
         eos_id: the tokenizer's end of sequence.
 
     Raises:
-        UserError: ``model.alignment`` is not the family's.
+        UserError: ``model.alignment`` contradicts that of a diffusion family.
     """
     return Architecture(
         **traits(model.family, model.alignment),
@@ -109,14 +108,14 @@ def architecture_from_config(model: ModelConfig, *, vocab_size: int, mask_id: in
 
 
 def unused_sizes(model: ModelConfig, arch: Architecture) -> list[str]:
-    """Lists the sizes that a config asks for and that the network of its ``model.init_from`` does not have.
+    """Lists the sizes in a config that differ from those of the network that ``model.init_from`` names.
 
     Args:
-        model: the ``model`` section; sizes that have their default are not looked at.
+        model: the ``model`` section; sizes with their default value are ignored.
         arch: the architecture of the checkpoint that the run starts from.
 
     Returns:
-        Texts such as "model.d_model is 64 (the checkpoint's is 4096)"; none where the config asks for no other network.
+        One text per size, such as "model.d_model is 64 (the checkpoint's is 4096)".
     """
     default = ModelConfig()
     sizes = {name: value for name, value in vars(arch).items() if name in vars(model) and name != "alignment"}
@@ -148,6 +147,6 @@ def from_hf(config: Mapping[str, Any], where: str) -> Architecture:
 
 
 def to_hf(arch: Architecture, dtype: str) -> dict[str, Any]:
-    """Makes the config.json of an architecture, for tensors of a type as torch spells it."""
+    """Makes the config.json of an architecture; ``dtype`` is the type of the tensors, as torch spells it."""
     family = FAMILIES[arch.family]
     return family.to_hf(arch, dtype, family)

@@ -1,4 +1,4 @@
-"""One ``dense``: the matmul of every projection, with its bias, its int8 scale and its low-rank branch."""
+"""Computes every projection of the network: a matmul with optional bias, int8 scale and low-rank branch."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def dense(
     lora: LowRank | None = None,
     split: Split | None = None,
 ) -> Float[Array, "*rows O"]:
-    """Multiplies ``x @ w`` in x's type and adds what else the projection has (see ``fsdp.matmul``).
+    """Multiplies ``x @ w`` in x's type (see ``fsdp.matmul``), and applies scale, bias and low-rank branch where given.
 
     Args:
         x: the inputs.
-        w: the matrix; int8 where ``scale`` is given, and then frozen: it has no gradient.
+        w: the matrix. Where ``scale`` is given it is int8 and frozen: it has no gradient.
         scale: what each column of an int8 matrix is multiplied by.
         bias: the vector that is added to every row.
         lora: the low-rank branch: ``dropout(x) @ a @ b * scale`` is added. ``w + a @ b`` is never formed.
-        split: how the matrix is split over the devices, and its adapters with it; None takes the plain product.
+        split: how the matrix and its adapters are split over the devices; None uses the plain product.
 
     Returns:
         The outputs, in x's type.
@@ -44,7 +44,7 @@ def dense(
 
 
 def _int8_matmul(x: Array, w: Array, scale: Array, split: Split | None) -> Array:
-    """Multiplies by whole numbers and scales the sums by column, so that the matrix stays int8 in memory."""
+    """Multiplies by an int8 matrix and then scales each column of the result, so that the matrix stays int8 in memory."""
     return (matmul_frozen(x, w, at_least_float32(x.dtype), split) * scale).astype(x.dtype)
 
 
@@ -52,7 +52,7 @@ def _low_rank(x: Array, lora: LowRank, split: Split | None) -> Array:
     """Computes the output of a low-rank branch, with dropout on its input."""
     if lora.keys is not None and lora.dropout > 0:
         keep = 1.0 - lora.dropout
-        # Keys are per row: a row's draws depend neither on the other rows nor on how the batch is split over devices.
+        # With a key per row, a row's dropout depends neither on other rows nor on how the batch is split over devices.
         kept = jax.vmap(lambda key: jax.random.bernoulli(key, keep, x.shape[1:]))(lora.keys)
         x = jnp.where(kept, x / keep, 0).astype(x.dtype)
     split_a = None if split is None else Split(("adapter", None), (split.used[0], None))

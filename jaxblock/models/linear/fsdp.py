@@ -1,10 +1,10 @@
-"""Matrix products whose weight is split over devices: what is gathered, and where the gradient is summed, is stated here.
+"""Multiplies by matrices that are split over devices, and states how they are gathered and where gradients are summed.
 
-XLA decides both by itself in the plain product (``plain_matmul``), and sends more: it gathers a weight in the wider of its
-types or twice in a backward pass, and sums gradients by all-reduces. ``matmul`` is the same product with the exchanges
-stated: the weight is gathered in the narrower of its type and that of the product, and its gradient is summed by
-reduce-scatters to the split that the weight is stored in. The plain product is the oracle of the other: ``split=None``
-(``Transformer.products = "plain"``) switches to it, and a test compares the two.
+In a plain product (``plain_matmul``) XLA decides both, and sends more than it must: it gathers a weight in the wider of its
+types, or twice in a backward pass, and sums gradients by all-reduces. ``matmul`` computes the same product, but gathers the
+weight in the narrower of its own type and the product's, and sums its gradient by reduce-scatters into the split in which
+the weight is stored. ``split=None`` (``Transformer.products = "plain"``) selects the plain product, and a test compares the
+two.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from jaxblock.parallel import collectives
 from jaxblock.parallel.rules import constrain
 
 Products = Literal["fsdp", "plain"]
-"""Which products a network takes: those with stated exchanges, or the plain ones that are their oracle."""
+"""Which products a network uses: those with stated exchanges (``fsdp``), or plain ones, with which tests compare them."""
 
 
 class Split(NamedTuple):
-    """The logical names of a matrix's two dimensions, which ``parallel.rules`` maps to axes of the mesh.
+    """Holds the logical names of a matrix's two dimensions, which ``parallel.rules`` maps to axes of the mesh.
 
     Attributes:
-        stored: the names under which the matrix is stored, and its gradient with it.
-        used: the names under which it is multiplied; before that it is gathered over ``fsdp``.
+        stored: the names of the dimensions when the matrix and its gradient are stored.
+        used: the names of the dimensions when the matrix is multiplied, after it has been gathered over ``fsdp``.
     """
 
     stored: tuple[str | None, str | None]
@@ -45,11 +45,11 @@ class Split(NamedTuple):
 
 
 class GatheredWeight(NamedTuple):
-    """A matrix that has been gathered for several products.
+    """Holds a matrix that has been gathered for several products.
 
     Attributes:
-        gradient_to: receives the gradient of all these products; its values are never read.
-        whole: the matrix [I, O], gathered over ``fsdp``, in the type that it is multiplied in.
+        gradient_to: an array that receives the gradient of all these products; its values are not used.
+        whole: the matrix [I, O], gathered over ``fsdp``, in the type of the products.
     """
 
     gradient_to: Array
@@ -64,14 +64,14 @@ def plain_matmul(x: Float[Array, "*rows I"], w: Shaped[Array, "I O"], out: DType
 def matmul(x: Float[Array, "*rows I"], w: Float[Array, "I O"], out: DTypeLike, split: Split | None) -> Array:
     """Multiplies ``x @ w`` in x's type; the gradient of w has w's own type and split.
 
-    A gradient in bfloat16 is the sum of each device's part, rounded to bfloat16 before it is sent: half the bytes of
-    float32. Differentiated in reverse only.
+    For a bfloat16 weight, each device rounds its part of the gradient to bfloat16 before it is sent, which takes half the
+    bytes of float32. Only reverse-mode differentiation works.
 
     Args:
         x: the inputs. For gradients under a mesh that splits rows, its first axis is the batch, and divides by the split.
         w: the matrix, as it is stored.
         out: the type of the result.
-        split: how the matrix is split over the devices; None takes the plain product.
+        split: how the matrix is split over the devices; None uses the plain product.
 
     Returns:
         The products [*rows, O].
@@ -89,7 +89,10 @@ def matmul_frozen(x: Float[Array, "*rows I"], w: Shaped[Array, "I O"], out: DTyp
 
 
 def gather_weight(w: Float[Array, "I O"], dtype: DTypeLike, split: Split | None) -> GatheredWeight:
-    """Gathers a matrix for several products; the parts of its gradient are added up where they are, and summed once."""
+    """Gathers a matrix for several products.
+
+    Each device adds up its own parts of the gradient, and these sums are then added across devices once.
+    """
     if split is None:
         return GatheredWeight(w, w.astype(dtype))
     # The compiler would otherwise spread the gathered layout to the copy of w that is kept.
@@ -98,21 +101,21 @@ def gather_weight(w: Float[Array, "I O"], dtype: DTypeLike, split: Split | None)
 
 
 def matmul_gathered(x: Float[Array, "*rows I"], w: GatheredWeight, out: DTypeLike, split: Split | None) -> Array:
-    """Multiplies x by a matrix that has been gathered already; otherwise as ``matmul``."""
+    """Multiplies ``x @ w`` as ``matmul`` does, for a matrix that has been gathered already."""
     if split is None:
         return plain_matmul(x, w.gradient_to, out)
     return _multiply(x, w.gradient_to, w.whole, _Product(out, w.gradient_to.dtype, split, gathered=True))
 
 
 def _gather(part: Array, dtype: DTypeLike, split: Split) -> Array:
-    """Returns the whole matrix in type ``dtype``; the narrower of this and its own type is what devices send."""
+    """Returns the whole matrix in type ``dtype``; devices send the narrower of this and its own type."""
     if jnp.dtype(dtype).itemsize < part.dtype.itemsize:
         part = part.astype(dtype)
     return collectives.gather(part, *split.used).astype(dtype)
 
 
 def _gradient_target(w: Array, split: Split) -> Array:
-    """Returns what the gradient of w is given to: w itself, or the stack of its partial sums where rows are split."""
+    """Returns the array that receives the gradient of w: w itself or, where rows are split, a stack of partial sums."""
     return _stack_of_partial_sums(w, split) if collectives.splits_rows() else w
 
 
@@ -120,8 +123,8 @@ def _gradient_target(w: Array, split: Split) -> Array:
 def _stack_of_partial_sums(w: Array, split: Split) -> Array:
     """Returns an array in the shape of the gradient's partial sums, one for each group of rows.
 
-    As a function of w of its own, it makes the sum over devices happen once for all products that use w, and outside of
-    any ``vmap``.
+    Autodiff adds up the gradients of all products with respect to this array first, on each device. It then calls this
+    function's own backward pass, which sums over devices, so that this happens only once and outside of any ``vmap``.
     """
     return collectives.shaped_like_partial_sums(w)
 
@@ -133,15 +136,15 @@ _stack_of_partial_sums.defvjp(
 
 
 class _Product(NamedTuple):
-    """What is static about a product.
+    """Holds the static arguments of a product.
 
     Attributes:
         out: the type of the result.
         gradient: the type of the matrix's gradient; None where the matrix is frozen.
         split: how the matrix is split over the devices.
-        gathered: whether the matrix has been gathered already. A matrix that has not must be an argument of the layer
-            itself: a scan over layers keeps its arguments for the backward pass where they are, and would stack copies
-            of anything that is made of them.
+        gathered: whether the matrix has been gathered already. One that has not must be an argument of the layer itself,
+            not computed from one: for the backward pass, a scan over layers keeps its arguments without copying them,
+            but stacks copies of computed arrays.
     """
 
     out: DTypeLike
@@ -161,9 +164,8 @@ def _multiply(x: Array, gradient_to: Array | None, w: Array, product: _Product) 
 
 
 def _forward(x: Array, gradient_to: Array | None, w: Array, product: _Product) -> tuple[Array, tuple[Array, Array]]:
-    # Not a call of _multiply: remat policies look for matmuls, and do not see one inside a function with a gradient of
-    # its own. Where the forward pass is computed again just before the backward one, XLA makes one of the two gathers,
-    # since both are stated alike.
+    # This does not call _multiply, because remat policies do not see a matmul inside a custom_vjp function. Where the
+    # forward pass is recomputed just before the backward pass, XLA merges their two gathers, which are identical.
     return plain_matmul(x, product.whole(w, x.dtype), product.out), (x, w)
 
 
@@ -174,10 +176,10 @@ def _backward(product: _Product, saved: tuple[Array, Array], grad: Array) -> tup
     kept = product.gradient
     if kept is None:
         return dx, None, None
-    wide = jnp.promote_types(x.dtype, kept)  # float32 weights get the sum as it was accumulated, not rounded
+    wide = jnp.promote_types(x.dtype, kept)  # float32 weights get the unrounded float32 sum
 
-    # JAX's own gradient of w is (grad^T x)^T. XLA's CPU backend then writes grad transposed from inside the loop that
-    # computes it, which took a quarter of a train step (half of one with scanned layers); x^T grad needs none of that.
+    # JAX's own gradient of w is (grad^T x)^T. XLA's CPU backend then writes the transposed grad inside the loop that
+    # computes it, which took a quarter of a train step (half with scanned layers). x^T grad needs no transposed copy.
     def over_rows(x: Array, grad: Array) -> Array:
         rows = tuple(range(x.ndim - 1))
         numbers = ((rows, rows), ((), ()))

@@ -1,6 +1,6 @@
-"""The int8 form of a frozen base: each layer's matrices as whole numbers with one scale for each column.
+"""Stores a frozen base in int8: each layer's matrices become whole numbers with one scale per column.
 
-It takes half of bfloat16's memory and is for frozen weights under LoRA only. Embedding, head, norms and biases keep their
+This takes half of bfloat16's memory and is only for frozen weights under LoRA. Embedding, head, norms and biases keep their
 type.
 """
 
@@ -21,7 +21,7 @@ SCALE = "_scale"
 
 
 def quantised(spec: ParamSpec) -> bool:
-    """Says whether a parameter is kept in int8: the matrices of the layers are."""
+    """Says whether a parameter is stored in int8, as the layers' matrices are."""
     return spec.stacked and spec.is_matrix
 
 
@@ -42,7 +42,7 @@ def quantise(w: Float[Array, "*layers I O"]) -> tuple[Int8[Array, "*layers I O"]
     """Rounds each column to 255 levels, symmetric about 0.
 
     Args:
-        w: the matrices; their memory is given up.
+        w: the matrices; their memory is donated.
 
     Returns:
         The whole numbers and the scales; ``numbers * scales`` is within half a scale of w.

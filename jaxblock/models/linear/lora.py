@@ -1,4 +1,4 @@
-"""LoRA: low-rank adapters as a second tree beside a frozen base, under ``params["lora"]``.
+"""Implements LoRA: low-rank adapters are a second tree beside a frozen base, under ``params["lora"]``.
 
 For each target ``blocks/q`` the adapters are ``blocks/q/a`` [L, in, R] and ``blocks/q/b`` [L, R, out]; the network adds
 ``x @ a @ b * alpha / rank``. The base's tree and its names do not change.
@@ -27,7 +27,7 @@ KEY = "lora"
 
 @dataclass(frozen=True)
 class Lora:
-    """Says which matrices are adapted, and how. Static.
+    """Says which matrices are adapted, and how. Hashable, so that it can be a static argument.
 
     Attributes:
         rank: the rank R of the adapters.
@@ -48,13 +48,13 @@ class Lora:
 
 
 class LowRank(NamedTuple):
-    """The LoRA branch of one matrix.
+    """Holds the LoRA branch of one matrix.
 
     Attributes:
-        a: the matrix [I, R] that takes an input to the rank, float32.
-        b: the matrix [R, O] that takes it from there to the output, float32.
-        scale: what the branch is multiplied by: alpha / rank.
-        dropout: the chance that an input of the branch is dropped; applied where there are keys.
+        a: the float32 matrix [I, R] from the input to the rank.
+        b: the float32 matrix [R, O] from the rank to the output.
+        scale: the factor alpha / rank of the branch's output.
+        dropout: the chance that an input of the branch is dropped; used only where there are keys.
         keys: one random key for each row of the batch; None for no dropout.
     """
 
@@ -66,7 +66,7 @@ class LowRank(NamedTuple):
 
 
 def lora_from_config(config: LoraConfig, table: Table) -> Lora | None:
-    """Returns what the ``lora`` section adapts of a network; None where its rank is 0.
+    """Returns the adapters that the ``lora`` section describes; None where its rank is 0.
 
     Args:
         config: the ``lora`` section.
@@ -81,10 +81,10 @@ def lora_from_config(config: LoraConfig, table: Table) -> Lora | None:
 
 
 def resolve(table: Table, names: Sequence[str], unmatched: Unmatched = "error") -> tuple[str, ...]:
-    """Finds the matrices that the names of targets mean.
+    """Finds the matrices that target names refer to.
 
-    A name is ours, the same for every family (``q``, ``k``, ``v``, ``o``, ``gate``, ``up``, ``down``, or ``all`` of
-    them), or the checkpoint's own module name (``q_proj``, ``attn_out``), as PEFT matches it: by the last component.
+    A name is one of ours, which are the same for every family (``q``, ``k``, ``v``, ``o``, ``gate``, ``up``, ``down``, or
+    ``all``), or the last component of the checkpoint's module name (``q_proj``, ``attn_out``), as PEFT matches it.
 
     Args:
         table: the specs of the family's parameters.
@@ -95,7 +95,7 @@ def resolve(table: Table, names: Sequence[str], unmatched: Unmatched = "error") 
         The paths of the matrices, in the table's order, each once.
 
     Raises:
-        UserError: a name matches nothing (under ``error``), or none does.
+        UserError: a name matches no matrix and ``unmatched`` is ``error``, or no name matches a matrix.
     """
     matrices = {path: spec for path, spec in table.items() if spec.stacked and spec.is_matrix}
     found: set[str] = set()
@@ -121,8 +121,8 @@ def _module(spec: ParamSpec) -> str:
 def adapter_table(base: Table, lora: Lora) -> Table:
     """Returns the specs of the adapters.
 
-    ``a`` begins with PEFT's variance (uniform within 1/sqrt(in) there, a cut normal here), ``b`` with zeros, so that the
-    adapted network begins as the base.
+    ``a`` starts with PEFT's variance (uniform within 1/sqrt(in) there, a truncated normal here), ``b`` with zeros, so that
+    the adapted network starts equal to the base.
 
     Args:
         base: the specs of the family's parameters.
@@ -155,8 +155,8 @@ def layer_branches(
         lora: what is adapted.
         adapters: the layer's adapters: ``{"q": {"a": ..., "b": ...}}``.
         layer: the layer's index.
-        row_keys: one random key for each row; None for no dropout. Every branch folds the layer and its own place into
-            them, so that each draws for itself.
+        row_keys: one random key for each row; None for no dropout. The layer and the place in
+            ``targets`` are folded into the keys of a branch, so that branches draw independently.
     """
     branches = {}
     for place, path in enumerate(lora.targets):
@@ -169,7 +169,7 @@ def layer_branches(
 
 
 def attach(base: Params, adapters: Params) -> Params:
-    """Returns the parameters that the network takes: adapters beside their base; without a base, ``adapters`` as they are."""
+    """Returns the network's parameters: the base with the adapters beside it; for an empty base, ``adapters`` as they are."""
     return {**base, KEY: adapters} if base else adapters
 
 
@@ -196,7 +196,7 @@ def _add(w: Array, a: Array, b: Array, scale: float) -> Array:
     def layer(w: Array, a: Array, b: Array) -> Array:
         return (w.astype(at_least_float32(w.dtype)) + jnp.matmul(a, b, precision="highest") * scale).astype(w.dtype)
 
-    return jax.lax.map(lambda wab: layer(*wab), (w, a, b))  # one layer at a time: float32 copies stay small
+    return jax.lax.map(lambda wab: layer(*wab), (w, a, b))  # one layer at a time, so that float32 copies are small
 
 
 _merged = jax.jit(_add, static_argnums=3)
