@@ -22,13 +22,12 @@ from jaxtyping import Float, Int
 from jaxblock.models.architecture import Architecture
 from jaxblock.models.attention.mask import Mask, MaskKind
 from jaxblock.models.config import Backend, Quantize, Remat
-from jaxblock.models.embedding import look_up
 from jaxblock.models.families import registry
 from jaxblock.models.layers import Block, param_name, pick, rms_norm
 from jaxblock.models.linear import int8, lora
 from jaxblock.models.linear.fsdp import GatheredWeight, Products, Split, gather_weight, matmul_gathered
 from jaxblock.models.linear.lora import Lora
-from jaxblock.models.numerics import at_least_float32
+from jaxblock.models.numerics import at_least_float32, look_up
 from jaxblock.models.rotary import compute_rotation
 from jaxblock.models.spec import Table
 from jaxblock.parallel.rules import constrain

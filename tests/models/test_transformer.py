@@ -14,9 +14,9 @@ from flax import nnx
 from jax.flatten_util import ravel_pytree
 
 from jaxblock.models.architecture import Architecture
-from jaxblock.models.embedding import look_up
 from jaxblock.models.families import registry
 from jaxblock.models.layers import Block, param_name
+from jaxblock.models.numerics import look_up
 from jaxblock.models.spec import abstract_params, count_params, flatten, init_params, matmul_flops_per_token
 from jaxblock.models.transformer import Transformer
 from jaxblock.types import View
