@@ -81,7 +81,7 @@ class Section:
     on_resume: ClassVar[OnResume]
 
     def __init_subclass__(cls, name: str, on_resume: OnResume = "must_match") -> None:
-        """Names the section, and sets whether a resumed run may change a field that does not declare it itself."""
+        """Records the section's name, and whether a resumed run may change those fields that do not declare it themselves."""
         cls.section_name, cls.on_resume = name, on_resume
 
     def check(self) -> None:

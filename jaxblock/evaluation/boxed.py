@@ -1,4 +1,4 @@
-r"""Extracts and normalises the answers of competition mathematics, which are given in the last ``\boxed{}``.
+r"""Extracts and normalises the answers of competition mathematics, which are in the last ``\boxed{}`` of a response.
 
 Two answers are the same when their normalised texts are equal. No algebra is done: ``x + 1`` and ``1 + x`` differ, so a
 grader that does algebra, such as Math-Verify, gives a higher score for the same responses.

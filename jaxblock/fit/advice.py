@@ -78,21 +78,23 @@ def changes(config: Config, ways: int, chips: int) -> Iterator[Change]:
         yield change("model", "the forward pass is computed twice: about a third more time", remat="full")
     if config.method.objective == "classical" and model.loss_chunk is None:
         chunk = _chunk(config.canvas.response_len)
-        yield change("model", "none to speak of: the head runs in parts", loss_chunk=chunk)
+        yield change("model", "almost nothing: the head runs in parts", loss_chunk=chunk)
     rows = train.batch_size // ways
     parts = next((n for n in (2, 4, 8, 16) if rows % (n * train.accumulate) == 0 and rows > n * train.accumulate), 0)
     if rows > train.accumulate:
         most = rows if not parts else train.accumulate * parts
-        yield change("train", "parts of the batch go one after the other; the update stays the same", accumulate=most)
+        yield change(
+            "train", "parts of the batch are processed one after the other; the update stays the same", accumulate=most
+        )
         if most < rows:
-            yield change("train", "rows go one after the other; the update stays the same", accumulate=rows)
+            yield change("train", "rows are processed one after the other; the update stays the same", accumulate=rows)
     yield from _smaller_state(config, change)
     if rows > 1:
-        yield change("train", "another run: half of the rows an update", batch_size=train.batch_size // 2)
+        yield change("train", "training changes: half as many rows per update", batch_size=train.batch_size // 2)
     if model.remat != "offload":
-        yield change("model", "layers' inputs travel to the host and back", remat="offload")
+        yield change("model", "layers' inputs are copied to the host and back", remat="offload")
     if not config.lora.rank and model.init_from is not None:
-        yield change("lora", "another method: adapters are trained, the weights are not", rank=64)
+        yield change("lora", "training changes: adapters are trained, the weights are not", rank=64)
 
 
 def _smaller_state(config: Config, change: Callable[..., Change]) -> Iterator[Change]:

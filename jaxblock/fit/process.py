@@ -54,7 +54,7 @@ def plan_in_process(
         result: dict[str, Any] = json.loads(out)
     except json.JSONDecodeError as error:
         raise UserError(
-            f"the compiler for {topology} ended with code {code} and no plan: {' | '.join(last[-5:]) or 'it said nothing'}"
+            f"the compiler for {topology} ended with code {code} and no plan: {' | '.join(last[-5:]) or 'it printed nothing'}"
         ) from error
     if "error" in result:
         raise UserError(result["error"])

@@ -25,7 +25,7 @@ def print_plan(console: Console, plan: dict[str, Any]) -> None:
     write_line(
         f"[bold]{plan['topology']}[/]: {plan['devices']} x {chip['name']}, mesh "
         + " x ".join(f"{name} {size}" for name, size in mesh.items() if size > 1 or name == "fsdp")
-        + f"; {plan['rows']} rows an update, {plan['rows_per_device']:g} a device",
+        + f"; {plan['rows']} rows per update, {plan['rows_per_device']:g} per device",
     )
     model = plan["model"]
     write_line(f"{model['family']}, {model['parameters']:,} parameters, from {model['source']}")
@@ -33,7 +33,7 @@ def print_plan(console: Console, plan: dict[str, Any]) -> None:
         write_line(f"note: {note}")
     if plan["estimate_from_host"]:
         write_line(
-            "ESTIMATE: no compiler for this platform is at hand; compiled for the host's CPU instead, whose temporaries and "
+            "ESTIMATE: there is no compiler for this platform here; compiled for the host's CPU instead, whose temporaries and "
             "collectives differ",
         )
     programs = [plan[name] for name in ("train", "decode") if name in plan]
@@ -88,7 +88,7 @@ def _print_verdict(console: Console, plan: dict[str, Any]) -> None:
             f"{_milliseconds(guess['compute'])}, memory {_milliseconds(guess['memory'])}, links "
             f"{_milliseconds(guess['links'])}"
             + (f", across slices {_milliseconds(guess['across'])}" if guess["across"] else "")
-            + f"); at most {guess['tokens_per_second']:,.0f} tokens/s, {guess['tokens_per_second_per_chip']:,.0f} a chip",
+            + f"); at most {guess['tokens_per_second']:,.0f} tokens/s, {guess['tokens_per_second_per_chip']:,.0f} per chip",
         )
     if plan["fits"]:
         console.print(f"[bold green]it fits[/]: {plan['train']['memory']['total'] / plan['limit']:.0%} of the memory")

@@ -42,7 +42,7 @@ def planned_architecture(config: Config, given: str | None) -> tuple[Architectur
 
     Args:
         config: the run's settings, checked.
-        given: a config.json, the folder of a checkpoint, or a run's folder; None for the checkpoint that the config starts from.
+        given: the path of a config.json, a checkpoint or a run; None for the checkpoint that the config starts from.
 
     Returns:
         (the architecture, the name of its source).

@@ -55,7 +55,7 @@ def _in_main(instruction: Instruction | None) -> bool:
 
 
 def _bytes_read(module: Module, inside: Computation, place: int) -> float:
-    """Returns the bytes that a fusion reads of an operand: those of its slices if the fusion only slices it, else infinity."""
+    """Returns the bytes that a fusion reads of an operand: those of the slices that it cuts, or infinity if it reads all of it."""
     parameter = next((i for i in inside.values() if i.opcode == "parameter" and i.rest.startswith(f"({place})")), None)
     return 0.0 if parameter is None else _bytes_read_of(module, inside, parameter)
 

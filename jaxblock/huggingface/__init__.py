@@ -1,1 +1,1 @@
-"""Reads and writes checkpoints and adapters in Hugging Face's layout; no other package knows safetensors or config.json."""
+"""Reads and writes checkpoints and adapters in Hugging Face's layout; no other package reads or writes safetensors."""

@@ -64,7 +64,7 @@ def load_checkpoint(
         folder: a local folder with config.json and safetensors (one file, or shards with an index).
         dtype: the type to cast to; None keeps each tensor's own.
         shardings: a nested dict of shardings (``parallel.rules.param_shardings``); None puts all parameters on one device.
-        arch: the architecture of the result; None takes the one that config.json describes. It may differ from that one in
+        arch: the architecture of the result; None for the one that config.json describes. It may differ from that one in
             special ids, in the logit alignment of an autoregressive checkpoint, and by a larger vocabulary (new rows of
             embedding and head are the mean of the file's rows).
         int8: whether the layers' matrices are quantised, each as soon as it is filled; ``shardings`` are then those of the

@@ -64,7 +64,7 @@ def is_downloaded(name: str) -> bool:
 
 
 def _hub_name(text: str) -> re.Match[str] | None:
-    """Parses a name on the hub; None for whatever is, or can only be, a path."""
+    """Parses a name on the hub; returns None for a text that is a path or can only be one."""
     return None if text.endswith(_FILES) or os.path.exists(text) else _NAME.fullmatch(text)
 
 

@@ -20,7 +20,7 @@ from jaxblock.io.files import write_bytes
 from jaxblock.io.paths import PathLike, as_path, explained, is_remote
 
 PERIOD = 60.0
-"""The longest time, in seconds, that a line waits before the next call of `append` writes a part."""
+"""The time, in seconds, after which `append` writes the waiting lines as a part."""
 MOST_LINES = 1000
 """The number of waiting lines at which a part is written, even before `PERIOD` has passed."""
 

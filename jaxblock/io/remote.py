@@ -16,7 +16,7 @@ from etils import epath
 from jaxblock.errors import UserError
 from jaxblock.io.paths import PathLike, as_path, explained, is_remote
 
-_CHUNK = 8 << 20  # bytes in memory while a file is copied
+_CHUNK = 8 << 20  # the number of bytes held in memory while a file is copied
 
 
 def local_file(path: PathLike) -> pathlib.Path:

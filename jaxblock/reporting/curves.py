@@ -1,4 +1,4 @@
-"""Draws one curve of a training run on given axes."""
+"""Draws the curves of a training run, each on axes that the caller passes."""
 
 from __future__ import annotations
 
@@ -53,7 +53,9 @@ def draw_nelbo(axes: Axes, run: Metrics, colour: str = COLOURS[0], label: str | 
     _label_axes(axes, "Held-out NELBO (± 1 standard error)", "nats per text token")
     rows = [row for row in run.evals if metrics.series([row], "nelbo_per_token", "mean")[0].size]
     steps, mean = metrics.series(rows, "nelbo_per_token", "mean")
-    error = np.array([metrics.series([row], "nelbo_per_token", "se")[1].sum() for row in rows])  # 0 where there is none
+    error = np.array(
+        [metrics.series([row], "nelbo_per_token", "se")[1].sum() for row in rows]
+    )  # 0 without a standard error
     _draw_estimates(axes, _Estimates(steps, mean, mean - error, mean + error), colour, label, "{:.3g}")
     if steps.size:
         _use_log_scale_if_wide(axes, np.concatenate([mean - error, mean]), mean[-1])

@@ -258,7 +258,7 @@ def _findings(
         ("the model is not fed the prompt as it is", lambda p, at: at < canvas.prompt_len and p.id != canvas.ids[at]),
         ("carries loss but its token is shown", lambda p, at: p.loss and not p.masked),
         ("carries loss but is hidden", lambda p, at: p.loss and not p.visible),
-        ("carries loss but lies in the prompt", lambda p, at: p.loss and at < canvas.prompt_len),
+        ("carries loss but is in the prompt", lambda p, at: p.loss and at < canvas.prompt_len),
         ("its target is not the record's token", lambda p, at: p.loss and p.target != canvas.ids[at]),
         ("is predicted from the wrong position", lambda p, at: p.loss and p.read_at != max(at - shift, 0)),
     ]

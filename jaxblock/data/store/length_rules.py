@@ -42,7 +42,7 @@ class LengthRules:
 
         Returns:
             (the records that fit, a report {"kept": n, "dropped": {reason: n}, "cut": {reason: n}} of how many records
-            were kept, left out and cut). Nothing is ever cut off a prompt.
+            were kept, dropped and cut). A prompt is never cut.
 
         Raises:
             UserError: If no record is left (unless `data.overlong` is `error`: then `check` raises).
@@ -50,7 +50,7 @@ class LengthRules:
         kept: list[Record] = []
         dropped: Counter[str] = Counter()
         cut: Counter[str] = Counter()
-        # Where no file gives validation records they are training records, and `data.max_total_len` holds for them too.
+        # Without a file of validation records, they are taken from the training records, whose limit then applies to them.
         ruled = split == "train" or split == "validation" and self._data.validation is None
         most_tokens = self._data.max_total_len if ruled else None
         most_records = self._data.max_records if split == "train" else None

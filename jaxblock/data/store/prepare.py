@@ -117,7 +117,7 @@ def _prepared_before(data: DataConfig, settings: dict[str, dict[str, Any]], fing
         if not data.overwrite:
             changed = "; ".join(changed_settings(there, settings))
             raise UserError(
-                f"data.prepared: {data.prepared} holds data prepared otherwise "
+                f"data.prepared: {data.prepared} holds data that were prepared with other settings or inputs "
                 f"({changed or 'the content of its input, tokenizer or template files'}). Set data.overwrite to replace "
                 "them, or another data.prepared"
             )

@@ -1,7 +1,7 @@
 """Generates the built-in corpus from a seed: multi-step arithmetic word problems in GSM8K's format.
 
 A problem is a *chain* (a starting number and the operations applied to it, in order) told as a short story. Whether a
-chain belongs to training or to the held-out split depends on the chain alone: not on the seed, the level, the wording or
+chain belongs to training or to the held-out split depends only on the chain, not on the seed, the level, the wording or
 the number of problems asked for. So a training set and a test set never share a chain, even if their seeds or levels differ.
 """
 

@@ -59,14 +59,14 @@ def examples_of(row: Row, config: DataConfig) -> list[Example]:
 
 
 def read_prompts(path: str, config: DataConfig) -> Iterator[tuple[str, str]]:
-    """Reads the prompts alone of a file of records, which need no response.
+    """Reads only the prompts of a file of records, which may lack responses.
 
     Args:
-        path: A file, as `files.read_rows` takes it.
-        config: Resolved settings (see `recipes.with_recipe`), for the name of the field.
+        path: A file, as `files.read_rows` accepts it.
+        config: Resolved settings (see `recipes.with_recipe`), which name the field of the prompt.
 
     Yields:
-        The place of each record, for error messages, and its prompt.
+        (the place of a record, for error messages; the record's prompt).
 
     Raises:
         UserError: If the file cannot be read, or a record is not an object or its prompt is missing, empty or not text.
@@ -105,7 +105,7 @@ def checked_text(value: Any, name: str, where: str) -> str:
         value.encode()
     except UnicodeEncodeError as error:
         raise UserError(
-            f"{where}: {name} holds half of a surrogate pair at character {error.start}, which is no text"
+            f"{where}: {name} holds half of a surrogate pair at character {error.start}, which is not valid text"
         ) from error
     return value
 

@@ -62,7 +62,7 @@ def read_rows(path: str, split: str) -> Iterator[Row]:
 
 
 def file_sha256(path: str) -> str | None:
-    """Returns the SHA-256 of a file's bytes; None for a data set, which has no file of its own."""
+    """Returns the SHA-256 of a file's bytes; None for a data set, which is not a single file."""
     return None if path.startswith(HUB) else sha256(path)
 
 

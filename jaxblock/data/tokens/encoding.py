@@ -24,7 +24,7 @@ class Encoder:
         """Keeps the parts; of the data settings only `prompt_template` and `system` are used."""
         self.tokenizer, self.template, self.special = tokenizer, template, special
         self._config = config
-        # An unused token that `data.mask_token` names may not be marked as special in the tokenizer's files.
+        # A token that the settings name need not be marked as special in the tokenizer's files, but is forbidden in texts too.
         named = {tokenizer.piece(i) for i in (special.mask, special.eos, special.eot) if i < tokenizer.vocab_size}
         forbidden = tokenizer.special_texts | named
         self._forbidden = re.compile("|".join(map(re.escape, sorted(forbidden, key=len, reverse=True))))

@@ -12,7 +12,7 @@ from jaxblock.errors import UserError
 from jaxblock.io.hub import local_checkpoint
 from jaxblock.io.paths import PathLike, as_path, explained
 
-# The last three are older files of the same tokenizer, which some classes of transformers still read.
+# added_tokens.json, vocab.json and merges.txt are older files of the same tokenizer, which some transformers classes still read.
 _COMPANIONS = (
     "tokenizer_config.json",
     "special_tokens_map.json",
