@@ -80,7 +80,7 @@ def pad_records(
     """Lays records out as the rows of a batch.
 
     Args:
-        records: B records.
+        records: The records, one for each of the B rows.
         canvas: The canvas settings, which give P and R.
         block: The active block of each row, int32 [B]; None for -1.
         row_id: Each row's place in the global batch, int32 [B]; None for 0 to B - 1.

@@ -87,7 +87,7 @@ def exact(response: str, reference: str) -> Graded:
 
     Args:
         response: decoded text, cut at its first stop token.
-        reference: the reference text.
+        reference: the text that is expected.
 
     Returns:
         The grade; ``extracted`` is the stripped response, None when that is empty.

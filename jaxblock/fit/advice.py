@@ -127,7 +127,7 @@ def advise(
         config: the config that does not fit; its mesh must be given in full (no ``data_parallel: -1``).
         ways: the number of devices that rows are split over.
         chips: the number of devices of a slice.
-        try_config: tries a config.
+        try_config: a function that finds out whether a config fits.
         tries: the number of configs that may be compiled; one that is rejected without compiling is not counted.
 
     Returns:

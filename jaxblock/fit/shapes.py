@@ -42,7 +42,7 @@ def run_shapes(config: Config, learner: Learner, mesh: Mesh) -> RunShapes:
     Args:
         config: the run's settings, checked.
         learner: the static parts of the step (`build.learner`), built from these settings.
-        mesh: the devices.
+        mesh: the devices that the step would run on.
 
     Raises:
         UserError: a tensor does not split evenly over the mesh.

@@ -28,7 +28,7 @@ def read_architecture(folder: PathLike) -> Architecture:
     """Reads the sizes and special ids of a checkpoint from its config.json.
 
     Args:
-        folder: a local folder.
+        folder: the local folder of the checkpoint.
 
     Raises:
         UserError: there is no such folder or no config.json in it, or its family is unknown.

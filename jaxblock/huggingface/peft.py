@@ -196,7 +196,7 @@ def load_adapter(folder: PathLike, arch: Architecture) -> tuple[Lora, Params]:
     """Reads adapters that ``save_adapter`` or PEFT wrote.
 
     Args:
-        folder: a local folder.
+        folder: the local folder that holds the adapters.
         arch: the base's architecture.
 
     Returns:

@@ -91,7 +91,7 @@ def check_absent(path: PathLike) -> None:
     """Checks, before long work, that `write_bytes` could make a file at `path`.
 
     Raises:
-        UserError: something is there, or its folder cannot be written.
+        UserError: a file or folder exists at `path`, or files cannot be made in its parent folder.
     """
     target = as_path(path)
     with explained("look at", path):

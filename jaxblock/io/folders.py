@@ -64,7 +64,7 @@ def check_vacant(path: PathLike, *, marker: str, overwrite: bool = False) -> Non
     """Checks that a folder may be made at `path`, by the rules of `new_folder`.
 
     Raises:
-        UserError: something is there that may not be replaced.
+        UserError: a file or folder is there that may not be replaced.
     """
     target, name = as_path(path), os.fspath(path)
     with explained("look at", path):
@@ -92,7 +92,7 @@ def write_files(folder: PathLike, files: Mapping[str, bytes]) -> None:
         files: the content of each file, by its name.
 
     Raises:
-        UserError: one of them cannot be written.
+        UserError: a file cannot be written.
     """
     with explained("write to", folder):
         target = as_path(folder)

@@ -38,7 +38,7 @@ def local_folder(path: PathLike, patterns: Sequence[str]) -> pathlib.Path:
     The copy is made once per process, and is removed when the process ends.
 
     Args:
-        path: the folder.
+        path: the folder, local or ``gs://``.
         patterns: globs (``*.json``) of the names of the files, directly in a remote folder, to copy.
 
     Raises:

@@ -57,7 +57,7 @@ class SeenPosition:
 
     Attributes:
         id: the token id that the model is fed.
-        rotary: the rotary position.
+        rotary: the rotary position of the token.
         visible: whether the position is before the visible length.
         masked: whether the model is fed the mask token.
         active: whether the position is in the active block.
@@ -110,7 +110,7 @@ class ExaminedRecord:
 
     Attributes:
         label: the record's name.
-        positions: every canvas position.
+        positions: the description of every canvas position.
         prompt_len: the number of the prompt's tokens.
         text_len: the number of the response's tokens, the terminator counted.
         n_blocks: the number of blocks that may be active.

@@ -151,7 +151,7 @@ def _conversation(row: Row, field: str) -> list[Message]:
     """Returns the messages of a record after checking that they are a conversation.
 
     Raises:
-        UserError: If they are not, do not end with the assistant's turn, or have no turn of the user.
+        UserError: If they are not a list of messages, do not end with the assistant's turn, or have no turn of the user.
     """
     value, where = row.record[field], row.where
     if not isinstance(value, list) or not value:
