@@ -17,6 +17,7 @@ import pytest
 
 import jaxblock
 from jaxblock.cli import main
+from jaxblock.config.yaml import load_config
 from jaxblock.data.loader import Batch
 from jaxblock.diffusion.objective import Losses
 from jaxblock.errors import UserError
@@ -29,6 +30,7 @@ from jaxblock.training.optim import gating
 from jaxblock.training.optim.config import OptimizerConfig
 from jaxblock.training.optim.gating import gated
 from jaxblock.training.optim.make import make_optimizer
+from jaxblock.training.optim.schedules import learning_rates
 from jaxblock.training.state import TrainState
 from jaxblock.training.step import Objective, StepMetrics
 from jaxblock.types import Sum
@@ -178,4 +180,7 @@ def test_a_run_whose_batches_are_all_poisoned_stops_and_names_them(
     assert main([*command, "--train.max_skipped", "3"]) == 2
     said = capsys.readouterr().err
     assert "3 steps in a row (train.max_skipped)" in said
+    # Steps 4 and 5 both tried the fourth update: its learning rate is logged, not that of the update after it.
+    rates = learning_rates(load_config(str(tiny_config)).optimizer, 120)
+    assert [row["lr"] for row in _rows(tmp_path / "run").values()] == pytest.approx([*rates[:4], rates[3]])
     assert all(f"step {step}: " in said and _named(seen[step - 1]) in " ".join(said.split()) for step in (4, 5, 6))
