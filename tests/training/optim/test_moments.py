@@ -83,7 +83,7 @@ def test_eight_bits_are_near_unbiased_and_keep_a_rows_largest(signed: bool) -> N
     magnitudes = 2.0 ** -np.linspace(0, reach, 64)
     x = np.outer([1.0, 1e-20, 0.0], magnitudes * (np.where(np.arange(64) % 2, -1, 1) if signed else 1))
     many = jnp.broadcast_to(jnp.asarray(x, jnp.float32), (5000, 3, 64))
-    stored = jax.jit(quantise, static_argnames="signed")(many, _bits(many.shape), signed=signed)
+    stored = jax.jit(quantise_moment, static_argnames="signed")(many, _bits(many.shape), signed=signed)
     assert (stored.codes.dtype, stored.codes.shape) == (jnp.int8 if signed else jnp.uint8, many.shape)
     assert (stored.scale.dtype, stored.scale.shape) == (jnp.float32, (5000, 3, 1))
     back = np.asarray(dequantise_moment(stored), np.float64)
