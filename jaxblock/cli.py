@@ -28,18 +28,18 @@ from jaxblock.io.paths import as_path
 from jaxblock.parallel import host_memory
 
 LOST = 134
-"""Exit code where another process of the group was lost; the abort of JAX's own runtime gives the same."""
+"""The exit code where another process of the group was lost; a process that JAX's runtime aborts has the same one."""
 
 
 Options = TypeVar("Options")
 
 
 class Command(NamedTuple, Generic[Options]):
-    """Holds what the command line needs of a verb.
+    """Holds a verb's flags and the function that runs it.
 
     Attributes:
         options: a dataclass of its flags. Fields named as sections of ``Config`` are filled from the YAML file.
-        run: does the work: takes the options and the checked config, returns the exit code.
+        run: the function that runs the verb: takes the options and the checked config, returns the exit code.
     """
 
     options: type[Options]
@@ -57,7 +57,7 @@ VERBS: dict[str, Command[Any]] = {
 }
 
 SHORT_FLAGS = {"train": {"--profile": "--train.profile"}}
-"""Flags that have a short name too, by verb."""
+"""The short names of flags, by verb."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -67,9 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the command line without the program's name; None for the process's own.
 
     Returns:
-        The exit code: 0; 2 for a mistake that the user can mend; 130 (143 for SIGTERM) for a run that was told to stop;
-        134 where another process of the group was lost; 1 for a bug of ours, or where the reader of our output has gone.
-        (In a process group 1, 2 and 134 end the process here.)
+        The exit code: 0 for success; 2 for an error that the user can correct; 130 (143 for SIGTERM) for a run that was
+        told to stop; 134 where another process of the group was lost; 1 for a bug in jaxblock, or where the reader of
+        our output has exited. In a process group, codes 1, 2 and 134 end the process here.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     traces = "--traceback" in given
@@ -95,16 +95,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run_verb(verb: str, flags: list[str], traces: bool) -> int:
-    """Runs a verb; whatever goes wrong becomes a message and an exit code. ``traces`` lets mistakes raise instead."""
+    """Runs a verb and turns errors into a message and an exit code; ``traces`` lets user errors raise instead."""
     try:
         if verb not in VERBS:
             raise UserError(f"unknown verb {verb!r}{_nearest_verb(verb)}")
         options = parse(verb, flags)
         code = VERBS[verb].run(options, config_of(options))
-        sys.stdout.flush()  # a closed pipe shows here, not while the interpreter ends
+        sys.stdout.flush()  # a closed pipe raises here, not while the interpreter exits
         return code
     except BrokenPipeError:
-        # The reader of our output has gone (`| head`): what is still buffered goes nowhere.
+        # The reader of our output has exited (`| head`): what is still buffered is discarded.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
@@ -118,7 +118,7 @@ def _run_verb(verb: str, flags: list[str], traces: bool) -> int:
 
 
 def _report_exception(error: Exception, traces: bool) -> int:
-    """Prints an exception that is no ``UserError``, with its traceback where it is a bug; returns the exit code."""
+    """Prints an exception other than ``UserError``, with a traceback if it may be a bug, and returns the exit code."""
     first_line = str(error).splitlines()[0][:200] if str(error) else "on the host"
     if not traces and (isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)):
         return _complain(
@@ -144,19 +144,21 @@ def _complain(text: str, code: int) -> int:
 
 
 def _silence_threads() -> None:
-    """Silences the tracebacks that threads of libraries print for errors that we report ourselves, in one line."""
+    """Silences the tracebacks that libraries' threads print for errors that we report ourselves in one line."""
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.excepthook = lambda *_: None
-    sys.unraisablehook = lambda _: None  # only C++ threads get there: main lets nothing through
+    sys.unraisablehook = lambda _: (
+        None
+    )  # main catches all of our own exceptions, so only libraries' threads call these hooks
 
 
 def parse(verb: str, arguments: Sequence[str]) -> Any:
-    """Reads a verb's options: a flag goes before the YAML file, and the file before the default.
+    """Reads a verb's options: a flag overrides the YAML file, and the file overrides the default.
 
     Args:
         verb: a key of ``VERBS``.
-        arguments: the flags. A checkpoint's own config stands in for a YAML file that they do not name.
+        arguments: the flags. Without ``--config``, the config of the ``--checkpoint`` is read instead of a YAML file.
 
     Returns:
         An instance of the verb's ``Options``.
@@ -179,7 +181,7 @@ def parse(verb: str, arguments: Sequence[str]) -> Any:
 
 
 def config_of(options: Any) -> Config:
-    """Returns the config that a verb's options describe, checked; sections that the verb lacks keep their defaults."""
+    """Returns the checked config of a verb's options; sections that the verb does not have keep their defaults."""
     sections = _sections(options, Config)
     return check_config(replace(Config(), **sections), sections)
 
@@ -191,7 +193,7 @@ def _sections(source: Any, target: Any) -> dict[str, Any]:
 
 
 def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
-    """Returns what follows a flag on the command line; None where the flag is not given.
+    """Returns the value of a flag on the command line; None where the flag is not given.
 
     Raises:
         UserError: the flag is given twice; tyro would use the last one, beside settings from another file.
@@ -212,7 +214,7 @@ def _config_of(checkpoint: str | None) -> str | None:
 
 
 def _nearest_verb(verb: str) -> str:
-    """Returns the end of a complaint about an unknown verb: the one that was probably meant, or all of them."""
+    """Returns the end of the message about an unknown verb: the verb that was probably meant, or all verbs."""
     close = difflib.get_close_matches(verb, VERBS, n=1)
     return f"; did you mean {close[0]}?" if close else f"; verbs: {', '.join(VERBS)}"
 

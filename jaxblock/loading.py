@@ -1,6 +1,6 @@
-"""Opens a run, a Hugging Face folder or hub id, or a folder of adapters as a ``Model``: this is ``jaxblock.load``.
+"""Implements ``jaxblock.load``: opens a run, a Hugging Face folder or hub id, or a folder of adapters as a ``Model``.
 
-The file is not called ``load.py``, because a module ``jaxblock.load`` would take the place of the function.
+The file is not called ``load.py``, because a module ``jaxblock.load`` would hide the function of this name.
 """
 
 from __future__ import annotations
@@ -42,22 +42,23 @@ def load(
     """Loads a run folder, a Hugging Face folder (or hub id), or a folder of PEFT adapters.
 
     Args:
-        folder: what ``jaxblock train`` wrote, a folder with config.json and safetensors (the tokenizer is optional), or one
-            with adapter_config.json.
+        folder: a run folder of ``jaxblock train``, a folder with config.json and safetensors (the tokenizer is optional),
+            a hub id, or a folder with adapter_config.json.
         dtype: the type to compute and store in, ``float32`` or ``bfloat16``; None keeps what is stored (float16 is computed
             in float32).
-        base: where the weights beneath adapters are; None for where their run or adapter_config.json says.
-        quantize: ``int8`` keeps the layers' matrices beneath adapters in int8; None for what their run did.
-        mask_id: the mask token of an autoregressive checkpoint that has none (adapters that we exported remember it); the
-            embedding gets rows for a token that is new.
-        alignment: the logit alignment of such a checkpoint; None for ``shifted``.
-        step: which checkpoint of a run: the newest, the best by `train.keep_best`, or that of a step.
+        base: the folder of the frozen weights that adapters belong to; None for the one that their run or
+            adapter_config.json names.
+        quantize: ``int8`` keeps the layers' matrices in int8, where there are adapters; None for the setting of their run.
+        mask_id: the mask token of an autoregressive checkpoint that has none (adapters exported by jaxblock record it);
+            for a new token the embedding gets new rows.
+        alignment: the logit alignment of an autoregressive checkpoint; None for ``shifted``.
+        step: the checkpoint of a run: the newest, the best by `train.keep_best`, or that of a step.
 
     Returns:
         The model. An autoregressive checkpoint without a mask token has logits, but cannot decode.
 
     Raises:
-        UserError: the folder is none of these, or is damaged; says what is missing.
+        UserError: the folder is none of these kinds, or is damaged; the message says what is missing.
     """
     if dtype not in (None, "float32", "bfloat16"):
         raise UserError(f"dtype is {dtype!r}: choose float32 or bfloat16, or None for what is stored")
@@ -79,12 +80,12 @@ def load(
 def _load_checkpoint(
     weights_folder: str, adapter_folder: str | None, arch: Architecture, dtype: str | None, quantize: Quantize
 ) -> Model:
-    """Loads the weights of a Hugging Face folder, with adapters beside them where there are any."""
-    # The adapters come first: those for another base are refused before gigabytes are read.
+    """Loads a Hugging Face folder's weights, and adapters for them where there are any."""
+    # Adapters are loaded first, so that those for another base are refused before gigabytes are read.
     adapted, adapters = (None, None) if adapter_folder is None else peft.load_adapter(adapter_folder, arch)
     _, params = load_checkpoint(weights_folder, dtype=dtype, arch=arch, int8=quantize == "int8")
     compute = dtype or params["final_norm"].dtype.name
-    # Half precision is a way to store weights: its range is too small to compute in, and CPUs do not.
+    # float16 is only for storage: its range is too small for computing, and CPUs do not compute in it.
     compute = "float32" if compute == "float16" else compute
     net = Transformer(arch, dtype=compute, lora=adapted, quantize=quantize)
     origin = adapter_folder if adapter_folder is not None and has_tokenizer(adapter_folder) else weights_folder
@@ -111,7 +112,7 @@ def _split_adapter(folder: str, base: PathLike | None) -> tuple[str, str | None]
 
     Args:
         folder: a local folder, of weights or of adapters.
-        base: where the weights beneath adapters are; None for where adapter_config.json says.
+        base: the folder of the weights that adapters belong to; None for the one that adapter_config.json names.
 
     Raises:
         UserError: a base is given but there are no adapters, or the base is a run.
@@ -127,7 +128,7 @@ def _split_adapter(folder: str, base: PathLike | None) -> tuple[str, str | None]
 
 
 def _stop_ids(arch: Architecture, tokenizer: Tokenizer | None) -> tuple[int, ...]:
-    """Returns the tokens that end a response: known ends of a turn in the tokenizer, and config.json's own ends."""
+    """Returns the tokens that end a response: known end-of-turn tokens of the tokenizer, and the end tokens of config.json."""
     ends = [tokenizer.id_of(text) for text in TURN_ENDS] if tokenizer is not None else []
     return tuple(dict.fromkeys([*(i for i in ends if i is not None), arch.eos_id, *arch.end_ids]))
 

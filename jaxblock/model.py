@@ -1,6 +1,6 @@
-"""Offers a network with its weights as one object: logits, decoding, the NELBO, and saving.
+"""Defines ``Model``, a network with its weights: it computes logits, decodes, estimates the NELBO and saves.
 
-It is a thin layer over the pure functions, and the verbs of the command line use it too.
+It is a thin layer over pure functions; the command line uses it too.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ _nelbo = jax.jit(likelihood.nelbo, static_argnums=(0, 1, 2))
 
 
 class Decoded(NamedTuple):
-    """Holds what ``Model.decode`` returns with ``return_steps``.
+    """Holds the responses and all intermediate steps: the result of ``Model.decode`` with ``return_steps``.
 
     Attributes:
         ids: the responses [B, R].
-        canvases: the responses after 0, 1, ... steps [S, B, R]; the mask id where nothing is committed yet.
+        canvases: the responses after 0, 1, ... steps [S, B, R]; positions without a committed token hold the mask id.
         nfe: the forward passes spent on each row [B].
     """
 
@@ -63,18 +63,18 @@ class Decoded(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """Holds a network with its weights, and what is needed to use it.
+    """Holds a network with its weights, tokenizer and default settings.
 
     Attributes:
         net: the network.
         params: the network's weights, with its adapters where it has any.
-        canvas: the sizes of the canvas, where a call names no others.
+        canvas: the sizes of the canvas, which a call may override.
         stop_ids: the tokens that end a response.
-        decode_defaults: the decoder's options, where a call names no others.
-        tokenizer: the tokenizer; None where the folder holds none.
-        encoder: the tokenizer with its chat template; None where the folder lacks either.
-        origin: the folder that the model came from; None where it was not loaded.
-        base: the folder of the weights beneath adapters; None without adapters.
+        decode_defaults: the decoder's options, which a call may override.
+        tokenizer: the tokenizer; None where the folder has none.
+        encoder: the tokenizer with its chat template; None where the folder lacks one of them.
+        origin: the folder that the model was loaded from; None where it was not loaded.
+        base: the folder of the frozen weights that adapters belong to; None without adapters.
     """
 
     net: Transformer
@@ -97,7 +97,7 @@ class Model:
 
         Args:
             ids: the tokens [B, T].
-            attention_mask: 1 for real tokens, 0 for padding [B, T]; None where all are real. Padding gets logits of 0.
+            attention_mask: 1 for real tokens, 0 for padding [B, T]; None where all are real. The logits of padding are 0.
 
         Returns:
             The logits, float32 [B, T, V].
@@ -117,7 +117,7 @@ class Model:
         return result
 
     def layout(self, options: DecodeConfig) -> Layout:
-        """Returns the layout of the decoder's canvas under these options."""
+        """Returns the layout of the decoder's canvas for these options."""
         return layouts.decoding_layout(self.canvas, options, self.arch, self.stop_ids)
 
     def options(self, **fields: Any) -> DecodeConfig:
@@ -170,7 +170,7 @@ class Model:
         )
 
     def stream(self, prompt_ids: Sequence[int], *, index: int = 0, **options: Any) -> Iterator[tuple[np.ndarray, int]]:
-        """Decodes one prompt and yields every step, block by block; the last is what ``decode`` returns.
+        """Decodes one prompt block by block and yields the response after every step; ``decode`` returns the last one.
 
         Args:
             prompt_ids: the prompt's ids.
@@ -204,10 +204,10 @@ class Model:
         return ids[: first_stop(ids, self.layout(self.options(**options)).stop_ids)]
 
     def prompts(self, prompt_ids: Ids, attention_mask: Ids | None, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
-        """Lays prompts flush left and pads them to a width, so that few programs are compiled.
+        """Aligns prompts to the left and pads them to one width, so that few programs are compiled.
 
-        The width is the canvas's, or for a longer prompt the next multiple of 16: so a prompt is computed in the same
-        shape whatever the other prompts of its batch are.
+        The width is a multiple of 16: that of the canvas, so that a prompt has the same shape in every batch, or that of the
+        longest prompt if it does not fit.
 
         Args:
             prompt_ids: the prompts, as ``decode`` takes them.
@@ -265,12 +265,12 @@ class Model:
             response_ids: the responses, one list of ids per row, the terminator included.
             response_len: R, the response positions of the canvas; None for the model's own.
             block: B, the positions of a block; None for the model's own.
-            samples: how many masked sets are drawn per block, stratified by their count; None for B. From 2^B - 1 on, which
-                is how many there are, all of them are enumerated and the result is exact.
+            samples: the number of masked sets drawn per block, stratified by the number of masks; None for B. With 2^B - 1 or
+                more, which is the number of all masked sets, every set is enumerated and the result is exact.
             seed: the seed of the masks.
 
         Returns:
-            (the NELBO [B], the standard error that the drawn masks leave [B], which is 0 where exact).
+            (the NELBO [B], its standard error over the drawn masks [B], which is 0 where the result is exact).
 
         Raises:
             UserError: a response does not fit, or a row holds the mask token.
@@ -302,10 +302,10 @@ class Model:
 
         Args:
             folder: the folder to make, which must not exist.
-            dtype: the type of the tensors; None keeps each one's own.
+            dtype: the type of the tensors; None keeps each tensor's own.
 
         Returns:
-            The largest difference of any logit from the weights written (0 where the type is kept).
+            The largest difference between any logit before saving and after (0 where the type is kept).
 
         Raises:
             UserError: the base is int8, or the folder exists or cannot be written.
@@ -325,13 +325,13 @@ class Model:
 
         Raises:
             UserError: there are no adapters, the folder exists or cannot be written, or the base's vocabulary was extended,
-                which an adapter cannot carry.
+                which PEFT's format cannot store.
         """
         if self.net.lora is None:
             raise UserError(f"{self.origin} holds no adapters: save it whole")
         adapters, base = self.params[lora.KEY], self.base
         if base is not None and run_folder.is_run(base):
-            base = None  # PEFT cannot load a run: whoever loads the adapters must export the base, and name the export
+            base = None  # PEFT cannot load a run: the user must export the base and name that export
         elif base is not None:
             peft.check_base_rows(folder, self.arch, read_architecture(local_checkpoint(base)))
         peft.save_adapter(
@@ -348,7 +348,7 @@ class Model:
         return difference
 
     def merged(self) -> Model:
-        """Returns the same network with its adapters added to its weights; itself where there are none.
+        """Returns the same model with its adapters merged into its weights; the model itself where there are none.
 
         Raises:
             UserError: the weights are int8.
@@ -367,7 +367,7 @@ class Model:
         return {name: leaf for name, leaf in self.params.items() if name != lora.KEY}
 
     def _companions(self) -> dict[str, Any]:
-        """Returns the folders of the files that are saved beside the weights: of the tokenizer, and of the first checkpoint."""
+        """Returns the folders whose files are saved beside the weights: the tokenizer's, and that of the original checkpoint."""
         if self.origin is None or not run_folder.is_run(self.origin):
             return {"tokenizer": self.origin, "origin": self.base}
         kept = as_path(self.origin) / run_folder.ORIGIN

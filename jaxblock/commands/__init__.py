@@ -1,9 +1,8 @@
-"""Holds the verbs of the command line, one file each: the verb's ``Options``, and ``run``, which does the work.
+"""Defines the verbs of the command line. Each has one file with its ``Options`` and ``run``, which runs it.
 
-``jaxblock.cli`` reads the options of every verb for ``--help``, which must not wait for JAX. So there is one rule for the
-imports of these files: at the top stands what the options need, and what is quick to import; everything that imports JAX,
-NumPy or a model is imported inside the function that uses it. Results go to standard output, everything else to standard
-error.
+``jaxblock.cli`` reads the options of every verb for ``--help``, which must not wait for JAX. So these
+files import at the top only what the options need and what is quick to import; modules that import JAX, NumPy or a model are
+imported inside the function that uses them. Results go to standard output, everything else to standard error.
 
 A new verb is a file here with ``Options`` and ``run(options, config) -> exit code``, and one line in ``jaxblock.cli.VERBS``.
 """

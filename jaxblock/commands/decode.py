@@ -24,36 +24,36 @@ if TYPE_CHECKING:
     from jaxblock.model import Model
 
 RECORDS = (".jsonl", ".json", ".parquet")
-"""The ends of the names of files that hold records; any other file holds a prompt a line."""
+"""The suffixes of files that hold records; any other file has one prompt per line."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """Decodes prompts block by block: from the command line, a file, or standard input (one prompt a line)."""
+    """Decodes prompts block by block: from the command line, a file, or standard input (one prompt per line)."""
 
     checkpoint: str
     """A run folder, a Hugging Face folder (or hub id), or a folder of PEFT adapters."""
     prompts: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """Prompts; without any (and without `file`) they are read from standard input."""
+    """The prompts. Without any, and without `file`, prompts are read from standard input."""
     config: str | None = None
     """YAML file of sections; without one the run's own config is used. Flags override it."""
     file: str | None = None
-    """Prompts: records (.jsonl, .json, .parquet) whose `data.prompt_field` is read, or else a text file with one a line."""
+    """File of prompts: records (.jsonl, .json, .parquet), whose `data.prompt_field` is read, or text with one prompt per line."""
     out: str | None = None
     """Write JSON lines here instead of to standard output; an existing file is refused."""
     watch: bool = False
-    """Show the canvas as it is filled, block by block."""
+    """Show the canvas while it is filled, block by block."""
     base: str | None = None
-    """Where the weights beneath adapters are; None for where they were in training."""
+    """The folder of the weights that adapters belong to; None for the one used in training."""
     step: Checkpoint = "latest"
-    """Which checkpoint of a run: the newest, the best by its `train.keep_best`, or that of a step."""
+    """The checkpoint of a run: the newest, the best by its `train.keep_best`, or that of a step."""
     data: DataConfig = field(default_factory=DataConfig)
     canvas: CanvasConfig = field(default_factory=CanvasConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
 
 
 def run(options: Options, config: Config) -> int:
-    """Decodes the prompts and prints one line of JSON for each, or shows them as they are filled."""
+    """Decodes the prompts and prints one line of JSON for each, or shows each canvas while it is filled."""
     from jaxblock import loading
 
     if options.out:
@@ -65,7 +65,7 @@ def run(options: Options, config: Config) -> int:
         canvas=config.canvas,
         decode_defaults=config.decode,
     )
-    # An autoregressive checkpoint has no mask token and no encoder: the mask token is the clearer complaint.
+    # An autoregressive checkpoint may have neither mask token nor encoder; the error about the mask token is clearer.
     model.arch.need_mask_id()
     if model.encoder is None:
         raise UserError(
@@ -94,7 +94,7 @@ def run(options: Options, config: Config) -> int:
 
 
 def _prompts(options: Options, data: DataConfig) -> Iterator[tuple[str, str]]:
-    """Yields (where it stands, text) of every prompt, from the command line, a file or standard input."""
+    """Yields (origin, text) of every prompt, from the command line, a file or standard input."""
     if options.prompts:
         yield from ((f"prompt {at}", text) for at, text in enumerate(options.prompts, 1))
     elif options.file is None:
@@ -111,8 +111,8 @@ def _prompts(options: Options, data: DataConfig) -> Iterator[tuple[str, str]]:
 
 
 def _lines(name: str, content: bytes) -> Iterator[tuple[str, str]]:
-    """Yields (where it stands, text) of every line that is not blank."""
-    # Not splitlines: a prompt may hold other line separators (U+2028, form feed).
+    """Yields (file:line, text) of every line that is not blank."""
+    # splitlines would also split at other separators (U+2028, form feed), which a prompt may contain.
     for number, raw in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         where = f"{name}:{number}"
         try:

@@ -39,9 +39,9 @@ class Options:
     config: str | None = None
     """YAML file of sections; without one the run's own config is used. Flags override it."""
     base: str | None = None
-    """Where the weights beneath adapters are; None for where they were in training."""
+    """The folder of the weights that adapters belong to; None for the one used in training."""
     step: Checkpoint = "latest"
-    """Which checkpoint of a run: the newest, the best by its `train.keep_best`, or that of a step."""
+    """The checkpoint of a run: the newest, the best by its `train.keep_best`, or that of a step."""
     data: DataConfig = field(default_factory=DataConfig)
     canvas: CanvasConfig = field(default_factory=CanvasConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
@@ -95,7 +95,7 @@ def run(options: Options, config: Config) -> int:
 
 
 def _check_fit(options: Options, config: Config, model: Model, prepared: Prepared) -> None:
-    """Raises UserError, before the work begins, where data, checkpoint and canvas do not go together."""
+    """Raises UserError, before the work begins, where data, checkpoint and canvas do not fit together."""
     from jaxblock.diffusion import layouts
     from jaxblock.training import weights
 

@@ -20,13 +20,13 @@ class Options:
     out: str
     """The folder to make; an existing one is refused."""
     format: Literal["merged", "adapter"] = "merged"
-    """Adapters: merged into their base (a whole checkpoint), or alone in PEFT's format."""
+    """How adapters are written: `merged` into their base, as a whole checkpoint, or as an `adapter` in PEFT's format."""
     base: str | None = None
-    """Where the weights beneath adapters are; None for where they were in training."""
+    """The folder of the weights that adapters belong to; None for the one used in training."""
     step: Checkpoint = "latest"
-    """Which checkpoint of a run: the newest, the best by its `train.keep_best`, or that of a step."""
+    """The checkpoint of a run: the newest, the best by its `train.keep_best`, or that of a step."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Type of the tensors; None keeps each one's own."""
+    """The type of the tensors; None keeps each tensor's own."""
 
 
 def run(options: Options, config: Config) -> int:

@@ -30,11 +30,11 @@ class Options:
     config: str | None = None
     """YAML file of sections; flags override it."""
     split: SplitName = "train"
-    """Which prepared records."""
+    """The split of the prepared data to show records of."""
     records: tuple[int, ...] = (0, 1)
     """Indices of the records to show."""
     steps: int = 2
-    """How many training steps' draws to show for each."""
+    """The number of training steps whose draws are shown for each record."""
     html: str | None = None
     """Also write one self-contained HTML file here."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -69,14 +69,14 @@ def run(options: Options, config: Config) -> int:
 def examine_records(
     config: Config, prepared: Prepared, split: str, indices: tuple[int, ...], steps: int
 ) -> tuple[list[ExaminedRecord], Layout]:
-    """Examines records with the draws of the first training steps of a batch that is made of them.
+    """Examines records with the draws that the first training steps make for a batch of these records.
 
     Args:
         config: the run's settings, checked.
         prepared: the prepared data.
         split: the split that the records are of.
         indices: the records' indices in the split.
-        steps: how many training steps are drawn.
+        steps: the number of training steps whose draws are made.
 
     Returns:
         (one examined record for each index, the layout of the training canvas).
@@ -119,10 +119,10 @@ def examine_records(
 
 
 def _architecture(config: Config, prepared: Prepared) -> Architecture:
-    """Returns the network that training would use, from small files alone.
+    """Returns the architecture of the network that training would use, without reading weights.
 
-    Where those of ``model.init_from`` are not here, the network takes its logit alignment, the one of its traits that is
-    shown, from the published checkpoint of this name, from ``model.alignment``, or else from ``model.family``.
+    Where ``model.init_from`` is not on this machine, its logit alignment, the only trait that is shown, comes from the
+    published checkpoint of this name, from ``model.alignment``, or else from ``model.family``.
     """
     from jaxblock.fit.sizes import PUBLISHED
     from jaxblock.io.hub import is_downloaded

@@ -1,4 +1,4 @@
-"""``jaxblock plan``: says what a run needs of a topology, without having that topology."""
+"""``jaxblock plan``: says what a run needs on a topology of devices, without those devices."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from jaxblock.training.optim.config import OptimizerConfig
 
 @dataclass(frozen=True)
 class Options:
-    """Says what a run needs of a topology, before it is rented: compiles the real step and decoder without any device."""
+    """Says what a run needs on a topology before it is rented: compiles the real step and decoder without the devices."""
 
     topology: str
-    """`v5e-16`, `v6e-8`, `v5p-8` (4 chips), `2xv5e-256` (two slices), `h200-1`, `h100-8`, `cpu-8`."""
+    """The devices, such as `v5e-16`, `v6e-8`, `v5p-8` (4 chips), `2xv5e-256` (two slices), `h200-1`, `h100-8` or `cpu-8`."""
     config: str | None = None
     """YAML file of sections; flags override it."""
     model_config: str | None = None
-    """config.json (or a folder or run) with the network's sizes; None for those of `model.init_from`."""
+    """A config.json, Hugging Face folder or run with the network's sizes; None for those of `model.init_from`."""
     decoder: bool = True
     """Compile the decoder too."""
     tries: int = 6
-    """Changes that may be compiled in search of one that fits, where the run as it is does not."""
+    """The most changed settings that are compiled to find one that fits, where the run itself does not."""
     json: str | None = None
     """Also write the plan here, with every large collective; an existing file is refused."""
     data: DataConfig = field(default_factory=DataConfig)

@@ -60,7 +60,7 @@ def run(options: Options, config: Config) -> int:
             outcome = train(config, console, notes)
     else:
         outcome = train(config, console, notes)
-    if jax.process_index() > 0:  # one process speaks for all
+    if jax.process_index() > 0:  # only process 0 prints
         return outcome.code
     if outcome.interrupted:
         say(
@@ -79,7 +79,7 @@ def train(config: Config, console: Console, notes: Sequence[str] = ()) -> Outcom
     Args:
         config: the run's settings, checked.
         console: prints what happens.
-        notes: lines to print first, once it is known which process prints.
+        notes: lines to print after the process group has been joined, when it is known which process prints.
 
     Raises:
         UserError: bad settings or data, a run that does not fit the devices, an existing run that this config does not
@@ -106,7 +106,7 @@ def train(config: Config, console: Console, notes: Sequence[str] = ()) -> Outcom
         session = start.load_session(opened, learner, console)
         outcome = loop.run(session, step, plan, console, clock, watchdog)
         if outcome.metrics_file is not None:
-            from jaxblock.reporting import plots  # takes the better part of a second, which a start need not wait for
+            from jaxblock.reporting import plots  # imported here: it takes most of a second
 
             plots.plot_run(outcome.metrics_file, outcome.metrics_file.parent / "plots")
     return outcome

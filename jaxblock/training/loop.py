@@ -344,7 +344,7 @@ class _Loop:
         if processes.any_of(self.session.checkpoints.failed == step):
             raise UserError(
                 f"the state after step {step:,}, the last one, could not be saved in {self.session.checkpoints.folder} (see "
-                "above). Mend that, and run the same command again: it goes on from the last whole checkpoint"
+                "above). Correct that, and run the same command again: it goes on from the last whole checkpoint"
             )
         metrics_file = None
         if self.trackers is not None:
