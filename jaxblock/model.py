@@ -315,7 +315,7 @@ class Model:
         return verify_checkpoint(folder, merged.net, merged.params, self._probe())
 
     def save_adapter(self, folder: PathLike) -> float:
-        """Writes the adapters alone in PEFT's format, reads them back and compares logits.
+        """Writes only the adapters, in PEFT's format, reads them back and compares logits.
 
         Args:
             folder: the folder to make, which must not exist.

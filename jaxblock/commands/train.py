@@ -1,4 +1,4 @@
-"""``jaxblock train``: trains a network, or goes on training it."""
+"""``jaxblock train``: trains a network, or continues an earlier training run."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Options:
 
 
 def run(options: Options, config: Config) -> int:
-    """Trains, and says where the results are or how to go on with an interrupted run."""
+    """Trains, and prints where the results are or how to continue an interrupted run."""
     import jax
     from rich.console import Console
 

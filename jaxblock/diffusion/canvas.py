@@ -1,4 +1,4 @@
-"""The canvas of a batch, and the view of it that the model gets.
+"""Builds the canvas of a batch, and the view of it that the model sees.
 
 One function, ``view``, builds what the model sees for the trainer and for the decoder alike. Training passes "a mask where
 the draw says so, else the true token" as the block's tokens; decoding passes "what is committed so far". Everything else (the
@@ -20,7 +20,7 @@ from jaxblock.types import View
 
 
 class Layout(NamedTuple):
-    """The static part of a canvas: sizes and special tokens. Hashable, so a jitted function may take it as a static argument.
+    """Holds the static part of a canvas: sizes and special tokens. Hashable, so a jitted function may take it as a static argument.
 
     Attributes:
         response_len: R, the response positions of a row; a multiple of ``block`` under ``aligned``.
@@ -51,7 +51,7 @@ class Layout(NamedTuple):
 
 
 class Canvas(NamedTuple):
-    """The prompts and responses of a batch, flush left: the prompt at 0, the response at ``prompt_len``.
+    """Holds the prompts and responses of a batch, aligned to the left: the prompt at 0, the response at ``prompt_len``.
 
     Attributes:
         ids: the tokens; those at or after ``length`` are never seen.

@@ -1,4 +1,4 @@
-"""The `canvas` and `method` sections: the canvas that training and decoding share, and the objective.
+"""Defines the `canvas` and `method` sections: the canvas that training and decoding share, and the objective.
 
 Both are hashable: jitted functions take them as static arguments.
 """

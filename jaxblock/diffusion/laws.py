@@ -1,4 +1,4 @@
-"""The laws by which the masked set of a block is drawn: pure functions of uniform numbers.
+"""Implements the laws by which the masked set of a block is drawn, as pure functions of uniform numbers.
 
 A law draws the masked set S of a block of n supervised positions, with the weight that makes the sum of
 ``weight * -log p`` over S an unbiased estimate of the block's NELBO (docs/method.md derives each):

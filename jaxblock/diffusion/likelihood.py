@@ -25,7 +25,7 @@ from jaxblock.types import Network, Params, Sum
 
 
 class Nelbo(NamedTuple):
-    """The estimated NELBO of each row and block, in nats.
+    """Holds the estimated NELBO of each row and block, in nats.
 
     Attributes:
         per_block: the NELBO of each block; 0 where a row has no such block.

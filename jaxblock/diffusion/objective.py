@@ -22,7 +22,7 @@ from jaxblock.types import Network, Params, Sum
 
 
 class Losses(NamedTuple):
-    """The losses of one batch.
+    """Holds the losses of one batch.
 
     Attributes:
         loss: the objective; ``total / weight`` is minimised.

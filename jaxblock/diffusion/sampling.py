@@ -19,7 +19,7 @@ from jaxblock.diffusion.laws import LAWS, complement, exact_count
 
 
 class Draw(NamedTuple):
-    """One active block per row, the positions that are masked in it, and the weight of each masked token's loss."""
+    """Holds one active block per row, the positions that are masked in it, and the weight of each masked token's loss."""
 
     block: Int[Array, " B"]
     masked: Bool[Array, "B A"]
@@ -27,7 +27,7 @@ class Draw(NamedTuple):
 
 
 class Uniforms(NamedTuple):
-    """The random numbers of a step, drawn once for the whole global batch and indexed by ``row_id``.
+    """Holds the random numbers of a step, drawn once for the whole global batch and indexed by ``row_id``.
 
     Attributes:
         block: numbers that decide which blocks of each sequence are active.

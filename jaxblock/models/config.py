@@ -1,4 +1,4 @@
-"""The `model` and `lora` sections: where the network comes from and how it runs."""
+"""Defines the `model` and `lora` sections: where the network comes from, how it runs, and its adapters."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class ModelConfig(Section, name="model"):
 
 @dataclass(frozen=True)
 class LoraConfig(Section, name="lora"):
-    """Low-rank adapters: the weights stay as they are, and only the adapters are trained, saved and exported."""
+    """Low-rank adapters: the network's weights are frozen, and only the adapters are trained, saved and exported."""
 
     rank: int = setting(0, NOT_NEGATIVE)
     """The rank of the adapters; 0 trains the whole network."""

@@ -38,7 +38,7 @@ def rounded_once(f: Callable[[Array, Array], Array], x: Float[Array, "*rows D"],
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def look_up(table: Float[Array, "V D"], ids: Int[Array, "*rows"], dtype: DTypeLike) -> Float[Array, "*rows D"]:
-    """Looks up the embeddings of tokens; the gradient of the table is summed in float32 or wider, whatever the types.
+    """Looks up the embeddings of tokens; the gradient of the table is summed in float32 or wider for all types.
 
     A batch has thousands of mask tokens, whose gradients are summed in one row of the table. A bfloat16 sum stops growing
     when a term is less than 1/256 of it.

@@ -40,9 +40,9 @@ def _stretched(rate: Array, scaling: RopeScaling) -> Array:
     """Scales rotary frequencies down for a longer context, as transformers' ``linear`` and ``llama3`` do."""
     if scaling.kind == "linear":
         return rate / scaling.factor
-    turns = scaling.original_len * rate / (2 * jnp.pi)  # full turns within the first training length
+    turns = scaling.original_len * rate / (2 * jnp.pi)  # rotations within the original context length
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)  # 1: fast enough to be left alone
+    kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)  # 1: so fast that it is not scaled
     return (1 - kept) * rate / scaling.factor + kept * rate
 
 

@@ -8,7 +8,7 @@ import jax
 
 
 class Chip(NamedTuple):
-    """The published figures of an accelerator, for one chip.
+    """Holds the published figures of one chip of an accelerator.
 
     Attributes:
         name: the name of this kind of chip.

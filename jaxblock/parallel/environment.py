@@ -26,7 +26,7 @@ nor the compiler delays them. A healthy host misses them only while the network 
 a minute."""
 
 EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-"""The variables by which JAX is told the group: the address of process 0, the number of processes, and this one's index."""
+"""The variables that describe the group to JAX: the address of process 0, the number of processes, and this one's index."""
 
 _INDEXED_JOB = "JOB_COMPLETION_INDEX"  # Kubernetes numbers the pods of an indexed job, as a JobSet's are
 _SLURM = ("SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")

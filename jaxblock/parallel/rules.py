@@ -38,7 +38,7 @@ RULES: dict[str, tuple[str, ...]] = {
 
 @runtime_checkable
 class NamedAxes(Protocol):
-    """A tensor's shape and the logical name of each dimension, as ``models.spec.ParamSpec`` has them."""
+    """Has a tensor's shape and the logical name of each dimension, as ``models.spec.ParamSpec`` does."""
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""The `train` section."""
+"""Defines the `train` section: length, devices, checkpoints and reports of a run."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class TrainConfig(Section, name="train"):
     """Whether to run without jit and with unrolled layers, find the layer and step of a NaN, and show the first batch as `inspect`
     does."""
     overfit_one_batch: bool = False
-    """Whether to train on the first batch alone, whose loss must then approach 0."""
+    """Whether to train only on the first batch, whose loss must then approach 0."""
     data_parallel: int = may_change(-1)
     """Devices along the `data` mesh axis (of each slice); -1 for all that remain."""
     fsdp: int = may_change(1, AT_LEAST_1)

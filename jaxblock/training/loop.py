@@ -66,14 +66,14 @@ class Outcome:
 
 
 def end_finished(opened: OpenedSession, console: Console) -> Outcome:
-    """Ends a run that has done all of its steps before: says so, and reads no weights.
+    """Ends a run whose last step is already done: prints that, without reading weights.
 
     Args:
-        opened: the run, opened, whose newest checkpoint is of its last step.
+        opened: what ``open_session`` returned for a run whose newest checkpoint is of its last step.
         console: prints that there is nothing to do.
 
     Raises:
-        UserError: rows of metrics that could not be written before still cannot be.
+        UserError: rows of metrics that could not be written earlier still cannot be written.
     """
     assert opened.step is not None and opened.checkpoints is not None
     opened.checkpoints.close()
@@ -257,7 +257,7 @@ class _Loop:
         window, step, count = self.window, self.window.step, len(self.window.metrics)
         found = jax.device_get(window.metrics)
         if self.plan is not None and step - count == self.session.step:
-            self._say(self.plan.compare(jax.local_devices()[0]))  # once, when the first steps have been done
+            self._say(self.plan.compare(jax.local_devices()[0]))  # only after the first steps of this process
         self._say(self.skipped.check(found, step - count, window.records))
         row = summarise(found)
         now = self.clock.training()
@@ -295,7 +295,7 @@ class _Loop:
         params = self.session.params_to_score(state)
         row: dict[str, Any] = {"step": step, "kind": "eval"}
         bound = solved = None
-        # Debug mode is for training steps: decoding without jit would take minutes.
+        # Evaluations are compiled in debug mode too, since decoding without jit would take minutes.
         with self.clock.during("evaluation"), jax.disable_jit(False):
             if train.eval_nelbo_rows and records:
                 bound = self.evaluator.estimate_nelbo(params, records[: train.eval_nelbo_rows])

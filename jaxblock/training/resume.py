@@ -23,7 +23,7 @@ def saved_values(config: Config, prepared: Prepared, arch: Architecture, base: B
         config: the run's settings.
         prepared: the data that it is trained on.
         arch: the network's sizes and special ids.
-        base: the weights beneath adapters; None without adapters.
+        base: the frozen base of the adapters; None without adapters.
     """
     return {
         **({} if base is None else {"base": base.fingerprint}),

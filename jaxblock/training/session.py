@@ -71,7 +71,7 @@ class Session:
         learner: the network, its objective and its optimizer.
         mesh: the devices.
         state: the state to begin or go on with.
-        frozen: the base beneath adapters; {} where the whole network is trained.
+        frozen: the frozen base of the adapters; {} where the whole network is trained.
         base: where the frozen base came from; None where the whole network is trained.
         checkpoints: the run folder's checkpoints.
         step: the number of updates done.

@@ -136,7 +136,7 @@ class Learner:
     ema: float = 0.0
 
     def update(self, state: TrainState, batch: Batch, frozen: Params) -> tuple[TrainState, StepMetrics]:
-        """Computes one step with ``train_step``; ``frozen`` is the base beneath adapters, or {}."""
+        """Computes one step with ``train_step``; ``frozen`` is the frozen base of the adapters, or {}."""
         return train_step(
             self.objective, self.optimizer, state, batch, frozen, accumulate=self.accumulate, ema=self.ema
         )
@@ -152,7 +152,7 @@ def gradients(
         params: the trained parameters.
         batch: the global batch.
         step: the step whose draws are used.
-        frozen: the base beneath adapters; None or {} where the whole network is trained.
+        frozen: the frozen base of the adapters; None or {} where the whole network is trained.
         accumulate: the number of parts of the batch that are computed one after the other. Weights depend on the data
             alone, so the sum of the parts' gradients divided by the sum of their weights is the whole batch's gradient.
 
@@ -170,7 +170,7 @@ def gradients(
     if accumulate == 1:
         found, grads = part(batch)
     else:
-        # Row r goes to part r mod n: every device has its share of every part, and no row moves between devices.
+        # Row r goes to part r mod n, so that every device has rows of every part and no row moves between devices.
         parts: Batch = jax.tree.map(lambda x: _interleaved(jnp.asarray(x), accumulate), batch)
         nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), params)
         first = jax.tree.map(jnp.zeros_like, jax.eval_shape(lambda: part(jax.tree.map(lambda x: x[0], parts))[0]))
@@ -204,7 +204,7 @@ def train_step(
         optimizer: the update rule (static).
         state: the state before the update.
         batch: the global batch, as arrays.
-        frozen: the base beneath adapters, which is only read; None or {} where the whole network is trained.
+        frozen: the frozen base of the adapters; None or {} where the whole network is trained.
         accumulate: the number of parts of the batch that are computed one after the other (static).
         ema: the decay of the moving average, where the state has one (static).
 

@@ -1,6 +1,6 @@
 """Provides the weights that a run begins with: random ones, or those of another run or of a Hugging Face folder.
 
-The whole network is trained, or it is the frozen base beneath adapters.
+The whole network is trained, or it is the frozen base of adapters, which are trained.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Weights(NamedTuple):
 
     Attributes:
         trained: the weights that are trained: the adapters where there are any, else the whole network.
-        frozen: the base beneath adapters; {} where the whole network is trained.
+        frozen: the frozen base of the adapters; {} where the whole network is trained.
         base: where the frozen base came from; None where the whole network is trained.
         source: the local folder that the network's weights came from; None for random weights.
     """

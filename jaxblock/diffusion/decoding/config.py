@@ -1,4 +1,4 @@
-"""The `decode` section: the settings of the blockwise decoder."""
+"""Defines the `decode` section: the settings of the blockwise decoder."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class DecodeConfig(Section, name="decode", on_resume="may_change"):
     """The sampling temperature (Gumbel noise); 0 takes the most probable token."""
     top_p: float | None = setting(None, ABOVE_0_TO_1)
     """Draw from the most probable tokens up to the one with which their probabilities sum to more than this; None for all.
-    Dream's rules also measure confidence on these tokens alone."""
+    Dream's rules also measure confidence only on these tokens."""
     top_k: int | None = setting(None, AT_LEAST_1)
     """Draw from this many most probable tokens (after `top_p`); None for all."""
     alg_temp: float = setting(0.0, NOT_NEGATIVE)

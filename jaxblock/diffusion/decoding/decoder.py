@@ -24,7 +24,7 @@ from jaxblock.types import Network, Params, View
 
 
 class Carry(NamedTuple):
-    """The decoder's state between blocks.
+    """Holds the decoder's state between blocks.
 
     Attributes:
         ids: the tokens of the canvas; what is not committed yet is a mask.
@@ -42,7 +42,7 @@ class Carry(NamedTuple):
 
 
 class Responses(NamedTuple):
-    """The decoded responses of a batch.
+    """Holds the decoded responses of a batch.
 
     Attributes:
         response: the response tokens; positions that were never decoded (early stop) hold the fill token.
@@ -56,7 +56,7 @@ class Responses(NamedTuple):
 
 
 class _Loop(NamedTuple):
-    """The state between two steps of a block: tokens [B, A], the step that committed each [B, A], forward passes [B]."""
+    """Holds the state between two steps of a block: tokens [B, A], the step that committed each [B, A], forward passes [B]."""
 
     step: Array
     tokens: Array
@@ -69,8 +69,8 @@ def start_decoding(layout: Layout, canvas: Canvas, seed: int | Int[Array, ""]) -
 
     Args:
         layout: the canvas's static part.
-        canvas: the prompts, from ``canvas.for_decoding``; a row's random key comes from its ``row_id``, whatever batch the
-            row is in.
+        canvas: the prompts, from ``canvas.for_decoding``; a row's random key comes from its ``row_id``, so it does not
+            depend on the batch that the row is in.
         seed: the seed of sampling.
     """
     rows = canvas.ids.shape[0]

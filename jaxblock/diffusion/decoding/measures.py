@@ -55,7 +55,7 @@ def margin_surprise(logits: Float[Array, "*rows V"], mask_id: int) -> Float[Arra
     ids = jnp.arange(logits.shape[-1])
     best = jnp.argmax(jnp.where(ids == mask_id, -jnp.inf, logits), axis=-1)
     runner_up = jnp.max(jnp.where(ids == best[..., None], -jnp.inf, logits), axis=-1)
-    # p1 - p2 = p1 (1 - e^(l2 - l1)): as a log, a lead near 1 does not tie in float32 as the difference itself would.
+    # p1 - p2 = p1 (1 - e^(l2 - l1)). Leads near 1 are equal in float32 as differences, but not as logarithms.
     behind = jnp.minimum(runner_up - _at(logits, best), 0.0)
     log_lead = jnp.where(behind > -0.7, jnp.log(-jnp.expm1(behind)), jnp.log1p(-jnp.exp(behind)))
     return surprise(logits, best) - log_lead

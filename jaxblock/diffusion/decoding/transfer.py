@@ -1,4 +1,4 @@
-"""Transfer functions: they pick the masked positions of the active block that a decode step commits.
+"""Makes transfer functions, which pick the masked positions of the active block that a decode step commits.
 
 They rank by ``Scores.surprise``, which is -log of the confidence p: probabilities near 1 are equal in float32, their
 logarithms are not. A threshold tau on p is -log tau on the surprise. Among equal positions the lowest index comes first.
@@ -19,7 +19,7 @@ from jaxblock.diffusion.decoding.config import FactorRule, Quota
 
 
 class Scores(NamedTuple):
-    """What a transfer function chooses from.
+    """Holds the tokens and scores from which a transfer function chooses.
 
     Attributes:
         token: the token that each position would get.
@@ -34,7 +34,7 @@ class Scores(NamedTuple):
 
 
 class StepInfo(NamedTuple):
-    """The index of a decode step inside its block, and the masks that each row had when the block began."""
+    """Holds the index of a decode step inside its block, and the number of masks that each row had when the block began."""
 
     step: Int[Array, ""]
     masks_at_start: Int[Array, " B"]

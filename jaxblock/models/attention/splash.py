@@ -33,8 +33,8 @@ def attend(
 ) -> Float[Array, "B T N H"]:
     """Computes scaled dot-product attention under a bidirectional mask (see ``backends.attend``).
 
-    The kernel takes the visibility of keys as segments: visible keys are in the queries' segment, hidden ones and the
-    padding in another. Each device runs the kernel on its own rows and heads.
+    Segment ids tell the kernel which keys are visible: visible keys are in the queries' segment, hidden keys and padding
+    in another. Each device runs the kernel on its own rows and heads.
 
     Args:
         q: the queries, rotated.

@@ -26,7 +26,7 @@ def gated_table(arch: Architecture, names: Mapping[str, str]) -> Table:
         if std is not None:
             own = std * ((2 * n_layers) ** -0.5 if residual else 1.0)
             return ParamSpec(shape, ("layers", *axes), own, hf_name, transpose=True)
-        # Mitchell initialisation: 1/sqrt(fan in), outputs into the residual stream smaller with depth.
+        # Mitchell initialisation: 1/sqrt(fan in); outputs into the residual stream get smaller with depth.
         own = (2 * n_in) ** -0.5 if residual else n_in**-0.5
         return ParamSpec(shape, ("layers", *axes), own, hf_name, transpose=True, depth_scaled=residual)
 

@@ -95,7 +95,7 @@ def gather_weight(w: Float[Array, "I O"], dtype: DTypeLike, split: Split | None)
     """
     if split is None:
         return GatheredWeight(w, w.astype(dtype))
-    # The compiler would otherwise spread the gathered layout to the copy of w that is kept.
+    # Without this, XLA may also store w itself in the gathered layout.
     own = constrain(jax.lax.stop_gradient(w), *split.stored)
     return GatheredWeight(_gradient_target(w, split), _gather(own, dtype, split))
 

@@ -76,7 +76,7 @@ def first_problem(problem: str | None) -> str | None:
 
 
 def _is_committed(folder: epath.Path) -> bool:
-    """Tells whether Orbax finished the checkpoint and nobody has begun to delete it."""
+    """Tells whether Orbax has finished the checkpoint and no deletion of it has begun."""
     return not removal.is_being_deleted(folder) and bool(ocp.path.step.is_path_finalized(folder))
 
 

@@ -70,7 +70,7 @@ class CheckpointReader:
         return TrainState(found[PARAMS], found[OPTIMIZER], counter, found.get(AVERAGE))
 
     def restore_params(self, step: int, like: Params, *, average: bool = False) -> Params:
-        """Reads the trained parameters alone.
+        """Reads only the trained parameters.
 
         Args:
             step: the step of the checkpoint.

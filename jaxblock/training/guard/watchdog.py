@@ -31,7 +31,7 @@ class Watchdog:
             seconds: the longest time that a stage may take; 0 for no limit.
             on_hang: ``report`` only reports; ``abort`` then ends the process with exit code ``HUNG``, so that a launcher
                 starts it again.
-            out: the file to print to, with a file descriptor of its own; None for standard error.
+            out: the file to print to, which must have a file descriptor; None for standard error.
         """
         self._seconds, self._on_hang, self._out = seconds, on_hang, out
         self._changed = threading.Condition()

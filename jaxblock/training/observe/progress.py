@@ -106,7 +106,7 @@ class TrainProgress:
         if parts:
             count = f" ({pass_at_1[0]}/{pass_at_1[1]})" if pass_at_1 is not None and pass_at_1[1] else ""
             self._print(f"evaluation at step {step:,}: {'  '.join(parts)}{count}")
-        self._recent.clear()  # the pause must not count as slow training
+        self._recent.clear()  # the time of the evaluation must not count as slow training
 
     def say(self, text: str) -> None:
         """Prints a line (above the bar where there is one).

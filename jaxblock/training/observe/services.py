@@ -60,7 +60,7 @@ class WeightsAndBiases:
             tree: the whole config as plain values, for the page.
 
         Raises:
-            UserError: W&B refuses, for example because nobody is logged in.
+            UserError: W&B cannot begin the run, for example because the user is not logged in.
         """
         import wandb
 

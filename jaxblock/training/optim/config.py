@@ -1,4 +1,4 @@
-"""The `optimizer` section."""
+"""Defines the `optimizer` section: update rule, schedule, clipping and precision."""
 
 from __future__ import annotations
 

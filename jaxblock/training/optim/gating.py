@@ -46,8 +46,8 @@ def count_updates(opt_state: Any) -> int:
     """Returns the number of updates that an optimizer's state has seen, without skipped steps. Waits for the device.
 
     Args:
-        opt_state: the state of any optimizer of this room. Its transformations count updates in a field of their state's
-            named tuple, ``step`` in ours and ``count`` in Optax's; other integers may stand beside it.
+        opt_state: the state of any optimizer of this package. Its transformations count updates in a field of their state's
+            named tuple: ``step`` in ours, ``count`` in Optax's. The state may contain other integers.
 
     Raises:
         ValueError: the state has no counter, or its counters differ.

@@ -19,7 +19,7 @@ from jaxblock.types import Params
 
 
 def make_optimizer(config: OptimizerConfig, steps: int, table: Table, seed: int = 0) -> optax.GradientTransformation:
-    """Makes the optimizer; its arithmetic is float32 whatever the parameters' type is.
+    """Makes the optimizer; its arithmetic is float32 for every type of parameters.
 
     Args:
         config: the ``optimizer`` section.

@@ -25,7 +25,7 @@ def widen(tree: Any) -> Any:
 
 
 def global_norm(tree: Any) -> Array:
-    """Returns the norm over all leaves together, summed in float32 whatever type they have."""
+    """Returns the norm over all leaves together, summed in float32 for every type."""
     return optax.tree.norm(widen(tree))
 
 
