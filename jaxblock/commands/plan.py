@@ -30,7 +30,7 @@ class Options:
     decoder: bool = True
     """Compile the decoder too."""
     tries: int = 6
-    """The most changed settings that are compiled to find one that fits, where the run itself does not."""
+    """How many changes of the settings may be compiled to find one that fits, where the run itself does not fit."""
     json: str | None = None
     """Also write the plan here, with every large collective; an existing file is refused."""
     data: DataConfig = field(default_factory=DataConfig)
