@@ -13,7 +13,7 @@ from jaxblock.config.config import Config
 from jaxblock.data.loader import Batch
 from jaxblock.models.spec import Table, abstract_params
 from jaxblock.parallel import rules
-from jaxblock.training.state import TrainState, first_average, state_shardings
+from jaxblock.training.state import abstract_state, with_shardings
 from jaxblock.training.step import Learner, jit_step
 
 
@@ -48,21 +48,15 @@ def run_shapes(config: Config, learner: Learner, mesh: Mesh) -> RunShapes:
         UserError: a tensor does not split evenly over the mesh.
     """
     net, averaged = learner.net, learner.ema > 0
-    params = abstract_params(net.trainable, "float32" if net.lora else config.model.param_dtype)
-    opt_state = jax.eval_shape(learner.optimizer.init, params)
-    average = jax.eval_shape(first_average, params) if averaged else None
-    step: Any = jax.ShapeDtypeStruct((), jnp.int32)
-    state = _placed(
-        TrainState(params, opt_state, step, average),
-        state_shardings(opt_state, mesh, net.trainable, averaged=averaged),
-    )
+    trained_dtype = "float32" if net.lora else config.model.param_dtype
+    state = abstract_state(learner.optimizer, mesh, net.trainable, trained_dtype, averaged=averaged)
     frozen = param_shapes(net.param_table, mesh, config.model.param_dtype) if net.lora else {}
     return RunShapes(state, batch_shapes(config), frozen)
 
 
 def param_shapes(table: Table, mesh: Mesh, dtype: str) -> Any:
     """Returns the parameters of a table as shapes, each with its sharding over a mesh."""
-    return _placed(abstract_params(table, dtype), rules.param_shardings(mesh, table))
+    return with_shardings(abstract_params(table, dtype), rules.param_shardings(mesh, table))
 
 
 def batch_shapes(config: Config) -> Batch:
@@ -89,8 +83,3 @@ def bytes_per_device(tree: Any) -> int:
     """Counts the bytes that one device holds of a tree of arrays, or of shapes with shardings."""
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
-
-
-def _placed(tree: Any, where: Any) -> Any:
-    """Returns a tree of shapes with the shardings of a second tree."""
-    return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), tree, where)

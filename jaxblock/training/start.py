@@ -13,7 +13,7 @@ refused before minutes of reading weights. What a run starts from, in order of p
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -32,13 +32,15 @@ from jaxblock.parallel.mesh import make_mesh
 from jaxblock.training import resume, weights
 from jaxblock.training.checkpoints import run_folder
 from jaxblock.training.checkpoints.retention import Keep
+from jaxblock.training.checkpoints.run_folder import Base
 from jaxblock.training.checkpoints.writer import CheckpointWriter
 from jaxblock.training.config import TrainConfig
 from jaxblock.training.guard.debug import NanFinder, not_finite
 from jaxblock.training.observe import metrics, trackers
 from jaxblock.training.session import OpenedSession, Session
-from jaxblock.training.state import create_state
+from jaxblock.training.state import TrainState, abstract_state, create_state
 from jaxblock.training.step import Learner
+from jaxblock.types import Params
 
 
 def open_session(config: Config, console: Console) -> OpenedSession:
@@ -93,38 +95,64 @@ def load_session(opened: OpenedSession, learner: Learner, console: Console) -> S
     Raises:
         UserError: the weights or the checkpoint cannot be read, or hold NaN or infinity in debug mode.
     """
-    config, mesh, train = opened.config, opened.mesh, opened.config.train
-    begun = weights.starting_weights(config, learner.net, mesh, opened.resumed, console)
-    with jax.set_mesh(mesh):
-        state = create_state(begun.trained, learner.optimizer, mesh, learner.net.trainable, averaged=learner.ema > 0)
-    checkpoints = opened.checkpoints
-    if checkpoints is None:
-        checkpoints = _new_run_folder(opened, begun, console)
-    elif opened.step is None:
-        console.out(f"{train.out} ended before its first checkpoint: beginning again", highlight=False)
-    else:
-        state = checkpoints.restore(opened.step, state)
-        if opened.process_index == 0:
-            metrics.restore_rows(train.out, opened.saved.get(metrics.UNWRITTEN_ROWS, []))
-        console.out(f"going on from step {opened.step:,} of {train.out}", highlight=False)
-    if train.debug and (bad := not_finite(state.params)):
+    config, train = opened.config, opened.config.train
+    loaded = _begin(opened, learner, console) if opened.step is None else _go_on(opened, learner, console)
+    if train.debug and (bad := not_finite(loaded.state.params)):
         raise UserError(f"these weights hold NaN or infinity before the first step: {', '.join(bad)}")
     return Session(
         config=config,
         prepared=opened.prepared,
         validation=_validation_records(opened.prepared, max(train.eval_problems, train.eval_nelbo_rows)),
         learner=learner,
-        mesh=mesh,
-        state=state,
-        frozen=begun.frozen,
-        base=begun.base,
-        checkpoints=checkpoints,
+        mesh=opened.mesh,
+        state=loaded.state,
+        frozen=loaded.frozen,
+        base=loaded.base,
+        checkpoints=loaded.checkpoints,
         step=opened.step or 0,
         resumed=opened.step is not None,
         nans=opened.nans,
         process_index=opened.process_index,
         process_count=opened.process_count,
     )
+
+
+class _Loaded(NamedTuple):
+    """Holds what a run has on the devices before its next step, and its run folder's checkpoints; see ``Session``."""
+
+    state: TrainState
+    frozen: Params
+    base: Base | None
+    checkpoints: CheckpointWriter
+
+
+def _begin(opened: OpenedSession, learner: Learner, console: Console) -> _Loaded:
+    """Loads or draws the first weights, makes the optimizer's state, and makes the run folder where there is none."""
+    begun = weights.starting_weights(opened.config, learner.net, opened.mesh, console)
+    with jax.set_mesh(opened.mesh):
+        state = create_state(
+            begun.trained, learner.optimizer, opened.mesh, learner.net.trainable, averaged=learner.ema > 0
+        )
+    checkpoints = opened.checkpoints
+    if checkpoints is None:
+        checkpoints = _new_run_folder(opened, begun, console)
+    else:
+        console.out(f"{opened.config.train.out} ended before its first checkpoint: beginning again", highlight=False)
+    return _Loaded(state, begun.frozen, begun.base, checkpoints)
+
+
+def _go_on(opened: OpenedSession, learner: Learner, console: Console) -> _Loaded:
+    """Restores the checkpoint onto the devices. No other state is made first: two might not fit where one does."""
+    config, mesh, net, checkpoints = opened.config, opened.mesh, learner.net, opened.checkpoints
+    assert opened.step is not None and opened.resumed is not None and checkpoints is not None
+    frozen, base = weights.resumed_base(config, net, mesh, opened.resumed)
+    dtype = "float32" if net.lora else config.model.param_dtype
+    like = abstract_state(learner.optimizer, mesh, net.trainable, dtype, averaged=learner.ema > 0)
+    state = checkpoints.restore(opened.step, like)
+    if opened.process_index == 0:
+        metrics.restore_rows(config.train.out, opened.saved.get(metrics.UNWRITTEN_ROWS, []))
+    console.out(f"going on from step {opened.step:,} of {config.train.out}", highlight=False)
+    return _Loaded(state, frozen, base, checkpoints)
 
 
 def _existing_checkpoints(train: TrainConfig, console: Console) -> tuple[CheckpointWriter | None, int | None]:

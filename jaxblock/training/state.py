@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
-from jaxblock.models.spec import Table
+from jaxblock.models.spec import Table, abstract_params
 from jaxblock.parallel import rules
 from jaxblock.types import Params
 
@@ -47,6 +48,35 @@ def create_state(
     opt_state = jax.jit(optimizer.init, out_shardings=placed.opt_state)(params)
     average = jax.jit(first_average, out_shardings=placed.average)(params) if averaged else None
     return TrainState(params, opt_state, jax.device_put(jnp.zeros((), jnp.int32), placed.step), average)
+
+
+def abstract_state(
+    optimizer: optax.GradientTransformation, mesh: Mesh, table: Table, dtype: DTypeLike, *, averaged: bool = False
+) -> TrainState:
+    """Describes the state that ``create_state`` makes, by shapes, types and shardings alone; nothing is allocated.
+
+    Args:
+        optimizer: the update rule.
+        mesh: the mesh.
+        table: the specs of the trained parameters.
+        dtype: the type of the trained parameters.
+        averaged: whether the state holds a moving average.
+
+    Raises:
+        UserError: a parameter does not split over the mesh.
+    """
+    params = abstract_params(table, dtype)
+    opt_state = jax.eval_shape(optimizer.init, params)
+    average = jax.eval_shape(first_average, params) if averaged else None
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32)
+    shapes = TrainState(params, opt_state, step, average)
+    placed: TrainState = with_shardings(shapes, state_shardings(opt_state, mesh, table, averaged=averaged))
+    return placed
+
+
+def with_shardings(shapes: Any, placed: Any) -> Any:
+    """Returns a tree of shapes in which each has its sharding, from a tree of shardings of the same structure."""
+    return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), shapes, placed)
 
 
 def first_average(params: Params) -> Params:

@@ -65,27 +65,27 @@ def architecture(config: Config, prepared: Prepared, run: Run | None) -> Archite
     return registry.architecture_from_config(config.model, vocab_size=vocab, mask_id=special.mask, eos_id=special.eos)
 
 
-def starting_weights(config: Config, net: Transformer, mesh: Mesh, run: Run | None, console: Console) -> Weights:
-    """Returns the weights before the first step; for a resumed run, a checkpoint then replaces the trained part.
+def starting_weights(config: Config, net: Transformer, mesh: Mesh, console: Console) -> Weights:
+    """Returns the weights of a new run before its first step.
 
     Args:
         config: the run's settings, checked.
         net: the network, built for ``architecture``.
         mesh: the devices that hold them.
-        run: the run that is resumed; None for a new run.
         console: prints where the weights came from.
 
     Raises:
-        UserError: the weights cannot be read, or are not the base that a resumed run's adapters were trained on.
+        UserError: the weights cannot be read.
     """
     source = None if config.model.init_from is None else local_checkpoint(config.model.init_from)
     seed, dtype = config.train.seed, config.model.param_dtype
     if net.lora is not None:
         assert source is not None  # the config's check requires it
-        return _adapters_beside_base(config, net, mesh, source, run, console)
-    if run is not None:
-        # Random weights are placeholders with the right shardings until the checkpoint is restored.
-        return Weights(_random(net.trainable, seed, dtype, mesh), {}, None, source)
+        frozen, base = _load_frozen(config, net, mesh, source, identify_base(source, config.model.init_step))
+        targets = ", ".join(path.removeprefix("blocks/") for path in net.lora.targets)
+        counts = f"{count_params(net.trainable):,} in adapters of {targets}"
+        console.out(f"starting from {config.model.init_from}: {counts} are trained", highlight=False)
+        return Weights(_random(net.trainable, seed, "float32", mesh), frozen, base, source)
     if source is None:
         console.out(f"random weights: {count_params(net.trainable):,} parameters", highlight=False)
         return Weights(_random(net.trainable, seed, dtype, mesh), {}, None, None)
@@ -102,20 +102,31 @@ def starting_weights(config: Config, net: Transformer, mesh: Mesh, run: Run | No
     return Weights(params, {}, None, source)
 
 
-def _adapters_beside_base(
-    config: Config, net: Transformer, mesh: Mesh, source: str, run: Run | None, console: Console
-) -> Weights:
-    """Returns random adapters and their frozen base; for a resumed run, checks that it is the base that it was begun with."""
-    assert net.lora is not None
-    base = identify_base(source, config.model.init_step) if run is None else check_base(source, run.base)
-    # The record names the folder as the config does, not its local copy.
-    base = base._replace(folder=str(config.model.init_from))
+def resumed_base(config: Config, net: Transformer, mesh: Mesh, run: Run) -> tuple[Params, Base | None]:
+    """Reads the frozen base of a resumed run, whose trained weights are in its checkpoint.
+
+    Args:
+        config: the run's settings, checked.
+        net: the network, built for ``architecture``.
+        mesh: the devices that hold the base.
+        run: the run that is resumed.
+
+    Returns:
+        (base, where it came from); ({}, None) where the whole network is trained.
+
+    Raises:
+        UserError: the base cannot be read, or is not the one that the run's adapters were trained on.
+    """
+    if net.lora is None:
+        return {}, None
+    source = local_checkpoint(str(config.model.init_from))
+    return _load_frozen(config, net, mesh, source, check_base(source, run.base))
+
+
+def _load_frozen(config: Config, net: Transformer, mesh: Mesh, source: str, base: Base) -> tuple[Params, Base]:
+    """Reads the frozen base beneath adapters, and names its folder as the config does, not by its local copy."""
     frozen = load_base(source, net.arch, mesh, config.model.param_dtype, step=base.step, quantize=net.quantize)
-    if run is None:
-        targets = ", ".join(path.removeprefix("blocks/") for path in net.lora.targets)
-        counts = f"{count_params(net.trainable):,} in adapters of {targets}"
-        console.out(f"starting from {config.model.init_from}: {counts} are trained", highlight=False)
-    return Weights(_random(net.trainable, config.train.seed, "float32", mesh), frozen, base, source)
+    return frozen, base._replace(folder=str(config.model.init_from))
 
 
 def _random(table: Table, seed: int, dtype: str, mesh: Mesh) -> Params:

@@ -60,7 +60,7 @@ class CheckpointReader:
 
         Args:
             step: the step of the checkpoint.
-            like: a state with the shapes, types and shardings of the result; its values are not used.
+            like: the shapes, types and shardings of the result, as ``state.abstract_state`` returns them.
 
         Raises:
             UserError: the checkpoint is damaged, or does not fit the state that this config describes.
