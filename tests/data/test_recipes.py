@@ -248,7 +248,7 @@ def test_parquet(tmp_path: pathlib.Path) -> None:
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     parquet.write_table(pyarrow.Table.from_pylist([{"messages": turns}, {"messages": None}]), path)
     rows = list(read_rows(str(path), "train"))
-    assert [(row.value["messages"], row.source) for row in rows] == [
+    assert [(row.record["messages"], row.source) for row in rows] == [
         (turns, "train.parquet[0]"),
         (None, "train.parquet[1]"),
     ]
