@@ -5,7 +5,14 @@ The file is not called ``load.py``, because a module ``jaxblock.load`` would hid
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+import math
+from typing import Literal
+
+import jax
+from jax.sharding import Mesh
 
 from jaxblock import build
 from jaxblock.data.tokens.encoding import checkpoint_encoder
@@ -15,7 +22,7 @@ from jaxblock.data.tokens.tokenizer import Tokenizer
 from jaxblock.diffusion.config import CanvasConfig
 from jaxblock.errors import UserError
 from jaxblock.huggingface import peft
-from jaxblock.huggingface.load import load_checkpoint, read_architecture
+from jaxblock.huggingface.load import read_architecture
 from jaxblock.io.hub import local_checkpoint
 from jaxblock.io.paths import PathLike
 from jaxblock.model import Model
@@ -24,9 +31,12 @@ from jaxblock.models.config import Checkpoint, Quantize
 from jaxblock.models.families import registry
 from jaxblock.models.linear import lora
 from jaxblock.models.transformer import Transformer
+from jaxblock.parallel import rules
+from jaxblock.parallel.mesh import make_mesh
 from jaxblock.settings import Alignment
 from jaxblock.training.checkpoints import run_folder
-from jaxblock.training.stored_weights import load_run_params
+from jaxblock.training.config import TrainConfig
+from jaxblock.training.stored_weights import load_base, load_run_params
 
 
 def load(
@@ -38,6 +48,7 @@ def load(
     mask_id: int | None = None,
     alignment: Alignment | None = None,
     step: Checkpoint = "latest",
+    mesh: Mesh | Literal["all"] | None = None,
 ) -> Model:
     """Loads a run folder, a Hugging Face folder (or hub id), or a folder of PEFT adapters.
 
@@ -53,6 +64,9 @@ def load(
             for a new token the embedding gets new rows.
         alignment: the logit alignment of an autoregressive checkpoint; None for ``shifted``.
         step: the checkpoint of a run: the newest, the best by `train.keep_best`, or that of a step.
+        mesh: the devices that share the weights and the rows of every batch (``parallel.mesh.make_mesh``); None for one
+            device, ``all`` for all devices of all processes, split as the run's `train` section says where it fits them. With
+            several processes, all of them must make the same calls.
 
     Returns:
         The model. An autoregressive checkpoint without a mask token has logits, but cannot decode.
@@ -63,7 +77,7 @@ def load(
     if dtype not in (None, "float32", "bfloat16"):
         raise UserError(f"dtype is {dtype!r}: choose float32 or bfloat16, or None for what is stored")
     if run_folder.is_run(folder):
-        return _load_run(folder, dtype, base, quantize, step)
+        return _load_run(folder, dtype, base, quantize, step, mesh)
     if step != "latest":
         raise UserError(f"{folder} is no run, so it has no checkpoint {step}: leave `step` out")
     weights_folder, adapter_folder = _split_adapter(local_checkpoint(folder), base)
@@ -74,16 +88,43 @@ def load(
         arch = registry.with_mask(arch, arch.need_mask_id() if mask_id is None else mask_id, alignment)
     elif adapter_folder is not None:
         arch = peft.with_saved_start(adapter_folder, arch)
-    return _load_checkpoint(weights_folder, adapter_folder, arch, dtype, quantize or "none")
+    devices = _all_devices(arch, None) if mesh == "all" else mesh
+    return _load_checkpoint(weights_folder, adapter_folder, arch, dtype, quantize or "none", devices)
+
+
+def _all_devices(arch: Architecture, train: TrainConfig | None) -> Mesh | None:
+    """Returns a mesh of all devices of all processes; None where there is one device.
+
+    Args:
+        arch: the network's sizes.
+        train: the `train` section of the run, whose mesh is taken where it fits the devices. Elsewhere, as for a run that was
+            trained on another number of devices, weights are split over as many devices as divide the network's widths.
+    """
+    devices = jax.devices()
+    if len(devices) == 1:
+        return None
+    if train is not None:
+        with contextlib.suppress(UserError):
+            return make_mesh(train.data_parallel, train.fsdp, train.tensor, slices=train.slices)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    matrices = [spec for spec in registry.param_table(arch).values() if spec.stacked and spec.is_matrix]
+    widths = {size for spec in matrices for size in spec.shape[1:]}
+    return make_mesh(fsdp=math.gcd(len(devices) // slices, *widths), slices=slices)
 
 
 def _load_checkpoint(
-    weights_folder: str, adapter_folder: str | None, arch: Architecture, dtype: str | None, quantize: Quantize
+    weights_folder: str,
+    adapter_folder: str | None,
+    arch: Architecture,
+    dtype: str | None,
+    quantize: Quantize,
+    mesh: Mesh | None,
 ) -> Model:
     """Loads a Hugging Face folder's weights, and adapters for them where there are any."""
     # Adapters are loaded first, so that those for another base are refused before gigabytes are read.
-    adapted, adapters = (None, None) if adapter_folder is None else peft.load_adapter(adapter_folder, arch)
-    _, params = load_checkpoint(weights_folder, dtype=dtype, arch=arch, int8=quantize == "int8")
+    place = None if mesh is None else functools.partial(rules.param_shardings, mesh)
+    adapted, adapters = (None, None) if adapter_folder is None else peft.load_adapter(adapter_folder, arch, place)
+    params = load_base(weights_folder, arch, mesh, dtype, step=None, quantize=quantize)
     compute = dtype or params["final_norm"].dtype.name
     # float16 is only for storage: its range is too small for computing, and CPUs do not compute in it.
     compute = "float32" if compute == "float16" else compute
@@ -134,7 +175,12 @@ def _stop_ids(arch: Architecture, tokenizer: Tokenizer | None) -> tuple[int, ...
 
 
 def _load_run(
-    folder: PathLike, dtype: str | None, base: PathLike | None, quantize: Quantize | None, step: Checkpoint
+    folder: PathLike,
+    dtype: str | None,
+    base: PathLike | None,
+    quantize: Quantize | None,
+    step: Checkpoint,
+    mesh: Mesh | Literal["all"] | None,
 ) -> Model:
     """Loads a checkpoint of a run, with the tokenizer and the settings that the run folder keeps."""
     run = run_folder.open_run(folder)
@@ -142,8 +188,9 @@ def _load_run(
     if run.base is None and (base is not None or quantize == "int8"):
         raise UserError(f"{folder} holds no adapters: leave out base and quantize")
     quantize = "none" if run.base is None else quantize or model.quantize
+    devices = _all_devices(run.arch, run.config.train) if mesh == "all" else mesh
     params, _ = load_run_params(
-        run, dtype=dtype, step=step, base=None if base is None else str(base), quantize=quantize
+        run, devices, dtype, step=step, base=None if base is None else str(base), quantize=quantize
     )
     net = dataclasses.replace(build.network(run.arch, model, run.config.lora), quantize=quantize)
     return Model(

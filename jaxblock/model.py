@@ -6,13 +6,15 @@ It is a thin layer over pure functions; the command line uses it too.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
 from jaxblock.config.yaml import with_fields
@@ -38,13 +40,21 @@ from jaxblock.io.remote import local_folder
 from jaxblock.models.architecture import Architecture
 from jaxblock.models.linear import lora
 from jaxblock.models.transformer import Transformer
+from jaxblock.parallel import processes, rules
+from jaxblock.parallel.rows import even_size, mesh_of, on_mesh_of, spans_processes, split_filled_rows, whole_results
 from jaxblock.training.checkpoints import run_folder
 from jaxblock.types import Params
 
-_logits = jax.jit(Transformer.all_logits, static_argnums=0)
-_decode = jax.jit(decoder.decode, static_argnums=(0, 1, 2))
-_decode_block = jax.jit(decoder.decode_block, static_argnums=(0, 1, 2))
-_nelbo = jax.jit(likelihood.nelbo, static_argnums=(0, 1, 2))
+
+@functools.cache
+def _compiled(function: Callable[..., Any], static: int, results: NamedSharding | None) -> Callable[..., Any]:
+    """Returns the compiled function, whose first ``static`` arguments are static; ``results`` says where its results go."""
+    return jax.jit(function, static_argnums=tuple(range(static)), out_shardings=results)
+
+
+def _unchanged(params: Params) -> Params:
+    """Returns the parameters; compiled, it gathers them."""
+    return params
 
 
 class Decoded(NamedTuple):
@@ -110,7 +120,8 @@ class Model:
             raise UserError(f"ids hold one outside the vocabulary of {self.arch.vocab_size}")
         rows, lengths, back = flush_left(whole, attention_mask)
         positions = np.broadcast_to(np.arange(rows.shape[1], dtype=np.int32), rows.shape)
-        out = np.asarray(_logits(self.net, self.params, rows, positions, lengths))
+        parts = split_filled_rows(self.params, (rows, positions, lengths))
+        out = np.asarray(self._run(Transformer.all_logits, (self.net,), self.params, *parts))
         result = np.zeros((*whole.shape, out.shape[-1]), out.dtype)
         for row, (source, length) in enumerate(zip(back, lengths, strict=True)):
             result[row, source] = out[row, :length]
@@ -158,8 +169,11 @@ class Model:
         layout = self.layout(chosen)
         rows, lengths = self.prompts(prompt_ids, attention_mask, layout)
         index = np.arange(first_index, first_index + len(rows), dtype=np.int32)
-        canvas = canvases.for_decoding(layout, jnp.asarray(rows), jnp.asarray(lengths), jnp.asarray(index))
-        found = _decode(self.net, layout, chosen.static(layout.block), self.params, canvas, chosen.seed)
+        parts = split_filled_rows(self.params, (rows, lengths, index))
+        canvas = canvases.for_decoding(layout, *map(jnp.asarray, parts))
+        static = (self.net, layout, chosen.static(layout.block))
+        found = jax.device_get(self._run(decoder.decode, static, self.params, canvas, chosen.seed))
+        found = decoder.Responses(*(leaf[: len(rows)] for leaf in found))
         if not return_steps:
             return np.asarray(found.response)
         steps = int(np.max(found.commit_step)) + 1
@@ -184,14 +198,17 @@ class Model:
         layout = self.layout(chosen)
         settings = chosen.static(layout.block)
         rows, lengths = self.prompts([prompt_ids], None, layout)
-        row = jnp.asarray([index], jnp.int32)
-        canvas = canvases.for_decoding(layout, jnp.asarray(rows), jnp.asarray(lengths), row)
+        # Every process needs the canvas whole, to rebuild the steps; the devices share out copies of its row.
+        copies = even_size(self.params, 1)
+        parts = (np.repeat(part, copies, axis=0) for part in (rows, lengths, np.array([index], np.int32)))
+        canvas = canvases.for_decoding(layout, *map(jnp.asarray, parts))
         carry = decoder.start_decoding(layout, canvas, chosen.seed)
         shown = 0
         for block in range(layout.n_blocks):
             if bool(carry.done.all()):
                 break
-            carry = _decode_block(self.net, layout, settings, self.params, canvas, carry, jnp.int32(block))
+            static = (self.net, layout, settings)
+            carry = self._run(decoder.decode_block, static, self.params, canvas, carry, jnp.int32(block))
             steps = int(carry.nfe[0]) // settings.passes
             states = np.asarray(decoder.responses_by_step(layout, decoder.finish(layout, canvas, carry), steps))
             for step in range(shown + 1, steps + 1):
@@ -292,10 +309,12 @@ class Model:
                 raise UserError(f"row {at}: the response holds an id outside the vocabulary of {self.arch.vocab_size}")
         responses, text = pad_ids(response_ids, layout.response_len)
         index = np.arange(len(rows), dtype=np.int32)
-        canvas = canvases.from_rows(layout, *map(jnp.asarray, (rows, lengths, responses, text, index)))
-        found = _nelbo(self.net, layout, samples or layout.block, self.params, canvas, jax.random.key(seed))
+        parts = split_filled_rows(self.params, (rows, lengths, responses, text, index))
+        canvas = canvases.from_rows(layout, *map(jnp.asarray, parts))
+        static = (self.net, layout, samples or layout.block)
+        found = self._run(likelihood.nelbo, static, self.params, canvas, jax.random.key(seed))
         value, error = likelihood.per_row(found)
-        return np.asarray(value), np.asarray(error)
+        return np.asarray(value)[: len(rows)], np.asarray(error)[: len(rows)]
 
     def save(self, folder: PathLike, dtype: DTypeLike | None = None) -> float:
         """Writes a Hugging Face folder, reads it back and compares logits; adapters are merged into their base.
@@ -334,10 +353,18 @@ class Model:
             base = None  # PEFT cannot load a run: the user must export the base and name that export
         elif base is not None:
             peft.check_base_rows(folder, self.arch, read_architecture(local_checkpoint(base)))
-        peft.save_adapter(
-            folder, self.arch, self.net.lora, adapters, base=base, tokenizer=self._companions()["tokenizer"]
-        )
-        found, again = peft.load_adapter(local_folder(folder, ["*.json", "*.safetensors"]), self.arch)
+        together = spans_processes(adapters)
+        if together:
+            adapters = jax.device_get(self._run(_unchanged, (), adapters))
+        if not together or jax.process_index() == 0:
+            peft.save_adapter(
+                folder, self.arch, self.net.lora, adapters, base=base, tokenizer=self._companions()["tokenizer"]
+            )
+        if together:
+            processes.wait(f"{folder} is written")
+        mesh = mesh_of(self.params)
+        place = None if mesh is None else functools.partial(rules.param_shardings, mesh)
+        found, again = peft.load_adapter(local_folder(folder, ["*.json", "*.safetensors"]), self.arch, place)
         copy = dataclasses.replace(
             self, net=dataclasses.replace(self.net, lora=found), params=lora.attach(self._weights(), again)
         )
@@ -361,6 +388,17 @@ class Model:
             return self
         params = lora.merge(self.params, self.net.lora)
         return dataclasses.replace(self, net=dataclasses.replace(self.net, lora=None), params=params, base=None)
+
+    def _run(self, function: Callable[..., Any], static: tuple[Any, ...], *arguments: Any) -> Any:
+        """Runs a function, compiled, on the devices that hold the weights; every device gets all results.
+
+        Args:
+            function: the function.
+            static: its first arguments, for whose values it is compiled.
+            *arguments: its other arguments.
+        """
+        with on_mesh_of(self.params):
+            return _compiled(function, len(static), whole_results(self.params))(*static, *arguments)
 
     def _weights(self) -> Params:
         """Returns the weights without the adapters."""

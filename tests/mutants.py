@@ -45,6 +45,7 @@ _DECODING = "jaxblock/diffusion/decoding"
 _ENCODING = "jaxblock/data/tokens/encoding.py"
 _MANIFEST = "jaxblock/data/store/manifest.py"
 _SAMPLING = "jaxblock/diffusion/sampling.py"
+_DEVICES_TEST = "tests/test_many_devices.py::test_the_verbs_use_all_devices_and_write_what_one_device_writes"
 _LAWS_TEST = "tests/diffusion/test_laws.py::test_expected_gradient_is_the_nelbos"
 _REACHED_TEST = "tests/diffusion/test_reachability.py::test_every_masked_set_of_every_block_is_reached"
 _VERIFY_TEST = "tests/huggingface/test_roundtrip.py::test_verify_sees_a_changed_weight_and_a_changed_config"
@@ -102,6 +103,20 @@ MUTANTS = [
         "return None if size == expected[0] else",
         "tests/training/checkpoints/test_checkpoints.py"
         "::test_a_damaged_checkpoint_is_named_and_set_aside_and_the_one_before_is_used[_flip]",
+    ),
+    Mutant(
+        "run-loaded-on-one-device",
+        "jaxblock/loading.py",
+        'devices = _all_devices(run.arch, run.config.train) if mesh == "all" else mesh',
+        "devices = None",
+        _DEVICES_TEST,
+    ),
+    Mutant(
+        "folder-loaded-on-one-device",
+        "jaxblock/loading.py",
+        'devices = _all_devices(arch, None) if mesh == "all" else mesh',
+        "devices = None",
+        _DEVICES_TEST,
     ),
     # Data.
     Mutant(

@@ -31,13 +31,13 @@ parallel      types errors
 models        types errors settings parallel
 config        errors settings io diffusion
 data          errors settings io
-huggingface   types errors io models
+huggingface   types errors io parallel models
 evaluation    types errors settings io diffusion parallel models data
 training      types errors settings io diffusion parallel models config data huggingface evaluation
 build         settings diffusion models config training
 fit           errors io diffusion parallel models config data huggingface training build
-model         types errors settings io diffusion models config data huggingface training
-loading       errors settings io models data huggingface training build model
+model         types errors settings io diffusion parallel models config data huggingface training
+loading       errors settings io parallel models data huggingface training build model
 reporting     types settings io diffusion training
 __init__      errors model loading
 cli           errors io parallel config __init__ commands

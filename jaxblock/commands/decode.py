@@ -55,13 +55,17 @@ class Options:
 def run(options: Options, config: Config) -> int:
     """Decodes the prompts and prints one line of JSON for each, or shows each canvas while it is filled."""
     from jaxblock import loading
+    from jaxblock.parallel import processes
 
+    process, count = processes.join_group()
+    if count > 1 and not options.prompts and options.file is None:
+        raise UserError("several processes cannot share standard input: give the prompts by --file or as arguments")
     if options.out:
         if options.watch:
             raise UserError("watch shows the canvas and writes no file: leave out either --watch or --out")
         check_absent(options.out)
     model = dataclasses.replace(
-        loading.load(options.checkpoint, base=options.base, step=options.step),
+        loading.load(options.checkpoint, base=options.base, step=options.step, mesh="all"),
         canvas=config.canvas,
         decode_defaults=config.decode,
     )
@@ -81,10 +85,13 @@ def run(options: Options, config: Config) -> int:
         model.check_prompt(row, where, layout)
     if options.watch:
         for index, (_, text) in enumerate(prompts):
-            _watch(model, text, ids[index], index)
+            _watch(model, text, ids[index], index, shown=process == 0)
         return 0
     lines = _decoded_lines(model, prompts, ids, config.decode.batch_size)
-    if options.out:
+    if process > 0:  # one process speaks for all
+        for _ in lines:
+            pass
+    elif options.out:
         write_text(options.out, "".join(lines))
         say(f"wrote {options.out}")
     else:
@@ -123,27 +130,33 @@ def _lines(name: str, content: bytes) -> Iterator[tuple[str, str]]:
             yield where, line
 
 
-def _watch(model: Model, text: str, ids: list[int], index: int) -> None:
-    """Decodes one prompt and shows its canvas after every step."""
+def _watch(model: Model, text: str, ids: list[int], index: int, *, shown: bool) -> None:
+    """Decodes one prompt and shows its canvas after every step; with ``shown`` False it only decodes."""
     from jaxblock.reporting.watch import Watch
 
     assert model.tokenizer is not None
+    steps = model.stream(ids, index=index)
+    if not shown:
+        for _ in steps:
+            pass
+        return
     layout = model.layout(model.decode_defaults)
-    shown = Watch(
+    watch = Watch(
         text, model.tokenizer.piece, mask_id=layout.mask_id, block=layout.block, stop_ids=layout.stop_ids, pause=0.05
     )
-    with shown:
-        for response, nfe in model.stream(ids, index=index):
-            shown.step(response.tolist(), nfe)
+    with watch:
+        for response, nfe in steps:
+            watch.step(response.tolist(), nfe)
 
 
 def _decoded_lines(model: Model, prompts: list[tuple[str, str]], ids: list[list[int]], size: int) -> Iterator[str]:
     """Decodes the prompts in batches of ``size`` and yields a line of JSON for each."""
     from jaxblock.data.loader import filled
     from jaxblock.model import Decoded
+    from jaxblock.parallel.rows import even_size
 
     assert model.tokenizer is not None
-    size = min(size, len(ids))
+    size = even_size(model.params, min(size, len(ids)))
     for at in range(0, len(ids), size):
         part = ids[at : at + size]
         decoded = model.decode(filled(part, size), return_steps=True, first_index=at)

@@ -56,10 +56,14 @@ def run(options: Options, config: Config) -> int:
     from jaxblock.evaluation.problems import format_problems
     from jaxblock.evaluation.results import summarise_evaluation
     from jaxblock.evaluation.runner import Evaluator
+    from jaxblock.parallel import processes
+    from jaxblock.parallel.rows import on_mesh_of
 
+    process, _ = processes.join_group()
     check_vacant(options.out, marker="summary.json")
-    check_writable(as_path(options.out).parent)
-    model = loading.load(options.checkpoint, base=options.base, step=options.step)
+    if process == 0:
+        check_writable(as_path(options.out).parent)
+    model = loading.load(options.checkpoint, base=options.base, step=options.step, mesh="all")
     prepared = open_prepared(config.data.prepared)
     _check_fit(options, config, model, prepared)
     settings = config.evaluate
@@ -74,8 +78,12 @@ def run(options: Options, config: Config) -> int:
         model.net, config.canvas, prepared.encoder, config.decode, settings.grader, settings.nelbo_samples
     )
     begin = time.perf_counter()
-    solved = evaluator.solve(model.params, records, lambda done: say(f"decoded {done:,} of {count:,}"))
-    bound = evaluator.estimate_nelbo(model.params, records[: settings.nelbo_rows]) if settings.nelbo else None
+    progress = (lambda done: say(f"decoded {done:,} of {count:,}")) if process == 0 else (lambda done: None)
+    with on_mesh_of(model.params):
+        solved = evaluator.solve(model.params, records, progress)
+        bound = evaluator.estimate_nelbo(model.params, records[: settings.nelbo_rows]) if settings.nelbo else None
+    if process > 0:  # one process speaks for all
+        return 0
     dropped = sum(prepared.manifest.splits[settings.split]["dropped"].values())
     result = summarise_evaluation(solved, bound, _about(options, config, count, dropped))
     with new_folder(options.out, marker="summary.json") as folder:

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh, NamedSharding
 from jax.stages import Compiled
 
 from jaxblock.data.loader import filled, pad_ids, pad_records
@@ -28,7 +27,7 @@ from jaxblock.evaluation.graders import find_grader
 from jaxblock.evaluation.results import NelboBound, Solved
 from jaxblock.evaluation.statistics import mean_se, ratio_se, wilson
 from jaxblock.models.transformer import Transformer
-from jaxblock.parallel import rules
+from jaxblock.parallel.rows import even_size, split_rows, whole_results
 from jaxblock.types import Params
 
 
@@ -71,7 +70,7 @@ class Evaluator:
         """
         layout = layouts.decoding_layout(self.canvas, self.decode, self.net.arch, self.encoder.special.stop_ids)
         options = self.decode.static(layout.block)
-        size = min(self.decode.batch_size, max(len(records), 1))
+        size = even_size(params, min(self.decode.batch_size, max(len(records), 1)))
         batches = [records[at : at + size] for at in range(0, len(records), size)]
         inputs = [self._prompts(batch, size) for batch in batches]
         rows: list[dict[str, Any]] = []
@@ -80,7 +79,7 @@ class Evaluator:
             run = self._decoder(params, layout, options, inputs[0])
         for batch, arrays in zip(batches, inputs, strict=True):
             begin = time.perf_counter()
-            found = jax.device_get(run(params, *_split_rows(params, arrays)))
+            found = jax.device_get(run(params, *split_rows(params, arrays)))
             seconds += time.perf_counter() - begin
             for at, record in enumerate(batch):
                 rows.append(self._graded(record, found.response[at], int(found.nfe[at]), layout.stop_ids))
@@ -99,8 +98,8 @@ class Evaluator:
         leaves, tree = jax.tree.flatten(given)
         key = (layout, options, self.decode.seed, tuple(leaves), tree)
         if key not in self._compiled:
-            make = jax.jit(_decode_prompts, static_argnums=(0, 1, 2, 4), out_shardings=_replicated(params))
-            rows = _split_rows(params, inputs)
+            make = jax.jit(_decode_prompts, static_argnums=(0, 1, 2, 4), out_shardings=whole_results(params))
+            rows = split_rows(params, inputs)
             lowered = make.lower(self.net, layout, options, params, self.decode.seed, *rows)
             self._compiled[key] = lowered.compile()
         return self._compiled[key]
@@ -145,14 +144,14 @@ class Evaluator:
         """
         layout = layouts.scoring_layout(self.canvas, self.net.arch, self.encoder.special.stop_ids)
         samples = self.nelbo_samples or layout.block
-        size = min(self.decode.batch_size, len(records))
-        run = jax.jit(_nelbo_of_rows, static_argnums=(0, 1, 2), out_shardings=_replicated(params))
+        size = even_size(params, min(self.decode.batch_size, len(records)))
+        run = jax.jit(_nelbo_of_rows, static_argnums=(0, 1, 2), out_shardings=whole_results(params))
         parts = []
         for at in range(0, len(records), size):
             batch = pad_records(filled(records[at : at + size], size), self.canvas)
             keep = np.arange(size) < len(records) - at
             ids = (batch.prompt_ids, batch.prompt_len, batch.response_ids, batch.text_len, batch.index)
-            rows = _split_rows(params, (keep, *ids))
+            rows = split_rows(params, (keep, *ids))
             found = jax.device_get(run(self.net, layout, samples, params, jax.random.key(seed), *rows))
             per_row = found.per_block[keep], found.variance[keep], batch.text_len[keep]
             parts.append((*per_row, np.stack(found.by_count)[None]))
@@ -172,28 +171,6 @@ class Evaluator:
 def _means(totals: np.ndarray, counts: np.ndarray) -> list[tuple[float, int]]:
     """Returns pairs (total divided by count, count); the first is NaN where the count is 0."""
     return [(float(t / n) if n else float("nan"), int(n)) for t, n in zip(totals, counts, strict=True)]
-
-
-def _replicated(params: Params) -> NamedSharding | None:
-    """Returns the sharding that copies results to every device, so that every process can read them; None without a mesh."""
-    place = jax.tree.leaves(params)[0].sharding
-    return rules.replicated(place.mesh) if isinstance(place, NamedSharding) else None
-
-
-def _split_rows(params: Params, arrays: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...] | tuple[Array, ...]:
-    """Splits rows over the devices of the weights' mesh; where they do not split evenly, every device gets all rows.
-
-    Every process must pass all rows. Where the weights are on no mesh, the rows are returned as they are.
-    """
-    place = jax.tree.leaves(params)[0].sharding
-    if not isinstance(place, NamedSharding) or not isinstance(place.mesh, Mesh):
-        return arrays
-    where = rules.sharding(place.mesh, "batch")
-    try:
-        where.shard_shape(arrays[0].shape)
-    except ValueError:
-        where = rules.replicated(place.mesh)
-    return tuple(jax.make_array_from_callback(rows.shape, where, rows.__getitem__) for rows in arrays)
 
 
 def _decode_prompts(

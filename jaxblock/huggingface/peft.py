@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -192,12 +193,16 @@ def read_base_name(folder: PathLike) -> str:
     return base
 
 
-def load_adapter(folder: PathLike, arch: Architecture) -> tuple[Lora, Params]:
+def load_adapter(
+    folder: PathLike, arch: Architecture, place: Callable[[Table], Params] | None = None
+) -> tuple[Lora, Params]:
     """Reads adapters that ``save_adapter`` or PEFT wrote.
 
     Args:
         folder: the local folder that holds the adapters.
         arch: the base's architecture.
+        place: takes the adapters' specs and returns their shardings (``parallel.rules.param_shardings``); None puts all
+            adapters on one device.
 
     Returns:
         (which matrices are adapted and how, the adapters in float32 as ``models.linear.lora.adapter_table`` describes them).
@@ -217,8 +222,14 @@ def load_adapter(folder: PathLike, arch: Architecture) -> tuple[Lora, Params]:
     lora = replace(lora, targets=_targets(lora, base, contents))
     table = adapter_table(base, lora)
     _check_tensors(path, arch, table, contents)
-    where = SingleDeviceSharding(jax.local_devices()[0])
-    return lora, nest({name: read_parameter(spec, contents.stored, np.float32, where) for name, spec in table.items()})
+    default = SingleDeviceSharding(jax.local_devices()[0])
+    placed = {} if place is None else flatten(place(table))
+    return lora, nest(
+        {
+            name: read_parameter(spec, contents.stored, np.float32, placed.get(name) or default)
+            for name, spec in table.items()
+        }
+    )
 
 
 def _check_kind(where: Path, config: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from jaxblock.huggingface import companions
 from jaxblock.huggingface.checks import check_export
 from jaxblock.huggingface.load import load_checkpoint
 from jaxblock.huggingface.tensor_files import INDEX
-from jaxblock.huggingface.tensor_writer import pending_tensors, split_into_files, write_tensors
+from jaxblock.huggingface.tensor_writer import PendingTensor, pending_tensors, split_into_files, write_tensors
 from jaxblock.io.files import check_writable, write_json
 from jaxblock.io.folders import check_vacant, new_folder
 from jaxblock.io.paths import PathLike, is_remote
@@ -28,6 +29,8 @@ from jaxblock.models.families import registry
 from jaxblock.models.linear.lora import KEY
 from jaxblock.models.spec import flatten
 from jaxblock.models.transformer import Transformer
+from jaxblock.parallel import processes
+from jaxblock.parallel.rows import on_mesh_of, spans_processes, split_filled_rows, whole_results
 from jaxblock.types import Params
 
 MARKER = "config.json"
@@ -46,7 +49,8 @@ def save_checkpoint(
 ) -> None:
     """Writes safetensors, config.json, generation_config.json and the tokenizer's files.
 
-    The host holds one layer's tensor at a time. The folder appears whole or not at all.
+    The host holds one layer's tensor at a time. The folder appears whole or not at all. Weights that are spread over several
+    processes are gathered tensor by tensor; process 0 writes them, and all return when the folder is there.
 
     Args:
         folder: the folder to make; it must not exist, or be empty.
@@ -58,8 +62,8 @@ def save_checkpoint(
         max_shard_bytes: the size of weights, in bytes, above which they are split over several files with an index.
 
     Raises:
-        UserError: the folder exists or cannot be written; or the parameters do not fit the architecture, have a type that
-            other readers of safetensors do not know, or are spread over several processes.
+        UserError: the folder exists or cannot be written; or the parameters do not fit the architecture, or have a type
+            that other readers of safetensors do not know.
     """
     table = registry.param_table(arch)
     _check_exportable(folder, params)
@@ -67,11 +71,40 @@ def save_checkpoint(
     pending = pending_tensors(table, flatten(params), dtype)
     files = split_into_files(pending, max_shard_bytes)
     check_vacant(folder, marker=MARKER)
+    together = spans_processes(params)
+    if together:
+        processes.wait(f"every process has looked at {folder}")
+    if together and jax.process_index() > 0:
+        for tensor in pending.values():
+            tensor.fetch()  # this process's part in gathering the tensor
+    else:
+        _write_folder(folder, arch, pending, files, tokenizer, tokenizer if origin is None else origin)
+    if together:
+        processes.wait(f"{folder} is written")
+
+
+def _write_folder(
+    folder: PathLike,
+    arch: Architecture,
+    pending: Mapping[str, PendingTensor],
+    files: Mapping[str, Sequence[str]],
+    tokenizer: PathLike | None,
+    origin: PathLike | None,
+) -> None:
+    """Writes the tensors and everything beside them.
+
+    Args:
+        folder: the folder to make.
+        arch: the architecture.
+        pending: the tensors by their names in the checkpoint.
+        files: the names of each file's tensors, by file name.
+        tokenizer: a folder whose tokenizer files are copied; None copies none.
+        origin: a folder whose generation config and model code, if any, are copied; None copies none.
+    """
     size = sum(t.n_bytes for t in pending.values())
     if not is_remote(folder):
         check_writable(Path(folder).absolute().parent, need_bytes=size)
     with new_folder(folder, marker=MARKER) as scratch:
-        origin = tokenizer if origin is None else origin
         companions.copy_tokenizer(tokenizer, scratch)
         companions.copy_code(origin, scratch)
         for name, tensors in files.items():
@@ -123,10 +156,12 @@ def verify_checkpoint(folder: PathLike, net: Transformer, params: Params, ids: I
     arch, again = load_checkpoint(local_folder(folder, ["*.json", "*.safetensors"]), shardings=shardings)
     if registry.param_table(arch) != registry.param_table(net.arch) or _computed(arch) != _computed(net.arch):
         raise UserError(f"{folder}: config.json gives another network than the one exported: {arch} against {net.arch}")
-    positions = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
-    length = jnp.full(ids.shape[0], ids.shape[1], jnp.int32)
-    forward = jax.jit(net.all_logits)
-    ours, theirs = (np.asarray(forward(p, ids, positions, length)) for p in (params, again))
+    positions = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
+    length = np.full(ids.shape[0], ids.shape[1], np.int32)
+    rows = split_filled_rows(params, (np.asarray(ids), positions, length))
+    forward = jax.jit(net.all_logits, out_shardings=whole_results(params))
+    with on_mesh_of(params):
+        ours, theirs = (np.asarray(forward(p, *rows)) for p in (params, again))
     difference = float(np.abs(ours - theirs).max())
     same_types = all(jax.tree.leaves(jax.tree.map(lambda a, b: a.dtype == b.dtype, params, again)))
     if same_types and not difference == 0:  # also true of NaN

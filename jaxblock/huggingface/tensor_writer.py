@@ -11,14 +11,17 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jax import Array
+from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
 from jaxblock.errors import UserError
 from jaxblock.huggingface.placement import stored_shape, tensor_names, transposed
 from jaxblock.huggingface.tensor_files import DTYPES
 from jaxblock.models.spec import ParamSpec, Table
+from jaxblock.parallel import rules
 
 _SLICE_BYTES = 1 << 25
 
@@ -29,7 +32,8 @@ class PendingTensor(NamedTuple):
     Attributes:
         dtype: the tensor's type in the file.
         shape: the tensor's shape in the file.
-        fetch: a function that returns the tensor's values on the host.
+        fetch: a function that returns the tensor's values on the host. Where the tensor is spread over several processes, all
+            of them must call it, for the same tensors in the same order.
     """
 
     dtype: np.dtype[Any]
@@ -107,7 +111,7 @@ def pending_tensors(table: Table, flat: Mapping[str, Any], dtype: DTypeLike | No
         The tensors by their names in the checkpoint.
 
     Raises:
-        UserError: a parameter has a type that other readers of safetensors do not know, or is spread over several processes.
+        UserError: a parameter has a type that other readers of safetensors do not know.
     """
     n_layers = max((s.shape[0] for s in table.values() if s.stacked), default=0)
     paths = list(table)
@@ -121,10 +125,6 @@ def pending_tensors(table: Table, flat: Mapping[str, Any], dtype: DTypeLike | No
         target = np.dtype(dtype if dtype is not None else leaf.dtype)
         if target not in DTYPES.values():
             raise UserError(f"parameter {path} is {target.name}; an export is float64, float32, float16 or bfloat16")
-        if isinstance(leaf, Array) and not leaf.is_fully_addressable:
-            raise UserError(
-                f"parameter {path} is spread over several processes; export from one: run `export` on the run folder"
-            )
         tensors[tensor_names(spec)[layer]] = PendingTensor(
             target, stored_shape(spec), _fetch(leaf, spec, layer, target)
         )
@@ -135,12 +135,28 @@ def _fetch(leaf: Any, spec: ParamSpec, layer: int, dtype: np.dtype[Any]) -> Call
     """Returns a function that copies one layer of a parameter (or an unstacked one) to the host, as the file stores it."""
 
     def fetch() -> np.ndarray:
-        if isinstance(leaf, Array) and spec.is_matrix and not spec.stacked:
-            return _in_slices(leaf, dtype, spec.transpose)
-        host = np.asarray(leaf[layer] if spec.stacked else leaf).astype(dtype, copy=False)
+        if isinstance(leaf, Array) and not leaf.is_fully_addressable:
+            part = _gathered(leaf, layer if spec.stacked else None)
+        else:
+            part = leaf[layer] if spec.stacked else leaf
+        if isinstance(part, Array) and spec.is_matrix and not spec.stacked:
+            return _in_slices(part, dtype, spec.transpose)
+        host = np.asarray(part).astype(dtype, copy=False)
         return transposed(host) if spec.transpose else host
 
     return fetch
+
+
+def _gathered(leaf: Array, layer: int | None) -> Array:
+    """Gathers one layer of a parameter from all processes, or a whole unstacked parameter; returns this process's copy."""
+    assert isinstance(leaf.sharding, NamedSharding)
+    where = rules.replicated(leaf.sharding.mesh)
+    whole = jax.jit(_layer_of, static_argnums=1, out_shardings=where)(leaf, layer is not None, layer or 0)
+    return whole.addressable_data(0)
+
+
+def _layer_of(leaf: Array, stacked: bool, layer: Array | int) -> Array:
+    return jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False) if stacked else leaf
 
 
 def _in_slices(leaf: Array, dtype: np.dtype[Any], transpose: bool) -> np.ndarray:

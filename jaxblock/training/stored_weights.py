@@ -53,7 +53,7 @@ def load_run_params(
         UserError: there is no such checkpoint, it does not fit model.json, or the base is not the one of the adapters.
     """
     step = run_folder.find_step(run, step)
-    mesh = mesh or make_mesh(1, devices=jax.local_devices()[:1])
+    mesh = mesh or _one_device()
     table, param_dtype = registry.param_table(run.arch), run.config.model.param_dtype
     lora = lora_from_config(run.config.lora, table)
     if lora is None:
@@ -66,14 +66,14 @@ def load_run_params(
 
 
 def load_base(
-    source: str, arch: Architecture, mesh: Mesh, dtype: str | None, *, step: int | None, quantize: Quantize
+    source: str, arch: Architecture, mesh: Mesh | None, dtype: str | None, *, step: int | None, quantize: Quantize
 ) -> Params:
     """Loads whole weights from a run or a Hugging Face folder.
 
     Args:
         source: the folder.
         arch: the architecture to read the weights as.
-        mesh: the devices that will hold the weights.
+        mesh: the devices that will hold the weights; None for one device.
         dtype: the type of the tensors; None keeps each tensor's own.
         step: the step of the checkpoint, where the source is a run; None for the newest.
         quantize: ``int8`` quantises the layers' matrices.
@@ -82,9 +82,9 @@ def load_base(
     if run_folder.is_run(source):
         run = run_folder.open_run(source)
         params, _ = load_run_params(run, mesh, dtype, step="latest" if step is None else step)
-        return _quantised(params, table, mesh) if quantize == "int8" else params
+        return _quantised(params, table, mesh or _one_device()) if quantize == "int8" else params
     to_int8 = quantize == "int8"
-    placed = rules.param_shardings(mesh, int8.int8_table(table) if to_int8 else table)
+    placed = None if mesh is None else rules.param_shardings(mesh, int8.int8_table(table) if to_int8 else table)
     return load_checkpoint(source, dtype=dtype, shardings=placed, arch=arch, int8=to_int8)[1]
 
 
@@ -125,6 +125,11 @@ def _quantised(params: Params, table: Table, mesh: Mesh) -> Params:
         else:
             flat[path] = leaf
     return nest(flat)
+
+
+def _one_device() -> Mesh:
+    """Returns a mesh of this process's first device."""
+    return make_mesh(1, devices=jax.local_devices()[:1])
 
 
 def _cast(leaf: jax.Array, dtype: str) -> jax.Array:

@@ -20,6 +20,7 @@ from jaxblock.evaluation.results import summarise_evaluation
 from jaxblock.evaluation.runner import Evaluator
 from jaxblock.parallel import rules
 from jaxblock.parallel.mesh import make_mesh
+from jaxblock.parallel.rows import split_rows
 
 
 @pytest.fixture(scope="module")
@@ -134,12 +135,12 @@ def test_devices_share_the_rows_and_a_second_evaluation_compiles_nothing(
         assert split.solve(params, records).rows == evaluator.solve(model.params, records).rows
         (decode,) = split._compiled.values()
         arrays = split._prompts(records[:4], 4)
-        placed = runner._split_rows(params, arrays)
+        placed = split_rows(params, arrays)
         # What each device holds of the prompts, and computes of a step, is its part of the rows.
         assert {shard.data.shape[0] for shard in placed[0].addressable_shards} == {1}
         whole = next(iter(evaluator._compiled.values()))
         assert decode.cost_analysis()["flops"] < 0.5 * whole.cost_analysis()["flops"]
         monkeypatch.setattr(jax, "jit", lambda *args, **how: pytest.fail("compiled again"))
         assert len(split.solve(params, records).rows) == len(records)
-        three = runner._split_rows(params, split._prompts(records[:3], 3))  # does not divide: whole on every device
+        three = split_rows(params, split._prompts(records[:3], 3))  # does not divide: whole on every device
         assert three[0].sharding.is_fully_replicated

@@ -1,0 +1,192 @@
+"""Models on many devices, and on two processes, score, decode and export as they do on one device."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import jaxblock
+from jaxblock import loading
+from jaxblock.cli import main
+from jaxblock.model import Model
+from jaxblock.models.families import registry
+from jaxblock.models.linear import lora
+from jaxblock.models.spec import flatten
+from jaxblock.parallel import rules
+from jaxblock.parallel.mesh import make_mesh
+from jaxblock.training.config import TrainConfig
+
+ROOT = Path(__file__).parents[1]
+QUIET = ["--train.eval_every", "0", "--train.eval_problems", "0", "--train.eval_nelbo_rows", "0"]
+PROMPTS = [[5, 6, 7], [8, 9, 10, 11], [12, 13], [7, 7, 5], [6, 14, 9]]
+"""Five rows, which eight devices cannot share evenly."""
+
+
+@pytest.fixture(scope="module")
+def folders(tiny_config: Path, tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Returns folders of full weights, of a run of adapters that splits weights over 8 devices, and of its adapters alone."""
+    home = tmp_path_factory.mktemp("many")
+    full, adapted, int8, alone = (home / name for name in ("full", "lora", "int8", "adapter"))
+    jaxblock.load(tiny_run).save(full)
+    flags = ["--model.init_from", str(full), "--train.out", str(adapted), "--train.steps", "2", "--train.fsdp", "8"]
+    assert main(["train", "--config", str(tiny_config), *flags, "--lora.rank", "2", *QUIET]) == 0
+    shutil.copytree(adapted, int8)
+    text = (int8 / "config.yaml").read_text()
+    assert "quantize: none" in text
+    (int8 / "config.yaml").write_text(text.replace("quantize: none", "quantize: int8"))
+    jaxblock.load(adapted).save_adapter(alone)
+    return {"run": tiny_run, "full": full, "lora": adapted, "int8": int8, "adapter": alone}
+
+
+def _check_places(model: Model) -> None:
+    """Asserts that the weights are split over the eight devices as training splits them."""
+    table = dict(model.net.param_table)
+    if model.net.lora is not None:
+        adapters = lora.adapter_table(registry.param_table(model.arch), model.net.lora)
+        table |= {f"{lora.KEY}/{path}": spec for path, spec in adapters.items()}
+    params = flatten(model.params)
+    assert params.keys() == table.keys()
+    mesh = params["embed"].sharding.mesh
+    assert mesh.size == 8
+    for path, where in flatten(rules.param_shardings(mesh, table)).items():
+        assert params[path].sharding.is_equivalent_to(where, params[path].ndim), path
+    ways = mesh.shape["fsdp"]
+    assert ways > 1
+    for name in ("embed", "blocks/q", "blocks/down"):
+        assert params[name].addressable_shards[0].data.size == params[name].size // ways, name
+
+
+@pytest.mark.parametrize("kind", ["run", "lora", "int8", "full", "adapter"])
+def test_weights_are_split_and_logits_and_likelihoods_are_those_of_one_device(
+    folders: dict[str, Path], kind: str
+) -> None:
+    one, many = (jaxblock.load(folders[kind], mesh=mesh) for mesh in (None, make_mesh(2, 4)))
+    assert all(len(leaf.sharding.device_set) == 1 for leaf in jax.tree.leaves(one.params))
+    _check_places(many)
+    for path, leaf in flatten(one.params).items():
+        np.testing.assert_array_equal(leaf, flatten(many.params)[path], err_msg=path)
+    if kind in ("full", "adapter"):
+        return  # what follows computes with the same weights as "run" and "lora"
+    ids = np.random.default_rng(0).integers(0, one.arch.vocab_size, (3, 9))
+    np.testing.assert_allclose(many.logits(ids), one.logits(ids), rtol=0, atol=1e-5)
+    if kind == "lora":
+        for ours, theirs in zip(many.nelbo(PROMPTS, PROMPTS), one.nelbo(PROMPTS, PROMPTS), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+        _check_places(many.merged())
+
+
+def test_devices_that_no_run_names_split_what_divides(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _check_places(jaxblock.load(folders["full"], mesh="all"))
+    run = jaxblock.load(folders["lora"])
+    # Where the run's own settings fit the devices, they decide.
+    shape = loading._all_devices(run.arch, dataclasses.replace(TrainConfig(), fsdp=2)).shape
+    assert (shape["data"], shape["fsdp"]) == (4, 2)
+    monkeypatch.setattr(jax, "devices", lambda: jax.local_devices()[:6])  # fsdp 8 does not fit; 16 columns divide by 2
+    shape = loading._all_devices(run.arch, dataclasses.replace(TrainConfig(), fsdp=8)).shape
+    assert (shape["data"], shape["fsdp"]) == (3, 2)
+
+
+def _commands(config: Path, folders: dict[str, Path], out: Path) -> list[list[str]]:
+    """Returns command lines of the verbs that load a model, which write into a folder."""
+    commands = []
+    for kind in ("full", "lora", "int8"):
+        flags = ["--config", str(config), "--out", str(out / f"{kind}.jsonl"), "--decode.batch_size", "3"]
+        commands.append(["decode", "--checkpoint", str(folders[kind]), "1+2?", "7+5?", "9+9?", "0+1?", *flags])
+    flags = ["--config", str(config), "--out", str(out / "scores"), "--evaluate.problems", "5"]
+    commands.append(["evaluate", "--checkpoint", str(folders["lora"]), *flags])
+    for name, flags in {"whole": [], "merged": [], "alone": ["--format", "adapter"]}.items():
+        kind = "full" if name == "whole" else "lora"
+        commands.append(["export", "--checkpoint", str(folders[kind]), "--out", str(out / name), *flags])
+    return commands
+
+
+@pytest.fixture(scope="module")
+def on_one_device(tiny_config: Path, folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns the folder of what the verbs write on one device."""
+    out = tmp_path_factory.mktemp("one")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loading, "_all_devices", lambda arch, train: None)
+        assert [main(command) for command in _commands(tiny_config, folders, out)] == [0] * 7
+    return out
+
+
+def _check_same(out: Path, expected: Path) -> None:
+    """Asserts that the verbs wrote the same: text and tokens exactly, NELBO and merged weights up to rounding."""
+    for name in ("full.jsonl", "lora.jsonl", "int8.jsonl", "scores/problems.jsonl"):
+        assert (out / name).read_text() == (expected / name).read_text(), name
+    ours, theirs = (json.loads((folder / "scores" / "summary.json").read_text()) for folder in (out, expected))
+    assert len(ours["devices"]) == 8
+    assert ours["nelbo_per_token"]["mean"] == pytest.approx(theirs["nelbo_per_token"]["mean"], rel=1e-5)
+    for (mean, count), (want, number) in zip(ours["nll_by_masked_count"], theirs["nll_by_masked_count"], strict=True):
+        assert count == number and mean == pytest.approx(want, rel=1e-5)
+    for name in ("whole", "merged", "alone"):
+        files = {path.name: path.read_bytes() for path in (out / name).iterdir()}
+        wanted = {path.name: path.read_bytes() for path in (expected / name).iterdir()}
+        assert files.keys() == wanted.keys()
+        for file, content in wanted.items():
+            if file == "model.safetensors" and name == "merged":
+                continue
+            assert files[file] == content, f"{name}/{file}"
+    ours, theirs = (flatten(jaxblock.load(folder / "merged").params) for folder in (out, expected))
+    for path, leaf in theirs.items():
+        np.testing.assert_allclose(ours[path], leaf, rtol=0, atol=2e-6 * np.abs(leaf).max(), err_msg=path)
+
+
+def test_the_verbs_use_all_devices_and_write_what_one_device_writes(
+    tiny_config: Path, folders: dict[str, Path], on_one_device: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, loaded = loading.load, []
+
+    def noted(*args: Any, **options: Any) -> Model:
+        loaded.append(load(*args, **options))
+        return loaded[-1]
+
+    monkeypatch.setattr(loading, "load", noted)
+    for command in _commands(tiny_config, folders, tmp_path):
+        assert main(command) == 0
+    assert len(loaded) == 7
+    for model in loaded:
+        _check_places(model)
+    _check_same(tmp_path, on_one_device)
+
+
+IN_TURN = "import json, sys; from jaxblock.cli import main; sys.exit(max(main(v) for v in json.loads(sys.argv[1])))"
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_device_writes(
+    tiny_config: Path, folders: dict[str, Path], on_one_device: Path, tmp_path: Path
+) -> None:
+    """Two processes of four devices each hold an eighth of the weights per device, so neither has a whole tensor."""
+    commands = _commands(tiny_config, folders, tmp_path)
+    shown = ["decode", "--checkpoint", str(folders["lora"]), "--config", str(tiny_config), "1+2?"]
+    commands += [shown, [*shown, "--watch"]]
+    group = [str(ROOT / "launch" / "local_pod.sh"), "2", "--devices", "4", "--", sys.executable, "-c", IN_TURN]
+    done = subprocess.run([*group, json.dumps(commands)], cwd=ROOT, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    _check_same(tmp_path, on_one_device)
+    lines = [line for line in done.stdout.splitlines() if "[Gloo]" not in line]
+    assert lines and not [line for line in lines if not line.startswith("[0] ")]  # one process speaks for all
+    first = json.loads((on_one_device / "lora.jsonl").read_text().splitlines()[0])
+    assert f"[0] {json.dumps(first, ensure_ascii=False)}" in lines
+    assert any(f"NFE {first['nfe']}" in line for line in lines)
+    assert done.stderr.count("decoded 5 of 5") == 1
+
+
+@pytest.mark.slow
+def test_a_mistake_in_a_group_has_the_code_of_a_mistake(tiny_config: Path, folders: dict[str, Path]) -> None:
+    group = [str(ROOT / "launch" / "local_pod.sh"), "2", "--", sys.executable, "-m", "jaxblock"]
+    command = ["decode", "--checkpoint", str(folders["full"]), "--config", str(tiny_config)]
+    done = subprocess.run([*group, *command], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and "cannot share standard input" in done.stderr
