@@ -61,7 +61,7 @@ SHORT_FLAGS = {"train": {"--profile": "--train.profile"}}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one verb.
+    """Runs the verb that the command line names.
 
     Args:
         arguments: the command line without the program's name; None for the process's own.

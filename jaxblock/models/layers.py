@@ -152,7 +152,7 @@ class Block(nnx.Module):
         adapters: Adapters,
         at: Int[Array, "B A"] | None = None,
     ) -> Float[Array, "B wanted D"]:
-        """Computes the layer.
+        """Adds attention and the feed-forward network to the residual stream.
 
         Args:
             x: the residual stream.

@@ -56,7 +56,7 @@ class Watch:
         self._live: Live | None = None
 
     def __enter__(self) -> Watch:
-        """Starts the display."""
+        """Starts the display of the canvas."""
         if self._console.is_terminal:
             self._live = Live(console=self._console, auto_refresh=False, vertical_overflow="crop")
             self._live.__enter__()

@@ -49,7 +49,7 @@ _CODE = "GSAI-ML/LLaDA-8B-Instruct"
 
 
 def read_llada_config(config: Mapping[str, Any], where: str, family: Family) -> Architecture:
-    """Reads LLaDA's config.json.
+    """Reads the sizes and special ids in a config.json of LLaDA.
 
     Args:
         config: the parsed file.

@@ -96,7 +96,7 @@ class CheckpointReader:
             raise UserError(self._damaged(step, f"its meta cannot be read ({first_line(error)})")) from error
 
     def close(self) -> None:
-        """Releases Orbax's threads."""
+        """Releases the threads that Orbax reads and writes with."""
         self._orbax.close()
 
     def _restore(self, step: int, like: Mapping[str, Any], under: str, problem: str) -> dict[str, Any]:

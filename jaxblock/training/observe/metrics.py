@@ -42,7 +42,7 @@ class MetricsWriter:
             self._lines = JsonlWriter(self.path, lambda line: json.loads(line)["step"] <= step)
 
     def write(self, row: Row) -> None:
-        """Appends one row.
+        """Appends one row to the file of metrics.
 
         If the process is killed, a local file loses at most this line. An object store loses the rows of the last
         minute, all of them newer than the last checkpoint, because ``flush`` comes before every save.

@@ -24,7 +24,7 @@ class Tracker(Protocol):
     """Records rows of metrics somewhere."""
 
     def write(self, row: Row) -> None:
-        """Records one row."""
+        """Records one row of metrics."""
 
     def flush(self) -> None:
         """Makes sure, before a checkpoint, that the rows so far are not lost if the process is killed."""
@@ -99,7 +99,7 @@ class Trackers:
         return self._lines.unwritten()
 
     def close(self) -> None:
-        """Closes each tracker."""
+        """Closes each tracker, so that nothing it holds is lost."""
         self._each(lambda tracker: tracker.close())
 
     def _each(self, act: Callable[[Tracker], None]) -> set[str]:
