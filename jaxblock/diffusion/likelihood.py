@@ -82,15 +82,15 @@ def nelbo(net: Network, layout: Layout, samples: int, params: Params, canvas: Ca
             count = masked.sum(-1)
             hit = (jnp.arange(1, layout.block + 1) == count[:, None]) & (weight > 0)[:, None]
             seen = Sum(seen.total + (hit * nll[:, None]).sum(0), seen.weight + (hit * count[:, None]).sum(0))
-            return (total + value, squares + value * value, seen), None
+            # Welford's update: a difference of two sums of squares would lose digits where the samples are much alike.
+            before, total = total / jnp.maximum(index, 1), total + value
+            return (total, squares + (value - before) * (value - total / (index + 1)), seen), None
 
         zeros = jnp.zeros(canvas.prompt_len.shape)
         (total, squares, by_count), _ = jax.lax.scan(one_set, (zeros, zeros, by_count), jnp.arange(draws))
         if exact:
             return by_count, (total, jnp.zeros_like(total))
-        mean = total / draws
-        spread = jnp.maximum(squares / draws - mean * mean, 0.0) / max(draws - 1, 1)
-        return by_count, (mean, spread)
+        return by_count, (total / draws, jnp.maximum(squares, 0.0) / draws / max(draws - 1, 1))
 
     empty = Sum(jnp.zeros(layout.block), jnp.zeros(layout.block))
     by_count, (mean, variance) = jax.lax.scan(one_block, empty, jnp.arange(layout.n_blocks, dtype=jnp.int32))
