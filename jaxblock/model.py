@@ -57,6 +57,14 @@ def _unchanged(params: Params) -> Params:
     return params
 
 
+def _nelbo_per_row(
+    net: Transformer, layout: Layout, samples: int, params: Params, key: Array, *rows: Array
+) -> tuple[Array, Array]:
+    """Returns the NELBO of each row (``canvas.from_rows``), and its standard error over the masks drawn."""
+    canvas = canvases.from_rows(layout, *rows)
+    return likelihood.per_row(likelihood.nelbo(net, layout, samples, params, canvas, key))
+
+
 class Decoded(NamedTuple):
     """Holds the responses and all intermediate steps: the result of ``Model.decode`` with ``return_steps``.
 
@@ -170,18 +178,14 @@ class Model:
         rows, lengths = self.prompts(prompt_ids, attention_mask, layout)
         index = np.arange(first_index, first_index + len(rows), dtype=np.int32)
         parts = split_filled_rows(self.params, (rows, lengths, index))
-        canvas = canvases.for_decoding(layout, *map(jnp.asarray, parts))
         static = (self.net, layout, chosen.static(layout.block))
-        found = jax.device_get(self._run(decoder.decode, static, self.params, canvas, chosen.seed))
+        found = jax.device_get(self._run(decoder.decode_prompts, static, self.params, chosen.seed, *parts))
         found = decoder.Responses(*(leaf[: len(rows)] for leaf in found))
         if not return_steps:
             return np.asarray(found.response)
         steps = int(np.max(found.commit_step)) + 1
-        return Decoded(
-            np.asarray(found.response),
-            np.asarray(decoder.responses_by_step(layout, found, steps)),
-            np.asarray(found.nfe),
-        )
+        states = decoder.responses_by_step(layout, found, steps)
+        return Decoded(np.asarray(found.response), states, np.asarray(found.nfe))
 
     def stream(self, prompt_ids: Sequence[int], *, index: int = 0, **options: Any) -> Iterator[tuple[np.ndarray, int]]:
         """Decodes one prompt block by block and yields the response after every step; ``decode`` returns the last one.
@@ -201,7 +205,8 @@ class Model:
         # Every process needs the canvas whole, to rebuild the steps; the devices share out copies of its row.
         copies = even_size(self.params, 1)
         parts = (np.repeat(part, copies, axis=0) for part in (rows, lengths, np.array([index], np.int32)))
-        canvas = canvases.for_decoding(layout, *map(jnp.asarray, parts))
+        with on_mesh_of(self.params):
+            canvas = _compiled(canvases.for_decoding, 1, None)(layout, *parts)
         carry = decoder.start_decoding(layout, canvas, chosen.seed)
         shown = 0
         for block in range(layout.n_blocks):
@@ -210,7 +215,8 @@ class Model:
             static = (self.net, layout, settings)
             carry = self._run(decoder.decode_block, static, self.params, canvas, carry, jnp.int32(block))
             steps = int(carry.nfe[0]) // settings.passes
-            states = np.asarray(decoder.responses_by_step(layout, decoder.finish(layout, canvas, carry), steps))
+            found = self._run(decoder.finish, (layout,), canvas, carry)
+            states = decoder.responses_by_step(layout, found, steps)
             for step in range(shown + 1, steps + 1):
                 yield states[step, 0], step * settings.passes
             shown = steps
@@ -310,11 +316,9 @@ class Model:
         responses, text = pad_ids(response_ids, layout.response_len)
         index = np.arange(len(rows), dtype=np.int32)
         parts = split_filled_rows(self.params, (rows, lengths, responses, text, index))
-        canvas = canvases.from_rows(layout, *map(jnp.asarray, parts))
         static = (self.net, layout, samples or layout.block)
-        found = self._run(likelihood.nelbo, static, self.params, canvas, jax.random.key(seed))
-        value, error = likelihood.per_row(found)
-        return np.asarray(value)[: len(rows)], np.asarray(error)[: len(rows)]
+        value, error = jax.device_get(self._run(_nelbo_per_row, static, self.params, jax.random.key(seed), *parts))
+        return value[: len(rows)], error[: len(rows)]
 
     def save(self, folder: PathLike, dtype: DTypeLike | None = None) -> float:
         """Writes a Hugging Face folder, reads it back and compares logits; adapters are merged into their base.

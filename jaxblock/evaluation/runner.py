@@ -98,7 +98,7 @@ class Evaluator:
         leaves, tree = jax.tree.flatten(given)
         key = (layout, options, self.decode.seed, tuple(leaves), tree)
         if key not in self._compiled:
-            make = jax.jit(_decode_prompts, static_argnums=(0, 1, 2, 4), out_shardings=whole_results(params))
+            make = jax.jit(decoder.decode_prompts, static_argnums=(0, 1, 2, 4), out_shardings=whole_results(params))
             rows = split_rows(params, inputs)
             lowered = make.lower(self.net, layout, options, params, self.decode.seed, *rows)
             self._compiled[key] = lowered.compile()
@@ -171,14 +171,6 @@ class Evaluator:
 def _means(totals: np.ndarray, counts: np.ndarray) -> list[tuple[float, int]]:
     """Returns pairs (total divided by count, count); the first is NaN where the count is 0."""
     return [(float(t / n) if n else float("nan"), int(n)) for t, n in zip(totals, counts, strict=True)]
-
-
-def _decode_prompts(
-    net: Transformer, layout: Layout, options: DecodeConfig, params: Params, seed: int, *prompts: Array
-) -> decoder.Responses:
-    """Decodes the responses to a batch of prompts (``canvas.for_decoding``)."""
-    canvas = canvases.for_decoding(layout, *prompts)
-    return decoder.decode(net, layout, options, params, canvas, seed)
 
 
 def _nelbo_of_rows(

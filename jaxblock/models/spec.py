@@ -9,6 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -69,8 +70,13 @@ def init_params(table: Table, seed: int, dtype: DTypeLike) -> Params:
     Returns:
         The nested dict of arrays that the table describes.
     """
-    flat = {path: _draw(spec, seed, path, dtype) for path, spec in table.items()}
-    return nest(flat)
+    return nest(dict(zip(table, _draw_all(tuple(table.items()), seed, jnp.dtype(dtype)), strict=True)))
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
+def _draw_all(table: tuple[tuple[str, ParamSpec], ...], seed: int, dtype: np.dtype) -> list[jax.Array]:
+    """Draws the weights of all parameters, compiled as one program: single operations would be dozens of programs."""
+    return [_draw(spec, seed, path, dtype) for path, spec in table]
 
 
 def _draw(spec: ParamSpec, seed: int, path: str, dtype: DTypeLike) -> jax.Array:

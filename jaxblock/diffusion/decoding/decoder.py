@@ -12,10 +12,11 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from jaxblock.diffusion.canvas import Canvas, Layout, active_positions, block_tokens, view
+from jaxblock.diffusion.canvas import Canvas, Layout, active_positions, block_tokens, for_decoding, view
 from jaxblock.diffusion.decoding.config import DecodeConfig
 from jaxblock.diffusion.decoding.rules import RULES
 from jaxblock.diffusion.decoding.scoring import score
@@ -208,6 +209,13 @@ def decode(
     return finish(layout, canvas, carry)
 
 
+def decode_prompts(
+    net: Network, layout: Layout, options: DecodeConfig, params: Params, seed: int | Int[Array, ""], *prompts: Array
+) -> Responses:
+    """Makes the canvas of a batch of prompts (``prompts``: the arguments of ``canvas.for_decoding``) and decodes it."""
+    return decode(net, layout, options, params, for_decoding(layout, *prompts), seed)
+
+
 def finish(layout: Layout, canvas: Canvas, carry: Carry) -> Responses:
     """Returns the responses of a canvas whose blocks are decoded."""
     at = canvas.prompt_len[:, None] + jnp.arange(layout.response_len)
@@ -216,8 +224,17 @@ def finish(layout: Layout, canvas: Canvas, carry: Carry) -> Responses:
     return Responses(response, carry.commit_step, carry.nfe)
 
 
-def responses_by_step(layout: Layout, responses: Responses, steps: int) -> Int[Array, "S B R"]:
-    """Rebuilds the responses before the first decode step and after each of ``steps`` (S = steps + 1), masks included."""
-    when = jnp.arange(-1, steps)[:, None, None]
-    known = (responses.commit_step >= 0) & (responses.commit_step <= when)
-    return jnp.where(known, responses.response, layout.mask_id)
+def responses_by_step(layout: Layout, responses: Responses, steps: int) -> np.ndarray:
+    """Rebuilds the responses before the first decode step and after each of ``steps``, masks included.
+
+    Args:
+        layout: the canvas's static part.
+        responses: the decoded responses; they are read on the host.
+        steps: the number of steps to show.
+
+    Returns:
+        Tokens, int32 [S, B, R] with S = steps + 1.
+    """
+    committed, tokens = np.asarray(responses.commit_step), np.asarray(responses.response)
+    when = np.arange(-1, steps)[:, None, None]
+    return np.where((committed >= 0) & (committed <= when), tokens, np.int32(layout.mask_id))
