@@ -130,10 +130,17 @@ MUTANTS = [
     Mutant("mask-in-response", _ENCODING, "if self.special.mask in response_ids:", "if False:", _TEMPLATES_TEST),
     Mutant(
         "special-token-in-a-text",
-        _ENCODING,
+        "jaxblock/data/tokens/control.py",
         "            if found:",
         "            if found and message['role'] == 'user':",
         "tests/data/test_templates.py::test_special_tokens_in_a_records_text_are_refused",
+    ),
+    Mutant(
+        "text-that-becomes-a-special-token",
+        "jaxblock/data/tokens/control.py",
+        "if self._only_control(ids) == expected:",
+        "if True:",
+        "tests/data/test_control.py::test_text_that_becomes_a_control_token_is_refused_with_its_place",
     ),
     Mutant(
         "template-not-in-fingerprint",

@@ -81,7 +81,9 @@ def test_the_header_that_lladas_template_always_appends_is_dropped(tokenizer_fol
     tokenizer = load_tokenizer(tokenizer_folder())
     source = template_source("tokenizer", tokenizer_template=tokenizer.settings["chat_template"])
     theirs = _encoder(tokenizer, source)
-    assert theirs.text(_example()).endswith("<|start_header_id|>assistant<|end_header_id|>\n\n")
+    assert theirs.template.render(_example().messages, False).endswith(
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    )
     assert theirs.prompt_and_response(_example()) == _encoder(tokenizer, template_source("chat")).prompt_and_response(
         _example()
     )

@@ -110,6 +110,34 @@ def checked_text(value: Any, name: str, where: str) -> str:
     return value
 
 
+def checked_messages(value: Any, name: str, short_name: str, where: str) -> list[Message]:
+    """Checks that a value is a list of messages, and returns them.
+
+    Args:
+        value: The value to check.
+        name: What the value is, for the error message, as in "field 'messages'".
+        short_name: The name that an index is put behind, as in "messages", for "messages[2]".
+        where: The record that the value is from, for the error message.
+
+    Raises:
+        UserError: If it is not a list, a message has no role or text, a role is unknown, or a system message is not first.
+    """
+    if not isinstance(value, list) or not value:
+        raise UserError(f"{where}: {name} must be a list of messages with one or more in it, not {json_type(value)}")
+    messages: list[Message] = []
+    for number, message in enumerate(value):
+        at = f"{short_name}[{number}]"
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise UserError(f'{where}: {at} must be an object with "role" and "content"')
+        role = message["role"]
+        if role not in ROLES:
+            raise UserError(f"{where}: {at} has the role {role!r}; known are {', '.join(ROLES)}")
+        if role == "system" and number:
+            raise UserError(f"{where}: {at} is a system message, which must come first")
+        messages.append({"role": role, "content": checked_text(message["content"], f"{at}.content", where)})
+    return messages
+
+
 def _field(row: Row, setting: str, name: str | None, otherwise: str = "") -> str:
     """Returns the text of the record's field `name`, which the setting `data.{setting}` gives; `otherwise` ends the advice."""
     if name not in row.record:
@@ -153,22 +181,8 @@ def _conversation(row: Row, field: str) -> list[Message]:
     Raises:
         UserError: If they are not a list of messages, do not end with the assistant's turn, or have no turn of the user.
     """
-    value, where = row.record[field], row.where
-    if not isinstance(value, list) or not value:
-        raise UserError(
-            f"{where}: field {field!r} must be a list of messages with one or more in it, not {json_type(value)}"
-        )
-    messages: list[Message] = []
-    for number, message in enumerate(value):
-        name = f"{field}[{number}]"
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise UserError(f'{where}: {name} must be an object with "role" and "content"')
-        role = message["role"]
-        if role not in ROLES:
-            raise UserError(f"{where}: {name} has the role {role!r}; known are {', '.join(ROLES)}")
-        if role == "system" and number:
-            raise UserError(f"{where}: {name} is a system message, which must come first")
-        messages.append({"role": role, "content": checked_text(message["content"], f"{name}.content", where)})
+    where = row.where
+    messages = checked_messages(row.record[field], f"field {field!r}", field, where)
     if messages[-1]["role"] != "assistant":
         raise UserError(
             f"{where}: the last message must be the assistant's (it is what is learnt), not the "

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 
 from jaxblock.data.config import DataConfig
-from jaxblock.data.text.examples import Example, Message, in_template
+from jaxblock.data.text.examples import Example, Message, checked_text, in_template
+from jaxblock.data.tokens.control import ControlTokens
 from jaxblock.data.tokens.find_special import find_special
 from jaxblock.data.tokens.special import SpecialIds, first_stop
 from jaxblock.data.tokens.templates import Template, template_source
@@ -24,10 +24,7 @@ class Encoder:
         """Keeps the parts; of the data settings only `prompt_template` and `system` are used."""
         self.tokenizer, self.template, self.special = tokenizer, template, special
         self._config = config
-        # A token that the settings name need not be marked as special in the tokenizer's files, but is forbidden in texts too.
-        named = {tokenizer.piece(i) for i in (special.mask, special.eos, special.eot) if i < tokenizer.vocab_size}
-        forbidden = tokenizer.special_texts | named
-        self._forbidden = re.compile("|".join(map(re.escape, sorted(forbidden, key=len, reverse=True))))
+        self._control = ControlTokens(tokenizer, template, special)
 
     def prompt(self, prompt: str | Sequence[Message], *, where: str = "the prompt") -> list[int]:
         """Returns the ids of a prompt, up to where the response begins.
@@ -38,21 +35,17 @@ class Encoder:
             where: The place that error messages name, as in "train.jsonl:17".
 
         Raises:
-            UserError: If the text holds a special token, or the template fails on it.
+            UserError: If a text is empty or no valid text, a text holds or becomes a special token, or the template fails
+                on the conversation or leaves out the user's text.
         """
         if isinstance(prompt, str):
-            prompt = [{"role": "user", "content": in_template(prompt, self._config)}]
-        text = self.template.render(self._checked(prompt, where), True, where=where)
-        ids = self.tokenizer.encode(text)
+            prompt = [{"role": "user", "content": in_template(checked_text(prompt, "the prompt", where), self._config)}]
+        ids = self._encode(prompt, True, where)
         if self.special.mask in ids:
             raise UserError(
                 f"{where}: the prompt's tokens contain the mask token; take it out of the text or the template"
             )
         return ids
-
-    def text(self, example: Example) -> str:
-        """Returns the whole conversation as text."""
-        return self.template.render(self._checked(example.messages, example.where), False, where=example.where)
 
     def prompt_and_response(self, example: Example) -> tuple[list[int], list[int]]:
         """Returns the ids of an example's prompt and of its response, the terminator included.
@@ -65,7 +58,7 @@ class Encoder:
         """
         where = example.where
         prompt_ids = self.prompt(example.messages[:-1], where=where)
-        ids = self.tokenizer.encode(self.text(example))
+        ids = self._encode(example.messages, False, where)
         self._check_prefix(prompt_ids, ids, where)
         rest = ids[len(prompt_ids) :]
         end = first_stop(rest, self.special.stop_ids)
@@ -99,18 +92,16 @@ class Encoder:
             return ""
         return f". The template writes {', '.join(unknown)}, which the tokenizer does not have as tokens"
 
-    def _checked(self, messages: Sequence[Message], where: str) -> list[Message]:
-        """Raises UserError where a message's text holds a special token; returns the messages, with `data.system` first."""
-        for message in messages:
-            found = self._forbidden.search(message["content"])
-            if found:
-                raise UserError(
-                    f"{where}: the {message['role']}'s text contains the special token {found[0]!r} at character "
-                    f"{found.start()}; take it out, or the model would be shown it as a control token"
-                )
+    def _encode(self, messages: Sequence[Message], add_generation_prompt: bool, where: str) -> list[int]:
+        """Returns the ids of a conversation, with `data.system` in front of it, after checking its texts."""
         if self._config.system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self._config.system}, *messages]
-        return list(messages)
+        for message in messages:
+            checked_text(message["content"], f"the {message['role']}'s text", where)
+        self._control.check_texts(messages, where)
+        ids = self.tokenizer.encode(self.template.render(messages, add_generation_prompt, where=where))
+        self._control.check_ids(ids, messages, add_generation_prompt, where)
+        return ids
 
     def _check_prefix(self, prompt_ids: list[int], ids: list[int], where: str) -> None:
         if ids[: len(prompt_ids)] == prompt_ids:
