@@ -108,7 +108,7 @@ def _prompts(options: Options, data: DataConfig) -> Iterator[tuple[str, str]]:
         if sys.stdin.isatty():
             say("reading prompts from standard input, one a line; end with Ctrl-D")
         yield from _lines("standard input", sys.stdin.buffer.read())
-    elif options.file.endswith(RECORDS):
+    elif options.file.removesuffix(".gz").endswith(RECORDS):
         from jaxblock.data.text.examples import read_prompts
         from jaxblock.data.text.recipes import with_recipe
 

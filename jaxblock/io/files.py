@@ -11,6 +11,7 @@ import shutil
 from typing import Any
 
 from jaxblock.errors import UserError
+from jaxblock.io.json_text import parse_json
 from jaxblock.io.paths import PathLike, as_path, explained, is_remote, temporary_sibling
 
 
@@ -31,7 +32,7 @@ def read_json(path: PathLike) -> Any:
         UserError: the file cannot be read or is not JSON.
     """
     try:
-        return json.loads(read_bytes(path))
+        return parse_json(read_bytes(path))
     except ValueError as error:
         raise UserError(f"{os.fspath(path)}: not a JSON file ({error})") from error
 

@@ -168,9 +168,9 @@ def test_an_array_with_bytes_that_are_not_utf8_names_the_line(tmp_path: pathlib.
     path = tmp_path / "some.json"
     path.write_bytes(b'\xef\xbb\xbf[\n{"question": "\xe9"}]')
     with pytest.raises(UserError, match=r"some.json:2: not UTF-8: byte 0xe9 at offset 19"):
-        list(read_rows(str(path), "train"))
+        list(read_rows(str(path), "train").rows)
     path.write_text('{"question": "q", "answer": "a"}\n')  # lines in a .json file are lines
-    assert [row.source for row in read_rows(str(path), "train")] == ["some.json:1"]
+    assert [row.source for row in read_rows(str(path), "train").rows] == ["some.json:1"]
 
 
 @pytest.fixture
@@ -216,15 +216,16 @@ def test_data_sets_that_cannot_be_loaded(tmp_path: pathlib.Path, datasets: list[
             _prepare(_config(tmp_path, train=path))
 
 
-def test_libraries_that_are_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_libraries_that_are_not_installed(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "x.parquet").touch()
     for name in ("datasets", "pyarrow", "pyarrow.parquet"):
         monkeypatch.setitem(sys.modules, name, None)
     for path, complaint in [
         ("hf:openai/gsm8k", "needs the datasets library: pip install datasets"),
-        ("x.parquet", "needs the pyarrow library: pip install pyarrow"),
+        (f"{tmp_path}/x.parquet", "needs the pyarrow library: pip install pyarrow"),
     ]:
         with pytest.raises(UserError, match=complaint):
-            list(read_rows(path, "train"))
+            list(read_rows(path, "train").rows)
 
 
 def test_the_real_datasets_library_reads_a_local_folder(tmp_path: pathlib.Path) -> None:
@@ -247,7 +248,7 @@ def test_parquet(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "train.parquet"
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     parquet.write_table(pyarrow.Table.from_pylist([{"messages": turns}, {"messages": None}]), path)
-    rows = list(read_rows(str(path), "train"))
+    rows = list(read_rows(str(path), "train").rows)
     assert [(row.record["messages"], row.source) for row in rows] == [
         (turns, "train.parquet[0]"),
         (None, "train.parquet[1]"),
@@ -256,6 +257,6 @@ def test_parquet(tmp_path: pathlib.Path) -> None:
         read_source(str(path), with_recipe(DataConfig()), "train")
     path.write_bytes(b"PAR1 no more")
     with pytest.raises(UserError, match="not readable as Parquet"):
-        list(read_rows(str(path), "train"))
+        list(read_rows(str(path), "train").rows)
     with pytest.raises(UserError, match="cannot read none.parquet"):
-        list(read_rows("none.parquet", "train"))
+        read_rows("none.parquet", "train")

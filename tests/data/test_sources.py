@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
+import hashlib
 import json
+import os
 import pathlib
 from typing import Any
 
@@ -38,7 +41,11 @@ def _read(folder: pathlib.Path, content: bytes, **settings: Any) -> list[Example
     [
         (b'{"question": "q", "answer": }', r":2: not JSON at column 29"),
         (b'{"question": "q"', r":2: not JSON"),
-        (b'["q", "a"]', r":2: a JSON object is expected, not a list; .* end in \.json"),
+        (b'["q", "a"]', r":2: a JSON object is expected, not a list"),
+        (
+            b'{"question": "q", "answer": "a", "question": "p"}',
+            r":2: not usable JSON: the name 'question' is given twice",
+        ),
         (b"null", r":2: a JSON object is expected, not null"),
         (b'{"question": "q"}', r":2: no field 'answer'; set data.response_field to one of 'question'"),
         (b'{"questoin": "q", "answer": "a"}', r":2: no field 'question' .did you mean 'questoin'\?"),
@@ -72,6 +79,35 @@ def test_bad_lines_are_named(tmp_path: pathlib.Path, line: bytes, complaint: str
 def test_an_empty_file_is_named(tmp_path: pathlib.Path, content: bytes) -> None:
     with pytest.raises(UserError, match=r"some\.jsonl: the file is empty"):
         _read(tmp_path, content)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (gzip.compress(GOOD)[:-9], "is a gzip file that is cut off or damaged"),
+        (b"\x28\xb5\x2f\xfd", r"is compressed by Zstandard: decompress it first .zstd -d."),
+        (b"PK\x03\x04", "is compressed by zip"),
+    ],
+)
+def test_other_compression_is_named(tmp_path: pathlib.Path, content: bytes, complaint: str) -> None:
+    with pytest.raises(UserError, match=r"some\.jsonl " + complaint):
+        _read(tmp_path, content)
+
+
+def test_what_is_hashed_is_what_was_read_once(tmp_path: pathlib.Path) -> None:
+    """A pipe can be read once only. Files are recognised by what is in them, whatever their names are."""
+    line, plain = GOOD.strip(), tmp_path / "some.jsonl"
+    plain.write_bytes(GOOD)
+    for content in (GOOD, b"[" + line + b"]", gzip.compress(GOOD), gzip.compress(b"[" + line + b"]")):
+        (tmp_path / "other").write_bytes(content)
+        ends = os.pipe()
+        os.write(ends[1], content)
+        os.close(ends[1])
+        for path in (str(tmp_path / "other"), f"/dev/fd/{ends[0]}"):
+            read = read_source(path, _config(), "train")
+            assert [example.response for example in read.examples] == ["a"]
+            assert read.sha256 == hashlib.sha256(content).hexdigest()
+        os.close(ends[0])
 
 
 def test_a_missing_file_is_named() -> None:

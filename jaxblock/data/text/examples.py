@@ -71,7 +71,7 @@ def read_prompts(path: str, config: DataConfig) -> Iterator[tuple[str, str]]:
     Raises:
         UserError: If the file cannot be read, or a record is not an object or its prompt is missing, empty or not text.
     """
-    for row in read_rows(path, "test"):
+    for row in read_rows(path, "test").rows:
         yield row.where, _field(row, "prompt_field", config.prompt_field)
 
 

@@ -1,17 +1,20 @@
-"""Reads records, each with its place, from files (JSON lines, JSON array, Parquet) and data sets of the `datasets` library."""
+"""Reads records, each with its place, from files (JSON lines, JSON arrays, Parquet) and data sets of the `datasets` library."""
 
 from __future__ import annotations
 
 import bisect
+import gzip
+import hashlib
 import json
 import os
 import re
+import zlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from jaxblock.errors import UserError
-from jaxblock.io.files import read_bytes, sha256
-from jaxblock.io.remote import local_file
+from jaxblock.io.files import read_bytes
+from jaxblock.io.json_text import DECODER, parse_json
 
 HUB = "hf:"
 _HUB_NAME = re.compile(
@@ -19,6 +22,13 @@ _HUB_NAME = re.compile(
 )
 _BLANK = re.compile(r"[ \t\r\n]*")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_GZIP, _PARQUET = b"\x1f\x8b", b"PAR1"
+_COMPRESSED = {
+    b"\x28\xb5\x2f\xfd": ("Zstandard", "zstd -d"),
+    b"\xfd7zXZ\x00": ("xz", "xz -d"),
+    b"BZh": ("bzip2", "bzip2 -d"),
+    b"PK\x03\x04": ("zip", "unzip"),
+}
 
 
 class Row(NamedTuple):
@@ -35,35 +45,62 @@ class Row(NamedTuple):
     source: str
 
 
-def read_rows(path: str, split: str) -> Iterator[Row]:
-    """Reads the records of a file or a data set.
+class Rows(NamedTuple):
+    """Holds the records of a file or a data set.
+
+    Attributes:
+        rows: The records in their order; they are parsed one by one, and an error names the place of the first bad one.
+        sha256: The hash, in hexadecimal, of the bytes that the records are parsed from; None for a data set.
+    """
+
+    rows: Iterator[Row]
+    sha256: str | None
+
+
+def read_rows(path: str, split: str) -> Rows:
+    """Reads the records of a file, once, or of a data set.
 
     Args:
-        path: A file, local or gs://: Parquet (.parquet), JSON (.json: one array, or lines) or JSON lines (anything else);
-            or "hf:NAME[@REVISION][:CONFIG][#SPLIT]", where NAME may be a local folder that `datasets` can read.
+        path: A file, local or gs://, or a pipe: Parquet, one JSON array, or JSON lines, as its content says, compressed by
+            gzip or not; or "hf:NAME[@REVISION][:CONFIG][#SPLIT]", where NAME may be a local folder that `datasets` can read.
         split: The split to read of a data set whose path does not name one.
 
-    Yields:
-        Rows, whose places are line numbers (JSON lines) or indices from 0 (all other kinds).
+    Returns:
+        The rows, whose places are line numbers (JSON lines) or indices from 0 (all other kinds), and the bytes' hash.
 
     Raises:
         UserError: If the file is missing, is not UTF-8 (the message gives the byte's offset) or is not JSON (it gives the
             line), a record is not an object, or a library is not installed.
     """
     if path.startswith(HUB):
-        return _dataset(path, split)
-    if path.endswith(".parquet"):
-        return _parquet(path)
-    content = read_bytes(path)
+        return Rows(_dataset(path, split), None)
+    stored = read_bytes(path)
+    content = _decompressed(path, stored)
     bare = content.removeprefix(_BYTE_ORDER_MARK).lstrip()
-    if path.endswith(".json") and bare.startswith(b"["):
-        return _json_array(path, content)
-    return _json_lines(path, content)
+    if content.startswith(_PARQUET) or path.endswith(".parquet"):
+        rows = _parquet(path, content)
+    elif bare.startswith(b"["):
+        rows = _json_array(path, content)
+    else:
+        rows = _json_lines(path, content)
+    return Rows(rows, hashlib.sha256(stored).hexdigest())
 
 
-def file_sha256(path: str) -> str | None:
-    """Returns the SHA-256 of a file's bytes; None for a data set, which is not a single file."""
-    return None if path.startswith(HUB) else sha256(path)
+def _decompressed(path: str, content: bytes) -> bytes:
+    """Returns the bytes of a gzip file without the compression, and other bytes as they are.
+
+    Raises:
+        UserError: If the file is cut off or damaged, or is compressed in another way.
+    """
+    for begin, (name, tool) in _COMPRESSED.items():
+        if content.startswith(begin):
+            raise UserError(f"{path} is compressed by {name}: decompress it first ({tool}), or give gzip")
+    if not content.startswith(_GZIP):
+        return content
+    try:
+        return gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} is a gzip file that is cut off or damaged ({error})") from error
 
 
 def json_type(value: Any) -> str:
@@ -105,17 +142,13 @@ def _decoded(raw: bytes, path: str, line: int, offset: int) -> str:
 
 def _parsed_line(text: str, where: str) -> Any:
     try:
-        value = json.loads(text)
+        value = parse_json(text)
     except json.JSONDecodeError as error:
         raise UserError(
             f"{where}: not JSON at column {error.colno}: {error.msg}; one JSON object a line is expected"
         ) from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{where}: not usable JSON: {error}") from error
-    if isinstance(value, list):
-        raise UserError(
-            f"{where}: a JSON object is expected, not a list; a file that is one JSON array must end in .json, or be split into lines"
-        )
     return value
 
 
@@ -128,7 +161,7 @@ def _json_array(path: str, content: bytes) -> Iterator[Row]:
     def place(at: int) -> str:
         return f"{path}:{1 + bisect.bisect_left(line_ends, at)}"
 
-    name, parse, index = os.path.basename(path), json.JSONDecoder().raw_decode, 0
+    name, parse, index = os.path.basename(path), DECODER.raw_decode, 0
     at = _after_blanks(text, text.index("[") + 1)
     while text[at : at + 1] != "]":
         where = place(at)
@@ -155,7 +188,7 @@ def _after_blanks(text: str, at: int) -> int:
     return found.end() if found else at
 
 
-def _parquet(path: str) -> Iterator[Row]:
+def _parquet(path: str, content: bytes) -> Iterator[Row]:
     try:
         import pyarrow.parquet
     except ImportError as error:
@@ -163,11 +196,8 @@ def _parquet(path: str) -> Iterator[Row]:
             f"{path}: Parquet needs the pyarrow library: pip install pyarrow, or give JSON lines"
         ) from error
     name, index = os.path.basename(path), 0
-    local = local_file(path)
-    if not local.exists():
-        raise UserError(f"cannot read {path}: there is no such file")
     try:
-        with pyarrow.parquet.ParquetFile(local) as file:
+        with pyarrow.parquet.ParquetFile(pyarrow.BufferReader(content)) as file:
             for batch in file.iter_batches():
                 for value in batch.to_pylist():
                     yield _row(value, f"{path}[{index}]", f"{name}[{index}]")

@@ -11,7 +11,7 @@ from typing import Any
 from jaxblock.data.config import DataConfig
 from jaxblock.data.text import corpus
 from jaxblock.data.text.examples import Example, checked_text, examples_of, question_and_answer
-from jaxblock.data.text.files import Row, file_sha256, read_rows
+from jaxblock.data.text.files import Row, read_rows
 from jaxblock.data.text.recipes import BUILTIN
 from jaxblock.errors import UserError
 
@@ -58,7 +58,8 @@ def read_source(path: str, config: DataConfig, split: str) -> Source:
     examples: list[Example] = []
     dropped: Counter[str] = Counter()
     count = 0
-    for row in read_rows(path, split):
+    rows, sha256 = read_rows(path, split)
+    for row in rows:
         count += 1
         excluded = _excluded_type(row, config) if split == "train" else None
         if excluded is not None:
@@ -69,7 +70,7 @@ def read_source(path: str, config: DataConfig, split: str) -> Source:
         raise UserError(f"{path}: the file is empty; one JSON object a line is expected")
     if not examples:
         raise UserError(f"{path}: data.exclude_types leaves none of the {count} records")
-    return Source(path, file_sha256(path) or _texts_sha256(examples), examples, dict(dropped))
+    return Source(path, sha256 or _texts_sha256(examples), examples, dict(dropped))
 
 
 def builtin_examples(split: corpus.CorpusSplit, n: int, config: DataConfig) -> list[Example]:
