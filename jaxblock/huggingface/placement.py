@@ -6,7 +6,6 @@ The host holds one tensor at a time.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import jax
@@ -19,6 +18,7 @@ from jax.typing import DTypeLike
 from jaxblock.huggingface.tensor_files import DTYPES, StoredTensor, read_tensor
 from jaxblock.models.linear import int8
 from jaxblock.models.spec import ParamSpec
+from jaxblock.parallel import rules
 
 Bounds = tuple[tuple[int, int], ...]
 
@@ -63,21 +63,18 @@ def read_parameter(
     """
     tensors = [stored[name] for name in tensor_names(spec)]
     target = np.dtype(dtype) if dtype is not None else DTYPES[tensors[0].dtype]
-    owners: dict[Bounds, list[jax.Device]] = {}
-    for device, index in sharding.addressable_devices_indices_map(spec.shape).items():
-        bounds = tuple(s.indices(size)[:2] for s, size in zip(index or (), spec.shape, strict=True))
-        owners.setdefault(bounds, []).append(device)
-    parts = []
-    for bounds, devices in owners.items():
-        read_part = _read_stack if spec.stacked else _read_single
-        parts += read_part(spec, tensors, target, bounds, devices)
-    whole = jax.make_array_from_single_device_arrays(spec.shape, sharding, parts)
+    if spec.stacked:
+        return _read_stack(spec, tensors, target, sharding)
+    sent, transpose = _send(tensors[0], spec.shape, sharding, spec.transpose)
+    whole = sent
+    if transpose or sent.dtype != target:
+        whole = jax.jit(_oriented, static_argnums=(1, 2), out_shardings=sharding)(sent, transpose, target)
     held = tensors[0].shape[0]
     if "vocab" in spec.axes and held < spec.shape[spec.axes.index("vocab")]:
         whole = jax.jit(_extended, static_argnums=(1, 2), out_shardings=sharding, donate_argnums=0)(
             whole, held, spec.axes.index("vocab")
         )
-    return whole
+    return whole.block_until_ready()
 
 
 def quantise_parameter(leaf: Array, numbers: Sharding, scales: Sharding) -> tuple[Array, Array]:
@@ -97,36 +94,45 @@ def quantise_parameter(leaf: Array, numbers: Sharding, scales: Sharding) -> tupl
     return found
 
 
-def _read_single(
-    spec: ParamSpec, tensors: list[StoredTensor], dtype: np.dtype[Any], bounds: Bounds, devices: list[jax.Device]
-) -> list[Array]:
-    """Reads a part of an unstacked parameter once and sends it to each of some devices."""
-    (tensor,) = tensors
-    inner = bounds[::-1] if spec.transpose else bounds
-    held = tuple((min(first, size), min(last, size)) for (first, last), size in zip(inner, tensor.shape, strict=True))
-    host, transpose = _transposed_on_cpu(read_tensor(tensor, held), spec.transpose, devices)
-    inner = bounds if transpose != spec.transpose else inner
-    missing = [(0, (last - first) - size) for (first, last), size in zip(inner, host.shape, strict=True)]
-    parts = []
-    for device in devices:
-        parts.append(_oriented(jax.device_put(host, device), transpose, dtype, tuple(missing)).block_until_ready())
-    return parts
-
-
-def _read_stack(
-    spec: ParamSpec, tensors: list[StoredTensor], dtype: np.dtype[Any], bounds: Bounds, devices: list[jax.Device]
-) -> list[Array]:
-    """Fills a part of a stacked parameter on each of some devices, layer by layer."""
-    inner = bounds[1:][::-1] if spec.transpose else bounds[1:]
-    first, last = bounds[0]
-    parts = [jnp.zeros(tuple(stop - start for start, stop in bounds), dtype, device=d) for d in devices]
-    for layer in range(first, last):
-        host, transpose = _transposed_on_cpu(read_tensor(tensors[layer], inner), spec.transpose, devices)
-        sent = [jax.device_put(host, device) for device in devices]
-        parts = [_insert(p, x, layer - first, transpose) for p, x in zip(parts, sent, strict=True)]
+def _read_stack(spec: ParamSpec, tensors: list[StoredTensor], dtype: np.dtype[Any], sharding: Sharding) -> Array:
+    """Fills a stacked parameter on its devices, layer by layer."""
+    of_layer = rules.of_dimensions(sharding, range(1, len(spec.shape)))
+    insert = jax.jit(_insert, static_argnums=3, donate_argnums=0, out_shardings=sharding)
+    stack = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=sharding)(spec.shape, dtype)
+    for layer, tensor in enumerate(tensors):
+        sent, transpose = _send(tensor, spec.shape[1:], of_layer, spec.transpose)
         # Without this wait, the host would hold every layer whose transfer has not ended.
-        jax.block_until_ready(parts)
-    return parts
+        stack = insert(stack, sent, layer, transpose).block_until_ready()
+    return stack
+
+
+def _send(tensor: StoredTensor, shape: tuple[int, ...], sharding: Sharding, transpose: bool) -> tuple[Array, bool]:
+    """Sends each device its part of one tensor, which is read once for all devices that hold it.
+
+    Args:
+        tensor: the tensor in the file.
+        shape: the shape of the parameter, or of one layer of it.
+        sharding: how an array of that shape is split over the devices.
+        transpose: whether the file holds the transpose of that array.
+
+    Returns:
+        (the array, whether the devices still have to transpose it). What the file lacks of the shape is zeros.
+    """
+    owners: dict[Bounds, list[jax.Device]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        bounds = tuple(s.indices(size)[:2] for s, size in zip(index or (), shape, strict=True))
+        owners.setdefault(bounds[::-1] if transpose else bounds, []).append(device)
+    parts = []
+    for bounds, devices in owners.items():
+        held = tuple((min(first, n), min(last, n)) for (first, last), n in zip(bounds, tensor.shape, strict=True))
+        host = read_tensor(tensor, held)
+        if held != bounds:  # rows of the vocabulary that the file lacks
+            host = np.pad(host, [(0, last - first - n) for (first, last), n in zip(bounds, host.shape, strict=True)])
+        host, still = _transposed_on_cpu(host, transpose, devices)
+        parts += [jax.device_put(host, device) for device in devices]
+    if still:
+        shape, sharding = shape[::-1], rules.of_dimensions(sharding, range(len(shape))[::-1])
+    return jax.make_array_from_single_device_arrays(shape, sharding, parts), still
 
 
 def _transposed_on_cpu(host: np.ndarray, transpose: bool, devices: list[jax.Device]) -> tuple[np.ndarray, bool]:
@@ -139,16 +145,12 @@ def _transposed_on_cpu(host: np.ndarray, transpose: bool, devices: list[jax.Devi
     return (transposed(host), False) if here else (host, transpose)
 
 
-@partial(jax.jit, static_argnums=(1, 2, 3))
-def _oriented(x: Array, transpose: bool, dtype: np.dtype[Any], missing: tuple[tuple[int, int], ...]) -> Array:
-    x = jnp.pad(x, missing)
+def _oriented(x: Array, transpose: bool, dtype: np.dtype[Any]) -> Array:
     return (x.T if transpose else x).astype(dtype)
 
 
-@partial(jax.jit, static_argnums=3, donate_argnums=0)
 def _insert(stack: Array, x: Array, layer: Array | int, transpose: bool) -> Array:
-    x = (x.T if transpose else x).astype(stack.dtype)
-    return jax.lax.dynamic_update_index_in_dim(stack, x, layer, 0)
+    return jax.lax.dynamic_update_index_in_dim(stack, _oriented(x, transpose, stack.dtype), layer, 0)
 
 
 def _extended(x: Array, held: int, axis: int) -> Array:

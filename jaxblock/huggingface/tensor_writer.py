@@ -138,13 +138,26 @@ def _fetch(leaf: Any, spec: ParamSpec, layer: int, dtype: np.dtype[Any]) -> Call
         if isinstance(leaf, Array) and not leaf.is_fully_addressable:
             part = _gathered(leaf, layer if spec.stacked else None)
         else:
-            part = leaf[layer] if spec.stacked else leaf
+            part = _layer(leaf, layer) if spec.stacked else leaf
         if isinstance(part, Array) and spec.is_matrix and not spec.stacked:
             return _in_slices(part, dtype, spec.transpose)
         host = np.asarray(part).astype(dtype, copy=False)
         return transposed(host) if spec.transpose else host
 
     return fetch
+
+
+def _layer(leaf: Any, layer: int) -> Any:
+    """Returns one layer of a stacked parameter; a CPU's array is read where it is, others are sliced by one program."""
+    if not isinstance(leaf, Array) or _in_host_memory(leaf):
+        return np.asarray(leaf)[layer]
+    return jax.jit(_layer_of, static_argnums=1)(leaf, True, layer)
+
+
+def _in_host_memory(x: Array) -> bool:
+    """Whether an array is on a single CPU device, so that NumPy sees its values without a copy."""
+    devices = x.devices()
+    return len(devices) == 1 and next(iter(devices)).platform == "cpu"
 
 
 def _gathered(leaf: Array, layer: int | None) -> Array:
@@ -171,7 +184,7 @@ def _in_slices(leaf: Array, dtype: np.dtype[Any], transpose: bool) -> np.ndarray
     for shard in leaf.addressable_shards:
         if shard.replica_id:
             continue
-        part, data = whole[shard.index], shard.data
+        part, data = whole[shard.index], np.asarray(shard.data) if _in_host_memory(shard.data) else shard.data
         rows = max(1, _SLICE_BYTES // max(1, data.nbytes // data.shape[0]))
         for start in range(0, data.shape[0], rows):
             host = np.asarray(data[start : start + rows]).astype(dtype, copy=False)

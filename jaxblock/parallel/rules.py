@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import jax
 from flax import traverse_util
 from jax import Array
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from jaxblock.errors import UserError
 from jaxblock.types import Params
@@ -59,6 +59,19 @@ def partition_spec(*names: str | None) -> PartitionSpec:
 def sharding(mesh: Mesh, *names: str | None) -> NamedSharding:
     """Returns the sharding of an array whose dimensions have these logical names."""
     return NamedSharding(mesh, partition_spec(*names))
+
+
+def of_dimensions(whole: Sharding, dimensions: Sequence[int]) -> Sharding:
+    """Returns the sharding of an array that has only some dimensions of another, or has them in another order.
+
+    Args:
+        whole: the sharding of the other array.
+        dimensions: the indices of the dimensions in the other array.
+    """
+    if not isinstance(whole, NamedSharding):
+        return whole  # on one device
+    split = dict(enumerate(whole.spec))
+    return NamedSharding(whole.mesh, PartitionSpec(*(split.get(at) for at in dimensions)))
 
 
 def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
