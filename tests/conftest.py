@@ -24,8 +24,10 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 import pytest
 from jaxtyping import install_import_hook
 
-# In tests, calls of public functions are checked against their type and shape annotations.
-install_import_hook("jaxblock", "beartype.beartype")
+import tests.typechecks
+
+# In tests, calls of functions are checked against their type and shape annotations.
+install_import_hook("jaxblock", f"{tests.typechecks.__name__}.checked")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
