@@ -6,13 +6,14 @@ import contextlib
 import hashlib
 import json
 import os
+import pathlib
 import secrets
 import shutil
 from typing import Any
 
 from jaxblock.errors import UserError
 from jaxblock.io.json_text import parse_json
-from jaxblock.io.paths import PathLike, as_path, explained, is_remote, temporary_sibling
+from jaxblock.io.paths import PathLike, as_path, explained, is_remote, put_object, temporary_sibling
 
 
 def read_bytes(path: PathLike) -> bytes:
@@ -63,19 +64,40 @@ def write_bytes(path: PathLike, content: bytes, *, overwrite: bool = False) -> N
         if not overwrite and target.exists():
             raise _already_there(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        if is_remote(path):
-            target.write_bytes(content)  # an object appears whole when its upload ends
-            return
-        temporary = temporary_sibling(target)
         try:
-            with open(temporary, "xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        finally:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
+            if is_remote(path):
+                put_object(path, content, overwrite=overwrite)  # an object appears whole when its upload ends
+                return
+            temporary = temporary_sibling(target)
+            try:
+                with open(temporary, "xb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+                if not overwrite:
+                    _claim_name(temporary, target)
+                os.replace(temporary, target)
+            finally:
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary)
+        except FileExistsError as error:
+            if overwrite:
+                raise
+            raise _already_there(path) from error
+
+
+def _claim_name(temporary: pathlib.Path, target: PathLike) -> None:
+    """Gives a file a second name that must be new; where the disk has no such links, an empty file takes the name.
+
+    Raises:
+        FileExistsError: something has appeared under the name since it was looked at; it is left as it is.
+    """
+    try:
+        os.link(temporary, target)
+    except FileExistsError:
+        raise
+    except OSError:
+        open(target, "xb").close()
 
 
 def write_text(path: PathLike, content: str, *, overwrite: bool = False) -> None:

@@ -21,7 +21,7 @@ from etils import epath
 from jaxblock.errors import UserError
 from jaxblock.io.files import read_bytes
 from jaxblock.io.paths import PathLike, as_path, explained, is_remote, temporary_sibling
-from jaxblock.io.remote import upload_folder
+from jaxblock.io.remote import remove_folder, upload_folder
 
 
 @contextlib.contextmanager
@@ -55,9 +55,15 @@ def new_folder(path: PathLike, *, marker: str, overwrite: bool = False) -> Itera
         if not (scratch / marker).exists():
             raise FileNotFoundError(errno.ENOENT, f"the commit marker {marker} was not written")
         if is_remote(path):
-            upload_folder(scratch, target, marker)
+            if overwrite:
+                remove_folder(target, marker)
+            try:
+                upload_folder(scratch, target, marker)
+            except FileExistsError:
+                check_vacant(path, marker=marker)  # says what has appeared
+                raise
         else:
-            _move_into_place(scratch, target)
+            _move_into_place(scratch, target, marker=marker, overwrite=overwrite)
 
 
 def check_vacant(path: PathLike, *, marker: str, overwrite: bool = False) -> None:
@@ -157,16 +163,22 @@ def _copy_tree(source: epath.Path, target: epath.Path) -> None:
             entry.copy(target / entry.name)
 
 
-def _move_into_place(scratch: pathlib.Path, target: epath.Path) -> None:
-    """Replaces what is at `target` by a finished folder; if that fails, the old folder is put back."""
-    if not target.exists():
-        os.rename(scratch, target)
+def _move_into_place(scratch: pathlib.Path, target: epath.Path, *, marker: str, overwrite: bool) -> None:
+    """Gives a finished folder its name. What may not be replaced stays or is put back, also if it has appeared only now."""
+    if not overwrite or not target.exists():
+        try:
+            os.rename(scratch, target)  # it replaces an empty folder and nothing else
+        except OSError as error:
+            if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                check_vacant(target, marker=marker)  # says what is there
+            raise
         return
     old = temporary_sibling(target)
     os.rename(target, old)
     try:
+        check_vacant(old, marker=marker, overwrite=True)
         os.rename(scratch, target)
-    except OSError:
+    except (OSError, UserError):
         os.rename(old, target)
         raise
     shutil.rmtree(old, ignore_errors=True)

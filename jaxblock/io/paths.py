@@ -52,6 +52,17 @@ def is_remote(path: PathLike) -> bool:
     return "://" in os.fspath(path)
 
 
+def put_object(path: PathLike, content: bytes, *, overwrite: bool) -> None:
+    """Uploads an object to an object store, in one request that the store accepts or refuses as a whole.
+
+    Raises:
+        FileExistsError: `overwrite` is off, and the store holds an object of this name already.
+    """
+    as_path(path)  # sets how the store is reached
+    store, name = fsspec.core.url_to_fs(os.fspath(path))
+    store.pipe_file(name, content, mode="overwrite" if overwrite else "create")
+
+
 @contextlib.contextmanager
 def explained(action: str, path: PathLike) -> Iterator[None]:
     """Turns errors of the operating system or the object store into a `UserError` that names the path and the cause.

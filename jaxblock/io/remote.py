@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -11,6 +12,7 @@ import tempfile
 from collections.abc import Sequence
 from fnmatch import fnmatch
 
+import fsspec
 from etils import epath
 
 from jaxblock.errors import UserError
@@ -49,24 +51,37 @@ def local_folder(path: PathLike, patterns: Sequence[str]) -> pathlib.Path:
     return _downloaded_folder(os.fspath(path).rstrip("/"), tuple(patterns))
 
 
+def remove_folder(folder: epath.Path, marker: str) -> None:
+    """Removes a folder in an object store, first the file that says that it is whole."""
+    (folder / marker).unlink(missing_ok=True)
+    if folder.exists():
+        folder.rmtree()
+
+
 def upload_folder(source: pathlib.Path, target: epath.Path, marker: str) -> None:
-    """Replaces a folder in an object store by a local one: removes the old marker first, and writes the new one last.
+    """Copies a local folder into an object store. If that fails, what it has uploaded is removed.
 
     Args:
         source: the local folder.
-        target: the folder in the object store.
-        marker: the name of the file that says that the folder is whole.
+        target: the folder in the object store, which must hold no file of the same name.
+        marker: the name of the file that says that the folder is whole; it is uploaded last.
+
+    Raises:
+        FileExistsError: a file of the same name has appeared in the store; it is left as it is.
     """
-    if (target / marker).exists():
-        (target / marker).unlink()
-    if target.exists():
-        target.rmtree()
     files = sorted(file.relative_to(source) for file in source.rglob("*") if file.is_file())
-    for file in sorted(files, key=lambda name: name == pathlib.Path(marker)):
-        destination = target.joinpath(*file.parts)
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        with open(source / file, "rb") as local, destination.open("wb") as remote:
-            shutil.copyfileobj(local, remote, _CHUNK)
+    done: list[epath.Path] = []
+    try:
+        for file in sorted(files, key=lambda name: name == pathlib.Path(marker)):
+            destination = target.joinpath(*file.parts)
+            store, name = fsspec.core.url_to_fs(os.fspath(destination))
+            store.put_file(os.fspath(source / file), name, mode="create")
+            done.append(destination)
+    except BaseException:
+        for destination in reversed(done):
+            with contextlib.suppress(Exception):  # the store may be out of reach, and the first error says why
+                destination.unlink()
+        raise
 
 
 @functools.cache

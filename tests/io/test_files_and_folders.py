@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import pathlib
@@ -48,6 +49,22 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: pathlib.Path, monkeypatch: py
         write_text(path, "new", overwrite=True)
     assert path.read_text() == "old"
     assert _names(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_that_appears_meanwhile_stays(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    def refuse(*names: object) -> None:
+        raise OSError(errno.EPERM, "this disk has no hard links")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    write_text(tmp_path / "free", "ours")
+    monkeypatch.setattr(os, "fsync", lambda fd: (tmp_path / "taken").write_text("theirs"))
+    with pytest.raises(UserError, match="taken exists already"):
+        write_text(tmp_path / "taken", "ours")
+    assert [(tmp_path / name).read_text() for name in _names(tmp_path)] == ["ours", "theirs"]
 
 
 @pytest.mark.parametrize(
@@ -112,6 +129,23 @@ def test_what_may_be_replaced(tmp_path: pathlib.Path) -> None:
             _fill(folder)
         assert (target / "sub" / "data").read_text() == "new"
     assert _names(tmp_path) == ["empty", "file", "foreign", "whole"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    ("appears", "problem"),
+    [("made", "a file"), ("made/thesis.tex", "holds no MARK"), ("made/MARK", "exists already")],
+)
+def test_what_appears_meanwhile_stays(tmp_path: pathlib.Path, appears: str, problem: str, overwrite: bool) -> None:
+    """Only another whole folder may be replaced, and that only where it is asked for."""
+    replaced = overwrite and appears == "made/MARK"
+    refusal = contextlib.nullcontext() if replaced else pytest.raises(UserError, match=problem)
+    with refusal, new_folder(tmp_path / "made", marker="MARK", overwrite=overwrite) as folder:
+        _fill(folder)
+        (tmp_path / appears).parent.mkdir(exist_ok=True)
+        (tmp_path / appears).write_text("theirs")
+    assert (tmp_path / appears).read_text() == ("" if replaced else "theirs")
+    assert _names(tmp_path) == ["made"]
 
 
 def test_a_failed_swap_brings_the_old_folder_back(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from etils import epath
 
 import jaxblock
 from jaxblock.cli import main
 from jaxblock.errors import UserError
-from jaxblock.io.files import read_bytes
+from jaxblock.io.files import read_bytes, write_bytes
 from jaxblock.io.folders import check_vacant, folder_bytes, list_folder, new_folder
 from jaxblock.io.json_lines import JsonlWriter
 from jaxblock.io.paths import as_path
@@ -50,14 +51,29 @@ def test_a_folder_gets_its_marker_last_and_loses_it_first(store: Store) -> None:
     assert store.refused == []
 
 
-def test_an_upload_that_fails_leaves_no_marker(store: Store) -> None:
-    store.failing = re.compile("sub/data")
+@pytest.mark.parametrize("fails", ["sub/data", "MARK"])
+def test_an_upload_that_fails_leaves_nothing(store: Store, fails: str) -> None:
+    store.failing = re.compile(fails)
     with (
         pytest.raises(UserError, match="cannot write gs://bucket/made"),
         new_folder("gs://bucket/made", marker="MARK") as folder,
     ):
         _fill(folder, "new")
     assert store.names() == []
+
+
+def test_what_appears_in_the_bucket_meanwhile_stays(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (
+        pytest.raises(UserError, match="gs://bucket/made exists already"),
+        new_folder("gs://bucket/made", marker="MARK") as folder,
+    ):
+        _fill(folder, "new")
+        store.put("bucket", "made/MARK", b"theirs", {})
+    assert store.names() == ["made/MARK"] and store.content("made/MARK") == b"theirs"
+    monkeypatch.setattr(epath.Path, "exists", lambda path: False)  # it appears just after we have looked
+    with pytest.raises(UserError, match="exists already"):
+        write_bytes("gs://bucket/made/MARK", b"ours")
+    assert store.content("made/MARK") == b"theirs"
 
 
 def test_a_large_file_goes_up_and_comes_down_in_pieces(store: Store) -> None:
