@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
+from functools import partial
 from typing import Any
 
 import chex
@@ -12,101 +15,98 @@ import numpy as np
 import pytest
 
 from jaxblock.models.architecture import Architecture
-from jaxblock.models.families import registry
-from jaxblock.models.linear import int8, lora
+from jaxblock.models.linear import lora
 from jaxblock.models.linear.fsdp import Split, matmul
 from jaxblock.models.linear.lora import Lora
-from jaxblock.models.spec import flatten, init_params, nest
 from jaxblock.models.transformer import Transformer
 from jaxblock.parallel import rules
 from jaxblock.parallel.mesh import make_mesh
 from jaxblock.types import Params, View
+from tests.models.weights import random_params
 
 ROWS, T, A = 8, 6, 2
 ARCH = Architecture(
     "llada", vocab_size=32, d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=4, mlp_dim=24, norm_eps=1e-5,
     rope_theta=100.0, max_len=64, tie_embeddings=False, mask_id=11, eos_id=10, pad_id=10,
 )  # fmt: skip
-MESHES: dict[str, dict[str, int]] = {
-    "rows": {"data": 8},
-    "fsdp": {"data": 1, "fsdp": 8},
-    "all axes": {"data": 2, "fsdp": 2, "tensor": 2},
+MESHES = {"rows": dict(data=8), "fsdp": dict(data=1, fsdp=8), "all axes": dict(data=2, fsdp=2, tensor=2)}
+ADAPTERS = Lora(8, 8.0, 0.0, ("blocks/q", "blocks/down"))
+NETWORKS = {
+    "chunks, remat": Transformer(ARCH, loss_chunk=1, remat="full"),
+    "tied": Transformer(dataclasses.replace(ARCH, tie_embeddings=True)),
+    "adapters": Transformer(ARCH, lora=ADAPTERS),
+    "adapters on int8": Transformer(ARCH, lora=ADAPTERS, quantize="int8"),
 }
-NETWORKS: dict[str, dict[str, Any]] = {
-    "whole": {},
-    "tied": {"arch": dataclasses.replace(ARCH, tie_embeddings=True)},
-    "chunks, remat": {"loss_chunk": 1, "remat": "full"},
-    "adapters": {"lora": Lora(8, 8.0, 0.0, ("blocks/q", "blocks/down"))},
-    "adapters on int8": {"lora": Lora(8, 8.0, 0.0, ("blocks/q", "blocks/down")), "quantize": "int8"},
-}
+# The last mesh splits over every axis. tests/training/test_sharding.py has tied embeddings.
+FAST = [("chunks, remat", "all axes"), ("adapters on int8", "all axes")]
+GRID = [
+    pytest.param(*case, id="-".join(case), marks=() if case in FAST else pytest.mark.slow)
+    for case in itertools.product(NETWORKS, MESHES)
+]
 
 
-def view() -> View:
-    ids = jnp.asarray(np.random.default_rng(0).integers(0, 32, (ROWS, T)), jnp.int32)
-    active = jnp.broadcast_to(jnp.asarray([3, 4], jnp.int32), (ROWS, A))
-    positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (ROWS, T))
-    return View(ids, positions, jnp.full(ROWS, T, jnp.int32), active, active, jnp.ones((ROWS, A), bool))
+IDS = np.random.default_rng(0).integers(0, 32, (ROWS, T)).astype(np.int32)
+ACTIVE = np.broadcast_to(np.array([3, 4], np.int32), (ROWS, A))
+POSITIONS = np.broadcast_to(np.arange(T, dtype=np.int32), (ROWS, T))
+SEEN = View(IDS, POSITIONS, np.full(ROWS, T, np.int32), ACTIVE, ACTIVE, np.ones((ROWS, A), bool))
 
 
-def weights(net: Transformer) -> tuple[Params, Params]:
-    """What is trained of a network, and what is frozen beneath it."""
-    table = registry.param_table(net.arch)
-    flat = flatten(init_params(table, 0, "float32"))
-    if net.lora is None:
-        return nest(flat), {}
-    for path in [path for path, spec in table.items() if net.quantize == "int8" and int8.quantised(spec)]:
-        flat[path], flat[path + int8.SCALE] = int8.quantise(flat[path])
-    adapters = init_params(net.trainable, 1, "float32")
-    return jax.tree.map(lambda x: x + 0.1, adapters), nest(flat)
+@partial(jax.jit, static_argnums=0)
+@partial(jax.value_and_grad, argnums=1)
+def loss(net: Transformer, trained: Params, frozen: Params, seen: View) -> jax.Array:
+    params = lora.attach(frozen, trained)
+    return net.nll(params, net.hidden(params, seen), seen.ids[:, :A]).sum()
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("network", NETWORKS)
+@functools.cache
+def weights_and_oracle(name: str) -> tuple[Params, Params, Any]:
+    """Returns what is trained of a network, what is frozen beneath it, and what plain products give on one device."""
+    net = NETWORKS[name]
+    trained = random_params(net.trainable, 1)
+    frozen = {} if net.lora is None else random_params(net.param_table)
+    return trained, frozen, loss(dataclasses.replace(net, products="plain"), trained, frozen, SEEN)
+
+
+@pytest.mark.parametrize(("network", "mesh"), GRID)
 def test_both_kinds_of_products_agree_in_value_and_gradient(network: str, mesh: str) -> None:
-    net = Transformer(**{"arch": ARCH, **NETWORKS[network]})
-    trained, frozen = weights(net)
-    over = make_mesh(**MESHES[mesh])
+    net, over = NETWORKS[network], make_mesh(**MESHES[mesh])
+    trained, frozen, plain = weights_and_oracle(network)
     split = jax.device_put(trained, rules.param_shardings(over, net.trainable))
     split_frozen = jax.device_put(frozen, rules.param_shardings(over, net.param_table)) if frozen else frozen
-    seen = jax.device_put(view(), rules.sharding(over, "batch"))
-
-    def loss(net: Transformer, trained: Params, frozen: Params) -> jax.Array:
-        params = lora.attach(frozen, trained)
-        hidden = net.hidden(params, seen)
-        return net.nll(params, hidden, seen.ids[:, :A]).sum()
-
     with jax.set_mesh(over):
-        run = jax.jit(jax.value_and_grad(loss, argnums=1), static_argnums=0)
-        stated = run(net, split, split_frozen)
-        # The oracle's weights are whole on every device. Left to split them over tensor and fsdp together, as adapters
-        # are, XLA's partitioner gets the gradient of q's adapter wrong on the last mesh (JAX 0.10.2, CPU).
-        plain = run(dataclasses.replace(net, products="plain"), trained, frozen)
+        stated = loss(net, split, split_frozen, jax.device_put(SEEN, rules.sharding(over, "batch")))
     chex.assert_trees_all_close(stated, plain, rtol=2e-5, atol=2e-5)
     chex.assert_trees_all_equal_shapes_and_dtypes(stated, plain)
 
 
-@pytest.mark.parametrize("draws", [0, 3])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_gradient_of_a_product_is_that_of_plain_matmul(dtype, draws):
+def test_the_gradient_of_a_product_is_that_of_plain_matmul():
     """In bfloat16 the oracle is float32's: products of two bfloat16 are exact there, and the weight's sum stays wide."""
-    keys = jax.random.split(jax.random.key(0), 3)
-    lead = (draws, 2, 9) if draws else (2, 9)
-    x, weight = jax.random.normal(keys[0], (*lead, 5), dtype), jax.random.normal(keys[1], (5, 7))
-    cotangent = jax.random.normal(keys[2], (*lead, 7), dtype)
+    rng, cases = np.random.default_rng(0), list(itertools.product(("float32", "bfloat16"), ((), (3,))))
 
     def gradients(product, x, w, cotangent):
         def loss(x, w):
             of_draw = lambda part: product(part, w, x.dtype, Split.of(("embed", "mlp")))  # noqa: E731
-            return jnp.vdot(cotangent, (jax.vmap(of_draw) if draws else of_draw)(x), precision="highest")
+            return jnp.vdot(cotangent, (jax.vmap(of_draw) if x.ndim > 3 else of_draw)(x), precision="highest")
 
         return jax.grad(lambda x, w: loss(x, w).astype(jnp.float32), argnums=(0, 1))(x, w)
 
     def plain(x, w, out, _):
         return jnp.matmul(x, w, precision="highest", preferred_element_type=out)
 
-    (dx, dw) = gradients(matmul, x, weight, cotangent)
-    exact_x, exact_w = gradients(plain, *(a.astype(dtype).astype(jnp.float32) for a in (x, weight, cotangent)))
-    assert (dx.dtype, dw.dtype) == (x.dtype, weight.dtype)
-    np.testing.assert_allclose(dw, exact_w, rtol=2e-6, atol=1e-5)
-    rounding = 2e-6 if dtype == "float32" else 2**-8
-    np.testing.assert_allclose(dx.astype(jnp.float32), exact_x, rtol=rounding, atol=1e-5)
+    @jax.jit
+    def both(given):
+        return [
+            (
+                gradients(matmul, x.astype(dtype), w, cotangent.astype(dtype)),
+                gradients(plain, *(a.astype(dtype).astype(jnp.float32) for a in (x, w, cotangent))),
+            )
+            for (dtype, _), (x, w, cotangent) in zip(cases, given, strict=True)
+        ]
+
+    shapes = [((*draws, 2, 9, 5), (5, 7), (*draws, 2, 9, 7)) for _, draws in cases]
+    given = [[rng.normal(size=shape).astype(np.float32) for shape in of_case] for of_case in shapes]
+    for (dtype, _), ((dx, dw), (exact_x, exact_w)) in zip(cases, both(given), strict=True):
+        assert (dx.dtype, dw.dtype) == (dtype, "float32")
+        np.testing.assert_allclose(dw, exact_w, rtol=2e-6, atol=1e-5)
+        rounding = 2e-6 if dtype == "float32" else 2**-8
+        np.testing.assert_allclose(dx.astype(np.float32), exact_x, rtol=rounding, atol=1e-5)
