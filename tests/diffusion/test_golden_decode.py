@@ -13,12 +13,20 @@ import jaxblock
 GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden"
 
 
+# One case for each way to decode is fast. The others differ in sizes and schedules, whose numbers test_quota.py has.
+FAST = (
+    *("quota_nondivisible_3blocks", "leftpad_batch3", "cfg", "logits_eos_inf", "confidence_eos_eot_inf"),
+    *("thr0.6_none", "factor1.0_gqa_none_v1", "entropy_leftpad", "topk_margin_steps5_of_13"),
+)
+
+
 def _cases():
     for folder in ("decode_llada", "decode_fast", "decode_dream"):
         file = GOLDEN / folder / "cases.json"
         for name, case in (json.loads(file.read_text()) if file.exists() else {}).items():
             if case.get("cache", "none") == "none":
-                yield pytest.param(folder, name, case, id=f"{folder}-{name}")
+                marks = () if name in FAST else pytest.mark.slow
+                yield pytest.param(folder, name, case, id=f"{folder}-{name}", marks=marks)
 
 
 @pytest.fixture(scope="module")
@@ -29,26 +37,12 @@ def models(shared):
 
 def _options(name, case):
     if "alg" in case:  # Dream's generate knows no blocks: one block, as long as the response
-        return {
-            "response_len": case["max_new_tokens"],
-            "block": case["max_new_tokens"],
-            "steps_per_block": case["steps"],
-            "rule": case["alg"],
-            "quota": "dream",
-            "eps": case["eps"],
-            "temperature": case["temperature"],
-            "alg_temp": case["alg_temp"],
-            "top_p": case["top_p"],
-            "top_k": case["top_k"],
-            "early_stop": False,
-        }
-    options = {
-        "response_len": case["gen_length"],
-        "block": case["block_length"],
-        "steps_per_block": case["steps"] * case["block_length"] // case["gen_length"],
-        "early_stop": False,
-        "cfg_scale": case.get("cfg_scale") or 0.0,
-    }
+        size = dict(response_len=case["max_new_tokens"], block=case["max_new_tokens"], steps_per_block=case["steps"])
+        same = {field: case[field] for field in ("eps", "temperature", "alg_temp", "top_p", "top_k")}
+        return dict(rule=case["alg"], quota="dream", early_stop=False, **size, **same)
+    options = dict(response_len=case["gen_length"], block=case["block_length"], early_stop=False)
+    options["steps_per_block"] = case["steps"] * case["block_length"] // case["gen_length"]
+    options["cfg_scale"] = case.get("cfg_scale") or 0.0
     for field, rule in (("threshold", "confidence_threshold"), ("factor", "factor")):
         if case.get(field):
             options |= {"rule": rule, field: case[field]}

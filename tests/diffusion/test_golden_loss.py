@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +30,17 @@ FULL = {
     "dllm_uniform_sequence": ("uniform", "sequence_mean"),
     "dllm_uniform_batch": ("uniform", "sequences"),
 }
-_draw = jax.jit(sampling.draw, static_argnums=(0, 1))
-_corrupt = jax.jit(corruption.corrupt, static_argnums=(0, 3))
 _from_rows = jax.jit(canvases.from_rows, static_argnums=0)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _draw(method, layout, canvas, uniforms, block):
+    """Returns the draws [K, B], and the view of the first of them."""
+    draws = sampling.draw(method, layout, canvas, uniforms, block)
+    first, noise = jax.tree.map(lambda x: x[0], draws), uniforms.noise[:, 0] if method.needs_noise else None
+    return draws, corruption.corrupt(layout, canvas, first, method, noise)[0]
+
+
 NORMALIZE = sorted({normalize for _, normalize in FULL.values()})
 
 
@@ -53,8 +63,8 @@ def _canvas(layout, ids, prompt_len, end):
     for row in range(rows):
         text[row, : text_len[row]] = ids[row, prompt_len[row] : end[row]]
     arrays = ids[:, : prompt_len.max()], prompt_len, text, text_len, np.arange(rows)
-    canvas = _from_rows(layout, *(jnp.asarray(x, jnp.int32) for x in arrays))
-    canvas = canvas._replace(ids=canvas.ids[:, :width], length=jnp.full(rows, width, jnp.int32))
+    canvas = jax.device_get(_from_rows(layout, *(x.astype(np.int32) for x in arrays)))
+    canvas = canvas._replace(ids=canvas.ids[:, :width], length=np.full(rows, width, np.int32))
     np.testing.assert_array_equal(canvas.ids, ids)
     return canvas
 
@@ -78,8 +88,7 @@ def _replay(uniforms, rates, prompt_len, block, layout):
 
 def _check_norms(grad, want, spec_table, n_layers):
     """Gradient norms by the checkpoint's names, and over all."""
-    flat = flatten(grad)
-    got = {}
+    flat, got = flatten(jax.device_get(grad)), {}
     for path, spec in spec_table.items():
         for layer in range(n_layers if spec.stacked else 1):
             leaf = flat[path][layer] if spec.stacked else flat[path]
@@ -90,46 +99,51 @@ def _check_norms(grad, want, spec_table, n_layers):
         np.testing.assert_allclose(value, want[name], rtol=1e-4, atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("suffix, prefix", SUFFIX_PREFIX)
-def test_blockwise(golden, golden_model, suffix, prefix):
-    folder, cases, norms = golden
-    name = f"blockwise_suffix{suffix}_prefix{prefix}"
-    case, z = cases[name], _load(folder, name)
-    net, params = golden_model(case["model"])
-    mask, pad = case["mask_id"], case["pad_id"]
-    layout = Layout(40, case["block_size"], "same_position", "paper", None, mask, pad, (pad,))
-    canvas = _canvas(layout, z["input_ids"], z["prompt_len"], z["length"])
-    block = jnp.asarray(z["block_index"], jnp.int32)
-    method = MethodConfig(
-        law="floored_bernoulli",
-        weighting="masked_mean",
-        normalize="sequences",
-        blocks="pairs",
-        prefix_mask_rate=prefix,
-        suffix_mask_prob=suffix,
-    )
-    with jax.enable_x64(True):  # the stored uniforms and rates are float64
-        uniforms = jax.tree.map(jnp.asarray, _replay(z["uniforms"], z["p"], z["prompt_len"], z["block_index"], layout))
-        draws = _draw(
-            method,
-            layout,
-            canvas,
-            uniforms,
-            block,
+@pytest.fixture(scope="module")
+def blockwise(golden):
+    """A function: (suffix, prefix) -> (name, case, its arrays, the method, layout, canvas, draws, noise and view)."""
+    folder, cases, _ = golden
+
+    @functools.cache
+    def replayed(suffix, prefix):
+        name = f"blockwise_suffix{suffix}_prefix{prefix}"
+        case, z = cases[name], _load(folder, name)
+        layout = Layout(
+            40, case["block_size"], "same_position", "paper", None, case["mask_id"], case["pad_id"], (case["pad_id"],)
         )
-        draw = jax.tree.map(lambda x: x[0], draws)
-        noise = uniforms.noise[:, 0]
-        view, targets = _corrupt(layout, canvas, draw, method, noise)
+        canvas = _canvas(layout, z["input_ids"], z["prompt_len"], z["length"])
+        how = dict(law="floored_bernoulli", weighting="masked_mean", normalize="sequences", blocks="pairs")
+        method = MethodConfig(**how, prefix_mask_rate=prefix, suffix_mask_prob=suffix)
+        with jax.enable_x64(True):  # the stored uniforms and rates are float64
+            uniforms = _replay(z["uniforms"], z["p"], z["prompt_len"], z["block_index"], layout)
+            draws, view = jax.device_get(_draw(method, layout, canvas, uniforms, z["block_index"].astype(np.int32)))
+        return name, case, z, method, layout, canvas, draws, uniforms.noise[:, 0], view
+
+    return replayed
+
+
+@pytest.mark.parametrize("suffix, prefix", SUFFIX_PREFIX)
+def test_blockwise_masks(blockwise, suffix, prefix):
+    *_, z, _, _, _, draws, _, view = blockwise(suffix, prefix)
     flags = np.zeros(z["mask_flags"].shape, bool)
-    for row, (at, masked, ok) in enumerate(zip(*map(np.asarray, (view.active, draw.masked, view.valid)), strict=True)):
+    for row, (at, masked, ok) in enumerate(zip(view.active, draws.masked[0], view.valid, strict=True)):
         flags[row, at[masked & ok]] = True
     np.testing.assert_array_equal(flags, z["mask_flags"])
     np.testing.assert_array_equal(view.ids, z["noisy_ids"])
-    assert np.asarray(view.length).tolist() == [40] * len(flags)
+    assert view.length.tolist() == [40] * len(flags)
 
-    draws, noise = draws._replace(weight=draws.weight.astype(jnp.float32)), noise.astype(jnp.float32)
 
-    def loss(params):
+# The others show the network other views, which the test above compares.
+LOSSES = [pytest.param(*c, marks=() if c in ((1.0, 0.0), (0.5, 0.3)) else pytest.mark.slow) for c in SUFFIX_PREFIX]
+
+
+@pytest.mark.parametrize("suffix, prefix", LOSSES)
+def test_blockwise_losses(golden, golden_model, blockwise, suffix, prefix):
+    name, case, z, method, layout, canvas, draws, noise, _ = blockwise(suffix, prefix)
+    net, params = golden_model(case["model"])
+    draws = draws._replace(weight=draws.weight.astype(np.float32))
+
+    def loss(params, canvas, draws, noise, block):
         def one(canvas, draws, noise, block):
             canvas, block = jax.tree.map(lambda x: x[None], (canvas, block))
             draws, noise = jax.tree.map(lambda x: x[:, None], (draws, noise))
@@ -139,13 +153,14 @@ def test_blockwise(golden, golden_model, suffix, prefix):
         rows = jax.vmap(one, (0, 1, 1, 0))(canvas, draws, noise[None], block)
         return rows.mean(), rows
 
-    (value, row_losses), grad = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
-    np.testing.assert_allclose(row_losses, z["row_loss"], rtol=2e-5)
+    run = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    (value, rows), grad = run(params, canvas, draws, noise.astype(np.float32), z["block_index"].astype(np.int32))
+    np.testing.assert_allclose(rows, z["row_loss"], rtol=2e-5)
     np.testing.assert_allclose(value, case["loss"], rtol=2e-5)
-    _check_norms(grad, norms[name], net.param_table, net.arch.n_layers)
+    _check_norms(grad, golden[2][name], net.param_table, net.arch.n_layers)
 
 
-@pytest.mark.parametrize("model", ["llada_mha", "llada_gqa_tied"])
+@pytest.mark.parametrize("model", [pytest.param("llada_mha", marks=pytest.mark.slow), "llada_gqa_tied"])
 def test_full_sequence(golden, golden_model, model):
     """LLaDA's, d1's and dllm's losses are one law under the fields weighting and normalize."""
     folder, cases, norms = golden
@@ -156,19 +171,23 @@ def test_full_sequence(golden, golden_model, model):
     longest = int(z["answer_len"].max())
     layout = Layout(longest, longest, "same_position", "paper", None, case["mask_id"], 1, (1,))
     canvas = _canvas(layout, z["input_ids"], z["prompt_len"], np.full(rows, width))
-    block = jnp.zeros(rows, jnp.int32)
 
     def total(params, canvas, draws, normalize):
+        how = MethodConfig(normalize=normalize)
         return objective.losses(
-            net, params, layout, canvas, draws, MethodConfig(normalize=normalize), drawn_blocks=canvas.n_blocks * 0
+            net, params, layout, canvas, draws, how, drawn_blocks=jnp.zeros_like(canvas.n_blocks)
         ).loss
 
-    def by_row(params, draws):
+    def by_row(params, canvas, draws):
         canvases_of_one = jax.tree.map(lambda x: x[:, None], canvas)
         draws_of_one = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0)[:, :, None], draws)
         return jax.vmap(lambda c, d: total(params, c, d, "sequences").total)(canvases_of_one, draws_of_one)
 
-    values = jax.jit(lambda params, draws: {n: total(params, canvas, draws, n) for n in NORMALIZE})
+    def value_and_share(params, canvas, draws, normalize):
+        value, weight = total(params, canvas, draws, normalize)
+        return value / weight, objective.normaliser(layout, canvas, normalize)[0] / weight
+
+    values = jax.jit(lambda *given: {n: value_and_share(*given, n) for n in NORMALIZE})
     # What is divided by what differs from loss to loss; the gradient of a row's own loss does not.
     row_gradients = jax.jit(jax.jacrev(by_row))
 
@@ -177,17 +196,12 @@ def test_full_sequence(golden, golden_model, model):
             stored = z["uniforms"].astype(float), z["p_mask"].astype(float), z["prompt_len"]
             uniforms = _replay(*stored, np.zeros(rows, int), layout)
             how = MethodConfig(law="floored_bernoulli", blocks="pairs", weighting=weighting)
-            draws = _draw(how, layout, canvas, jax.tree.map(jnp.asarray, uniforms), block)
-            view, _ = _corrupt(layout, canvas, jax.tree.map(lambda x: x[0], draws), how)
+            draws, view = jax.device_get(_draw(how, layout, canvas, uniforms, np.zeros(rows, np.int32)))
         np.testing.assert_array_equal(view.ids, z["noisy_ids"])
-        draws = draws._replace(weight=draws.weight.astype(jnp.float32))
-        sums = values(params, draws)
-        grads = jax.device_get(row_gradients(params, draws))
-        for loss, (asked, normalize) in FULL.items():
-            if asked != weighting:
-                continue
-            value, weight = sums[normalize]
-            np.testing.assert_allclose(value / weight, case["losses"][loss]["loss"], rtol=2e-5, err_msg=loss)
-            share = np.asarray(objective.normaliser(layout, canvas, normalize)[0] / weight)
+        draws = draws._replace(weight=draws.weight.astype(np.float32))
+        sums, grads = jax.device_get((values(params, canvas, draws), row_gradients(params, canvas, draws)))
+        for loss, normalize in [(loss, how) for loss, (asked, how) in FULL.items() if asked == weighting]:
+            value, share = sums[normalize]
+            np.testing.assert_allclose(value, case["losses"][loss]["loss"], rtol=2e-5, err_msg=loss)
             grad = jax.tree.map(lambda x, share=share: np.tensordot(share, x, 1), grads)
             _check_norms(grad, norms[f"{name}/{loss}"], net.param_table, net.arch.n_layers)

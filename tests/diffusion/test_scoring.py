@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxblock.diffusion import canvas as canvases
 from jaxblock.diffusion.canvas import Layout
-from jaxblock.diffusion.decoding import decoder, measures, scoring, transfer
+from jaxblock.diffusion.decoding import decoder, measures, scoring
 from jaxblock.diffusion.decoding.config import DecodeConfig
 from jaxblock.diffusion.decoding.rules import RULES
 from jaxblock.diffusion.decoding.transfer import StepInfo
 
 VOCAB, MASK, FILL, EOT = 7, 6, 0, 1
-MANY = 20_000
+MANY, ALG_TEMP = 20_000, 0.4
 LAYOUT = Layout(4, 4, "same_position", "aligned", None, MASK, FILL, (EOT,))
 LOGITS = np.array(
     [
@@ -33,17 +33,22 @@ LOGITS = np.array(
     ],
     np.float32,
 )
-_score = jax.jit(scoring.score, static_argnums=(0, 1))
 
 
-def _keys(many=MANY, seed=0):
-    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(many))
+def _decoding(steps, **fields):
+    return DecodeConfig(steps_per_block=steps, **{"early_stop": False, **fields})
 
 
-def _scores(options, logits=LOGITS, many=1, layout=LAYOUT):
-    """``score`` of ``many`` rows of the same logits, each with its own key."""
-    wide = jnp.broadcast_to(jnp.asarray(logits), (many, *logits.shape))
-    return _score(layout, options, wide, jnp.ones(wide.shape[:2], bool), _keys(many))
+@partial(jax.jit, static_argnums=(0, 1, 3))
+def _scores(every, layout, logits, many):
+    """``score`` of ``many`` rows of the same logits, each with its own key, for all of these settings in one program."""
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), jnp.arange(many))
+    wide = jnp.broadcast_to(logits, (many, *logits.shape))
+    return [scoring.score(layout, options, wide, jnp.ones(wide.shape[:2], bool), keys) for options in every]
+
+
+def _score(*every, logits=LOGITS, many=1, layout=LAYOUT):
+    return jax.device_get(_scores(every, layout, logits, many))
 
 
 def _softmax(logits):
@@ -78,28 +83,27 @@ def _kept(logits, temperature=0.0, top_p=None, top_k=None, wrong=None):
 
 FILTERS = [
     {},
-    {"temperature": 0.5},
     {"top_p": 0.75},
     {"top_k": 2},
     {"temperature": 1.5, "top_p": 0.7},
-    {"temperature": 2.0, "top_k": 3},
     {"temperature": 2.0, "top_p": 0.85, "top_k": 4},
 ]
 
 
-@pytest.mark.parametrize("filters", FILTERS, ids=str)
-def test_filters_and_confidence_are_dreams(filters):
+def test_filters_and_confidence_are_dreams():
     """Candidates, and each measure on them: the mask token's probability counts wherever it survives."""
-    plain = _decoding(1, **filters)
+    every = [_decoding(1, **filters) for filters in FILTERS]
+    left = jax.jit(lambda x: [jax.nn.log_softmax(scoring.candidates(options, MASK, x)) for options in every])(LOGITS)
+    rules = ("maskgit_plus", "topk_margin", "entropy")
+    cases = list(itertools.product((0, 1, 2, 4), rules))
+    scores = _score(*(dataclasses.replace(every[at], rule=rule) for at, rule in cases), many=2)
     with np.errstate(divide="ignore"):
-        want = np.array([np.log(_kept(row, **filters)) for row in LOGITS])
-    got = np.array(jax.nn.log_softmax(scoring.candidates(plain, MASK, jnp.asarray(LOGITS))))
-    np.testing.assert_allclose(got, want, atol=2e-6)
-    p = np.exp(want)
-    for rule in ("maskgit_plus", "topk_margin", "entropy"):
-        found = _scores(dataclasses.replace(plain, rule=rule), many=3)
-        assert not (np.asarray(found.token) == MASK).any()
-        for row, at in itertools.product(range(3), range(4)):
+        want = np.array([[np.log(_kept(row, **filters)) for row in LOGITS] for filters in FILTERS])
+    np.testing.assert_allclose(left, want, atol=2e-6)
+    for (filters, rule), found in zip(cases, scores, strict=True):
+        p = np.exp(want[filters])
+        assert not (found.token == MASK).any()
+        for row, at in np.ndindex(2, 4):
             others = np.sort(np.delete(p[at], np.argmax(p[at, :MASK])))
             confidence = {
                 "maskgit_plus": p[at, found.token[row, at]],
@@ -112,29 +116,26 @@ def test_filters_and_confidence_are_dreams(filters):
 
 def test_a_token_that_takes_the_sum_to_top_p_exactly_is_not_the_last():
     """Probabilities 1/2, 1/4, 1/8 and 1/8, without rounding: the sum must exceed ``top_p``, as in Dream."""
-    logits = jnp.log(jnp.array([0.125, 0.5, 0.125, 0.25]))
-    assert np.asarray(jax.nn.softmax(logits)).tolist() == [0.125, 0.5, 0.125, 0.25]
-    for top_p, kept in ((0.5, [0, 1, 0, 1]), (0.75, [1, 1, 0, 1]), (0.6, [0, 1, 0, 1])):
-        assert np.asarray(scoring.keep_top_p(logits, top_p)).astype(int).tolist() == kept
+    logits, cases = np.log(np.array([0.125, 0.5, 0.125, 0.25], np.float32)), {0.5: "0101", 0.75: "1101", 0.6: "0101"}
+    p, *kept = jax.jit(lambda x: [jax.nn.softmax(x), *(scoring.keep_top_p(x, top_p) for top_p in cases)])(logits)
+    assert p.tolist() == [0.125, 0.5, 0.125, 0.25]
+    assert ["".join(map(str, np.asarray(row, int))) for row in kept] == list(cases.values())
 
 
 def test_other_rules_filter_the_token_but_not_the_confidence():
     """LLaDA's family: -log p of the token under the un-noised softmax of all logits."""
-    options = _decoding(1, temperature=2.0, top_k=1, rule="low_confidence")
-    found = _scores(options, many=8)
+    (found,) = _score(_decoding(1, temperature=2.0, top_k=1, rule="low_confidence"), many=8)
     best = LOGITS[:, :MASK].argmax(-1)
-    assert (np.asarray(found.token) == best).all(), "top_k 1 leaves nothing to draw"
+    assert (found.token == best).all(), "top_k 1 leaves nothing to draw"
     want = [-np.log(_softmax(row.astype(float))[token]) for row, token in zip(LOGITS, best, strict=True)]
     np.testing.assert_allclose(found.surprise, np.broadcast_to(want, (8, 4)), rtol=1e-5)
 
 
 def test_a_lead_near_1_does_not_tie():
     """p1 - p2 is 1 in float32 for both rows, and the second is more certain."""
-    logits = jnp.asarray([[40.0, 20.0, 0.0], [40.0, 19.0, 0.0]], jnp.float32)
-    p = np.sort(np.asarray(jax.nn.softmax(logits)), axis=-1)
-    assert (p[:, 2] - p[:, 1] == 1).all()
-    first, second = np.asarray(measures.margin_surprise(logits, 2))
-    assert first > second > 0
+    logits = np.array([[40.0, 20.0, 0.0], [40.0, 19.0, 0.0]], np.float32)
+    p, (first, second) = jax.jit(lambda x: (jax.nn.softmax(x), measures.margin_surprise(x, 2)))(logits)
+    assert (p[:, 0] - p[:, 1] == 1).all() and first > second > 0
     np.testing.assert_allclose(first, 2 * np.exp(-20.0), rtol=1e-5)
 
 
@@ -155,19 +156,21 @@ def _without_mask(p):
 
 
 def test_tokens_are_drawn_from_what_the_filters_leave():
-    """Each position's 20,000 tokens; every mistake of the oracle is rejected somewhere."""
+    """Each position's 20,000 tokens, under both conventions; every mistake of the oracle is rejected somewhere."""
     options = {"temperature": 3.0, "top_p": 0.7, "top_k": 4}
-    token = np.asarray(_scores(_decoding(1, rule="maskgit_plus", **options), many=MANY).token)
-    seen = [np.bincount(token[:, at], minlength=VOCAB) for at in range(4)]
+    llada = {"temperature": 0.5}
+    found = _score(_decoding(1, rule="maskgit_plus", **options), _decoding(1, **llada), many=MANY)
+    seen, plain = ([np.bincount(scores.token[:, at], minlength=VOCAB) for at in range(4)] for scores in found)
 
-    def worst(**how):
+    def worst(seen, **how):
         return max(_chi2(seen[at], _without_mask(_kept(LOGITS[at], **how))) for at in range(4))
 
-    assert worst(**options) < 1
+    assert worst(plain, **llada) < 1 < worst(plain, temperature=0.55)
+    assert worst(seen, **options) < 1
     for wrong in ("cuts_the_crossing_token", "top_p_untempered", "top_k_first"):
-        assert worst(**options, wrong=wrong) > 2, wrong
+        assert worst(seen, **options, wrong=wrong) > 2, wrong
     for left_out in options:
-        assert worst(**{**options, left_out: None}) > 2, left_out
+        assert worst(seen, **{**options, left_out: None}) > 2, left_out
 
 
 def _sets(weights, size):
@@ -181,16 +184,34 @@ def _sets(weights, size):
     return chance
 
 
-@pytest.mark.parametrize("rule", ["low_confidence", "maskgit_plus", "topk_margin", "entropy"])
-def test_alg_temp_draws_positions_without_replacement(rule):
+MEASURED = ("low_confidence", "maskgit_plus", "topk_margin", "entropy")
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """Returns for each rule which two of four positions many rows draw at three temperatures, and the undrawn surprise."""
+
+    @jax.jit
+    def draw(logits):
+        found = {}
+        for rule in MEASURED:
+            pick, found[rule] = RULES[rule].transfer(_decoding(2, rule=rule), 4), []
+            for temp, many in ((ALG_TEMP, MANY), (1e-5, 50), (0.0, 50)):
+                (scores,) = _scores((_decoding(2, rule=rule, alg_temp=temp),), LAYOUT, logits, many)
+                found[rule].append(pick(scores, StepInfo(jnp.int32(0), jnp.full(many, 4, jnp.int32))))
+            found[rule].append(scores.surprise)
+        return found
+
+    return jax.device_get(draw(LOGITS))
+
+
+@pytest.mark.parametrize("rule", MEASURED)
+def test_alg_temp_draws_positions_without_replacement(drawn, rule):
     """The quota's sets of two of four positions against the exact law; weights are exp(confidence / alg_temp)."""
-    alg_temp = 0.4
-    options = _decoding(2, rule=rule, alg_temp=alg_temp)
-    found = _scores(options, many=MANY)
-    chosen = RULES[rule].transfer(options, 4)(found, StepInfo(jnp.int32(0), jnp.full(MANY, 4, jnp.int32)))
-    chosen = np.asarray(chosen)
+    chosen, sharp, plain, surprise = drawn[rule]
+    np.testing.assert_array_equal(sharp, plain, "the smallest alg_temp takes the most confident")
     assert (chosen.sum(-1) == 2).all(), "drawn with replacement, some rows would commit one"
-    surprise = np.asarray(_scores(dataclasses.replace(options, alg_temp=0.0)).surprise, float)[0]
+    surprise = surprise[0].astype(float)
     confidence = -surprise if rule == "entropy" else np.exp(-surprise)
     names = list(itertools.combinations(range(4), 2))
     seen = [(chosen[:, a] & chosen[:, b]).sum() for a, b in names]
@@ -199,23 +220,14 @@ def test_alg_temp_draws_positions_without_replacement(rule):
         law = _sets(weights, 2)
         return _chi2(seen, [law[name] for name in names])
 
-    assert against(np.exp(confidence / alg_temp)) < 1
+    weights = np.exp(confidence / ALG_TEMP)
+    assert against(weights) < 1
     assert against(np.exp(confidence)) > 2, "another temperature"
     if rule != "entropy":
-        assert against(np.exp(-surprise / alg_temp)) > 2, "noise on -log p instead of on p"
+        assert against(np.exp(-surprise / ALG_TEMP)) > 2, "noise on -log p instead of on p"
     # The pairs of distinct independent draws (with replacement, repeated until distinct) have another law.
-    weights = np.exp(confidence / alg_temp)
     twice = np.array([weights[a] * weights[b] for a, b in names])
     assert _chi2(seen, twice / twice.sum()) > 1.5
-
-
-def test_the_smallest_alg_temp_is_the_most_confident():
-    for rule in ("maskgit_plus", "topk_margin", "entropy"):
-        sharp = _scores(_decoding(2, rule=rule, alg_temp=1e-5), many=50)
-        plain = _scores(_decoding(2, rule=rule), many=50)
-        step = StepInfo(jnp.int32(0), jnp.full(50, 4, jnp.int32))
-        take = transfer.by_quota(transfer.quota_table("even", 4, 2))
-        np.testing.assert_array_equal(take(sharp, step), take(plain, step))
 
 
 class Still:
@@ -232,20 +244,14 @@ class Still:
 
 
 STILL = Still()
-_decode = jax.jit(decoder.decode, static_argnums=(0, 1, 2))
-
-
-def _decoding(steps, **fields):
-    return DecodeConfig(steps_per_block=steps, **{"early_stop": False, **fields})
+_decode = jax.jit(decoder.decode_prompts, static_argnums=(0, 1, 2))
 
 
 def _decoded(options, many):
     """``many`` prompts of one token, a response of one block of two."""
     layout = LAYOUT._replace(response_len=2, block=2)
-    index = jnp.arange(many, dtype=jnp.int32)
-    canvas = canvases.for_decoding(layout, jnp.full((many, 1), 2, jnp.int32), jnp.ones(many, jnp.int32), index)
-    params = {"table": jnp.asarray(LOGITS[2:])}
-    return jax.device_get(_decode(STILL, layout, options, params, canvas, 5))
+    prompts = np.full((many, 1), 2, np.int32), np.ones(many, np.int32), np.arange(many, dtype=np.int32)
+    return jax.device_get(_decode(STILL, layout, options, {"table": LOGITS[2:]}, 5, *prompts))
 
 
 def test_origin_lifts_each_mask_by_chance_on_dreams_grid():
@@ -278,34 +284,28 @@ def test_origin_lifts_each_mask_by_chance_on_dreams_grid():
     assert (alone.commit_step == 0).all()
 
 
-@pytest.mark.parametrize("rule", ["low_confidence", "maskgit_plus", "topk_margin", "entropy"])
-@pytest.mark.parametrize("alg_temp", [0.0, 0.5])
-def test_suppressed_stop_tokens_come_last_under_every_measure(rule, alg_temp):
+def test_suppressed_stop_tokens_come_last_under_every_measure():
     """Positions 0 and 2 want to end with certainty; with ``logits`` the fill token is never written."""
     logits = np.zeros((4, VOCAB), np.float32)
-    logits[0, FILL], logits[2, EOT] = 9.0, 12.0
+    logits[0, [FILL, 5]], logits[2, EOT] = (9.0, 1.0), 12.0
     logits[1, 3], logits[3, 4] = 2.0, 1.0
-    options = _decoding(2, rule=rule, alg_temp=alg_temp, eos_suppression="confidence", top_k=None)
-    found = _scores(options, logits, many=40)
-    assert (np.asarray(found.token) == [FILL, 3, EOT, 4]).all()
-    assert np.isinf(np.asarray(found.surprise)[:, [0, 2]]).all()
-    assert np.isfinite(np.asarray(found.surprise)[:, [1, 3]]).all()
-    free = _scores(dataclasses.replace(options, eos_suppression="none"), logits, many=40)
-    if not alg_temp:
-        assert (np.asarray(transfer.rank(free)) == [1, 2, 0, 3]).all()
-    never = _scores(dataclasses.replace(options, eos_suppression="logits"), logits, many=40)
-    assert not (np.asarray(never.token) == FILL).any()
+    for how, noisy in (("confidence", "entropy"), ("none", None), ("logits", "maskgit_plus")):
+        temps = {rule: 0.5 if rule == noisy else 0.0 for rule in MEASURED}
+        every = [_decoding(2, rule=rule, alg_temp=temp, eos_suppression=how) for rule, temp in temps.items()]
+        for found in _score(*every, logits=logits, many=5):
+            assert (found.token == [5 if how == "logits" else FILL, 3, EOT, 4]).all()
+            if how == "confidence":
+                assert (np.isinf(found.surprise) == [True, False, True, False]).all()
+            if how == "none":
+                assert (np.argsort(found.surprise, axis=-1) == [2, 0, 1, 3]).all()
 
 
 def test_where_the_mask_token_alone_would_pass_the_best_other_token_is_taken():
     """A nucleus of the mask token alone, and a top_k of 1 with the mask token first: nothing is NaN, no mask is written."""
     logits = np.zeros((1, VOCAB), np.float32)
     logits[0, MASK], logits[0, 4] = 20.0, 1.0
-    layout = LAYOUT._replace(response_len=1, block=1)
-    for rule, filters in itertools.product(
-        ("low_confidence", "maskgit_plus", "topk_margin", "entropy", "random", "origin"),
-        ({"top_p": 0.5}, {"top_k": 1}),
-    ):
-        found = _scores(_decoding(1, rule=rule, temperature=1.0, **filters), logits, many=9, layout=layout)
-        assert (np.asarray(found.token) == 4).all()
-        assert not np.isnan(np.asarray(found.surprise)).any()
+    filters = itertools.cycle(({"top_p": 0.5}, {"top_k": 1}))
+    rules = (*MEASURED, *MEASURED[:1], "random", "origin")
+    every = [_decoding(1, rule=rule, temperature=1.0, **cut) for rule, cut in zip(rules, filters, strict=False)]
+    for found in _score(*every, logits=logits, many=9, layout=LAYOUT._replace(response_len=1, block=1)):
+        assert (found.token == 4).all() and not np.isnan(found.surprise).any()
