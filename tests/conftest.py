@@ -44,7 +44,7 @@ TINY = """\
 data: {{prepared: {folder}/prepared, train: {folder}/train.jsonl, test: {folder}/test.jsonl, validation_records: 8,
        template: plain, tokenizer_type: char, vocab_size: 300}}
 canvas: {{prompt_len: 24, response_len: 16, block: 4}}
-model: {{d_model: 16, n_layers: 2, n_heads: 2, mlp_dim: 32, tie_embeddings: true, scan_layers: false}}
+model: {{d_model: 16, n_layers: 2, n_heads: 2, mlp_dim: 32, tie_embeddings: true, scan_layers: true}}
 optimizer: {{lr: 1.0e-2, warmup_steps: 2}}
 train: {{out: {folder}/run, steps: 120, batch_size: 8, log_every: 1, eval_every: 60, eval_problems: 8, eval_nelbo_rows: 8,
         save_every: 100}}

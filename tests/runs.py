@@ -1,0 +1,51 @@
+"""Short runs for tests: flags that leave evaluations out, the rows of metrics, runs just before their first step."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import chex
+import jax
+from rich.console import Console
+
+import jaxblock
+from benchmarks.sessions import loaded_session
+from jaxblock.cli import config_of, parse
+from jaxblock.config.config import Config
+from jaxblock.training.session import Session
+
+QUIET = ["--train.eval_every", "0", "--train.eval_problems", "0", "--train.eval_nelbo_rows", "0"]
+
+
+def rows(run: Path, kind: str = "train") -> list[dict[str, Any]]:
+    """Returns the rows of one kind of a run's metrics, in the order of the file, without speeds."""
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    speeds = ("tokens_per_second", "model_flops_per_second")
+    return [{k: v for k, v in row.items() if k not in speeds} for row in found if row["kind"] == kind]
+
+
+def config(file: Path, *flags: str) -> Config:
+    """Returns the checked config that ``jaxblock train`` makes of a file and flags."""
+    return config_of(parse("train", ["--config", str(file), *flags]))
+
+
+def session(settings: Config, console: Console | None = None) -> Session:
+    """Returns a run whose state is on the devices; its step is not compiled."""
+    return loaded_session(settings, console or Console(quiet=True))
+
+
+def check_same(run: Path, expected: Path) -> None:
+    """Asserts that two runs have the same last parameters, bit for bit, and the same rows of training and evaluations."""
+    ours, theirs = (jax.device_get(jaxblock.load(folder).params) for folder in (run, expected))
+    chex.assert_trees_all_equal(ours, theirs)
+    for kind in ("train", "eval"):
+        assert rows(run, kind) == rows(expected, kind)
+
+
+def flip_a_bit(file: Path) -> None:
+    """Damages a file in its middle; its size stays."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 64
+    file.write_bytes(content)
