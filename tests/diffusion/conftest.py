@@ -119,6 +119,7 @@ def _one_gradient(net, params, *picture):
 _in = (None, None, 0, 0, 0, 0, 0)
 _forward = jax.jit(jax.vmap(_token_losses, _in), static_argnums=0)
 _gradients = jax.jit(jax.vmap(_one_gradient, _in), static_argnums=0)
+_lay = jax.jit(canvases.from_rows, static_argnums=0)
 
 
 def build_truth(net, params, layout, texts, gradient=False, most=64):
@@ -140,7 +141,7 @@ def build_truth(net, params, layout, texts, gradient=False, most=64):
                 where.append((i, k, s))
             n[-1].append(len(targets))
     pictures += pictures[:1] * (most - len(pictures))
-    batch = [jnp.asarray(np.array(column)) for column in zip(*pictures, strict=True)]
+    batch = [np.array(column) for column in zip(*pictures, strict=True)]
     out = (_gradients if gradient else lambda *a: (_forward(*a), None))(net, params, *batch)
     entries = tuple(np.array(where).T)
     shape = (len(rows), layout.n_blocks, 2**size)
@@ -151,13 +152,10 @@ def build_truth(net, params, layout, texts, gradient=False, most=64):
         whole[entries] = values
         return whole
 
-    arrays = [np.array([x + [0] * (m - len(x)) for x in xs]) for xs, m in ((PROMPTS, P), (texts, R))]
-    lengths = [np.array([len(x) for x in xs]) for xs in (PROMPTS, texts)]
-    prompt_ids, prompt_len, text_ids, text_len = (
-        jnp.asarray(x, jnp.int32) for pair in zip(arrays, lengths, strict=True) for x in pair
-    )
-    index = jnp.arange(len(rows), dtype=jnp.int32)
-    canvas = canvases.from_rows(layout, prompt_ids, prompt_len, text_ids, text_len, index)
+    arrays = [np.array([x + [0] * (m - len(x)) for x in xs], np.int32) for xs, m in ((PROMPTS, P), (texts, R))]
+    lengths = [np.array([len(x) for x in xs], np.int32) for xs in (PROMPTS, texts)]
+    index = np.arange(len(rows), dtype=np.int32)
+    canvas = jax.device_get(_lay(layout, arrays[0], lengths[0], arrays[1], lengths[1], index))
     return Truth(layout, canvas, rows, n, table(out[0]), None if out[1] is None else table(out[1]))
 
 

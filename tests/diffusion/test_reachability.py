@@ -119,8 +119,7 @@ _train_jit = jax.jit(_train, static_argnums=(0, 1))
 def _arrays(prompts, texts, layout):
     pad = lambda rows, n: np.array([r + [0] * (n - len(r)) for r in rows], np.int32)  # noqa: E731
     lengths = [np.array([len(r) for r in rows], np.int32) for rows in (prompts, texts)]
-    arrays = (pad(prompts, P), lengths[0], pad(texts, layout.response_len), lengths[1], np.arange(ROWS, dtype=np.int32))
-    return tuple(map(jnp.asarray, arrays))
+    return (pad(prompts, P), lengths[0], pad(texts, layout.response_len), lengths[1], np.arange(ROWS, dtype=np.int32))
 
 
 def _verdicts(prompts, texts, layout, seed=0, spoil=lambda view: view, **method):
@@ -144,11 +143,9 @@ texts_of = st.lists(st.lists(tokens, max_size=11).map(lambda text: [*text, EOT])
 @pytest.mark.parametrize(
     "alignment, block, law",
     [
-        ("same_position", 1, "exact_count"),
-        ("same_position", 3, "bernoulli"),
-        ("same_position", 4, "antithetic"),
-        ("shifted", 3, "stratified_count"),
-        ("shifted", 4, "exact_count"),
+        ("same_position", 1, "bernoulli"),
+        ("same_position", 3, "exact_count"),
+        ("shifted", 4, "antithetic"),
     ],
 )
 @settings(max_examples=40, deadline=None)
@@ -163,17 +160,20 @@ def test_every_masked_set_of_every_block_is_reached(alignment):
     layout = _layout(alignment)
     sets = np.array([[s >> j & 1 for j in range(3)] for s in range(1, 8)], bool)
     prompt = [5, 6]
-    run = jax.jit(lambda canvas, block, masked: corrupt(layout, canvas, sampling.Draw(block, masked, jnp.ones(7)))[0])
-    lay = jax.jit(canvases.from_rows, static_argnums=0)
+
+    @jax.jit
+    def run(block, *rows):
+        draw = sampling.Draw(jnp.full(7, block), jnp.asarray(sets), jnp.ones(7))
+        return corrupt(layout, canvases.from_rows(layout, *rows), draw)[0]
+
     for length in range(1, 13):
         text = list(range(length - 1)) + [EOT] if length < 8 else [1] * (length - 1) + [EOT]
-        prompt_ids = np.tile(np.array(prompt + [0, 0], np.int32), (7, 1))
-        text_ids = np.tile(np.array(text + [0] * (12 - length), np.int32), (7, 1))
-        lengths = np.full(7, 2, np.int32), np.full(7, length, np.int32)
-        arrays = prompt_ids, lengths[0], text_ids, lengths[1], np.arange(7, dtype=np.int32)
-        canvas = lay(layout, *map(jnp.asarray, arrays))
-        for block in range(int(canvas.n_blocks[0])):
-            views = jax.device_get(run(canvas, jnp.full(7, block, jnp.int32), jnp.asarray(sets)))
+        ids = (np.tile(np.array(row, np.int32), (7, 1)) for row in (prompt + [0, 0], text + [0] * (12 - length)))
+        lengths = (np.full(7, n, np.int32) for n in (2, length))
+        prompt_ids, text_ids, prompt_len, text_len = *ids, *lengths
+        for block in range(-(-length // 3)):
+            rows = prompt_ids, prompt_len, text_ids, text_len, np.arange(7, dtype=np.int32)
+            views = jax.device_get(run(np.int32(block), *rows))
             assert all(reachable(prompt, layout, jax.tree.map(lambda x, i=i: x[i], views), sets[i]) for i in range(7))
 
 
@@ -215,22 +215,19 @@ class Recorder:
         raise AssertionError("a decoder knows no targets")
 
 
-@pytest.mark.parametrize("alignment", ["same_position", "shifted"])
+@pytest.mark.parametrize("alignment", [pytest.param("same_position", marks=pytest.mark.slow), "shifted"])
 def test_the_real_decoder_passes_through_the_replays_states(alignment):
     """Views recorded inside the jitted decoder, and canvases rebuilt from commit_step, against the replay's log."""
     layout, net = _layout(alignment), Recorder()
     head = np.random.default_rng(0).normal(size=(5, VOCAB))
-    params = {"scale": jnp.float32(3.7), "head": jnp.asarray(head, jnp.float32)}
+    params = {"scale": np.float32(3.7), "head": head.astype(np.float32)}
     prompts = [[1], [2, 3], [4, 5, 6, 0]]
     prompt_ids, prompt_len, _, _, index = _arrays(prompts, [[EOT]] * ROWS, layout)
-    canvas = canvases.for_decoding(layout, prompt_ids, prompt_len, index)
     options = DecodeConfig(early_stop=False, rule="random", temperature=1.0)
-    run = jax.jit(decoder.decode, static_argnums=(0, 1, 2))
-    out = jax.device_get(run(net, layout, options, params, canvas, 5))
+    run = jax.jit(decoder.decode_prompts, static_argnums=(0, 1, 2))
+    out = jax.device_get(run(net, layout, options, params, 5, prompt_ids, prompt_len, index))
     jax.effects_barrier()
-    rebuilt = np.asarray(
-        decoder.responses_by_step(layout, decoder.Responses(*map(jnp.asarray, out)), layout.response_len)
-    )
+    rebuilt = decoder.responses_by_step(layout, out, layout.response_len)
     assert len(net.views) == layout.response_len and out.nfe.tolist() == [layout.response_len] * ROWS
     for row, prompt in enumerate(prompts):
         order = np.argsort(out.commit_step[row])
