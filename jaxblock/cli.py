@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -22,8 +23,9 @@ import jaxblock
 from jaxblock.commands import decode, evaluate, export, inspect, plan, prepare, train
 from jaxblock.config.checks import check_config
 from jaxblock.config.config import Config
+from jaxblock.config.recorded import read_block
 from jaxblock.config.yaml import load_config
-from jaxblock.errors import UserError
+from jaxblock.errors import EarlierVersionWarning, UserError
 from jaxblock.io.paths import as_path
 from jaxblock.parallel import host_memory
 
@@ -56,6 +58,8 @@ VERBS: dict[str, Command[Any]] = {
     "plan": Command(plan.Options, plan.run),
 }
 
+_format_warning = warnings.formatwarning
+
 SHORT_FLAGS = {"train": {"--profile": "--train.profile"}}
 """The short names of flags, by verb."""
 
@@ -75,6 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     traces = "--traceback" in given
     if arguments is None:
         host_memory.keep_freed_memory()
+        warnings.formatwarning = _one_line_warning
         if not traces:
             _silence_threads()
     given = [argument for argument in given if argument != "--traceback"]
@@ -143,6 +148,15 @@ def _complain(text: str, code: int) -> int:
     return code
 
 
+def _one_line_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Returns the text of a warning: in one line where it is ours, without the place in the code that gave it."""
+    if issubclass(category, EarlierVersionWarning):
+        return f"jaxblock: warning: {message}\n"
+    return _format_warning(message, category, filename, lineno, line)
+
+
 def _silence_threads() -> None:
     """Silences the tracebacks that libraries' threads print for errors that we report ourselves in one line."""
     for name in ("absl", "asyncio"):
@@ -158,7 +172,7 @@ def parse(verb: str, arguments: Sequence[str]) -> Any:
 
     Args:
         verb: a key of ``VERBS``.
-        arguments: the flags. Without ``--config``, the config of the ``--checkpoint`` is read instead of a YAML file.
+        arguments: the flags. Without ``--config``, the settings that the ``--checkpoint`` keeps are read instead of a YAML file.
 
     Returns:
         An instance of the verb's ``Options``.
@@ -169,9 +183,11 @@ def parse(verb: str, arguments: Sequence[str]) -> Any:
     kind: Any = VERBS[verb].options
     path = _value_of("--config", arguments)
     if path is None and {"checkpoint", "config"} <= {field.name for field in fields(kind)}:
-        path = _config_of(_value_of("--checkpoint", arguments))
+        config = _config_of(_value_of("--checkpoint", arguments))
+    else:
+        config = load_config(path)
     return tyro.cli(
-        functools.partial(kind, **_sections(load_config(path), kind)),
+        functools.partial(kind, **_sections(config, kind)),
         prog=f"jaxblock {verb}",
         description=(kind.__doc__ or "") + " Precedence: flag > YAML file > default.",
         args=list(arguments),
@@ -205,12 +221,27 @@ def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
     return given[0] if given else None
 
 
-def _config_of(checkpoint: str | None) -> str | None:
-    """Returns the path of the config that a run folder keeps; None where there is none."""
+def _config_of(checkpoint: str | None) -> Config:
+    """Returns the config that a run folder keeps, or the canvas and decoder's settings that an export records; else defaults."""
     if not checkpoint:
-        return None
+        return Config()
     path = as_path(checkpoint) / "config.yaml"
-    return str(path) if path.exists() else None
+    if path.exists():
+        return load_config(str(path))
+    recorded = read_block(_downloaded(checkpoint))
+    return Config() if recorded is None else Config(canvas=recorded.canvas, decode=recorded.decode)
+
+
+def _downloaded(checkpoint: str) -> str:
+    """Returns the local folder of a checkpoint's small files; downloads those of a hub id, which the verb will need anyway."""
+    if as_path(checkpoint).exists():
+        return checkpoint
+    from jaxblock.io.hub import local_checkpoint  # imports the hub's client, which local folders do not need
+
+    try:
+        return local_checkpoint(checkpoint, weights=False)
+    except UserError:
+        return checkpoint  # the verb says what is wrong with it
 
 
 def _nearest_verb(verb: str) -> str:

@@ -9,17 +9,13 @@ import contextlib
 import dataclasses
 import functools
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 from jax.sharding import Mesh
 
 from jaxblock import build
-from jaxblock.data.tokens.encoding import checkpoint_encoder
-from jaxblock.data.tokens.find_special import TURN_ENDS
-from jaxblock.data.tokens.load import has_tokenizer, load_tokenizer
-from jaxblock.data.tokens.tokenizer import Tokenizer
-from jaxblock.diffusion.config import CanvasConfig
+from jaxblock.data.tokens.load import has_tokenizer
 from jaxblock.errors import UserError
 from jaxblock.huggingface import peft
 from jaxblock.huggingface.load import read_architecture
@@ -36,6 +32,7 @@ from jaxblock.parallel.mesh import make_mesh
 from jaxblock.settings import Alignment
 from jaxblock.training.checkpoints import run_folder
 from jaxblock.training.config import TrainConfig
+from jaxblock.training.stored_text import StoredText, read_text, text_of_run
 from jaxblock.training.stored_weights import load_base, load_run_params
 
 
@@ -130,7 +127,8 @@ def _load_checkpoint(
     compute = "float32" if compute == "float16" else compute
     net = Transformer(arch, dtype=compute, lora=adapted, quantize=quantize)
     origin = adapter_folder if adapter_folder is not None and has_tokenizer(adapter_folder) else weights_folder
-    tokenizer = load_tokenizer(origin) if has_tokenizer(origin) else None
+    text = read_text(origin, arch)
+    tokenizer = text.tokenizer
     if tokenizer is not None and tokenizer.vocab_size > arch.vocab_size:
         raise UserError(
             f"{origin}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, but the embedding of {weights_folder} has "
@@ -139,13 +137,17 @@ def _load_checkpoint(
     return Model(
         net=net,
         params=params if adapters is None else lora.attach(params, adapters),
-        canvas=CanvasConfig(),
-        stop_ids=_stop_ids(arch, tokenizer),
-        tokenizer=tokenizer,
-        encoder=None if tokenizer is None else checkpoint_encoder(origin, tokenizer, arch.mask_id, arch.eos_id),
+        **_fields(text),
         origin=origin,
         base=None if adapter_folder is None else weights_folder,
     )
+
+
+def _fields(text: StoredText) -> dict[str, Any]:
+    """Returns the fields of ``Model`` that say how it turns text into tokens and decodes."""
+    fields = text._asdict()
+    fields["decode_defaults"] = fields.pop("decode")
+    return fields
 
 
 def _split_adapter(folder: str, base: PathLike | None) -> tuple[str, str | None]:
@@ -166,12 +168,6 @@ def _split_adapter(folder: str, base: PathLike | None) -> tuple[str, str | None]
     if base is not None:
         raise UserError(f"{folder} holds no adapters, so `base` means nothing: leave it out")
     return folder, None
-
-
-def _stop_ids(arch: Architecture, tokenizer: Tokenizer | None) -> tuple[int, ...]:
-    """Returns the tokens that end a response: known end-of-turn tokens of the tokenizer, and the end tokens of config.json."""
-    ends = [tokenizer.id_of(text) for text in TURN_ENDS] if tokenizer is not None else []
-    return tuple(dict.fromkeys([*(i for i in ends if i is not None), arch.eos_id, *arch.end_ids]))
 
 
 def _load_run(
@@ -196,11 +192,7 @@ def _load_run(
     return Model(
         net=net if dtype is None else dataclasses.replace(net, dtype=dtype),
         params=params,
-        canvas=run.config.canvas,
-        stop_ids=run.prepared.special.stop_ids,
-        decode_defaults=run.config.decode,
-        tokenizer=run.prepared.tokenizer,
-        encoder=run.prepared.encoder,
+        **_fields(text_of_run(run)),
         origin=str(folder),
         base=None if run.base is None else str(base or model.init_from),
     )

@@ -17,6 +17,7 @@ from jax import Array
 from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
+from jaxblock.config.recorded import KEY, to_block
 from jaxblock.config.yaml import with_fields
 from jaxblock.data.loader import pad_ids
 from jaxblock.data.prompts import Ids, as_array, flush_left, split_prompts
@@ -32,6 +33,7 @@ from jaxblock.diffusion.decoding.config import DecodeConfig
 from jaxblock.diffusion.decoding.rules import check_options
 from jaxblock.errors import UserError
 from jaxblock.huggingface import peft
+from jaxblock.huggingface.companions import Trained
 from jaxblock.huggingface.load import read_architecture
 from jaxblock.huggingface.save import save_checkpoint, verify_checkpoint
 from jaxblock.io.hub import local_checkpoint
@@ -43,6 +45,7 @@ from jaxblock.models.transformer import Transformer
 from jaxblock.parallel import processes, rules
 from jaxblock.parallel.rows import even_size, mesh_of, on_mesh_of, spans_processes, split_filled_rows, whole_results
 from jaxblock.training.checkpoints import run_folder
+from jaxblock.training.stored_text import record_text, template_for_others
 from jaxblock.types import Params
 
 
@@ -93,6 +96,8 @@ class Model:
         encoder: the tokenizer with its chat template; None where the folder lacks one of them.
         origin: the folder that the model was loaded from; None where it was not loaded.
         base: the folder of the frozen weights that adapters belong to; None without adapters.
+        recorded: whether canvas, decoder's options and encoder are those that the network was trained for; a saved copy then
+            records them.
     """
 
     net: Transformer
@@ -104,6 +109,7 @@ class Model:
     encoder: Encoder | None = None
     origin: str | None = None
     base: str | None = None
+    recorded: bool = False
 
     @property
     def arch(self) -> Architecture:
@@ -361,9 +367,8 @@ class Model:
         if together:
             adapters = jax.device_get(self._run(_unchanged, (), adapters))
         if not together or jax.process_index() == 0:
-            peft.save_adapter(
-                folder, self.arch, self.net.lora, adapters, base=base, tokenizer=self._companions()["tokenizer"]
-            )
+            kept = {name: value for name, value in self._companions().items() if name != "origin"}
+            peft.save_adapter(folder, self.arch, self.net.lora, adapters, base=base, **kept)
         if together:
             processes.wait(f"{folder} is written")
         mesh = mesh_of(self.params)
@@ -409,12 +414,17 @@ class Model:
         return {name: leaf for name, leaf in self.params.items() if name != lora.KEY}
 
     def _companions(self) -> dict[str, Any]:
-        """Returns the folders whose files are saved beside the weights: the tokenizer's, and that of the original checkpoint."""
+        """Returns what is saved beside the weights: the folders of the tokenizer and of the original checkpoint, whose files
+        are copied, and what the network was trained for."""
+        trained = None
+        if self.recorded and self.encoder is not None:
+            block = to_block(record_text(self.canvas, self.decode_defaults, self.encoder))
+            trained = Trained(self.stop_ids, template_for_others(self.encoder), {KEY: block})
         if self.origin is None or not run_folder.is_run(self.origin):
-            return {"tokenizer": self.origin, "origin": self.base}
+            return {"tokenizer": self.origin, "origin": self.base, "trained": trained}
         kept = as_path(self.origin) / run_folder.ORIGIN
         tokenizer = str(as_path(self.origin) / run_folder.TOKENIZER)
-        return {"tokenizer": tokenizer, "origin": str(kept) if kept.exists() else None}
+        return {"tokenizer": tokenizer, "origin": str(kept) if kept.exists() else None, "trained": trained}
 
     def _probe(self) -> Array:
         """Returns random tokens [2, T] to compare logits on."""

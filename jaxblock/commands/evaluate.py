@@ -104,11 +104,15 @@ def run(options: Options, config: Config) -> int:
 
 def _check_fit(options: Options, config: Config, model: Model, prepared: Prepared) -> None:
     """Raises UserError, before the work begins, where data, checkpoint and canvas do not fit together."""
+    from jaxblock.data.store.same_text import CheckpointText, check_same_text
     from jaxblock.diffusion import layouts
     from jaxblock.training import weights
 
     prepared.check_canvas(config.canvas)
     weights.check_vocabulary(model.arch, prepared, options.checkpoint)
+    if model.tokenizer is not None:
+        text = CheckpointText(options.checkpoint, model.tokenizer, model.encoder, model.recorded)
+        check_same_text(text, prepared, allow_other_template=config.data.allow_other_template)
     layouts.check_decoding(config.canvas, config.decode, model.arch)
 
 

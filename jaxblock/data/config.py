@@ -87,6 +87,8 @@ class DataConfig(Section, name="data"):
     overlong: Literal["error", "drop", "truncate"] = "error"
     """What happens to a record whose prompt or response is longer than the canvas: `error` stops; `drop` drops and counts it;
     `truncate` cuts the response, which then has no terminator (a record with an over-long prompt is dropped)."""
+    allow_other_template: bool = may_change(False)
+    """Whether `train` and `evaluate` accept a checkpoint whose chat template is another than that of the prepared data."""
     overwrite: bool = may_change(False)
     """Whether to replace an existing prepared folder."""
 

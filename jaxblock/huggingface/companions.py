@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxblock.errors import UserError
 from jaxblock.io.files import read_json
@@ -14,18 +15,35 @@ from jaxblock.io.paths import PathLike, as_path
 from jaxblock.models.architecture import Architecture
 
 GENERATION = "generation_config.json"
+TEMPLATE, CHAT_TEMPLATE = "template.jinja", "chat_template.jinja"
+"""The chat template as we render it, and the name under which other readers look for it."""
+
+
+class Trained(NamedTuple):
+    """Holds what an export records beside the weights of a network that jaxblock trained.
+
+    Attributes:
+        stop_ids: every token that ends a response.
+        chat_template: the Jinja text of the chat template, for other readers.
+        settings: further keys of generation_config.json.
+    """
+
+    stop_ids: Sequence[int]
+    chat_template: str
+    settings: Mapping[str, Any]
+
 
 _TOKENIZER = (
     "tokenizer.json",
-    "tokenizer.model",
+    "*.model",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
     "vocab.txt",
     "merges.txt",
-    "template.jinja",
-    "chat_template.jinja",
+    TEMPLATE,
+    CHAT_TEMPLATE,
 )
 _CODE = ("configuration_*.py", "modeling_*.py", "tokenization_*.py", "generation_*.py")
 
@@ -72,12 +90,13 @@ def copy_origin(source: PathLike, target: Path) -> None:
     copy_files(source, target, (*_CODE, GENERATION))
 
 
-def copy_tokenizer(source: PathLike | None, target: Path) -> None:
+def copy_tokenizer(source: PathLike | None, target: Path, trained: Trained | None) -> None:
     """Copies a tokenizer's files and its chat template.
 
     Args:
         source: the tokenizer's folder; None copies nothing.
         target: the folder that is being made.
+        trained: holds the chat template that is written in place of the tokenizer's own; None for that.
 
     Raises:
         UserError: there is no folder ``source``.
@@ -88,18 +107,22 @@ def copy_tokenizer(source: PathLike | None, target: Path) -> None:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the folder of the tokenizer's files")
     copy_files(folder, target, _TOKENIZER)
-    # Readers of the checkpoint look for the chat template under this name.
-    if (target / "template.jinja").exists() and not (target / "chat_template.jinja").exists():
-        shutil.copyfile(target / "template.jinja", target / "chat_template.jinja")
+    if trained is not None:
+        (target / CHAT_TEMPLATE).write_text(trained.chat_template, encoding="utf-8")
+    elif (target / TEMPLATE).exists() and not (target / CHAT_TEMPLATE).exists():
+        shutil.copyfile(target / TEMPLATE, target / CHAT_TEMPLATE)
 
 
-def merged_generation_config(source: PathLike | None, arch: Architecture) -> dict[str, Any]:
-    """Returns the content of an export's generation_config.json: that of the origin, completed from the architecture.
+def merged_generation_config(
+    source: PathLike | None, arch: Architecture, trained: Trained | None = None
+) -> dict[str, Any]:
+    """Returns the content of an export's generation_config.json: that of the origin, completed by what was trained.
 
     Args:
         source: the folder that may hold the origin's generation config; None for no origin.
-        arch: the architecture, which gives the special ids. Its end-of-sequence id is always among the ids that end a
+        arch: the architecture, which gives the special ids. Its end-of-sequence ids are always among the ids that end a
             response, and its mask token replaces the origin's.
+        trained: holds the other ids that end a response, and further keys; None for neither.
 
     Returns:
         The dict to write.
@@ -112,6 +135,7 @@ def merged_generation_config(source: PathLike | None, arch: Architecture) -> dic
     ends = origin.get("eos_token_id")
     ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
     ends = ends or [arch.eos_id, *arch.end_ids]
-    ends = ends if arch.eos_id in ends else [*ends, arch.eos_id]
+    ends = list(dict.fromkeys([*ends, arch.eos_id, *(() if trained is None else trained.stop_ids)]))
     known["eos_token_id"] = ends[0] if len(ends) == 1 else ends
-    return {name: value for name, value in known.items() if value is not None or name in origin}
+    known = {name: value for name, value in known.items() if value is not None or name in origin}
+    return known if trained is None else {**known, **trained.settings}

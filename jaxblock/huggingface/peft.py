@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 
 from jaxblock.errors import UserError
 from jaxblock.huggingface.checks import check_export, check_no_problems, tensor_problems
-from jaxblock.huggingface.companions import copy_tokenizer
+from jaxblock.huggingface.companions import GENERATION, Trained, copy_tokenizer, merged_generation_config
 from jaxblock.huggingface.placement import read_parameter, tensor_names
 from jaxblock.huggingface.tensor_files import FolderContents, scan_file
 from jaxblock.huggingface.tensor_writer import pending_tensors, write_tensors
@@ -67,6 +67,7 @@ def save_adapter(
     base: str | None,
     dtype: DTypeLike | None = None,
     tokenizer: PathLike | None = None,
+    trained: Trained | None = None,
 ) -> None:
     """Writes adapters so that ``peft`` loads them onto their base. The folder appears whole or not at all.
 
@@ -78,6 +79,7 @@ def save_adapter(
         base: the base's folder or hub name, for ``base_model_name_or_path``.
         dtype: the type to cast to; None keeps float32.
         tokenizer: a folder whose tokenizer files are copied; None copies none.
+        trained: what is recorded in generation_config.json and chat_template.jinja; None for nothing.
 
     Raises:
         UserError: the folder exists or cannot be written, or the adapters do not fit the architecture.
@@ -86,7 +88,9 @@ def save_adapter(
     check_export(folder, adapters, table, "the adapters that were described")
     pending = pending_tensors(table, flatten(adapters), dtype)
     with new_folder(folder, marker=CONFIG) as scratch:
-        copy_tokenizer(tokenizer, scratch)
+        copy_tokenizer(tokenizer, scratch, trained)
+        if trained is not None:
+            write_json(scratch / GENERATION, merged_generation_config(None, arch, trained))
         write_tensors(scratch / WEIGHTS, pending, pending)
         if registry.FAMILIES[arch.family].autoregressive and arch.mask_id is not None:
             write_json(scratch / START, {"mask_token_id": arch.mask_id, ALIGNMENT: arch.alignment})

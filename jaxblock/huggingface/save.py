@@ -44,6 +44,7 @@ def save_checkpoint(
     *,
     tokenizer: PathLike | None = None,
     origin: PathLike | None = None,
+    trained: companions.Trained | None = None,
     dtype: DTypeLike | None = None,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
@@ -58,6 +59,8 @@ def save_checkpoint(
         params: the weights as the family's table describes them; adapters must be merged (``models.linear.lora.merge``).
         tokenizer: a folder whose tokenizer files are copied; None copies none.
         origin: a folder whose generation config and model code, if any, are copied; None for those of ``tokenizer``.
+        trained: what is recorded in generation_config.json and chat_template.jinja of a network that jaxblock trained; None
+            for nothing.
         dtype: the type to cast to; None keeps each tensor's own.
         max_shard_bytes: the size of weights, in bytes, above which they are split over several files with an index.
 
@@ -78,7 +81,7 @@ def save_checkpoint(
         for tensor in pending.values():
             tensor.fetch()  # this process's part in gathering the tensor
     else:
-        _write_folder(folder, arch, pending, files, tokenizer, tokenizer if origin is None else origin)
+        _write_folder(folder, arch, pending, files, tokenizer, tokenizer if origin is None else origin, trained)
     if together:
         processes.wait(f"{folder} is written")
 
@@ -90,6 +93,7 @@ def _write_folder(
     files: Mapping[str, Sequence[str]],
     tokenizer: PathLike | None,
     origin: PathLike | None,
+    trained: companions.Trained | None,
 ) -> None:
     """Writes the tensors and everything beside them.
 
@@ -100,19 +104,20 @@ def _write_folder(
         files: the names of each file's tensors, by file name.
         tokenizer: a folder whose tokenizer files are copied; None copies none.
         origin: a folder whose generation config and model code, if any, are copied; None copies none.
+        trained: what is recorded of a network that jaxblock trained; None for nothing.
     """
     size = sum(t.n_bytes for t in pending.values())
     if not is_remote(folder):
         check_writable(Path(folder).absolute().parent, need_bytes=size)
     with new_folder(folder, marker=MARKER) as scratch:
-        companions.copy_tokenizer(tokenizer, scratch)
+        companions.copy_tokenizer(tokenizer, scratch, trained)
         companions.copy_code(origin, scratch)
         for name, tensors in files.items():
             write_tensors(scratch / name, tensors, pending)
         if len(files) > 1:
             where = {tensor: name for name, tensors in files.items() for tensor in tensors}
             write_json(scratch / INDEX, {"metadata": {"total_size": size}, "weight_map": where})
-        write_json(scratch / companions.GENERATION, companions.merged_generation_config(origin, arch))
+        write_json(scratch / companions.GENERATION, companions.merged_generation_config(origin, arch, trained))
         sizes: Counter[str] = Counter()
         for tensor in pending.values():
             sizes[tensor.dtype.name] += tensor.n_bytes

@@ -7,6 +7,7 @@ from typing import Any
 from jaxblock.config.config import Config
 from jaxblock.config.yaml import to_tree
 from jaxblock.data.store.prepared_folder import Prepared
+from jaxblock.data.store.same_text import CheckpointText, check_same_text
 from jaxblock.errors import UserError
 from jaxblock.io.paths import PathLike
 from jaxblock.models.architecture import Architecture
@@ -49,7 +50,8 @@ def check_resume(
         The plain values that were saved with the checkpoint.
 
     Raises:
-        UserError: a setting differs that may not change, the prepared data have changed, or model.json was edited.
+        UserError: a setting differs that may not change, the prepared data or their tokenizer have changed, or model.json was
+            edited.
     """
     run = run_folder.open_run(folder)
     if step is None:
@@ -59,6 +61,8 @@ def check_resume(
         saved = checkpoints.meta(step)
         run_folder.check_model(run, saved)
     _check_settings(config, folder, saved["config"], saved=step is not None)
+    text = CheckpointText(str(folder), run.prepared.tokenizer, run.prepared.encoder, recorded=True)
+    check_same_text(text, prepared, allow_other_template=False)
     if saved["data"] != prepared.manifest.fingerprint:
         raise UserError(
             f"{folder} was trained on other data than {config.data.prepared} holds now: a resumed run would not be "

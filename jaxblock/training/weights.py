@@ -14,6 +14,7 @@ from rich.console import Console
 
 from jaxblock.config.config import Config
 from jaxblock.data.store.prepared_folder import Prepared
+from jaxblock.data.store.same_text import CheckpointText, check_same_text
 from jaxblock.errors import UserError
 from jaxblock.huggingface.load import read_architecture
 from jaxblock.io.hub import local_checkpoint
@@ -26,6 +27,7 @@ from jaxblock.parallel import rules
 from jaxblock.training.base_identity import check_base, identify_base
 from jaxblock.training.checkpoints import run_folder
 from jaxblock.training.checkpoints.run_folder import Base, Run
+from jaxblock.training.stored_text import read_text, text_of_run
 from jaxblock.training.stored_weights import load_base, load_run_params
 from jaxblock.types import Params
 
@@ -137,20 +139,28 @@ def _random(table: Table, seed: int, dtype: str, mesh: Mesh) -> Params:
 
 
 def _source_architecture(source: str, config: Config, prepared: Prepared) -> Architecture:
-    """Returns a source's architecture; an autoregressive one gets its mask and fill tokens from the data's tokenizer."""
-    is_run = run_folder.is_run(source)
-    if not is_run and config.model.init_step != "latest":
+    """Returns a source's architecture; an autoregressive one gets its mask and fill tokens from the data's tokenizer.
+
+    Raises UserError where the source does not fit the data: vocabulary, special ids, tokenizer or chat template.
+    """
+    if not run_folder.is_run(source) and config.model.init_step != "latest":
         raise UserError(f"model.init_step is {config.model.init_step}, but {source} is no run: leave it out")
-    arch = run_folder.open_run(source).arch if is_run else read_architecture(source)
+    run = run_folder.open_run(source) if run_folder.is_run(source) else None
+    own = arch = read_architecture(source) if run is None else run.arch
     special, alignment = prepared.special, config.model.alignment
     if arch.mask_id is None:
         arch = registry.with_mask(arch, special.mask, alignment)
-        arch = dataclasses.replace(arch, eos_id=special.eos, end_ids=(), pad_id=special.eos)
+        ends = (end for end in (arch.eos_id, *arch.end_ids) if end != special.eos)
+        arch = dataclasses.replace(arch, eos_id=special.eos, end_ids=tuple(ends))
     elif alignment not in (None, arch.alignment):
         raise UserError(
             f"model.alignment is {alignment}, but {source} was trained with {arch.alignment} logits: leave it"
         )
     check_vocabulary(arch, prepared, source)
+    text = read_text(source, own) if run is None else text_of_run(run)
+    if text.tokenizer is not None:
+        found = CheckpointText(str(config.model.init_from), text.tokenizer, text.encoder, text.recorded)
+        check_same_text(found, prepared, allow_other_template=config.data.allow_other_template)
     return arch
 
 

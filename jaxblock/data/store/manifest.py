@@ -11,16 +11,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxblock.data.config import DataConfig
-from jaxblock.data.tokens.special import SpecialIds
+from jaxblock.data.tokens.special import SpecialIds, special_from_json
 from jaxblock.diffusion.config import CanvasConfig
-from jaxblock.errors import UserError
+from jaxblock.errors import UserError, warn_of_earlier_version
 from jaxblock.io.files import read_json, write_json
 from jaxblock.io.paths import PathLike, as_path
 
 MANIFEST_FILE = "manifest.json"
-MANIFEST_FORMAT = 1
+MANIFEST_FORMAT = 2
+"""The version of a prepared folder. Version 1 did not record all ids that end a response."""
+
 # Settings that do not change the records: they say where the folder is, or how much of a record training shows the model.
-_NOT_RECORDED_DATA = ("prepared", "overwrite")
+_NOT_RECORDED_DATA = ("prepared", "overwrite", "allow_other_template")
 _NOT_RECORDED_CANVAS = ("context", "suffix_window", "total_len")
 
 
@@ -76,7 +78,7 @@ def read_manifest(folder: PathLike) -> Manifest:
     """Reads the manifest of a prepared folder.
 
     Raises:
-        UserError: If there is no manifest, or another version wrote it.
+        UserError: If there is no manifest, it is damaged, or a later version wrote it.
     """
     name = os.fspath(folder)
     path = as_path(folder) / MANIFEST_FILE
@@ -86,13 +88,16 @@ def read_manifest(folder: PathLike) -> Manifest:
         )
     content = read_json(path)
     try:
-        if content["format"] != MANIFEST_FORMAT:
+        if content["format"] not in (1, MANIFEST_FORMAT):
             raise UserError(
                 f"{path}: format {content['format']} is not this version's, {MANIFEST_FORMAT}; prepare the data again"
             )
-        return Manifest(**{**content, "special": SpecialIds(**content["special"])})
+        manifest = Manifest(**{**content, "special": special_from_json(content["special"])})
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} is not a manifest of this version ({error}); prepare the data again") from error
+    if manifest.format < MANIFEST_FORMAT:
+        warn_of_earlier_version(name, "all ids that end a response")
+    return manifest
 
 
 def recorded_settings(data: DataConfig, canvas: CanvasConfig) -> dict[str, dict[str, Any]]:
@@ -119,11 +124,12 @@ def compute_fingerprint(
         settings: The settings, as `recorded_settings` returns them.
         inputs: The source of each split, as in the manifest.
         tokenizer: The SHA-256 of each file of a tokenizer that is not trained here, by name, and the special ids of its
-            checkpoint; empty for a tokenizer that is trained here.
+            checkpoint (`ends` where there are several); empty for a tokenizer that is trained here.
         template: The chat template's Jinja source.
     """
     hashes = {split: entry["sha256"] for split, entry in inputs.items()}
-    content = [MANIFEST_FORMAT, settings, hashes, dict(tokenizer), template]
+    # The number is of this content, not of the manifest: runs compare their data by the fingerprint.
+    content = [1, settings, hashes, dict(tokenizer), template]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -27,7 +27,7 @@ from jaxblock.data.text.recipes import with_recipe
 from jaxblock.data.text.sources import Source
 from jaxblock.data.text.splits import read_splits
 from jaxblock.data.tokens.encoding import Encoder
-from jaxblock.data.tokens.find_special import add_mask, find_special, ids_in_checkpoint
+from jaxblock.data.tokens.find_special import add_mask, ends_in_checkpoint, find_special, ids_in_checkpoint
 from jaxblock.data.tokens.load import load_tokenizer
 from jaxblock.data.tokens.sentencepiece_model import train_tokenizer
 from jaxblock.data.tokens.templates import Template, template_source
@@ -71,14 +71,18 @@ def prepare(data: DataConfig, canvas: CanvasConfig, progress: Progress = _silent
     template = template_source(data.template, tokenizer_template=own_template)
     settings = recorded_settings(data, canvas)
     inputs = {split: source.described() for split, source in sources.items()}
-    origin = {**_sha256_of_files(given.tokenizer), **given.ids} if given else {}
+    origin: dict[str, Any] = {**_sha256_of_files(given.tokenizer), **given.ids} if given else {}
+    before = compute_fingerprint(settings, inputs, origin, template)
+    if given and len(given.ends) > 1:
+        origin["ends"] = given.ends
     fingerprint = compute_fingerprint(settings, inputs, origin, template)
-    there = _prepared_before(data, settings, fingerprint)
+    there = _prepared_before(data, settings, {1: before, MANIFEST_FORMAT: fingerprint})
     if there is not None:
         progress(f"already prepared: {data.prepared} holds the same settings and inputs")
         return there
 
     encoder = _make_encoder(data, sources["train"].examples, given, template, progress)
+    special = encoder.special
     records, report = _make_records(data, canvas, sources, encoder, progress)
     manifest = Manifest(
         format=MANIFEST_FORMAT,
@@ -87,8 +91,8 @@ def prepare(data: DataConfig, canvas: CanvasConfig, progress: Progress = _silent
         inputs=inputs,
         tokenizer={"kind": type(encoder.tokenizer).__name__, "files": _sha256_of_files(encoder.tokenizer)},
         template=dataclasses.asdict(encoder.template),
-        special=encoder.special,
-        vocab_size=max(encoder.tokenizer.vocab_size, 1 + max(dataclasses.astuple(encoder.special))),
+        special=special,
+        vocab_size=max(encoder.tokenizer.vocab_size, 1 + max(special.mask, special.pad, *special.stop_ids)),
         splits=report,
         overlaps=count_overlaps({split: [record.prompt for record in some] for split, some in records.items()}),
     )
@@ -97,8 +101,15 @@ def prepare(data: DataConfig, canvas: CanvasConfig, progress: Progress = _silent
     return manifest
 
 
-def _prepared_before(data: DataConfig, settings: dict[str, dict[str, Any]], fingerprint: str) -> Manifest | None:
+def _prepared_before(
+    data: DataConfig, settings: dict[str, dict[str, Any]], fingerprints: dict[int, str]
+) -> Manifest | None:
     """Returns the folder's manifest if it has this fingerprint; None if the folder is to be written.
+
+    Args:
+        data: The data settings.
+        settings: The settings as a manifest records them.
+        fingerprints: The fingerprint of these settings and inputs, by the format of the manifest.
 
     Raises:
         UserError: If the folder has other content and may not be replaced.
@@ -112,7 +123,7 @@ def _prepared_before(data: DataConfig, settings: dict[str, dict[str, Any]], fing
                 raise
             return None
         files = [records_file(data.prepared, split) for split in there.splits]
-        if there.fingerprint == fingerprint and all(as_path(file).exists() for file in files):
+        if there.fingerprint == fingerprints[there.format] and all(as_path(file).exists() for file in files):
             return there
         if not data.overwrite:
             changed = "; ".join(changed_settings(there, settings))
@@ -126,15 +137,17 @@ def _prepared_before(data: DataConfig, settings: dict[str, dict[str, Any]], fing
 
 
 class _GivenTokenizer(NamedTuple):
-    """Holds a tokenizer that is not trained here, and the special ids in the config.json of its checkpoint."""
+    """Holds a tokenizer that is not trained here, and the special ids and all end ids in the files of its checkpoint."""
 
     tokenizer: Tokenizer
     ids: dict[str, int]
+    ends: tuple[int, ...]
 
 
 def _given_tokenizer(data: DataConfig) -> _GivenTokenizer:
     tokenizer, ids = load_tokenizer(data.tokenizer), ids_in_checkpoint(data.tokenizer)
-    return _GivenTokenizer(add_mask(tokenizer, data, ids) if data.add_mask_token else tokenizer, ids)
+    tokenizer = add_mask(tokenizer, data, ids) if data.add_mask_token else tokenizer
+    return _GivenTokenizer(tokenizer, ids, ends_in_checkpoint(data.tokenizer))
 
 
 def _make_encoder(
@@ -146,9 +159,9 @@ def _make_encoder(
         tokens = {"bos_token": BOS, "eos_token": data.eos_token or EOS, "eot_token": data.eot_token or EOT}
         template = Template(data.template, source, tokens)
         texts = (template.render(example.messages, False, where=example.where) for example in train)
-        given = _GivenTokenizer(train_tokenizer(texts, data, template.control_tokens()), {})
+        given = _GivenTokenizer(train_tokenizer(texts, data, template.control_tokens()), {}, ())
     progress(f"tokenizer: {given.tokenizer.vocab_size:,} tokens")
-    template, special = find_special(given.tokenizer, data.template, source, data, given.ids)
+    template, special = find_special(given.tokenizer, data.template, source, data, given.ids, given.ends)
     return Encoder(given.tokenizer, template, special, data)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from jaxblock.data.config import DataConfig
 from jaxblock.data.text.examples import Example, Message, checked_text, in_template
 from jaxblock.data.tokens.control import ControlTokens
-from jaxblock.data.tokens.find_special import find_special
+from jaxblock.data.tokens.find_special import ends_in_checkpoint, find_special
 from jaxblock.data.tokens.special import SpecialIds, first_stop
 from jaxblock.data.tokens.templates import Template, template_source
 from jaxblock.data.tokens.tokenizer import Tokenizer
@@ -22,8 +22,7 @@ class Encoder:
 
     def __init__(self, tokenizer: Tokenizer, template: Template, special: SpecialIds, config: DataConfig) -> None:
         """Keeps the parts; of the data settings only `prompt_template` and `system` are used."""
-        self.tokenizer, self.template, self.special = tokenizer, template, special
-        self._config = config
+        self.tokenizer, self.template, self.special, self.config = tokenizer, template, special, config
         self._control = ControlTokens(tokenizer, template, special)
 
     def prompt(self, prompt: str | Sequence[Message], *, where: str = "the prompt") -> list[int]:
@@ -39,7 +38,7 @@ class Encoder:
                 on the conversation or leaves out the user's text.
         """
         if isinstance(prompt, str):
-            prompt = [{"role": "user", "content": in_template(checked_text(prompt, "the prompt", where), self._config)}]
+            prompt = [{"role": "user", "content": in_template(checked_text(prompt, "the prompt", where), self.config)}]
         ids = self._encode(prompt, True, where)
         if self.special.mask in ids:
             raise UserError(
@@ -94,8 +93,8 @@ class Encoder:
 
     def _encode(self, messages: Sequence[Message], add_generation_prompt: bool, where: str) -> list[int]:
         """Returns the ids of a conversation, with `data.system` in front of it, after checking its texts."""
-        if self._config.system is not None and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": self._config.system}, *messages]
+        if self.config.system is not None and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self.config.system}, *messages]
         for message in messages:
             checked_text(message["content"], f"the {message['role']}'s text", where)
         self._control.check_texts(messages, where)
@@ -142,5 +141,6 @@ def checkpoint_encoder(folder: PathLike, tokenizer: Tokenizer, mask_id: int | No
     config = DataConfig(tokenizer=os.fspath(folder))
     name = "tokenizer" if source == brought else "template.jinja"
     source = template_source("tokenizer", tokenizer_template=source)
-    template, special = find_special(tokenizer, name, source, config, {"mask": mask_id, "eos": eos_id})
+    ids, ends = {"mask": mask_id, "eos": eos_id}, ends_in_checkpoint(folder)
+    template, special = find_special(tokenizer, name, source, config, ids, ends)
     return Encoder(tokenizer, template, special, config)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from jaxblock.data.config import DataConfig
 from jaxblock.data.tokens.special import SpecialIds
@@ -56,6 +57,25 @@ def ids_in_checkpoint(path: PathLike) -> dict[str, int]:
     return found
 
 
+def ends_in_checkpoint(path: PathLike) -> tuple[int, ...]:
+    """Reads all ids that end a response, as config.json and generation_config.json beside a tokenizer list them.
+
+    Args:
+        path: The tokenizer's folder, file or hub name.
+
+    Raises:
+        UserError: If one of the files is there and is not JSON.
+    """
+    target = as_path(local_checkpoint(path, weights=False))
+    folder = target if target.is_dir() else target.parent
+    listed: list[Any] = []
+    for name in ("config.json", "generation_config.json"):
+        content = read_json(folder / name) if (folder / name).exists() else {}
+        ends = content.get("eos_token_id") if isinstance(content, dict) else None
+        listed += ends if isinstance(ends, list) else [ends]
+    return tuple(dict.fromkeys(i for i in listed if isinstance(i, int) and not isinstance(i, bool) and i >= 0))
+
+
 def add_mask(tokenizer: Tokenizer, config: DataConfig, checkpoint: Mapping[str, int]) -> Tokenizer:
     """Returns the tokenizer with a mask token added under the next free id, as `data.add_mask_token` asks.
 
@@ -88,7 +108,12 @@ def add_mask(tokenizer: Tokenizer, config: DataConfig, checkpoint: Mapping[str, 
 
 
 def find_special(
-    tokenizer: Tokenizer, template_name: str, source: str, config: DataConfig, checkpoint: Mapping[str, int]
+    tokenizer: Tokenizer,
+    template_name: str,
+    source: str,
+    config: DataConfig,
+    checkpoint: Mapping[str, int],
+    ends: Sequence[int] = (),
 ) -> tuple[Template, SpecialIds]:
     """Finds the special tokens of a tokenizer, and makes the template with the texts of those that it may write.
 
@@ -99,6 +124,7 @@ def find_special(
         source: The template's Jinja text.
         config: The data settings; a special token that they name overrides all other sources.
         checkpoint: The ids that `ids_in_checkpoint` found; they override the tokenizer's own settings.
+        ends: The ids that `ends_in_checkpoint` found; those that the tokenizer does not have are left out.
 
     Raises:
         UserError: If a token cannot be found (the message names the field to set), or the mask token is also the end of the
@@ -119,13 +145,15 @@ def find_special(
         raise _missing(tokenizer, config, "eot", eot, "set it to the token that ends an assistant turn")
     template = dataclasses.replace(template, tokens={**template.tokens, "eot_token": eot})
     mask = _mask_id(tokenizer, config, checkpoint)
-    if mask in (eos, eot_id):
+    ends = tuple(end for end in ends if end < tokenizer.vocab_size and end not in (eos, eot_id))
+    if mask in (eos, eot_id, *ends):
         raise UserError(
             f"data.mask_token: {config.mask_token or f'id {mask}'!r} is also the end-of-sequence or end-of-turn token; the "
             "mask must be a token of its own"
         )
     pad = tokenizer.id_of(texts["pad_token"]) if texts["pad_token"] else None
-    return template, SpecialIds(mask=mask, eos=eos, eot=eot_id, pad=eos if pad is None or pad == mask else pad)
+    pad = eos if pad is None or pad == mask else pad
+    return template, SpecialIds(mask=mask, eos=eos, eot=eot_id, pad=pad, ends=ends)
 
 
 def turn_end(tokenizer: Tokenizer, template: Template, system: str | None = None) -> str | None:

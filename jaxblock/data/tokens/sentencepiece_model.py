@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import sentencepiece
 
@@ -133,6 +134,9 @@ class SentencePieceTokenizer(Tokenizer):
 
     def piece(self, token_id: SupportsIndex) -> str:
         return str(self._model.id_to_piece(int(token_id)))
+
+    def definition(self) -> dict[str, Any]:
+        return {"model": hashlib.sha256(self.files["tokenizer.model"]).hexdigest()}
 
     def _is_special(self, text: str, i: int) -> bool:
         """Tells whether a piece is special: a control piece, or one in brackets (<|eot_id|>) that the model finds in a text."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -15,17 +16,33 @@ class SpecialIds:
         eos: The id of the end-of-sequence token, which fills the rest of the terminator's block.
         eot: The id of the end-of-turn token, which ends a response.
         pad: The id of the padding token: the tokenizer's own, else `eos`. The model never sees padding.
+        ends: Further ids that end a response, from config.json and generation_config.json of the checkpoint; None in a folder
+            of an earlier version, which did not record them.
     """
 
     mask: int
     eos: int
     eot: int
     pad: int
+    ends: tuple[int, ...] | None = ()
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
         """The ids that end a response, without repetition."""
-        return (self.eot,) if self.eot == self.eos else (self.eot, self.eos)
+        return tuple(dict.fromkeys((self.eot, self.eos, *(self.ends or ()))))
+
+
+def special_from_json(values: Mapping[str, Any]) -> SpecialIds:
+    """Reads special ids from a manifest or an export; one of an earlier version has no `ends`.
+
+    Raises:
+        TypeError: If an id is missing or is no number, or there is another.
+    """
+    ends = values.get("ends")
+    found = SpecialIds(**{**values, "ends": None if ends is None else tuple(ends)})
+    if not all(isinstance(i, int) for i in (found.mask, found.pad, *found.stop_ids)):
+        raise TypeError("a special id is no number")
+    return found
 
 
 def first_stop(ids: Iterable[int], stop_ids: Collection[int]) -> int | None:

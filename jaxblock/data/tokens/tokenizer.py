@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import hashlib
 import json
 import pathlib
 from collections.abc import Iterable, Mapping
@@ -53,6 +54,14 @@ class Tokenizer(abc.ABC):
     @abc.abstractmethod
     def piece(self, token_id: SupportsIndex) -> str:
         """Returns how the vocabulary writes a token, for display."""
+
+    @abc.abstractmethod
+    def definition(self) -> dict[str, Any]:
+        """Returns all that decides which ids a text becomes, as JSON values; equal for tokenizers that do the same."""
+
+    def fingerprint(self) -> str:
+        """Returns the SHA-256 of the definition."""
+        return hashlib.sha256(json.dumps(self.definition(), sort_keys=True).encode()).hexdigest()
 
     def save(self, folder: pathlib.Path) -> None:
         """Writes the tokenizer's files into a local folder, from which `load_tokenizer` reads them."""

@@ -44,6 +44,9 @@ class HuggingFaceTokenizer(Tokenizer):
     def piece(self, token_id: SupportsIndex) -> str:
         return self._tokenizer.id_to_token(int(token_id)) or f"<{int(token_id)}>"
 
+    def definition(self) -> dict[str, Any]:
+        return dict(json.loads(self._tokenizer.to_str()))
+
     def with_special_token(self, text: str, name: str) -> HuggingFaceTokenizer:
         """Returns a tokenizer with one more special token, whose id is the `vocab_size` of this one.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -147,6 +148,27 @@ def from_hf(config: Mapping[str, Any], where: str) -> Architecture:
 
 
 def to_hf(arch: Architecture, dtype: str) -> dict[str, Any]:
-    """Makes the config.json of an architecture; ``dtype`` is the type of the tensors, as torch spells it."""
+    """Makes the config.json of an architecture; ``dtype`` is the type of the tensors, as torch spells it.
+
+    A field that the origin's config.json wrote in another way, such as a null or a list of one id, stays as it was there where
+    that means the same architecture; so does a padding token that it left out.
+    """
     family = FAMILIES[arch.family]
-    return family.to_hf(arch, dtype, family)
+    made = family.to_hf(arch, dtype, family)
+    origin = {name: json.loads(value) for name, value in arch.extra}
+    for name in [name for name, value in made.items() if name in origin and origin[name] != value]:
+        other = {**made, name: origin[name]}
+        if name not in ("dtype", "torch_dtype") and _means(other, arch, family):
+            made = other
+    if origin and "pad_token_id" not in origin:
+        other = {name: value for name, value in made.items() if name != "pad_token_id"}
+        made = other if _means(other, arch, family) else made
+    return made
+
+
+def _means(config: Mapping[str, Any], arch: Architecture, family: Family) -> bool:
+    """Tells whether a config.json describes this architecture."""
+    try:
+        return replace(family.from_hf(config, "", family), extra=()) == replace(arch, extra=())
+    except UserError:
+        return False
