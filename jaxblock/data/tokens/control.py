@@ -30,7 +30,7 @@ class ControlTokens:
         The token for unknown letters is not one: a text may hold letters that a vocabulary lacks.
         """
         self._tokenizer, self._template = tokenizer, template
-        named = [i for i in (special.mask, special.eos, special.eot) if i < tokenizer.vocab_size]
+        named = [i for i in (special.mask, *special.stop_ids) if i < tokenizer.vocab_size]
         texts = tokenizer.special_texts | {tokenizer.piece(i) for i in named}
         self._texts = re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))))
         unknown = {*_UNKNOWN, token_text(tokenizer.settings.get("unk_token"))}

@@ -39,10 +39,9 @@ def special_from_json(values: Mapping[str, Any]) -> SpecialIds:
         TypeError: If an id is missing or is no number, or there is another.
     """
     ends = values.get("ends")
-    found = SpecialIds(**{**values, "ends": None if ends is None else tuple(ends)})
-    if not all(isinstance(i, int) for i in (found.mask, found.pad, *found.stop_ids)):
+    if not all(isinstance(value, int) for value in [*(ends or ()), *(values[key] for key in values if key != "ends")]):
         raise TypeError("a special id is no number")
-    return found
+    return SpecialIds(**{**values, "ends": None if ends is None else tuple(ends)})
 
 
 def first_stop(ids: Iterable[int], stop_ids: Collection[int]) -> int | None:
