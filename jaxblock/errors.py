@@ -2,14 +2,40 @@
 
 from __future__ import annotations
 
+import reprlib
 import warnings
+from typing import Any
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxtuple, _SHORT.maxdict = 3, 8, 8, 8
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 120
 
 
 class UserError(Exception):
     """Reports a mistake in input, configuration or environment that the user can correct.
 
-    The command line prints its text without a traceback (``--traceback`` shows one) and exits with code 2.
+    The command line prints its text without a traceback (``--traceback`` shows one) and exits with code 2. Characters that
+    would control a terminal are escaped, since a message may quote names from a stranger's file.
     """
+
+    def __init__(self, text: str) -> None:
+        """Keeps the text of the message."""
+        super().__init__(printable(text))
+
+
+def printable(text: str) -> str:
+    """Returns a text in which every character that is not printable, except for line ends, is escaped as in Python."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def shown(value: Any) -> str:
+    """Returns a value as Python writes it, shortened to be quoted in a message, however large or deep it is."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # Python refuses to write whole numbers of thousands of digits
+        return f"a number of {value.bit_length():,} bits" if isinstance(value, int) else f"a {type(value).__name__}"
 
 
 class EarlierVersionWarning(UserWarning):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
-from jaxblock.errors import UserError
+from jaxblock.errors import UserError, shown
 
 Alignment = Literal["same_position", "shifted"]
 """Which hidden state predicts the token at position i: the one at i, or the one at i - 1 (as in an autoregressive model)."""
@@ -37,14 +38,57 @@ class Range(NamedTuple):
     holds: Callable[[float], bool]
 
 
+def between(low: int, high: int) -> Range:
+    """Returns the range from ``low`` to ``high``, both included."""
+    return Range(f"it must be from {low:,} to {high:,}", lambda x: low <= x <= high)
+
+
 NOT_NEGATIVE = Range("it must be 0 or more", lambda x: x >= 0)
 AT_LEAST_1 = Range("it must be at least 1", lambda x: x >= 1)
-AT_LEAST_2 = Range("it must be at least 2", lambda x: x >= 2)
 ABOVE_0 = Range("it must be above 0", lambda x: x > 0)
 BELOW_1 = Range("it must be at least 0 and below 1", lambda x: 0 <= x < 1)
 ABOVE_0_TO_1 = Range("it must be above 0, at most 1", lambda x: 0 < x <= 1)
 BETWEEN_0_AND_1 = Range("it must be above 0 and below 1", lambda x: 0 < x < 1)
 PROBABILITY = Range("it is a probability, from 0 to 1", lambda x: 0 <= x <= 1)
+SHARE = Range("it is a share, from 0 to 1", lambda x: 0 <= x <= 1)
+TOKENS = between(1, 1 << 24)
+"""A length of a canvas or of one of its parts, in tokens."""
+ROWS = between(1, 1 << 20)
+"""The number of rows that are computed together."""
+
+_LARGEST_INT = 2**31 - 1
+_LARGEST_FLOAT, _SMALLEST_FLOAT = 3.4e38, 1.2e-38  # float32: smaller numbers are 0 on most devices
+
+
+def _problem(value: Any, takes: Range | None) -> str | None:
+    """Returns why a field cannot have a value, or None where it can.
+
+    Whatever their range, whole numbers must fit 32 bits and others float32, and texts must be valid.
+    """
+    if isinstance(value, tuple):
+        return next((problem for item in value if (problem := _problem(item, takes))), None)
+    if isinstance(value, str):
+        return None if value.isprintable() or _is_text(value) else "it holds a character that no text has"
+    if isinstance(value, bool) or value is None:
+        return None
+    if isinstance(value, float) and not math.isfinite(value):
+        return "it must be a finite number"
+    if takes is not None and not takes.holds(value):
+        return takes.says
+    if isinstance(value, int) and abs(value) > _LARGEST_INT:
+        return f"it must be at most {_LARGEST_INT:,}"
+    if isinstance(value, float) and value and not _SMALLEST_FLOAT <= abs(value) <= _LARGEST_FLOAT:
+        return f"its size must be from {_SMALLEST_FLOAT} to {_LARGEST_FLOAT}, the numbers that float32 holds"
+    return None
+
+
+def _is_text(value: str) -> bool:
+    """Tells whether a text can be written as UTF-8 and names a file that can exist."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in value
 
 
 def setting(default: T, takes: Range | None = None, *, on_resume: OnResume | None = None) -> T:
@@ -87,9 +131,9 @@ class Section:
     def check(self) -> None:
         """Raises UserError where a field has a value that it does not accept."""
         for field in dataclasses.fields(self):
-            value, takes = getattr(self, field.name), field.metadata.get("takes")
-            if value is not None and takes is not None:
-                require(takes.holds(value), f"{self.section_name}.{field.name} is {value}: {takes.says}")
+            value = getattr(self, field.name)
+            problem = _problem(value, field.metadata.get("takes"))
+            require(problem is None, f"{self.section_name}.{field.name} is {shown(value)}: {problem}")
 
     @classmethod
     def changeable(cls, *, saved: bool) -> set[str]:

@@ -55,9 +55,12 @@ class Options:
 def run(options: Options, config: Config) -> int:
     """Decodes the prompts and prints one line of JSON for each, or shows each canvas while it is filled."""
     from jaxblock import loading
+    from jaxblock.diffusion.decoding.rules import unused_steps
     from jaxblock.parallel import processes
 
     process, count = processes.join_group()
+    for note in unused_steps(config.decode) if process == 0 else ():
+        say(f"note: {note}")
     if count > 1 and not options.prompts and options.file is None:
         raise UserError("several processes cannot share standard input: give the prompts by --file or as arguments")
     if options.out:

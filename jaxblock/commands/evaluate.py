@@ -52,6 +52,7 @@ def run(options: Options, config: Config) -> int:
     """Scores the checkpoint, writes problems.jsonl and summary.json, and prints the summary."""
     from jaxblock import loading
     from jaxblock.data.store.prepared_folder import open_prepared
+    from jaxblock.diffusion.decoding.rules import unused_steps
     from jaxblock.evaluation.comparison import compare_evaluations
     from jaxblock.evaluation.problems import format_problems
     from jaxblock.evaluation.results import summarise_evaluation
@@ -60,6 +61,8 @@ def run(options: Options, config: Config) -> int:
     from jaxblock.parallel.rows import on_mesh_of
 
     process, _ = processes.join_group()
+    for note in unused_steps(config.decode) if process == 0 else ():
+        say(f"note: {note}")
     check_vacant(options.out, marker="summary.json")
     if process == 0:
         check_writable(as_path(options.out).parent)

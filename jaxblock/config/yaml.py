@@ -19,27 +19,38 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 import yaml
 
 from jaxblock.config.config import Config
-from jaxblock.errors import UserError
+from jaxblock.errors import UserError, shown
 from jaxblock.io.files import read_bytes
 from jaxblock.settings import Section
 
 S = TypeVar("S", bound=Section)
 
 
+_MOST_BYTES = 1 << 18  # PyYAML reads about 0.1 MB a second
+_MOST_KEYS = 1000  # of one mapping: `<<` can otherwise repeat a mapping without end
+
+
 class _UniqueKeys(yaml.SafeLoader):
     """Loads YAML, but refuses a key that is given twice, where PyYAML would silently use the last one."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        """Returns the mapping that a YAML node describes; raises ConstructorError where a key is repeated."""
+        """Returns the mapping that a YAML node describes; raises ConstructorError where a key is repeated or no text."""
         seen = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node.value, str):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be one word", key_node.start_mark)
             if key_node.value in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key_node.value!r} is there twice", key_node.start_mark
+                    None, None, f"the key {shown(key_node.value)} is there twice", key_node.start_mark
                 )
-            if isinstance(key_node.value, str):
-                seen.add(key_node.value)
+            seen.add(key_node.value)
         return super().construct_mapping(node, deep)
+
+    def flatten_mapping(self, node: Any) -> None:
+        """Puts the mappings that `<<` names into a mapping; raises ConstructorError where they have too many keys."""
+        super().flatten_mapping(node)
+        if len(node.value) > _MOST_KEYS:
+            raise yaml.constructor.ConstructorError(None, None, f"more than {_MOST_KEYS} keys", node.start_mark)
 
 
 def load_config(path: str | None) -> Config:
@@ -50,9 +61,14 @@ def load_config(path: str | None) -> Config:
     """
     if path is None:
         return Config()
+    content = read_bytes(path)
+    if len(content) > _MOST_BYTES:
+        raise UserError(f"{path}: {len(content):,} bytes are too many for a file of settings: is it another file?")
     try:
-        tree = yaml.load(read_bytes(path).decode(), _UniqueKeys)  # noqa: S506 (a SafeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        tree = yaml.load(content.decode(), _UniqueKeys)  # noqa: S506 (a SafeLoader)
+    except RecursionError as error:
+        raise UserError(f"{path}: not valid YAML: lists or mappings are nested too deeply") from error
+    except (yaml.YAMLError, ValueError, AttributeError) as error:  # the last two: from values such as `!!int x`
         raise UserError(f"{path}: not valid YAML: {error}") from error
     return config_from_tree({} if tree is None else tree, path)
 
@@ -105,13 +121,14 @@ def _plain(value: Any) -> Any:
 def _build(kind: Any, tree: Any, where: str, prefix: str) -> Any:
     """Builds ``Config`` or a section of it; ``prefix`` is "" or the section's name with a dot."""
     if not isinstance(tree, Mapping):
-        raise UserError(f"{where}: {prefix.rstrip('.') or 'the file'} must be a mapping of keys, not {tree!r}")
+        raise UserError(f"{where}: {prefix.rstrip('.') or 'the file'} must be a mapping of keys, not {shown(tree)}")
     hints = typing.get_type_hints(kind)
     known = {entry.name: hints[entry.name] for entry in dataclasses.fields(kind)}
     values = {}
     for key, value in tree.items():
         if key not in known:
-            raise UserError(f"{where}: unknown key {prefix}{key}{_nearest(str(key), known)}")
+            name = key[:80] if isinstance(key, str) else shown(key)
+            raise UserError(f"{where}: unknown key {prefix}{name}{_nearest(name, known)}")
         hint = known[key]
         if dataclasses.is_dataclass(hint):
             # A section's name with nothing under it is an empty section.
@@ -142,19 +159,22 @@ def _convert(hint: Any, value: Any, where: str, name: str) -> Any:
             return value
         choices = get_args(hint)
         raise UserError(
-            f"{where}: {name} is {value!r}{_nearest(str(value), choices)}; choose from {', '.join(choices)}"
+            f"{where}: {name} is {shown(value)}{_nearest(shown(value), choices)}; choose from {', '.join(choices)}"
         )
     if origin is tuple:
-        if isinstance(value, list | tuple):
+        if isinstance(value, list | tuple) and (Ellipsis in get_args(hint) or len(value) == len(get_args(hint))):
             return tuple(_convert(get_args(hint)[0], item, where, name) for item in value)
     elif hint is int and isinstance(value, numbers.Integral) and not isinstance(value, bool):
         return int(value)
     elif hint is float and isinstance(value, numbers.Real | str) and not isinstance(value, bool):
         try:
             return float(value)  # YAML reads 1e-3 as text
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     elif hint in (str, bool) and isinstance(value, hint):
         return value
-    wanted = f"a list of {get_args(hint)[0].__name__}" if origin is tuple else getattr(hint, "__name__", str(hint))
-    raise UserError(f"{where}: {name} must be {wanted}, not {value!r}")
+    wanted = getattr(hint, "__name__", str(hint))
+    if origin is tuple:
+        count = "" if Ellipsis in get_args(hint) else f"{len(get_args(hint))} "
+        wanted = f"a list of {count}{get_args(hint)[0].__name__}"
+    raise UserError(f"{where}: {name} must be {wanted}, not {shown(value)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from jaxblock.settings import NOT_NEGATIVE, Section, may_change, require, setting
+from jaxblock.settings import NOT_NEGATIVE, Section, between, may_change, require, setting
 
 RecipeName = Literal["metamathqa", "gsm8k", "math"]
 """The names of the data sets that `prepare` has recipes for (jaxblock/data/text/recipes.py)."""
@@ -55,11 +55,11 @@ class DataConfig(Section, name="data"):
     keeps all."""
     level: str = "easy"
     """The difficulty of the built-in corpus."""
-    builtin_train: int = setting(6_000, NOT_NEGATIVE)
+    builtin_train: int = setting(6_000, between(0, 10_000_000))
     """The number of built-in training problems."""
-    builtin_test: int = setting(512, NOT_NEGATIVE)
+    builtin_test: int = setting(512, between(0, 10_000_000))
     """The number of built-in held-out problems."""
-    seed: int = 0
+    seed: int = setting(0, NOT_NEGATIVE)
     """The seed of the built-in corpus and of the validation split."""
     template: str = "chat"
     """The chat template: `chat` (LLaDA's header layout), `plain` (Question/Answer), `tokenizer` (the checkpoint's own), or a Jinja file."""
@@ -70,7 +70,7 @@ class DataConfig(Section, name="data"):
     hub name."""
     tokenizer_type: Literal["bpe", "unigram", "word", "char"] = "bpe"
     """The type of the SentencePiece model, where one is trained."""
-    vocab_size: int = 1024
+    vocab_size: int = setting(1024, between(1, 1 << 20))
     """The largest vocabulary of a trained tokenizer, special tokens and 256 bytes included."""
     split_digits: bool = False
     """Whether a trained tokenizer makes every digit a token of its own."""

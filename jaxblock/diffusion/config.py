@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jaxblock.errors import UserError
-from jaxblock.settings import AT_LEAST_1, AT_LEAST_2, NOT_NEGATIVE, PROBABILITY, Section, require, setting
+from jaxblock.settings import NOT_NEGATIVE, PROBABILITY, TOKENS, Section, between, require, setting
 
 Context = Literal["aligned", "paper"]
 Law = Literal["exact_count", "bernoulli", "stratified_count", "antithetic", "floored_bernoulli"]
@@ -22,16 +22,16 @@ Blocks = Literal["per_sequence", "pairs"]
 class CanvasConfig(Section, name="canvas"):
     """The canvas that training and decoding share."""
 
-    prompt_len: int = setting(64, AT_LEAST_1)
+    prompt_len: int = setting(64, TOKENS)
     """The number of tokens of the longest prompt."""
-    response_len: int = setting(32, AT_LEAST_1)
+    response_len: int = setting(32, TOKENS)
     """R: response positions of a row, a multiple of `block`."""
-    block: int = setting(8, AT_LEAST_1)
+    block: int = setting(8, TOKENS)
     """B: response positions of a block."""
     context: Context = "aligned"
     """What the model sees around the active block in training: `aligned` shows what it sees when it decodes, `paper` what the
     published training script shows."""
-    total_len: int | None = setting(None, AT_LEAST_2)
+    total_len: int | None = setting(None, between(2, 1 << 25))
     """`paper` context: canvas positions of prompt and response together, filled to the end; None for the sum of both."""
     suffix_window: int | None = setting(None, NOT_NEGATIVE)
     """Ablation: positions after the active block that the model sees, in training and decoding alike; None for all."""
@@ -84,7 +84,7 @@ class MethodConfig(Section, name="method"):
     """What the summed loss is divided by; every choice depends on the data alone, never on the draw."""
     blocks: Blocks = "per_sequence"
     """`per_sequence`: draw blocks of each sequence; `pairs`: an epoch visits every (example, block) pair once."""
-    draws: int = setting(1, AT_LEAST_1)
+    draws: int = setting(1, between(1, 1 << 16))
     """K: draws per sequence and step, by jax.vmap (`per_sequence`: distinct blocks; `pairs`: masks of one block)."""
     prefix_mask_rate: float = setting(0.0, PROBABILITY)
     """Ablation: chance that a response token before the active block is masked (prompt tokens never are)."""

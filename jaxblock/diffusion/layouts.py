@@ -83,7 +83,7 @@ def decoding_layout(
         stop_ids: the tokens that end a response, where ``decode`` names none.
 
     Raises:
-        UserError: the block does not divide the response, or a token cannot end or fill a response.
+        UserError: the block does not divide the response or has fewer positions than steps, or a token cannot end or fill a response.
     """
     layout = Layout(
         response_len=decode.response_len or canvas.response_len,
@@ -96,6 +96,11 @@ def decoding_layout(
         stop_ids=stop_ids if decode.stop_ids is None else decode.stop_ids,
     )
     check_blocks(layout.response_len, layout.block, "decode")
+    if decode.steps_per_block is not None and decode.steps_per_block > layout.block:
+        raise UserError(
+            f"decode.steps_per_block {decode.steps_per_block} is more than the {layout.block} positions of a block: set at "
+            f"most {layout.block}, one token a step"
+        )
     for name, ids in (("fill_id", (layout.fill_id,)), ("stop_ids", layout.stop_ids)):
         for token in ids:
             if token == layout.mask_id or not 0 <= token < network.vocab_size:

@@ -5,7 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from jaxblock.settings import AT_LEAST_1, BELOW_1, NOT_NEGATIVE, Alignment, Section, may_change, require, setting
+from jaxblock.settings import (
+    ABOVE_0,
+    AT_LEAST_1,
+    BELOW_1,
+    BETWEEN_0_AND_1,
+    Alignment,
+    Section,
+    between,
+    may_change,
+    require,
+    setting,
+)
 
 FamilyName = Literal["llada", "dream", "llama", "qwen2", "qwen3"]
 Quantize = Literal["none", "int8"]
@@ -32,25 +43,25 @@ class ModelConfig(Section, name="model"):
     """Whether the layers' matrices are kept in int8, at half of bfloat16's memory; only for the frozen base of LoRA."""
     family: FamilyName = "llada"
     """The architecture of random weights."""
-    d_model: int = setting(128, AT_LEAST_1)
+    d_model: int = setting(128, between(1, 1 << 20))
     """The width of the residual stream."""
-    n_layers: int = setting(4, AT_LEAST_1)
+    n_layers: int = setting(4, between(1, 10_000))
     """The number of layers."""
-    n_heads: int = setting(4, AT_LEAST_1)
+    n_heads: int = setting(4, between(1, 1 << 16))
     """The number of query heads."""
-    n_kv_heads: int | None = setting(None, AT_LEAST_1)
+    n_kv_heads: int | None = setting(None, between(1, 1 << 16))
     """The number of key/value heads; None for as many as query heads."""
-    mlp_dim: int = setting(384, AT_LEAST_1)
+    mlp_dim: int = setting(384, between(1, 1 << 22))
     """The width of the feed-forward layer."""
     max_len: int = setting(4096, AT_LEAST_1)
     """The longest sequence, which the checkpoint records."""
-    rope_theta: float = 500_000.0
+    rope_theta: float = setting(500_000.0, ABOVE_0)
     """The base of the rotary frequencies."""
-    norm_eps: float = 1e-5
+    norm_eps: float = setting(1e-5, BETWEEN_0_AND_1)
     """The number added to the mean square in RMSNorm."""
     tie_embeddings: bool = False
     """Whether the output head is the transposed embedding."""
-    init_std: float | None = None
+    init_std: float | None = setting(None, ABOVE_0)
     """The standard deviation of random weights (divided by sqrt(2 layers) for outputs into the residual stream); None for
     Mitchell's."""
     dtype: Dtype = "float32"
@@ -92,9 +103,9 @@ class ModelConfig(Section, name="model"):
 class LoraConfig(Section, name="lora"):
     """Low-rank adapters: the network's weights are frozen, and only the adapters are trained, saved and exported."""
 
-    rank: int = setting(0, NOT_NEGATIVE)
+    rank: int = setting(0, between(0, 1 << 16))
     """The rank of the adapters; 0 trains the whole network."""
-    alpha: float = 16.0
+    alpha: float = setting(16.0, ABOVE_0)
     """The adapters' output is multiplied by alpha / rank."""
     dropout: float = setting(0.0, BELOW_1)
     """The probability with which dropout drops each input of an adapter in training."""
@@ -108,5 +119,4 @@ class LoraConfig(Section, name="lora"):
         """Raises UserError where a value is out of range, or adapters would have no effect or no target."""
         super().check()
         if self.rank:
-            require(self.alpha > 0, f"lora.alpha is {self.alpha}: it must be above 0")
             require(bool(self.targets), "lora.targets is empty: name at least one matrix, or set lora.rank to 0")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from jaxblock.settings import AT_LEAST_1, NOT_NEGATIVE, Section, may_change, require, setting
+from jaxblock.settings import AT_LEAST_1, NOT_NEGATIVE, ROWS, Section, between, may_change, require, setting
 
 BestBy = Literal["none", "nelbo", "pass_at_1"]
 OnHang = Literal["report", "abort"]
@@ -19,7 +19,7 @@ class TrainConfig(Section, name="train"):
     """The run folder; an existing run is resumed or refused, never overwritten."""
     steps: int = setting(1000, AT_LEAST_1)
     """The number of optimizer updates."""
-    batch_size: int = setting(16, AT_LEAST_1)
+    batch_size: int = setting(16, ROWS)
     """The sequences, or (example, block) pairs, per update, over all devices."""
     accumulate: int = may_change(1, AT_LEAST_1)
     """The number of parts into which a batch is split to save memory; the update is that of the whole batch."""
@@ -42,7 +42,7 @@ class TrainConfig(Section, name="train"):
     """The number of newest checkpoints that are kept."""
     tensorboard: bool = may_change(False)
     """Whether to write TensorBoard events."""
-    loader_workers: int = may_change(0, NOT_NEGATIVE)
+    loader_workers: int = may_change(0, between(0, 1024))
     """Worker processes that read data; 0 reads in threads of the main process."""
     debug: bool = may_change(False)
     """Whether to run without jit and with unrolled layers, find the layer and step of a NaN, and show the first batch as `inspect`
@@ -70,7 +70,7 @@ class TrainConfig(Section, name="train"):
     max_skipped: int = may_change(10, NOT_NEGATIVE)
     """The number of steps in a row with a loss or gradient that is not finite after which the run stops (each is skipped); 0 for
     never."""
-    watchdog_seconds: float = may_change(1800.0, NOT_NEGATIVE)
+    watchdog_seconds: float = may_change(1800.0, between(0, 10**8))
     """Seconds after which a step, save, evaluation or start that still runs is reported with all threads' stacks; 0 for never."""
     on_hang: OnHang = may_change("report")
     """What to do after a report of the watchdog: go on waiting (`report`), or end the process with exit code 124 (`abort`)."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from jaxblock.config.checks import check_config
 from jaxblock.config.config import Config
 from jaxblock.config.yaml import config_from_tree, load_config, to_yaml, with_fields
 from jaxblock.diffusion.decoding.config import DecodeConfig
@@ -31,6 +32,7 @@ from jaxblock.errors import UserError
         ("optimizer: {lr: fast}", "optimizer.lr must be float, not 'fast'"),
         ("decode: {stop_ids: 3}", "decode.stop_ids must be a list of int, not 3"),
         ("decode: {stop_ids: [a]}", "decode.stop_ids must be int, not 'a'"),
+        ("train: {profile: []}", "train.profile must be a list of 2 int, not []"),
         ("train: 3", "train must be a mapping of keys, not 3"),
         ("train: 0", "train must be a mapping of keys, not 0"),
         ("- train", "the file must be a mapping of keys"),
@@ -38,15 +40,31 @@ from jaxblock.errors import UserError
         ("train: {steps: 1}\ntrain: {seed: 2}", "the key 'train' is there twice"),
         ("train: {steps: 1", "not valid YAML"),
         ("train:\n\tsteps: 1", "not valid YAML"),
+        ("train: {? [a, b]: 1}", "a key must be one word"),
+        ("train: 2001-99-99", "not valid YAML: month must be in 1..12"),
+        ('train: {steps: !!int "abc"}', "not valid YAML: invalid literal"),
+        ("train: {steps: !!timestamp x}", "not valid YAML"),
+        ("[" * 100_000, "not valid YAML: lists or mappings are nested too deeply"),
+        (f"optimizer: {{lr: 1{'0' * 400}}}", "optimizer.lr must be float, not 1000"),
+        (f"train: {{steps: 0x{'f' * 9000}}}", "train.steps is a number of 36,000 bits: it must be at most"),
+        ('"\\e[31mtrain": 1', "unknown key \\x1b[31mtrain; did you mean train?"),
+        ("a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\ntrain: {out: [*c, *c]}", "unknown key a"),
+        ("train: {out: " + "[" * 50 + "]" * 50 + "}", "train.out must be str, not [[[[...]]]]"),
+        ("#" * 300_000, "300,000 bytes are too many for a file of settings"),
+        (
+            "a: &a {x: 1}\n"
+            + "".join(f"{v}: &{v} {{<<: [{f'*{u},' * 9}]}}\n" for u, v in zip("abcd", "bcde", strict=True)),
+            "more than 1000",
+        ),
     ],
 )
 def test_mistakes_in_a_file_are_named(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(text)
     with pytest.raises(UserError) as caught:
-        load_config(str(path))
+        check_config(load_config(str(path)))
     assert message in str(caught.value)
-    assert str(path) in str(caught.value)
+    assert str(path) in str(caught.value) or " bits" in message  # checks of values do not know the file
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from jaxblock.diffusion import canvas as canvases
 from jaxblock.diffusion.decoding import decoder, measures, transfer
 from jaxblock.diffusion.decoding.config import DecodeConfig, RuleName
-from jaxblock.diffusion.decoding.rules import RULES, Rule, check_options
+from jaxblock.diffusion.decoding.rules import RULES, Rule, check_options, unused_steps
 from jaxblock.errors import UserError
 
 
@@ -43,6 +43,9 @@ def test_a_new_rule_is_one_entry(tiny, monkeypatch):
         check_options(_with_rule("leftmost", quota="dream"))
     with pytest.raises(UserError, match="or rule to confidence_threshold or leftmost"):
         check_options(DecodeConfig(threshold=0.5))
+    assert unused_steps(DecodeConfig(steps_per_block=4)) == unused_steps(DecodeConfig(rule="factor")) == []
+    (note,) = unused_steps(DecodeConfig(rule="factor", steps_per_block=4))
+    assert "decode.steps_per_block 4 is not used" in note
 
     net, params = tiny[0](dtype="float32", n_layers=1)
     layout = tiny[1]()

@@ -6,7 +6,18 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from jaxblock.settings import ABOVE_0, ABOVE_0_TO_1, AT_LEAST_1, BETWEEN_0_AND_1, NOT_NEGATIVE, Section, setting
+from jaxblock.settings import (
+    ABOVE_0,
+    ABOVE_0_TO_1,
+    AT_LEAST_1,
+    BETWEEN_0_AND_1,
+    NOT_NEGATIVE,
+    ROWS,
+    TOKENS,
+    Section,
+    between,
+    setting,
+)
 
 RuleName = Literal[
     "low_confidence", "random", "confidence_threshold", "factor", "maskgit_plus", "topk_margin", "entropy", "origin"
@@ -20,12 +31,13 @@ EosSuppression = Literal["none", "logits", "confidence"]
 class DecodeConfig(Section, name="decode", on_resume="may_change"):
     """How responses are decoded, block by block."""
 
-    response_len: int | None = setting(None, AT_LEAST_1)
+    response_len: int | None = setting(None, TOKENS)
     """R: response positions of a row; None for `canvas.response_len`."""
-    block: int | None = setting(None, AT_LEAST_1)
+    block: int | None = setting(None, TOKENS)
     """B: response positions of a block; None for `canvas.block`."""
     steps_per_block: int | None = setting(None, AT_LEAST_1)
-    """Decode steps of a block; None for one token per step. The rules `confidence_threshold` and `factor` take as many as they need."""
+    """Decode steps of a block, at most its positions; None for one token per step. The rules `confidence_threshold` and `factor`
+    take as many as they need."""
     rule: RuleName = "low_confidence"
     """Which positions a step commits. A quota of them: the most confident by LLaDA's `low_confidence` or Dream's `maskgit_plus`,
     `topk_margin` or `entropy`, or `random` ones. Without a quota: `confidence_threshold`, `factor`, or Dream's `origin` (each
@@ -40,28 +52,28 @@ class DecodeConfig(Section, name="decode", on_resume="may_change"):
     """`factor`: accept rank n while (n + 1)(1 - confidence) <= factor."""
     factor_rule: FactorRule = "strict"
     """`factor`: `strict` stops at the first failure; `v1` (Fast-dLLM's later code) accepts it where it is the last rank."""
-    temperature: float = setting(0.0, NOT_NEGATIVE)
+    temperature: float = setting(0.0, between(0, 1000))
     """The sampling temperature (Gumbel noise); 0 takes the most probable token."""
     top_p: float | None = setting(None, ABOVE_0_TO_1)
     """Draw from the most probable tokens up to the one with which their probabilities sum to more than this; None for all.
     Dream's rules also measure confidence only on these tokens."""
     top_k: int | None = setting(None, AT_LEAST_1)
     """Draw from this many most probable tokens (after `top_p`); None for all."""
-    alg_temp: float = setting(0.0, NOT_NEGATIVE)
+    alg_temp: float = setting(0.0, between(0, 1000))
     """Draw the quota's positions without replacement from softmax(confidence / alg_temp); 0 takes the most confident."""
-    cfg_scale: float = setting(0.0, NOT_NEGATIVE)
+    cfg_scale: float = setting(0.0, between(0, 1000))
     """Classifier-free guidance: un + (scale + 1)(cond - un); 0 for none."""
     eos_suppression: EosSuppression = "none"
     """Whether the end of a response is delayed: `logits` never commits the fill token, `confidence` ranks stop tokens last."""
     early_stop: bool = True
     """Whether a row stops after the block that holds its first stop token."""
-    stop_ids: tuple[int, ...] | None = None
+    stop_ids: tuple[int, ...] | None = setting(None, NOT_NEGATIVE)
     """The tokens that end a response; None for the checkpoint's own (end of turn and end of sequence)."""
     fill_id: int | None = setting(None, NOT_NEGATIVE)
     """The token after a response's end; None for the checkpoint's end of sequence."""
     seed: int = setting(0, NOT_NEGATIVE)
     """The seed of sampling; each prompt's random key also depends on its index."""
-    batch_size: int = setting(64, AT_LEAST_1)
+    batch_size: int = setting(64, ROWS)
     """The number of prompts that are decoded together, and of responses whose NELBO is estimated together."""
 
     @property

@@ -92,6 +92,19 @@ def check_options(options: DecodeConfig) -> None:
     )
 
 
+def unused_steps(options: DecodeConfig) -> list[str]:
+    """Returns a note where ``decode.steps_per_block`` is set but the rule takes as many steps as it needs; else nothing.
+
+    It is no error, since a config for a rule with a quota often serves for such a rule too.
+    """
+    if options.steps_per_block is None or RULES[options.rule].pace == "settings":
+        return []
+    return [
+        f"decode.steps_per_block {options.steps_per_block} is not used: decode.rule {options.rule} takes as many steps as it "
+        "needs"
+    ]
+
+
 def _check_time_grid(options: DecodeConfig, rule: Rule) -> None:
     on_the_grid = "eps" in rule.uses or ("quota" in rule.uses and options.quota == "dream")
     default = DecodeConfig().eps

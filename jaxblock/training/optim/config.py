@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from jaxblock.settings import ABOVE_0, BELOW_1, NOT_NEGATIVE, Section, require, setting
+from jaxblock.settings import ABOVE_0, BELOW_1, NOT_NEGATIVE, SHARE, Section, require, setting
 
 Storage = Literal["float32", "bfloat16", "int8"]
 
@@ -24,11 +24,11 @@ class OptimizerConfig(Section, name="optimizer"):
     """The number of warm-up updates; update 0 has a learning rate above 0. (`deepspeed_cosine`: from `warmup_floor`, at least 2.)"""
     warmup: Literal["linear", "log"] = "linear"
     """`deepspeed_cosine`: the shape of the warm-up; DeepSpeed's own default is `log`."""
-    warmup_floor: float = setting(0.0, NOT_NEGATIVE)
+    warmup_floor: float = setting(0.0, SHARE)
     """`deepspeed_cosine`: the learning rate at the start of the warm-up, as a share of the peak."""
     scheduler_steps: Literal["before_update", "after_update"] = "before_update"
     """`deepspeed_cosine`: `after_update` is DeepSpeed's order, whose schedule is one update late; update 0 then has a rate of 0."""
-    final_ratio: float = setting(0.0, NOT_NEGATIVE)
+    final_ratio: float = setting(0.0, SHARE)
     """The learning rate at the end, as a share of the peak."""
     weight_decay: float = setting(0.0, NOT_NEGATIVE)
     """The decoupled weight decay."""
