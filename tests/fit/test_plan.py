@@ -11,7 +11,6 @@ from unittest.mock import Mock
 import jax
 import pytest
 
-from jaxblock import build
 from jaxblock.cli import main
 from jaxblock.config.config import Config
 from jaxblock.diffusion.config import CanvasConfig, MethodConfig
@@ -19,9 +18,8 @@ from jaxblock.errors import UserError
 from jaxblock.fit import memory, programs, sizes, topology
 from jaxblock.fit.advice import Trial, advise
 from jaxblock.fit.compile import check_fits
-from jaxblock.fit.memory import CompileResult, compile_lowered
+from jaxblock.fit.memory import CompileResult
 from jaxblock.fit.placement import place_run
-from jaxblock.fit.shapes import lower_step, run_shapes
 from jaxblock.models.config import LoraConfig, ModelConfig
 from jaxblock.models.families import registry
 from jaxblock.parallel.mesh import make_mesh
@@ -123,11 +121,14 @@ def test_what_a_compiler_says_of_memory() -> None:
     assert device_limit(jax.devices("cpu")[0]) is None
 
 
-def test_training_that_cannot_fit_is_refused_with_what_helps() -> None:
-    mesh = make_mesh(8)
-    learner = build.learner(SMALL, ARCH, (ARCH.eos_id,))
-    built = compile_lowered(lower_step(learner, run_shapes(SMALL, learner, mesh), mesh), 0.0)
-    assert built.program is not None
+@pytest.fixture(scope="module")
+def step() -> programs.Program:
+    """Returns the compiled train step of the small run on eight devices."""
+    return programs.train_program(SMALL, ARCH, make_mesh(8))
+
+
+def test_training_that_cannot_fit_is_refused_with_what_helps(step: programs.Program) -> None:
+    built, mesh = CompileResult(Mock(), step.memory), make_mesh(8)
     check_fits(built, None, SMALL, ARCH, mesh, print)  # nothing to compare with
     check_fits(built, built.memory.total, SMALL, ARCH, mesh, print)
     said: list[str] = []
@@ -138,22 +139,18 @@ def test_training_that_cannot_fit_is_refused_with_what_helps() -> None:
         check_fits(CompileResult(None, built.memory._replace(limit=1000.0)), None, SMALL, ARCH, mesh, print)
 
 
-def test_what_is_kept_for_the_backward_pass() -> None:
+def test_what_is_kept_for_the_backward_pass(step: programs.Program) -> None:
     def kept(remat: str, rows: int = 4) -> float:
         model = dataclasses.replace(SMALL.model, remat=remat)
         return programs.activations(dataclasses.replace(SMALL, model=model), ARCH, rows, "cpu")
 
     inputs, logits = 2 * 4 * 32 * 64 * 4, 4 * 4 * 512 * 4
-    assert inputs + logits <= kept("full") < inputs + 5 * logits  # ids, positions, and the head's own inputs
-    assert kept("full") < kept("dots") < kept("none")
-    assert kept("none", rows=8) == pytest.approx(2 * kept("none"), rel=0.01)
+    all_of_it, least = step.parts["activations"], kept("full")
+    assert inputs + logits <= least < inputs + 5 * logits  # ids, positions, and the head's own inputs
+    assert least < kept("dots") < all_of_it
+    assert kept("none", rows=8) == pytest.approx(2 * all_of_it, rel=0.01)
     # What a device then takes for it: temporaries of the compiled step are not far below what shapes say.
-    mesh = make_mesh(8)
-    found = programs.train_program(SMALL, ARCH, mesh)
-    assert found.parts["activations"] == kept("none")
-    assert found.memory.temporaries > 0.5 * (found.parts["activations"] + found.parts["gradients"])
-    offload = dataclasses.replace(SMALL, model=dataclasses.replace(SMALL.model, remat="offload"))
-    assert "activations" not in programs.train_program(offload, ARCH, mesh).parts  # the host's
+    assert step.memory.temporaries > 0.5 * (all_of_it + step.parts["gradients"])
 
 
 def test_a_plan_is_held_against_what_the_device_reports() -> None:
@@ -174,7 +171,7 @@ def test_the_verb(tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     arch = registry.architecture_from_config(own, vocab_size=300, mask_id=299, eos_id=298)
     sizes.write_text(json.dumps(registry.to_hf(arch, "float32")))
     flags = ["plan", "--config", str(tiny_config), "--topology", "cpu-8", "--model_config", str(sizes)]
-    flags += ["--train.fsdp", "8"]
+    flags += ["--model.remat", "offload", "--train.fsdp", "8"]
     assert main([*flags, "--json", str(out)]) == 0
     shown = capsys.readouterr().out
     for word in ("ESTIMATE", "optimizer state", "temporaries", "logits", "it fits", "all-gather"):
@@ -185,6 +182,7 @@ def test_the_verb(tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     train = plan["train"]
     # AdamW: two moments of what is trained, in float32.
     assert train["parts"]["optimizer state"] == pytest.approx(2 * train["parts"]["parameters"], abs=64)
+    assert "activations" not in train["parts"]  # the host's
     assert train["flops"] > 0 and plan["decode"]["flops"] > 0
     assert main([*flags, "--json", str(out)]) == 2  # never overwritten
     assert main([*flags[:-1], "3"]) == 2
