@@ -127,6 +127,7 @@ def step() -> programs.Program:
     return programs.train_program(SMALL, ARCH, make_mesh(8))
 
 
+@pytest.mark.slow
 def test_training_that_cannot_fit_is_refused_with_what_helps(step: programs.Program) -> None:
     built, mesh = CompileResult(Mock(), step.memory), make_mesh(8)
     check_fits(built, None, SMALL, ARCH, mesh, print)  # nothing to compare with
