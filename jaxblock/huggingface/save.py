@@ -164,9 +164,9 @@ def verify_checkpoint(folder: PathLike, net: Transformer, params: Params, ids: I
     positions = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
     length = np.full(ids.shape[0], ids.shape[1], np.int32)
     rows = split_filled_rows(params, (np.asarray(ids), positions, length))
-    forward = jax.jit(net.all_logits, out_shardings=whole_results(params))
+    forward = jax.jit(Transformer.all_logits, static_argnums=0, out_shardings=whole_results(params))
     with on_mesh_of(params):
-        ours, theirs = (np.asarray(forward(p, *rows)) for p in (params, again))
+        ours, theirs = (np.asarray(forward(net, p, *rows)) for p in (params, again))
     difference = float(np.abs(ours - theirs).max())
     same_types = all(jax.tree.leaves(jax.tree.map(lambda a, b: a.dtype == b.dtype, params, again)))
     if same_types and not difference == 0:  # also true of NaN

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import pytest
 
+from jaxblock.huggingface.save import save_checkpoint
 from jaxblock.models.architecture import Architecture
 from jaxblock.models.families import registry
-from jaxblock.models.spec import init_params
 from jaxblock.types import Params
+from tests.models.weights import random_params
 
 SIZES: dict[str, Any] = {
     "vocab_size": 40,
@@ -31,14 +35,30 @@ SIZES: dict[str, Any] = {
 }
 
 Small = Callable[..., tuple[Architecture, Params]]
+Saved = Callable[..., Path]
 
 
+@functools.cache
 def _small(family: str = "llada", dtype: Any = jnp.float32, **changes: Any) -> tuple[Architecture, Params]:
     arch = Architecture(family=family, **(SIZES | registry.traits(family) | changes))
-    return arch, init_params(registry.param_table(arch), 7, dtype)
+    params = random_params(registry.param_table(arch), std=0.1)
+    return arch, jax.tree.map(lambda leaf: jnp.asarray(leaf.astype(dtype)), params)
 
 
 @pytest.fixture(scope="session")
 def small() -> Small:
     """Returns ``small(family, dtype, **fields of Architecture)``, which makes an architecture and random weights."""
     return _small
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    """Returns ``saved``, which writes what ``small`` makes, once for equal arguments. Tests must not change the folder."""
+
+    @functools.cache
+    def save(*which: Any, **changes: Any) -> Path:
+        folder = tmp_path_factory.mktemp("saved") / "checkpoint"
+        save_checkpoint(folder, *_small(*which, **changes))
+        return folder
+
+    return save
