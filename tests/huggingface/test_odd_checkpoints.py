@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxblock
 from jaxblock.errors import UserError
+from jaxblock.huggingface.load import load_checkpoint
 from jaxblock.huggingface.save import save_checkpoint
 from jaxblock.models.families import registry
 from jaxblock.models.linear.lora import Lora, adapter_table, attach
-from jaxblock.models.spec import init_params
+from tests.models.weights import random_params
 
 
 @pytest.mark.parametrize(
@@ -38,45 +41,39 @@ def test_config_fields(small: Any, family: str, field: str, value: Any, message:
         registry.from_hf({**config, field: value}, "config.json")
 
 
-def test_half_precision_is_computed_in_float32_and_kept(small: Any, tmp_path: Path) -> None:
-    arch, params = small("llada")
-    save_checkpoint(tmp_path / "half", arch, params, dtype=jnp.float16)
-    model = jaxblock.load(tmp_path / "half")
+def test_half_precision_is_computed_in_float32_and_kept(saved: Any) -> None:
+    model = jaxblock.load(saved("llada", jnp.float16))
     assert model.params["embed"].dtype == jnp.float16
     assert np.isfinite(model.logits([[3, 4, 5]])).all()
 
 
-def test_code_that_is_not_beside_the_weights_is_named(small: Any, tmp_path: Path) -> None:
-    arch, params = small("llada")
-    save_checkpoint(tmp_path / "hub", arch, params)
+def test_code_that_is_not_beside_the_weights_is_named(saved: Any, tmp_path: Path) -> None:
+    shutil.copytree(saved(), tmp_path / "hub")
     path = tmp_path / "hub" / "config.json"
     config = json.loads(path.read_text()) | {"auto_map": {"AutoModel": "modeling_llada.LLaDAModelLM"}}
     path.write_text(json.dumps(config))
-    jaxblock.load(tmp_path / "hub").save(tmp_path / "out")
+    save_checkpoint(tmp_path / "out", *load_checkpoint(tmp_path / "hub"))
     named = json.loads((tmp_path / "out" / "config.json").read_text())["auto_map"]
     assert named == {"AutoModel": "GSAI-ML/LLaDA-8B-Instruct--modeling_llada.LLaDAModelLM"}
 
 
-def adapted(model: Any, base: Path) -> Any:
+def adapted(base: Path, **options: Any) -> Any:
+    model = jaxblock.load(base, **options)
     lora = Lora(2, 4.0, 0.0, ("blocks/q",))
-    adapters = init_params(adapter_table(registry.param_table(model.arch), lora), 3, jnp.float32)
+    adapters = jax.tree.map(jnp.asarray, random_params(adapter_table(registry.param_table(model.arch), lora)))
     net = dataclasses.replace(model.net, lora=lora)
     return dataclasses.replace(model, net=net, params=attach(model.params, adapters), base=str(base))
 
 
-def test_adapters_of_an_autoregressive_start_decode_as_they_were_trained(small: Any, tmp_path: Path) -> None:
-    arch, params = small("llama", mask_id=None)
-    save_checkpoint(tmp_path / "base", arch, params)
-    model = adapted(jaxblock.load(tmp_path / "base", mask_id=39, alignment="same_position"), tmp_path / "base")
+def test_adapters_of_an_autoregressive_start_decode_as_they_were_trained(saved: Any, tmp_path: Path) -> None:
+    model = adapted(saved("llama", mask_id=None), mask_id=39, alignment="same_position")
     model.save_adapter(tmp_path / "adapter")
     again = jaxblock.load(tmp_path / "adapter")
     assert (again.arch.mask_id, again.arch.alignment) == (39, "same_position")
 
 
-def test_adapters_cannot_carry_rows_that_their_base_lacks(small: Any, tmp_path: Path) -> None:
-    arch, params = small("llama", mask_id=None)
-    save_checkpoint(tmp_path / "base", arch, params)
-    model = adapted(jaxblock.load(tmp_path / "base", mask_id=40), tmp_path / "base")
+def test_adapters_cannot_carry_rows_that_their_base_lacks(saved: Any, tmp_path: Path) -> None:
+    model = adapted(saved("llama", mask_id=None), mask_id=40)
     # As a run's model.json gives it: what was read says the longer vocabulary too.
     grown = registry.from_hf(registry.to_hf(model.arch, "float32"), "model.json")
     model = dataclasses.replace(model, net=dataclasses.replace(model.net, arch=grown))
@@ -84,9 +81,8 @@ def test_adapters_cannot_carry_rows_that_their_base_lacks(small: Any, tmp_path: 
         model.save_adapter(tmp_path / "adapter")
 
 
-def test_batches_that_are_none(small: Any, tmp_path: Path) -> None:
-    save_checkpoint(tmp_path / "base", *small("llada"))
-    model = jaxblock.load(tmp_path / "base")
+def test_batches_that_are_none(saved: Any) -> None:
+    model = jaxblock.load(saved())
     for call in (
         lambda: model.logits([[1, 2], [3]]),
         lambda: model.logits([[1, 40]]),

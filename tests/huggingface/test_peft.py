@@ -20,19 +20,17 @@ from jaxblock.huggingface import peft
 from jaxblock.huggingface.load import load_checkpoint
 from jaxblock.models.families import registry
 from jaxblock.models.linear.lora import Lora, adapter_table, attach, merge, resolve
-from jaxblock.models.spec import flatten, nest
+from jaxblock.models.spec import flatten
 from jaxblock.models.transformer import Transformer
 from jaxblock.types import Params
+from tests.models.weights import random_params
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def random_adapters(arch: Any, lora: Lora) -> Params:
     """Makes adapters with two random matrices: PEFT (and we) begin with b = 0, which would hide every mistake."""
-    table = adapter_table(registry.param_table(arch), lora)
-    draw = np.random.default_rng(0)
-    flat = {path: jnp.asarray(draw.normal(0, 0.2, spec.shape), jnp.float32) for path, spec in table.items()}
-    return nest(flat)
+    return jax.tree.map(jnp.asarray, random_params(adapter_table(registry.param_table(arch), lora)))
 
 
 def logits(net: Transformer, params: Params, ids: np.ndarray) -> np.ndarray:
@@ -60,7 +58,7 @@ def test_the_reference_adapters_unmerged_merged_and_written_back(shared: Path, g
     assert lora == Lora(8, 16.0, 0.0, ("blocks/q", "blocks/k", "blocks/v", "blocks/up"))
     both = attach(base, adapters)
     oracle = np.load(shared / "golden" / "train" / "lora.merged_logits.npz")
-    merged = merge(both, lora)
+    merged = jax.jit(merge, static_argnums=1)(both, lora)
     for net, params in ((Transformer(arch, lora=lora), both), (Transformer(arch), merged)):
         got = logits(net, params, oracle["noisy_ids"])
         assert np.abs(got - oracle["logits"]).max() <= 2e-5 * np.abs(oracle["logits"]).max()
