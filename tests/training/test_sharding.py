@@ -85,10 +85,11 @@ class Case(NamedTuple):
         return self._replace(data=1, fsdp=1, tensor=1, slices=1, accumulate=1)
 
 
-MESHES = [Case(8), Case(2, 4), Case(2, 2, 2), Case(1, 1, 8), Case(2, 1, 2, slices=2)]
-PARTS = [Case(accumulate=4), Case(1, 2, 2, slices=2, accumulate=2)]
-ADAPTERS = [Case(2, 2, 2, rank=2), Case(1, 4, slices=2, accumulate=2, rank=2)]
-RARER = [Case(1, 4, 2, rank=2, quantize="int8"), Case(2, 4, dtype="bfloat16"), Case(1, 2, 4, objective="classical")]
+USUAL = [Case(2, 2, 2), Case(1, 2, 2, slices=2, accumulate=2, rank=2)]
+"""Between them they split each axis, the batch into parts, and train the whole network and adapters."""
+RARER = [Case(8), Case(2, 4), Case(1, 1, 8), Case(2, 1, 2, slices=2), Case(accumulate=4), Case(2, 2, 2, rank=2)]
+RARER += [Case(1, 2, 2, slices=2, accumulate=2), Case(1, 4, slices=2, accumulate=2, rank=2)]
+RARER += [Case(1, 4, 2, rank=2, quantize="int8"), Case(2, 4, dtype="bfloat16"), Case(1, 2, 4, objective="classical")]
 """The last: all positions' logits, a chunk at a time, of words that lie on four devices."""
 
 EMITTERS = "xla_cpu_use_fusion_emitters"
@@ -156,11 +157,7 @@ def train() -> Callable[[Case], Result]:
     return run
 
 
-@pytest.mark.parametrize(
-    "case",
-    [*MESHES, *PARTS, *ADAPTERS, *(pytest.param(case, marks=pytest.mark.slow) for case in RARER)],
-    ids=str,
-)
+@pytest.mark.parametrize("case", [*USUAL, *(pytest.param(case, marks=pytest.mark.slow) for case in RARER)], ids=str)
 def test_any_mesh_and_any_parts_do_what_one_device_does_at_once(train: Callable[[Case], Result], case: Case) -> None:
     one, several = train(case.on_one_device()), train(case)
     for left, right in zip(jax.tree.leaves(one.draws), jax.tree.leaves(several.draws), strict=True):
@@ -192,19 +189,19 @@ def test_bfloat16_computes_and_float32_remembers(train: Callable[[Case], Result]
 
 def test_dropout_keys_differ_by_step_draw_and_row() -> None:
     objective, batch = _objective(MethodConfig(draws=2), rank=2), _batch()
-    canvas = objective.canvas(batch)
-    keys = np.concatenate([np.asarray(jax.random.key_data(objective.row_keys(canvas, step))) for step in range(2)])
-    flat = keys.reshape(-1, keys.shape[-1])
+    keys = jax.jit(lambda batch, step: jax.random.key_data(objective.row_keys(objective.canvas(batch), step)))
+    flat = np.concatenate([np.asarray(keys(batch, step)).reshape(2 * ROWS, -1) for step in range(2)])
     assert len(np.unique(flat, axis=0)) == len(flat) == 2 * 2 * ROWS
-    assert _objective(MethodConfig(), rank=0).row_keys(canvas, 0) is None
+    whole = _objective(MethodConfig(), rank=0)
+    assert jax.eval_shape(lambda batch: whole.row_keys(whole.canvas(batch), 0), batch) is None
 
 
 def test_the_average_is_what_its_definition_says(train: Callable[[Case], Result]) -> None:
     """Replays the average from the parameters after each step: the first has the share 1 - 1/10, the second 1 - 2/11 ..."""
-    average, decay = np.array([1.0, -2.0], np.float32), 0.15
+    average, decay, averaged = np.array([1.0, -2.0], np.float32), 0.15, jax.jit(next_average, static_argnums=3)
     want = average.astype(np.float64)
     for k, params in enumerate(([0.5, 0.5], [3.0, 1.0], [2.0, 2.0])):
-        got = next_average({"w": jnp.asarray(average)}, {"w": jnp.asarray(params)}, jnp.int32(k), decay)["w"]
+        got = averaged({"w": average}, {"w": np.asarray(params, np.float32)}, np.int32(k), decay)["w"]
         d = min(decay, (1 + k) / (10 + k))
         want = d * want + (1 - d) * np.array(params)
         np.testing.assert_allclose(got, want, rtol=1e-6)
@@ -214,25 +211,26 @@ def test_the_average_is_what_its_definition_says(train: Callable[[Case], Result]
 
 
 def test_optimizer_state_lies_where_its_parameters_lie(train: Callable[[Case], Result]) -> None:
-    state = train(Case(2, 4)).state
+    state = train(Case(2, 2, 2)).state
     for moments in _moments(state.opt_state):
         for path, moment in flatten(moments).items():
             parameter = flatten(state.params)[path]
             assert moment.sharding.is_equivalent_to(parameter.sharding, parameter.ndim), path
-            assert moment.addressable_shards[0].data.size == moment.size // 4, path
+            assert moment.addressable_shards[0].data.size <= moment.size // 2, path
 
 
-def test_a_batch_that_does_not_split_is_an_error(tiny_config: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tiny_config.parent / "unsplit"
-    assert main(["train", "--config", str(tiny_config), "--train.out", str(out), "--train.batch_size", "12"]) == 2
-    assert "train.batch_size 12 does not split over 8 devices" in capsys.readouterr().err
-    assert not out.exists()
-
-
-def test_a_mesh_that_does_not_fit_is_an_error(tiny_config: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    where = ["--train.out", str(tiny_config.parent / "unsplit")]
-    assert main(["train", "--config", str(tiny_config), *where, "--train.fsdp", "3"]) == 2
-    assert "train.fsdp 3" in capsys.readouterr().err
-    # 16 embedding columns over 8 devices are fine, 2 x 24 = 48 layers' columns too; 20 columns are not.
-    assert main(["train", "--config", str(tiny_config), *where, "--train.fsdp", "8", "--model.d_model", "20"]) == 2
-    assert "does not divide by 8" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--train.batch_size", "12"], "train.batch_size 12 does not split over 8 devices"),
+        (["--train.fsdp", "3"], "train.fsdp 3"),
+        # 16 embedding columns over 8 devices are fine, 2 x 24 = 48 layers' columns too; 20 columns are not.
+        (["--train.fsdp", "8", "--model.d_model", "20"], "does not divide by 8"),
+    ],
+)
+def test_a_batch_or_a_mesh_that_does_not_fit_is_an_error(
+    tiny_config: Any, tmp_path: Any, capsys: pytest.CaptureFixture[str], flags: list[str], said: str
+) -> None:
+    out = tmp_path / "unsplit"
+    assert main(["train", "--config", str(tiny_config), "--train.out", str(out), *flags]) == 2
+    assert said in capsys.readouterr().err and not out.exists()
