@@ -33,9 +33,10 @@ from jaxblock.diffusion.decoding.config import DecodeConfig
 from jaxblock.diffusion.decoding.rules import check_options
 from jaxblock.errors import UserError
 from jaxblock.huggingface import peft
+from jaxblock.huggingface.checks import kept_if_right, only_exporter
 from jaxblock.huggingface.companions import Trained
 from jaxblock.huggingface.load import read_architecture
-from jaxblock.huggingface.save import save_checkpoint, verify_checkpoint
+from jaxblock.huggingface.save import MARKER, save_checkpoint, verify_checkpoint
 from jaxblock.io.hub import local_checkpoint
 from jaxblock.io.paths import PathLike, as_path
 from jaxblock.io.remote import local_folder
@@ -337,11 +338,15 @@ class Model:
             The largest difference between any logit before saving and after (0 where the type is kept).
 
         Raises:
-            UserError: the base is int8, or the folder exists or cannot be written.
+            UserError: the base is int8, the folder exists, cannot be written or is written by another process, or the logits
+                differ; nothing is left then.
         """
         merged = self.merged()
-        save_checkpoint(folder, self.arch, merged.params, **self._companions(), dtype=dtype)
-        return verify_checkpoint(folder, merged.net, merged.params, self._probe())
+        together = spans_processes(merged.params)
+        with only_exporter(folder, together=together):
+            save_checkpoint(folder, self.arch, merged.params, **self._companions(), dtype=dtype)
+            with kept_if_right(folder, MARKER, together=together):
+                return verify_checkpoint(folder, merged.net, merged.params, self._probe())
 
     def save_adapter(self, folder: PathLike) -> float:
         """Writes only the adapters, in PEFT's format, reads them back and compares logits.
@@ -366,11 +371,17 @@ class Model:
         together = spans_processes(adapters)
         if together:
             adapters = jax.device_get(self._run(_unchanged, (), adapters))
-        if not together or jax.process_index() == 0:
-            kept = {name: value for name, value in self._companions().items() if name != "origin"}
-            peft.save_adapter(folder, self.arch, self.net.lora, adapters, base=base, **kept)
-        if together:
-            processes.wait(f"{folder} is written")
+        with only_exporter(folder, together=together):
+            if not together or jax.process_index() == 0:
+                kept = {name: value for name, value in self._companions().items() if name != "origin"}
+                peft.save_adapter(folder, self.arch, self.net.lora, adapters, base=base, **kept)
+            if together:
+                processes.wait(f"{folder} is written")
+            with kept_if_right(folder, peft.CONFIG, together=together):
+                return self._verify_adapter(folder)
+
+    def _verify_adapter(self, folder: PathLike) -> float:
+        """Reads saved adapters back and returns the largest difference of any logit; raises UserError unless it is 0."""
         mesh = mesh_of(self.params)
         place = None if mesh is None else functools.partial(rules.param_shardings, mesh)
         found, again = peft.load_adapter(local_folder(folder, ["*.json", "*.safetensors"]), self.arch, place)
@@ -380,7 +391,9 @@ class Model:
         ids = np.asarray(self._probe())
         difference = float(np.abs(copy.logits(ids) - self.logits(ids)).max())
         if not difference == 0:
-            raise UserError(f"{folder}: logits of the saved adapters differ by {difference:.3g}; do not use it")
+            raise UserError(
+                f"{folder}: logits of the saved adapters differ by {difference:.3g} (NaN: the weights hold one)"
+            )
         return difference
 
     def merged(self) -> Model:

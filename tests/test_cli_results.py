@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import shutil
@@ -15,6 +16,7 @@ import pytest
 
 import jaxblock
 from jaxblock.cli import main
+from jaxblock.errors import UserError
 from jaxblock.training.checkpoints.reader import CheckpointReader
 
 
@@ -149,6 +151,15 @@ def test_what_cannot_be_compared_is_refused_before_the_work(
     assert main(["evaluate", "--checkpoint", str(tiny_run), "--out", str(tmp_path / "out"), *compare, *flags]) == 2
     told = capsys.readouterr().err
     assert message in told and "decoded" not in told
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_an_export_that_is_wrong_leaves_nothing(tiny_run: Path, tmp_path: Path, dtype: str | None) -> None:
+    model = jaxblock.load(tiny_run)
+    broken = {**model.params, "final_norm": model.params["final_norm"] * np.nan}
+    with pytest.raises(UserError, match="the weights hold one"):
+        dataclasses.replace(model, params=broken).save(tmp_path / "made", dtype)
     assert list(tmp_path.iterdir()) == []
 
 

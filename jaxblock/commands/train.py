@@ -83,7 +83,7 @@ def train(config: Config, console: Console, notes: Sequence[str] = ()) -> Outcom
 
     Raises:
         UserError: bad settings or data, a run that does not fit the devices, an existing run that this config does not
-            continue, too many steps in a row that are not finite, or a last state that could not be saved.
+            continue or that another process writes, too many steps in a row that are not finite, or a last state that could not be saved.
     """
     from jaxblock import build
     from jaxblock.fit.compile import compile_step
@@ -91,7 +91,11 @@ def train(config: Config, console: Console, notes: Sequence[str] = ()) -> Outcom
     from jaxblock.training.guard.watchdog import Watchdog
     from jaxblock.training.observe.goodput import Goodput
 
-    with Goodput() as clock, Watchdog(config.train.watchdog_seconds, config.train.on_hang) as watchdog:
+    with (
+        Goodput() as clock,
+        Watchdog(config.train.watchdog_seconds, config.train.on_hang) as watchdog,
+        start.only_writer(config.train.out, console) as lock,
+    ):
         opened = start.open_session(config, console)
         if opened.finished:
             return loop.end_finished(opened, console)
@@ -104,7 +108,7 @@ def train(config: Config, console: Console, notes: Sequence[str] = ()) -> Outcom
         if not config.train.debug:
             step, plan = compile_step(config, learner, opened.mesh, lambda text: _print(console, text))
         session = start.load_session(opened, learner, console)
-        outcome = loop.run(session, step, plan, console, clock, watchdog)
+        outcome = loop.run(session, step, plan, console, clock, watchdog, lock)
         if outcome.metrics_file is not None:
             from jaxblock.reporting import plots  # imported here: it takes most of a second
 

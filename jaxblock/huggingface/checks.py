@@ -1,15 +1,52 @@
-"""Lists everything that is wrong with a checkpoint's tensors, so that one error message names all of it."""
+"""Lists everything that is wrong with a checkpoint's tensors in one message; guards an export until it is known to be right."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+import contextlib
+import functools
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+
+import jax
 
 from jaxblock.errors import UserError
 from jaxblock.huggingface.placement import stored_shape, tensor_names
 from jaxblock.huggingface.tensor_files import DTYPES, FolderContents
+from jaxblock.io.folders import discard_folder
+from jaxblock.io.locks import FolderLock, only_writer
 from jaxblock.io.paths import PathLike
 from jaxblock.models.spec import Table, flatten
+from jaxblock.parallel import processes
 from jaxblock.types import Params
+
+
+def only_exporter(folder: PathLike, *, together: bool) -> AbstractContextManager[FolderLock | None]:
+    """Keeps other processes from writing an export's folder while it is written and checked.
+
+    Args:
+        folder: the folder of the export.
+        together: whether the processes of a group write it together; process 0 then holds the lock for all.
+    """
+    lock = functools.partial(only_writer, folder)
+    return processes.entered_by_first(lock) if together else lock()
+
+
+@contextlib.contextmanager
+def kept_if_right(folder: PathLike, marker: str, *, together: bool) -> Iterator[None]:
+    """Removes an export that was just made if the block, which checks it, raises.
+
+    Args:
+        folder: the folder of the export.
+        marker: its commit marker.
+        together: whether the processes of a group have written it together; process 0 then removes it.
+    """
+    try:
+        yield
+    except BaseException:
+        if not together or jax.process_index() == 0:
+            with contextlib.suppress(OSError, UserError):  # the first error says what is wrong
+                discard_folder(folder, marker)
+        raise
 
 
 def summary_line(what: str, items: Iterable[str]) -> list[str]:

@@ -154,6 +154,25 @@ def move_folder(source: PathLike, target: PathLike) -> None:
         as_path(source).rmtree()
 
 
+def discard_folder(path: PathLike, marker: str) -> None:
+    """Removes a folder so that it does not look whole at any moment.
+
+    Args:
+        path: the folder.
+        marker: the name of its commit marker, which is removed first in an object store.
+
+    Raises:
+        UserError: the folder cannot be removed.
+    """
+    with explained("remove", path):
+        if is_remote(path):
+            remove_folder(as_path(path), marker)
+            return
+        leaving = temporary_sibling(as_path(os.path.realpath(path)))
+        os.rename(os.path.realpath(path), leaving)
+        shutil.rmtree(leaving)
+
+
 def _copy_tree(source: epath.Path, target: epath.Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for entry in source.iterdir():

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
 import sys
 import threading
 import time
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -17,8 +20,11 @@ from jax.experimental import multihost_utils
 from jaxblock.errors import UserError
 from jaxblock.parallel.environment import EXPLICIT, START_TIMEOUT, SWITCH, from_environment
 
+Held = TypeVar("Held")
+
 _LOST_SIGNS = ("Gloo", "heartbeat", "coordination service", "Connection closed by peer", "unhealthy", "preempted")
 _STATUS = re.compile(r"[A-Z]+(_[A-Z]+)*: ")
+_TEXT_BYTES = 400  # the longest text that a process sends to the others
 _place: tuple[int, int] | None = None  # (index, count) that ``start`` returned
 
 
@@ -109,6 +115,45 @@ def gather_values(values: np.ndarray) -> np.ndarray:
     if jax.process_count() == 1:
         return values
     return np.asarray(multihost_utils.process_allgather(values.astype(np.int32))).reshape(-1)
+
+
+def first_problem(problem: str | None) -> str | None:
+    """Returns the text of the first process that has a problem; None if none has. Every process must call this.
+
+    It is for checks that each process makes on its own share, or that only one makes, of which all must learn.
+    """
+    if jax.process_count() == 1:
+        return problem
+    text = np.frombuffer((problem or "").encode()[:_TEXT_BYTES], np.uint8)
+    padded = np.pad(text, (0, _TEXT_BYTES - len(text)))
+    rows = gather_values(padded).reshape(-1, _TEXT_BYTES).astype(np.uint8)
+    texts = (row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in rows)
+    return next(filter(None, texts), None)
+
+
+@contextlib.contextmanager
+def entered_by_first(context: Callable[[], AbstractContextManager[Held]]) -> Iterator[Held | None]:
+    """Enters a context in process 0 for all processes of the group. Every process must call this.
+
+    Args:
+        context: makes the context; it is called in process 0 only.
+
+    Yields:
+        What the context yields; None in other processes.
+
+    Raises:
+        UserError: the context could not be entered; raised in every process.
+    """
+    with contextlib.ExitStack() as entered:
+        held, problem = None, None
+        if jax.process_index() == 0:
+            try:
+                held = entered.enter_context(context())
+            except UserError as error:
+                problem = str(error)
+        if (problem := first_problem(problem)) is not None:
+            raise UserError(problem)
+        yield held
 
 
 def _initialize(arguments: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ from jaxblock.config.yaml import to_tree
 from jaxblock.data.loader import Batch, BatchAt, batches
 from jaxblock.errors import UserError
 from jaxblock.evaluation.runner import Evaluator
+from jaxblock.io.locks import FolderLock
 from jaxblock.io.paths import as_path
 from jaxblock.parallel import processes
 from jaxblock.training import resume
@@ -85,7 +86,13 @@ def end_finished(opened: OpenedSession, console: Console) -> Outcome:
 
 
 def run(
-    session: Session, step: Step, plan: MemoryPlan | None, console: Console, clock: Goodput, watchdog: Watchdog
+    session: Session,
+    step: Step,
+    plan: MemoryPlan | None,
+    console: Console,
+    clock: Goodput,
+    watchdog: Watchdog,
+    lock: FolderLock | None,
 ) -> Outcome:
     """Trains from the session's step to the last one, or until the run is told to stop.
 
@@ -96,13 +103,15 @@ def run(
         console: prints what happens.
         clock: measures where the time goes.
         watchdog: reports a stage that takes too long.
+        lock: the lock of the run folder; None in all processes of a group but the first.
 
     Raises:
-        UserError: too many steps in a row were not finite, or the last state could not be saved.
+        UserError: too many steps in a row were not finite, the last state could not be saved, or another process has taken
+            the run folder over.
     """
     with jax.set_mesh(session.mesh):
         try:
-            return _Loop(session, step, plan, console, clock, watchdog).run()
+            return _Loop(session, step, plan, console, clock, watchdog, lock).run()
         finally:
             session.checkpoints.close()
 
@@ -118,10 +127,11 @@ class _Loop:
         console: Console,
         clock: Goodput,
         watchdog: Watchdog,
+        lock: FolderLock | None,
     ) -> None:
         train = session.config.train
         self.session, self.config, self.console = session, session.config, console
-        self.step_fn, self.plan, self.clock, self.watchdog = step, plan, clock, watchdog
+        self.step_fn, self.plan, self.clock, self.watchdog, self.lock = step, plan, clock, watchdog, lock
         skipped_before = session.step - gating.count_updates(
             session.state.opt_state
         )  # in earlier processes of this run
@@ -316,6 +326,9 @@ class _Loop:
         )
 
     def _write(self, row: dict[str, Any]) -> None:
+        """Writes a row of metrics, unless another process has taken the run folder over; precedes every periodic save."""
+        if self.lock is not None:
+            self.lock.check()
         if self.trackers is not None:
             self.trackers.write(row)
 

@@ -12,7 +12,9 @@ refused before minutes of reading weights. What a run starts from, in order of p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import functools
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -24,8 +26,10 @@ from jaxblock.data.store.prepared_folder import Prepared, open_prepared
 from jaxblock.data.store.records import Record
 from jaxblock.diffusion import layouts
 from jaxblock.errors import UserError
+from jaxblock.io import locks
 from jaxblock.io.files import check_writable
 from jaxblock.io.folders import check_vacant
+from jaxblock.io.locks import FolderLock
 from jaxblock.io.paths import PathLike, as_path, is_remote
 from jaxblock.parallel import processes
 from jaxblock.parallel.mesh import make_mesh
@@ -41,6 +45,27 @@ from jaxblock.training.session import OpenedSession, Session
 from jaxblock.training.state import TrainState, abstract_state, create_state
 from jaxblock.training.step import Learner
 from jaxblock.types import Params
+
+
+@contextlib.contextmanager
+def only_writer(folder: PathLike, console: Console) -> Iterator[FolderLock | None]:
+    """Joins the process group, and keeps other processes from writing the run folder until the block ends.
+
+    Args:
+        folder: the run folder, which may be absent.
+        console: prints what happens; it is silenced in all processes but the first.
+
+    Yields:
+        The lock, which process 0 holds for the whole group; None in other processes.
+
+    Raises:
+        UserError: another process writes the folder; raised in every process of the group.
+    """
+    process_index, _ = processes.join_group()
+    console.quiet = process_index > 0  # only process 0 prints
+    say = functools.partial(console.out, highlight=False)
+    with processes.entered_by_first(lambda: locks.only_writer(folder, say, inside=run_folder.is_run(folder))) as lock:
+        yield lock
 
 
 def open_session(config: Config, console: Console) -> OpenedSession:

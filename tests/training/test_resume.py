@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from jaxblock.cli import main
+from jaxblock.io.locks import only_writer
 from jaxblock.training import start
 from jaxblock.training.observe.window import StepWindow
 from tests import runs
@@ -167,6 +168,30 @@ def test_what_does_not_change_learning_may_change(tiny_config: Path, tiny_run: P
     flags = ["--train.log_every", "7", "--train.eval_every", "0", "--train.resume", "must", "--model.remat", "full"]
     flags += ["--decode.temperature", "0.5", "--evaluate.grader", "exact", "--train.fsdp", "2"]
     assert main(["train", "--config", str(tiny_config), *flags]) == 0
+
+
+def test_a_second_writer_is_refused(
+    tiny_config: Path, tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every verb that writes a folder for long names the process that writes it already."""
+    new, copy = tmp_path / "new", tmp_path / "copy"
+    shutil.copytree(tiny_run, copy)
+    config = ["--config", str(tiny_config)]
+    commands = {
+        new: [
+            ["prepare", *config, "--data.prepared", str(new)],
+            ["train", *config, "--train.out", str(new)],
+            ["export", "--checkpoint", str(tiny_run), "--out", str(new)],
+        ],
+        copy: [["train", *config, "--train.out", str(copy)]],
+    }
+    for folder, inside in ((new, False), (copy, True)):
+        before = sorted(tmp_path.rglob("*"))
+        with only_writer(folder, inside=inside):
+            for command in commands[folder]:
+                assert main(command) == 2
+                assert f"{folder} is being written by process {os.getpid()} on" in capsys.readouterr().err
+        assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_other_data_or_another_start_are_refused(

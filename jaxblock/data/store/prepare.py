@@ -36,6 +36,7 @@ from jaxblock.diffusion.config import CanvasConfig
 from jaxblock.errors import UserError
 from jaxblock.io.files import write_text
 from jaxblock.io.folders import check_vacant, new_folder
+from jaxblock.io.locks import only_writer
 from jaxblock.io.paths import as_path
 
 Progress = Callable[[str], None]
@@ -59,9 +60,15 @@ def prepare(data: DataConfig, canvas: CanvasConfig, progress: Progress = _silent
         The folder's manifest.
 
     Raises:
-        UserError: If a record or a setting is wrong (the message names file and line), or the folder may not be replaced.
-            Nothing is written then.
+        UserError: If a record or a setting is wrong (the message names file and line), or the folder may not be replaced or is
+            being prepared by another process. Nothing is written then.
     """
+    with only_writer(data.prepared, progress):
+        return _prepare(data, canvas, progress)
+
+
+def _prepare(data: DataConfig, canvas: CanvasConfig, progress: Progress) -> Manifest:
+    """Does the work of ``prepare``, whose folder is locked."""
     data.check()
     canvas.check()
     data = with_recipe(data)

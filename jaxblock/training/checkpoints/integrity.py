@@ -11,7 +11,6 @@ import os
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
@@ -23,8 +22,6 @@ from jaxblock.training.checkpoints import checksums, removal
 
 PARAMS, OPTIMIZER, AVERAGE, META = "params", "optimizer", "average", "meta"
 """The names of a checkpoint's folders, for trained parameters, optimizer state, average of parameters and plain values."""
-
-_TEXT_BYTES = 400  # the longest text that a process sends to the others
 
 
 def is_whole(folder: epath.Path) -> bool:
@@ -45,10 +42,10 @@ def find_damage(folder: epath.Path, under: str = "") -> str | None:
     try:
         if checksums.has_lists(folder):
             share = (jax.process_index(), jax.process_count())
-            return first_problem(checksums.find_difference(folder, under, *share))
+            return processes.first_problem(checksums.find_difference(folder, under, *share))
     except PermissionError as error:
         raise UserError(f"cannot read {os.fspath(folder)}: permission denied") from error
-    return first_problem(_why_unreadable(folder))
+    return processes.first_problem(_why_unreadable(folder))
 
 
 def read_meta(folder: epath.Path) -> dict[str, Any]:
@@ -59,20 +56,6 @@ def read_meta(folder: epath.Path) -> dict[str, Any]:
         ValueError: they are not JSON.
     """
     return dict(ocp.JsonCheckpointHandler().restore(folder / META))
-
-
-def first_problem(problem: str | None) -> str | None:
-    """Returns the text of the first process that has a problem; None if none has. Every process must call this.
-
-    Each process checks its own share of the files, but only process 0 prints.
-    """
-    if jax.process_count() == 1:
-        return problem
-    text = np.frombuffer((problem or "").encode()[:_TEXT_BYTES], np.uint8)
-    padded = np.pad(text, (0, _TEXT_BYTES - len(text)))
-    rows = processes.gather_values(padded).reshape(-1, _TEXT_BYTES).astype(np.uint8)
-    texts = (row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in rows)
-    return next(filter(None, texts), None)
 
 
 def _is_committed(folder: epath.Path) -> bool:

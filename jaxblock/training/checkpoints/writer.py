@@ -101,7 +101,7 @@ class CheckpointWriter(CheckpointReader):
         """
         self.wait()
         refusal = self._why_unwritable()
-        problem = integrity.first_problem(None if refusal is None else _explain(refusal))
+        problem = processes.first_problem(None if refusal is None else _explain(refusal))
         if problem is None and not all(map(bool, jax.device_get(_finite(state)))):
             problem = "the state holds NaN or infinity"
         if problem is not None:

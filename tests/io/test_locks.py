@@ -1,0 +1,166 @@
+"""Tests that a folder has one writer at a time, on a disk and in an object store, and that a dead writer's lock is taken over."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+
+from jaxblock.errors import UserError
+from jaxblock.io import leases, locks
+from jaxblock.io.files import write_bytes
+from jaxblock.io.folders import list_folder
+from jaxblock.io.leases import PATIENCE, Lease
+from jaxblock.io.locks import only_writer
+from jaxblock.io.owners import Owner, is_alive, read_owner, this_process
+from jaxblock.io.paths import as_path
+
+HOLDER = "import sys; from jaxblock.io.locks import only_writer\nwith only_writer(sys.argv[1]): print('held', flush=True); sys.stdin.read()"
+
+
+@pytest.fixture(params=["disk", "bucket"])
+def folder(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> str:
+    """Returns a folder to be written, on a disk and in a bucket."""
+    if request.param == "disk":
+        return str(tmp_path / "run")
+    request.getfixturevalue("store")
+    return "gs://bucket/run"
+
+
+def _locks(folder: str) -> list[str]:
+    """Returns the files of the folder's lock."""
+    parent = as_path(folder).parent
+    return [file.name for entry in list_folder(parent) if entry.name.startswith(".") for file in list_folder(entry)]
+
+
+def test_one_writer_at_a_time_and_a_killed_one_is_succeeded(folder: str) -> None:
+    """A real process holds the lock; it is named to the second, and once it is killed the next goes on."""
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+    refusal = pytest.raises(UserError, match=rf"run is being written by process {holder.pid} on \S+, since 20")
+    with refusal, only_writer(folder):
+        pass
+    holder.send_signal(signal.SIGKILL)
+    holder.communicate()
+    assert _locks(folder)
+    with only_writer(folder), pytest.raises(UserError, match=f"process {os.getpid()} "), only_writer(folder):
+        pass
+    assert _locks(folder) == []
+
+
+def _elsewhere() -> Owner:
+    """Returns an owner that cannot be seen from here."""
+    return dataclasses.replace(this_process(), machine="another", host="far")
+
+
+@pytest.mark.parametrize("beats", [False, True])
+def test_an_owner_on_another_machine_is_watched(folder: str, beats: bool) -> None:
+    """It is refused when the owner gives a sign of life while we wait, and is taken over when it gives none."""
+    path = as_path(folder).parent / ".run.lock"
+    theirs = Lease(path, "run")
+    theirs._content = _elsewhere().as_json()
+    assert theirs._claim(7)
+    said: list[str] = []
+    waited: list[float] = []
+
+    def wait(seconds: float) -> None:
+        waited.append(seconds)
+        if beats and len(waited) == 3:
+            theirs.renew()
+
+    ours = Lease(path, "run")
+    if beats:
+        with pytest.raises(UserError, match=f"run is being written by process {os.getpid()} on far, since 20"):
+            ours.take(said.append, wait)
+        assert len(waited) == 3 and theirs.lost is None
+    else:
+        ours.take(said.append, wait)
+        assert sum(waited) == PATIENCE and _locks(folder) == ["000008"]
+        theirs.renew()  # it wakes up
+        assert theirs.lost is not None and str(os.getpid()) in theirs.lost
+        theirs.release()
+        assert _locks(folder) == ["000008"]
+    assert len(said) == 1 and "sign of life" in said[0]
+
+
+def test_a_writer_that_slept_does_not_take_a_number_that_was_passed(folder: str) -> None:
+    path = as_path(folder).parent / ".run.lock"
+    slept, new = Lease(path, "run"), Lease(path, "run")
+    for lease in (slept, new):
+        lease._content = this_process().as_json()
+    assert slept._claim(1) and new._claim(2) and new._claim(3)  # 2, which the sleeper wants next, is free again
+    slept.renew()
+    assert slept.lost is not None and _locks(folder) == ["000003"]
+
+
+def test_a_lost_lock_is_told(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread notices that another process has written the next number."""
+    monkeypatch.setattr(locks, "BEAT", 0.01)
+    with only_writer(tmp_path / "run") as lock:
+        lock.check()
+        while (lease := lock._leases[0]).lost is None:  # the thread renews at the same time, and may win a few times
+            numbers = lease._numbers() or [0]
+            try:
+                write_bytes(lease._file(numbers[-1] + 1), _elsewhere().as_json())
+            except UserError:
+                continue
+        with pytest.raises(UserError, match="was taken over by process .* on far"):
+            lock.check()
+
+
+def test_a_folder_is_locked_inside_too(tmp_path: pathlib.Path) -> None:
+    """Two containers may see the folder under other paths; a link to it is the folder itself."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to("run")
+    with only_writer(tmp_path / "link", inside=True):
+        assert sorted(os.listdir(tmp_path)) == [".run.lock", "link", "run"]
+        (tmp_path / ".run.lock").rename(tmp_path / "unseen")
+        with pytest.raises(UserError, match="is being written by"), only_writer(tmp_path / "run", inside=True):
+            pass
+        (tmp_path / "unseen").rename(tmp_path / ".run.lock")
+    assert os.listdir(tmp_path / "run") == [] and sorted(os.listdir(tmp_path)) == ["link", "run"]
+
+
+def test_a_folder_that_cannot_be_written_needs_no_lock(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    for error, told in ((PermissionError(13, "no"), 0), (OSError(30, "read-only"), 0), (OSError(28, "full"), 1)):
+
+        def fails(*arguments: object, error: OSError = error) -> None:
+            raise UserError("cannot write") from error
+
+        monkeypatch.setattr(leases, "write_bytes", fails)
+        with only_writer(tmp_path / "run", said.append):
+            pass
+        assert len(said) == told
+    assert "is not locked against other writers: cannot write" in said[0]
+
+
+def _changed(**fields: object) -> Callable[[], Owner]:
+    return lambda: dataclasses.replace(this_process(), **fields)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("owner", "alive"),
+    [
+        (this_process, True),
+        (_changed(begun=1), False),  # the process id was given to another process
+        (_changed(pid=2**22 + 5), False),
+        (_changed(pid=2**70, begun=0), False),
+        (_changed(namespace="pid:[1]"), None),
+        (_changed(machine="x"), None),
+    ],
+)
+def test_who_is_alive(owner: Callable[[], Owner], alive: bool | None) -> None:
+    assert is_alive(owner()) is alive
+    assert isinstance(read_owner(owner().as_json()), Owner)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"host": 1}', b"[" * 100_000, b"\xff"])
+def test_what_is_no_owner(content: bytes) -> None:
+    assert read_owner(content) is None
