@@ -15,9 +15,9 @@ import jaxblock
 from jaxblock import model as api
 from jaxblock.data.store.prepared_folder import open_prepared
 from jaxblock.data.store.records import Record
-from jaxblock.evaluation import runner
-from jaxblock.evaluation.results import summarise_evaluation
+from jaxblock.evaluation.results import NelboBound, Solved, summarise_evaluation
 from jaxblock.evaluation.runner import Evaluator
+from jaxblock.evaluation.statistics import mean_se
 from jaxblock.parallel import rules
 from jaxblock.parallel.mesh import make_mesh
 from jaxblock.parallel.rows import split_rows
@@ -41,25 +41,31 @@ def evaluator(model: api.Model) -> Evaluator:
     return Evaluator(model.net, model.canvas, model.encoder, decode, "gsm8k_strict", nelbo_samples=15)
 
 
-def test_a_problem_is_decoded_the_same_in_any_batch(
-    evaluator: Evaluator, model: api.Model, records: list[Record]
-) -> None:
+@pytest.fixture(scope="module")
+def solved(evaluator: Evaluator, model: api.Model, records: list[Record]) -> Solved:
     told: list[int] = []
-    by_four = evaluator.solve(model.params, records, told.append)
+    found = evaluator.solve(model.params, records, told.append)
     assert told == [4, 6]
-    by_one = dataclasses.replace(evaluator, decode=dataclasses.replace(evaluator.decode, batch_size=1))
-    assert by_one.solve(model.params, records).rows == by_four.rows
-    backwards = evaluator.solve(model.params, records[::-1])
-    assert backwards.rows[::-1] == by_four.rows
-    # And by the public interface.
+    return found
+
+
+@pytest.fixture(scope="module")
+def bound(evaluator: Evaluator, model: api.Model, records: list[Record]) -> NelboBound:
+    return evaluator.estimate_nelbo(model.params, records)
+
+
+def test_a_problem_is_decoded_the_same_in_any_batch(
+    evaluator: Evaluator, model: api.Model, records: list[Record], solved: Solved
+) -> None:
+    assert evaluator.solve(model.params, records[::-1]).rows[::-1] == solved.rows
+    # And by the public interface, all six at once.
     ids = model.decode([record.prompt_ids.tolist() for record in records], temperature=0.7)
     assert model.tokenizer is not None
     texts = [model.tokenizer.decode(model.text_ids(row)) for row in np.asarray(ids)]
-    assert [row["response"] for row in by_four.rows] == texts
+    assert [row["response"] for row in solved.rows] == texts
 
 
-def test_costs_and_verdicts(evaluator: Evaluator, model: api.Model, records: list[Record]) -> None:
-    solved = evaluator.solve(model.params, records)
+def test_costs_and_verdicts(evaluator: Evaluator, model: api.Model, records: list[Record], solved: Solved) -> None:
     assert solved.pass_at_1.correct == sum(row["correct"] for row in solved.rows) and solved.pass_at_1.n == 6
     assert solved.nfe == pytest.approx(np.mean([row["nfe"] for row in solved.rows]))
     assert solved.tokens == sum(row["tokens"] for row in solved.rows)
@@ -75,67 +81,50 @@ def test_costs_and_verdicts(evaluator: Evaluator, model: api.Model, records: lis
 
 
 def test_perfect_and_wrong_answers_are_told_apart(evaluator: Evaluator, records: list[Record]) -> None:
-    record = records[1]
-    eot, eos = evaluator.encoder.special.eot, evaluator.encoder.special.eos
-    right = np.array([*record.response_ids.tolist(), eos, eos])
-    graded = evaluator._graded(record, right, 7, (eot, eos))
+    record, stops = records[1], (evaluator.encoder.special.eot, evaluator.encoder.special.eos)
+    right = np.array([*record.response_ids.tolist(), stops[1], stops[1]])
+    graded = evaluator._graded(record, right, 7, stops)
     assert graded["correct"] and graded["stopped"] and graded["nfe"] == 7
-    assert graded["tokens"] == len(record.response_ids)
-    assert graded["response"] == record.response
-    wrong = np.array([*records[2].response_ids.tolist()])
-    assert not evaluator._graded(record, wrong, 7, (eot, eos))["correct"]
+    assert (graded["tokens"], graded["response"]) == (len(record.response_ids), record.response)
+    assert not evaluator._graded(record, records[2].response_ids, 7, stops)["correct"]
 
 
-def test_bound_agrees_with_the_interface(
-    evaluator: Evaluator, model: api.Model, records: list[Record], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sizes: list[int] = []
-    padded = runner.pad_records
-    monkeypatch.setattr(runner, "pad_records", lambda rows, canvas: sizes.append(len(rows)) or padded(rows, canvas))
-    bound = evaluator.estimate_nelbo(model.params, records)
-    assert sizes == [4, 4] and evaluator.decode.batch_size == 4  # two batches, since there are six records
+def test_bound_agrees_with_the_interface(model: api.Model, records: list[Record], bound: NelboBound) -> None:
+    """Six records in batches of four: the two rows that fill up the second batch add nothing."""
     assert bound.exact and bound.mask_se == 0
-    values, _ = model.nelbo(
-        [record.prompt_ids.tolist() for record in records],
-        [record.response_ids.tolist() for record in records],
-        samples=15,
-    )
+    responses = [record.response_ids.tolist() for record in records]
+    values, _ = model.nelbo([record.prompt_ids.tolist() for record in records], responses, samples=15)
     assert bound.per_sequence.mean == pytest.approx(values.mean(), rel=1e-5)
-    text = sum(len(record.response_ids) for record in records)
-    assert bound.per_text_token.mean == pytest.approx(values.sum() / text, rel=1e-5)
-    blocks = [-(-len(record.response_ids) // 4) for record in records]
+    assert bound.per_text_token.mean == pytest.approx(values.sum() / sum(map(len, responses)), rel=1e-5)
+    blocks = [-(-len(response) // 4) for response in responses]
     assert [count for _, count in bound.by_block] == [sum(k < b for b in blocks) for k in range(4)]
     total = sum(mean * count for mean, count in bound.by_block if count)
     assert total == pytest.approx(values.sum(), rel=1e-5)
-    # Filler rows of a short batch add nothing: three rows out of six and six rows at once agree.
-    parts = [evaluator.estimate_nelbo(model.params, records[:3]), evaluator.estimate_nelbo(model.params, records[3:])]
-    sums = [sum(mean * count for mean, count in part.by_count) for part in parts]
-    assert sum(sums) == pytest.approx(sum(mean * count for mean, count in bound.by_count), rel=1e-5)
+    # Every set of every block, and every set's -log p by the NELBO's weights 1 / (l C(4, l)).
+    assert [count for _, count in bound.by_count] == [sum(blocks) * m * math.comb(4, m) for m in (1, 2, 3, 4)]
+    parts = (mean * count / (m * math.comb(4, m)) for m, (mean, count) in enumerate(bound.by_count, 1))
+    assert sum(parts) == pytest.approx(values.sum(), rel=1e-5)
 
 
-def test_summary_is_json(evaluator: Evaluator, model: api.Model, records: list[Record]) -> None:
-    found = summarise_evaluation(
-        evaluator.solve(model.params, records[:1]),
-        evaluator.estimate_nelbo(model.params, records[:1]),
-        {"checkpoint": "x"},
-    )
+def test_summary_is_json(solved: Solved, bound: NelboBound) -> None:
+    one_row = bound._replace(per_sequence=mean_se([3.0]))
+    found = summarise_evaluation(solved, one_row, {"checkpoint": "x"})
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert found["nelbo_per_sequence"]["se"] is None  # one row has no standard error
-    assert found["pass_at_1"]["n"] == 1 and found["checkpoint"] == "x"
+    assert found["pass_at_1"]["n"] == 6 and found["checkpoint"] == "x"
     assert summarise_evaluation(None, None, {"a": 1}) == {"a": 1}
 
 
 def test_devices_share_the_rows_and_a_second_evaluation_compiles_nothing(
-    evaluator: Evaluator, model: api.Model, records: list[Record], monkeypatch: pytest.MonkeyPatch
+    evaluator: Evaluator, model: api.Model, records: list[Record], solved: Solved, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mesh = make_mesh(4, devices=jax.devices()[:4])
     params = jax.device_put(model.params, rules.replicated(mesh))
-    split = dataclasses.replace(evaluator, decode=dataclasses.replace(evaluator.decode, batch_size=4))
+    split = dataclasses.replace(evaluator)  # with no compiled decoder
     with jax.set_mesh(mesh):
-        assert split.solve(params, records).rows == evaluator.solve(model.params, records).rows
+        assert split.solve(params, records).rows == solved.rows
         (decode,) = split._compiled.values()
-        arrays = split._prompts(records[:4], 4)
-        placed = split_rows(params, arrays)
+        placed = split_rows(params, split._prompts(records[:4], 4))
         # What each device holds of the prompts, and computes of a step, is its part of the rows.
         assert {shard.data.shape[0] for shard in placed[0].addressable_shards} == {1}
         whole = next(iter(evaluator._compiled.values()))
