@@ -165,10 +165,7 @@ def truth_of():
     return build_truth
 
 
-TEXTS = {
-    "aligned": ([1, 0, 6, 2, 2, 10, EOT], [5, 3, 1, EOT]),
-    "paper": ([1, 0, 6, 2, 2, 10, 4, EOT], [5, 3, 1, EOT]),
-}
+TEXTS = {"aligned": ([1, 0, 6, 2, 2, 10, EOT], [5, 3, 1, EOT]), "paper": ([1, 0, 6, 2, 2, 10, 4, EOT], [5, 3, 1, EOT])}
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ sampler's dice replaced by a script. Every state that it passes through is logge
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -27,19 +27,6 @@ VOCAB, EOT, FILL, MASK = 11, 7, 8, 9
 P = 4
 
 
-class State(NamedTuple):
-    """What a decoder feeds its network, and what it may commit next. All of it is visible; nothing else is."""
-
-    ids: tuple
-    positions: tuple
-    open: tuple
-    read: tuple
-
-
-class Impossible(Exception):
-    """The script asks for what no dice can give."""
-
-
 def replay(prompt, layout, script):
     """LLaDA's generate with the random rule at one token a step, for one row.
 
@@ -49,26 +36,26 @@ def replay(prompt, layout, script):
         script: (response position, token) in the order in which they are committed; may end anywhere.
 
     Returns:
-        The state before each commit, and the one after the last.
+        The state before each commit, and the one after the last: what the network is fed (ids, positions), what may be
+        committed next, and which logits that reads. None where the script asks for what no dice can give.
     """
     x = np.array(list(prompt) + [layout.mask_id] * layout.response_len)
     logits_index = np.arange(len(x))  # stands for the logits: row i of them
     if layout.alignment == "shifted":
         logits_index = np.concatenate([logits_index[:1], logits_index[:-1]])
     script, states = list(script), []
-    for block in range(layout.response_len // layout.block):
-        begin = len(prompt) + block * layout.block
-        end = begin + layout.block
-        for _ in range(layout.block):
-            candidates = [i for i in range(begin, end) if x[i] == layout.mask_id]
-            reads = [int(logits_index[i]) for i in range(begin, end)]
-            states.append(State(tuple(x.tolist()), tuple(range(len(x))), tuple(candidates), tuple(reads)))
+    for begin in range(len(prompt), len(x), layout.block):
+        block = range(begin, begin + layout.block)
+        for _ in block:
+            candidates = [i for i in block if x[i] == layout.mask_id]
+            reads = [int(logits_index[i]) for i in block]
+            states.append((x.tolist(), list(range(len(x))), candidates, reads))
             if not script:
                 return states
             at, token = script.pop(0)
             # Random confidence may rank any open position first; Gumbel noise may pick any token but the mask.
             if at + len(prompt) not in candidates or token == layout.mask_id or not 0 <= token < VOCAB:
-                raise Impossible
+                return None
             x[at + len(prompt)] = token
     return states
 
@@ -78,23 +65,14 @@ def reachable(prompt, layout, seen, masked):
 
     The script is read off the row itself: what it shows of earlier blocks, then the unmasked part of its block.
     """
-    ids, length, active, at = (np.asarray(x) for x in (seen.ids, seen.length, seen.active, seen.at))
-    response = ids[len(prompt) : len(prompt) + layout.response_len]
-    start = int(active[0]) - len(prompt)
-    script = [(i, int(response[i])) for i in range(start)]
-    script += [(int(i) - len(prompt), int(ids[i])) for i, m in zip(active, masked, strict=True) if not m]
-    try:
-        state = replay(prompt, layout, script)[-1]
-    except Impossible:
-        return False
-    shown = State(
-        ids=tuple(ids[:length].tolist()),
-        positions=tuple(np.asarray(seen.positions)[:length].tolist()),
-        open=tuple(active[np.asarray(masked)].tolist()),
-        read=tuple(at.tolist()),
-    )
+    response = seen.ids[len(prompt) : len(prompt) + layout.response_len]
+    script = [(i, int(response[i])) for i in range(int(seen.active[0]) - len(prompt))]
+    script += [(int(i) - len(prompt), int(seen.ids[i])) for i in seen.active[~np.asarray(masked)]]
+    states = replay(prompt, layout, script)
+    shown = seen.ids[: seen.length], seen.positions[: seen.length], seen.active[masked], seen.at
     # The state with no position open is the next block's: training never has it (an empty set has no loss).
-    return bool(np.asarray(seen.valid).all()) and any(masked) and state == shown
+    possible = states is not None and states[-1] == tuple(field.tolist() for field in shown)
+    return possible and bool(seen.valid.all()) and any(masked)
 
 
 def _layout(alignment="same_position", block=3, context="aligned"):
@@ -104,35 +82,30 @@ def _layout(alignment="same_position", block=3, context="aligned"):
 ROWS, DRAWS = 3, 2
 
 
-def _train(layout, method, rows, key):
+@partial(jax.jit, static_argnums=(0, 1))
+def _train(layout, method, rows, seed):
     """What a training step feeds: views [K, B, ...] and draws of rows with prompts of unequal length."""
     canvas = canvases.from_rows(layout, *rows)
-    uniforms = sampling.draw_uniforms(method, layout, key, ROWS)
+    uniforms = sampling.draw_uniforms(method, layout, jax.random.key(seed), ROWS)
     draws = sampling.draw(method, layout, canvas, uniforms)
     noise = jnp.moveaxis(uniforms.noise, 1, 0) if method.needs_noise else None
     return jax.vmap(lambda d, u: corrupt(layout, canvas, d, method, u)[0])(draws, noise), draws
 
 
-_train_jit = jax.jit(_train, static_argnums=(0, 1))
-
-
 def _arrays(prompts, texts, layout):
     pad = lambda rows, n: np.array([r + [0] * (n - len(r)) for r in rows], np.int32)  # noqa: E731
     lengths = [np.array([len(r) for r in rows], np.int32) for rows in (prompts, texts)]
-    return (pad(prompts, P), lengths[0], pad(texts, layout.response_len), lengths[1], np.arange(ROWS, dtype=np.int32))
+    return pad(prompts, P), lengths[0], pad(texts, layout.response_len), lengths[1], np.arange(ROWS, dtype=np.int32)
 
 
 def _verdicts(prompts, texts, layout, seed=0, spoil=lambda view: view, **method):
     """``reachable`` of every draw that carries loss."""
-    views, draws = _train_jit(
-        layout, MethodConfig(draws=DRAWS, **method), _arrays(prompts, texts, layout), jax.random.key(seed)
-    )
-    views, draws = jax.device_get((spoil(views), draws))
-    for k in range(DRAWS):
-        for row in range(ROWS):
-            if draws.weight[k, row] > 0:
-                seen = jax.tree.map(lambda x, k=k, row=row: x[k, row], views)
-                yield reachable(prompts[row], layout, seen, draws.masked[k, row])
+    rows = _arrays(prompts, texts, layout)
+    views, draws = jax.device_get(_train(layout, MethodConfig(draws=DRAWS, **method), rows, seed))
+    views = spoil(views)
+    for at in zip(*np.nonzero(draws.weight > 0), strict=True):
+        seen = jax.tree.map(lambda x, at=at: x[at], views)
+        yield reachable(prompts[at[1]], layout, seen, draws.masked[at])
 
 
 tokens = st.integers(0, 6)
@@ -142,11 +115,7 @@ texts_of = st.lists(st.lists(tokens, max_size=11).map(lambda text: [*text, EOT])
 
 @pytest.mark.parametrize(
     "alignment, block, law",
-    [
-        ("same_position", 1, "bernoulli"),
-        ("same_position", 3, "exact_count"),
-        ("shifted", 4, "antithetic"),
-    ],
+    [("same_position", 1, "bernoulli"), ("same_position", 3, "exact_count"), ("shifted", 4, "antithetic")],
 )
 @settings(max_examples=40, deadline=None)
 @given(prompts=prompts_of, texts=texts_of, seed=st.integers(0, 2**16))
@@ -232,11 +201,10 @@ def test_the_real_decoder_passes_through_the_replays_states(alignment):
     for row, prompt in enumerate(prompts):
         order = np.argsort(out.commit_step[row])
         states = replay(prompt, layout, [(int(i), int(out.response[row, i])) for i in order])
-        for step, (state, seen) in enumerate(zip(states, net.views, strict=True)):
+        for step, ((ids, positions, _, reads), seen) in enumerate(zip(states, net.views, strict=True)):
             length = seen.length[row]
-            assert tuple(seen.ids[row, :length].tolist()) == state.ids
-            assert tuple(seen.positions[row, :length].tolist()) == state.positions
-            assert tuple(seen.at[row].tolist()) == state.read
-            assert rebuilt[step, row].tolist() == list(state.ids[len(prompt) :])
+            assert (seen.ids[row, :length].tolist(), seen.positions[row, :length].tolist()) == (ids, positions)
+            assert seen.at[row].tolist() == reads
+            assert rebuilt[step, row].tolist() == ids[len(prompt) :]
         assert rebuilt[-1, row].tolist() == out.response[row].tolist()
     assert len({tuple(np.argsort(steps)) for steps in out.commit_step}) == ROWS, "each row has its own order"

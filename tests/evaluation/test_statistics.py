@@ -51,8 +51,7 @@ def test_ratio_with_equal_weights_is_the_mean_and_with_proportional_totals_is_ce
 
 
 @pytest.mark.parametrize(
-    ("only_a", "only_b", "p"),
-    [(0, 0, 1.0), (0, 5, 2 / 32), (1, 5, 2 * (1 + 6) / 64), (3, 3, 1.0), (5, 1, 14 / 64)],
+    ("only_a", "only_b", "p"), [(0, 0, 1.0), (0, 5, 2 / 32), (1, 5, 2 * (1 + 6) / 64), (3, 3, 1.0), (5, 1, 14 / 64)]
 )
 def test_exact_mcnemar(only_a: int, only_b: int, p: float) -> None:
     assert mcnemar_p(only_a, only_b) == pytest.approx(p)

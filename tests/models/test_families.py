@@ -27,12 +27,7 @@ LLAMA: dict[str, Any] = {
     "rope_theta": 5e5,
     "bos_token_id": 1,
 }
-STRETCH = {
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
+STRETCH = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 
 
 def read(**changes: Any) -> Architecture:
