@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -57,7 +58,7 @@ class Truth(NamedTuple):
         rows: (prompt, text) of each row.
         n: supervised positions of each row's blocks.
         nll: [row, block, set, position], -log p of each masked token; NaN where there is no such set.
-        grad: [row, block, set, parameter], the gradient of the sum over the set; None if not asked for.
+        grad: [row, block, set, parameter], the gradient of the sum over the set.
     """
 
     layout: Layout
@@ -65,15 +66,14 @@ class Truth(NamedTuple):
     rows: list
     n: list
     nll: np.ndarray
-    grad: np.ndarray | None
+    grad: np.ndarray
 
     def nelbo_weights(self):
         """1 / (l C(n, l)) of every set [row, block, set]: sum over l of E[c_S / l given |S| = l]."""
         weights = np.zeros(self.nll.shape[:3])
-        for i, sizes in enumerate(self.n):
-            for k, n in enumerate(sizes):
-                for s in range(1, 2**n):
-                    weights[i, k, s] = 1 / (s.bit_count() * math.comb(n, s.bit_count()))
+        for i, k, n in ((i, k, n) for i, sizes in enumerate(self.n) for k, n in enumerate(sizes)):
+            for s in range(1, 2**n):
+                weights[i, k, s] = 1 / (s.bit_count() * math.comb(n, s.bit_count()))
         return weights
 
     def nelbo(self):
@@ -99,30 +99,24 @@ def _picture(layout, prompt, text, block, masked):
     return ids + [0] * (width - visible), visible, targets
 
 
-def _token_losses(net, params, ids, length, read, targets, masked):
-    """-log p of masked targets, from logits of the whole row."""
-    positions = jnp.arange(ids.shape[0])
-    logits = net.all_logits(params, ids[None], positions[None], length[None])[0]
-    return jnp.where(masked, -jax.nn.log_softmax(logits)[read, targets], 0.0)
-
-
-def _summed(net, params, *picture):
-    tokens = _token_losses(net, params, *picture)
+def _summed(net, params, ids, length, read, targets, masked):
+    """The sum of -log p over masked targets, and each of them, from logits of the whole row."""
+    logits = net.all_logits(params, ids[None], jnp.arange(ids.shape[0])[None], length[None])[0]
+    tokens = jnp.where(masked, -jax.nn.log_softmax(logits)[read, targets], 0.0)
     return tokens.sum(), tokens
 
 
-def _one_gradient(net, params, *picture):
+@partial(jax.jit, static_argnums=0)
+@partial(jax.vmap, in_axes=(None, None, 0, 0, 0, 0, 0))
+def _gradients(net, params, *picture):
     (_, tokens), grad = jax.value_and_grad(_summed, argnums=1, has_aux=True)(net, params, *picture)
     return tokens, ravel_pytree(grad)[0]
 
 
-_in = (None, None, 0, 0, 0, 0, 0)
-_forward = jax.jit(jax.vmap(_token_losses, _in), static_argnums=0)
-_gradients = jax.jit(jax.vmap(_one_gradient, _in), static_argnums=0)
 _lay = jax.jit(canvases.from_rows, static_argnums=0)
 
 
-def build_truth(net, params, layout, texts, gradient=False, most=64):
+def build_truth(net, params, layout, texts, most=64):
     """Enumerates every set of every block. ``most`` pads the number of pictures, so that compiled code is shared."""
     size, rows = layout.block, list(zip(PROMPTS, texts, strict=True))
     pictures, where, n = [], [], []
@@ -142,7 +136,7 @@ def build_truth(net, params, layout, texts, gradient=False, most=64):
             n[-1].append(len(targets))
     pictures += pictures[:1] * (most - len(pictures))
     batch = [np.array(column) for column in zip(*pictures, strict=True)]
-    out = (_gradients if gradient else lambda *a: (_forward(*a), None))(net, params, *batch)
+    nll, grad = _gradients(net, params, *batch)
     entries = tuple(np.array(where).T)
     shape = (len(rows), layout.n_blocks, 2**size)
 
@@ -156,7 +150,7 @@ def build_truth(net, params, layout, texts, gradient=False, most=64):
     lengths = [np.array([len(x) for x in xs], np.int32) for xs in (PROMPTS, texts)]
     index = np.arange(len(rows), dtype=np.int32)
     canvas = jax.device_get(_lay(layout, arrays[0], lengths[0], arrays[1], lengths[1], index))
-    return Truth(layout, canvas, rows, n, table(out[0]), None if out[1] is None else table(out[1]))
+    return Truth(layout, canvas, rows, n, table(nll), table(grad))
 
 
 @pytest.fixture(scope="session")
@@ -174,11 +168,11 @@ def truths():
     with jax.enable_x64(True):
         net, params = make_net()
         layouts = {
-            "aligned": make_layout("aligned"),
+            "aligned": make_layout(),
             "shifted": make_layout("aligned", "shifted"),
             "paper": make_layout("paper"),
         }
-        made = {name: build_truth(net, params, lay, TEXTS[lay.context], gradient=True) for name, lay in layouts.items()}
+        made = {name: build_truth(net, params, lay, TEXTS[lay.context]) for name, lay in layouts.items()}
         return net, params, made
 
 

@@ -12,14 +12,10 @@ import pytest
 from jaxblock.diffusion import canvas as canvases
 from jaxblock.diffusion.decoding import decoder
 from jaxblock.diffusion.decoding.config import DecodeConfig, RuleName
+from tests.diffusion.decoding import FIXED, decode_jit, decoding, padded
 
 MASK, FILL, EOT = 9, 8, 7
 PROMPTS = [[1], [2, 3], [4, 5, 6], [0, 1]]
-_decode = jax.jit(decoder.decode_prompts, static_argnums=(0, 1, 2))
-
-
-def _decoding(steps, **fields):
-    return DecodeConfig(steps_per_block=steps, **{"early_stop": False, **fields})
 
 
 @pytest.fixture(scope="module")
@@ -32,20 +28,15 @@ def layout(tiny):
     return tiny[1]()
 
 
-def _prompts(rows, width=4):
-    """Returns the ids, lengths and indices of PROMPTS[rows], for a canvas of prompts of ``width`` at most."""
-    prompts = [PROMPTS[row] for row in rows]
-    ids = np.array([p + [0] * (width - len(p)) for p in prompts], np.int32)
-    return ids, np.array([len(p) for p in prompts], np.int32), np.array(rows, np.int32)
-
-
 def _run(net, layout, options, rows, width=4, seed=3):
-    return jax.device_get(_decode(net[0], layout, options, net[1], seed, *_prompts(rows, width)))
+    """Decodes PROMPTS[rows], each under its own index."""
+    ids, lengths, _ = padded([PROMPTS[row] for row in rows], width)
+    return jax.device_get(decode_jit(net[0], layout, options, net[1], seed, ids, lengths, np.array(rows, np.int32)))
 
 
 OPTIONS = {
-    "dream": _decoding(2, rule="entropy", quota="dream", temperature=1.2, top_p=0.9, alg_temp=0.3, early_stop=True),
-    "origin": _decoding(3, rule="origin", temperature=1.0, top_k=4, cfg_scale=0.5),
+    "dream": decoding(2, rule="entropy", quota="dream", temperature=1.2, top_p=0.9, alg_temp=0.3, early_stop=True),
+    "origin": decoding(3, rule="origin", temperature=1.0, top_k=4, cfg_scale=0.5),
 }
 
 
@@ -62,7 +53,7 @@ def test_a_result_does_not_depend_on_the_batch(net, layout, name):
 
 def test_block_by_block_from_the_host_is_the_scan(net, layout):
     """What ``decode --watch`` does."""
-    options, prompts = OPTIONS["dream"], _prompts([0, 1, 2, 3])
+    options, prompts = OPTIONS["dream"], padded(PROMPTS)
 
     @jax.jit
     def begin(*prompts):
@@ -77,23 +68,6 @@ def test_block_by_block_from_the_host_is_the_scan(net, layout):
     chex.assert_trees_all_equal(found, _run(net, layout, options, [0, 1, 2, 3]))
 
 
-class Fixed:
-    """A network that sees the first token of the prompt alone: ``table[first token, response position]`` are its logits."""
-
-    def hidden(self, params, view, row_keys=None):
-        at = view.active - (view.length - params["table"].shape[1])[:, None]
-        return params["table"][view.ids[:, :1], at]
-
-    def logits(self, params, hidden):
-        return hidden
-
-    def nll(self, params, hidden, targets):
-        raise AssertionError("a decoder knows no targets")
-
-
-FIXED = Fixed()
-
-
 def _fixed(layout, options, rows):
     """Decodes the first three prompts: rows[first token][position] -> {token: logit}; every other logit is 0."""
     table = np.zeros((11, 9, 11), np.float32)
@@ -105,7 +79,7 @@ def _fixed(layout, options, rows):
 
 
 def _options(rule):
-    return _decoding(2, rule=rule, temperature=1.0 if rule in ("random", "origin", "factor") else 0.0)
+    return decoding(2, rule=rule, temperature=1.0 if rule in ("random", "origin", "factor") else 0.0)
 
 
 @pytest.mark.parametrize("rule", get_args(RuleName))
@@ -127,9 +101,9 @@ def test_steps_quota_and_commit_order(layout, rule):
     assert out.commit_step[0].tolist() == [0, 0, 1, 2, 2, 3, 4, 4, 5]
     assert out.response[0].tolist() == [1, 1, 1] + [0] * 6, "equal logits give the lowest token"
     if rule == "low_confidence":
-        idle = _fixed(layout, _decoding(5), logits)
+        idle = _fixed(layout, decoding(5), logits)
         assert idle.nfe.tolist() == [9] * 3, "a finished block takes no further steps"
-        late = _fixed(layout, _decoding(3, quota="dream"), logits)
+        late = _fixed(layout, decoding(3, quota="dream"), logits)
         assert late.commit_step[0].tolist() == [2, 1, 2, 4, 5, 5, 7, 8, 8], "Dream's first step commits nothing here"
         assert late.nfe[0] == 9
 
@@ -138,7 +112,7 @@ def test_early_stop_freezes_finished_rows_and_saves_forwards(layout):
     """Row 0 ends in its first block, row 1 in its second, row 2 never; a stop token freezes after its whole block."""
     sure = {i: {2: 20.0} for i in range(9)}
     rows = {1: sure | {1: {EOT: 20.0}}, 2: sure | {5: {FILL: 20.0}}, 4: sure}
-    stopped = _fixed(layout, _decoding(3, early_stop=True, cfg_scale=0.5, rule="confidence_threshold"), rows)
+    stopped = _fixed(layout, decoding(3, early_stop=True, cfg_scale=0.5, rule="confidence_threshold"), rows)
     assert stopped.response.tolist() == [[2, EOT, 2] + [FILL] * 6, [2, 2, 2, 2, 2, FILL] + [FILL] * 3, [2] * 9]
     assert stopped.nfe.tolist() == [2, 4, 6], "guidance costs two forwards a step"
     assert (stopped.commit_step[0, 3:] == -1).all() and (stopped.commit_step[2] == np.repeat([0, 1, 2], 3)).all()
@@ -149,7 +123,7 @@ def test_early_stop_freezes_finished_rows_and_saves_forwards(layout):
 def test_guidance_extrapolates_from_the_masked_prompt(layout):
     """Scale 1: un + 2 (cond - un) is 3 for token 1, and 2.9 or 3.1 for token 2."""
     logits = {1: {i: {1: 2.0, 2: 1.55 if i % 2 else 1.45} for i in range(9)}, MASK: {i: {1: 1.0} for i in range(9)}}
-    out = _fixed(layout, _decoding(1, cfg_scale=1.0), logits)
+    out = _fixed(layout, decoding(1, cfg_scale=1.0), logits)
     assert out.response[0].tolist() == [1, 2, 1, 2, 1, 2, 1, 2, 1] and out.nfe[0] == 6
 
 

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from jaxblock.diffusion import likelihood
-from jaxblock.diffusion.decoding import decoder
-from jaxblock.diffusion.decoding.config import DecodeConfig
+from tests.diffusion.decoding import decode_jit, decoding, padded
 
 _nelbo = jax.jit(likelihood.nelbo, static_argnums=(0, 1, 2))
 _many = jax.jit(jax.vmap(likelihood.nelbo, (None, None, None, None, None, 0)), static_argnums=(0, 1, 2))
@@ -39,7 +38,7 @@ def test_nelbo_bounds_the_decoders_likelihood(truths, truth_of, name):
     if name == "order_free":
         params = params | {"blocks": params["blocks"] | {"o": 0 * params["blocks"]["o"]}}
         texts = [text for _, text in made["aligned"].rows]
-        truth = truth_of(net, params, made["aligned"].layout, texts, gradient=True)
+        truth = truth_of(net, params, made["aligned"].layout, texts)
     else:
         truth = made[name]
     gap = truth.nelbo() + log_likelihood(truth)
@@ -107,9 +106,8 @@ def test_the_decoder_samples_from_that_likelihood(tiny):
     net, params = make_net(vocab_size=5, mask_id=4, eos_id=3, pad_id=3, n_layers=1)
     layout = make_layout(block=2, response_len=2)._replace(mask_id=4, fill_id=3, stop_ids=(3,))
     draws = 20_000
-    prompts = np.tile(np.int32([1, 2]), (draws, 1)), np.full(draws, 2, np.int32), np.arange(draws, dtype=np.int32)
-    options = DecodeConfig(steps_per_block=2, early_stop=False, rule="random", temperature=1.0)
-    out = jax.jit(decoder.decode_prompts, static_argnums=(0, 1, 2))(net, layout, options, params, 0, *prompts)
+    options = decoding(2, rule="random", temperature=1.0)
+    out = decode_jit(net, layout, options, params, 0, *padded([[1, 2]] * draws, 2))
     response = np.asarray(out.response)
     assert response.max() < 4
     seen = np.bincount(response @ [4, 1], minlength=16)

@@ -21,7 +21,7 @@ from jaxblock.diffusion.canvas import Layout
 from jaxblock.diffusion.config import MethodConfig
 from jaxblock.diffusion.corruption import corrupt
 from jaxblock.diffusion.decoding import decoder
-from jaxblock.diffusion.decoding.config import DecodeConfig
+from tests.diffusion.decoding import Fixed, decode_jit, decoding, padded
 
 VOCAB, EOT, FILL, MASK = 11, 7, 8, 9
 P = 4
@@ -166,7 +166,7 @@ def test_the_replay_refuses_what_no_decoder_shows(name):
     assert not all(verdicts)
 
 
-class Recorder:
+class Recorder(Fixed):
     """A network of random logits that writes down every view it is fed, inside the jitted decoder."""
 
     def __init__(self):
@@ -180,9 +180,6 @@ class Recorder:
     def logits(self, params, hidden):
         return hidden @ params["head"]
 
-    def nll(self, params, hidden, targets):
-        raise AssertionError("a decoder knows no targets")
-
 
 @pytest.mark.parametrize("alignment", [pytest.param("same_position", marks=pytest.mark.slow), "shifted"])
 def test_the_real_decoder_passes_through_the_replays_states(alignment):
@@ -191,10 +188,8 @@ def test_the_real_decoder_passes_through_the_replays_states(alignment):
     head = np.random.default_rng(0).normal(size=(5, VOCAB))
     params = {"scale": np.float32(3.7), "head": head.astype(np.float32)}
     prompts = [[1], [2, 3], [4, 5, 6, 0]]
-    prompt_ids, prompt_len, _, _, index = _arrays(prompts, [[EOT]] * ROWS, layout)
-    options = DecodeConfig(early_stop=False, rule="random", temperature=1.0)
-    run = jax.jit(decoder.decode_prompts, static_argnums=(0, 1, 2))
-    out = jax.device_get(run(net, layout, options, params, 5, prompt_ids, prompt_len, index))
+    options = decoding(None, rule="random", temperature=1.0)
+    out = jax.device_get(decode_jit(net, layout, options, params, 5, *padded(prompts)))
     jax.effects_barrier()
     rebuilt = decoder.responses_by_step(layout, out, layout.response_len)
     assert len(net.views) == layout.response_len and out.nfe.tolist() == [layout.response_len] * ROWS

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxblock.diffusion import canvas as canvases
-from jaxblock.diffusion.decoding import decoder, measures, transfer
+from jaxblock.diffusion.decoding import measures, transfer
 from jaxblock.diffusion.decoding.config import DecodeConfig, RuleName
 from jaxblock.diffusion.decoding.rules import RULES, Rule, check_options, unused_steps
 from jaxblock.errors import UserError
+from tests.diffusion.decoding import FIXED, decode_jit, padded
 
 
 def _with_rule(name: str, **fields) -> DecodeConfig:
@@ -47,28 +47,30 @@ def test_a_new_rule_is_one_entry(tiny, monkeypatch):
     (note,) = unused_steps(DecodeConfig(rule="factor", steps_per_block=4))
     assert "decode.steps_per_block 4 is not used" in note
 
-    net, params = tiny[0](dtype="float32", n_layers=1)
-    layout = tiny[1]()
-    canvas = canvases.for_decoding(layout, jnp.asarray([[1, 2]]), jnp.asarray([2]), jnp.asarray([0]))
-    options = _with_rule("leftmost", early_stop=False)
-    out = jax.jit(decoder.decode, static_argnums=(0, 1, 2))(net, layout, options, params, canvas, 0)
+    options, params = _with_rule("leftmost", early_stop=False), {"table": np.zeros((2, 9, 11), np.float32)}
+    out = jax.device_get(decode_jit(FIXED, tiny[1](), options, params, 0, *padded([[1, 2]])))
     assert out.commit_step[0].tolist() == [0, 0, 1, 2, 2, 3, 4, 4, 5]
 
 
-@pytest.mark.parametrize("name", RULES)
-def test_a_rule_commits_eligible_positions_alone_and_looks_at_what_it_says(name):
+def test_a_rule_looks_at_what_it_says():
     """Changing a setting that the rule does not name changes nothing that it commits."""
     block, rng = 6, np.random.default_rng(0)
-    scores = transfer.Scores(
-        jnp.zeros((5, block), jnp.int32),
-        jnp.asarray(rng.uniform(0, 1, (5, block)), jnp.float32),
-        jnp.asarray(rng.integers(0, 2, (5, block)), bool),
-    )
-    info = transfer.StepInfo(jnp.int32(0), scores.eligible.sum(-1))
     changes = {"quota": "dllm_linear", "threshold": 0.6, "factor": 3.0, "factor_rule": "v1", "eps": 0.5}
-    plain = RULES[name].transfer(DecodeConfig(rule=name, steps_per_block=2), block)(scores, info)
-    assert not np.asarray(plain & ~scores.eligible).any()
-    for field, value in changes.items():
+
+    @jax.jit
+    def every(surprise, eligible):
+        scores = transfer.Scores(jnp.zeros((5, block), jnp.int32), surprise, eligible)
+        info = transfer.StepInfo(jnp.int32(0), eligible.sum(-1))
+        found = {}
+        for name, rule in RULES.items():
+            for field, value in {"rule": name, **changes}.items():
+                options = DecodeConfig(**{"rule": name, "steps_per_block": 2, field: value})
+                found[name, field] = rule.transfer(options, block)(scores, info)
+        return found
+
+    surprise, eligible = rng.uniform(0, 1, (5, block)).astype(np.float32), rng.integers(0, 2, (5, block)).astype(bool)
+    found = jax.device_get(every(surprise, eligible))
+    for (name, field), chosen in found.items():
+        assert not (chosen & ~eligible).any()
         if field not in RULES[name].uses:
-            other = DecodeConfig(rule=name, steps_per_block=2, **{field: value})
-            np.testing.assert_array_equal(RULES[name].transfer(other, block)(scores, info), plain, err_msg=field)
+            np.testing.assert_array_equal(chosen, found[name, "rule"], err_msg=f"{name} {field}")

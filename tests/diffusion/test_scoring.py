@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 
 from jaxblock.diffusion.canvas import Layout
-from jaxblock.diffusion.decoding import decoder, measures, scoring
-from jaxblock.diffusion.decoding.config import DecodeConfig
+from jaxblock.diffusion.decoding import measures, scoring
 from jaxblock.diffusion.decoding.rules import RULES
 from jaxblock.diffusion.decoding.transfer import StepInfo
+from tests.diffusion.decoding import FIXED, decode_jit, decoding, padded
 
 VOCAB, MASK, FILL, EOT = 7, 6, 0, 1
 MANY, ALG_TEMP = 20_000, 0.4
@@ -33,10 +33,6 @@ LOGITS = np.array(
     ],
     np.float32,
 )
-
-
-def _decoding(steps, **fields):
-    return DecodeConfig(steps_per_block=steps, **{"early_stop": False, **fields})
 
 
 @partial(jax.jit, static_argnums=(0, 1, 3))
@@ -60,25 +56,12 @@ def _kept(logits, temperature=0.0, top_p=None, top_k=None, wrong=None):
     """The distribution that Dream draws from, one token at a time in float64; ``wrong`` names a mistake to make."""
     logits = np.array(logits, np.float64) / (temperature or 1.0)
     order = sorted(range(len(logits)), key=lambda token: (-logits[token], token))
-    ranked = list(order)
-    if wrong == "top_k_first":
-        ranked = ranked[: top_k or None]
+    ranked = order[:top_k] if wrong == "top_k_first" else order
     p = _softmax(logits * (temperature or 1.0) if wrong == "top_p_untempered" else logits)
-    p = p / p[ranked].sum()
-    if top_p is not None:
-        kept, before = [], 0.0
-        for token in ranked:
-            level = before + p[token] if wrong == "cuts_the_crossing_token" else before
-            if kept and level > top_p:
-                break
-            kept.append(token)
-            before += p[token]
-        ranked = kept
-    ranked = ranked[: top_k or None]
+    before = np.cumsum(p[ranked] / p[ranked].sum()) - (wrong != "cuts_the_crossing_token") * p[ranked] / p[ranked].sum()
+    kept = [token for n, token in enumerate(ranked) if top_p is None or n == 0 or before[n] <= top_p][:top_k]
     best = next(token for token in order if token != MASK)
-    cut = [token for token in range(len(logits)) if token not in {*ranked, best}]
-    logits[cut] = -np.inf
-    return _softmax(logits)
+    return _softmax(np.where(np.isin(np.arange(len(logits)), [*kept, best]), logits, -np.inf))
 
 
 FILTERS = [
@@ -92,7 +75,7 @@ FILTERS = [
 
 def test_filters_and_confidence_are_dreams():
     """Candidates, and each measure on them: the mask token's probability counts wherever it survives."""
-    every = [_decoding(1, **filters) for filters in FILTERS]
+    every = [decoding(1, **filters) for filters in FILTERS]
     left = jax.jit(lambda x: [jax.nn.log_softmax(scoring.candidates(options, MASK, x)) for options in every])(LOGITS)
     rules = ("maskgit_plus", "topk_margin", "entropy")
     cases = list(itertools.product((0, 1, 2, 4), rules))
@@ -124,7 +107,7 @@ def test_a_token_that_takes_the_sum_to_top_p_exactly_is_not_the_last():
 
 def test_other_rules_filter_the_token_but_not_the_confidence():
     """LLaDA's family: -log p of the token under the un-noised softmax of all logits."""
-    (found,) = _score(_decoding(1, temperature=2.0, top_k=1, rule="low_confidence"), many=8)
+    (found,) = _score(decoding(1, temperature=2.0, top_k=1, rule="low_confidence"), many=8)
     best = LOGITS[:, :MASK].argmax(-1)
     assert (found.token == best).all(), "top_k 1 leaves nothing to draw"
     want = [-np.log(_softmax(row.astype(float))[token]) for row, token in zip(LOGITS, best, strict=True)]
@@ -159,7 +142,7 @@ def test_tokens_are_drawn_from_what_the_filters_leave():
     """Each position's 20,000 tokens, under both conventions; every mistake of the oracle is rejected somewhere."""
     options = {"temperature": 3.0, "top_p": 0.7, "top_k": 4}
     llada = {"temperature": 0.5}
-    found = _score(_decoding(1, rule="maskgit_plus", **options), _decoding(1, **llada), many=MANY)
+    found = _score(decoding(1, rule="maskgit_plus", **options), decoding(1, **llada), many=MANY)
     seen, plain = ([np.bincount(scores.token[:, at], minlength=VOCAB) for at in range(4)] for scores in found)
 
     def worst(seen, **how):
@@ -195,9 +178,9 @@ def drawn():
     def draw(logits):
         found = {}
         for rule in MEASURED:
-            pick, found[rule] = RULES[rule].transfer(_decoding(2, rule=rule), 4), []
+            pick, found[rule] = RULES[rule].transfer(decoding(2, rule=rule), 4), []
             for temp, many in ((ALG_TEMP, MANY), (1e-5, 50), (0.0, 50)):
-                (scores,) = _scores((_decoding(2, rule=rule, alg_temp=temp),), LAYOUT, logits, many)
+                (scores,) = _scores((decoding(2, rule=rule, alg_temp=temp),), LAYOUT, logits, many)
                 found[rule].append(pick(scores, StepInfo(jnp.int32(0), jnp.full(many, 4, jnp.int32))))
             found[rule].append(scores.surprise)
         return found
@@ -230,35 +213,11 @@ def test_alg_temp_draws_positions_without_replacement(drawn, rule):
     assert _chi2(seen, twice / twice.sum()) > 1.5
 
 
-class Still:
-    """A network whose logits do not depend on what it sees."""
-
-    def hidden(self, params, view):
-        return jnp.broadcast_to(params["table"], (view.ids.shape[0], *params["table"].shape))
-
-    def logits(self, params, hidden):
-        return hidden
-
-    def nll(self, params, hidden, targets):
-        raise AssertionError("a decoder knows no targets")
-
-
-STILL = Still()
-_decode = jax.jit(decoder.decode_prompts, static_argnums=(0, 1, 2))
-
-
-def _decoded(options, many):
-    """``many`` prompts of one token, a response of one block of two."""
-    layout = LAYOUT._replace(response_len=2, block=2)
-    prompts = np.full((many, 1), 2, np.int32), np.ones(many, np.int32), np.arange(many, dtype=np.int32)
-    return jax.device_get(_decode(STILL, layout, options, {"table": LOGITS[2:]}, 5, *prompts))
-
-
 def test_origin_lifts_each_mask_by_chance_on_dreams_grid():
     """P(step i) = t_i - t_{i+1}, the rest in the last step; positions, steps and tokens independent of one another."""
     steps, eps = 3, 0.2
-    options = _decoding(steps, rule="origin", eps=eps, temperature=1.0)
-    out = _decoded(options, MANY)
+    options, layout = decoding(steps, rule="origin", eps=eps, temperature=1.0), LAYOUT._replace(response_len=2, block=2)
+    out = jax.device_get(decode_jit(FIXED, layout, options, {"table": LOGITS[None, 2:]}, 5, *padded([[0]] * MANY, 1)))
     grid = np.linspace(1, eps, steps + 1)
     when = np.append(grid[:-2] - grid[1:-1], grid[-2])
     assert abs(when.sum() - 1) < 1e-12
@@ -276,12 +235,7 @@ def test_origin_lifts_each_mask_by_chance_on_dreams_grid():
     assert against(out.commit_step, np.full(steps, 1 / steps)) > 2, "the same chance in every step"
     together = np.repeat(out.commit_step[:, :1], 2, axis=1)
     assert against(together, when) > 2, "one coin for the whole block"
-    counted = _decoded(dataclasses.replace(options, rule="random", quota="dream"), MANY)
-    assert against(counted.commit_step, when) > 2, "Dream's quota instead of its coin"
-    finished = out.commit_step.max(-1) + 1
-    np.testing.assert_array_equal(out.nfe, finished, "a block that is full takes no further forwards")
-    alone = _decoded(dataclasses.replace(options, steps_per_block=1, eps=1e-3), 5)
-    assert (alone.commit_step == 0).all()
+    assert (out.nfe == out.commit_step.max(-1) + 1).all(), "a block that is full takes no further forwards"
 
 
 def test_suppressed_stop_tokens_come_last_under_every_measure():
@@ -291,7 +245,7 @@ def test_suppressed_stop_tokens_come_last_under_every_measure():
     logits[1, 3], logits[3, 4] = 2.0, 1.0
     for how, noisy in (("confidence", "entropy"), ("none", None), ("logits", "maskgit_plus")):
         temps = {rule: 0.5 if rule == noisy else 0.0 for rule in MEASURED}
-        every = [_decoding(2, rule=rule, alg_temp=temp, eos_suppression=how) for rule, temp in temps.items()]
+        every = [decoding(2, rule=rule, alg_temp=temp, eos_suppression=how) for rule, temp in temps.items()]
         for found in _score(*every, logits=logits, many=5):
             assert (found.token == [5 if how == "logits" else FILL, 3, EOT, 4]).all()
             if how == "confidence":
@@ -306,6 +260,6 @@ def test_where_the_mask_token_alone_would_pass_the_best_other_token_is_taken():
     logits[0, MASK], logits[0, 4] = 20.0, 1.0
     filters = itertools.cycle(({"top_p": 0.5}, {"top_k": 1}))
     rules = (*MEASURED, *MEASURED[:1], "random", "origin")
-    every = [_decoding(1, rule=rule, temperature=1.0, **cut) for rule, cut in zip(rules, filters, strict=False)]
+    every = [decoding(1, rule=rule, temperature=1.0, **cut) for rule, cut in zip(rules, filters, strict=False)]
     for found in _score(*every, logits=logits, many=9, layout=LAYOUT._replace(response_len=1, block=1)):
         assert (found.token == 4).all() and not np.isnan(found.surprise).any()
