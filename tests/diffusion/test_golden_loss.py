@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from functools import partial
 
@@ -99,49 +98,34 @@ def _check_norms(grad, want, spec_table, n_layers):
         np.testing.assert_allclose(value, want[name], rtol=1e-4, atol=1e-5, err_msg=name)
 
 
-@pytest.fixture(scope="module")
-def blockwise(golden):
-    """A function: (suffix, prefix) -> (name, case, its arrays, the method, layout, canvas, draws, noise and view)."""
-    folder, cases, _ = golden
-
-    @functools.cache
-    def replayed(suffix, prefix):
-        name = f"blockwise_suffix{suffix}_prefix{prefix}"
-        case, z = cases[name], _load(folder, name)
-        layout = Layout(
-            40, case["block_size"], "same_position", "paper", None, case["mask_id"], case["pad_id"], (case["pad_id"],)
-        )
-        canvas = _canvas(layout, z["input_ids"], z["prompt_len"], z["length"])
-        how = dict(law="floored_bernoulli", weighting="masked_mean", normalize="sequences", blocks="pairs")
-        method = MethodConfig(**how, prefix_mask_rate=prefix, suffix_mask_prob=suffix)
-        with jax.enable_x64(True):  # the stored uniforms and rates are float64
-            uniforms = _replay(z["uniforms"], z["p"], z["prompt_len"], z["block_index"], layout)
-            draws, view = jax.device_get(_draw(method, layout, canvas, uniforms, z["block_index"].astype(np.int32)))
-        return name, case, z, method, layout, canvas, draws, uniforms.noise[:, 0], view
-
-    return replayed
+# The losses of the others are slow: they show the network other views, which are compared in any case.
+FAST = ((1.0, 0.0), (0.5, 0.3))
+BLOCKWISE = [pytest.param(*case, case in FAST) for case in SUFFIX_PREFIX]
+BLOCKWISE += [pytest.param(*case, True, marks=pytest.mark.slow) for case in SUFFIX_PREFIX if case not in FAST]
 
 
-@pytest.mark.parametrize("suffix, prefix", SUFFIX_PREFIX)
-def test_blockwise_masks(blockwise, suffix, prefix):
-    *_, z, _, _, _, draws, _, view = blockwise(suffix, prefix)
+@pytest.mark.parametrize("suffix, prefix, losses", BLOCKWISE)
+def test_blockwise(golden, golden_model, suffix, prefix, losses):
+    folder, cases, norms = golden
+    name = f"blockwise_suffix{suffix}_prefix{prefix}"
+    case, z = cases[name], _load(folder, name)
+    pad, block = case["pad_id"], z["block_index"].astype(np.int32)
+    layout = Layout(40, case["block_size"], "same_position", "paper", None, case["mask_id"], pad, (pad,))
+    canvas = _canvas(layout, z["input_ids"], z["prompt_len"], z["length"])
+    how = dict(law="floored_bernoulli", weighting="masked_mean", normalize="sequences", blocks="pairs")
+    method = MethodConfig(**how, prefix_mask_rate=prefix, suffix_mask_prob=suffix)
+    with jax.enable_x64(True):  # the stored uniforms and rates are float64
+        uniforms = _replay(z["uniforms"], z["p"], z["prompt_len"], block, layout)
+        draws, view = jax.device_get(_draw(method, layout, canvas, uniforms, block))
     flags = np.zeros(z["mask_flags"].shape, bool)
     for row, (at, masked, ok) in enumerate(zip(view.active, draws.masked[0], view.valid, strict=True)):
         flags[row, at[masked & ok]] = True
     np.testing.assert_array_equal(flags, z["mask_flags"])
     np.testing.assert_array_equal(view.ids, z["noisy_ids"])
     assert view.length.tolist() == [40] * len(flags)
-
-
-# The others show the network other views, which the test above compares.
-LOSSES = [pytest.param(*c, marks=() if c in ((1.0, 0.0), (0.5, 0.3)) else pytest.mark.slow) for c in SUFFIX_PREFIX]
-
-
-@pytest.mark.parametrize("suffix, prefix", LOSSES)
-def test_blockwise_losses(golden, golden_model, blockwise, suffix, prefix):
-    name, case, z, method, layout, canvas, draws, noise, _ = blockwise(suffix, prefix)
+    if not losses:
+        return
     net, params = golden_model(case["model"])
-    draws = draws._replace(weight=draws.weight.astype(np.float32))
 
     def loss(params, canvas, draws, noise, block):
         def one(canvas, draws, noise, block):
@@ -153,11 +137,12 @@ def test_blockwise_losses(golden, golden_model, blockwise, suffix, prefix):
         rows = jax.vmap(one, (0, 1, 1, 0))(canvas, draws, noise[None], block)
         return rows.mean(), rows
 
-    run = jax.jit(jax.value_and_grad(loss, has_aux=True))
-    (value, rows), grad = run(params, canvas, draws, noise.astype(np.float32), z["block_index"].astype(np.int32))
+    draws = draws._replace(weight=draws.weight.astype(np.float32))
+    noise = uniforms.noise[:, 0].astype(np.float32)
+    (value, rows), grad = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, canvas, draws, noise, block)
     np.testing.assert_allclose(rows, z["row_loss"], rtol=2e-5)
     np.testing.assert_allclose(value, case["loss"], rtol=2e-5)
-    _check_norms(grad, golden[2][name], net.param_table, net.arch.n_layers)
+    _check_norms(grad, norms[name], net.param_table, net.arch.n_layers)
 
 
 @pytest.mark.parametrize("model", [pytest.param("llada_mha", marks=pytest.mark.slow), "llada_gqa_tied"])
@@ -173,10 +158,8 @@ def test_full_sequence(golden, golden_model, model):
     canvas = _canvas(layout, z["input_ids"], z["prompt_len"], np.full(rows, width))
 
     def total(params, canvas, draws, normalize):
-        how = MethodConfig(normalize=normalize)
-        return objective.losses(
-            net, params, layout, canvas, draws, how, drawn_blocks=jnp.zeros_like(canvas.n_blocks)
-        ).loss
+        how, block = MethodConfig(normalize=normalize), jnp.zeros_like(canvas.n_blocks)
+        return objective.losses(net, params, layout, canvas, draws, how, drawn_blocks=block).loss
 
     def by_row(params, canvas, draws):
         canvases_of_one = jax.tree.map(lambda x: x[:, None], canvas)
