@@ -184,20 +184,3 @@ def test_a_signal_to_the_script_reaches_every_process() -> None:
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 75
         assert "ending the others" not in process.stderr.read()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "usage"),
-        (["two", "--", "true"], "how many processes"),
-        (["0", "--", "true"], "how many processes"),
-        (["2"], "a command"),
-        (["2", "true"], "after --"),
-        (["2", "--devices", "x", "--", "true"], "--devices must be a whole number"),
-        (["2", "--devices"], "--devices needs a value"),
-    ],
-)
-def test_mistakes(arguments: list[str], message: str) -> None:
-    done = pod(*arguments)
-    assert done.returncode == 2 and message in done.stderr

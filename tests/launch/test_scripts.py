@@ -27,22 +27,29 @@ def start(script: str, *arguments: str, **variables: str) -> subprocess.Complete
 
 
 @pytest.mark.parametrize(
-    ("script", "arguments", "message"),
+    ("command", "message"),
     [
-        ("gpu.sh", [], "usage"),
-        ("gpu.sh", ["fly"], "unknown verb 'fly'"),
-        ("gpu.sh", ["run"], "needs a command"),
-        ("gpu.sh", ["check", "--", "true"], "takes no command"),
-        ("gpu.sh", ["run", "jaxblock"], "after --"),
-        ("gpu.sh", ["run", "--gpus", "a,b", "--", "true"], "--gpus must be numbers"),
-        ("gpu.sh", ["run", "--gpus", "0,1,2", "--processes", "2", "--", "true"], "3 GPUs do not divide among 2"),
-        ("gpu.sh", ["debug", "--gpu"], "--gpu needs a value"),
-        ("slurm.sbatch", [], "usage"),
-        ("slurm.sbatch", ["jaxblock", "train"], "inside a Slurm job"),
+        ("gpu.sh", "usage"),
+        ("gpu.sh fly", "unknown verb 'fly'"),
+        ("gpu.sh run", "needs a command"),
+        ("gpu.sh check -- true", "takes no command"),
+        ("gpu.sh run jaxblock", "after --"),
+        ("gpu.sh run --gpus a,b -- true", "--gpus must be numbers"),
+        ("gpu.sh run --gpus 0,1,2 --processes 2 -- true", "3 GPUs do not divide among 2"),
+        ("gpu.sh debug --gpu", "--gpu needs a value"),
+        ("slurm.sbatch", "usage"),
+        ("slurm.sbatch jaxblock train", "inside a Slurm job"),
+        ("local_pod.sh", "usage"),
+        ("local_pod.sh two -- true", "how many processes"),
+        ("local_pod.sh 0 -- true", "how many processes"),
+        ("local_pod.sh 2", "a command"),
+        ("local_pod.sh 2 true", "after --"),
+        ("local_pod.sh 2 --devices x -- true", "--devices must be a whole number"),
+        ("local_pod.sh 2 --devices", "--devices needs a value"),
     ],
 )
-def test_mistakes(script: str, arguments: list[str], message: str) -> None:
-    done = start(script, *arguments)
+def test_mistakes(command: str, message: str) -> None:
+    done = start(*command.split())
     assert done.returncode == 2 and message in done.stdout + done.stderr
 
 
@@ -55,6 +62,7 @@ def test_one_gpu_to_debug_on() -> None:
 @pytest.mark.parametrize("made", [False, True], ids=["without .venv", "with .venv"])
 def test_a_dry_setup_installs_nothing(tmp_path: Path, made: bool) -> None:
     """The stand-in for Python records its arguments; it makes and installs nothing."""
+    (tmp_path / "launch").mkdir()
     for name in (
         "launch/gpu.sh",
         "launch/environment.sh",
@@ -62,7 +70,6 @@ def test_a_dry_setup_installs_nothing(tmp_path: Path, made: bool) -> None:
         "requirements.txt",
         "pyproject.toml",
     ):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(LAUNCH.parent / name, tmp_path / name)
     version = f"{sys.version_info[0]}{sys.version_info[1]}"
     (tmp_path / f"constraints-py{version}.txt").write_text("")

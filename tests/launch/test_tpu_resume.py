@@ -2,191 +2,139 @@
 
 from __future__ import annotations
 
-import subprocess
-from collections.abc import Callable
-from pathlib import Path
+import shlex
 from typing import Any
 
 import pytest
 
-from tests.launch.gcloud import SLICE, Desk
-
-
-@pytest.fixture
-def played(desk: Desk, tmp_path: Path) -> Callable[..., tuple[subprocess.CompletedProcess[str], list[str]]]:
-    """Returns a function that runs ``resume`` while gcloud answers from a script.
-
-    The script lists the states of the slice and of the workers' runs, in order. Waiting takes no time; how long ``resume``
-    wanted to wait is written to the file ``sleeps``. The function returns the finished process and the kinds of commands
-    that were run.
-    """
-    (tmp_path / "quick").mkdir()
-    sleep = tmp_path / "quick" / "sleep"
-    # Ends a resume that would go on for ever.
-    end = "[ $(wc -l <sleeps) -lt 100 ] || kill $PPID"
-    sleep.write_text(f"#!/bin/sh\ncd '{tmp_path}' && echo \"$1\" >>sleeps && {end}\n")
-    sleep.chmod(0o755)
-    desk.environment["PATH"] = f"{sleep.parent}:{desk.environment['PATH']}"
-
-    def play(*options: str, states: str | list[str], runs: str, **variables: str) -> tuple[Any, list[str]]:
-        lines = states.split() if isinstance(states, str) else states
-        (tmp_path / "states").write_text("\n".join(lines) + "\n")
-        (tmp_path / "runs").write_text(runs + "\n")
-        files = {"GCLOUD_STATES": str(tmp_path / "states"), "GCLOUD_RUNS": str(tmp_path / "runs")}
-        arguments = ["resume", *SLICE, *options, "--", "jaxblock", "train"]
-        done = desk.tpu(*arguments, **files, **variables)
-        kinds = ["run" if "nohup" in " ".join(call) else call[3] for call in desk.calls]
-        return done, [kind for call, kind in zip(desk.calls, kinds, strict=True) if "run: none" not in " ".join(call)]
-
-    return play
-
-
-def test_resume_starts_waits_and_ends_with_the_run(played: Any) -> None:
-    runs = "run: none\nrun: running 7\\nrun: ended 143\nrun: ended 143\\nrun: ended 143\nrun: ended 0\\nrun: ended 0"
-    done, kinds = played(states="READY READY READY READY", runs=runs)
-    assert done.returncode == 0, done.stderr
-    assert kinds == ["describe", "run", "describe", "describe", "run", "describe"]
-
-
-@pytest.mark.parametrize("codes", [(124, 134), (137, 134), (134, 134), (143, 0)])
-def test_resume_starts_again_what_hung_was_killed_or_lost_a_process(played: Any, codes: tuple[int, int]) -> None:
-    first, second = codes
-    done, kinds = played(states="READY READY", runs=f"run: ended {first}\\nrun: ended {second}\nrun: ended 0")
-    assert done.returncode == 0 and kinds == ["describe", "run", "describe"], done.stderr
-
-
-def test_a_run_that_hangs_each_time_ends_after_the_retries(played: Any) -> None:
-    hung = "run: ended 124\\nrun: ended 134"
-    done, kinds = played("--retries", "2", states="READY READY READY READY", runs="\n".join([hung] * 4))
-    assert done.returncode == 2 and "given up after 2 restarts" in done.stderr
-    assert kinds == [*["describe", "run"] * 3, "describe"]
-
-
-def test_a_mistake_of_one_worker_is_not_tried_again(played: Any) -> None:
-    done, kinds = played(states="READY", runs="run: ended 134\\nrun: ended 2\\nrun: ended 124")
-    assert done.returncode == 2 and "exit code 2" in done.stderr and kinds == ["describe"]
-
-
-def test_resume_hands_on_the_code_of_a_run_that_failed(played: Any) -> None:
-    done, kinds = played(states="READY READY", runs="run: lost\nrun: ended 143\\nrun: ended 2")
-    assert done.returncode == 2 and "ended with exit code 2" in done.stderr
-    assert kinds == ["describe", "run", "describe"]
-
-
-def test_a_preempted_slice_is_deleted_only_when_asked(played: Any) -> None:
-    done, kinds = played(states="PREEMPTED", runs="")
-    assert done.returncode == 2 and "--recreate" in done.stderr and kinds == ["describe"]
-
-
-def test_a_preempted_slice_is_made_again(played: Any) -> None:
-    recreated = ["delete", "create", "scp", "ssh", "run"]
-    done, kinds = played(
-        "--recreate", "--type", "v6e-8", "--spot", states="PREEMPTED CREATING READY", runs="run: ended 0"
-    )
-    assert done.returncode == 0, done.stderr
-    assert kinds == ["describe", *recreated, "describe", "describe"]
-
-
-def test_a_queued_slice_is_set_up_once_it_is_there(played: Any) -> None:
-    options = ["--recreate", "--type", "v6e-8", "--queued"]
-    states = "SUSPENDED ACCEPTED WAITING_FOR_RESOURCES ACTIVE ACTIVE ACTIVE"
-    done, kinds = played(*options, states=states, runs="run: not set up\\nrun: not set up\nrun: ended 0")
-    assert done.returncode == 0, done.stderr
-    assert kinds == ["describe", "delete", "create", *["describe"] * 3, "scp", "ssh", "run", "describe"]
-
-
-def test_a_setup_that_failed_is_tried_again(played: Any) -> None:
-    runs = "\n".join(["run: not set up"] * 3)
-    done, kinds = played("--retries", "1", states="READY READY READY", runs=runs, GCLOUD_FAILS="scp")
-    assert done.returncode == 2 and "given up after 1 restarts" in done.stderr and "run" not in kinds
-
-
-def test_capacity_that_never_comes_ends_after_the_retries(played: Any) -> None:
-    options = ["--recreate", "--type", "v6e-8", "--retries", "2"]
-    absent = "!NOT_FOUND"
-    done, kinds = played(*options, states=" ".join([absent] * 5), runs="", GCLOUD_FAILS="create")
-    assert done.returncode == 2 and "given up after 2 restarts" in done.stderr
-    assert kinds == [*["describe", "create"] * 3, "describe"]
-
-
-@pytest.mark.parametrize("error", ["!503", "!gcloud: line 9: python3: not found", ""])
-def test_resume_does_not_take_a_failed_look_for_a_lost_slice(played: Any, error: str) -> None:
-    done, kinds = played("--recreate", "--type", "v6e-8", states=[error, "READY"], runs="run: ended 0")
-    assert done.returncode == 0 and kinds == ["describe", "describe"]
-
-
-def _sleeps(tmp_path: Path) -> list[int]:
-    return [int(line) for line in (tmp_path / "sleeps").read_text().splitlines()]
-
-
-def test_restarts_wait_twice_as_long_each_time_and_begin_anew_after_a_run(played: Any, tmp_path: Path) -> None:
-    runs = ["run: none", *["run: lost"] * 6, "run: running 7", *["run: lost"] * 2, "run: ended 0"]
-    done, _ = played("--backoff", "100", "--poll", "7", states=["READY"] * 11, runs="\n".join(runs))
-    assert done.returncode == 0, done.stderr
-    # The first start waits for nothing; a run that is seen going is looked at every --poll.
-    assert _sleeps(tmp_path) == [100, 200, 400, 800, 900, 900, 7, 100, 200]
-    assert "restart 8 of at most 20 in 200 s" in done.stderr  # --retries counts them all
-
-
+NEW = "--recreate --type v6e-8"
 WHERE = "ERROR: (gcloud.compute.tpus.tpu-vm.describe)"
+REFUSED = "ERROR: (gcloud.compute.tpus.tpu-vm.create) INVALID_ARGUMENT: no accelerator type v9-8"
 
 
-@pytest.mark.parametrize(
-    ("error", "advice"),
-    [
-        ("PERMISSION_DENIED: Permission 'tpu.nodes.get' denied on 'projects/p/nodes/pod'", "roles/tpu.admin"),
-        (
-            "PERMISSION_DENIED: Cloud TPU API has not been used in project 1 before or it is disabled.",
-            "services enable",
-        ),
-        ("UNAUTHENTICATED: Request had invalid authentication credentials.", "gcloud auth login"),
-        ("INVALID_ARGUMENT: Location us-east5-z is not a zone", "Correct --name, --zone"),
-        ("NOT_FOUND: Project 'nobody' was not found", "Correct --zone us-east5-a or --project"),
-        ("The required property [project] is not currently set.", "--project PROJECT"),
-    ],
-)
+def play(desk: Any, options: str, states: str, runs: str) -> tuple[int, str, str]:
+    """Runs ``resume`` while gcloud answers with states of the slice and states of the workers' runs, one after the other.
+
+    Waiting takes no time; how long ``resume`` wanted to wait is written to the file ``sleeps``.
+
+    Args:
+        desk: the machine with the stand-in for gcloud.
+        options: variables of the environment and options of ``resume``, as typed in a shell.
+        states: what each look at the slice finds, such as "PREEMPTED / READY"; "!text" is an error.
+        runs: what each look at the workers finds, such as "none, running 7 / ended 0, ended 0" for two looks at two workers.
+
+    Returns:
+        The exit code, standard error, and the kinds of commands that were run.
+    """
+    looks = [
+        look if look[:1] == "!" else r"\n".join(f"run: {run}" for run in look.split(", ")) for look in runs.split(" / ")
+    ]
+    words, variables = shlex.split(options), {}
+    while words and words[0][0] != "-":
+        name, variables[name] = words.pop(0).split("=", 1)
+    sleep = desk.put("quick/sleep", f"#!/bin/sh\necho \"$1\" >>'{desk.folder}/sleeps'\n")
+    variables["PATH"] = f"{sleep.parent}:{desk.environment['PATH']}"
+    for name, answers in {"GCLOUD_STATES": states.split(" / "), "GCLOUD_RUNS": looks}.items():
+        variables[name] = str(desk.put(name, "\n".join(answers) + "\n"))
+    done = desk.tpu("resume", *words, "--", "jaxblock", "train", **variables)
+    calls = [call for call in desk.calls if "run: none" not in " ".join(call)]
+    return done.returncode, done.stderr, " ".join("run" if "nohup" in " ".join(call) else call[1] for call in calls)
+
+
+def sleeps(desk: Any) -> list[int]:
+    return [int(line) for line in (desk.folder / "sleeps").read_text().split()]
+
+
+READY = "READY / READY"
+AGAIN = "describe run describe"
+# What happens: options, states of the slice, states of the runs; the exit code, a message, commands that are run.
+# fmt: off
+PLAYS = {
+    "the run is done": ("", f"{READY} / {READY}", "none / running 7, ended 143 / ended 143, ended 143 / ended 0, ended 0",
+        0, "", f"{AGAIN} {AGAIN}"),
+    "it hung": ("", READY, "ended 124, ended 134 / ended 0", 0, "", AGAIN),
+    "it was killed": ("", READY, "ended 137, ended 134 / ended 0", 0, "", AGAIN),
+    "a process was lost": ("", READY, "ended 134, ended 134 / ended 0", 0, "", AGAIN),
+    "one process was stopped": ("", READY, "ended 143, ended 0 / ended 0", 0, "", AGAIN),
+    "it hangs each time": ("--retries 2", f"{READY} / {READY}", " / ".join(["ended 124, ended 134"] * 4),
+        2, "given up after 2 restarts", f"describe run describe run {AGAIN}"),
+    "a mistake of one worker": ("", "READY", "ended 134, ended 2, ended 124", 2, "exit code 2", "describe"),
+    "a mistake after a restart": ("", READY, "lost / ended 143, ended 2", 2, "ended with exit code 2", AGAIN),
+    "preempted": ("", "PREEMPTED", "", 2, "--recreate", "describe"),
+    "preempted and made again": (f"{NEW} --spot", "PREEMPTED / CREATING / READY", "ended 0",
+        0, "", "describe delete create scp ssh run describe describe"),
+    "queued": (f"{NEW} --queued", "SUSPENDED / ACCEPTED / WAITING_FOR_RESOURCES / ACTIVE / ACTIVE / ACTIVE",
+        "not set up, not set up / ended 0", 0, "", "describe delete create describe describe describe scp ssh run describe"),
+    "a setup that fails": ("GCLOUD_FAILS=scp --retries 1", f"READY / {READY}", " / ".join(["not set up"] * 3),
+        2, "given up after 1 restarts", "describe scp describe scp describe"),
+    "no capacity": (f"GCLOUD_FAILS=create {NEW} --retries 2", " / ".join(["!NOT_FOUND"] * 5), "",
+        2, "given up after 2 restarts", "describe create describe create describe create describe"),
+    "a type that is refused": (f"GCLOUD_FAILS=create GCLOUD_ERROR='{REFUSED}' --recreate --type v9-8", "!NOT_FOUND", "",
+        2, f"{REFUSED}\n", "describe create"),
+    "gone": (NEW, f"!{WHERE} NOT_FOUND: Resource 'projects/p/locations/us-east5-a/nodes/pod' was not found / READY",
+        "ended 0", 0, "", "describe create scp ssh run describe"),
+    # What follows is no lost slice.
+    "a failed look": (NEW, "!503 / READY", "ended 0", 0, "", "describe describe"),
+    "a broken gcloud": (NEW, "!gcloud: line 9: python3: not found / READY", "ended 0", 0, "", "describe describe"),
+    "no state": (NEW, " / READY", "ended 0", 0, "", "describe describe"),
+}
+# fmt: on
+
+
+@pytest.mark.parametrize("name", PLAYS)
+def test_what_resume_does(desk: Any, name: str) -> None:
+    options, states, runs, code, message, commands = PLAYS[name]
+    found, told, ran = play(desk, options, states, runs)
+    assert (found, ran) == (code, commands) and message in told, told
+    assert REFUSED not in told or "--type" in told.splitlines()[-1]
+
+
+def test_restarts_wait_twice_as_long_each_time_and_begin_anew_after_a_run(desk: Any) -> None:
+    runs = " / ".join(["none", *["lost"] * 6, "running 7", *["lost"] * 2, "ended 0"])
+    code, told, _ = play(desk, "--backoff 100 --poll 7", " / ".join(["READY"] * 11), runs)
+    assert code == 0, told
+    # The first start waits for nothing; a run that is seen going is looked at every --poll.
+    assert sleeps(desk) == [100, 200, 400, 800, 900, 900, 7, 100, 200]
+    assert "restart 8 of at most 20 in 200 s" in told  # --retries counts them all
+
+
+# fmt: off
+REFUSALS = [
+    ("PERMISSION_DENIED: Permission 'tpu.nodes.get' denied on 'projects/p/nodes/pod'", "roles/tpu.admin"),
+    ("PERMISSION_DENIED: Cloud TPU API has not been used in project 1 before or it is disabled.", "services enable"),
+    ("UNAUTHENTICATED: Request had invalid authentication credentials.", "gcloud auth login"),
+    ("INVALID_ARGUMENT: Location us-east5-z is not a zone", "Correct --name, --zone"),
+    ("NOT_FOUND: Project 'nobody' was not found", "Correct --zone us-east5-a or --project"),
+    ("The required property [project] is not currently set.", "--project PROJECT"),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(("error", "advice"), REFUSALS)
 @pytest.mark.parametrize("looked", ["slice", "workers"])
-def test_what_gcloud_will_always_refuse_ends_resume_at_once(played: Any, error: str, advice: str, looked: str) -> None:
+def test_what_gcloud_will_always_refuse_ends_resume_at_once(desk: Any, error: str, advice: str, looked: str) -> None:
     failed = f"!{WHERE} {error}"
-    options = ["--recreate", "--type", "v6e-8"]
-    done, kinds = played(
-        *options, states=[failed] if looked == "slice" else ["READY"], runs="" if looked == "slice" else failed
-    )
-    assert (done.returncode, kinds) == (2, ["describe"])
-    assert failed[1:] in done.stderr and advice in done.stderr.splitlines()[-1]
-
-
-def test_a_step_that_gcloud_will_always_refuse_is_not_tried_again(played: Any) -> None:
-    options = ["--recreate", "--type", "v9-8"]
-    refusal = "ERROR: (gcloud.compute.tpus.tpu-vm.create) INVALID_ARGUMENT: no accelerator type v9-8"
-    done, kinds = played(*options, states="!NOT_FOUND", runs="", GCLOUD_FAILS="create", GCLOUD_ERROR=refusal)
-    assert (done.returncode, kinds) == (2, ["describe", "create"])
-    assert refusal in done.stderr and "--type" in done.stderr.splitlines()[-1]
-
-
-def test_a_slice_that_is_gone_is_no_refusal(played: Any) -> None:
-    gone = f"!{WHERE} NOT_FOUND: Resource 'projects/p/locations/us-east5-a/nodes/pod' was not found"
-    done, kinds = played("--recreate", "--type", "v6e-8", states=[gone, "READY"], runs="run: ended 0")
-    assert done.returncode == 0 and kinds == ["describe", "create", "scp", "ssh", "run", "describe"]
+    states, runs = (failed, "") if looked == "slice" else ("READY", failed)
+    code, told, commands = play(desk, NEW, states, runs)
+    assert (code, commands) == (2, "describe")
+    assert failed[1:] in told and advice in told.splitlines()[-1]
 
 
 @pytest.mark.parametrize("looked", ["slice", "workers"])
-def test_looks_that_fail_say_why_and_end_after_the_retries(played: Any, tmp_path: Path, looked: str) -> None:
+def test_looks_that_fail_say_why_and_end_after_the_retries(desk: Any, looked: str) -> None:
     cause = "ssh: connect to host 10.0.0.2 port 22: Connection timed out"
-    fine, failed = "READY", "!" + cause
-    states = [failed] * 2 + [fine] + [failed] * 3 if looked == "slice" else [fine] * 6
-    runs = ["run: running 7"] if looked == "slice" else [failed] * 2 + ["run: running 7"] + [failed] * 3
-    done, kinds = played("--retries", "2", "--backoff", "500", states=states, runs="\n".join(runs))
+    answers = ["!" + cause] * 2 + ["running 7"] + ["!" + cause] * 3
+    states = answers[:2] + ["READY"] + answers[3:] if looked == "slice" else ["READY"] * 6
+    runs = ["running 7"] if looked == "slice" else answers
+    code, told, commands = play(desk, "--retries 2 --backoff 500", " / ".join(states), " / ".join(runs))
     # Only failures in a row count.
-    assert (done.returncode, kinds) == (2, ["describe"] * 6)
-    assert _sleeps(tmp_path) == [500, 900, 60, 500, 900]
-    assert done.stderr.count(f"cannot look at pod:\n{cause}\nretry ") == 4
-    assert done.stderr.endswith(
-        f"pod could not be looked at 3 times in a row. A run that is going goes on. The last error:\n{cause}\n"
-    )
+    assert (code, commands) == (2, "describe " * 5 + "describe")
+    assert sleeps(desk) == [500, 900, 60, 500, 900]
+    assert told.count(f"cannot look at pod:\n{cause}\nretry ") == 4
+    end = "pod could not be looked at 3 times in a row. A run that is going goes on. The last error:"
+    assert told.endswith(f"{end}\n{cause}\n")
 
 
-def test_waiting_for_capacity_is_no_failure(played: Any, tmp_path: Path) -> None:
-    waits = ["WAITING_FOR_RESOURCES", "PROVISIONING"] * 20
-    done, _ = played("--queued", "--retries", "0", states=[*waits, "ACTIVE"], runs="run: ended 0")
-    assert done.returncode == 0 and _sleeps(tmp_path) == [60] * 40
+def test_waiting_for_capacity_is_no_failure(desk: Any) -> None:
+    states = "WAITING_FOR_RESOURCES / PROVISIONING / " * 4 + "ACTIVE"
+    assert play(desk, "--queued --retries 0", states, "ended 0")[0] == 0 and sleeps(desk) == [60] * 8
