@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-import shutil
 import subprocess
 import sys
 from dataclasses import MISSING, fields, is_dataclass
@@ -18,6 +17,7 @@ from jaxblock import cli
 from jaxblock.cli import main
 from jaxblock.commands import train
 from jaxblock.errors import UserError
+from jaxblock.huggingface import companions
 from jaxblock.training.checkpoints import run_folder
 
 ROOT = Path(__file__).parents[1]
@@ -267,7 +267,7 @@ def test_a_full_disk_leaves_nothing_that_looks_whole(
         "evaluate": [*run, "--out", str(out), "--evaluate.problems", "4"],
         "export": [*run, "--out", str(out)],
     }
-    places = {"train": (run_folder, "copy_files"), "decode": (os, "fsync"), "export": (shutil, "copyfile")}
+    places = {"train": (run_folder, "copy_files"), "decode": (os, "fsync"), "export": (companions, "copy_files")}
     for verb, arguments in verbs.items():
         with monkeypatch.context() as patch:
             if verb in places:
