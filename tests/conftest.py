@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -38,6 +39,17 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"no reference data at {SHARED}")
     return SHARED
+
+
+@pytest.fixture(scope="session", autouse=True)
+def draw_curves() -> Iterator[Callable[..., None]]:
+    """Lets runs that end draw no pictures, which takes a second each; returns the function that would draw them."""
+    from jaxblock.commands import train
+
+    draw = train.draw_curves
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "draw_curves", lambda metrics_file: None)
+        yield draw
 
 
 TINY = """\

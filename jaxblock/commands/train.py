@@ -18,6 +18,7 @@ from jaxblock.training.config import TrainConfig
 from jaxblock.training.optim.config import OptimizerConfig
 
 if TYPE_CHECKING:
+    from etils import epath
     from rich.console import Console
 
     from jaxblock.models.architecture import Architecture
@@ -110,10 +111,19 @@ def train(config: Config, console: Console, notes: Sequence[str] = ()) -> Outcom
         session = start.load_session(opened, learner, console)
         outcome = loop.run(session, step, plan, console, clock, watchdog, lock)
         if outcome.metrics_file is not None:
-            from jaxblock.reporting import plots  # imported here: it takes most of a second
-
-            plots.plot_run(outcome.metrics_file, outcome.metrics_file.parent / "plots")
+            draw_curves(outcome.metrics_file)
     return outcome
+
+
+def draw_curves(metrics_file: epath.Path) -> None:
+    """Draws a run's metrics into its folder ``plots``.
+
+    Args:
+        metrics_file: the ``metrics.jsonl`` in the run folder.
+    """
+    from jaxblock.reporting import plots  # imported here: it takes most of a second
+
+    plots.plot_run(metrics_file, metrics_file.parent / "plots")
 
 
 def _print(console: Console, text: str) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from statistics import NormalDist
+from typing import NamedTuple
 
 import numpy as np
 
@@ -74,14 +75,11 @@ def wilson(correct: int, n: int, confidence: float = 0.95) -> Proportion:
         raise ValueError(f"{correct} correct of {n}")
     if n == 0:
         return Proportion(0, 0, 0.0, 1.0)
-    interval = _binomial_test(correct, n).proportion_ci(confidence, method="wilson")
-    return Proportion(correct, n, float(interval.low), float(interval.high))
-
-
-def _binomial_test(successes: int, trials: int) -> Any:
-    from scipy import stats  # type: ignore[import-untyped,unused-ignore]  # imported here because it takes 1.5 s, which training would wait for
-
-    return stats.binomtest(successes, trials)
+    z = NormalDist().inv_cdf((1 + confidence) / 2)  # not scipy's: training would wait for its import, 0.8 s
+    centre, half = correct + z * z / 2, z * math.sqrt(correct * (n - correct) / n + z * z / 4)
+    low = (centre - half) / (n + z * z) if correct > 0 else 0.0
+    high = (centre + half) / (n + z * z) if correct < n else 1.0
+    return Proportion(correct, n, low, high)
 
 
 def mean_se(values: Numbers) -> Estimate:
@@ -140,5 +138,7 @@ def mcnemar_p(only_a: int, only_b: int) -> float:
     Returns:
         The p-value; 1 without discordant pairs.
     """
+    from scipy import stats  # type: ignore[import-untyped,unused-ignore]  # imported here because it takes 0.8 s
+
     discordant = only_a + only_b
-    return float(_binomial_test(only_a, discordant).pvalue) if discordant else 1.0
+    return float(stats.binomtest(only_a, discordant).pvalue) if discordant else 1.0

@@ -17,6 +17,7 @@ from etils import epath
 
 import jaxblock
 from jaxblock.cli import main
+from jaxblock.commands import train
 from jaxblock.errors import UserError
 from jaxblock.io.files import read_bytes, write_bytes
 from jaxblock.io.folders import check_vacant, folder_bytes, list_folder, new_folder
@@ -149,7 +150,10 @@ def test_a_store_that_is_away_for_a_while_loses_no_rows(store: Store, caplog: py
 
 
 @pytest.mark.slow
-def test_a_run_lives_in_a_bucket(store: Store, tiny_config: Path, tiny_run: Path, tmp_path: Path) -> None:
+def test_a_run_lives_in_a_bucket(
+    store: Store, tiny_config: Path, tiny_run: Path, tmp_path: Path, draw_curves: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "draw_curves", draw_curves)
     bucket = "gs://bucket/some folder"
     common = ["--config", str(tiny_config), "--data.prepared", f"{bucket}/prepared"]
     assert main(["prepare", *common]) == 0
