@@ -42,7 +42,7 @@ Saved = Callable[..., Path]
 def _small(family: str = "llada", dtype: Any = jnp.float32, **changes: Any) -> tuple[Architecture, Params]:
     arch = Architecture(family=family, **(SIZES | registry.traits(family) | changes))
     params = random_params(registry.param_table(arch), std=0.1)
-    return arch, jax.tree.map(lambda leaf: jnp.asarray(leaf.astype(dtype)), params)
+    return arch, jax.device_put(jax.tree.map(lambda leaf: leaf.astype(dtype), params))
 
 
 @pytest.fixture(scope="session")

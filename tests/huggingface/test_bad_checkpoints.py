@@ -47,7 +47,7 @@ Q1 = "model.transformer.blocks.1.q_proj.weight"
 HEAD = "model.transformer.ff_out.weight"
 
 
-PARAMS = jax.tree.map(jnp.asarray, random_params(registry.param_table(ARCH)))
+PARAMS = jax.device_put(random_params(registry.param_table(ARCH)))
 
 
 @pytest.fixture(scope="module")

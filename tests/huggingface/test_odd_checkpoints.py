@@ -60,7 +60,7 @@ def test_code_that_is_not_beside_the_weights_is_named(saved: Any, tmp_path: Path
 def adapted(base: Path, **options: Any) -> Any:
     model = jaxblock.load(base, **options)
     lora = Lora(2, 4.0, 0.0, ("blocks/q",))
-    adapters = jax.tree.map(jnp.asarray, random_params(adapter_table(registry.param_table(model.arch), lora)))
+    adapters = jax.device_put(random_params(adapter_table(registry.param_table(model.arch), lora)))
     net = dataclasses.replace(model.net, lora=lora)
     return dataclasses.replace(model, net=net, params=attach(model.params, adapters), base=str(base))
 

@@ -30,7 +30,7 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 def random_adapters(arch: Any, lora: Lora) -> Params:
     """Makes adapters with two random matrices: PEFT (and we) begin with b = 0, which would hide every mistake."""
-    return jax.tree.map(jnp.asarray, random_params(adapter_table(registry.param_table(arch), lora)))
+    return jax.device_put(random_params(adapter_table(registry.param_table(arch), lora)))
 
 
 def logits(net: Transformer, params: Params, ids: np.ndarray) -> np.ndarray:

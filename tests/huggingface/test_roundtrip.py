@@ -56,7 +56,7 @@ def test_import_export_import_keeps_every_bit(small: Any, tmp_path: Path, family
     # Every bit pattern that is not NaN must survive, zero's sign and subnormals too.
     embed = np.array(params["embed"])
     embed[0, :2] = np.array([-0.0, 1e-40]).astype(dtype)
-    params = {**params, "embed": jnp.asarray(embed)}
+    params = {**params, "embed": jax.device_put(embed)}
     save_checkpoint(tmp_path / "a", arch, params)
     arch_a, params_a = load_checkpoint(tmp_path / "a")
     assert_same_bits(params, params_a)
@@ -175,12 +175,12 @@ def test_a_wrong_tree_is_not_exported(small: Any, tmp_path: Path) -> None:
 
 def test_verify_sees_a_changed_weight_and_a_changed_config(small: Any, saved: Any, tmp_path: Path) -> None:
     arch, params = small()
-    net, ids = Transformer(arch), jnp.asarray(np.arange(12, dtype=np.int32).reshape(2, 6))
+    net, ids = Transformer(arch), jax.device_put(np.arange(12, dtype=np.int32).reshape(2, 6))
 
     def with_norm(value: float) -> Params:
         norm = np.array(params["final_norm"])
         norm[3] = value
-        return {**params, "final_norm": jnp.asarray(norm)}
+        return {**params, "final_norm": jax.device_put(norm)}
 
     with pytest.raises(UserError, match="should be equal"):
         verify_checkpoint(saved(), net, with_norm(1e-3), ids)

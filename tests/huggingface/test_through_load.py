@@ -34,7 +34,7 @@ def test_a_folder_of_adapters_is_its_base_and_them(small: Any, saved: Any, tmp_p
     arch, params = small()
     lora = Lora(2, 4.0, 0.0, ("blocks/q", "blocks/down"))
     table = adapter_table(registry.param_table(arch), lora)
-    adapters = jax.tree.map(jnp.asarray, random_params(table, std=0.3))
+    adapters = jax.device_put(random_params(table, std=0.3))
     peft.save_adapter(tmp_path / "adapters", arch, lora, adapters, base=str(tmp_path / "base"))
     shutil.copytree(saved(), tmp_path / "base")
     merged = jax.jit(merge, static_argnums=1)(attach(params, adapters), lora)
