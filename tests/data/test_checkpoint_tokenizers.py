@@ -37,10 +37,7 @@ def _prepare(folder: pathlib.Path, rows: list[Any], **data: Any) -> Prepared:
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {"train": str(folder / "train.jsonl"), "test": None, "validation_records": 0, "template": "tokenizer"}
     out = str(folder / f"out{len(list(folder.glob('out*')))}")
-    prepare(
-        DataConfig(**{"prepared": out, **settings, **data}),
-        CanvasConfig(prompt_len=200, response_len=96),
-    )
+    prepare(DataConfig(**{"prepared": out, **settings, **data}), CanvasConfig(prompt_len=200, response_len=96))
     return open_prepared(out)
 
 

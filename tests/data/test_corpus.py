@@ -35,7 +35,7 @@ def _all_chains(level):
 @EVERY_LEVEL
 def test_answers_are_worked_within_the_levels_bounds(level):
     bound = corpus.LEVELS[level]
-    for record in corpus.generate("train", 300, level=level):
+    for record in corpus.generate("train", 100, level=level):
         assert set(record) == {"question", "answer"}
         chain = corpus.chain_of(record)
         totals = _replay(chain)
@@ -47,7 +47,7 @@ def test_answers_are_worked_within_the_levels_bounds(level):
 
 @EVERY_LEVEL
 def test_the_question_states_the_chains_numbers_in_order_and_nothing_is_left_unfilled(level):
-    for record in corpus.generate("test", 300, level=level):
+    for record in corpus.generate("test", 100, level=level):
         start, *moves = corpus.chain_of(record)
         assert [int(number) for number in re.findall(r"\d+", record["question"])] == [start, *(n for _, n in moves)]
         assert record["question"].endswith("?") and not set("{}\n") & set(record["question"])
@@ -61,8 +61,8 @@ def test_every_level_needs_at_least_two_dependent_steps():
 @EVERY_LEVEL
 def test_splits_are_disjoint_whatever_the_seeds(level):
     train, test = (
-        corpus.generate("train", 1_000, level=level, seed=0),
-        corpus.generate("test", 300, level=level, seed=7),
+        corpus.generate("train", 400, level=level, seed=0),
+        corpus.generate("test", 200, level=level, seed=7),
     )
     train_chains, test_chains = ({corpus.chain_of(record) for record in records} for records in (train, test))
     assert len(train_chains) == len(train) and len(test_chains) == len(test)

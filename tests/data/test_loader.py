@@ -47,7 +47,7 @@ ids = st.lists(st.integers(0, 2**31 - 1), max_size=6).map(lambda values: np.arra
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 
 
-@settings(deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.builds(Record, ids, ids, texts, texts, texts, st.integers(0, 2**32 - 1)))
 def test_a_record_round_trips(record: Record) -> None:
     again = decode_record(encode_record(record))
@@ -140,7 +140,7 @@ def test_an_epoch_visits_everything_once_and_each_epoch_is_shuffled_anew(kind: s
     assert [(int(b.index[0]), int(b.block[0])) for b in map(other, range(n, 2 * n))] not in epochs
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     seed=st.integers(0, 2**40),
     step=st.integers(0, 10**9),
@@ -157,10 +157,10 @@ def test_slices_of_processes_make_up_the_batch(seed: int, step: int, kind: Block
     assert _same(Batch(*map(np.concatenate, zip(*(at(i, n) for i in range(n)), strict=True))), whole)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])  # starting them takes seconds
 def test_a_start_at_any_step_and_any_worker_count_give_the_same_batches(source: Records, workers: int) -> None:
     at = BatchAt(RECORDS, canvas=CANVAS, seed=1, batch_size=6, kind="pairs")
-    for start in (13,) if workers else (0, 13):  # starting workers takes seconds
+    for start in (13,) if workers else (0, 13):
         of_file = BatchAt(source, canvas=CANVAS, seed=1, batch_size=6, kind="pairs")
         batches = loader.batches(of_file, start_step=start, workers=workers)
         for step, batch in zip(range(start, start + 9), batches, strict=False):

@@ -262,6 +262,7 @@ def test_another_versions_folder_is_named(tmp_path: pathlib.Path) -> None:
             open_prepared(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_gsm8k_is_prepared(tmp_path: pathlib.Path, shared: pathlib.Path) -> None:
     files = {split: str(shared / f"data/gsm8k/{split}.jsonl") for split in ("train", "test")}
     head = tmp_path / "train.jsonl"  # the whole takes seconds too, but not under runtime type checks

@@ -169,12 +169,8 @@ def test_a_conversation_is_never_split(tmp_path: pathlib.Path) -> None:
 
 def test_gsm8k_is_read_whole(shared: pathlib.Path) -> None:
     examples = read_source(str(shared / "data/gsm8k/test.jsonl"), _config(), "test").examples
-    assert len(examples) == 1319
-    assert examples[0].prompt.startswith("Janet")
-    assert examples[-1].source == "test.jsonl:1319"
-    train = read_source(str(shared / "data/gsm8k/train.jsonl"), _config(), "train").examples
-    assert len(train) == 7473
-    assert all("\n#### " in example.response for example in examples + train)
+    assert len(examples) == 1319 and all("\n#### " in example.response for example in examples)
+    assert examples[0].prompt.startswith("Janet") and examples[-1].source == "test.jsonl:1319"
 
 
 def _write(path: pathlib.Path, n: int) -> str:

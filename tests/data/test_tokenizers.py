@@ -47,7 +47,7 @@ def test_every_model_type_round_trips(kind: str) -> None:
     assert "\n" in [tokenizer.piece(i) for i in tokenizer.encode("1\n2")]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
 def test_any_text_round_trips(pieces: SentencePieceTokenizer, text: str) -> None:
     assert pieces.decode(pieces.encode(text), skip_special=False) == text
@@ -55,7 +55,7 @@ def test_any_text_round_trips(pieces: SentencePieceTokenizer, text: str) -> None
 
 def test_gsm8k_round_trips(shared: pathlib.Path, pieces: SentencePieceTokenizer) -> None:
     with open(shared / "data/gsm8k/test.jsonl") as file:
-        for line in file:
+        for line in list(file)[:400]:
             record = json.loads(line)
             for text in (record["question"], record["answer"]):
                 assert pieces.decode(pieces.encode(text)) == text

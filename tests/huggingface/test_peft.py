@@ -10,7 +10,6 @@ from typing import Any
 
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -195,10 +194,7 @@ def test_peft_agrees_on_what_a_name_hits(small: Any) -> None:
         assert bool(check_target_module_exists(config, f"model.transformer.{name}")) == bool(hit)
 
 
-MODELS = {
-    "Llama": ("q", "o", "gate", "down"),
-    "Qwen2": ("q", "k", "v", "o", "gate", "up", "down"),
-}
+MODELS = {"Llama": ("q", "o", "gate", "down"), "Qwen2": ("q", "k", "v", "o", "gate", "up", "down")}
 
 
 @pytest.mark.parametrize("name", MODELS)

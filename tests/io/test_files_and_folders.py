@@ -133,8 +133,7 @@ def test_what_may_be_replaced(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize(
-    ("appears", "problem"),
-    [("made", "a file"), ("made/thesis.tex", "holds no MARK"), ("made/MARK", "exists already")],
+    ("appears", "problem"), [("made", "a file"), ("made/thesis.tex", "holds no MARK"), ("made/MARK", "exists already")]
 )
 def test_what_appears_meanwhile_stays(tmp_path: pathlib.Path, appears: str, problem: str, overwrite: bool) -> None:
     """Only another whole folder may be replaced, and that only where it is asked for."""

@@ -10,39 +10,37 @@ import pytest
 from jaxblock.parallel import collectives, rules
 from jaxblock.parallel.mesh import make_mesh
 
+Names = tuple[str | None, str | None]
 USED = ("embed", "heads")
 MESHES = [
-    ({"fsdp": 8, "data": 1}, ("embed", "heads"), USED),
-    ({"fsdp": 4, "data": 2}, ("embed", "heads"), USED),
-    ({"fsdp": 4, "data": 1, "tensor": 2}, ("embed", "heads"), USED),
-    ({"fsdp": 4, "data": 1, "tensor": 2}, ("adapter", None), ("embed", None)),
-    ({"fsdp": 4, "data": 1, "slices": 2}, ("heads", "embed"), ("heads", "embed")),
+    ({"fsdp": 8, "data": 1}, ("embed", "heads"), USED, 8),
+    ({"fsdp": 4, "data": 2}, ("embed", "heads"), USED, 2),
+    ({"fsdp": 4, "data": 1, "tensor": 2}, ("embed", "heads"), USED, 2),
+    ({"fsdp": 4, "data": 1, "tensor": 2}, ("adapter", None), ("embed", None), 8),
+    ({"fsdp": 4, "data": 1, "slices": 2}, ("heads", "embed"), ("heads", "embed"), 2),
 ]
+"""Sizes, how the matrix is stored and used, and how many devices sum in one stage: with 2, four or eight take two stages."""
 
 
-@pytest.mark.parametrize("one_stage", [8, 2])  # 2: four or eight devices sum in two stages, as 16 and more do
-@pytest.mark.parametrize(("sizes", "stored", "used"), MESHES)
+@pytest.mark.parametrize(("sizes", "stored", "used", "one_stage"), MESHES)
 def test_parts_add_up_to_the_sum_where_the_matrix_is_stored(
-    sizes: dict[str, int],
-    stored: tuple[str | None, str | None],
-    used: tuple[str | None, str | None],
-    one_stage: int,
-    monkeypatch: pytest.MonkeyPatch,
+    sizes: dict[str, int], stored: Names, used: Names, one_stage: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(collectives, "_SINGLE_STAGE_LIMIT", one_stage)
-    mesh = make_mesh(**sizes)
+    mesh, draw = make_mesh(**sizes), np.random.default_rng(0)
     # Whole numbers: every order of adding gives the same.
-    left = jax.random.randint(jax.random.key(0), (16, 3, 8), -9, 9).astype(jnp.float32)
-    right = jax.random.randint(jax.random.key(1), (16, 3, 16), -9, 9).astype(jnp.float32)
+    left, right = (draw.integers(-9, 10, (16, 3, width)).astype(np.float32) for width in (8, 16))
 
     def product(a: jax.Array, b: jax.Array) -> jax.Array:
         return jnp.einsum("bti,bto->io", a, b)
 
+    def total(a: jax.Array, b: jax.Array) -> jax.Array:
+        return collectives.sum_over_devices(collectives.partial_sums(product, a, b, used), used, stored)
+
     with jax.set_mesh(mesh):
-        parts = jax.jit(lambda a, b: collectives.partial_sums(product, a, b, used))(left, right)
-        summed = jax.jit(lambda parts: collectives.sum_over_devices(parts, used, stored))(parts)
+        summed = jax.jit(total)(left, right)
     assert summed.sharding.is_equivalent_to(rules.sharding(mesh, *stored), 2)
-    np.testing.assert_array_equal(summed, product(left, right))
+    np.testing.assert_array_equal(summed, np.einsum("bti,bto->io", left, right))
 
 
 @pytest.mark.parametrize("size", [12, 16, 32, 64, 128, 256])
