@@ -185,9 +185,9 @@ def test_nothing_that_fits_is_an_error(tmp_path: pathlib.Path, jsonl: Jsonl) -> 
     [
         ({"response_len": 32, "block": 13}, {}, "does not divide .*: set block to 16 or response_len to 39"),
         ({"response_len": 30, "block": 8}, {}, "does not divide .*: set block to 6 or response_len to 32"),
-        ({"block": 0}, {}, "canvas.block is 0: it must be at least 1"),
+        ({"block": 0}, {}, "canvas.block is 0: it must be from 1"),
         ({"prompt_len": -1}, {}, "canvas.prompt_len is -1"),
-        ({}, {"builtin_test": -1}, "data.builtin_test is -1: it must be 0 or more"),
+        ({}, {"builtin_test": -1}, "data.builtin_test is -1: it must be from 0"),
     ],
 )
 def test_settings_are_checked_first(canvas: dict[str, int], data: dict[str, int], complaint: str) -> None:
