@@ -64,7 +64,9 @@ def architecture(config: Config, prepared: Prepared, run: Run | None) -> Archite
     if config.model.init_from is not None:
         return _source_architecture(local_checkpoint(config.model.init_from, weights=False), config, prepared)
     special, vocab = prepared.special, prepared.manifest.vocab_size
-    return registry.architecture_from_config(config.model, vocab_size=vocab, mask_id=special.mask, eos_id=special.eos)
+    return registry.architecture_from_config(
+        config.model, vocab_size=vocab, mask_id=special.mask, eos_id=special.eos, pad_id=special.pad
+    )
 
 
 def starting_weights(config: Config, net: Transformer, mesh: Mesh, console: Console) -> Weights:

@@ -110,13 +110,20 @@ def test_another_base_is_refused(run: Path, base: Path, tiny_config: Path, tmp_p
 
 
 def test_a_base_is_known_by_its_end_too(tmp_path: Path, tiny_run: Path) -> None:
-    """Only the start and the end of a large file are read; of a run, the step is part of the identity."""
+    """Only the start and the end of a large file are read; of a run, the step and the weights are part of the identity."""
     file, found = tmp_path / "model.safetensors", set()
     for content in (bytes(300_000), bytes(299_999) + b"x", bytes(300_001)):
         file.write_bytes(content)
         found.add(identify_base(str(tmp_path)).fingerprint)
     assert len(found) == 3
     assert len({identify_base(str(tiny_run), step).fingerprint for step in (100, 120, "latest")}) == 2
+    again = shutil.copytree(tiny_run, tmp_path / "again")
+    before = [identify_base(str(again), 120, form) for form in (1, 2)]
+    (again / "config.yaml").write_text((again / "config.yaml").read_text().replace("log_every: 1", "log_every: 5"))
+    assert [identify_base(str(again), 120, form) == before[form - 1] for form in (1, 2)] == [False, True]
+    (sums,) = (again / "checkpoints" / "120").glob("whole-*")
+    sums.write_text(sums.read_text().replace("[", "[1", 1))
+    assert identify_base(str(again), 120) != before[1]
 
 
 def test_exports_give_the_same_network(

@@ -141,7 +141,7 @@ def others(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     template.write_text("{% for m in messages %}{{ m.content + eot_token }}{% endfor %}")
     changes: dict[str, dict[str, Any]] = {
         "tokens": {"tokenizer_type": "unigram", "vocab_size": size},
-        "template": {"tokenizer": str(Path(data.prepared) / "tokenizer"), "template": str(template)},
+        "template": {"tokenizer": data.prepared, "template": str(template)},
     }
     for name, fields in changes.items():
         prepare(dataclasses.replace(data, prepared=str(folder / name), **fields), load_config(str(tiny_config)).canvas)

@@ -66,7 +66,7 @@ def check_same_text(text: CheckpointText, prepared: Prepared, *, allow_other_tem
     if allow_other_template:
         return
     allow = "or set data.allow_other_template to pair them all the same"
-    if not _same_template(text.encoder.template, prepared.encoder.template):
+    if not _same_template(text.encoder.template, prepared.encoder.template, text.recorded):
         names = f"{text.encoder.template.name!r} and {prepared.encoder.template.name!r}, which write a conversation differently"
         raise UserError(
             f"{both} chat templates ({names}): prepare the data with the checkpoint's (data.template), {allow}"
@@ -105,9 +105,16 @@ def _same_tokenizer(theirs: Tokenizer, ours: Tokenizer, mask: int | None) -> boo
     return a == b
 
 
-def _same_template(theirs: Template, ours: Template) -> bool:
-    """Tells whether two templates write every one of a few conversations alike."""
-    if theirs.source == ours.source and theirs.tokens == ours.tokens:
+def _same_template(theirs: Template, ours: Template, recorded: bool) -> bool:
+    """Tells whether two templates write every one of a few conversations alike.
+
+    Args:
+        theirs: the checkpoint's template.
+        ours: the template of the data.
+        recorded: whether the checkpoint records what its template wrote for `eot_token` and the like; where it does not, its
+            text alone decides.
+    """
+    if theirs.source == ours.source and (theirs.tokens == ours.tokens or not recorded):
         return True
     return all(_written(theirs, turns) == _written(ours, turns) for turns in _CONVERSATIONS)
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxblock.data.config import DataConfig
-from jaxblock.data.tokens.special import SpecialIds
+from jaxblock.data.tokens.special import SpecialIds, special_from_json
 from jaxblock.data.tokens.templates import Template
 from jaxblock.data.tokens.tokenizer import BOS, EOS, EOT, MASK, Tokenizer, token_text
 from jaxblock.data.tokens.tokenizer_json import HuggingFaceTokenizer
@@ -41,13 +41,7 @@ def ids_in_checkpoint(path: PathLike) -> dict[str, int]:
     Raises:
         UserError: If there is a config.json that is not a JSON object.
     """
-    target = as_path(local_checkpoint(path, weights=False))
-    file = (target if target.is_dir() else target.parent) / "config.json"
-    if not file.exists():
-        return {}
-    content = read_json(file)
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: a checkpoint's config.json holds one JSON object, this does not")
+    content = _read_beside(path, "config.json")
     found = {}
     for name in ("mask", "eos"):
         value = content.get(f"{name}_token_id")
@@ -64,16 +58,33 @@ def ends_in_checkpoint(path: PathLike) -> tuple[int, ...]:
         path: The tokenizer's folder, file or hub name.
 
     Raises:
-        UserError: If one of the files is there and is not JSON.
+        UserError: If one of the files is there and is not a JSON object.
+    """
+    listed: list[Any] = []
+    for name in ("config.json", "generation_config.json"):
+        ends = _read_beside(path, name).get("eos_token_id")
+        listed += ends if isinstance(ends, list) else [ends]
+    return tuple(dict.fromkeys(i for i in listed if isinstance(i, int) and not isinstance(i, bool) and i >= 0))
+
+
+def _read_beside(path: PathLike, name: str) -> dict[str, Any]:
+    """Reads a JSON file beside a tokenizer; returns {} where there is none.
+
+    Runs and prepared data have no config.json: what it would say about special ids is in their manifest.
     """
     target = as_path(local_checkpoint(path, weights=False))
     folder = target if target.is_dir() else target.parent
-    listed: list[Any] = []
-    for name in ("config.json", "generation_config.json"):
-        content = read_json(folder / name) if (folder / name).exists() else {}
-        ends = content.get("eos_token_id") if isinstance(content, dict) else None
-        listed += ends if isinstance(ends, list) else [ends]
-    return tuple(dict.fromkeys(i for i in listed if isinstance(i, int) and not isinstance(i, bool) and i >= 0))
+    manifest = folder / "manifest.json"
+    if name == "config.json" and manifest.exists() and not (folder / name).exists():
+        try:
+            special = special_from_json(read_json(manifest)["special"])
+        except (TypeError, KeyError, AttributeError) as error:
+            raise UserError(f"{manifest} is neither that of a run nor that of prepared data ({error!r})") from error
+        return {"mask_token_id": special.mask, "eos_token_id": [special.eos, special.eot, *(special.ends or ())]}
+    content = read_json(folder / name) if (folder / name).exists() else {}
+    if not isinstance(content, dict):
+        raise UserError(f"{folder / name}: a checkpoint's {name} holds one JSON object, this does not")
+    return content
 
 
 def add_mask(tokenizer: Tokenizer, config: DataConfig, checkpoint: Mapping[str, int]) -> Tokenizer:

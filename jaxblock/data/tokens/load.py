@@ -29,7 +29,7 @@ def has_tokenizer(folder: PathLike) -> bool:
 
 
 def load_tokenizer(path: PathLike) -> Tokenizer:
-    """Reads a tokenizer: a SentencePiece .model, a tokenizer.json, or a folder (or hub name) that contains one.
+    """Reads a tokenizer: a SentencePiece .model, a tokenizer.json, or a folder (a run, or a hub name) that contains one.
 
     A folder's tokenizer.json is preferred, then vocab.json with merges.txt (Dream ships its Qwen2 tokenizer so), then a
     .model. These files beside it become part of the tokenizer: tokenizer_config.json, special_tokens_map.json,
@@ -41,6 +41,8 @@ def load_tokenizer(path: PathLike) -> Tokenizer:
     name = local_checkpoint(path, weights=False)
     target = as_path(name)
     with explained("read the tokenizer", name):
+        if (target / "manifest.json").exists() and (target / "tokenizer").is_dir():
+            target = target / "tokenizer"  # of a run or of prepared data
         if target.is_dir():
             models = sorted(entry.name for entry in target.iterdir() if entry.name.endswith(".model"))
             names = ["tokenizer.json", "merges.txt", *models]

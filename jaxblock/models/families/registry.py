@@ -75,7 +75,9 @@ def with_mask(arch: Architecture, mask_id: int, alignment: Alignment | None = No
     return replace(arch, mask_id=mask_id, alignment=chosen, vocab_size=rows)
 
 
-def architecture_from_config(model: ModelConfig, *, vocab_size: int, mask_id: int, eos_id: int) -> Architecture:
+def architecture_from_config(
+    model: ModelConfig, *, vocab_size: int, mask_id: int, eos_id: int, pad_id: int | None = None
+) -> Architecture:
     """Returns the architecture of a new network with random weights, for a tokenizer's vocabulary.
 
     Args:
@@ -83,6 +85,7 @@ def architecture_from_config(model: ModelConfig, *, vocab_size: int, mask_id: in
         vocab_size: the number of the tokenizer's ids.
         mask_id: the tokenizer's mask token.
         eos_id: the tokenizer's end of sequence.
+        pad_id: the tokenizer's padding; None for its end of sequence.
 
     Raises:
         UserError: ``model.alignment`` contradicts that of a diffusion family.
@@ -103,7 +106,7 @@ def architecture_from_config(model: ModelConfig, *, vocab_size: int, mask_id: in
         tie_embeddings=model.tie_embeddings,
         mask_id=mask_id,
         eos_id=eos_id,
-        pad_id=eos_id,
+        pad_id=eos_id if pad_id is None else pad_id,
         init_std=model.init_std,
     )
 

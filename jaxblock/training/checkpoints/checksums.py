@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from jaxblock.io.files import read_json, write_json
+from jaxblock.io.files import read_bytes, read_json, write_json
 from jaxblock.io.paths import PathLike, as_path
 
 _LIST = re.compile(r"whole-(\d+)-of-(\d+)\.json")
@@ -47,6 +47,15 @@ def is_sealed(folder: PathLike) -> bool:
 def has_lists(folder: PathLike) -> bool:
     """Tells whether the folder has any list; checkpoints from before lists were introduced have none."""
     return bool(_lists(folder))
+
+
+def read_lists(folder: PathLike) -> bytes:
+    """Returns the content of all lists, which differs between two folders with different files; empty where there is none.
+
+    Raises:
+        UserError: a list cannot be read.
+    """
+    return b"".join(read_bytes(as_path(folder) / match[0]) for match in _lists(folder))
 
 
 def unseal(folder: PathLike) -> None:

@@ -35,6 +35,8 @@ from jaxblock.training.checkpoints.reader import CheckpointReader
 
 CONFIG, MODEL, BASE, TOKENIZER, ORIGIN = "config.yaml", "model.json", "base.json", "tokenizer", "origin"
 
+FINGERPRINT_FORM = 2
+
 
 class Base(NamedTuple):
     """Names the frozen weights that a run's adapters belong to.
@@ -43,11 +45,14 @@ class Base(NamedTuple):
         folder: the run or Hugging Face folder that the weights were read from.
         fingerprint: a hash of their content, since the adapters fit no other weights.
         step: the step of their checkpoint if the folder is a run; None otherwise.
+        form: what the fingerprint is a hash of; a base.json of an earlier version has none, and its hash of a run is of
+            model.json and config.yaml.
     """
 
     folder: str
     fingerprint: str
     step: int | None
+    form: int = 1
 
 
 @dataclass(frozen=True)
