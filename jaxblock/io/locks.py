@@ -54,6 +54,8 @@ class FolderLock:
         except Refused:
             raise
         except UserError as error:
+            with contextlib.suppress(OSError):
+                place.rmdir()
             cause = error.__cause__
             if is_remote(place) or not isinstance(cause, OSError) or isinstance(cause, FileExistsError):
                 raise

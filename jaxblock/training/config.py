@@ -25,9 +25,9 @@ class TrainConfig(Section, name="train"):
     """The number of parts into which a batch is split to save memory; the update is that of the whole batch."""
     seed: int = setting(0, NOT_NEGATIVE)
     """The seed of data order, draws and random weights."""
-    resume: Literal["auto", "never", "must"] = may_change("auto")
+    resume: Literal["auto", "never", "must", "restart"] = may_change("auto")
     """Whether to go on from the run folder's last checkpoint: `auto` if there is one, `never` (an existing run is an error), `must`
-    (a missing checkpoint is an error)."""
+    (a missing checkpoint is an error), `restart` (as `auto`, but a run whose checkpoints are all damaged begins again)."""
     log_every: int = may_change(20, AT_LEAST_1)
     """Steps between lines of metrics."""
     eval_every: int = may_change(500, NOT_NEGATIVE)

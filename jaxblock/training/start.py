@@ -162,7 +162,7 @@ def _begin(opened: OpenedSession, learner: Learner, console: Console) -> _Loaded
     if checkpoints is None:
         checkpoints = _new_run_folder(opened, begun, console)
     else:
-        console.out(f"{opened.config.train.out} ended before its first checkpoint: beginning again", highlight=False)
+        console.out(f"{opened.config.train.out} has no whole checkpoint: beginning again", highlight=False)
     return _Loaded(state, begun.frozen, begun.base, checkpoints)
 
 
@@ -184,7 +184,8 @@ def _existing_checkpoints(train: TrainConfig, console: Console) -> tuple[Checkpo
     """Returns the run folder's checkpoints, and the step to go on from; each is None where there is none.
 
     Raises:
-        UserError: ``train.resume`` is ``never`` and the run exists, or ``must`` and there is no checkpoint.
+        UserError: ``train.resume`` is ``never`` and the run exists, or ``must`` and there is no checkpoint; or all checkpoints
+            are damaged or missing, and it is not ``restart``.
     """
     exists = run_folder.is_run(train.out)
     if train.resume == "never" and exists:
@@ -192,10 +193,27 @@ def _existing_checkpoints(train: TrainConfig, console: Console) -> tuple[Checkpo
             f"{train.out} already holds a run; choose another train.out (train.resume auto goes on with it)"
         )
     checkpoints = _checkpoints(train, console) if exists else None
-    step = checkpoints.recover() if checkpoints else None
+    step = checkpoints.recover(begin_again=train.resume == "restart") if checkpoints else None
+    if exists and step is None and train.resume == "auto":
+        _check_never_saved(train)
     if train.resume == "must" and step is None:
         raise UserError(f"train.resume is must, but {train.out} has no whole checkpoint; set it to auto to begin a run")
     return checkpoints, step
+
+
+def _check_never_saved(train: TrainConfig) -> None:
+    """Raises UserError where a run without a checkpoint was trained for so long that it must have had one."""
+    problem = None
+    if jax.process_index() == 0:
+        last = max((row["step"] for row in metrics.readable_rows(as_path(train.out) / metrics.METRICS_FILE)), default=0)
+        if last >= 2 * train.save_every:
+            problem = (
+                f"{train.out} was trained up to step {last:,}, with a checkpoint every {train.save_every:,} steps, and holds "
+                "none now. Put its folder checkpoints/ back, choose another train.out, or set train.resume to restart to "
+                "begin again"
+            )
+    if (problem := processes.first_problem(problem)) is not None:
+        raise UserError(problem)
 
 
 def _checkpoints(train: TrainConfig, console: Console) -> CheckpointWriter:

@@ -47,7 +47,7 @@ def test_interrupted_before_and_after_a_checkpoint_then_resumed_is_the_straight_
     signalled(3)
     assert main(command) == 130
     said = capsys.readouterr().err
-    assert "ended before its first checkpoint: beginning again" in said
+    assert "has no whole checkpoint: beginning again" in said
     assert "To go on, run the same command again" in said and str(run) in said
     assert runs.rows(run) == runs.rows(tiny_run)[:3]
     # From its checkpoint of step 100, with what a kill in the middle of a write leaves of the metrics.
@@ -170,6 +170,24 @@ def test_what_does_not_change_learning_may_change(tiny_config: Path, tiny_run: P
     assert main(["train", "--config", str(tiny_config), *flags]) == 0
 
 
+def test_a_run_that_lost_its_checkpoints_does_not_begin_again_silently(
+    tiny_config: Path, tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    command = ["train", "--config", str(tiny_config), "--train.out", str(run), "--train.save_every", "60"]
+    shutil.rmtree(run / "checkpoints" / "100")
+    (run / "checkpoints" / "120" / "params" / "_METADATA").unlink()
+    before = sorted(run.rglob("*"))
+    for message in ("the run cannot go on: ", "was trained up to step 120, with a checkpoint every 60 steps"):
+        assert main(command) == 2
+        said = capsys.readouterr().err
+        assert message in said and "train.resume to restart" in said
+        assert sorted(run.rglob("*")) == before
+        shutil.rmtree(run / "checkpoints", ignore_errors=True)
+        before = [path for path in before if "checkpoints" not in path.parts]
+
+
 def test_a_second_writer_is_refused(
     tiny_config: Path, tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -201,7 +219,8 @@ def test_other_data_or_another_start_are_refused(
     lines = (tiny_config.parent / "train.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "train.jsonl").write_text("".join(lines[::-1]))
     command = ["--config", str(tiny_config), "--data.prepared", str(tmp_path / "prepared")]
-    assert main(["prepare", *command, "--data.train", str(tmp_path / "train.jsonl")]) == 0
+    other = ["--data.train", str(tmp_path / "train.jsonl"), "--data.tokenizer", str(tiny_run / "tokenizer")]
+    assert main(["prepare", *command, *other]) == 0
     assert main(["train", *command]) == 2
     assert "was trained on other data" in capsys.readouterr().err
     run = tmp_path / "run"

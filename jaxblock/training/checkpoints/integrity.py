@@ -42,7 +42,7 @@ def find_damage(folder: epath.Path, under: str = "") -> str | None:
     try:
         if checksums.has_lists(folder):
             share = (jax.process_index(), jax.process_count())
-            return processes.first_problem(checksums.find_difference(folder, under, *share))
+            return processes.first_problem(checksums.find_difference(folder, under, *share) or _other_step(folder))
     except PermissionError as error:
         raise UserError(f"cannot read {os.fspath(folder)}: permission denied") from error
     return processes.first_problem(_why_unreadable(folder))
@@ -68,13 +68,21 @@ def _why_unreadable(folder: epath.Path) -> str | None:
     if not _is_committed(folder):
         return "it was never finished"
     try:
-        step = read_meta(folder).get("step")
         average = [AVERAGE] if (folder / AVERAGE).exists() else []
         for item in (PARAMS, OPTIMIZER, *average):
             _read_all(folder / item)
     except Exception as error:  # Orbax and TensorStore raise many kinds of errors at a damaged file
         return f"it has no checksums and cannot be read ({first_line(error)})"
-    return None if step in (None, int(folder.name)) else f"it has no checksums and is of step {step}"
+    return _other_step(folder)
+
+
+def _other_step(folder: epath.Path) -> str | None:
+    """Returns what is wrong where a checkpoint is of another step than its folder's name says; None where it is not."""
+    try:
+        step = read_meta(folder).get("step", int(folder.name))  # the first versions did not save it
+    except (OSError, ValueError, TypeError) as error:
+        return f"its plain values cannot be read ({first_line(error)})"
+    return None if step == int(folder.name) else f"it is of step {step} and was renamed"
 
 
 def _read_all(item: epath.Path) -> None:

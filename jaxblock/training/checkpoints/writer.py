@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from jaxblock.errors import first_line
+from jaxblock.errors import UserError, first_line
 from jaxblock.io.paths import PathLike, is_remote
 from jaxblock.parallel import processes
 from jaxblock.training.checkpoints import checksums, integrity, removal, retention
@@ -58,20 +58,43 @@ class CheckpointWriter(CheckpointReader):
         self._saving: tuple[int, float | None] | None = None  # step and score; the thread clears it
         self.failed: int | None = None
 
-    def recover(self) -> int | None:
+    def recover(self, *, begin_again: bool = False) -> int | None:
         """Finds the newest undamaged checkpoint for a run that continues; newer ones, all damaged, are set aside.
 
         Before that, it removes what a killed run has left. Every process of a group must call this.
+
+        Args:
+            begin_again: whether all checkpoints are set aside where each of them is damaged.
 
         Returns:
             The checkpoint's step; None if there is none to continue from.
 
         Raises:
-            UserError: files may not be read.
+            UserError: files may not be read; or a checkpoint was finished, but is damaged, and there is no other.
         """
         if jax.process_index() == 0:
             removal.sweep(self._root)
         processes.wait("unfinished checkpoints are removed")  # before any process lists the checkpoints
+        found, damaged = self._newest_undamaged()
+        finished = [step for step in damaged if integrity.is_whole(self._at(step))]
+        if found is None and finished and not begin_again:
+            raise UserError(
+                f"the run cannot go on: {self.folder}/{finished[0]} is damaged ({damaged[finished[0]]}), and there is no "
+                "other checkpoint. Put back what is missing; or set train.resume to restart, which keeps the damaged "
+                f"checkpoints in {removal.DAMAGED_FOLDER}/ and begins again"
+            )
+        for step, problem in damaged.items():
+            if jax.process_index() == 0:
+                fate = removal.set_aside(self._at(step))
+                self._say(f"checkpoint {self.folder}/{step} is not used: {problem}; {fate}")
+            processes.wait("a damaged checkpoint is out of the way")
+            if self._at(step).exists():
+                self._unusable.add(step)
+        return found
+
+    def _newest_undamaged(self) -> tuple[int | None, dict[int, str]]:
+        """Returns the step of the newest undamaged checkpoint, and what is wrong with each newer one, by its step."""
+        damaged: dict[int, str] = {}
         for step in reversed(self._named_steps()):
             problem = integrity.find_damage(self._at(step))
             if problem is None:
@@ -81,14 +104,9 @@ class CheckpointWriter(CheckpointReader):
                         f"checkpoint {self.folder}/{step} has no checksums: all of it can be read and it is used, but "
                         "whether every byte is as it was saved cannot be verified"
                     )
-                return step
-            if jax.process_index() == 0:
-                fate = removal.set_aside(self._at(step))
-                self._say(f"checkpoint {self.folder}/{step} is not used: {problem}; {fate}")
-            processes.wait("a damaged checkpoint is out of the way")
-            if self._at(step).exists():
-                self._unusable.add(step)
-        return None
+                return step, damaged
+            damaged[step] = problem
+        return None, damaged
 
     def save(self, state: TrainState, step: int, meta: dict[str, Any], score: float | None = None) -> None:
         """Begins to save, and returns when the state has been copied off the devices. A failure is only reported.

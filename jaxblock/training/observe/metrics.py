@@ -5,18 +5,21 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxblock.errors import UserError
-from jaxblock.io.files import read_bytes
+from jaxblock.errors import UserError, first_line
+from jaxblock.io.files import read_bytes, write_bytes
 from jaxblock.io.json_lines import JsonlWriter, read_jsonl_bytes
+from jaxblock.io.json_text import parse_json
 from jaxblock.io.paths import PathLike, as_path, explained
 
 METRICS_FILE = "metrics.jsonl"
 """The file's name in the run folder."""
+BROKEN_FILE = "metrics-broken.txt"
+"""The name of the file, beside the other, to which lines are moved that are not rows."""
 UNWRITTEN_ROWS = "metrics"
 """The key of a checkpoint's plain values under which it keeps rows that could not be written to the file."""
 
@@ -27,19 +30,23 @@ Row = dict[str, Any]
 class MetricsWriter:
     """Appends rows to ``metrics.jsonl``; in an object store, which cannot append, writes numbered parts of it."""
 
-    def __init__(self, run: PathLike, step: int) -> None:
+    def __init__(self, run: PathLike, step: int, say: Callable[[str], object] = lambda text: None) -> None:
         """Opens the file and removes the rows after ``step``, since the run makes them again.
+
+        Lines that are not rows of metrics are moved to ``BROKEN_FILE``.
 
         Args:
             run: the run folder, which exists.
             step: the step that the run continues from; -1 for a new run.
+            say: prints a line for the user where lines were moved.
 
         Raises:
             UserError: the folder cannot be written.
         """
         self.path = as_path(run) / METRICS_FILE
         with explained("write metrics", self.path):
-            self._lines = JsonlWriter(self.path, lambda line: json.loads(line)["step"] <= step)
+            _set_broken_aside(run, say)
+            self._lines = JsonlWriter(self.path, lambda line: any(row["step"] <= step for row in _rows([line])))
 
     def write(self, row: Row) -> None:
         """Appends one row to the file of metrics.
@@ -63,6 +70,25 @@ class MetricsWriter:
     def close(self) -> None:
         """Writes the rows that are still in memory and closes the file."""
         self._lines.close()
+
+
+def _set_broken_aside(run: PathLike, say: Callable[[str], object]) -> None:
+    """Copies the whole lines of the metrics file that are not rows to ``BROKEN_FILE``, before they are removed from it."""
+    path, aside = as_path(run) / METRICS_FILE, as_path(run) / BROKEN_FILE
+    broken: list[bytes] = []
+    first = ""
+    for number, line in enumerate(read_jsonl_bytes(path).split(b"\n")[:-1], 1):
+        try:
+            _parse(line)
+        except ValueError as error:
+            first = first or f"{path}:{number} is not a row of metrics ({first_line(error)})"
+            broken.append(line + b"\n")
+    if broken:
+        before = read_bytes(aside) if aside.exists() else b""
+        if not before.endswith(b"".join(broken)):  # else a kill came before the lines were removed
+            write_bytes(aside, before + b"".join(broken), overwrite=True)
+        others = f", nor are {len(broken) - 1} other lines" if len(broken) > 1 else ""
+        say(f"{first}{others}: moved to {aside}")
 
 
 def restore_rows(run: PathLike, rows: Sequence[str]) -> None:
@@ -150,8 +176,13 @@ def readable_rows(path: PathLike) -> list[Row]:
     Raises:
         UserError: the file cannot be read.
     """
+    return _rows(read_jsonl_bytes(path).splitlines())
+
+
+def _rows(lines: Iterable[bytes]) -> list[Row]:
+    """Parses those lines that are rows."""
     rows = []
-    for line in read_jsonl_bytes(path).splitlines():
+    for line in lines:
         with contextlib.suppress(ValueError):
             rows.append(_parse(line))
     return rows
@@ -160,7 +191,7 @@ def readable_rows(path: PathLike) -> list[Row]:
 def _parse(line: str | bytes) -> Row:
     """Parses a line of the file; raises ValueError if it is no row."""
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError as error:
         raise ValueError(f"not JSON ({error})") from error
     if not isinstance(row, dict) or not isinstance(row.get("step"), int) or not isinstance(row.get("kind"), str):

@@ -74,7 +74,7 @@ class Trackers:
         Raises:
             UserError: a tracker cannot be opened.
         """
-        self._lines = MetricsWriter(train.out, step)
+        self._lines = MetricsWriter(train.out, step, say)
         self.path = self._lines.path
         self._say = say
         self._failing: set[str] = set()

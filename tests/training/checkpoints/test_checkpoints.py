@@ -78,6 +78,13 @@ def _cut_short(folder: Path) -> str:
     return "it was never finished (whole-1-of-2.json is missing)"
 
 
+def _rename(folder: Path) -> str:
+    """Gives the checkpoint of step 20 the place of step 30's."""
+    shutil.rmtree(folder)
+    shutil.copytree(folder.parent / "20", folder)
+    return "it is of step 20 and was renamed"
+
+
 def _unlisted_and_cut(folder: Path) -> str:
     """Damages a checkpoint without checksums in a way that reading notices."""
     checksums.unseal(folder)
@@ -98,7 +105,7 @@ def _spoil_seal(folder: Path) -> str:
 
 @pytest.mark.parametrize(
     "harm",
-    [_flip, _truncate, _lose_metadata, _cut_short, _spoil_seal, _unlisted_and_cut, _unlisted_without_metadata],
+    [_flip, _truncate, _lose_metadata, _cut_short, _spoil_seal, _rename, _unlisted_and_cut, _unlisted_without_metadata],
 )
 def test_a_damaged_checkpoint_is_named_and_set_aside_and_the_one_before_is_used(
     three: Path, tmp_path: Path, harm: Callable[[Path], str]
@@ -116,6 +123,24 @@ def test_a_damaged_checkpoint_is_named_and_set_aside_and_the_one_before_is_used(
     checkpoints.save(_state(30.0), 30, {})  # the damaged one is out of the way
     checkpoints.close()
     assert checkpoints.steps() == [10, 20, 30] and len(told) == 1
+
+
+@pytest.mark.parametrize("harm", [_flip, _lose_metadata, _spoil_seal, _rename, _unlisted_and_cut, _cut_short])
+def test_the_only_checkpoint_is_not_replaced_silently(three: Path, tmp_path: Path, harm: Callable[[Path], str]) -> None:
+    """A damaged one stops the run; one that a kill cut short does not, since the run must go on after a kill."""
+    run = tmp_path / "run"
+    shutil.copytree(three, run)
+    problem = harm(run / "checkpoints" / "30")
+    for step in ("10", "20"):
+        shutil.rmtree(run / "checkpoints" / step)
+    checkpoints = CheckpointWriter(run, ALL)
+    if harm is not _cut_short:
+        with pytest.raises(UserError, match=rf"30 is damaged \(.*{re.escape(problem)}.*set train.resume to restart"):
+            checkpoints.recover()
+        assert (run / "checkpoints" / "30").exists()
+    assert checkpoints.recover(begin_again=harm is not _cut_short) is None
+    assert (run / "damaged" / "30").exists() and checkpoints.steps() == []
+    checkpoints.close()
 
 
 def test_a_checkpoint_from_before_checksums_is_used_with_a_warning(three: Path, tmp_path: Path) -> None:

@@ -40,6 +40,24 @@ def test_a_line_cut_off_by_a_kill_is_left_out_and_a_broken_one_is_named(tmp_path
         metrics.read_metrics(tmp_path / "absent.jsonl")
 
 
+def test_a_resumed_run_sets_broken_lines_aside(tmp_path: Path) -> None:
+    """They are told once and kept in a file of their own; a line that a kill cut off is made again, and is not kept."""
+    broken = [b"garbage\r\xff", b'{"step": "1", "kind": "train"}', b"[" * 100_000, b""]
+    rows = [json.dumps(train(step)).encode() for step in (1, 2, 3)]
+    said: list[str] = []
+    for _ in range(2):  # a kill in between, before the lines were removed
+        lines = [broken[0], rows[0], *broken[1:], rows[1], rows[2], b'{"step": 4, "ki']
+        (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
+        writer = metrics.MetricsWriter(tmp_path, 2, said.append)
+        writer.write(train(3))
+        writer.close()
+        assert [row["step"] for row in metrics.read_metrics(tmp_path / "metrics.jsonl").train] == [1, 2, 3]
+        assert (tmp_path / metrics.BROKEN_FILE).read_bytes() == b"".join(line + b"\n" for line in broken)
+    assert "metrics.jsonl:1 is not a row of metrics" in said[0] and "nor are 3 other lines" in said[0]
+    metrics.MetricsWriter(tmp_path, 2, said.append).close()
+    assert len(said) == 2
+
+
 def test_breakdowns_are_pooled_before_dividing() -> None:
     rows = [train(1, loss_by_block=[[1.0, 1.0], [0.0, 0.0]]), train(2, loss_by_block=[[9.0, 3.0], [0.0, 0.0]])]
     pooled = metrics.pooled(rows, "loss_by_block")
