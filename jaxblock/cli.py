@@ -184,6 +184,7 @@ def parse(verb: str, arguments: Sequence[str]) -> Any:
     path = _value_of("--config", arguments)
     if path is None and {"checkpoint", "config"} <= {field.name for field in fields(kind)}:
         config = _config_of(_value_of("--checkpoint", arguments))
+        _check_no_code(verb, config, arguments)
     else:
         config = load_config(path)
     return tyro.cli(
@@ -194,6 +195,16 @@ def parse(verb: str, arguments: Sequence[str]) -> Any:
         config=(tyro.conf.AvoidSubcommands,),
         use_underscores=True,
     )
+
+
+def _check_no_code(verb: str, config: Config, arguments: Sequence[str]) -> None:
+    """Raises UserError where a checkpoint's own config names a grader to import, since the folder may be a stranger's."""
+    grader = config.evaluate.grader
+    if verb == "evaluate" and ":" in grader and _value_of("--evaluate.grader", arguments) is None:
+        raise UserError(
+            f"the checkpoint's own settings name code to run: evaluate.grader is {grader[:100]!r}. If you trust it, give it "
+            "as --evaluate.grader; else name another grader"
+        )
 
 
 def config_of(options: Any) -> Config:

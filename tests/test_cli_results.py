@@ -163,6 +163,39 @@ def test_an_export_that_is_wrong_leaves_nothing(tiny_run: Path, tmp_path: Path, 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_function_of_the_user_grades_a_run(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text("def even(response, reference, record):\n    return record.index % 2 == 0\n")
+    evaluate = ["evaluate", "--checkpoint", str(tiny_run), "--evaluate.problems", "3", "--evaluate.no_nelbo"]
+    mine = ["--evaluate.grader", "mine.py:even"]
+    assert main([*evaluate, *mine, "--out", "one"]) == 0
+    summary = json.loads(Path("one/summary.json").read_text())
+    rows = [json.loads(line) for line in Path("one/problems.jsonl").read_text().splitlines()]
+    assert summary["grader"] == "mine.py:even" and [row["correct"] for row in rows] == [True, False, True]
+    assert {row["grader_version"] for row in rows} == {summary["grader_version"]} and summary["undecided"] == 0
+    # Another version of the file is another grader.
+    Path("mine.py").write_text("def even(response, reference, record):\n    return True\n")
+    # A checkpoint's folder may be a stranger's: the code that it names is not run.
+    (tmp_path / "run").mkdir()
+    Path("run/config.yaml").write_text("evaluate: {grader: 'mine.py:even'}")
+    capsys.readouterr()
+    for flags, message in (
+        (
+            [*mine, "--evaluate.compare", "one/problems.jsonl"],
+            "one/problems.jsonl:1 was graded by mine.py:even (sha256:",
+        ),
+        (["--evaluate.grader", "gsm8k_strct"], "no grader 'gsm8k_strct'; did you mean gsm8k_strict?"),
+        (["--evaluate.grader", "mine.py:evn"], "mine.py has no function 'evn'; did you mean even?"),
+        (["--checkpoint", "run"], "own settings name code to run: evaluate.grader is 'mine.py:even'. If you trust it"),
+    ):
+        start = ["evaluate", *evaluate[3:]] if "--checkpoint" in flags else evaluate
+        assert main([*start, *flags, "--out", "two"]) == 2
+        told = capsys.readouterr().err
+        assert message in told and "decoded" not in told and not Path("two").exists()
+
+
 def test_an_export_is_the_run(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "hf"
     assert main(["export", "--checkpoint", str(tiny_run), "--out", str(folder)]) == 0

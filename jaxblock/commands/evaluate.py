@@ -24,6 +24,7 @@ from jaxblock.models.config import Checkpoint
 if TYPE_CHECKING:
     from jaxblock.data.store.prepared_folder import Prepared
     from jaxblock.data.store.records import Record
+    from jaxblock.evaluation.graders import Grader
     from jaxblock.evaluation.results import NelboBound, Solved
     from jaxblock.model import Model
 
@@ -54,6 +55,7 @@ def run(options: Options, config: Config) -> int:
     from jaxblock.data.store.prepared_folder import open_prepared
     from jaxblock.diffusion.decoding.rules import unused_steps
     from jaxblock.evaluation.comparison import compare_evaluations
+    from jaxblock.evaluation.graders import find_grader
     from jaxblock.evaluation.problems import format_problems
     from jaxblock.evaluation.results import summarise_evaluation
     from jaxblock.evaluation.runner import Evaluator
@@ -66,6 +68,7 @@ def run(options: Options, config: Config) -> int:
     check_vacant(options.out, marker="summary.json")
     if process == 0:
         check_writable(as_path(options.out).parent)
+    grader = find_grader(config.evaluate.grader)
     model = loading.load(options.checkpoint, base=options.base, step=options.step, mesh="all")
     prepared = open_prepared(config.data.prepared)
     _check_fit(options, config, model, prepared)
@@ -76,10 +79,8 @@ def run(options: Options, config: Config) -> int:
         raise UserError(f"{config.data.prepared} has no {settings.split} records to score")
     records = [source[index] for index in range(count)]
     if settings.compare:
-        _check_comparable(settings.compare, records, settings.grader)
-    evaluator = Evaluator(
-        model.net, config.canvas, prepared.encoder, config.decode, settings.grader, settings.nelbo_samples
-    )
+        _check_comparable(settings.compare, records, grader)
+    evaluator = Evaluator(model.net, config.canvas, prepared.encoder, config.decode, grader, settings.nelbo_samples)
     begin = time.perf_counter()
     progress = (lambda done: say(f"decoded {done:,} of {count:,}")) if process == 0 else (lambda done: None)
     with on_mesh_of(model.params):
@@ -88,7 +89,7 @@ def run(options: Options, config: Config) -> int:
     if process > 0:  # one process speaks for all
         return 0
     dropped = sum(prepared.manifest.splits[settings.split]["dropped"].values())
-    result = summarise_evaluation(solved, bound, _about(options, config, count, dropped))
+    result = summarise_evaluation(solved, bound, _about(options, config, grader, count, dropped))
     with new_folder(options.out, marker="summary.json") as folder:
         (folder / "problems.jsonl").write_text(format_problems(solved.rows), encoding="utf-8")
         if settings.compare:
@@ -119,7 +120,7 @@ def _check_fit(options: Options, config: Config, model: Model, prepared: Prepare
     layouts.check_decoding(config.canvas, config.decode, model.arch)
 
 
-def _check_comparable(path: str, records: Sequence[Record], grader: str) -> None:
+def _check_comparable(path: str, records: Sequence[Record], grader: Grader) -> None:
     """Raises UserError, before the work begins, where ``compare_evaluations`` would raise it at the end."""
     from jaxblock.evaluation.problems import read_problems
 
@@ -131,15 +132,20 @@ def _check_comparable(path: str, records: Sequence[Record], grader: str) -> None
             "not the same ones: set evaluate.split and evaluate.problems as they were"
         )
     for at, problem in earlier.items():
-        if problem.grader != grader:
+        if problem.grader != grader.name:
             raise UserError(
                 f"evaluate.compare: {problem.where} was graded by {problem.grader}: set evaluate.grader to it"
+            )
+        if problem.version != grader.version:
+            raise UserError(
+                f"evaluate.compare: {problem.where} was graded by {problem.graded_by}, not by {grader.version}: scores of "
+                "two versions cannot be compared; evaluate the earlier checkpoint again"
             )
         if problem.prompt not in (None, index[at].prompt):
             raise UserError(f"evaluate.compare: {problem.where} asks another question than this data's problem {at}")
 
 
-def _about(options: Options, config: Config, count: int, dropped: int) -> dict[str, object]:
+def _about(options: Options, config: Config, grader: Grader, count: int, dropped: int) -> dict[str, object]:
     """Describes what was evaluated and how, for summary.json."""
     import jax
 
@@ -148,7 +154,8 @@ def _about(options: Options, config: Config, count: int, dropped: int) -> dict[s
         "split": config.evaluate.split,
         "problems": count,
         "dropped_in_preparation": dropped,
-        "grader": config.evaluate.grader,
+        "grader": grader.name,
+        "grader_version": grader.version,
         "decode": dataclasses.asdict(config.decode),
         "canvas": dataclasses.asdict(config.canvas),
         "devices": [str(device) for device in jax.devices()],
@@ -162,6 +169,11 @@ def _print_summary(options: Options, solved: Solved, bound: NelboBound | None, g
         f"  {solved.nfe:.1f} forward passes a problem, {solved.tokens_per_forward:.2f} tokens per forward, "
         f"{solved.tokens_per_second:,.0f} text tokens/s (prompts not counted); {seconds:.1f} s in all"
     )
+    if solved.undecided:
+        print(
+            f"  note: {solved.undecided:,} answers could not be compared as mathematics (too long, or not within the time "
+            "limit) and count as wrong; problems.jsonl says which"
+        )
     if bound is not None:
         how = "exact" if bound.exact else "Monte Carlo"
         print(f"  NELBO ({how}): {bound.per_text_token} nats per text token, {bound.per_sequence} per sequence")

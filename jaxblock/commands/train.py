@@ -87,11 +87,13 @@ def train(config: Config, console: Console, notes: Sequence[str] = ()) -> Outcom
             continue or that another process writes, too many steps in a row that are not finite, or a last state that could not be saved.
     """
     from jaxblock import build
+    from jaxblock.evaluation.graders import find_grader
     from jaxblock.fit.compile import compile_step
     from jaxblock.training import loop, start
     from jaxblock.training.guard.watchdog import Watchdog
     from jaxblock.training.observe.goodput import Goodput
 
+    find_grader(config.evaluate.grader)  # raises before the work, rather than at the first evaluation
     with (
         Goodput() as clock,
         Watchdog(config.train.watchdog_seconds, config.train.on_hang) as watchdog,

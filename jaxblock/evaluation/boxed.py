@@ -1,15 +1,14 @@
-r"""Extracts and normalises the answers of competition mathematics, which are in the last ``\boxed{}`` of a response.
-
-Two answers are the same when their normalised texts are equal. No algebra is done: ``x + 1`` and ``1 + x`` differ, so a
-grader that does algebra, such as Math-Verify, gives a higher score for the same responses.
-"""
+r"""Extracts the answers of competition mathematics from the last ``\boxed{}`` of a response, and normalises their text."""
 
 from __future__ import annotations
 
 import re
 
-_BOX = re.compile(r"\\f?box(?:ed)?\s*(?=\{)|\\boxed\s+(?P<bare>[^\s${}]+)")
-_ANSWER_IS = re.compile(r"answer is:?\s*([^\n]+)", re.IGNORECASE)
+# Without braces a box holds one number or command, or what stands before a dollar sign: `put it in \boxed as asked` has no box.
+_BOX = re.compile(r"\\f?box(?:ed)?\s*(?=\{)|\\boxed\s*(?P<bare>[-\d\\][^\s${}]*|(?<=\s)[^\s${}]+(?=\s*\$))")
+_ANSWER_IS = re.compile(r"answer(?:\s+is\s*:?|\s*:)\s*([^\n]+)", re.IGNORECASE)
+_FORMULA = re.compile(r"\$\$?(.+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]")
+_SENTENCE_END = re.compile(r"[.!?](?=\s)")
 _GROUPED = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 _DECIMAL = re.compile(r"(-?\d+)\.(\d+)")
 _ARGUMENT = r"(\{[^{}]*\}|[A-Za-z0-9])"
@@ -29,10 +28,11 @@ _RULES = [
         (r"\{,\}", ","),
         (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))", ""),
         (r"\\?[%$]", ""),
-        (r"(?<=\S)\s*\\(?:text|mbox|mathrm|textrm)\s*\{[^{}]*\}\s*$", ""),  # a unit after the value
+        (r"(?<=\S)\s*\\(?:(?:text|mbox|textrm)\s*\{[^{}]*\}|mathrm\{[^{}]{2,}\})\s*$", ""),  # a unit after the value
         (r"\\(?:text|mbox|mathrm|textrm|textbf|mathbf)\s*\{([^{}]*)\}", r"\1"),
-        (r"^\s*[A-Za-z]{1,2}\s*=", ""),
-        (r"\s+", ""),
+        (r"(?<=\d)\s+(?=\d{3}(?!\d))", ""),  # thousands
+        (r"(?<!\d)\s+|\s+(?!\d)", ""),  # `1 1/2` is not `11/2`
+        (r"\\varnothing", r"\\emptyset"),
         (r"\\sqrt([A-Za-z0-9])", r"\\sqrt{\1}"),
         (rf"\\frac{_ARGUMENT}{_ARGUMENT}", _with_braces),
         (r"^(-?)(\d+)/(\d+)$", r"\1\\frac{\2}{\3}"),
@@ -59,20 +59,30 @@ def last_boxed(text: str) -> str | None:
 
 
 def extract_answer(text: str) -> str | None:
-    """Returns the content of a response's last box, else the rest of the line after its last "answer is", else None."""
+    """Returns the content of a response's last box, else what its last "answer is" (or "answer:") says, else None.
+
+    What it says is the formula that the line begins with, if it begins with a dollar sign, ``\\(`` or ``\\[``; else the text up
+    to the end of the sentence or line.
+    """
     boxed = last_boxed(text)
     if boxed is not None:
         return boxed
     stated = _ANSWER_IS.findall(text)
-    return stated[-1].strip() if stated else None
+    if not stated:
+        return None
+    line = stated[-1].strip().strip("*").strip()
+    formula = _FORMULA.match(line)
+    if formula:
+        return next(part for part in formula.groups() if part is not None)
+    return _SENTENCE_END.split(line, maxsplit=1)[0].strip().strip("*")
 
 
 def normalise_latex(text: str) -> str:
     r"""Returns an answer in one fixed spelling, so that answers that are spelled differently but mean the same are equal.
 
     It drops blanks, sizes of brackets, ``\text{}`` around words, units after a value, degree, per cent and dollar signs,
-    a final full stop, grouping commas of a number, a leading ``x =`` and zeros at a decimal's end; ``\dfrac``, ``\frac12``
-    and ``1/2`` become ``\frac{1}{2}``, and so does ``0.5``.
+    a final full stop, grouping commas of a number and zeros at a decimal's end; ``\dfrac``, ``\frac12`` and ``1/2`` become
+    ``\frac{1}{2}``, and so does ``0.5``.
 
     Args:
         text: an answer, as it is written in the box.

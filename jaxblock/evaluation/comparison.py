@@ -65,10 +65,10 @@ def compare_evaluations(path_a: PathLike, path_b: PathLike) -> McNemar:
                 )
     for index, left in a.items():
         right = b[index]
-        if left.grader != right.grader:
+        if left.graded_by != right.graded_by:
             raise UserError(
-                f"problem {index}: graded by {left.grader} at {left.where} but by {right.grader} at {right.where}; "
-                "set evaluate.grader to the same grader for both"
+                f"problem {index}: graded by {left.graded_by} at {left.where} but by {right.graded_by} at {right.where}; "
+                "evaluate both with the same evaluate.grader, in the same version"
             )
         if None not in (left.prompt, right.prompt) and left.prompt != right.prompt:
             raise UserError(

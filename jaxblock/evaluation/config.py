@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-from jaxblock.settings import AT_LEAST_1, Section, SplitName, setting
+from jaxblock.settings import AT_LEAST_1, Section, SplitName, require, setting
 
-GraderName = Literal["gsm8k_strict", "gsm8k_flexible", "math_boxed", "exact"]
+GraderName = Literal["gsm8k_strict", "gsm8k_flexible", "math_boxed", "hendrycks_math", "exact"]
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,10 @@ class EvaluateConfig(Section, name="evaluate", on_resume="may_change"):
     """The prepared records that are scored."""
     problems: int | None = setting(None, AT_LEAST_1)
     """The number of problems that are decoded, from the first one on; None for all."""
-    grader: GraderName = "gsm8k_strict"
-    """The grader, which extracts the answer from a response; its name is reported with every result."""
+    grader: str = "gsm8k_strict"
+    """The grader, which extracts the answer from a response; its name is reported with every result. gsm8k_strict, gsm8k_flexible,
+    math_boxed (compares as mathematics), hendrycks_math (compares as text), exact; or a function of your own, as file.py:function or
+    package.module:function."""
     nelbo: bool = True
     """Whether the NELBO is estimated too."""
     nelbo_samples: int | None = setting(None, AT_LEAST_1)
@@ -29,3 +32,22 @@ class EvaluateConfig(Section, name="evaluate", on_resume="may_change"):
     """The number of records whose NELBO is estimated, from the first one on; None for all."""
     compare: str | None = None
     """The problems.jsonl of an earlier evaluation of the same problems, for McNemar's paired test; None for no test."""
+
+    def check(self) -> None:
+        """Raises UserError where a field has a value that it does not accept, such as a grader that does not exist."""
+        super().check()
+        check_grader_name(self.grader)
+
+
+def check_grader_name(name: str) -> None:
+    """Raises UserError unless a name is a grader's or is written like a user's function; nothing is imported."""
+    names = get_args(GraderName)
+    place, _, function = name.rpartition(":")
+    if name in names or (place and function.isidentifier()):
+        return
+    close = difflib.get_close_matches(name, names, n=1)
+    require(
+        False,
+        f"evaluate.grader: there is no grader {name[:100]!r}{f'; did you mean {close[0]}?' if close else ''} Choose one of "
+        f"{', '.join(names)}, or a function: file.py:function or package.module:function",
+    )

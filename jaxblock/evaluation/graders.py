@@ -1,17 +1,26 @@
 """Defines graders, each of which extracts the answer from a response and compares it with the reference.
 
 Scores of different graders cannot be compared (they differ by 2 to 6 points for one checkpoint), so every score is reported
-with its grader's name. A grader is a pure function of two texts; the caller cuts the response at its first stop token.
+with its grader's name. A built-in grader is a function of two texts; the caller cuts the response at its first stop token.
+A user's function is given the record too.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
+import numpy as np
+
+from jaxblock.data.store.records import Record
 from jaxblock.errors import UserError
 from jaxblock.evaluation.boxed import extract_answer, normalise_latex
+from jaxblock.evaluation.config import check_grader_name
+from jaxblock.evaluation.hendrycks import normalise_hendrycks
+from jaxblock.evaluation.symbolic import check_installed, shared_comparer
+from jaxblock.evaluation.user_grader import UserFunction, describe_failure, load_function
 
 _STRICT = re.compile(r"#### (-?[0-9.,]+)")
 _NUMBER = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
@@ -24,14 +33,14 @@ class Graded(NamedTuple):
         correct: whether the extracted answer equals the expected one after normalisation.
         extracted: the answer as it is written in the response, before normalisation; None if there is none.
         expected: the reference's answer after normalisation.
+        undecided: why two answers that differ as text could not be compared as mathematics (the response then counts as
+            wrong); None for every other grade.
     """
 
     correct: bool
     extracted: str | None
     expected: str
-
-
-Grader = Callable[[str, str], Graded]
+    undecided: str | None = None
 
 
 def normalise_gsm8k(text: str) -> str:
@@ -97,9 +106,10 @@ def exact(response: str, reference: str) -> Graded:
 
 
 def math_boxed(response: str, reference: str) -> Graded:
-    r"""Grades the content of the last ``\boxed{}``, else the text after the last "answer is"; compares normalised texts.
+    r"""Grades the content of the last ``\boxed{}``, else the text after the last "answer is"; compares them as mathematics.
 
-    The extraction follows OpenCompass for zero-shot MATH; the normalisation is our own (``boxed.normalise_latex``).
+    Answers are equal if their normalised texts are, or if math-verify finds them equal: ``1 + x`` and ``x + 1``, ``0.5`` and
+    ``1/2``. Words are compared as text, in any case, since as mathematics ``AB`` and ``BA`` would be equal products.
 
     Args:
         response: decoded text, cut at its first stop token.
@@ -108,26 +118,107 @@ def math_boxed(response: str, reference: str) -> Graded:
     Returns:
         The grade; ``extracted`` is None when the response has neither.
     """
-    given = extract_answer(reference)
-    expected = normalise_latex(reference if given is None else given)
-    return _graded(extract_answer(response), expected, normalise_latex)
+    answer, extracted = _answer_of(reference), extract_answer(response)
+    expected, given = normalise_latex(answer), normalise_latex(extracted or "")
+    if not given or given == expected:
+        return Graded(bool(given), extracted, expected)
+    written = f"{extracted}{answer}"
+    if (
+        _is_word(given) and _is_word(expected) and not (written.isalpha() and written.islower())
+    ):  # not a product such as ab
+        return Graded(given.casefold() == expected.casefold(), extracted, expected)
+    if {_brackets(given), _brackets(expected)} == {
+        "set",
+        "tuple",
+    }:  # math-verify takes either for a list of two numbers
+        return Graded(False, extracted, expected)
+    found = shared_comparer().compare((extracted or "").strip().rstrip("."), answer.strip().rstrip("."))
+    return Graded(found.equal, extracted, expected, found.undecided)
 
 
-GRADERS: dict[str, Grader] = {
+def _answer_of(reference: str) -> str:
+    """Returns the answer that a solution states; the whole text where it states none."""
+    found = extract_answer(reference)
+    return reference if found is None else found
+
+
+def _is_word(text: str) -> bool:
+    return len(text) > 1 and text.isalpha()
+
+
+def _brackets(text: str) -> Literal["set", "tuple"] | None:
+    """Returns whether a normalised answer lists elements in braces or in round brackets; None for anything else."""
+    if text.startswith(r"\{") and text.endswith(r"\}"):
+        return "set"
+    return "tuple" if re.fullmatch(r"\(.*,.*\)", text) else None
+
+
+def hendrycks_math(response: str, reference: str) -> Graded:
+    r"""Grades what ``math_boxed`` grades, but compares as text, by the rule published with the MATH data set.
+
+    Args:
+        response: decoded text, cut at its first stop token.
+        reference: a solution with its ``\boxed{}``, or the bare answer.
+
+    Returns:
+        The grade; ``extracted`` is None when the response has neither a box nor "answer is".
+    """
+    return _graded(extract_answer(response) or None, normalise_hendrycks(_answer_of(reference)), normalise_hendrycks)
+
+
+GRADERS: dict[str, Callable[[str, str], Graded]] = {
     "gsm8k_strict": gsm8k_strict,
     "gsm8k_flexible": gsm8k_flexible,
     "math_boxed": math_boxed,
+    "hendrycks_math": hendrycks_math,
     "exact": exact,
 }
-"""The graders by name; the name is reported with every score."""
+"""The built-in graders by name; the name is reported with every score."""
+
+
+@dataclass(frozen=True)
+class Grader:
+    """Grades responses; it is a built-in grader or a user's function.
+
+    Attributes:
+        name: the value of ``evaluate.grader``.
+        version: the library that compares, or a hash of the user's file; None for rules that are fixed. Scores of two
+            versions cannot be compared.
+        function: the user's function; None for a built-in grader.
+    """
+
+    name: str
+    version: str | None = None
+    function: UserFunction | None = None
+
+    def __call__(self, response: str, record: Record) -> Graded:
+        """Grades a response to a record's prompt; the record's own response is the reference.
+
+        Raises:
+            UserError: the user's function failed, or returned neither a bool nor a ``Graded``.
+        """
+        if self.function is None:
+            return GRADERS[self.name](response, record.response)
+        told = f"{record.source}: evaluate.grader {self.name}"
+        try:
+            found = self.function(response, record.response, record)
+        except (Exception, SystemExit) as error:
+            raise UserError(f"{told} failed: {describe_failure(error, self.name.rpartition(':')[0])}") from error
+        if isinstance(found, Graded):
+            return found
+        if not isinstance(found, bool | np.bool_):
+            raise UserError(f"{told} returned {repr(found)[:100]} ({type(found).__name__}): return True or False")
+        return Graded(bool(found), None, record.response)
 
 
 def find_grader(name: str) -> Grader:
-    """Returns the grader with this name.
+    """Returns the grader with this name, or the user's function that it names.
 
     Raises:
-        UserError: there is no such grader; the message lists the names.
+        UserError: there is no such grader or function, or a library that it needs is missing.
     """
+    check_grader_name(name)
     if name not in GRADERS:
-        raise UserError(f"evaluate.grader: there is no grader {name!r}; choose one of {', '.join(GRADERS)}")
-    return GRADERS[name]
+        function, version = load_function(name)
+        return Grader(name, version, function)
+    return Grader(name, check_installed() if name == "math_boxed" else None)

@@ -1,7 +1,8 @@
 """Writes and reads the per-problem file of an evaluation: JSON lines with one row per problem, identified by its index.
 
 A row holds at least ``index`` (the record's index in its split), ``grader`` (the grader's name) and ``correct``. A comparison
-also checks ``prompt`` where both files have it, and ignores all other fields (``response``, ``extracted``, ``nfe``).
+also checks ``grader_version``, which some graders have, and ``prompt`` where both files have it, and ignores all other fields
+(``response``, ``extracted``, ``nfe``).
 """
 
 from __future__ import annotations
@@ -21,14 +22,21 @@ class Problem(NamedTuple):
     Attributes:
         correct: whether the response was graded as correct.
         grader: the name of the grader.
+        version: the grader's version; None for a grader without versions.
         prompt: the problem's text; None if the file does not hold it.
         where: the row's ``file:line``, for error messages.
     """
 
     correct: bool
     grader: str
+    version: str | None
     prompt: str | None
     where: str
+
+    @property
+    def graded_by(self) -> str:
+        """Returns the grader's name, with its version if it has one."""
+        return self.grader if self.version is None else f"{self.grader} ({self.version})"
 
 
 def format_problems(rows: Iterable[Mapping[str, Any]]) -> str:
@@ -64,7 +72,9 @@ def read_problems(path: PathLike) -> dict[int, Problem]:
         _check(row, where)
         if row["index"] in problems:
             raise UserError(f"{where}: problem {row['index']} occurs twice (first at {problems[row['index']].where})")
-        problems[row["index"]] = Problem(row["correct"], row["grader"], row.get("prompt"), where)
+        problems[row["index"]] = Problem(
+            row["correct"], row["grader"], row.get("grader_version"), row.get("prompt"), where
+        )
     if not problems:
         raise UserError(f"{path}: holds no problems; was the evaluation that wrote it interrupted?")
     return problems

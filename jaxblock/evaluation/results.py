@@ -34,6 +34,11 @@ class Solved(NamedTuple):
         return sum(row["tokens"] for row in self.rows)
 
     @property
+    def undecided(self) -> int:
+        """Counts the answers that could not be compared as mathematics, and so count as wrong."""
+        return sum("undecided" in row for row in self.rows)
+
+    @property
     def tokens_per_forward(self) -> float:
         """Returns the text tokens committed per forward pass of a row (TPF); NaN without problems."""
         spent = sum(row["nfe"] for row in self.rows)
@@ -83,6 +88,7 @@ def summarise_evaluation(solved: Solved | None, bound: NelboBound | None, about:
             "text_tokens": solved.tokens,
             "decode_seconds": solved.seconds,
             "stopped": sum(row["stopped"] for row in solved.rows),
+            "undecided": solved.undecided,
         }
     if bound is not None:
         result |= {

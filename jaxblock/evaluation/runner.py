@@ -23,7 +23,7 @@ from jaxblock.diffusion.canvas import Layout
 from jaxblock.diffusion.config import CanvasConfig
 from jaxblock.diffusion.decoding import decoder
 from jaxblock.diffusion.decoding.config import DecodeConfig
-from jaxblock.evaluation.graders import find_grader
+from jaxblock.evaluation.graders import Grader
 from jaxblock.evaluation.results import NelboBound, Solved
 from jaxblock.evaluation.statistics import mean_se, ratio_se, wilson
 from jaxblock.models.transformer import Transformer
@@ -40,7 +40,7 @@ class Evaluator:
         canvas: the sizes of the canvas.
         encoder: the tokenizer and chat template.
         decode: the decoder's options.
-        grader: the name of the grader (``graders.GRADERS``).
+        grader: the grader (``graders.find_grader``).
         nelbo_samples: the number of masked sets drawn for each block; None draws as many as the block has positions.
     """
 
@@ -48,7 +48,7 @@ class Evaluator:
     canvas: CanvasConfig
     encoder: Encoder
     decode: DecodeConfig
-    grader: str
+    grader: Grader
     nelbo_samples: int | None = None
     _compiled: dict[Any, Compiled] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -115,11 +115,11 @@ class Evaluator:
         ids = response.tolist()
         end = first_stop(ids, stop_ids)
         text = self.encoder.tokenizer.decode(ids[:end])
-        verdict = find_grader(self.grader)(text, record.response)
-        return {
+        verdict = self.grader(text, record)
+        row = {
             "index": record.index,
             "source": record.source,
-            "grader": self.grader,
+            "grader": self.grader.name,
             "correct": verdict.correct,
             "extracted": verdict.extracted,
             "expected": verdict.expected,
@@ -130,6 +130,11 @@ class Evaluator:
             "tokens": len(ids) if end is None else end + 1,
             "nfe": nfe,
         }
+        if self.grader.version is not None:
+            row["grader_version"] = self.grader.version
+        if verdict.undecided is not None:
+            row["undecided"] = verdict.undecided
+        return row
 
     def estimate_nelbo(self, params: Params, records: Sequence[Record], seed: int = 0) -> NelboBound:
         """Estimates the NELBO of the records' own responses under the decoder's blocks.

@@ -18,6 +18,7 @@ from rich.console import Console
 from jaxblock.config.yaml import to_tree
 from jaxblock.data.loader import Batch, BatchAt, batches
 from jaxblock.errors import UserError
+from jaxblock.evaluation.graders import find_grader
 from jaxblock.evaluation.runner import Evaluator
 from jaxblock.io.locks import FolderLock
 from jaxblock.io.paths import as_path
@@ -155,7 +156,7 @@ class _Loop:
             canvas=self.config.canvas,
             encoder=session.prepared.encoder,
             decode=self.config.decode,
-            grader=self.config.evaluate.grader,
+            grader=find_grader(self.config.evaluate.grader),
             nelbo_samples=self.config.evaluate.nelbo_samples,
         )
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from jaxblock.data.store.records import Record
 from jaxblock.errors import UserError
 from jaxblock.evaluation.graders import GRADERS, find_grader, normalise_gsm8k
 
@@ -47,7 +49,7 @@ def test_gsm8k_graders_agree_with_the_table(response: str, reference: str, stric
 
 def test_what_is_extracted_and_expected() -> None:
     graded = GRADERS["gsm8k_strict"]("so #### 1,234.", "a #### b #### $1,234")
-    assert graded == (True, "1,234.", "1234")
+    assert graded == (True, "1,234.", "1234", None)
     assert GRADERS["gsm8k_strict"]("The answer is 4", REFERENCE).extracted is None
     assert GRADERS["gsm8k_flexible"]("4 then -12", REFERENCE).extracted == "-12"
 
@@ -79,14 +81,109 @@ def test_exact_forgives_outer_space_alone() -> None:
     assert not exact("A b", "a b").correct and not exact("a  b", "a b").correct and not exact("a b.", "a b").correct
 
 
-def test_an_unknown_grader_is_named() -> None:
-    with pytest.raises(UserError, match="gsm8k_strct.*gsm8k_strict"):
-        find_grader("gsm8k_strct")
+def record(prompt: str = "?", response: str = "#### 18") -> Record:
+    return Record(np.zeros(0, np.int32), np.zeros(0, np.int32), prompt, response, "train.jsonl:17", 3)
 
 
-def test_every_gsm8k_reference_is_right_about_itself(shared: Path) -> None:
-    lines = (shared / "data" / "gsm8k" / "test.jsonl").read_text(encoding="utf-8").splitlines()
-    answers = [json.loads(line)["answer"] for line in lines]
-    assert len(answers) == 1319
-    for name in GRADERS.keys() - {"math_boxed"}:  # these answers have no box
-        assert all(GRADERS[name](answer, answer).correct for answer in answers), name
+USERS = """import numpy as np
+
+from jaxblock.evaluation.graders import Graded
+
+
+def says(response, reference, record):
+    return response == f"{record.prompt} {reference}"
+
+
+def numpy_bool(response, reference, record):
+    return np.equal(len(response), 1)
+
+
+def whole_grade(response, reference, record):
+    return Graded(True, "a", "b")
+
+
+def divides(response, reference, record):
+    return 1 / 0 > 1
+
+
+def leaves(response, reference, record):
+    raise SystemExit
+
+
+def half(response, reference, record):
+    return 0.5
+
+
+def of_two(response, reference):
+    return True
+"""
+
+
+@pytest.fixture
+def users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    Path("users.py").write_text(USERS)
+    Path("unfinished.py").write_text("\n\ndef f(:\n")
+    Path("failing.py").write_text("\nraise KeyError('no key')\n")
+    return tmp_path
+
+
+def test_a_function_of_the_user_grades_with_the_record_at_hand(users: Path) -> None:
+    for place in ("users.py", str(users / "users.py"), "users"):
+        grader = find_grader(f"{place}:says")
+        assert grader("? #### 18", record()).correct and not grader("#### 18", record()).correct
+        assert grader.name == f"{place}:says" and grader.version is not None and grader.version.startswith("sha256:")
+    assert find_grader("users:numpy_bool")("1", record()) == (True, None, "#### 18", None)
+    assert find_grader("users:whole_grade")("1", record()) == (True, "a", "b", None)
+    assert find_grader("gsm8k_strict").version is None
+    before = find_grader("users.py:says").version
+    Path("users.py").write_text(USERS + "\n")
+    assert find_grader("users.py:says").version != before
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("gsm8k_strct", r"no grader 'gsm8k_strct'; did you mean gsm8k_strict\? .*file\.py:function"),
+        ("users.py", "no grader 'users.py'"),
+        (":says", "no grader ':says'"),
+        ("absent.py:says", r"no file .*absent\.py"),
+        ("absent.module:says", "cannot import absent.module: ModuleNotFoundError.*PYTHONPATH"),
+        ("users.py:sais", r"users\.py has no function 'sais'; did you mean says\?"),
+        ("users:zzz", "no function 'zzz'; its functions: says, "),
+        ("users.py:of_two", r"must take \(response, reference, record\)"),
+        ("unfinished.py:f", r"SyntaxError.*unfinished\.py.*3"),
+        ("failing.py:f", r"KeyError: 'no key' \(.*failing\.py:2\)"),
+        ("users.py:divides", r"train\.jsonl:17: .*users\.py:divides failed: ZeroDivisionError.*users\.py:19\)$"),
+        ("users:leaves", r"train\.jsonl:17: .*failed: SystemExit.*users\.py:23\)$"),
+        ("users.py:half", r"train\.jsonl:17: .*returned 0\.5 \(float\): return True or False"),
+    ],
+)
+def test_what_is_wrong_with_a_grader_is_told(users: Path, name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as told:
+        find_grader(name)("1", record())
+    assert "\n" not in str(told.value)
+
+
+def test_countdown_is_graded_by_the_example_of_the_documentation(shared: Path) -> None:
+    grade = find_grader(f"{Path(__file__).parents[2] / 'docs' / 'countdown.py'}:grade")
+    lines = (shared / "data" / "countdown" / "cd3_test.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    records = [record(row["input"], row["output"]) for row in rows]
+    assert len(records) > 500 and all(grade(each.response, each).correct for each in records)
+    puzzle = record("15,44,79,50", "44-15=29,79-29=50")
+    for response, right in (
+        ("79-44=35,15+35=50", True),  # another way
+        (" 79 - 44 = 35, 35 + 15 = 50\n", True),
+        ("44-15=29,79-29=51", False),  # wrong sum
+        ("44-15=29,79-28=50", False),  # a number that is not there
+        ("79-29=50", False),  # one that is not there yet
+        ("44-15=29", False),  # ends elsewhere
+        ("44-15=29,29+21=50", False),
+        ("44/15=29,79-29=50", False),
+        ("15-15=0,50+0=50", False),
+        ("__import__('os')", False),
+        ("", False),
+    ):
+        assert grade(response, puzzle).correct is right, response

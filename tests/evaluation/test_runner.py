@@ -15,6 +15,7 @@ import jaxblock
 from jaxblock import model as api
 from jaxblock.data.store.prepared_folder import open_prepared
 from jaxblock.data.store.records import Record
+from jaxblock.evaluation.graders import find_grader
 from jaxblock.evaluation.results import NelboBound, Solved, summarise_evaluation
 from jaxblock.evaluation.runner import Evaluator
 from jaxblock.evaluation.statistics import mean_se
@@ -38,7 +39,7 @@ def records(tiny_config: Path) -> list[Record]:
 def evaluator(model: api.Model) -> Evaluator:
     assert model.encoder is not None
     decode = dataclasses.replace(model.decode_defaults, temperature=0.7)
-    return Evaluator(model.net, model.canvas, model.encoder, decode, "gsm8k_strict", nelbo_samples=15)
+    return Evaluator(model.net, model.canvas, model.encoder, decode, find_grader("gsm8k_strict"), nelbo_samples=15)
 
 
 @pytest.fixture(scope="module")
