@@ -13,21 +13,12 @@ from jaxblock.models.config import ModelConfig
 from jaxblock.models.families import registry
 from jaxblock.models.spec import count_params
 
-LLAMA: dict[str, Any] = {
-    "model_type": "llama",
-    "vocab_size": 100,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 24,
-    "rms_norm_eps": 1e-5,
-    "max_position_embeddings": 64,
-    "eos_token_id": 2,
-    "rope_theta": 5e5,
-    "bos_token_id": 1,
-}
-STRETCH = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+LLAMA: dict[str, Any] = dict(
+    model_type="llama", vocab_size=100, hidden_size=16, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, intermediate_size=24, rms_norm_eps=1e-5, max_position_embeddings=64, eos_token_id=2,
+    rope_theta=5e5, bos_token_id=1,
+)  # fmt: skip
+STRETCH = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
 
 
 def read(**changes: Any) -> Architecture:
@@ -41,13 +32,13 @@ def test_an_autoregressive_start_has_no_mask_and_predicts_the_next_token() -> No
         arch.need_mask_id()
 
 
-@pytest.mark.parametrize(
-    "mask, rows", [(0, 100), (99, 100), (100, 128), (127, 128), (128, 192), (163, 192)], ids=lambda value: str(value)
-)
-def test_the_vocabulary_grows_only_for_a_mask_beyond_it(mask: int, rows: int) -> None:
-    arch = registry.with_mask(read(), mask)
-    assert (arch.mask_id, arch.vocab_size, arch.alignment) == (mask, rows, "shifted")
-    assert registry.with_mask(read(), mask, "same_position").alignment == "same_position"
+def test_the_vocabulary_grows_only_for_a_mask_beyond_it() -> None:
+    for mask, rows in ((0, 100), (99, 100), (100, 128), (127, 128), (128, 192), (163, 192)):
+        arch = registry.with_mask(read(), mask)
+        assert (arch.mask_id, arch.vocab_size, arch.alignment) == (mask, rows, "shifted")
+        assert registry.with_mask(read(), mask, "same_position").alignment == "same_position"
+    arch = read(model_type="Dream", mask_token_id=9)  # a diffusion family keeps what it has
+    assert registry.with_mask(arch, 9, "shifted") == arch == registry.with_mask(arch, 9)
 
 
 @pytest.mark.parametrize(
@@ -65,11 +56,6 @@ def test_a_mask_that_cannot_be_is_refused(arch: Architecture, arguments: tuple[A
         registry.with_mask(arch, *arguments)
 
 
-def test_a_diffusion_family_keeps_what_it_has() -> None:
-    arch = read(model_type="Dream", mask_token_id=9)
-    assert registry.with_mask(arch, 9, "shifted") == arch == registry.with_mask(arch, 9)
-
-
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
 def test_what_makes_it_a_diffusion_model_is_written_and_read_again(model_type: str) -> None:
     arch = registry.with_mask(read(model_type=model_type), 100, "same_position")
@@ -82,15 +68,13 @@ def test_what_makes_it_a_diffusion_model_is_written_and_read_again(model_type: s
     assert not {"mask_token_id", "logit_alignment"} & plain.keys()
 
 
-@pytest.mark.parametrize("nested", [False, True], ids=["top level", "rope_parameters"])
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "Dream"])
-def test_both_spellings_of_the_rotary_base(model_type: str, nested: bool) -> None:
-    changes: dict[str, Any] = {"model_type": model_type, "mask_token_id": 9}
-    if nested:
-        changes |= {"rope_theta": None, "rope_parameters": {"rope_theta": 7e4, "rope_type": "default"}}
-    arch = read(**changes)
-    assert arch.rope_theta == (7e4 if nested else 5e5) and arch.rope_scaling is None
-    assert registry.from_hf(registry.to_hf(arch, "float32"), "").rope_theta == arch.rope_theta
+def test_both_spellings_of_the_rotary_base(model_type: str) -> None:
+    nested = {"rope_theta": None, "rope_parameters": {"rope_theta": 7e4, "rope_type": "default"}}
+    for changes, base in (({}, 5e5), (nested, 7e4)):
+        arch = read(model_type=model_type, mask_token_id=9, **changes)
+        assert (arch.rope_theta, arch.rope_scaling) == (base, None)
+        assert registry.from_hf(registry.to_hf(arch, "float32"), "").rope_theta == base
 
 
 def test_both_spellings_of_a_stretched_rotary_base() -> None:

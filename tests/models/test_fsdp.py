@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxblock.models.architecture import Architecture
 from jaxblock.models.linear import lora
 from jaxblock.models.linear.fsdp import Split, matmul
 from jaxblock.models.linear.lora import Lora
@@ -22,13 +21,9 @@ from jaxblock.models.transformer import Transformer
 from jaxblock.parallel import rules
 from jaxblock.parallel.mesh import make_mesh
 from jaxblock.types import Params, View
-from tests.models.weights import random_params
+from tests.models.networks import make_arch, make_view, random_params
 
-ROWS, T, A = 8, 6, 2
-ARCH = Architecture(
-    "llada", vocab_size=32, d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=4, mlp_dim=24, norm_eps=1e-5,
-    rope_theta=100.0, max_len=64, tie_embeddings=False, mask_id=11, eos_id=10, pad_id=10,
-)  # fmt: skip
+ARCH, SEEN = make_arch(), make_view([6] * 8, [3, 4], 32)
 MESHES = {"rows": dict(data=8), "fsdp": dict(data=1, fsdp=8), "all axes": dict(data=2, fsdp=2, tensor=2)}
 ADAPTERS = Lora(8, 8.0, 0.0, ("blocks/q", "blocks/down"))
 NETWORKS = {
@@ -45,17 +40,11 @@ GRID = [
 ]
 
 
-IDS = np.random.default_rng(0).integers(0, 32, (ROWS, T)).astype(np.int32)
-ACTIVE = np.broadcast_to(np.array([3, 4], np.int32), (ROWS, A))
-POSITIONS = np.broadcast_to(np.arange(T, dtype=np.int32), (ROWS, T))
-SEEN = View(IDS, POSITIONS, np.full(ROWS, T, np.int32), ACTIVE, ACTIVE, np.ones((ROWS, A), bool))
-
-
 @partial(jax.jit, static_argnums=0)
 @partial(jax.value_and_grad, argnums=1)
 def loss(net: Transformer, trained: Params, frozen: Params, seen: View) -> jax.Array:
     params = lora.attach(frozen, trained)
-    return net.nll(params, net.hidden(params, seen), seen.ids[:, :A]).sum()
+    return net.nll(params, net.hidden(params, seen), seen.ids[:, :2]).sum()
 
 
 @functools.cache

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from jaxblock.errors import UserError
-from jaxblock.models.architecture import Architecture
 from jaxblock.models.families import registry
 from jaxblock.models.linear import int8, lora
 from jaxblock.models.linear.dense import dense
@@ -22,24 +21,13 @@ from jaxblock.models.transformer import Transformer
 from jaxblock.parallel import rules
 from jaxblock.parallel.mesh import make_mesh
 from jaxblock.types import Params, View
-from tests.models.weights import random_params
+from tests.models.networks import make_arch, make_view, random_params
 
-B, T = 4, 6
-ARCH = Architecture(
-    "dream", vocab_size=16, d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=4, mlp_dim=24, norm_eps=1e-6,
-    rope_theta=100.0, max_len=64, tie_embeddings=False, mask_id=11, eos_id=10, pad_id=10, **registry.traits("dream"),
-)  # fmt: skip
+ARCH, SEEN = make_arch("dream", vocab_size=16), make_view([6, 5, 6, 4], [3, 4], 16)
 TABLE = registry.param_table(ARCH)
 NET = Transformer(ARCH)
 ADAPTED = Transformer(ARCH, lora=Lora(3, 6.0, 0.0, lora.resolve(TABLE, ["all"])))
 BASE, ADAPTERS = random_params(TABLE), random_params(ADAPTED.trainable, 1)
-AT = np.broadcast_to(np.array([2, 3], np.int32), (B, 2))
-SEEN = View(
-    np.random.default_rng(0).integers(0, 16, (B, T)).astype(np.int32),
-    np.broadcast_to(np.arange(T, dtype=np.int32), (B, T)),
-    np.array([6, 5, 6, 4], np.int32), AT + 1, AT, np.ones((B, 2), bool),
-)  # fmt: skip
-
 hidden = jax.jit(lambda net, params, view, keys=None: net.hidden(params, view, keys), static_argnums=0)
 
 
@@ -85,7 +73,7 @@ def test_dropout_depends_on_the_row_alone() -> None:
     """Neither on its neighbours, nor on how rows are split over devices, nor on how layers are run."""
     net = dataclasses.replace(ADAPTED, lora=Lora(3, 6.0, 0.5, ("blocks/q", "blocks/down")))
     params = lora.attach(BASE, ADAPTERS)
-    keys = jax.random.split(jax.random.key(3), B)
+    keys = jax.random.split(jax.random.key(3), 4)
     want = hidden(net, params, SEEN, keys)
     assert np.abs(want - hidden(ADAPTED, params, SEEN)).max() > 0.05
     turned = hidden(net, params, jax.tree.map(lambda x: x[::-1], SEEN), keys[::-1])
@@ -104,7 +92,7 @@ def test_every_layer_and_matrix_drops_inputs_of_its_own() -> None:
         layers = [lora.layer_branches(ADAPTED.lora, one, layer, rows) for layer in range(2)]
         return [jax.random.key_data(branch.keys) for layer in layers for branch in layer.values()]
 
-    keys = [np.asarray(key).tobytes() for key in drawn(jax.random.split(jax.random.key(3), B))]
+    keys = [np.asarray(key).tobytes() for key in drawn(jax.random.split(jax.random.key(3), 4))]
     assert len(set(keys)) == len(keys) == 2 * 7
 
 

@@ -13,34 +13,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxblock.models.architecture import Architecture
 from jaxblock.models.families import registry
 from jaxblock.models.layers import Block, param_name
 from jaxblock.models.numerics import look_up
 from jaxblock.models.spec import abstract_params, count_params, flatten, init_params, matmul_flops_per_token
 from jaxblock.models.transformer import Transformer
-from jaxblock.types import View
-from tests.models.weights import random_params
+from tests.models.networks import make_arch, make_view, random_params
 
-B, T, A = 2, 9, 3
-SIZES = dict(vocab_size=13, d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=4, mlp_dim=24)
-REST = dict(norm_eps=1e-5, rope_theta=100.0, max_len=64, mask_id=11, eos_id=10, pad_id=10)
-
-
-def make_arch(tied=False, **changes):
-    return Architecture("llada", tie_embeddings=tied, **{**SIZES, **REST, **changes})
-
-
-ARCH, ACTIVE = make_arch(), np.array([[3, 4, 5], [2, 3, 4]], np.int32)
-PARAMS = random_params(registry.param_table(ARCH))
-SEEN = View(
-    ids=np.random.default_rng(0).integers(0, 13, (B, T)).astype(np.int32),
-    positions=np.broadcast_to(np.arange(T, dtype=np.int32), (B, T)),
-    length=np.array([9, 7], np.int32),
-    active=ACTIVE,
-    at=ACTIVE - 1,
-    valid=np.ones((B, A), bool),
-)
+ARCH, SEEN = make_arch(vocab_size=13), make_view([9, 7], [[3, 4, 5], [2, 3, 4]], 13)
+PARAMS, A, T = random_params(registry.param_table(ARCH)), 3, 9
 
 
 def loss_and_hidden(net, params, view):
@@ -81,7 +62,7 @@ def test_variants_agree_in_value_and_gradient(plain, variant):
 def test_tied_embeddings_are_the_untied_network_with_both_uses_summed():
     one = {name: leaf for name, leaf in PARAMS.items() if name != "head"}
     value, hidden, grad = jax.device_get(value_and_grad(PLAIN, one | {"head": one["embed"].T}, SEEN))
-    tied = dataclasses.replace(PLAIN, arch=make_arch(tied=True))
+    tied = dataclasses.replace(PLAIN, arch=make_arch(vocab_size=13, tie_embeddings=True))
     assert tied.param_table.keys() == PLAIN.param_table.keys() - {"head"}
     grad["embed"] = grad["embed"] + grad.pop("head").T
     chex.assert_trees_all_close(value_and_grad(tied, one, SEEN), (value, hidden, grad), rtol=2e-5, atol=2e-5)
@@ -114,7 +95,7 @@ def test_what_is_not_visible_does_not_matter_and_what_is_does():
 
 
 def test_the_table_is_the_modules_parameters():
-    for arch in (ARCH, make_arch(tied=True), make_arch(n_kv_heads=4)):
+    for arch in (ARCH, make_arch(vocab_size=13, tie_embeddings=True), make_arch(n_kv_heads=4)):
         table = registry.param_table(arch)
         layer = {p.removeprefix("blocks/"): s for p, s in table.items() if s.stacked}
         module = nnx.eval_shape(lambda layer=layer, arch=arch: Block(arch, layer, "xla"))
@@ -190,7 +171,7 @@ def test_remat_still_sees_the_products_and_offload_the_layers_inputs():
     none, dots, full = (_traced(remat).count("dot_general") for remat in ("none", "dots", "full"))
     assert none <= dots < full
     text = _traced("offload", "bfloat16")
-    assert f"{ARCH.n_layers},{B},{T},{ARCH.d_model}" in re.findall(r"bf16<host>\[([\d,]+)\]", text)
+    assert f"{ARCH.n_layers},2,{T},{ARCH.d_model}" in re.findall(r"bf16<host>\[([\d,]+)\]", text)
 
 
 def test_both_modes_of_nnx_make_the_same_program():
