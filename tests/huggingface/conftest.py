@@ -15,7 +15,7 @@ from jaxblock.huggingface.save import save_checkpoint
 from jaxblock.models.architecture import Architecture
 from jaxblock.models.families import registry
 from jaxblock.types import Params
-from tests.models.weights import random_params
+from tests.models.networks import random_params
 
 SIZES: dict[str, Any] = {
     "vocab_size": 40,

@@ -22,7 +22,7 @@ from jaxblock.huggingface.load import load_checkpoint
 from jaxblock.huggingface.save import save_checkpoint
 from jaxblock.models.architecture import Architecture
 from jaxblock.models.families import registry
-from tests.models.weights import random_params
+from tests.models.networks import random_params
 
 ARCH = Architecture(
     family="llada",

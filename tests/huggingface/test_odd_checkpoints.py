@@ -19,7 +19,7 @@ from jaxblock.huggingface.load import load_checkpoint
 from jaxblock.huggingface.save import save_checkpoint
 from jaxblock.models.families import registry
 from jaxblock.models.linear.lora import Lora, adapter_table, attach
-from tests.models.weights import random_params
+from tests.models.networks import random_params
 
 
 @pytest.mark.parametrize(

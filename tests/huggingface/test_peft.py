@@ -22,7 +22,7 @@ from jaxblock.models.linear.lora import Lora, adapter_table, attach, merge, reso
 from jaxblock.models.spec import flatten
 from jaxblock.models.transformer import Transformer
 from jaxblock.types import Params
-from tests.models.weights import random_params
+from tests.models.networks import random_params
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

@@ -19,7 +19,7 @@ from jaxblock.errors import UserError
 from jaxblock.huggingface import peft
 from jaxblock.models.families import registry
 from jaxblock.models.linear.lora import Lora, adapter_table, attach, merge
-from tests.models.weights import random_params
+from tests.models.networks import random_params
 
 IDS = np.arange(3, 15).reshape(2, 6)
 
