@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import re
@@ -15,19 +14,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import chex
-import jax
 import pytest
 
-import jaxblock
 from jaxblock.cli import main
 from jaxblock.training.checkpoints import checksums
 from jaxblock.training.checkpoints.reader import CheckpointReader
-from tests import pod
+from tests import pod, runs
 
 ROOT = Path(__file__).parents[2]
 KILLS = 20
-QUIET = ["--train.eval_every", "0", "--train.eval_problems", "0", "--train.eval_nelbo_rows", "0"]
 
 
 def _train(*flags: str, **environment: str) -> subprocess.Popen[bytes]:
@@ -46,16 +41,6 @@ def _until(process: subprocess.Popen[bytes], seen: Callable[[str], bool]) -> str
         if seen(line.decode()):
             break
     return said
-
-
-def _rows(run: Path) -> list[tuple[object, ...]]:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [(row["step"], row["kind"], row.get("loss"), row.get("grad_norm")) for row in rows if row["kind"] == "train"]
-
-
-def _same(run: Path, expected: Path) -> None:
-    chex.assert_trees_all_equal(*(jax.device_get(jaxblock.load(folder).params) for folder in (run, expected)))
-    assert _rows(run) == _rows(expected)
 
 
 def _names(run: Path) -> list[str]:
@@ -124,7 +109,7 @@ def _killed(aim: str, run: Path, flags: list[str], done: int, chance: random.Ran
 def test_twenty_kills_lose_nothing(tiny_config: Path, tiny_run: Path, record_property: Callable[..., None]) -> None:
     """SIGKILL at random moments of start and compiling, plain training, saves in the background, and deletions."""
     run, chance = tiny_config.parent / "killed20", random.Random(0)
-    flags = ["--config", str(tiny_config), "--train.out", str(run), *QUIET]
+    flags = ["--config", str(tiny_config), "--train.out", str(run), *runs.QUIET]
     aims = ["start"] * 4 + ["training"] * 5 + ["save"] * 5 + ["sealing"] * 3 + ["deletion"] * 3
     chance.shuffle(aims)
     lost: dict[str, list[int]] = {}
@@ -141,7 +126,7 @@ def test_twenty_kills_lose_nothing(tiny_config: Path, tiny_run: Path, record_pro
     assert sum(map(len, lost.values())) == KILLS == len(aims)
     assert len(lost.get("training", [])) >= 4 and len(lost.get("start", [])) >= 2, told
     assert len(lost.get("save", [])) + len(lost.get("sealing", [])) >= 4, told
-    _same(run, tiny_run)
+    runs.check_same(run, tiny_run)
 
 
 @pytest.mark.slow
@@ -209,7 +194,7 @@ def test_a_process_without_its_partner_ends_with_a_message_and_the_pair_goes_on(
     said, other = (process.communicate(timeout=120)[1].decode() for process in (first, second))
     assert (first.returncode, second.returncode) == (0, 0), said + other
     assert f"going on from step {whole} " in said and re.search(rf"^step {whole + 1}/", said, re.M), said
-    _same(run, tiny_pod_run)
+    pod.check_same(run, tiny_pod_run)
 
 
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
@@ -217,40 +202,11 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(tiny_run, run)
-    largest = max((run / "checkpoints" / "120" / "params").rglob("d/*"), key=lambda f: f.stat().st_size)
-    content = bytearray(largest.read_bytes())
-    content[len(content) // 2] ^= 64
-    largest.write_bytes(content)
+    runs.flip_a_bit(max((run / "checkpoints/120/params").rglob("d/*"), key=lambda f: f.stat().st_size))
     assert main(["decode", "--checkpoint", str(run), "1+1?"]) == 2
     assert "120 is damaged" in capsys.readouterr().err
     assert main(["decode", "--checkpoint", str(run), "--step", "100", "1+1?"]) == 0
     assert main(["train", "--config", str(tiny_config), "--train.out", str(run)]) == 0
     said = capsys.readouterr().err
     assert "checkpoints/120 is not used" in said and "going on from step 100" in said
-    _same(run, tiny_run)
-
-
-def test_a_better_checkpoint_outlives_newer_ones(
-    tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = tmp_path / "run"
-    flags = ["--train.out", str(run), "--train.steps", "12", "--train.eval_every", "3", "--train.save_every", "4"]
-    flags += [
-        "--train.eval_problems",
-        "0",
-        "--train.keep",
-        "1",
-        "--train.keep_best",
-        "nelbo",
-        "--train.keep_every",
-        "4",
-    ]
-    assert main(["train", "--config", str(tiny_config), *flags]) == 0
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    nelbo = {row["step"]: row["nelbo_per_token"]["mean"] for row in rows if row["kind"] == "eval" and row["step"]}
-    best = min(nelbo, key=lambda step: nelbo[step])
-    checkpoints = CheckpointReader(run)
-    assert checkpoints.best() == best and checkpoints.steps() == sorted({4, 8, 12, best})
-    assert main(["decode", "--checkpoint", str(run), "--step", "best", "1+1?"]) == 0
-    assert main(["decode", "--checkpoint", str(run), "--step", "7", "1+1?"]) == 2
-    assert "no whole checkpoint of step 7; there are 4" in capsys.readouterr().err
+    runs.check_same(run, tiny_run)

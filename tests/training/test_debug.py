@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import jax
@@ -12,10 +11,12 @@ import pytest
 
 from jaxblock import build
 from jaxblock.cli import main
+from jaxblock.fit import shapes
 from jaxblock.models.config import ModelConfig
 from jaxblock.models.families import registry
 from jaxblock.models.spec import init_params
 from jaxblock.training.guard.debug import NanFinder, not_finite
+from tests import runs
 
 
 def test_nan_finder_names_the_first_bad_layer_under_grad_and_vmap() -> None:
@@ -23,15 +24,15 @@ def test_nan_finder_names_the_first_bad_layer_under_grad_and_vmap() -> None:
     arch = registry.architecture_from_config(model, vocab_size=9, mask_id=8, eos_id=1)
     finder = NanFinder()
     net = build.network(arch, model, check_layer=finder.layer)
-    params = init_params(net.param_table, 0, "float32")
-    params["blocks"]["gate"] = params["blocks"]["gate"].at[1, 0, 0].set(jnp.nan)
+    params = jax.device_get(jax.jit(lambda: init_params(net.param_table, 0, "float32"))())
+    params["blocks"]["gate"] = params["blocks"]["gate"].copy()
+    params["blocks"]["gate"][1, 0, 0] = np.nan
     assert not_finite(params) == ["blocks/gate (layer 1)"]
-    ids = jnp.ones((2, 2, 4), jnp.int32)
 
     def loss(params: dict, ids: jax.Array) -> jax.Array:
         return net.all_logits(params, ids, jnp.arange(4)[None].repeat(2, 0), jnp.array([4, 4])).sum()
 
-    jax.jit(jax.vmap(jax.grad(loss), in_axes=(None, 0)))(params, ids)
+    jax.jit(jax.vmap(jax.grad(loss), in_axes=(None, 0)))(params, np.ones((2, 2, 4), np.int32))
     jax.effects_barrier()
     assert min(finder._layers) == 1
 
@@ -40,34 +41,25 @@ def test_nan_finder_names_the_first_bad_layer_under_grad_and_vmap() -> None:
 def test_debug_mode_compiles_no_step_and_shows_the_batch(
     tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from jaxblock.fit import shapes
-
     def never(*arguments: object) -> None:
         raise AssertionError("a step was compiled")
 
     monkeypatch.setattr(shapes, "jit_step", never)
-    command = ["train", "--config", str(tiny_config), "--train.steps", "2", "--train.debug"]
-    command += ["--train.eval_problems", "0", "--train.eval_nelbo_rows", "0"]
-    assert main([*command, "--train.out", str(tmp_path / "run")]) == 0
+    command = ["train", "--config", str(tiny_config), "--train.steps", "2", *runs.QUIET, "--train.out"]
+    assert main([*command, str(tmp_path / "run"), "--train.debug"]) == 0
     shown = capsys.readouterr().err
     assert "block 0" in shown and "masked, weight" in shown
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if row["kind"] == "train"]
-    assert [row["step"] for row in rows] == [1, 2]
-    # The same steps, jitted.
     monkeypatch.undo()
-    command.remove("--train.debug")
-    assert main([*command, "--train.out", str(tmp_path / "jitted")]) == 0
-    again = [json.loads(line) for line in (tmp_path / "jitted" / "metrics.jsonl").read_text().splitlines()]
-    losses = [row["loss"] for row in again if row["kind"] == "train"]
-    np.testing.assert_allclose(losses, [row["loss"] for row in rows], rtol=1e-5)
+    assert main([*command, str(tmp_path / "jitted")]) == 0
+    slow, jitted = runs.rows(tmp_path / "run"), runs.rows(tmp_path / "jitted")
+    assert [row["step"] for row in slow] == [1, 2]
+    np.testing.assert_allclose([row["loss"] for row in jitted], [row["loss"] for row in slow], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_one_batch_can_be_learnt_by_heart(tiny_config: Path, tmp_path: Path) -> None:
-    flags = ["--train.overfit_one_batch", "--train.out", str(tmp_path / "run"), "--train.log_every", "20"]
-    flags += ["--train.eval_problems", "0", "--train.eval_nelbo_rows", "0", "--train.steps", "300"]
-    flags += ["--method.draws", "4", "--optimizer.lr", "0.01", "--model.d_model", "32"]
+    flags = ["--train.overfit_one_batch", "--train.out", str(tmp_path / "run"), "--train.log_every", "20", *runs.QUIET]
+    flags += ["--method.draws", "4", "--optimizer.lr", "0.01", "--model.d_model", "32", "--train.steps", "300"]
     assert main(["train", "--config", str(tiny_config), *flags]) == 0
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    losses = [row["loss"] for row in rows if row["kind"] == "train"]
+    losses = [row["loss"] for row in runs.rows(tmp_path / "run")]
     assert losses[0] > 1 and losses[-1] < 0.01, losses

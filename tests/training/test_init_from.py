@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -153,10 +154,13 @@ def test_without_debug_nans_stop_the_run_and_nothing_is_saved(
 ) -> None:
     """Every step is skipped, and the state holds an infinity from the start: it must not be written at step 2."""
     flags = ["--train.save_every", "2", "--train.log_every", "4", "--train.max_skipped", "3"]
+    flags += ["--train.overfit_one_batch"]
     assert main(poisoned("ff_out", float("inf"), *flags)) == 2
     error = capsys.readouterr().err
     assert "3 steps in a row" in error and "step 1: the loss is nan" in error and "--train.debug" in error
     assert "train records" in error and "the state holds NaN or infinity" in error
+    named = re.findall(r"train records ([\d, ]+)", " ".join(error.split()))
+    assert len(named) >= 3 and len(set(named)) == 1  # each step takes the one batch
     checkpoints = tmp_path / "run" / "checkpoints"
     assert not checkpoints.exists() or list(checkpoints.iterdir()) == []
 
