@@ -117,10 +117,18 @@ check_no_command() {
     [ ${#command[@]} -eq 0 ] || fail "$1 takes no command"
 }
 
+# is_whole_number TEXT: whether a text is a whole number from 0 to 999999999. Leading zeros are refused: bash reads 010 as 8.
+is_whole_number() {
+    case "$1" in
+        0) ;;
+        '' | *[!0-9]* | 0* | ??????????*) return 1 ;;
+    esac
+}
+
 # check_whole_numbers NAME...: fails unless the options of these names have whole numbers as their values.
 check_whole_numbers() {
     local name
     for name in "$@"; do
-        case "${!name}" in '' | *[!0-9]*) fail "--$name must be a whole number, not '${!name}'" ;; esac
+        is_whole_number "${!name}" || fail "--$name must be a whole number without leading zeros, not '${!name}'"
     done
 }

@@ -26,7 +26,7 @@ HELP
 }
 
 help_if_asked "$@"
-case "$1" in *[!0-9]* | 0) fail "how many processes? '$1' is not a number above 0 (--help)" ;; esac
+if ! is_whole_number "$1" || [ "$1" -eq 0 ]; then fail "how many processes? '$1' is not a number above 0 (--help)"; fi
 count="$1" devices=1 port=0 grace=10 platform=cpu
 read_options '--devices --platform --port --grace' '' "${@:2}"
 check_whole_numbers devices port grace

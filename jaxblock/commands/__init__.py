@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import sys
 
+from jaxblock.errors import printable
+
 
 def say(text: str) -> None:
     """Prints a line to standard error."""
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)

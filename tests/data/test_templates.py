@@ -10,6 +10,7 @@ import pytest
 
 from jaxblock.data.config import DataConfig
 from jaxblock.data.text.examples import Example
+from jaxblock.data.tokens import bounded_jinja
 from jaxblock.data.tokens.encoding import Encoder
 from jaxblock.data.tokens.find_special import find_special
 from jaxblock.data.tokens.load import load_tokenizer
@@ -216,3 +217,40 @@ def test_gsm8k_keeps_the_boundary(shared: pathlib.Path, pieces: SentencePieceTok
     for record in records:
         _, response_ids = encoder.prompt_and_response(_example(record["question"], record["answer"]))
         assert _show(encoder, response_ids) == record["answer"].strip() + "<|eot_id|>"
+
+
+@pytest.mark.parametrize(
+    ("source", "complaint"),
+    [
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "more than 1,000 rounds"),
+        (
+            "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+            "more than 1,000 rounds",
+        ),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+        ("{{ 'a' * 10**11 }}", "too large"),
+        ("{{ [1] * 10**10 }}", "too large"),
+        ("{% set s = namespace(v='aaaa') %}{% for i in range(60) %}{% set s.v = s.v ~ s.v %}{% endfor %}", "too large"),
+        ("{% set s = namespace(v='aaaa') %}{% for i in range(60) %}{% set s.v = s.v + s.v %}{% endfor %}", "too large"),
+        ("{{ 'a'.center(10**11) }}{{ 1 }}", "too large"),
+        ("{{ 'a' | center(10**11) }}", "too large"),
+        ("{{ '%1000000000000d' % 1 }}", "too large"),
+        ("{{ '{:>1000000000000}'.format(1) }}", "too large"),
+        ("{{ ('a' * 100000).replace('a', 'b' * 100000) }}", "too large"),
+        ("{{ 10 ** (10 ** 8) }}", "too large"),
+        ("{{" + "(" * 20_000 + "1" + ")" * 20_000 + "}}", "recursion"),
+        ("{{ lipsum(n=10**6) }}", "'lipsum' is undefined"),
+    ],
+)
+def test_a_strangers_template_ends_soon_and_stays_small(
+    source: str, complaint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bounded_jinja, "MOST_ROUNDS", 1000)
+    with pytest.raises(UserError, match=f"a.jsonl:1: template 'theirs' fails on it: .*{complaint}"):
+        Template("theirs", source).render([{"role": "user", "content": "q"}], True, where="a.jsonl:1")
+
+
+@pytest.mark.parametrize("brought", [[5], [None], [{"name": []}], [{"name": "default", "template": 5}], {}, 5])
+def test_a_chat_template_of_a_wrong_type_is_refused(brought: object) -> None:
+    with pytest.raises(UserError, match="the tokenizer came with no chat template"):
+        template_source("tokenizer", tokenizer_template=brought)

@@ -21,7 +21,8 @@ import jinja2.parser
 import jinja2.sandbox
 
 from jaxblock.data.text.examples import Message
-from jaxblock.errors import UserError
+from jaxblock.data.tokens.bounded_jinja import BoundedEnvironment
+from jaxblock.errors import UserError, first_line
 from jaxblock.io.files import read_bytes
 from jaxblock.io.paths import as_path
 
@@ -53,7 +54,8 @@ NAMED = {"chat": _CHAT, "plain": _PLAIN}
 
 _CONTROL = re.compile(r"<\|[^<>|\s]+\|>")
 _ERRORS_OF_EXPRESSIONS = (
-    TypeError, ValueError, LookupError, RecursionError, AttributeError, ArithmeticError, OSError,
+    TypeError, ValueError, LookupError, RecursionError, AttributeError, ArithmeticError, OSError, MemoryError,
+    AssertionError,
 )  # fmt: skip
 
 
@@ -95,7 +97,9 @@ class Template:
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"template {self.name!r}, line {error.lineno}: {error.message}") from error
         except (jinja2.TemplateError, *_ERRORS_OF_EXPRESSIONS) as error:
-            raise UserError(f"{where or 'a conversation'}: template {self.name!r} fails on it: {error}") from error
+            raise UserError(
+                f"{where or 'a conversation'}: template {self.name!r} fails on it: {first_line(error)}"
+            ) from error
 
     def control_tokens(self) -> tuple[str, ...]:
         """Returns the texts like <|name|> in the template's source; a tokenizer trained here makes each of them one token."""
@@ -117,8 +121,10 @@ def template_source(name: str, *, tokenizer_template: Any = None) -> str:
         return NAMED[name]
     if name == "tokenizer":
         if isinstance(tokenizer_template, list):
-            named = {entry.get("name"): entry.get("template") for entry in tokenizer_template}
-            tokenizer_template = named.get("default")
+            entries = [
+                entry for entry in tokenizer_template if isinstance(entry, dict) and entry.get("name") == "default"
+            ]
+            tokenizer_template = entries[-1].get("template") if entries else None
         if not isinstance(tokenizer_template, str):
             raise UserError(
                 "data.template = 'tokenizer': the tokenizer came with no chat template (chat_template in "
@@ -166,9 +172,9 @@ def _clock() -> datetime.datetime:
 
 @functools.cache
 def _compiled(source: str) -> jinja2.Template:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
-    )
+    # A check of every operation doubles the time of rendering, and ours need none.
+    kind = jinja2.sandbox.ImmutableSandboxedEnvironment if source in NAMED.values() else BoundedEnvironment
+    environment = kind(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation])
     environment.filters["tojson"] = _to_json
     # Templates of Hugging Face models call the first to refuse unknown roles, and the second to write today's date.
     environment.globals["raise_exception"] = _refuse

@@ -11,6 +11,7 @@ from typing import Any, SupportsIndex
 
 from jaxblock.errors import UserError
 from jaxblock.io.folders import write_files
+from jaxblock.io.json_text import parse_json
 
 MASK, EOS, EOT, BOS = "<|mdm_mask|>", "<|endoftext|>", "<|eot_id|>", "<|startoftext|>"
 """The special tokens of LLaDA; a tokenizer trained here has them unless the config names others."""
@@ -75,8 +76,8 @@ def read_settings(files: Mapping[str, bytes], where: str) -> dict[str, Any]:
         UserError: If a file is not JSON or not UTF-8; the message begins with `where`.
     """
     try:
-        older = json.loads(files.get("special_tokens_map.json", b"{}"))
-        settings = {**older, **json.loads(files.get("tokenizer_config.json", b"{}"))}
+        older = parse_json(files.get("special_tokens_map.json", b"{}"))
+        settings = {**older, **parse_json(files.get("tokenizer_config.json", b"{}"))}
         if "chat_template.jinja" in files:
             settings["chat_template"] = files["chat_template.jinja"].decode()
     except (ValueError, TypeError) as error:
