@@ -60,7 +60,11 @@ VERBS: dict[str, Command[Any]] = {
 
 _format_warning = warnings.formatwarning
 
-SHORT_FLAGS = {"train": {"--profile": "--train.profile"}}
+_VERIFY = {"--verify": "--data.verify"}
+SHORT_FLAGS = {
+    "train": {"--profile": "--train.profile", **_VERIFY},
+    **dict.fromkeys(("prepare", "inspect", "evaluate"), _VERIFY),
+}
 """The short names of flags, by verb."""
 
 

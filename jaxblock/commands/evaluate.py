@@ -70,7 +70,7 @@ def run(options: Options, config: Config) -> int:
         check_writable(as_path(options.out).parent)
     grader = find_grader(config.evaluate.grader)
     model = loading.load(options.checkpoint, base=options.base, step=options.step, mesh="all")
-    prepared = open_prepared(config.data.prepared)
+    prepared = open_prepared(config.data.prepared, verify=config.data.verify)
     _check_fit(options, config, model, prepared)
     settings = config.evaluate
     source = prepared.records(settings.split)

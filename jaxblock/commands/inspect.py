@@ -53,7 +53,7 @@ def run(options: Options, config: Config) -> int:
 
     if options.html:
         check_absent(options.html)
-    prepared = open_prepared(config.data.prepared)
+    prepared = open_prepared(config.data.prepared, verify=config.data.verify)
     examined, layout = examine_records(config, prepared, options.split, options.records, options.steps)
     about = (
         f"{config.method.objective}, law {config.method.law}, {config.method.weighting} weights, "

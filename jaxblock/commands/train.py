@@ -165,7 +165,7 @@ def _show_first_batch(config: Config, console: Console) -> None:
     from jaxblock.data.store.prepared_folder import open_prepared
     from jaxblock.reporting import terminal
 
-    prepared = open_prepared(config.data.prepared)
+    prepared = open_prepared(config.data.prepared, verify=config.data.verify)
     count = min(2, len(prepared.records("train")))
     examined, layout = examine_records(config, prepared, "train", tuple(range(count)), 1)
     terminal.print_records(console, layout, examined, prepared.tokenizer.piece)

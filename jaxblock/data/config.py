@@ -17,6 +17,9 @@ class DataConfig(Section, name="data"):
 
     prepared: str = may_change("prepared")
     """Folder of prepared data: `prepare` writes it, every other verb reads it."""
+    verify: bool = may_change(False)
+    """Whether every byte of the prepared folder is compared with its list of hashes (also `--verify`); else only small files and
+    sizes are."""
     train: str = "builtin"
     """The training records: a .jsonl, .json or .parquet file, `hf:NAME[@REVISION][:CONFIG][#SPLIT]` (the `datasets` library),
     or `builtin`: the recipe's own source, else generated arithmetic word problems."""

@@ -81,7 +81,7 @@ def open_session(config: Config, console: Console) -> OpenedSession:
     process_index, process_count = processes.join_group()
     console.quiet = process_index > 0  # only process 0 prints
     trackers.check_trackers(config.train)
-    prepared = open_prepared(config.data.prepared)
+    prepared = open_prepared(config.data.prepared, verify=config.data.verify)
     prepared.check_canvas(config.canvas)
     folder = as_path(config.train.out)
     checkpoints, step = _existing_checkpoints(config.train, console)

@@ -266,6 +266,7 @@ def test_folders_of_an_earlier_version_open_with_a_warning(tiny_config: Path, tm
     manifest = json.loads(path.read_text())
     del manifest["special"]["ends"]
     path.write_text(json.dumps({**manifest, "format": 1}))
+    (tmp_path / "data" / "files.json").unlink()
     with pytest.warns(EarlierVersionWarning, match="did not record all ids that end a response"):
         opened = open_prepared(data.prepared)
     assert opened.special.ends is None and len(opened.special.stop_ids) == 2

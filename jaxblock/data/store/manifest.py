@@ -22,7 +22,7 @@ MANIFEST_FORMAT = 2
 """The version of a prepared folder. Version 1 did not record all ids that end a response."""
 
 # Settings that do not change the records: they say where the folder is, or how much of a record training shows the model.
-_NOT_RECORDED_DATA = ("prepared", "overwrite", "allow_other_template")
+_NOT_RECORDED_DATA = ("prepared", "overwrite", "verify", "allow_other_template")
 _NOT_RECORDED_CANVAS = ("context", "suffix_window", "total_len")
 
 

@@ -36,6 +36,7 @@ from jaxblock.diffusion.config import CanvasConfig
 from jaxblock.errors import UserError
 from jaxblock.io.files import write_text
 from jaxblock.io.folders import check_vacant, new_folder
+from jaxblock.io.inventory import check_inventory, write_inventory
 from jaxblock.io.locks import only_writer
 from jaxblock.io.paths import as_path
 
@@ -125,6 +126,7 @@ def _prepared_before(
     if (path / MANIFEST_FILE).exists():
         try:
             there = read_manifest(data.prepared)
+            check_inventory(data.prepared, sizes_of=records_file("", "*"), verify=data.verify)
         except UserError:
             if not data.overwrite:
                 raise
@@ -201,3 +203,4 @@ def _write(folder: pathlib.Path, records: dict[str, list[Record]], encoder: Enco
     encoder.tokenizer.save(folder / "tokenizer")
     write_text(folder / "tokenizer" / "template.jinja", encoder.template.source)
     write_manifest(folder, manifest)
+    write_inventory(folder)

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 
 from jaxblock.data.store.manifest import Manifest, read_manifest
-from jaxblock.data.store.records import Records
+from jaxblock.data.store.records import Records, records_file
 from jaxblock.data.tokens.encoding import Encoder
 from jaxblock.data.tokens.load import load_tokenizer
 from jaxblock.data.tokens.special import SpecialIds
@@ -15,6 +15,7 @@ from jaxblock.data.tokens.tokenizer import Tokenizer
 from jaxblock.diffusion.config import CanvasConfig
 from jaxblock.errors import UserError
 from jaxblock.io.files import read_bytes
+from jaxblock.io.inventory import check_inventory
 from jaxblock.io.paths import PathLike, as_path
 
 
@@ -79,13 +80,19 @@ class Prepared:
                 )
 
 
-def open_prepared(folder: PathLike) -> Prepared:
-    """Opens a prepared folder.
+def open_prepared(folder: PathLike, *, verify: bool = False) -> Prepared:
+    """Opens a prepared folder, or a run folder for its tokenizer and manifest.
+
+    Args:
+        folder: The folder.
+        verify: Whether all files are compared byte by byte with what was prepared; else the small ones are, and the records'
+            sizes (`Prepared.records` compares those that it opens).
 
     Raises:
-        UserError: If the folder is absent, not whole, or damaged.
+        UserError: If the folder is absent, not whole, or damaged, or a file of it was replaced.
     """
     manifest = read_manifest(folder)
+    check_inventory(folder, sizes_of=records_file("", "*"), verify=verify)
     local = as_path(folder) / "tokenizer"
     tokenizer = load_tokenizer(local)
     source = read_bytes(local / "template.jinja").decode()

@@ -13,6 +13,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from jaxblock.errors import UserError
+from jaxblock.io.inventory import check_file
 from jaxblock.io.paths import PathLike, as_path
 from jaxblock.io.remote import local_file
 
@@ -98,7 +99,7 @@ class Records(Sequence[Record]):
         """Opens a split ("train", "validation" or "test") of a prepared folder.
 
         Raises:
-            UserError: If the split's file is absent or damaged.
+            UserError: If the split's file is absent, damaged, or not the one that was prepared.
         """
         self.path = records_file(folder, split)
         if not as_path(self.path).exists():
@@ -106,6 +107,7 @@ class Records(Sequence[Record]):
                 f"{self.path} does not exist: the prepared data have no split {split!r}; run `jaxblock prepare` first"
             )
         self._local = local_file(self.path)
+        check_file(folder, as_path(self.path).name, self._local)
         self._open()
 
     def _open(self) -> None:

@@ -3,6 +3,7 @@
 config.yaml     the resolved config
 model.json      the architecture, in the form of a Hugging Face config.json
 base.json       where the frozen base of the adapters is (LoRA runs only)
+files.json      sizes and hashes of the files that never change
 manifest.json   the prepared data's manifest
 tokenizer/      the tokenizer and its template
 origin/         model code and generation config of the checkpoint that the run began with (if any), for the export
@@ -27,6 +28,7 @@ from jaxblock.errors import UserError
 from jaxblock.huggingface import companions
 from jaxblock.io.files import read_json, write_json, write_text
 from jaxblock.io.folders import copy_files, new_folder
+from jaxblock.io.inventory import write_inventory
 from jaxblock.io.paths import PathLike, as_path
 from jaxblock.models.architecture import Architecture
 from jaxblock.models.config import Checkpoint
@@ -119,6 +121,9 @@ def create_run_folder(
         if base is not None:
             write_json(scratch / BASE, base._asdict())
         write_text(scratch / CONFIG, to_yaml(config))
+        write_inventory(
+            scratch, leave_out=[MODEL]
+        )  # model.json is compared with what the checkpoints say, field by field
 
 
 def open_run(folder: PathLike) -> Run:
