@@ -15,11 +15,12 @@ from jaxblock.cli import main
 from jaxblock.config.config import Config
 from jaxblock.diffusion.config import CanvasConfig, MethodConfig
 from jaxblock.errors import UserError
-from jaxblock.fit import memory, programs, sizes, topology
+from jaxblock.fit import memory, process, programs, sizes, topology
 from jaxblock.fit.advice import Trial, advise
 from jaxblock.fit.compile import check_fits
 from jaxblock.fit.memory import CompileResult
 from jaxblock.fit.placement import place_run
+from jaxblock.fit.plan import plan_run
 from jaxblock.models.config import LoraConfig, ModelConfig
 from jaxblock.models.families import registry
 from jaxblock.parallel.mesh import make_mesh
@@ -121,15 +122,11 @@ def test_what_a_compiler_says_of_memory() -> None:
     assert device_limit(jax.devices("cpu")[0]) is None
 
 
-@pytest.fixture(scope="module")
-def step() -> programs.Program:
-    """Returns the compiled train step of the small run on eight devices."""
-    return programs.train_program(SMALL, ARCH, make_mesh(8))
-
-
 @pytest.mark.slow
-def test_training_that_cannot_fit_is_refused_with_what_helps(step: programs.Program) -> None:
-    built, mesh = CompileResult(Mock(), step.memory), make_mesh(8)
+def test_training_that_cannot_fit_is_refused_with_what_helps() -> None:
+    mesh = make_mesh(8)
+    step = programs.train_program(SMALL, ARCH, mesh)
+    built = CompileResult(Mock(), step.memory)
     check_fits(built, None, SMALL, ARCH, mesh, print)  # nothing to compare with
     check_fits(built, built.memory.total, SMALL, ARCH, mesh, print)
     said: list[str] = []
@@ -138,20 +135,22 @@ def test_training_that_cannot_fit_is_refused_with_what_helps(step: programs.Prog
     assert len(said) == 2  # what is wrong, and the one change that was compiled
     with pytest.raises(UserError, match=r"None of these is enough"):
         check_fits(CompileResult(None, built.memory._replace(limit=1000.0)), None, SMALL, ARCH, mesh, print)
+    offload = dataclasses.replace(SMALL, model=dataclasses.replace(SMALL.model, remat="offload"))
+    assert "activations" not in programs.train_program(offload, ARCH, mesh).parts  # the host's
+    assert step.parts["activations"] == kept("none")
 
 
-def test_what_is_kept_for_the_backward_pass(step: programs.Program) -> None:
-    def kept(remat: str, rows: int = 4) -> float:
-        model = dataclasses.replace(SMALL.model, remat=remat)
-        return programs.activations(dataclasses.replace(SMALL, model=model), ARCH, rows, "cpu")
+def kept(remat: str, rows: int = 4) -> float:
+    model = dataclasses.replace(SMALL.model, remat=remat)
+    return programs.activations(dataclasses.replace(SMALL, model=model), ARCH, rows, "cpu")
 
+
+def test_what_is_kept_for_the_backward_pass() -> None:
     inputs, logits = 2 * 4 * 32 * 64 * 4, 4 * 4 * 512 * 4
-    all_of_it, least = step.parts["activations"], kept("full")
+    least, everything = kept("full"), kept("none")
     assert inputs + logits <= least < inputs + 5 * logits  # ids, positions, and the head's own inputs
-    assert least < kept("dots") < all_of_it
-    assert kept("none", rows=8) == pytest.approx(2 * all_of_it, rel=0.01)
-    # What a device then takes for it: temporaries of the compiled step are not far below what shapes say.
-    assert step.memory.temporaries > 0.5 * (all_of_it + step.parts["gradients"])
+    assert least < kept("dots") < everything
+    assert kept("none", rows=8) == pytest.approx(2 * everything, rel=0.01)
 
 
 def test_a_plan_is_held_against_what_the_device_reports() -> None:
@@ -166,13 +165,21 @@ def test_a_plan_is_held_against_what_the_device_reports() -> None:
     assert silent.describe() is None and silent.compare(jax.devices("cpu")[0]) is None
 
 
-def test_the_verb(tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("apart", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_verb(apart: bool, tiny_config: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans in this process, which has eight devices as well, or in a process apart as users do."""
+
+    def plan_here(config: Config, name: str, **options: Any) -> dict[str, Any]:
+        return plan_run(config, topology.parse_topology(name), **options)
+
+    if not apart:
+        monkeypatch.setattr(process, "plan_in_process", plan_here)
     out, sizes = tmp_path / "plan.json", tmp_path / "config.json"
     own = ModelConfig(d_model=16, n_layers=1, n_heads=2, mlp_dim=32, tie_embeddings=True)
     arch = registry.architecture_from_config(own, vocab_size=300, mask_id=299, eos_id=298)
     sizes.write_text(json.dumps(registry.to_hf(arch, "float32")))
     flags = ["plan", "--config", str(tiny_config), "--topology", "cpu-8", "--model_config", str(sizes)]
-    flags += ["--model.remat", "offload", "--train.fsdp", "8"]
+    flags += ["--train.fsdp", "8"]
     assert main([*flags, "--json", str(out)]) == 0
     shown = capsys.readouterr().out
     for word in ("ESTIMATE", "optimizer state", "temporaries", "logits", "it fits", "all-gather"):
@@ -183,7 +190,8 @@ def test_the_verb(tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     train = plan["train"]
     # AdamW: two moments of what is trained, in float32.
     assert train["parts"]["optimizer state"] == pytest.approx(2 * train["parts"]["parameters"], abs=64)
-    assert "activations" not in train["parts"]  # the host's
+    # A device's temporaries are not far below what shapes say.
+    assert train["memory"]["temporaries"] > 0.5 * (train["parts"]["activations"] + train["parts"]["gradients"])
     assert train["flops"] > 0 and plan["decode"]["flops"] > 0
     assert main([*flags, "--json", str(out)]) == 2  # never overwritten
     assert main([*flags[:-1], "3"]) == 2
