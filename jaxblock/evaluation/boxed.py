@@ -6,8 +6,10 @@ import re
 
 # Without braces a box holds one number or command, or what stands before a dollar sign: `put it in \boxed as asked` has no box.
 _BOX = re.compile(r"\\f?box(?:ed)?\s*(?=\{)|\\boxed\s*(?P<bare>[-\d\\][^\s${}]*|(?<=\s)[^\s${}]+(?=\s*\$))")
-_ANSWER_IS = re.compile(r"answer(?:\s+is\s*:?|\s*:)\s*([^\n]+)", re.IGNORECASE)
-_FORMULA = re.compile(r"\$\$?(.+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]")
+_ANSWER_IS = re.compile(r"answer(?:\s+is(?![a-z])|\s*:)", re.IGNORECASE)
+_FORMULA = r"(?:\$\$?(?:\\.|[^$\\])+\$\$?|\\\(.+?\\\)|\\\[.+?\\\])"
+_FORMULAS = re.compile(rf"{_FORMULA}(?:(?:\s*,\s*|\s*,?\s*(?:and|or)\s+){_FORMULA})*")
+_DELIMITER = re.compile(r"(?<!\\)\$|\\[()\[\]]")
 _SENTENCE_END = re.compile(r"[.!?](?=\s)")
 _GROUPED = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 _DECIMAL = re.compile(r"(-?\d+)\.(\d+)")
@@ -27,7 +29,8 @@ _RULES = [
         (r"\\[,!;: ]|~", " "),
         (r"\{,\}", ","),
         (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))", ""),
-        (r"\\?[%$]", ""),
+        (r"\\?[%$£€]", ""),
+        (r"^(-?[\d.,]+)\s+(?!pi|sin|cos|tan|log|sqrt|exp)[A-Za-z]{3}[A-Za-z ]*$", r"\1"),  # a unit in plain text
         (r"(?<=\S)\s*\\(?:(?:text|mbox|textrm)\s*\{[^{}]*\}|mathrm\{[^{}]{2,}\})\s*$", ""),  # a unit after the value
         (r"\\(?:text|mbox|mathrm|textrm|textbf|mathbf)\s*\{([^{}]*)\}", r"\1"),
         (r"(?<=\d)\s+(?=\d{3}(?!\d))", ""),  # thousands
@@ -42,39 +45,48 @@ _RULES = [
 
 
 def last_boxed(text: str) -> str | None:
-    r"""Returns the content of the last ``\boxed{...}`` or ``\fbox{...}``; None where there is none or it is cut short."""
-    found = list(_BOX.finditer(text))
-    if not found:
-        return None
-    last = found[-1]
-    if last["bare"] is not None:
-        return last["bare"]
+    r"""Returns the content of the last ``\boxed{...}`` or ``\fbox{...}``; None where there is none or it is cut short.
+
+    An empty box counts only if all are empty: a response may speak of ``\boxed{}``.
+    """
+    content: str | None = None
+    for box in reversed(list(_BOX.finditer(text))):
+        found = box["bare"] if box["bare"] is not None else _in_braces(text, box.end())
+        if found is None or found.strip():
+            return found
+        content = found
+    return content
+
+
+def _in_braces(text: str, start: int) -> str | None:
+    """Returns what is between the brace at ``start`` and the one that closes it; None where none does."""
     depth = 0
-    for at in range(last.end(), len(text)):
+    for at in range(start, len(text)):
         escaped = text[at - 1] == "\\"
         depth += (text[at] == "{" and not escaped) - (text[at] == "}" and not escaped)
         if not depth:
-            return text[last.end() + 1 : at]
+            return text[start + 1 : at]
     return None
 
 
 def extract_answer(text: str) -> str | None:
     """Returns the content of a response's last box, else what its last "answer is" (or "answer:") says, else None.
 
-    What it says is the formula that the line begins with, if it begins with a dollar sign, ``\\(`` or ``\\[``; else the text up
-    to the end of the sentence or line.
+    What it says are the formulas in dollar signs, ``\\(`` or ``\\[`` that the line begins with (``$3$ and $4$``); else the text
+    up to the end of the sentence or line.
     """
     boxed = last_boxed(text)
     if boxed is not None:
         return boxed
-    stated = _ANSWER_IS.findall(text)
-    if not stated:
-        return None
-    line = stated[-1].strip().strip("*").strip()
-    formula = _FORMULA.match(line)
-    if formula:
-        return next(part for part in formula.groups() if part is not None)
-    return _SENTENCE_END.split(line, maxsplit=1)[0].strip().strip("*")
+    for stated in reversed(list(_ANSWER_IS.finditer(text))):
+        rest = text[stated.end() :].lstrip().removeprefix(":").lstrip(" \t\r\n*")
+        if rest:
+            line = rest.partition("\n")[0]
+            formulas = _FORMULAS.match(line)
+            if formulas:
+                return _DELIMITER.sub("", formulas[0])
+            return _SENTENCE_END.split(line, maxsplit=1)[0].strip().rstrip("*")
+    return None
 
 
 def normalise_latex(text: str) -> str:

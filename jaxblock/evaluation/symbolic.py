@@ -56,7 +56,7 @@ class Comparer:
         if max(len(given), len(expected)) > LONGEST:
             return Comparison(False, f"longer than {LONGEST} characters")
         # A dollar sign inside would end the formula that the worker puts the answer into.
-        pair = [re.sub(r"\\?\$|\s+", lambda found: " " * found[0].isspace(), text) for text in (given, expected)]
+        pair = [re.sub(r"\\?[$£€]|\s+", lambda found: " " * found[0].isspace(), text) for text in (given, expected)]
         with self._lock:
             try:
                 worker = self._running()

@@ -15,7 +15,18 @@ from jaxblock.evaluation.symbolic import LONGEST, Comparer, Comparison
 
 SAME = [
     [r"\frac{1}{2}", r"\dfrac12", r"\tfrac{1}2", "1/2", "0.5", "0.50", ".5", r"$\frac 12$", "1/2."],
-    ["1234", "1,234", r"1{,}234", r"\$1234", "1234.00", r"1234\text{ dollars}", r"1234~\mbox{cm}", "1 234", r"1\,234"],
+    [
+        "1234",
+        "1,234",
+        r"1{,}234",
+        r"\$1234",
+        "1234.00",
+        r"1234\text{ dollars}",
+        r"1234~\mbox{cm}",
+        "1,234 dollars",
+        "1 234",
+        r"1\,234",
+    ],
     [r"\left(1,2\right)", "(1, 2)", r"(1,\,2)"],
     ["90", r"90^\circ", r"90^{\circ}", r"90\%", "90%"],
     ["Tuesday", r"\text{Tuesday}", r"\textbf{Tuesday}"],
@@ -40,6 +51,8 @@ ANSWERS = [
     ("y=5", "x=5", False, True),  # the text rule drops both names
     ("x>5", "5<x", True, False),
     ("x>5", r"x\ge5", False, False),
+    (r"x\ge5", r"[5,\infty)", True, False),
+    ("2 pi", "2", False, False),
     ("(1,2)", "(2,1)", False, False),
     ("(1,2)", r"\{1,2\}", False, False),
     (r"\{2,1\}", r"\{1,2\}", True, False),
@@ -80,6 +93,10 @@ def test_one_answer_has_one_spelling_and_different_answers_stay_different() -> N
         (r"$\boxed x$", "x"),
         (r"\boxed{5}, as asked: in \boxed form", "5"),
         (r"\boxed{}", ""),
+        (r"\boxed{7}, which I put in \boxed{}", "7"),
+        ("The answer is $3$ and $4$.", "3 and 4"),
+        (r"The answer is $\$5$.", r"\$5"),
+        ("answer is" + "\n" * 50_000, None),  # read in bounded time
         (r"\boxed{1} and cut \boxed{\frac{1}{", None),
         ("The answer is: 5\nThe answer is 7", "7"),
         ("The answer is 3.5. I hope it is correct.", "3.5"),
