@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import pathlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import tokenizers as huggingface
@@ -39,7 +39,7 @@ def pieces() -> SentencePieceTokenizer:
 
 
 @pytest.fixture
-def tokenizer_folder(tmp_path: pathlib.Path) -> Callable[..., str]:
+def tokenizer_folder(tmp_path: Path) -> Callable[..., str]:
     """Makes a Hugging Face tokenizer folder (byte-level BPE) with LLaDA's special tokens and template."""
 
     def make(without: str = "", template: str | None = LLADA_TEMPLATE) -> str:
@@ -71,7 +71,7 @@ def tokenizer_folder(tmp_path: pathlib.Path) -> Callable[..., str]:
 
 
 @pytest.fixture
-def jsonl(tmp_path: pathlib.Path) -> Callable[..., str]:
+def jsonl(tmp_path: Path) -> Callable[..., str]:
     """Writes records, given as (question, answer), to a file."""
 
     def make(name: str, rows: Sequence[tuple[str, str]]) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import pathlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,7 +33,7 @@ ROWS = [{"question": "How many?", "answer": "12"}]
 DREAM_ADDED = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|beginoftext|>", "<|mask|>")
 
 
-def _prepare(folder: pathlib.Path, rows: list[Any], **data: Any) -> Prepared:
+def _prepare(folder: Path, rows: list[Any], **data: Any) -> Prepared:
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {"train": str(folder / "train.jsonl"), "test": None, "validation_records": 0, "template": "tokenizer"}
     out = str(folder / f"out{len(list(folder.glob('out*')))}")
@@ -46,7 +46,7 @@ def _shown(opened: Prepared, ids: Any) -> str:
 
 
 @pytest.fixture
-def dream_folder(tmp_path: pathlib.Path) -> pathlib.Path:
+def dream_folder(tmp_path: Path) -> Path:
     """vocab.json, merges.txt and the settings, without a tokenizer.json; the config.json names the special ids."""
     folder = tmp_path / "dream"
     folder.mkdir()
@@ -74,24 +74,22 @@ def dream_folder(tmp_path: pathlib.Path) -> pathlib.Path:
     return folder
 
 
-def test_llada_s_own_template_and_special_tokens(tmp_path: pathlib.Path, tokenizer_folder: Callable[..., str]) -> None:
-    opened = _prepare(tmp_path, ROWS, tokenizer=tokenizer_folder())
+def test_llada_s_own_template_and_special_tokens(tmp_path: Path, tokenizer_folder: Callable[..., str]) -> None:
+    opened = _prepare(tmp_path, ROWS, tokenizer=tokenizer_folder(), system="Be brief.")
     (record,) = opened.records("train")
-    header = "<|start_header_id|>assistant<|end_header_id|>\n\n"
-    asked = "<|startoftext|><|start_header_id|>user<|end_header_id|>\n\nHow many?<|eot_id|>"
-    assert _shown(opened, record.prompt_ids) == asked + header
+    start, end = "<|start_header_id|>", "<|end_header_id|>\n\n"
+    turns = f"{start}system{end}Be brief.<|eot_id|>{start}user{end}How many?<|eot_id|>{start}assistant{end}"
+    assert _shown(opened, record.prompt_ids) == f"<|startoftext|>{turns}"
     assert _shown(opened, record.response_ids) == "12<|eot_id|>"
-    ids = opened.special
-    assert [opened.tokenizer.piece(i) for i in (ids.mask, ids.eos, ids.eot)] == [
-        "<|mdm_mask|>",
-        "<|endoftext|>",
-        "<|eot_id|>",
-    ]
+    assert opened.encoder.prompt(record.prompt) == record.prompt_ids.tolist()
+    pieces = [opened.tokenizer.piece(i) for i in (opened.special.mask, opened.special.eos, opened.special.eot)]
+    assert pieces == ["<|mdm_mask|>", "<|endoftext|>", "<|eot_id|>"]
+    assert sorted(opened.manifest.tokenizer["files"]) == ["tokenizer.json", "tokenizer_config.json"]
 
 
 @pytest.mark.parametrize("family", ["llada", "dream"])
 def test_every_turn_is_asked_with_all_that_was_said_before_it(
-    tmp_path: pathlib.Path, tokenizer_folder: Callable[..., str], dream_folder: pathlib.Path, family: str
+    tmp_path: Path, tokenizer_folder: Callable[..., str], dream_folder: Path, family: str
 ) -> None:
     folder = tokenizer_folder() if family == "llada" else str(dream_folder)
     said = ["one?", "1", "two?", "2, surely", "three?", "3"]
@@ -111,7 +109,7 @@ def test_every_turn_is_asked_with_all_that_was_said_before_it(
             assert row.prompt_ids.tolist()[: len(earlier)] == earlier
 
 
-def test_dream_s_files_template_and_special_tokens(tmp_path: pathlib.Path, dream_folder: pathlib.Path) -> None:
+def test_dream_s_files_template_and_special_tokens(tmp_path: Path, dream_folder: Path) -> None:
     opened = _prepare(tmp_path, ROWS, tokenizer=str(dream_folder))
     (record,) = opened.records("train")
     assert _shown(opened, record.prompt_ids) == (
@@ -129,7 +127,7 @@ def test_dream_s_files_template_and_special_tokens(tmp_path: pathlib.Path, dream
     assert checkpoint_encoder(dream_folder, opened.tokenizer, None, opened.special.eos) is None
 
 
-def test_dream_s_files_cut_texts_as_transformers_does(dream_folder: pathlib.Path) -> None:
+def test_dream_s_files_cut_texts_as_transformers_does(dream_folder: Path) -> None:
     qwen2 = pytest.importorskip("transformers.models.qwen2.tokenization_qwen2").Qwen2Tokenizer
     theirs = qwen2(str(dream_folder / "vocab.json"), str(dream_folder / "merges.txt"))
     ours = load_tokenizer(dream_folder)
@@ -139,7 +137,7 @@ def test_dream_s_files_cut_texts_as_transformers_does(dream_folder: pathlib.Path
 
 
 def test_a_hub_name_is_asked_for_its_tokenizer_not_its_weights(
-    tmp_path: pathlib.Path, dream_folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, dream_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[list[str]] = []
 
@@ -154,7 +152,7 @@ def test_a_hub_name_is_asked_for_its_tokenizer_not_its_weights(
     assert asked and all(repo == "org/dream" and "*.safetensors" not in patterns for repo, *patterns in asked)
 
 
-def test_files_that_make_no_tokenizer_are_named(dream_folder: pathlib.Path) -> None:
+def test_files_that_make_no_tokenizer_are_named(dream_folder: Path) -> None:
     path = dream_folder / "tokenizer_config.json"
     settings = json.loads(path.read_text())
     moved = {str(int(i) + 1): entry for i, entry in settings["added_tokens_decoder"].items()}
@@ -171,10 +169,8 @@ def test_files_that_make_no_tokenizer_are_named(dream_folder: pathlib.Path) -> N
         load_tokenizer(dream_folder)
 
 
-def test_what_config_json_calls_the_mask_wins_over_names(
-    tmp_path: pathlib.Path, tokenizer_folder: Callable[..., str]
-) -> None:
-    folder = pathlib.Path(tokenizer_folder())
+def test_what_config_json_calls_the_mask_wins_over_names(tmp_path: Path, tokenizer_folder: Callable[..., str]) -> None:
+    folder = Path(tokenizer_folder())
     for content, mask, eos in [
         ({"mask_token_id": 599, "eos_token_id": [0, 1]}, 599, 0),
         ({"mask_token_id": 9_000}, 9_000, 1),  # a row of the embedding that has no text
@@ -187,9 +183,9 @@ def test_what_config_json_calls_the_mask_wins_over_names(
 
 
 @pytest.fixture
-def start_folder(tokenizer_folder: Callable[..., str]) -> pathlib.Path:
+def start_folder(tokenizer_folder: Callable[..., str]) -> Path:
     """A tokenizer of an autoregressive model: no mask, one reserved token."""
-    folder = pathlib.Path(tokenizer_folder(without="<|mdm_mask|>"))
+    folder = Path(tokenizer_folder(without="<|mdm_mask|>"))
     tokenizer = huggingface.Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.add_special_tokens(["<|reserved_special_token_0|>"])
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -198,15 +194,13 @@ def start_folder(tokenizer_folder: Callable[..., str]) -> pathlib.Path:
     return folder
 
 
-def test_a_template_for_another_tokenizer_is_named(
-    tmp_path: pathlib.Path, tokenizer_folder: Callable[..., str]
-) -> None:
+def test_a_template_for_another_tokenizer_is_named(tmp_path: Path, tokenizer_folder: Callable[..., str]) -> None:
     complaint = r"does not end the response; .* The template writes <\|eot_id\|>, which the tokenizer does not have"
     with pytest.raises(UserError, match=complaint):
         _prepare(tmp_path, ROWS, tokenizer=tokenizer_folder(without="<|eot_id|>"))
 
 
-def test_a_start_without_a_mask_names_candidates(tmp_path: pathlib.Path, start_folder: pathlib.Path) -> None:
+def test_a_start_without_a_mask_names_candidates(tmp_path: Path, start_folder: Path) -> None:
     advice = (
         r"data.mask_token: .* name an unused token, or set data.add_mask_token. Candidates: <\|reserved_special_token_0"
     )
@@ -219,11 +213,11 @@ def test_a_start_without_a_mask_names_candidates(tmp_path: pathlib.Path, start_f
         _prepare(tmp_path, rows, tokenizer=str(start_folder), mask_token="<|reserved_special_token_0|>")
 
 
-def test_a_mask_can_be_added_and_is_carried_along(tmp_path: pathlib.Path, start_folder: pathlib.Path) -> None:
+def test_a_mask_can_be_added_and_is_carried_along(tmp_path: Path, start_folder: Path) -> None:
     before = load_tokenizer(start_folder)
     opened = _prepare(tmp_path, ROWS, tokenizer=str(start_folder), mask_token="<|mask|>", add_mask_token=True)
     assert opened.special.mask == before.vocab_size == opened.manifest.vocab_size - 1
-    folder = pathlib.Path(opened.folder) / "tokenizer"
+    folder = Path(opened.folder) / "tokenizer"
     again = load_tokenizer(folder)
     assert again.id_of("<|mask|>") == before.vocab_size
     text = "How many?<|eot_id|>12"
@@ -238,7 +232,7 @@ def test_a_mask_can_be_added_and_is_carried_along(tmp_path: pathlib.Path, start_
 
 
 def test_a_mask_that_cannot_be_added_says_why(
-    tmp_path: pathlib.Path, start_folder: pathlib.Path, pieces: SentencePieceTokenizer
+    tmp_path: Path, start_folder: Path, pieces: SentencePieceTokenizer
 ) -> None:
     (start_folder / "config.json").write_text('{"mask_token_id": 4}')
     pieces.save(tmp_path)

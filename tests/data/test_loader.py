@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import pathlib
 import pickle
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -54,12 +54,7 @@ def test_a_record_round_trips(record: Record) -> None:
     np.testing.assert_array_equal(again.prompt_ids, record.prompt_ids)
     np.testing.assert_array_equal(again.response_ids, record.response_ids)
     assert again.prompt_ids.dtype == again.response_ids.dtype == np.int32
-    assert (again.prompt, again.response, again.source, again.index) == (
-        record.prompt,
-        record.response,
-        record.source,
-        record.index,
-    )
+    assert all(getattr(again, name) == getattr(record, name) for name in ("prompt", "response", "source", "index"))
     with pytest.raises(ValueError, match="hold no record"):
         decode_record(encode_record(record) + b"x")
 
@@ -78,10 +73,10 @@ def test_a_file_is_read_at_random(source: Records, in_memory: bool, monkeypatch:
         again[23]
 
 
-def test_bad_files_are_named(source: Records, tmp_path: pathlib.Path) -> None:
+def test_bad_files_are_named(source: Records, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no split 'test'"):
         Records(tmp_path, "test")
-    content = pathlib.Path(source.path).read_bytes()
+    content = Path(source.path).read_bytes()
     (tmp_path / "test.array_record").write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match=r"test\.array_record is damaged"):
         Records(tmp_path, "test")
@@ -93,14 +88,8 @@ def test_rows_are_flush_left_and_named() -> None:
     batch = loader.pad_records([_record(3, 2, 3), _record(1, 8, 12)], CANVAS)
     assert batch.prompt_ids.tolist()[0] == [300, 301, 0, 0, 0, 0, 0, 0]
     assert batch.response_ids.tolist()[0] == [-301] * 3 + [0] * 9
-    for name, expected in [
-        ("prompt_len", [2, 8]),
-        ("text_len", [3, 12]),
-        ("block", [-1, -1]),
-        ("index", [3, 1]),
-        ("row_id", [0, 1]),
-    ]:
-        assert getattr(batch, name).tolist() == expected
+    expected = {"prompt_len": [2, 8], "text_len": [3, 12], "block": [-1, -1], "index": [3, 1], "row_id": [0, 1]}
+    assert {name: getattr(batch, name).tolist() for name in expected} == expected
     assert {array.dtype for array in batch} == {np.dtype(np.int32)}
     with pytest.raises(
         UserError, match=r"some.jsonl:1: the response has 13 tokens, more than canvas.response_len = 12"

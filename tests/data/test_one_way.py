@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import pathlib
 import re
+from pathlib import Path
 
 import pytest
 
 import jaxblock.data
 
-ROOM = pathlib.Path(jaxblock.data.__path__[0])
+ROOM = Path(jaxblock.data.__path__[0])
 ORDER = ("text", "tokens", "store", "loader")
 
 

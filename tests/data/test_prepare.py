@@ -6,8 +6,8 @@ import dataclasses
 import errno
 import json
 import os
-import pathlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,7 +24,7 @@ from jaxblock.errors import UserError
 Jsonl = Callable[..., str]
 
 
-def _config(folder: pathlib.Path, canvas: dict[str, Any] | None = None, **data: Any) -> Config:
+def _config(folder: Path, canvas: dict[str, Any] | None = None, **data: Any) -> Config:
     defaults = {"prepared": str(folder / "out"), "builtin_train": 60, "builtin_test": 6, "validation_records": 4}
     return Config(
         data=DataConfig(**{**defaults, "vocab_size": 450, **data}),
@@ -36,11 +36,11 @@ def _prepare(config: Config, progress: Progress = print) -> Manifest:
     return prepare(config.data, config.canvas, progress)
 
 
-def _left(folder: pathlib.Path) -> list[str]:
+def _left(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir())
 
 
-def test_the_builtin_corpus_from_text_to_records(tmp_path: pathlib.Path) -> None:
+def test_the_builtin_corpus_from_text_to_records(tmp_path: Path) -> None:
     config = _config(tmp_path)
     made = _prepare(config)
     opened = open_prepared(tmp_path / "out")
@@ -52,13 +52,10 @@ def test_the_builtin_corpus_from_text_to_records(tmp_path: pathlib.Path) -> None
     assert made.data_config == dataclasses.replace(with_recipe(config.data), prepared=DataConfig().prepared)
     assert made.canvas_config == config.canvas
 
-    records = opened.records("test")
-    stats = made.splits["test"]
+    records, stats = opened.records("test"), made.splits["test"]
     sizes = sorted(len(record.response_ids) for record in records)
-    assert stats["tokens"]["response"]["min"] == sizes[0]
-    assert stats["tokens"]["response"]["max"] == sizes[-1]
-    assert stats["tokens"]["response"]["mean"] == round(sum(sizes) / 6, 2)
-    assert stats["tokens"]["response"]["median"] == (sizes[2] + sizes[3]) / 2
+    exact = {"min": sizes[0], "max": sizes[-1], "mean": round(sum(sizes) / 6, 2), "median": (sizes[2] + sizes[3]) / 2}
+    assert exact.items() <= stats["tokens"]["response"].items()
     assert sum(int(n) * count for n, count in stats["blocks"].items()) == sum(-(-size // 8) for size in sizes)
     for number, record in enumerate(records):
         assert (record.index, record.source) == (number, f"builtin:test:{number + 1}")
@@ -69,7 +66,7 @@ def test_the_builtin_corpus_from_text_to_records(tmp_path: pathlib.Path) -> None
         opened.records("dev")
 
 
-def test_a_second_call_finds_it_and_a_different_one_is_refused(tmp_path: pathlib.Path, jsonl: Jsonl) -> None:
+def test_a_second_call_finds_it_and_a_different_one_is_refused(tmp_path: Path, jsonl: Jsonl) -> None:
     rows = [(f"What is {n}?", f"It is {n}.") for n in range(20)]
     config = _config(tmp_path, train=jsonl("train.jsonl", rows), test=None)
     said: list[str] = []
@@ -93,9 +90,9 @@ def test_a_second_call_finds_it_and_a_different_one_is_refused(tmp_path: pathlib
 
 
 def test_another_template_or_tokenizer_in_the_same_files_is_noticed(
-    tmp_path: pathlib.Path, jsonl: Jsonl, tokenizer_folder: Callable[..., str]
+    tmp_path: Path, jsonl: Jsonl, tokenizer_folder: Callable[..., str]
 ) -> None:
-    template, folder = tmp_path / "mine.jinja", pathlib.Path(tokenizer_folder())
+    template, folder = tmp_path / "mine.jinja", Path(tokenizer_folder())
     source = "{% for m in messages %}{{ m.content }}{{ eot_token }}{% endfor %}"
     template.write_text(source)
     files = {"train": jsonl("train.jsonl", [("q", "a")]), "test": None, "validation_records": 0}
@@ -113,7 +110,7 @@ def test_another_template_or_tokenizer_in_the_same_files_is_noticed(
     assert _prepare(config) == made
 
 
-def test_a_foreign_folder_is_never_replaced(tmp_path: pathlib.Path) -> None:
+def test_a_foreign_folder_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("")
     with pytest.raises(UserError, match=r"holds no manifest\.json"):
@@ -123,43 +120,40 @@ def test_a_foreign_folder_is_never_replaced(tmp_path: pathlib.Path) -> None:
         open_prepared(tmp_path / "out")
 
 
-def _long(jsonl: Jsonl) -> str:
+def _long_config(folder: Path, jsonl: Jsonl, overlong: str, prompt_len: int = 8) -> Config:
     """Line 1 fits; 2 has a long response, 3 a long prompt, 4 both, with one token a word."""
     rows = [("a " * n, "b " * m) for n, m in ((4, 4), (4, 12), (12, 4), (12, 14))]
-    return jsonl("train.jsonl", rows)
-
-
-def _long_config(folder: pathlib.Path, jsonl: Jsonl, overlong: str) -> Config:
     # plain: "Question:" + words + "\n" + "Answer:" + end of turn, then words + end of turn
     template = folder / "short.jinja"
     template.write_text("{% for m in messages %}{{ m.content | trim }}{{ eot_token }}{% endfor %}")
     settings = {"test": None, "validation_records": 0, "tokenizer_type": "word", "template": str(template)}
-    canvas = {"prompt_len": 8, "response_len": 8, "block": 4}
-    return _config(folder, canvas, train=_long(jsonl), overlong=overlong, vocab_size=280, **settings)
+    canvas = {"prompt_len": prompt_len, "response_len": 8, "block": 4}
+    return _config(folder, canvas, train=jsonl("train.jsonl", rows), overlong=overlong, vocab_size=280, **settings)
 
 
-def test_too_long_is_an_error_by_default(tmp_path: pathlib.Path, jsonl: Jsonl) -> None:
+def test_too_long_is_an_error_by_default(tmp_path: Path, jsonl: Jsonl) -> None:
     with pytest.raises(UserError) as caught:
         _prepare(_long_config(tmp_path, jsonl, "error"))
-    message = str(caught.value)
     for part in (
         "train.jsonl:2: the response is 13 tokens long, 5 more than canvas.response_len = 8.",
         "3 of 4 records are too long (2 prompts, 2 responses)",
         "set canvas.prompt_len = 13 and canvas.response_len = 16",
     ):
-        assert part in message
+        assert part in str(caught.value)
     assert _left(tmp_path) == ["short.jinja", "train.jsonl"]
+    with pytest.raises(UserError, match="no train record fits the canvas .2 . 8 tokens.; the longest prompt has 13"):
+        _prepare(_long_config(tmp_path, jsonl, "drop", prompt_len=2))
+
+
+DROPPED = {"prompt too long": 1, "prompt and response too long": 1}
 
 
 @pytest.mark.parametrize(
     ("overlong", "kept", "dropped", "cut"),
-    [
-        ("drop", 1, {"response too long": 1, "prompt too long": 1, "prompt and response too long": 1}, {}),
-        ("truncate", 2, {"prompt too long": 1, "prompt and response too long": 1}, {"response too long": 1}),
-    ],
+    [("drop", 1, {**DROPPED, "response too long": 1}, {}), ("truncate", 2, DROPPED, {"response too long": 1})],
 )
 def test_too_long_may_be_dropped_or_cut(
-    tmp_path: pathlib.Path, jsonl: Jsonl, overlong: str, kept: int, dropped: dict[str, int], cut: dict[str, int]
+    tmp_path: Path, jsonl: Jsonl, overlong: str, kept: int, dropped: dict[str, int], cut: dict[str, int]
 ) -> None:
     made = _prepare(_long_config(tmp_path, jsonl, overlong))
     train = made.splits["train"]
@@ -171,13 +165,6 @@ def test_too_long_may_be_dropped_or_cut(
     if kept == 2:
         assert len(records[1].response_ids) == 8
         assert made.special.eot not in records[1].response_ids
-
-
-def test_nothing_that_fits_is_an_error(tmp_path: pathlib.Path, jsonl: Jsonl) -> None:
-    config = _long_config(tmp_path, jsonl, "drop")
-    config = dataclasses.replace(config, canvas=dataclasses.replace(config.canvas, prompt_len=2))
-    with pytest.raises(UserError, match="no train record fits the canvas .2 . 8 tokens.; the longest prompt has 13"):
-        _prepare(config)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +182,7 @@ def test_settings_are_checked_first(canvas: dict[str, int], data: dict[str, int]
         prepare(DataConfig(**data), CanvasConfig(**canvas))
 
 
-def test_training_rules_hold_for_validation_taken_from_training_alone(tmp_path: pathlib.Path, jsonl: Jsonl) -> None:
+def test_training_rules_hold_for_validation_taken_from_training_alone(tmp_path: Path, jsonl: Jsonl) -> None:
     rows = [("a " * (1 + n % 4), "b") for n in range(24)]  # 2 to 5 tokens, and two ends of a turn
     config = _long_config(tmp_path, jsonl, "error")
     data = {"train": jsonl("some.jsonl", rows), "max_total_len": 6, "validation_records": 8}
@@ -203,10 +190,8 @@ def test_training_rules_hold_for_validation_taken_from_training_alone(tmp_path: 
     for split in ("train", "validation"):
         report = made.splits[split]
         assert report["tokens"]["total"]["max"] == 6 and report["dropped"]["longer than data.max_total_len"] > 0
-    assert (
-        sum(report["kept"] + report["dropped"]["longer than data.max_total_len"] for report in made.splits.values())
-        == 24
-    )
+    long = "longer than data.max_total_len"
+    assert sum(report["kept"] + report["dropped"][long] for report in made.splits.values()) == 24
 
     given = {"validation": jsonl("validation.jsonl", rows[:4]), "max_records": 5, "overwrite": True}
     made = _prepare(dataclasses.replace(config, data=dataclasses.replace(config.data, **data, **given)))
@@ -215,14 +200,14 @@ def test_training_rules_hold_for_validation_taken_from_training_alone(tmp_path: 
     assert made.splits["train"]["dropped"] == {"longer than data.max_total_len": 1, "beyond data.max_records": 18}
 
 
-def test_bad_records_stop_it_before_anything_is_written(tmp_path: pathlib.Path, jsonl: Jsonl) -> None:
+def test_bad_records_stop_it_before_anything_is_written(tmp_path: Path, jsonl: Jsonl) -> None:
     train = jsonl("train.jsonl", [("q", "a"), ("the <|mdm_mask|> token", "a")])
     with pytest.raises(UserError, match=r"train\.jsonl:2: the user's text contains the special token '<\|mdm_mask\|>'"):
         _prepare(_config(tmp_path, train=train, test=None, validation_records=0))
     assert _left(tmp_path) == ["train.jsonl"]
 
 
-def test_a_full_disk_leaves_nothing(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(source: str, target: str) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -232,27 +217,14 @@ def test_a_full_disk_leaves_nothing(tmp_path: pathlib.Path, monkeypatch: pytest.
     assert _left(tmp_path) == []
 
 
-def test_shared_questions_are_counted(tmp_path: pathlib.Path, jsonl: Jsonl) -> None:
+def test_shared_questions_are_counted(tmp_path: Path, jsonl: Jsonl) -> None:
     train = jsonl("train.jsonl", [("one", "1"), ("two", "2"), ("three", "3")])
     test = jsonl("test.jsonl", [("Two ", "2"), ("four", "4"), ("two", "2")])
     made = _prepare(_config(tmp_path, train=train, test=test, validation_records=0))
     assert made.overlaps == {"train and test": 2}
 
 
-def test_a_hugging_face_tokenizer_and_its_own_template(
-    tmp_path: pathlib.Path, tokenizer_folder: Callable[..., str]
-) -> None:
-    made = _prepare(_config(tmp_path, tokenizer=tokenizer_folder(), template="tokenizer", system="Be brief."))
-    opened = open_prepared(tmp_path / "out")
-    record = opened.records("train")[0]
-    assert opened.encoder.prompt(record.prompt) == record.prompt_ids.tolist()
-    text = opened.tokenizer.decode(record.prompt_ids, skip_special=False)
-    assert text.startswith("<|startoftext|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>")
-    assert sorted(made.tokenizer["files"]) == ["tokenizer.json", "tokenizer_config.json"]
-    assert _prepare(_config(tmp_path, tokenizer=made.data["tokenizer"], template="tokenizer", system="Be brief."))
-
-
-def test_another_versions_folder_is_named(tmp_path: pathlib.Path) -> None:
+def test_another_versions_folder_is_named(tmp_path: Path) -> None:
     _prepare(_config(tmp_path))
     path = tmp_path / "out" / "manifest.json"
     content = json.loads(path.read_text())
@@ -260,31 +232,3 @@ def test_another_versions_folder_is_named(tmp_path: pathlib.Path) -> None:
         path.write_text(json.dumps({**content, **changed}))
         with pytest.raises(UserError, match=complaint):
             open_prepared(tmp_path / "out")
-
-
-@pytest.mark.slow
-def test_gsm8k_is_prepared(tmp_path: pathlib.Path, shared: pathlib.Path) -> None:
-    files = {split: str(shared / f"data/gsm8k/{split}.jsonl") for split in ("train", "test")}
-    head = tmp_path / "train.jsonl"  # the whole takes seconds too, but not under runtime type checks
-    head.write_bytes(b"".join(pathlib.Path(files["train"]).read_bytes().splitlines(keepends=True)[:2000]))
-    canvas = {"prompt_len": 192, "response_len": 256, "block": 32}
-    made: Manifest = _prepare(
-        _config(
-            tmp_path,
-            canvas,
-            train=str(head),
-            test=files["test"],
-            vocab_size=2000,
-            validation_records=128,
-            overlong="drop",
-        )
-    )
-    opened = open_prepared(tmp_path / "out")
-    for split, n in (("train", 2000 - 128), ("validation", 128), ("test", 1319)):
-        report = made.splits[split]
-        assert report["kept"] + sum(report["dropped"].values()) == n
-        assert report["kept"] > 0.97 * n
-    assert made.overlaps["train and test"] == 0
-    records = opened.records("test")
-    for record in records[:100]:
-        assert opened.tokenizer.decode(record.response_ids) == record.response.strip()

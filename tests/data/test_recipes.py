@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import pathlib
 import sys
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,7 +35,7 @@ METAMATH = [
 ]
 
 
-def _config(folder: pathlib.Path, **data: Any) -> Config:
+def _config(folder: Path, **data: Any) -> Config:
     out = str(folder / f"out{len(list(folder.glob('out*')))}")
     defaults = {"prepared": out, "test": None, "validation_records": 0, "template": "plain", "tokenizer_type": "char"}
     canvas = CanvasConfig(prompt_len=300, response_len=64)
@@ -51,7 +51,7 @@ def _records(made: Manifest, config: Config, split: str = "train") -> list[Any]:
     return list(open_prepared(config.data.prepared).records(split))
 
 
-def test_metamathqa_leaves_out_gsm_and_what_is_long_and_counts_both(tmp_path: pathlib.Path) -> None:
+def test_metamathqa_leaves_out_gsm_and_what_is_long_and_counts_both(tmp_path: Path) -> None:
     path = tmp_path / "MetaMathQA.json"
     path.write_text(json.dumps(METAMATH, indent=1))
     config = _config(tmp_path, train=str(path), recipe="metamathqa")
@@ -76,7 +76,7 @@ def test_metamathqa_leaves_out_gsm_and_what_is_long_and_counts_both(tmp_path: pa
     assert plain.splits["train"]["dropped"] == {"type contains 'GSM'": 2}
 
 
-def test_a_rule_that_leaves_nothing_is_an_error(tmp_path: pathlib.Path) -> None:
+def test_a_rule_that_leaves_nothing_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "train.json"
     path.write_text(json.dumps(METAMATH))
     for settings, complaint in [
@@ -89,7 +89,7 @@ def test_a_rule_that_leaves_nothing_is_an_error(tmp_path: pathlib.Path) -> None:
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["train.json"]
 
 
-def test_a_test_split_of_another_recipe_is_never_filtered(tmp_path: pathlib.Path) -> None:
+def test_a_test_split_of_another_recipe_is_never_filtered(tmp_path: Path) -> None:
     train, test = tmp_path / "train.json", tmp_path / "test.jsonl"
     train.write_text(json.dumps(METAMATH))
     test.write_text(json.dumps({"question": "What is 2 + 3?" + " please" * 12, "answer": "5\n#### 5"}) + "\n")
@@ -130,7 +130,7 @@ def test_what_a_recipe_decides_and_what_it_leaves() -> None:
         _prepare(Config(data=math))
 
 
-def test_gsm8k_by_recipe(tmp_path: pathlib.Path, shared: pathlib.Path) -> None:
+def test_gsm8k_by_recipe(tmp_path: Path, shared: Path) -> None:
     head = tmp_path / "train.jsonl"
     head.write_bytes(b"".join((shared / "data/gsm8k/train.jsonl").read_bytes().splitlines(keepends=True)[:300]))
     settings = {"recipe": "gsm8k", "tokenizer_type": "bpe", "vocab_size": 2000, "validation_records": 20}
@@ -157,14 +157,14 @@ def test_gsm8k_by_recipe(tmp_path: pathlib.Path, shared: pathlib.Path) -> None:
         ('[{"question": "q", "answer": "a"}, ' + "[" * 100_000, r":1: not usable JSON"),
     ],
 )
-def test_bad_arrays_are_named(tmp_path: pathlib.Path, content: str, complaint: str) -> None:
+def test_bad_arrays_are_named(tmp_path: Path, content: str, complaint: str) -> None:
     path = tmp_path / "some.json"
     path.write_text(content)
     with pytest.raises(UserError, match=r"some\.json" + complaint):
         read_source(str(path), with_recipe(DataConfig()), "train")
 
 
-def test_an_array_with_bytes_that_are_not_utf8_names_the_line(tmp_path: pathlib.Path) -> None:
+def test_an_array_with_bytes_that_are_not_utf8_names_the_line(tmp_path: Path) -> None:
     path = tmp_path / "some.json"
     path.write_bytes(b'\xef\xbb\xbf[\n{"question": "\xe9"}]')
     with pytest.raises(UserError, match=r"some.json:2: not UTF-8: byte 0xe9 at offset 19"):
@@ -190,7 +190,7 @@ def datasets(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     return asked
 
 
-def test_data_sets_are_loaded_by_name(tmp_path: pathlib.Path, datasets: list[tuple[Any, ...]]) -> None:
+def test_data_sets_are_loaded_by_name(tmp_path: Path, datasets: list[tuple[Any, ...]]) -> None:
     config = _config(tmp_path, recipe="gsm8k", test="builtin", validation="hf:openai/gsm8k@abc:main#train")
     made = _prepare(config)
     assert sorted(datasets, key=str) == [
@@ -206,7 +206,7 @@ def test_data_sets_are_loaded_by_name(tmp_path: pathlib.Path, datasets: list[tup
     assert [record.source for record in _records(made, config, "test")] == [f"gsm8k/test[{n}]" for n in range(4)]
 
 
-def test_data_sets_that_cannot_be_loaded(tmp_path: pathlib.Path, datasets: list[tuple[Any, ...]]) -> None:
+def test_data_sets_that_cannot_be_loaded(tmp_path: Path, datasets: list[tuple[Any, ...]]) -> None:
     for path, complaint in [
         ("hf:", "names no data set: write hf:NAME"),
         ("hf:a#b#c", "names no data set"),
@@ -216,7 +216,7 @@ def test_data_sets_that_cannot_be_loaded(tmp_path: pathlib.Path, datasets: list[
             _prepare(_config(tmp_path, train=path))
 
 
-def test_libraries_that_are_not_installed(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_libraries_that_are_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "x.parquet").touch()
     for name in ("datasets", "pyarrow", "pyarrow.parquet"):
         monkeypatch.setitem(sys.modules, name, None)
@@ -228,7 +228,7 @@ def test_libraries_that_are_not_installed(tmp_path: pathlib.Path, monkeypatch: p
             list(read_rows(path, "train").rows)
 
 
-def test_the_real_datasets_library_reads_a_local_folder(tmp_path: pathlib.Path) -> None:
+def test_the_real_datasets_library_reads_a_local_folder(tmp_path: Path) -> None:
     pytest.importorskip("datasets")
     folder = tmp_path / "math"
     folder.mkdir()
@@ -242,7 +242,7 @@ def test_the_real_datasets_library_reads_a_local_folder(tmp_path: pathlib.Path) 
         read_source(config.train, config, "validation")
 
 
-def test_parquet(tmp_path: pathlib.Path) -> None:
+def test_parquet(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     path = tmp_path / "train.parquet"

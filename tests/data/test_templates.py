@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import pathlib
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -196,7 +196,7 @@ def test_what_a_template_cannot_do_is_said(source: str, complaint: str) -> None:
         Template("mine", source).render([{"role": "user", "content": "q"}], False)
 
 
-def test_finding_templates(tmp_path: pathlib.Path) -> None:
+def test_finding_templates(tmp_path: Path) -> None:
     path = tmp_path / "mine.jinja"
     path.write_text("{{ bos_token }}<|im_start|> <|im_start|>")
     source = template_source(str(path))
@@ -210,7 +210,7 @@ def test_finding_templates(tmp_path: pathlib.Path) -> None:
         template_source(str(path))
 
 
-def test_gsm8k_keeps_the_boundary(shared: pathlib.Path, pieces: SentencePieceTokenizer) -> None:
+def test_gsm8k_keeps_the_boundary(shared: Path, pieces: SentencePieceTokenizer) -> None:
     encoder = _encoder(pieces, template_source("chat"))
     with open(shared / "data/gsm8k/test.jsonl") as file:
         records = [json.loads(line) for line in list(file)[:100]]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import pathlib
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -51,14 +50,6 @@ def test_every_model_type_round_trips(kind: str) -> None:
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
 def test_any_text_round_trips(pieces: SentencePieceTokenizer, text: str) -> None:
     assert pieces.decode(pieces.encode(text), skip_special=False) == text
-
-
-def test_gsm8k_round_trips(shared: pathlib.Path, pieces: SentencePieceTokenizer) -> None:
-    with open(shared / "data/gsm8k/test.jsonl") as file:
-        for line in list(file)[:400]:
-            record = json.loads(line)
-            for text in (record["question"], record["answer"]):
-                assert pieces.decode(pieces.encode(text)) == text
 
 
 def test_special_tokens_are_single_and_can_be_skipped(pieces: SentencePieceTokenizer) -> None:
@@ -109,7 +100,7 @@ def test_the_mask_is_a_token_of_its_own(pieces: SentencePieceTokenizer) -> None:
 
 
 def test_saved_tokenizers_load_the_same(
-    tokenizer_folder: Callable[..., str], pieces: SentencePieceTokenizer, tmp_path: pathlib.Path
+    tokenizer_folder: Callable[..., str], pieces: SentencePieceTokenizer, tmp_path: Path
 ) -> None:
     text = "Ada has 5 coins.\n<|eot_id|>é"
     for number, tokenizer in enumerate([pieces, load_tokenizer(tokenizer_folder())]):
@@ -126,7 +117,7 @@ def test_saved_tokenizers_load_the_same(
                 assert again.settings == tokenizer.settings
 
 
-def test_what_is_no_tokenizer_is_named(tmp_path: pathlib.Path) -> None:
+def test_what_is_no_tokenizer_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad.json").write_text("{}")
     (tmp_path / "bad.model").write_bytes(b"nonsense")

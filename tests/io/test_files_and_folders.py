@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import pathlib
+from pathlib import Path
 
 import pytest
 
@@ -15,17 +15,17 @@ from jaxblock.io.folders import check_vacant, new_folder
 from jaxblock.io.paths import as_path
 
 
-def _names(folder: pathlib.Path) -> list[str]:
+def _names(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir())
 
 
-def _fill(folder: pathlib.Path, text: str = "new") -> None:
+def _fill(folder: Path, text: str = "new") -> None:
     (folder / "sub").mkdir()
     (folder / "sub" / "data").write_text(text)
     (folder / "MARK").write_text("")
 
 
-def test_a_file_is_replaced_only_when_asked(tmp_path: pathlib.Path) -> None:
+def test_a_file_is_replaced_only_when_asked(tmp_path: Path) -> None:
     path = tmp_path / "a" / "file"
     write_text(path, "one")
     with pytest.raises(UserError, match="exists already"):
@@ -37,7 +37,7 @@ def test_a_file_is_replaced_only_when_asked(tmp_path: pathlib.Path) -> None:
     assert sha256(path) == "3fc4ccfe745870e2c0d99f71f30ff0656c8dedd41cc1d7d3d376b0dbe685e2f3"
 
 
-def test_a_full_disk_leaves_the_old_file(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file"
     write_text(path, "old")
 
@@ -52,9 +52,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: pathlib.Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("links", [True, False])
-def test_a_file_that_appears_meanwhile_stays(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, links: bool
-) -> None:
+def test_a_file_that_appears_meanwhile_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
     def refuse(*names: object) -> None:
         raise OSError(errno.EPERM, "this disk has no hard links")
 
@@ -79,7 +77,7 @@ def test_a_file_that_appears_meanwhile_stays(
         (lambda root: as_path("ftp://x"), "unknown kind of address"),
     ],
 )
-def test_errors_name_the_cause(tmp_path: pathlib.Path, action, cause: str) -> None:
+def test_errors_name_the_cause(tmp_path: Path, action, cause: str) -> None:
     (tmp_path / "file").write_text("{")
     with pytest.raises(UserError, match=cause):
         action(tmp_path)
@@ -90,7 +88,7 @@ def test_an_unwritable_path_is_named() -> None:
         check_writable("/proc/jaxblock")
 
 
-def test_a_folder_appears_whole(tmp_path: pathlib.Path) -> None:
+def test_a_folder_appears_whole(tmp_path: Path) -> None:
     target = tmp_path / "made"
     with new_folder(target, marker="MARK") as folder:
         _fill(folder)
@@ -100,7 +98,7 @@ def test_a_folder_appears_whole(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError("broken"), KeyboardInterrupt(), OSError(errno.ENOSPC, "full"), None])
-def test_a_failed_folder_leaves_nothing(tmp_path: pathlib.Path, error: BaseException | None) -> None:
+def test_a_failed_folder_leaves_nothing(tmp_path: Path, error: BaseException | None) -> None:
     expected = UserError if error is None or isinstance(error, OSError) else type(error)
     with pytest.raises(expected), new_folder(tmp_path / "made", marker="MARK") as folder:
         (folder / "data").write_text("half")  # and without an error: no marker
@@ -109,7 +107,7 @@ def test_a_failed_folder_leaves_nothing(tmp_path: pathlib.Path, error: BaseExcep
     assert _names(tmp_path) == []
 
 
-def test_what_may_be_replaced(tmp_path: pathlib.Path) -> None:
+def test_what_may_be_replaced(tmp_path: Path) -> None:
     whole, foreign, empty, file = (tmp_path / name for name in ("whole", "foreign", "empty", "file"))
     for folder in (whole, foreign, empty):
         folder.mkdir()
@@ -135,7 +133,7 @@ def test_what_may_be_replaced(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("appears", "problem"), [("made", "a file"), ("made/thesis.tex", "holds no MARK"), ("made/MARK", "exists already")]
 )
-def test_what_appears_meanwhile_stays(tmp_path: pathlib.Path, appears: str, problem: str, overwrite: bool) -> None:
+def test_what_appears_meanwhile_stays(tmp_path: Path, appears: str, problem: str, overwrite: bool) -> None:
     """Only another whole folder may be replaced, and that only where it is asked for."""
     replaced = overwrite and appears == "made/MARK"
     refusal = contextlib.nullcontext() if replaced else pytest.raises(UserError, match=problem)
@@ -147,14 +145,14 @@ def test_what_appears_meanwhile_stays(tmp_path: pathlib.Path, appears: str, prob
     assert _names(tmp_path) == ["made"]
 
 
-def test_a_failed_swap_brings_the_old_folder_back(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_swap_brings_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "made"
     target.mkdir()
     _fill(target, "old")
     rename = os.rename
 
     def fails_into_place(source: os.PathLike[str], to: os.PathLike[str]) -> None:
-        if pathlib.Path(to).name == "made" and not (pathlib.Path(source) / "sub" / "data").read_text() == "old":
+        if Path(to).name == "made" and not (Path(source) / "sub" / "data").read_text() == "old":
             raise OSError(errno.EACCES, "denied")
         rename(source, to)
 
