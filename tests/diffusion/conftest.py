@@ -15,10 +15,10 @@ from jax.flatten_util import ravel_pytree
 
 from jaxblock.diffusion import canvas as canvases
 from jaxblock.diffusion.canvas import Layout
-from jaxblock.models.architecture import Architecture
 from jaxblock.models.families import registry
-from jaxblock.models.spec import init_params, nest
+from jaxblock.models.spec import nest
 from jaxblock.models.transformer import Transformer
+from tests.models.networks import make_arch, random_params
 
 VOCAB, EOT, FILL, MASK = 11, 7, 8, 9
 P, R = 3, 9
@@ -32,13 +32,12 @@ def x64():
         yield
 
 
-def make_net(dtype="float64", seed=0, **changes):
+def make_net(dtype="float64", **changes):
     """A network whose predictions are far from uniform."""
-    sizes = dict(vocab_size=VOCAB, d_model=8, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=4, mlp_dim=12)
-    ids = dict(mask_id=MASK, eos_id=FILL, pad_id=FILL)
-    rest = dict(norm_eps=1e-5, rope_theta=100.0, max_len=64, tie_embeddings=False)
-    net = Transformer(Architecture("llada", **{**sizes, **rest, **ids, **changes}), dtype=dtype)
-    return net, jax.jit(lambda: jax.tree.map(lambda x: 2.5 * x, init_params(net.param_table, seed, dtype)))()
+    sizes = dict(vocab_size=VOCAB, d_model=8, n_heads=2, n_kv_heads=1, mlp_dim=12)
+    arch = make_arch(**{**sizes, "mask_id": MASK, "eos_id": FILL, "pad_id": FILL, **changes})
+    net = Transformer(arch, dtype=dtype)
+    return net, jax.tree.map(lambda x: x.astype(dtype), random_params(net.param_table, 1, std=0.7))
 
 
 def make_layout(context="aligned", alignment="same_position", block=3, response_len=R):
@@ -167,11 +166,8 @@ def truths():
     """(net, params, {name: Truth with gradients}): K_i = 3 and 2, filled blocks (aligned) and short ones (paper)."""
     with jax.enable_x64(True):
         net, params = make_net()
-        layouts = {
-            "aligned": make_layout(),
-            "shifted": make_layout("aligned", "shifted"),
-            "paper": make_layout("paper"),
-        }
+        layouts = {name: make_layout(name) for name in ("aligned", "paper")}
+        layouts["shifted"] = make_layout(alignment="shifted")
         made = {name: build_truth(net, params, lay, TEXTS[lay.context]) for name, lay in layouts.items()}
         return net, params, made
 
@@ -192,7 +188,7 @@ def golden_model(shared):
             for path, spec in net.param_table.items():
                 names = [spec.hf_name.format(layer=i) for i in range(arch.n_layers if spec.stacked else 1)]
                 stack = [tensors[x].T if spec.transpose else tensors[x] for x in names]
-                flat[path] = jnp.asarray(np.stack(stack) if spec.stacked else stack[0])
+                flat[path] = np.stack(stack) if spec.stacked else stack[0]
             made[name] = net, nest(flat)
         return made[name]
 
