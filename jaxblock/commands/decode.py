@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -21,6 +21,7 @@ from jaxblock.io.files import check_absent, read_bytes, write_text
 from jaxblock.models.config import Checkpoint
 
 if TYPE_CHECKING:
+    from jaxblock.data.tokens.encoding import Encoder
     from jaxblock.model import Model
 
 RECORDS = (".jsonl", ".json", ".parquet")
@@ -79,10 +80,11 @@ def run(options: Options, config: Config) -> int:
             f"{options.checkpoint} has no tokenizer with a chat template, so text cannot become tokens; use "
             "jaxblock.load(folder).decode(ids) from Python"
         )
+    encoder = with_prompt_settings(model.encoder, config.data, options.checkpoint, recorded=model.recorded)
     prompts = list(_prompts(options, config.data))
     if not prompts:
         raise UserError("no prompts: give some on the command line, by --file, or on standard input")
-    ids = [model.encoder.prompt(text, where=where) for where, text in prompts]
+    ids = [encoder.prompt(text, where=where) for where, text in prompts]
     layout = model.layout(config.decode)
     for (where, _), row in zip(prompts, ids, strict=True):
         model.check_prompt(row, where, layout)
@@ -101,6 +103,35 @@ def run(options: Options, config: Config) -> int:
         for line in lines:
             print(line, end="", flush=True)
     return 0
+
+
+def with_prompt_settings(encoder: Encoder, data: DataConfig, checkpoint: str, *, recorded: bool) -> Encoder:
+    """Returns the encoder with the prompt template and the system message of the config.
+
+    Args:
+        encoder: the checkpoint's encoder.
+        data: the ``data`` section.
+        checkpoint: the checkpoint's name, for the message.
+        recorded: whether the encoder has the settings that the checkpoint was trained with, which may not be replaced.
+    """
+    from jaxblock.config.yaml import load_config
+    from jaxblock.data.tokens.encoding import Encoder
+    from jaxblock.training.checkpoints.run_folder import is_run
+
+    # What a run's own config.yaml says is not given here, even where its data were prepared with something else.
+    kept = load_config(f"{checkpoint}/config.yaml").data if is_run(checkpoint) else DataConfig()
+    given = {name: getattr(data, name) for name in ("prompt_template", "system")}
+    changed: dict[str, Any] = {
+        name: value
+        for name, value in given.items()
+        if value not in (None, getattr(encoder.config, name), getattr(kept, name))
+    }
+    if recorded:
+        for name, value in changed.items():
+            there = getattr(encoder.config, name)
+            raise UserError(f"data.{name} is {value!r}, but {checkpoint} was trained with {there!r}: leave it out")
+    settings = dataclasses.replace(encoder.config, **changed)
+    return Encoder(encoder.tokenizer, encoder.template, encoder.special, settings)
 
 
 def _prompts(options: Options, data: DataConfig) -> Iterator[tuple[str, str]]:

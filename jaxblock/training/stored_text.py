@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from typing import NamedTuple
 
@@ -25,7 +24,6 @@ from jaxblock.models.architecture import Architecture
 from jaxblock.training.checkpoints.run_folder import Run
 
 _TEMPLATE = "template.jinja"
-_MAIN = ("tokenizer.json", "tokenizer.model")
 
 
 class StoredText(NamedTuple):
@@ -88,9 +86,9 @@ def record_text(canvas: CanvasConfig, decode: DecodeConfig, encoder: Encoder) ->
         decode: the ``decode`` section.
         encoder: the tokenizer, chat template, special ids, prompt template and system message.
     """
-    file = _main_file(encoder.tokenizer)
+    file, sha256 = encoder.tokenizer.main_file()
     text = {
-        "tokenizer": {"file": file, "sha256": hashlib.sha256(encoder.tokenizer.files[file]).hexdigest()},
+        "tokenizer": {"file": file, "sha256": sha256},
         "template": dataclasses.asdict(encoder.template),
         "special": dataclasses.asdict(encoder.special),
         "prompt_template": encoder.config.prompt_template,
@@ -109,11 +107,6 @@ def template_for_others(encoder: Encoder) -> str:
     return (
         "".join(f"{{%- set {name} = {json.dumps(text)} %}}\n" for name, text in own.items()) + encoder.template.source
     )
-
-
-def _main_file(tokenizer: Tokenizer) -> str:
-    """Returns the name of the file that holds a tokenizer's vocabulary."""
-    return next(name for name in _MAIN if name in tokenizer.files)
 
 
 def _recorded_encoder(folder: PathLike, recorded: Recorded, tokenizer: Tokenizer, arch: Architecture) -> Encoder:
@@ -136,7 +129,7 @@ def _recorded_encoder(folder: PathLike, recorded: Recorded, tokenizer: Tokenizer
     except (KeyError, TypeError, ValueError, AttributeError, UserError) as error:
         raise UserError(f"{where} is not what an export writes ({error}): export the run again") from error
     again = f"Put the file back, export the run again, or, if this is meant, take {KEY!r} out of {FILE}"
-    if hashlib.sha256(tokenizer.files.get(file, b"")).hexdigest() != sha256:
+    if tokenizer.main_file() != (file, sha256):
         raise UserError(f"{path / file} is not the tokenizer that the model was trained with ({where}). {again}")
     own = path / _TEMPLATE
     if own.exists() and read_bytes(own).decode(errors="replace") != template.source:

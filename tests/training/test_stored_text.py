@@ -16,6 +16,7 @@ import tokenizers as huggingface
 
 import jaxblock
 from jaxblock.cli import config_of, main, parse
+from jaxblock.commands import decode
 from jaxblock.config.config import Config
 from jaxblock.config.yaml import load_config
 from jaxblock.data.config import DataConfig
@@ -185,6 +186,18 @@ def test_other_tokens_than_the_checkpoint_s_are_refused(
         return
     with pytest.raises(UserError, match=different):
         weights.architecture(config, open_prepared(data), None)
+
+
+def test_decode_puts_prompts_into_the_text_that_was_trained(tiny_run: Path, tmp_path: Path, capsys: Any) -> None:
+    flags = ["decode", "--data.prompt_template", "{prompt}9", "1+1?"]
+    assert main([*flags, "--checkpoint", str(tiny_run)]) == 2
+    assert (
+        f"data.prompt_template is '{{prompt}}9', but {tiny_run} was trained with '{{prompt}}'"
+        in capsys.readouterr().err
+    )
+    own = open_run(tiny_run).prepared.encoder
+    changed = decode.with_prompt_settings(own, DataConfig(prompt_template="{prompt}9"), "other", recorded=False)
+    assert changed.prompt("1+1?") == own.prompt("1+1?9")
 
 
 def test_a_resumed_run_keeps_its_tokens(tiny_run: Path, others: Path) -> None:

@@ -82,9 +82,14 @@ def _check_tokenizer(text: CheckpointText, prepared: Prepared) -> None:
     theirs, ours = text.tokenizer, prepared.tokenizer
     if _same_tokenizer(theirs, ours, None if text.encoder is not None else prepared.special.mask):
         return
-    a, b = (f"{tokenizer.vocab_size} tokens, {tokenizer.fingerprint()[:12]}" for tokenizer in (theirs, ours))
+    a, b = (
+        f"{tokenizer.vocab_size} tokens, {name} with SHA-256 {sha256[:12]}"
+        for tokenizer in (theirs, ours)
+        for name, sha256 in [tokenizer.main_file()]
+    )
+    but = " and other added tokens" if a == b else ""
     raise UserError(
-        f"{text.folder} and {prepared.folder} have different tokenizers ({a}; {b}): prepare the data with the "
+        f"{text.folder} and {prepared.folder} have different tokenizers ({a}; {b}{but}): prepare the data with the "
         f"checkpoint's own (data.tokenizer: {text.folder})"
     )
 

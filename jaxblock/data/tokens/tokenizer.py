@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 import hashlib
-import json
 import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any, SupportsIndex
@@ -60,9 +59,10 @@ class Tokenizer(abc.ABC):
     def definition(self) -> dict[str, Any]:
         """Returns all that decides which ids a text becomes, as JSON values; equal for tokenizers that do the same."""
 
-    def fingerprint(self) -> str:
-        """Returns the SHA-256 of the definition."""
-        return hashlib.sha256(json.dumps(self.definition(), sort_keys=True).encode()).hexdigest()
+    def main_file(self) -> tuple[str, str]:
+        """Returns the name and the SHA-256 of the file that holds the vocabulary."""
+        name = next(name for name in ("tokenizer.json", "tokenizer.model") if name in self.files)
+        return name, hashlib.sha256(self.files[name]).hexdigest()
 
     def save(self, folder: pathlib.Path) -> None:
         """Writes the tokenizer's files into a local folder, from which `load_tokenizer` reads them."""
