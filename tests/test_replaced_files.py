@@ -101,6 +101,13 @@ def test_large_files_are_compared_on_request(
 
 
 def test_folders_of_earlier_versions_have_no_list(tiny_config: Path, tmp_path: Path) -> None:
+    """Their manifests know the tokenizer and the template."""
     shutil.copytree(tiny_config.parent / "prepared", tmp_path / "prepared")
     (tmp_path / "prepared" / "files.json").unlink()
     assert len(open_prepared(tmp_path / "prepared", verify=True).records("train")) > 0
+    for name in ("tokenizer.model", "template.jinja"):
+        file = tmp_path / "prepared" / "tokenizer" / name
+        _flip(file)
+        with pytest.raises(UserError, match=rf"{file} is not the file that manifest\.json describes"):
+            open_prepared(tmp_path / "prepared")
+        _flip(file)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from jaxblock.data.store.manifest import Manifest, read_manifest
+from etils import epath
+
+from jaxblock.data.store.manifest import MANIFEST_FILE, Manifest, read_manifest
 from jaxblock.data.store.records import Records, records_file
 from jaxblock.data.tokens.encoding import Encoder
 from jaxblock.data.tokens.load import load_tokenizer
@@ -14,9 +16,11 @@ from jaxblock.data.tokens.templates import Template
 from jaxblock.data.tokens.tokenizer import Tokenizer
 from jaxblock.diffusion.config import CanvasConfig
 from jaxblock.errors import UserError
-from jaxblock.io.files import read_bytes
-from jaxblock.io.inventory import check_inventory
+from jaxblock.io.files import read_bytes, sha256
+from jaxblock.io.inventory import check_inventory, has_inventory
 from jaxblock.io.paths import PathLike, as_path
+
+TEMPLATE_FILE = "template.jinja"
 
 
 @dataclass(frozen=True)
@@ -94,8 +98,22 @@ def open_prepared(folder: PathLike, *, verify: bool = False) -> Prepared:
     manifest = read_manifest(folder)
     check_inventory(folder, sizes_of=records_file("", "*"), verify=verify)
     local = as_path(folder) / "tokenizer"
+    if not has_inventory(folder):
+        _check_text(manifest, local)
     tokenizer = load_tokenizer(local)
-    source = read_bytes(local / "template.jinja").decode()
+    source = read_bytes(local / TEMPLATE_FILE).decode()
     template = Template(manifest.template["name"], source, manifest.template["tokens"])
     encoder = Encoder(tokenizer, template, manifest.special, manifest.data_config)
     return Prepared(os.fspath(folder), manifest, tokenizer, encoder)
+
+
+def _check_text(manifest: Manifest, folder: epath.Path) -> None:
+    """Raises UserError where tokenizer or template are not those in the manifest, as a folder of an earlier version has it."""
+    files = {name: content for name, content in manifest.tokenizer["files"].items() if (folder / name).exists()}
+    changed = [name for name, content in files.items() if sha256(folder / name) != content]
+    if read_bytes(folder / TEMPLATE_FILE).decode() != manifest.template["source"]:
+        changed.append(TEMPLATE_FILE)
+    if changed:
+        raise UserError(
+            f"{folder / changed[0]} is not the file that {MANIFEST_FILE} describes: put the file back, or make the folder again"
+        )
