@@ -7,6 +7,7 @@ import pickle
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,33 +16,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
 from jaxblock.errors import UserError
 from jaxblock.huggingface.load import load_checkpoint
 from jaxblock.huggingface.save import save_checkpoint
 from jaxblock.models.architecture import Architecture
 from jaxblock.models.families import registry
+from tests.huggingface.breaking import Break, fields, tensors
 from tests.models.networks import random_params
 
-ARCH = Architecture(
-    family="llada",
-    vocab_size=24,
-    d_model=8,
-    n_layers=2,
-    n_heads=2,
-    n_kv_heads=2,
-    head_dim=4,
-    mlp_dim=12,
-    norm_eps=1e-5,
-    rope_theta=1e4,
-    max_len=64,
-    tie_embeddings=False,
-    mask_id=23,
-    eos_id=1,
-    pad_id=1,
-)
-INDEX = "model.safetensors.index.json"
+TOKENS = {"vocab_size": 24, "mask_id": 23, "eos_id": 1, "pad_id": 1, "max_len": 64, "tie_embeddings": False}
+LAYERS = {"d_model": 8, "n_layers": 2, "n_heads": 2, "n_kv_heads": 2, "head_dim": 4, "mlp_dim": 12}
+ARCH = Architecture(family="llada", norm_eps=1e-5, rope_theta=1e4, **TOKENS, **LAYERS)
+FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 Q0 = "model.transformer.blocks.0.q_proj.weight"
 Q1 = "model.transformer.blocks.1.q_proj.weight"
 HEAD = "model.transformer.ff_out.weight"
@@ -71,34 +58,15 @@ def sharded(sound: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(sound / "sharded", tmp_path / "sharded"))
 
 
-def change(edit: Callable[[dict[str, np.ndarray]], Any]) -> Callable[[Path], None]:
-    """Returns a function that breaks the tensors of a single file."""
-
-    def apply(folder: Path) -> None:
-        tensors = load_file(folder / "model.safetensors")
-        edit(tensors)
-        save_file(tensors, folder / "model.safetensors")
-
-    return apply
+change, config = partial(tensors, FILE), partial(fields, "config.json")
 
 
-def config(**fields: Any) -> Callable[[Path], None]:
-    """Returns a function that breaks config.json."""
-
-    def apply(folder: Path) -> None:
-        path = folder / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-
-    return apply
-
-
-def resize(n_bytes: int) -> Callable[[Path], None]:
+def resize(n_bytes: int) -> Break:
     """Returns a function that cuts the file short, or lengthens it."""
 
     def apply(folder: Path) -> None:
-        path = folder / "model.safetensors"
-        whole = path.read_bytes() + b"\0" * 64
-        path.write_bytes(whole[: path.stat().st_size + n_bytes])
+        whole = (folder / FILE).read_bytes()
+        (folder / FILE).write_bytes((whole + b"\0" * 64)[: len(whole) + n_bytes])
 
     return apply
 
@@ -112,11 +80,11 @@ def many(tensors: dict[str, np.ndarray]) -> None:
 
 
 def pickled(folder: Path) -> None:
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    (folder / FILE).rename(folder / "pytorch_model.bin")
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"a": 1}))
 
 
-CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
+CASES: dict[str, tuple[Break, str]] = {
     "no config": (lambda f: (f / "config.json").unlink(), r"no config\.json"),
     "config no JSON": (lambda f: (f / "config.json").write_text("{"), r"config\.json.*JSON"),
     "config no object": (lambda f: (f / "config.json").write_text("[]"), "JSON object"),
@@ -148,7 +116,7 @@ CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "mask id no id": (config(mask_token_id="<mask>"), "mask_token_id is '<mask>'; it must be a token's id"),
     "no mask id": (config(mask_token_id=None), "mask_token_id.*missing"),
     "end outside": (config(eos_token_id=[1, 99]), "eos_token_id is 99, outside"),
-    "no safetensors": (lambda f: (f / "model.safetensors").unlink(), r"no \*\.safetensors file"),
+    "no safetensors": (lambda f: (f / FILE).unlink(), r"no \*\.safetensors file"),
     "pickle": (pickled, r"pytorch_model\.bin.*never unpickles.*save_file"),
 }
 
@@ -162,13 +130,30 @@ def test_single_file(folder: Path, case: str) -> None:
     assert str(folder) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("family", "field", "value", "message"),
+    [
+        ("llada", "eos_token_id", [], "eos_token_id is an empty list"),
+        ("llada", "rope_scaling", {"rope_type": "linear", "factor": 2.0}, "rope_scaling is set"),
+        ("llada", "clip_qkv", 8.0, "clip_qkv is 8.0"),
+        ("llada", "n_kv_heads", 3, "no multiple of 3"),
+        ("llada", "d_model", 18, "does not split into 4 heads"),
+        ("llama", "head_dim", 7, "even size"),
+        ("llama", "rope_theta", "x", "rope_theta is 'x'"),
+        ("llama", "rope_parameters", [1], "must be a JSON object"),
+    ],
+)
+def test_config_fields(small: Any, family: str, field: str, value: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        registry.from_hf({**registry.to_hf(small(family)[0], "float32"), field: value}, "config.json")
+
+
 def test_code_in_a_checkpoint_is_carried_and_never_run(folder: Path, tmp_path: Path) -> None:
     """config.json's auto_map names code in the folder, as in the published checkpoints."""
     for name in ("modeling_llada.py", "configuration_llada.py", "tokenization_llada.py", "__init__.py", "setup.py"):
         (folder / name).write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    config(auto_map={"AutoConfig": "configuration_llada.LLaDAConfig", "AutoModel": "modeling_llada.LLaDAModelLM"})(
-        folder
-    )
+    names = {"AutoConfig": "configuration_llada.LLaDAConfig", "AutoModel": "modeling_llada.LLaDAModelLM"}
+    config(auto_map=names)(folder)
     arch, params = load_checkpoint(folder)
     save_checkpoint(tmp_path / "again", arch, params, tokenizer=folder)
     load_checkpoint(tmp_path / "again")
@@ -182,11 +167,8 @@ def test_adapters_are_not_exported_as_a_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=advice):
         save_checkpoint(tmp_path / "out", ARCH, {**PARAMS, "lora": {"blocks": {}}})
     assert not (tmp_path / "out").exists()
-
-
-def test_no_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
-        load_checkpoint(tmp_path / "nowhere")
+        load_checkpoint(tmp_path / "out")
 
 
 def test_a_cast_mends_what_cannot_be_kept(folder: Path) -> None:
@@ -194,15 +176,9 @@ def test_a_cast_mends_what_cannot_be_kept(folder: Path) -> None:
     assert load_checkpoint(folder, dtype=jnp.bfloat16)[1]["head"].dtype == jnp.bfloat16
 
 
-def reindex(edit: Callable[[dict[str, str]], Any]) -> Callable[[Path], None]:
+def reindex(edit: Callable[[dict[str, str]], Any]) -> Break:
     """Returns a function that breaks the index."""
-
-    def apply(folder: Path) -> None:
-        index = json.loads((folder / INDEX).read_text())
-        edit(index["weight_map"])
-        (folder / INDEX).write_text(json.dumps(index))
-
-    return apply
+    return fields(INDEX, lambda index: edit(index["weight_map"]))
 
 
 def drop_shard(folder: Path) -> None:
@@ -214,7 +190,7 @@ def garble_header(folder: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b'"dtype"', b'"dtyqe"'))
 
 
-SHARDED: dict[str, tuple[Callable[[Path], Any], str]] = {
+SHARDED: dict[str, tuple[Break, str]] = {
     "shard missing": (drop_shard, rf"(?s)damaged.*{HEAD} \(its file model-\d+-of-\d+\.safetensors is missing\)"),
     "bad header": (garble_header, rf"(?s)not a whole safetensors file.*damaged.*{HEAD} \(its file .* cannot be read\)"),
     "index wrong": (

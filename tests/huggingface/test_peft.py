@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from jaxblock.models.linear.lora import Lora, adapter_table, attach, merge, reso
 from jaxblock.models.spec import flatten
 from jaxblock.models.transformer import Transformer
 from jaxblock.types import Params
+from tests.huggingface.breaking import Break, fields, tensors
 from tests.models.networks import random_params
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -54,6 +54,7 @@ def golden(shared: Path, tmp_path: Path) -> Path:
 def test_the_reference_adapters_unmerged_merged_and_written_back(shared: Path, golden: Path, tmp_path: Path) -> None:
     arch, base = load_checkpoint(shared / "golden" / "forward" / "llada_mha")
     lora, adapters = peft.load_adapter(golden, arch)
+    table = registry.param_table(arch)
     assert lora == Lora(8, 16.0, 0.0, ("blocks/q", "blocks/k", "blocks/v", "blocks/up"))
     both = attach(base, adapters)
     oracle = np.load(shared / "golden" / "train" / "lora.merged_logits.npz")
@@ -62,12 +63,8 @@ def test_the_reference_adapters_unmerged_merged_and_written_back(shared: Path, g
         got = logits(net, params, oracle["noisy_ids"])
         assert np.abs(got - oracle["logits"]).max() <= 2e-5 * np.abs(oracle["logits"]).max()
     for name, want in load_file(shared / "golden" / "train" / "lora.merged.safetensors").items():
-        path, layer = next(
-            (path, layer)
-            for path, spec in registry.param_table(arch).items()
-            for layer in range(2)
-            if spec.hf_name.format(layer=layer) == name
-        )
+        places = ((path, layer) for path in table for layer in range(2))
+        path, layer = next(at for at in places if table[at[0]].hf_name.format(layer=at[1]) == name)
         np.testing.assert_allclose(flatten(merged)[path][layer].T, want, rtol=1e-6, atol=1e-7)
 
     peft.save_adapter(tmp_path / "out", arch, lora, adapters, base="GSAI-ML/LLaDA-8B-Instruct")
@@ -105,23 +102,6 @@ def test_target_names_hit_the_adapted_modules_and_no_others(small: Any) -> None:
             assert hits == {name for name, path in modules.items() if path in targets}
 
 
-def tensors(edit: Callable[[dict[str, np.ndarray]], Any]) -> Callable[[Path], None]:
-    def apply(folder: Path) -> None:
-        held = load_file(folder / WEIGHTS)
-        edit(held)
-        save_file(held, folder / WEIGHTS)
-
-    return apply
-
-
-def config(**fields: Any) -> Callable[[Path], None]:
-    def apply(folder: Path) -> None:
-        path = folder / CONFIG
-        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-
-    return apply
-
-
 def pickled(folder: Path) -> None:
     (folder / WEIGHTS).unlink()
     (folder / "adapter_model.bin").write_bytes(pickle.dumps({}))
@@ -143,29 +123,29 @@ def other_base(held: dict[str, np.ndarray]) -> None:
     del held[PREFIX + "blocks.2.down_proj.lora_B.weight".replace("down_proj", "ff_out")]
 
 
-CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
+CASES: dict[str, tuple[Break, str]] = {
     "no config": (lambda f: (f / CONFIG).unlink(), "no adapter_config.json"),
-    "not lora": (config(peft_type="IA3"), "peft_type is 'IA3'"),
-    "rslora": (config(use_rslora=True), r"use_rslora is True: not supported.*merge_and_unload"),
-    "dora": (config(use_dora=True), "use_dora is True"),
-    "patterns": (config(alpha_pattern={"q": 2}, rank_pattern={"q": 2}), r"alpha_pattern.*rank_pattern"),
-    "bias": (config(bias="lora_only"), "bias is 'lora_only'"),
-    "whole modules": (config(modules_to_save=["lm_head"]), "modules_to_save"),
-    "no rank": (config(r=0), "r is 0"),
-    "another rank": (config(r=5), r"(?s)wrong shape.*is \[4, 16\], not \[5, 16\]"),
+    "not lora": (fields(CONFIG, peft_type="IA3"), "peft_type is 'IA3'"),
+    "rslora": (fields(CONFIG, use_rslora=True), r"use_rslora is True: not supported.*merge_and_unload"),
+    "dora": (fields(CONFIG, use_dora=True), "use_dora is True"),
+    "patterns": (fields(CONFIG, alpha_pattern={"q": 2}, rank_pattern={"q": 2}), r"alpha_pattern.*rank_pattern"),
+    "bias": (fields(CONFIG, bias="lora_only"), "bias is 'lora_only'"),
+    "whole modules": (fields(CONFIG, modules_to_save=["lm_head"]), "modules_to_save"),
+    "no rank": (fields(CONFIG, r=0), "r is 0"),
+    "another rank": (fields(CONFIG, r=5), r"(?s)wrong shape.*is \[4, 16\], not \[5, 16\]"),
     "another base": (
-        tensors(other_base),
+        tensors(WEIGHTS, other_base),
         r"(?s)do not fit their base \(llada, 3 layers, width 16\).*missing \(1\): .*blocks\.2\.ff_out\.lora_B.*"
         r"not of this base \(2\): .*blocks\.9\.q_proj.*ff_out.*wrong shape \(1\): .*\[4, 8\], not \[4, 16\]",
     ),
     "names of another family": (
-        tensors(lambda t: [t.update({k.replace("transformer.blocks", "layers"): t.pop(k)}) for k in list(t)]),
+        tensors(WEIGHTS, lambda t: [t.update({k.replace("transformer.blocks", "layers"): t.pop(k)}) for k in list(t)]),
         r"(?s)not of this base \(12\).*no matrix is adapted",
     ),
     "pickle": (pickled, r"adapter_model\.bin.*never unpickles"),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), "no adapter_model.safetensors"),
     "cut short": (cut, r"(?s)damaged.*cut short"),
-    "no numbers": (tensors(lambda t: t.update({Q0A: t[Q0A].astype(np.int32)})), "unsupported type.*I32"),
+    "no numbers": (tensors(WEIGHTS, lambda t: t.update({Q0A: t[Q0A].astype(np.int32)})), "unsupported type.*I32"),
 }
 
 

@@ -1,8 +1,9 @@
-"""Tests adapters, tokenizers and mask tokens through ``jaxblock.load``."""
+"""Tests adapters, tokenizers, mask tokens and odd checkpoints that users have, through ``jaxblock.load``."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,11 @@ import tokenizers
 import jaxblock
 from jaxblock.errors import UserError
 from jaxblock.huggingface import peft
+from jaxblock.huggingface.load import load_checkpoint
+from jaxblock.huggingface.save import save_checkpoint
 from jaxblock.models.families import registry
 from jaxblock.models.linear.lora import Lora, adapter_table, attach, merge
+from tests.huggingface.breaking import fields
 from tests.models.networks import random_params
 
 IDS = np.arange(3, 15).reshape(2, 6)
@@ -72,3 +76,49 @@ def test_an_autoregressive_start_decodes_once_it_has_a_mask(saved: Any, tmp_path
     chex.assert_trees_all_equal(jax.device_get(model.params), jax.device_get(plain.params))
     assert model.save(tmp_path / "again") == 0 < model.save(tmp_path / "half", jnp.bfloat16) < 1
     np.testing.assert_array_equal(jaxblock.load(tmp_path / "again").decode(IDS, **options), found)
+
+
+def test_half_precision_is_computed_in_float32_and_kept(saved: Any) -> None:
+    model = jaxblock.load(saved("llada", jnp.float16))
+    assert model.params["embed"].dtype == jnp.float16
+    assert np.isfinite(model.logits([[3, 4, 5]])).all()
+
+
+def test_code_that_is_not_beside_the_weights_is_named(saved: Any, tmp_path: Path) -> None:
+    shutil.copytree(saved(), tmp_path / "hub")
+    fields("config.json", auto_map={"AutoModel": "modeling_llada.LLaDAModelLM"})(tmp_path / "hub")
+    save_checkpoint(tmp_path / "out", *load_checkpoint(tmp_path / "hub"))
+    named = json.loads((tmp_path / "out" / "config.json").read_text())["auto_map"]
+    assert named == {"AutoModel": "GSAI-ML/LLaDA-8B-Instruct--modeling_llada.LLaDAModelLM"}
+
+
+def test_adapters_of_an_autoregressive_start_decode_as_they_were_trained(saved: Any, tmp_path: Path) -> None:
+    def adapted(**options: Any) -> Any:
+        model = jaxblock.load(saved("llama", mask_id=None), **options)
+        lora = Lora(2, 4.0, 0.0, ("blocks/q",))
+        adapters = jax.device_put(random_params(adapter_table(registry.param_table(model.arch), lora)))
+        net, base = dataclasses.replace(model.net, lora=lora), str(saved("llama", mask_id=None))
+        return dataclasses.replace(model, net=net, params=attach(model.params, adapters), base=base)
+
+    adapted(mask_id=39, alignment="same_position").save_adapter(tmp_path / "adapter")
+    again = jaxblock.load(tmp_path / "adapter")
+    assert (again.arch.mask_id, again.arch.alignment) == (39, "same_position")
+
+    model = adapted(mask_id=40)
+    # As a run's model.json gives it: what was read says the longer vocabulary too.
+    grown = registry.from_hf(registry.to_hf(model.arch, "float32"), "model.json")
+    model = dataclasses.replace(model, net=dataclasses.replace(model.net, arch=grown))
+    with pytest.raises(UserError, match="vocabulary grew from 40 to 64 rows.*export the merged network"):
+        model.save_adapter(tmp_path / "rows")
+
+
+def test_batches_that_are_none(saved: Any) -> None:
+    model = jaxblock.load(saved())
+    for call in (
+        lambda: model.logits([[1, 2], [3]]),
+        lambda: model.logits([[1, 40]]),
+        lambda: model.decode([]),
+        lambda: model.nelbo([[1]], [[3]], samples=-1),
+    ):
+        with pytest.raises(UserError):
+            call()
