@@ -83,19 +83,6 @@ def test_monte_carlo_agrees_with_the_exact_mode_whatever_the_batch(truths):
     assert not np.allclose(other.per_block[:, 1], values[:, 0])
 
 
-@pytest.mark.slow
-def test_reported_errors_cover_the_exact_value(tiny, truths):
-    """One block of nine tokens: 64 of its 511 sets, 60 times over, against all of them."""
-    net, params, made = truths
-    layout = tiny[1](block=9)
-    canvas = made["aligned"].canvas._replace(n_blocks=np.ones(2, np.int32))
-    exact = likelihood.per_row(_nelbo(net, layout, 511, params, canvas, jax.random.key(0)))[0]
-    found = _many(net, layout, 64, params, canvas, jax.random.split(jax.random.key(2), 60))
-    value, error = jax.device_get(jax.vmap(likelihood.per_row)(found))
-    assert (np.abs(value - exact) <= 4 * error).all()
-    assert np.abs(value.mean(0) - exact).max() < 4 * error.max() / np.sqrt(60)
-
-
 def test_the_decoder_samples_from_that_likelihood(tiny):
     """Frequencies of many decoded pairs against the enumerated distribution; the mask token never occurs.
 

@@ -69,9 +69,8 @@ def test_a_problem_is_decoded_the_same_in_any_batch(
 def test_costs_and_verdicts(evaluator: Evaluator, model: api.Model, records: list[Record], solved: Solved) -> None:
     assert solved.pass_at_1.correct == sum(row["correct"] for row in solved.rows) and solved.pass_at_1.n == 6
     assert solved.nfe == pytest.approx(np.mean([row["nfe"] for row in solved.rows]))
-    assert solved.tokens == sum(row["tokens"] for row in solved.rows)
-    assert solved.tokens_per_forward == pytest.approx(solved.tokens / sum(row["nfe"] for row in solved.rows))
-    assert solved.seconds > 0
+    total = sum(row["tokens"] for row in solved.rows)
+    assert solved.tokens_per_forward == pytest.approx(total / sum(row["nfe"] for row in solved.rows))
     for row, record in zip(solved.rows, records, strict=True):
         assert (row["index"], row["prompt"], row["reference"]) == (record.index, record.prompt, record.response)
         assert row["expected"] == record.response.split("#### ")[1]
