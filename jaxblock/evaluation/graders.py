@@ -123,14 +123,11 @@ def math_boxed(response: str, reference: str) -> Graded:
     if not given or given == expected:
         return Graded(bool(given), extracted, expected)
     written = f"{extracted}{answer}"
-    if (
-        _is_word(given) and _is_word(expected) and not (written.isalpha() and written.islower())
-    ):  # not a product such as ab
+    is_product = written.isalpha() and written.islower()  # such as ab
+    if _is_word(given) and _is_word(expected) and not is_product:
         return Graded(given.casefold() == expected.casefold(), extracted, expected)
-    if {_brackets(given), _brackets(expected)} == {
-        "set",
-        "tuple",
-    }:  # math-verify takes either for a list of two numbers
+    # Of two numbers math-verify takes braces and round brackets alike.
+    if {_brackets(given), _brackets(expected)} == {"set", "tuple"}:
         return Graded(False, extracted, expected)
     found = shared_comparer().compare((extracted or "").strip().rstrip("."), answer.strip().rstrip("."))
     return Graded(found.equal, extracted, expected, found.undecided)
