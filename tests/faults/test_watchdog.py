@@ -14,6 +14,8 @@ from pathlib import Path
 import jax
 import pytest
 
+from jaxblock.errors import UserError
+from jaxblock.io.locks import only_writer
 from jaxblock.training.guard.watchdog import HUNG, Watchdog
 from tests import pod
 from tests.faults.held_run import HELD
@@ -138,6 +140,9 @@ def test_a_hang_of_one_process_is_reported_by_both_and_the_run_goes_on_as_if_not
         for stage in ("evaluation", "step", "save"):
             let_go(stage)
         told.until(lambda: told.lines[-1].startswith("[0] step 12/"))
+        holder = rf"is being written by process {told.pids['0']} on"  # process 0 holds the run folder's lock for both
+        with pytest.raises(UserError, match=holder), only_writer(run):
+            pass
         os.kill(told.pids["1"], signal.SIGSTOP)
         told.until(lambda: told.reported(0, "step", range(12, 40)) or told.reported(0, "save", range(12, 40)))
         os.kill(told.pids["1"], signal.SIGCONT)
