@@ -31,30 +31,37 @@ CHIPS, ROWS, VOCAB = 8, 64, 126464
 @pytest.fixture(scope="module", autouse=True)
 def with_little_effort() -> Iterator[None]:
     """Makes libtpu optimise little, in a third of the time; operations, arguments and bytes sent do not change (docs/plan.md)."""
+    pytest.importorskip("libtpu")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_EXEC_TIME_OPTIMIZATION_EFFORT", "-1.0")
         yield
 
 
-@pytest.fixture(scope="module")
-def run() -> tuple[Config, Architecture]:
-    config = check_config(load_config(str(CONFIG)))
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=ROWS))
+def _settled(file: Path, rows: int) -> tuple[Config, Architecture]:
+    config = check_config(load_config(str(file)))
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=rows))
     return config, sizes.planned_architecture(config, None)[0]
 
 
 @pytest.fixture(scope="module")
+def run() -> tuple[Config, Architecture]:
+    return _settled(CONFIG, ROWS)
+
+
+@pytest.fixture(scope="module")
 def plan(run: tuple[Config, Architecture]) -> dict[str, Any]:
-    pytest.importorskip("libtpu")
     return plan_in_process(run[0], "v6e-8", decoder=False)
 
 
-def test_memory_is_that_of_the_shapes_and_fits(plan: dict[str, Any], run: tuple[Config, Architecture]) -> None:
-    config, arch = run
+def _trained(config: Config, arch: Architecture) -> int:
+    """Counts the adapters' parameters."""
     adapters = lora.lora_from_config(config.lora, registry.param_table(arch))
     assert adapters is not None
-    trained = count_params(lora.adapter_table(registry.param_table(arch), adapters))
-    state = (2 * count_params(registry.param_table(arch)) + 12 * trained) / CHIPS
+    return count_params(lora.adapter_table(registry.param_table(arch), adapters))
+
+
+def test_memory_is_that_of_the_shapes_and_fits(plan: dict[str, Any], run: tuple[Config, Architecture]) -> None:
+    state = (2 * count_params(registry.param_table(run[1])) + 12 * _trained(*run)) / CHIPS
     assert plan["train"]["memory"]["arguments"] == pytest.approx(state, rel=0.01)
     # Layers' inputs of a chip's rows are 1 GiB, the gathered head is another.
     assert 2 * 2**30 < plan["train"]["memory"]["temporaries"] < 4 * 2**30
@@ -64,19 +71,15 @@ def test_memory_is_that_of_the_shapes_and_fits(plan: dict[str, Any], run: tuple[
 def test_operations_are_three_passes_over_the_layers(plan: dict[str, Any], run: tuple[Config, Architecture]) -> None:
     """The passes are forward, forward again, and backward to the inputs: frozen weights have no gradients of their own."""
     _, arch = run
-    layers = count_params(registry.param_table(arch)) - 2 * VOCAB * arch.d_model
     down = arch.n_layers * arch.d_model * arch.mlp_dim  # its output is not needed again
     tokens = ROWS / CHIPS * 512
-    expected = 2 * tokens * (3 * layers - down)
+    expected = 2 * tokens * (3 * _layers(arch) - down)
     assert expected < plan["train"]["flops"] < 1.1 * expected  # the rest: adapters, attention, the head
 
 
 def test_what_is_sent_is_weights_not_logits(plan: dict[str, Any], run: tuple[Config, Architecture]) -> None:
     """Every weight is gathered once forward and once backward, the head once for both; adapters' gradients are summed."""
-    config, arch = run
-    adapters = lora.lora_from_config(config.lora, registry.param_table(arch))
-    assert adapters is not None
-    trained = count_params(lora.adapter_table(registry.param_table(arch), adapters))
+    arch, trained = run[1], _trained(*run)
     gathered = 2.0 * (2 * _layers(arch) + _head(arch)) + 2 * 2.0 * trained
     _near_the_least(plan, gathered + 4.0 * trained, CHIPS)
     for one in plan["train"]["collectives"]:
@@ -88,10 +91,7 @@ def test_what_is_sent_is_weights_not_logits(plan: dict[str, Any], run: tuple[Con
 
 def test_full_fine_tuning_scatters_its_gradients() -> None:
     """Plans for 64 chips, where XLA by itself would use all-reduces, which send twice the bytes."""
-    pytest.importorskip("libtpu")
-    config = check_config(load_config(str(CONFIG.with_name("llada_8b_full.yaml"))))
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=8 * 64))
-    arch = sizes.planned_architecture(config, None)[0]
+    config, arch = _settled(CONFIG.with_name("llada_8b_full.yaml"), 8 * 64)
     plan = plan_in_process(config, "v6e-64", decoder=False)
     weights = 2.0 * (_layers(arch) + _head(arch))
     _near_the_least(plan, 2.0 * (2 * _layers(arch) + _head(arch)) + weights, 64)
@@ -101,7 +101,6 @@ def test_full_fine_tuning_scatters_its_gradients() -> None:
 
 def test_a_slice_of_the_mesh_is_a_slice_of_chips() -> None:
     """Only gradients may cross the data-centre network, so all chips along the other axes must be of one slice."""
-    pytest.importorskip("libtpu")
     chips = list(topology.devices_to_compile_for(topology.parse_topology("2xv5e-16")))
     mesh = make_mesh(2, 4, 2, slices=2, devices=chips)
     found = [{chip.slice_index for chip in mesh.devices[at].flat} for at in range(2)]
@@ -113,7 +112,6 @@ def test_a_slice_of_the_mesh_is_a_slice_of_chips() -> None:
 @pytest.mark.parametrize("name, mesh", [("v6e-64", (1, 32, 2)), ("v6e-64", (1, 64, 1)), ("v5p-8", (1, 2, 2))])
 def test_an_axis_may_split_a_side_of_the_slice(name: str, mesh: tuple[int, int, int]) -> None:
     """Tensor groups of two on 8 x 8 chips must be neighbours, one link apart."""
-    pytest.importorskip("libtpu")
     placed = make_mesh(*mesh, devices=list(topology.devices_to_compile_for(topology.parse_topology(name)))).devices
     groups = np.array([chip.coords for chip in placed.flat]).reshape(*placed.shape, -1)
     assert len({chip.id for chip in placed.flat}) == placed.size

@@ -58,7 +58,7 @@ def test_the_reference_adapters_unmerged_merged_and_written_back(shared: Path, g
     assert lora == Lora(8, 16.0, 0.0, ("blocks/q", "blocks/k", "blocks/v", "blocks/up"))
     both = attach(base, adapters)
     oracle = np.load(shared / "golden" / "train" / "lora.merged_logits.npz")
-    merged = jax.jit(merge, static_argnums=1)(both, lora)
+    merged = jax.device_get(jax.jit(merge, static_argnums=1)(both, lora))
     for net, params in ((Transformer(arch, lora=lora), both), (Transformer(arch), merged)):
         got = logits(net, params, oracle["noisy_ids"])
         assert np.abs(got - oracle["logits"]).max() <= 2e-5 * np.abs(oracle["logits"]).max()

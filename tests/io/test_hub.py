@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from huggingface_hub import errors
@@ -13,21 +14,10 @@ from jaxblock.errors import UserError
 from jaxblock.io import hub
 
 
-class Download:
-    """Stands in for ``snapshot_download``: remembers what was asked, and returns a folder or raises."""
-
-    def __init__(self, result: Any) -> None:
-        self.result, self.asked = result, []  # type: ignore[var-annotated]
-
-    def __call__(self, repo: str, **options: Any) -> str:
-        self.asked.append((repo, options))
-        if isinstance(self.result, BaseException):
-            raise self.result
-        return str(self.result)
-
-
-def stand_in(monkeypatch: pytest.MonkeyPatch, result: Any) -> Download:
-    download = Download(result)
+def stand_in(monkeypatch: pytest.MonkeyPatch, result: Any) -> Mock:
+    """Replaces ``snapshot_download`` by a function that returns a folder or raises, and remembers what was asked."""
+    raises = isinstance(result, BaseException)
+    download = Mock(side_effect=result) if raises else Mock(return_value=str(result))
     monkeypatch.setattr(hub.huggingface_hub, "snapshot_download", download)
     return download
 
@@ -46,8 +36,8 @@ def test_a_hub_name_is_downloaded(
     monkeypatch.chdir(tmp_path)
     download = stand_in(monkeypatch, tmp_path / "cache")
     assert hub.local_checkpoint(name) == str(tmp_path / "cache")
-    ((asked, options),) = download.asked
-    assert (asked, options["revision"]) == (repo, revision)
+    download.assert_called_once()
+    assert (*download.call_args.args, download.call_args.kwargs["revision"]) == (repo, revision)
 
 
 def test_neither_code_nor_pickles_are_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -56,7 +46,7 @@ def test_neither_code_nor_pickles_are_asked_for(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.chdir(tmp_path)
     download = stand_in(monkeypatch, tmp_path)
     hub.local_checkpoint("org/name")
-    options = download.asked[0][1]
+    options = download.call_args.kwargs
     wanted = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json"]
     wanted += ["tokenizer.model", "chat_template.jinja", "merges.txt", "generation_config.json", "adapter_config.json"]
     others = ["modeling_llada.py", "pytorch_model.bin", "model.pt", "original/consolidated.00.pth", "README.md"]
@@ -73,7 +63,7 @@ def test_what_lies_here_is_taken_from_here(monkeypatch: pytest.MonkeyPatch, tmp_
         assert hub.local_checkpoint(name) == name
     assert hub.local_checkpoint(tmp_path / "org") == str(tmp_path / "org")
     assert hub.local_checkpoint("org/tokenizer.json") == "org/tokenizer.json"  # a mistyped file's path is told as such
-    assert download.asked == []
+    download.assert_not_called()
 
 
 def _error(kind: type[Exception]) -> Exception:
