@@ -23,6 +23,7 @@ from jaxblock.training.checkpoints.reader import CheckpointReader
 from jaxblock.training.checkpoints.retention import Keep
 from jaxblock.training.checkpoints.writer import CheckpointWriter
 from jaxblock.training.state import TrainState
+from tests import runs
 
 
 def _state(value: float = 1.0) -> TrainState:
@@ -49,15 +50,19 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
+@pytest.fixture
+def run(three: Path, tmp_path: Path) -> Path:
+    """Returns a copy of that run for the test to harm."""
+    return shutil.copytree(three, tmp_path / "run")
+
+
 def _largest(folder: Path) -> Path:
     """Returns the largest file that holds an array's bytes."""
     return max((f for f in folder.rglob("params/**/d/*") if f.is_file()), key=lambda f: f.stat().st_size)
 
 
 def _flip(folder: Path) -> str:
-    content = bytearray(_largest(folder).read_bytes())
-    content[len(content) // 2] ^= 1
-    _largest(folder).write_bytes(content)
+    runs.flip_a_bit(_largest(folder))
     return "holds other bytes than were saved"
 
 
@@ -108,10 +113,8 @@ def _spoil_seal(folder: Path) -> str:
     [_flip, _truncate, _lose_metadata, _cut_short, _spoil_seal, _rename, _unlisted_and_cut, _unlisted_without_metadata],
 )
 def test_a_damaged_checkpoint_is_named_and_set_aside_and_the_one_before_is_used(
-    three: Path, tmp_path: Path, harm: Callable[[Path], str]
+    run: Path, harm: Callable[[Path], str]
 ) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(three, run)
     problem = harm(run / "checkpoints" / "30")
     before = sorted(f.name for f in (run / "checkpoints" / "30").rglob("*"))
     told: list[str] = []
@@ -126,10 +129,8 @@ def test_a_damaged_checkpoint_is_named_and_set_aside_and_the_one_before_is_used(
 
 
 @pytest.mark.parametrize("harm", [_flip, _lose_metadata, _spoil_seal, _rename, _unlisted_and_cut, _cut_short])
-def test_the_only_checkpoint_is_not_replaced_silently(three: Path, tmp_path: Path, harm: Callable[[Path], str]) -> None:
+def test_the_only_checkpoint_is_not_replaced_silently(run: Path, harm: Callable[[Path], str]) -> None:
     """A damaged one stops the run; one that a kill cut short does not, since the run must go on after a kill."""
-    run = tmp_path / "run"
-    shutil.copytree(three, run)
     problem = harm(run / "checkpoints" / "30")
     for step in ("10", "20"):
         shutil.rmtree(run / "checkpoints" / step)
@@ -143,9 +144,7 @@ def test_the_only_checkpoint_is_not_replaced_silently(three: Path, tmp_path: Pat
     checkpoints.close()
 
 
-def test_a_checkpoint_from_before_checksums_is_used_with_a_warning(three: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(three, run)
+def test_a_checkpoint_from_before_checksums_is_used_with_a_warning(run: Path) -> None:
     for step in (10, 20, 30):
         checksums.unseal(run / "checkpoints" / str(step))
     told: list[str] = []
@@ -158,9 +157,7 @@ def test_a_checkpoint_from_before_checksums_is_used_with_a_warning(three: Path, 
     assert checkpoints.steps() == [10, 20, 30, 40] and not (run / "damaged").exists()
 
 
-def test_a_reader_names_damage_and_moves_nothing(three: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(three, run)
+def test_a_reader_names_damage_and_moves_nothing(run: Path) -> None:
     _flip(run / "checkpoints" / "30")
     checkpoints = CheckpointReader(run)
     like = jax.tree.map(
@@ -173,9 +170,7 @@ def test_a_reader_names_damage_and_moves_nothing(three: Path, tmp_path: Path) ->
     assert not (run / "damaged").exists()
 
 
-def test_what_a_killed_save_or_deletion_left_is_swept_up(three: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(three, run)
+def test_what_a_killed_save_or_deletion_left_is_swept_up(run: Path) -> None:
     folder = run / "checkpoints"
     shutil.copytree(folder / "30", folder / f"40{ocp.path.atomicity.TMP_DIR_SUFFIX}")
     (folder / "10").rename(folder / "10.deleting")
@@ -210,10 +205,8 @@ def test_a_failed_save_is_told_once_and_later_saves_work(tmp_path: Path, monkeyp
 
 
 def test_a_damaged_checkpoint_that_cannot_be_moved_is_not_written_over(
-    three: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(three, run)
     folder = run / "checkpoints" / "30"
     _cut_short(folder)
     before = sorted(folder.rglob("*"))
