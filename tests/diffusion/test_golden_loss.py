@@ -18,17 +18,14 @@ from jaxblock.diffusion.sampling import Uniforms
 from jaxblock.models.spec import flatten
 
 SUFFIX_PREFIX = [(1.0, 0.0), (1.0, 0.3), (0.0, 0.0), (0.0, 0.3), (0.5, 0.0), (0.5, 0.3)]
+SCALES = {"token": "supervised_tokens", "sequence": "sequence_mean", "batch": "sequences"}
 FULL = {
-    "llada_sft": ("nelbo", "sequence_mean"),
-    "llada_pretrain": ("nelbo", "canvas_tokens"),
+    **{"llada_sft": ("nelbo", "sequence_mean"), "llada_pretrain": ("nelbo", "canvas_tokens")},
     "d1": ("nelbo", "supervised_tokens"),
-    "dllm_scheduler_token": ("nelbo", "supervised_tokens"),
-    "dllm_scheduler_sequence": ("nelbo", "sequence_mean"),
-    "dllm_scheduler_batch": ("nelbo", "sequences"),
-    "dllm_uniform_token": ("uniform", "supervised_tokens"),
-    "dllm_uniform_sequence": ("uniform", "sequence_mean"),
-    "dllm_uniform_batch": ("uniform", "sequences"),
+    **{f"dllm_scheduler_{scale}": ("nelbo", how) for scale, how in SCALES.items()},
+    **{f"dllm_uniform_{scale}": ("uniform", how) for scale, how in SCALES.items()},
 }
+NORMALIZE = sorted({normalize for _, normalize in FULL.values()})
 _from_rows = jax.jit(canvases.from_rows, static_argnums=0)
 
 
@@ -38,9 +35,6 @@ def _draw(method, layout, canvas, uniforms, block):
     draws = sampling.draw(method, layout, canvas, uniforms, block)
     first, noise = jax.tree.map(lambda x: x[0], draws), uniforms.noise[:, 0] if method.needs_noise else None
     return draws, corruption.corrupt(layout, canvas, first, method, noise)[0]
-
-
-NORMALIZE = sorted({normalize for _, normalize in FULL.values()})
 
 
 @pytest.fixture(scope="module")
