@@ -35,22 +35,18 @@ def _show(encoder: Encoder, ids: list[int]) -> str:
     return encoder.tokenizer.decode(ids, skip_special=False)
 
 
+def _turn(role: str) -> str:
+    return f"<|start_header_id|>{role}<|end_header_id|>\n\n"
+
+
+ASKED = f"{_turn('user')}How many?<|eot_id|>{_turn('assistant')}"
+
+
 @pytest.mark.parametrize(
     ("name", "system", "prompt"),
     [
-        (
-            "chat",
-            None,
-            "<|startoftext|><|start_header_id|>user<|end_header_id|>\n\nHow many?<|eot_id|>"
-            "<|start_header_id|>assistant<|end_header_id|>\n\n",
-        ),
-        (
-            "chat",
-            "Be brief.",
-            "<|startoftext|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
-            "<|start_header_id|>user<|end_header_id|>\n\nHow many?<|eot_id|>"
-            "<|start_header_id|>assistant<|end_header_id|>\n\n",
-        ),
+        ("chat", None, f"<|startoftext|>{ASKED}"),
+        ("chat", "Be brief.", f"<|startoftext|>{_turn('system')}Be brief.<|eot_id|>{ASKED}"),
         ("plain", None, "Question: How many?\nAnswer:<|eot_id|>"),
         ("plain", "Be brief.", "Be brief.\n\nQuestion: How many?\nAnswer:<|eot_id|>"),
     ],
@@ -82,12 +78,12 @@ def test_the_header_that_lladas_template_always_appends_is_dropped(tokenizer_fol
     tokenizer = load_tokenizer(tokenizer_folder())
     source = template_source("tokenizer", tokenizer_template=tokenizer.settings["chat_template"])
     theirs = _encoder(tokenizer, source)
-    assert theirs.template.render(_example().messages, False).endswith(
-        "<|start_header_id|>assistant<|end_header_id|>\n\n"
-    )
-    assert theirs.prompt_and_response(_example()) == _encoder(tokenizer, template_source("chat")).prompt_and_response(
-        _example()
-    )
+    ours = _encoder(tokenizer, template_source("chat"))
+    assert theirs.template.render(_example().messages, False).endswith(_turn("assistant"))
+    assert theirs.prompt_and_response(_example()) == ours.prompt_and_response(_example())
+
+
+TURNS = "{% for m in messages %}{{ m.content }}{{ eot_token }}{% endfor %}"
 
 
 @pytest.mark.parametrize(
@@ -99,7 +95,7 @@ def test_the_header_that_lladas_template_always_appends_is_dropped(tokenizer_fol
             r"changes the prompt's tokens: token 7 is '.1' \(id \d+\) in the prompt alone and '.12' \(id \d+\) once",
         ),
         (
-            "{{ bos_token if add_generation_prompt }}{% for m in messages %}{{ m.content }}{{ eot_token }}{% endfor %}",
+            "{{ bos_token if add_generation_prompt }}" + TURNS,
             r"changes the prompt's tokens: token 0 is '<\|startoftext\|>'",
         ),
         (
@@ -107,16 +103,10 @@ def test_the_header_that_lladas_template_always_appends_is_dropped(tokenizer_fol
             "does not end the response",
         ),
         ("{{ messages[0].content }}{{ eot_token }}{{ eot_token if messages[1] }}", "leaves nothing of the response"),
+        (TURNS + "{{ 'Bye' if messages[1] }}", "writes more after the response's end: 'Bye'"),
+        ("{{ '<|mdm_mask|>' }}" + TURNS, "the prompt's tokens contain the mask token"),
         (
-            "{% for m in messages %}{{ m.content }}{{ eot_token }}{% endfor %}{{ 'Bye' if messages[1] }}",
-            "writes more after the response's end: 'Bye'",
-        ),
-        (
-            "{{ '<|mdm_mask|>' }}{% for m in messages %}{{ m.content }}{{ eot_token }}{% endfor %}",
-            "the prompt's tokens contain the mask token",
-        ),
-        (
-            "{% for m in messages %}{{ '<|mdm_mask|>' if loop.index0 }}{{ m.content }}{{ eot_token }}{% endfor %}",
+            TURNS.replace("{{ m", "{{ '<|mdm_mask|>' if loop.index0 }}{{ m"),
             "the response's tokens contain the mask token",
         ),
         ("{{ raise_exception('no such role') }}", "template 'mine' fails on it: no such role"),

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from jaxblock.models.transformer import Transformer
 from jaxblock.parallel.mesh import make_mesh
 from jaxblock.parallel.rules import param_shardings
 from jaxblock.types import Params
+from tests.huggingface.breaking import fields
 
 
 def assert_same_bits(a: Params, b: Params) -> None:
@@ -110,8 +112,7 @@ def test_a_tied_checkpoint_may_repeat_its_head(small: Any, tmp_path: Path) -> No
     untied, _ = small()
     for name, head in (("same", params["embed"].T), ("other", params["embed"].T + 1)):
         save_checkpoint(tmp_path / name, untied, {**params, "head": head})
-        path = tmp_path / name / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"weight_tying": True}))
+        fields("config.json", weight_tying=True)(tmp_path / name)
     arch_again, loaded = load_checkpoint(tmp_path / "same")
     assert arch_again.tie_embeddings
     assert_same_bits(params, loaded)
@@ -127,15 +128,8 @@ def test_companions_travel_and_weights_do_not(small: Any, tmp_path: Path) -> Non
         (source / name).write_text(name)
     (source / "generation_config.json").write_text('{"steps": 64, "eos_token_id": 0}')
     save_checkpoint(tmp_path / "out", arch, params, tokenizer=source)
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        "chat_template.jinja",
-        "config.json",
-        "generation_config.json",
-        "model.safetensors",
-        "modeling_llada.py",
-        "template.jinja",
-        "tokenizer.model",
-    ]
+    names = "chat_template.jinja config.json generation_config.json model.safetensors modeling_llada.py template.jinja"
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [*names.split(), "tokenizer.model"]
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert generation == {"steps": 64, "eos_token_id": [0, 1], "mask_token_id": 39, "pad_token_id": 2}
 
@@ -152,10 +146,7 @@ def test_nothing_is_overwritten_and_nothing_half_written(
     with pytest.raises(UserError, match="exists"):
         save_checkpoint(tmp_path / "out", arch, params)
 
-    def full_disk(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(tensor_writer.os, "fsync", full_disk)
+    monkeypatch.setattr(tensor_writer.os, "fsync", Mock(side_effect=OSError(28, "No space left on device")))
     with pytest.raises(UserError, match="full"):
         save_checkpoint(tmp_path / "late", arch, params)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "out"]
@@ -165,9 +156,8 @@ def test_a_wrong_tree_is_not_exported(small: Any, tmp_path: Path) -> None:
     arch, params = small()
     wrong = {**params, "final_norm": np.ones(3, np.float32), "bonus": np.ones(1, np.float32)}
     del wrong["head"]
-    with pytest.raises(
-        UserError, match=r"missing \(1\): head.*not expected \(1\): bonus.*final_norm is \[3\], not \[16\]"
-    ):
+    listed = r"missing \(1\): head.*not expected \(1\): bonus.*final_norm is \[3\], not \[16\]"
+    with pytest.raises(UserError, match=listed):
         save_checkpoint(tmp_path / "out", arch, wrong)
     with pytest.raises(UserError, match="embed is int32"):
         save_checkpoint(tmp_path / "out", arch, {**params, "embed": np.zeros((40, 16), np.int32)})
@@ -177,28 +167,27 @@ def test_verify_sees_a_changed_weight_and_a_changed_config(small: Any, saved: An
     arch, params = small()
     net, ids = Transformer(arch), jax.device_put(np.arange(12, dtype=np.int32).reshape(2, 6))
 
-    def with_norm(value: float) -> Params:
+    def moved_by(much: float) -> Params:
         norm = np.array(params["final_norm"])
-        norm[3] = value
+        norm[3] += much
         return {**params, "final_norm": jax.device_put(norm)}
 
     with pytest.raises(UserError, match="should be equal"):
-        verify_checkpoint(saved(), net, with_norm(1e-3), ids)
-    save_checkpoint(tmp_path / "holed", arch, with_norm(np.nan))
+        verify_checkpoint(saved(), net, moved_by(1e-3), ids)
+    save_checkpoint(tmp_path / "holed", arch, moved_by(np.nan))
     with pytest.raises(UserError, match="the weights hold one"):
-        verify_checkpoint(tmp_path / "holed", net, with_norm(np.nan), ids)
+        verify_checkpoint(tmp_path / "holed", net, moved_by(np.nan), ids)
     # Other types, other logits: reported, and no error.
     save_checkpoint(tmp_path / "out", arch, params, dtype=jnp.bfloat16)
     assert 0 < verify_checkpoint(tmp_path / "out", net, params, ids) < 1
-    config = tmp_path / "out" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"mask_token_id": 3}))
+    fields("config.json", mask_token_id=3)(tmp_path / "out")
     with pytest.raises(UserError, match="another network"):
         verify_checkpoint(tmp_path / "out", net, params, ids)
 
 
 _PEAK = """
 import resource, sys
-from jaxblock.huggingface.load import load_checkpoint, read_architecture
+from jaxblock.huggingface.load import load_checkpoint
 import jax, numpy as np
 jax.block_until_ready(jax.numpy.zeros(8) + 1)
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -217,9 +206,8 @@ def test_the_host_never_holds_the_checkpoint_twice(small: Any, tmp_path: Path) -
     flat = {path: np.zeros(spec.shape, np.float32) for path, spec in registry.param_table(arch).items()}
     save_checkpoint(tmp_path / "out", arch, nest(flat), max_shard_bytes=20_000_000)
     del flat
-    done = subprocess.run(
-        [sys.executable, "-c", _PEAK, str(tmp_path / "out")], capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, "-c", _PEAK, str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     grown, size = map(int, done.stdout.split())
     per_layer = 4 * (4 * 512 * 512 + 3 * 512 * 1536)
     assert grown < 1.2 * (size + per_layer) + 32e6, (grown, size)
