@@ -78,6 +78,9 @@ def _fixed(layout, options, rows):
     return _run((FIXED, {"table": table}), layout, options, [0, 1, 2])
 
 
+ORDERED = {1: {0: {1: 3.0}, 1: {1: 5.0}, 2: {1: 3.0}}}
+
+
 def _options(rule):
     return decoding(2, rule=rule, temperature=1.0 if rule in ("random", "origin", "factor") else 0.0)
 
@@ -96,16 +99,16 @@ def test_the_mask_token_is_never_committed_and_every_rule_ends(layout, rule):
 @pytest.mark.parametrize("rule", ["low_confidence", "maskgit_plus", "topk_margin", "entropy"])
 def test_steps_quota_and_commit_order(layout, rule):
     """Most confident first, ties to the lowest index, the remainder of the quota to the first step."""
-    logits = {1: {0: {1: 3.0}, 1: {1: 5.0}, 2: {1: 3.0}}}
-    out = _fixed(layout, _options(rule), logits)
+    out = _fixed(layout, _options(rule), ORDERED)
     assert out.commit_step[0].tolist() == [0, 0, 1, 2, 2, 3, 4, 4, 5]
     assert out.response[0].tolist() == [1, 1, 1] + [0] * 6, "equal logits give the lowest token"
-    if rule == "low_confidence":
-        idle = _fixed(layout, decoding(5), logits)
-        assert idle.nfe.tolist() == [9] * 3, "a finished block takes no further steps"
-        late = _fixed(layout, decoding(3, quota="dream"), logits)
-        assert late.commit_step[0].tolist() == [2, 1, 2, 4, 5, 5, 7, 8, 8], "Dream's first step commits nothing here"
-        assert late.nfe[0] == 9
+
+
+def test_more_steps_than_masks_and_steps_that_commit_nothing(layout):
+    idle, late = (_fixed(layout, options, ORDERED) for options in (decoding(5), decoding(3, quota="dream")))
+    assert idle.nfe.tolist() == [9] * 3, "a finished block takes no further steps"
+    assert late.commit_step[0].tolist() == [2, 1, 2, 4, 5, 5, 7, 8, 8], "Dream's first step commits nothing here"
+    assert late.nfe[0] == 9
 
 
 def test_early_stop_freezes_finished_rows_and_saves_forwards(layout):

@@ -30,7 +30,7 @@ def loss_and_hidden(net, params, view):
 
 
 @partial(jax.jit, static_argnums=0)
-def value_and_grad(net, params, view=SEEN):
+def value_and_grad(net, params, view):
     """Returns (the loss, the hidden states, the gradient)."""
     (value, hidden), grad = jax.value_and_grad(loss_and_hidden, argnums=1, has_aux=True)(net, params, view)
     return value, hidden, grad
