@@ -63,10 +63,10 @@ MUTANTS = [
     ),
     Mutant(
         "rslora-taken-for-lora",
-        "jaxblock/huggingface/peft.py",
-        '    "use_rslora": (False, None),\n',
-        "",
-        "tests/huggingface/test_peft.py::test_what_is_no_adapter_of_this_base[rslora]",
+        "jaxblock/huggingface/peft_config.py",
+        "return rank, alpha * rank**0.5 if self.rslora else alpha",
+        "return rank, alpha",
+        "tests/huggingface/test_peft.py::test_ranks_and_scales_are_those_of_peft[rslora]",
     ),
     Mutant(
         "export-not-compared",

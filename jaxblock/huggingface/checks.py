@@ -10,7 +10,6 @@ from contextlib import AbstractContextManager
 import jax
 
 from jaxblock.errors import UserError
-from jaxblock.huggingface.placement import stored_shape, tensor_names
 from jaxblock.huggingface.tensor_files import DTYPES, FolderContents
 from jaxblock.io.folders import discard_folder
 from jaxblock.io.locks import FolderLock, only_writer
@@ -92,21 +91,24 @@ def shape_differences(
 
 
 def tensor_problems(
-    contents: FolderContents, table: Table, *, unexpected: str = "not expected", ignored: Collection[str] = ()
+    contents: FolderContents,
+    expected: Mapping[str, tuple[int, ...]],
+    *,
+    unexpected: str = "not expected",
+    ignored: Collection[str] = (),
 ) -> list[str]:
     """Lists what is wrong with the tensors of a folder, as its files store them.
 
     Args:
         contents: the tensors found in the files.
-        table: the parameters that the files should hold.
-        unexpected: the heading of the line that names the tensors which are not in the table.
+        expected: the shapes of the tensors that the files should hold, by name.
+        unexpected: the heading of the line that names the other tensors.
         ignored: names of other tensors that the files may hold.
 
     Returns:
         One line for each kind of problem.
     """
     stored = contents.stored
-    expected = {name: stored_shape(spec) for spec in table.values() for name in tensor_names(spec)}
     shapes = {name: tensor.shape for name, tensor in stored.items() if name not in ignored}
     odd = [n for n in expected if n in stored and stored[n].dtype not in DTYPES]
     return [

@@ -13,8 +13,8 @@ from jax.typing import DTypeLike
 
 from jaxblock.errors import UserError
 from jaxblock.huggingface.checks import check_no_problems, summary_line, tensor_problems
-from jaxblock.huggingface.placement import quantise_parameter, read_parameter, tensor_names
-from jaxblock.huggingface.tensor_files import DTYPES, FolderContents, read_tensor, scan_folder
+from jaxblock.huggingface.placement import quantise_parameter, read_parameter, stored_shapes, tensor_names
+from jaxblock.huggingface.tensor_files import DTYPES, FolderContents, StoredTensor, read_tensor, scan_folder
 from jaxblock.io.files import read_json
 from jaxblock.io.paths import PathLike, is_remote
 from jaxblock.models.architecture import Architecture
@@ -118,13 +118,18 @@ def _check_tensors(
     folder: Path, arch: Architecture, table: Table, contents: FolderContents, dtype: DTypeLike | None
 ) -> None:
     """Raises a UserError that names every tensor that is missing, extra, damaged or of a wrong shape or type."""
-    ignored, problems = _tied_head(arch, table, contents) if arch.tie_embeddings else ((), [])
-    problems += tensor_problems(contents, table, ignored=ignored)
-    if dtype is None:
-        problems += _types_that_cannot_be_kept(table, contents)
     sizes = f"{arch.family}, {arch.n_layers} layers, width {arch.d_model}, vocabulary {arch.vocab_size}"
     headline = f"{folder}: the tensors do not fit config.json ({sizes})"
-    check_no_problems(problems, headline, "Download the checkpoint again, or correct config.json")
+    advice = "Download the checkpoint again, or correct config.json"
+    held = len(contents.stored) + len(contents.damaged)
+    if arch.n_layers > held:  # before the names of all layers are made: there could be billions
+        few = f"{arch.n_layers:,} layers need more tensors than the {held:,} that the files hold"
+        check_no_problems([*contents.notes, few], headline, advice)
+    ignored, problems = _tied_head(arch, table, contents) if arch.tie_embeddings else ((), [])
+    problems += tensor_problems(contents, stored_shapes(table), ignored=ignored)
+    if dtype is None:
+        problems += _types_that_cannot_be_kept(table, contents)
+    check_no_problems(problems, headline, advice)
 
 
 def _types_that_cannot_be_kept(table: Table, contents: FolderContents) -> list[str]:
@@ -151,10 +156,20 @@ def _tied_head(arch: Architecture, table: Table, contents: FolderContents) -> tu
     if head not in contents.stored or embed not in contents.stored:
         return (), []
     a, b = contents.stored[head], contents.stored[embed]
-    same = a.shape == b.shape and a.dtype == b.dtype
+    if a.shape == b.shape and {a.dtype, b.dtype} <= DTYPES.keys() and _equal_after_rounding(a, b):
+        return (head,), []
+    field = registry.FAMILIES[arch.family].tied_field
+    return (head,), [f"{head} differs from {embed}, but config.json ties them; set {field} to false there"]
+
+
+def _equal_after_rounding(a: StoredTensor, b: StoredTensor) -> bool:
+    """Returns whether two tensors of one shape are equal, or would be if one of them were rounded to the other's type."""
     rows = max(1, (1 << 24) // max(1, int(np.prod(a.shape[1:]))))
-    for start in range(0, a.shape[0] if same else 0, rows):
+    rounded = {a.dtype: True, b.dtype: True}
+    for start in range(0, a.shape[0], rows):
         bounds = ((start, min(start + rows, a.shape[0])), *((0, n) for n in a.shape[1:]))
-        same = same and read_tensor(a, bounds).tobytes() == read_tensor(b, bounds).tobytes()
-    problem = f"{head} differs from {embed}, but config.json ties them; set weight_tying to false there"
-    return (head,), [] if same else [problem]
+        one, two = read_tensor(a, bounds), read_tensor(b, bounds)
+        for kind in rounded:
+            with np.errstate(over="ignore"):
+                rounded[kind] &= bool((one.astype(DTYPES[kind]) == two.astype(DTYPES[kind])).all())
+    return any(rounded.values())

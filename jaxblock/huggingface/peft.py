@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ from jax.sharding import SingleDeviceSharding
 from jax.typing import DTypeLike
 
 from jaxblock.errors import UserError
-from jaxblock.huggingface.checks import check_export, check_no_problems, tensor_problems
+from jaxblock.huggingface.checks import check_export, check_no_problems, summary_line, tensor_problems
 from jaxblock.huggingface.companions import GENERATION, Trained, copy_tokenizer, merged_generation_config
-from jaxblock.huggingface.placement import read_parameter, tensor_names
-from jaxblock.huggingface.tensor_files import FolderContents, scan_file
+from jaxblock.huggingface.peft_config import AdapterConfig, read_adapter_config
+from jaxblock.huggingface.placement import stored_shape, stored_shapes, tensor_names
+from jaxblock.huggingface.tensor_files import FolderContents, read_tensor, scan_file
 from jaxblock.huggingface.tensor_writer import pending_tensors, write_tensors
 from jaxblock.io.files import read_json, write_json
 from jaxblock.io.folders import new_folder
@@ -26,7 +27,7 @@ from jaxblock.models.architecture import Architecture
 from jaxblock.models.families import registry
 from jaxblock.models.families.llama import ALIGNMENT
 from jaxblock.models.linear.lora import Lora, adapter_table
-from jaxblock.models.spec import Table, flatten, nest
+from jaxblock.models.spec import ParamSpec, Table, flatten, nest
 from jaxblock.types import Params
 
 CONFIG = "adapter_config.json"
@@ -34,28 +35,11 @@ CONFIG = "adapter_config.json"
 
 WEIGHTS = "adapter_model.safetensors"
 
+_SECOND = ".lora_B.weight"
+
 START = "diffusion_start.json"
 """The name of a file beside adapters of an autoregressive base; it holds the mask token and the logit alignment, which the
 base's own config.json does not name."""
-
-# Settings of PEFT that change what an adapter computes, and the values that we support: an adapter with another value is
-# refused, because it would give wrong results.
-_FIXED: dict[str, tuple[Any, ...]] = {
-    "alpha_pattern": ({}, None),
-    "arrow_config": (None,),
-    "bias": ("none", None),
-    "fan_in_fan_out": (False, None),
-    "layer_replication": (None,),
-    "lora_bias": (False, None),
-    "modules_to_save": (None, []),
-    "rank_pattern": ({}, None),
-    "target_parameters": (None, []),
-    "trainable_token_indices": (None,),
-    "use_bdlora": (False, None),
-    "use_dora": (False, None),
-    "use_qalora": (False, None),
-    "use_rslora": (False, None),
-}
 
 
 def save_adapter(
@@ -218,53 +202,79 @@ def load_adapter(
     path = Path(folder)
     if not (path / CONFIG).is_file():
         raise UserError(f"{path}: no {CONFIG}, so these are no PEFT adapters; give the folder that holds it")
-    config = read_json(path / CONFIG)
-    _check_kind(path / CONFIG, config)
+    config = read_adapter_config(path / CONFIG)
     contents = scan_file(path / WEIGHTS)
     base = registry.param_table(arch)
-    lora = Lora(config.get("r", 8), float(config.get("lora_alpha", 8)), float(config.get("lora_dropout") or 0), ())
-    lora = replace(lora, targets=_targets(lora, base, contents))
+    branches = _branches(config, base)
+    _check_tensors(path, arch, base, branches, contents)
+    rank, alpha = max((branch for of_layers in branches.values() for branch in of_layers.values()), key=lambda b: b[0])
+    lora = Lora(rank, alpha or 1.0, config.dropout, tuple(branches))
     table = adapter_table(base, lora)
-    _check_tensors(path, arch, table, contents)
     default = SingleDeviceSharding(jax.local_devices()[0])
     placed = {} if place is None else flatten(place(table))
-    return lora, nest(
-        {
-            name: read_parameter(spec, contents.stored, np.float32, placed.get(name) or default)
-            for name, spec in table.items()
-        }
-    )
-
-
-def _check_kind(where: Path, config: Any) -> None:
-    """Raises a UserError where a config asks for anything but plain LoRA adapters, all of one rank."""
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        found = config.get("peft_type") if isinstance(config, dict) else None
-        raise UserError(f"{where}: peft_type is {found!r}; only LORA adapters are supported")
-    wrong = [f"{name} is {config[name]!r}" for name, allowed in _FIXED.items() if config.get(name) not in allowed]
-    if wrong:
-        raise UserError(
-            f"{where}: {'; '.join(wrong)}: not supported. Merge the adapters into their base with PEFT "
-            "(merge_and_unload), save that, and load it"
+    flat = {}
+    for name, spec in table.items():
+        held = _read_branches(spec, contents, branches[name.rsplit("/", 1)[0]], lora)
+        flat[name] = jax.make_array_from_callback(
+            spec.shape, placed.get(name) or default, functools.partial(_part, held)
         )
-    rank = config.get("r", 8)
-    if not isinstance(rank, int) or rank < 1:
-        raise UserError(f"{where}: r is {rank!r}; it must be a whole number above 0")
+    return lora, nest(flat)
 
 
-def _targets(lora: Lora, base: Table, contents: FolderContents) -> tuple[str, ...]:
-    """Returns the paths of the base's matrices that the file has adapters for."""
-    found = contents.stored.keys() | contents.damaged.keys()
+def _part(values: np.ndarray, at: tuple[slice, ...]) -> np.ndarray:
+    """Returns a copy of a part: on a CPU, JAX could otherwise go on using the memory of the whole array."""
+    return values[at].copy()
+
+
+Branches = dict[str, dict[int, tuple[int, float]]]
+"""The rank and alpha of each adapted layer, by the path of the matrix and the layer's index."""
+
+
+def _branches(config: AdapterConfig, base: Table) -> Branches:
+    """Returns the branches that a config describes, for the matrices of this base."""
+    branches: Branches = {}
+    for path, spec in base.items():
+        if spec.stacked and spec.is_matrix:
+            modules = enumerate(name.removesuffix(".weight") for name in tensor_names(spec))
+            found = {layer: config.rank_and_alpha(module) for layer, module in modules if config.adapts(module)}
+            if found:
+                branches[path] = found
+    return branches
+
+
+def _read_branches(
+    spec: ParamSpec, contents: FolderContents, branches: dict[int, tuple[int, float]], lora: Lora
+) -> np.ndarray:
+    """Reads one of the two matrices of all layers' branches, so that all have the rank and scale of ``lora``.
+
+    Zeros fill up smaller ranks and layers without a branch, and a scale of its own becomes part of the second matrix.
+    """
+    stack = np.zeros(spec.shape, np.float32)
+    for layer, (rank, alpha) in branches.items():
+        tensor = contents.stored[spec.hf_name.format(layer=layer)]
+        x = read_tensor(tensor, tuple((0, size) for size in tensor.shape)).astype(np.float32).T
+        if spec.hf_name.endswith(_SECOND):
+            stack[layer, :rank] = x if alpha / rank == lora.scale else x * np.float32(alpha / rank / lora.scale)
+        else:
+            stack[layer, :, :rank] = x
+    return stack
+
+
+def _check_tensors(folder: Path, arch: Architecture, base: Table, branches: Branches, contents: FolderContents) -> None:
+    """Raises a UserError that names every tensor that is not one of the adapters which the config describes."""
     matrices = tuple(path for path, spec in base.items() if spec.stacked and spec.is_matrix)
-    pairs = adapter_table(base, replace(lora, targets=matrices))
-    adapted = {path.rsplit("/", 1)[0] for path, spec in pairs.items() if found & set(tensor_names(spec))}
-    return tuple(path for path in matrices if path in adapted)
-
-
-def _check_tensors(folder: Path, arch: Architecture, table: Table, contents: FolderContents) -> None:
-    """Raises a UserError that names every tensor that is not one of this base's adapters."""
-    problems = tensor_problems(contents, table, unexpected="not of this base")
-    if not table:
+    expected: dict[str, tuple[int, ...]] = {}
+    for path, of_layers in branches.items():
+        for layer, (rank, _) in of_layers.items():
+            table = adapter_table(base, Lora(rank, 1.0, 0.0, (path,)))
+            expected |= {spec.hf_name.format(layer=layer): stored_shape(spec) for spec in table.values()}
+    any_adapter = stored_shapes(adapter_table(base, Lora(1, 1.0, 0.0, matrices)))
+    untargeted = [name for name in contents.stored if name in any_adapter and name not in expected]
+    problems = tensor_problems(contents, expected, unexpected="not of this base", ignored=untargeted)
+    problems += summary_line(
+        f"not adapted by {CONFIG} (target_modules, layers_to_transform, exclude_modules)", untargeted
+    )
+    if not expected:
         problems.append("no matrix is adapted")
     headline = (
         f"{folder}: these adapters do not fit their base ({arch.family}, {arch.n_layers} layers, width {arch.d_model})"

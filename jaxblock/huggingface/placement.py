@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 
 from jaxblock.huggingface.tensor_files import DTYPES, StoredTensor, read_tensor
 from jaxblock.models.linear import int8
-from jaxblock.models.spec import ParamSpec
+from jaxblock.models.spec import ParamSpec, Table
 from jaxblock.parallel import rules
 
 Bounds = tuple[tuple[int, int], ...]
@@ -32,6 +32,11 @@ def stored_shape(spec: ParamSpec) -> tuple[int, ...]:
     """Returns the shape in which the checkpoint stores a parameter, or one layer of it where it is stacked."""
     shape = spec.shape[1:] if spec.stacked else spec.shape
     return shape[::-1] if spec.transpose else shape
+
+
+def stored_shapes(table: Table) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes in which a checkpoint stores the parameters of a table, by the tensors' names."""
+    return {name: stored_shape(spec) for spec in table.values() for name in tensor_names(spec)}
 
 
 def transposed(x: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,9 +29,19 @@ DTYPES: dict[str, np.dtype[Any]] = {
 }
 """The types that we can load and save, by the names that safetensors gives them."""
 
+SINGLE = "model.safetensors"
+"""The file that ``transformers`` reads, where it is there, whatever else a folder holds."""
+
+_OTHER_FILES = re.compile(r"(adapter_model|consolidated).*\.safetensors")
+"""The names of files that hold other tensors than the network's own in transformers' layout: adapters, Meta's and Mistral's layout."""
+
+BUFFERS = re.compile(r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)")
+"""Names of the tables of rotary positions that older checkpoints store; they are computed from config.json and never read."""
+
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_TRAINING_STATE = re.compile(r"(training_args|optimizer|scheduler|rng_state|scaler).*")
 _CONVERT = (
-    "jaxblock never unpickles, since a pickle can run any code. If you trust it, convert it where torch is installed: "
+    "jaxblock never unpickles, since a pickle can run any code. If you trust them, convert each where torch is installed: "
     'python -c "import torch, safetensors.torch as s; '
     "w = torch.load('{name}', weights_only=True, map_location='cpu'); "
     "s.save_file({{k: v.clone().contiguous() for k, v in w.items()}}, '{stem}.safetensors')\""
@@ -69,23 +80,31 @@ class FolderContents:
 
 
 def scan_folder(folder: Path) -> FolderContents:
-    """Opens every shard of a folder and lists its tensors; damage is listed in the result and raises no error.
+    """Opens the files of a network's weights and lists their tensors; damage is listed in the result and raises no error.
+
+    Where a folder holds several sets of files, the choice is that of ``transformers``: ``model.safetensors`` alone, else the
+    shards that the index names, and only without either all safetensors files of the folder but those of adapters.
 
     Args:
-        folder: a local folder with one safetensors file, or several with an index.
+        folder: a local folder with one safetensors file, or several with or without an index.
 
     Raises:
         UserError: there is no safetensors file, or the index is not valid.
     """
-    promised = _read_index(folder)
-    names = sorted(set(promised.values())) if promised else sorted(p.name for p in folder.glob("*.safetensors"))
+    promised = {} if (folder / SINGLE).exists() else _read_index(folder)
+    if (folder / SINGLE).exists():
+        names = [SINGLE]
+    elif promised:
+        names = sorted(set(promised.values()))
+    else:
+        names = sorted(p.name for p in folder.glob("*.safetensors") if not _OTHER_FILES.fullmatch(p.name))
     if not names:
-        raise _no_shards(folder, "*.safetensors file")
+        raise _no_shards(folder, "*.safetensors file of a whole network")
     contents = FolderContents()
     for name in names:
         _scan_file(folder / name, [t for t, file in promised.items() if file == name], contents)
     for tensor, file in promised.items():
-        if tensor not in contents.stored and tensor not in contents.damaged:
+        if tensor not in contents.stored and tensor not in contents.damaged and not BUFFERS.fullmatch(tensor):
             contents.damaged[tensor] = f"{INDEX} says it is in {file}, which does not hold it"
     return contents
 
@@ -120,7 +139,7 @@ def scan_file(path: Path) -> FolderContents:
 
 
 def _no_shards(folder: Path, wanted: str) -> UserError:
-    pickles = sorted(p for p in folder.iterdir() if p.suffix in _PICKLES)
+    pickles = sorted(p for p in folder.iterdir() if p.suffix in _PICKLES and not _TRAINING_STATE.match(p.name))
     if pickles:
         listed = ", ".join(p.name for p in pickles)
         advice = _CONVERT.format(name=pickles[0], stem=folder / pickles[0].stem)
@@ -147,6 +166,8 @@ def _scan_file(path: Path, promised: list[str], contents: FolderContents) -> Non
             contents.damaged |= cut
         return
     for tensor, where in found.items():
+        if BUFFERS.fullmatch(tensor):
+            continue
         if tensor in contents.stored:
             contents.notes.append(f"tensor {tensor} is in both {contents.stored[tensor].path.name} and {path.name}")
         contents.stored[tensor] = where
@@ -186,6 +207,29 @@ def read_tensor(tensor: StoredTensor, bounds: tuple[tuple[int, int], ...]) -> np
 
     Returns:
         A copy of the slice.
+
+    Raises:
+        UserError: a number is NaN or infinite.
     """
     with safe_open(tensor.path, framework="np") as file:
-        return np.asarray(file.get_slice(tensor.name)[tuple(slice(*b) for b in bounds)])
+        values = np.asarray(file.get_slice(tensor.name)[tuple(slice(*b) for b in bounds)])
+    if not _all_finite(values):
+        raise UserError(
+            f"{tensor.path}: tensor {tensor.name} holds NaN or infinite numbers, with which every output would be wrong; "
+            "download the checkpoint again, or export one from before its training failed"
+        )
+    return values
+
+
+def _all_finite(values: np.ndarray) -> bool:
+    """Returns whether no number is NaN or infinite, from the largest bit patterns, which takes no memory and no conversion.
+
+    The exponent bits of NaN and infinity are all ones, so that among numbers of one sign their patterns are the largest. Read as
+    signed integers the positive ones come last, and as unsigned integers the negative ones.
+    """
+    if not values.size or values.dtype not in DTYPES.values():
+        return True
+    bits = 8 * values.dtype.itemsize
+    infinity = int(np.asarray(np.inf, values.dtype).view(f"u{bits // 8}"))
+    signed, unsigned = values.view(f"i{bits // 8}"), values.view(f"u{bits // 8}")
+    return bool(signed.max() < infinity and unsigned.max() < infinity + (1 << (bits - 1)))

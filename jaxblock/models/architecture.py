@@ -8,23 +8,34 @@ from typing import Literal, NamedTuple
 from jaxblock.errors import UserError
 from jaxblock.settings import Alignment
 
+RopeKind = Literal["linear", "llama3", "yarn", "dynamic"]
+
 
 class RopeScaling(NamedTuple):
     """Says how rotary frequencies are scaled for longer contexts (``rope_scaling`` of config.json).
 
     Attributes:
-        kind: ``linear`` divides every frequency; ``llama3`` divides only the slow ones.
+        kind: ``linear`` divides every frequency; ``llama3`` and ``yarn`` divide only the slow ones; ``dynamic`` raises their
+            base in sequences longer than original_len.
         factor: the number by which frequencies are divided.
         low_freq_factor: ``llama3``: wavelengths above original_len / low_freq_factor are scaled by the whole factor.
         high_freq_factor: ``llama3``: wavelengths below original_len / high_freq_factor are not scaled.
-        original_len: ``llama3``: the length that the model was first trained for.
+        original_len: the length that the model was first trained for (not used by ``linear``).
+        attention_factor: ``yarn``: the number by which cosines and sines are multiplied.
+        beta_fast: ``yarn``: frequencies that turn more often within original_len are not scaled.
+        beta_slow: ``yarn``: frequencies that turn less often within original_len are scaled by the whole factor.
+        truncate: ``yarn``: whether the range between the two is widened to whole dimensions.
     """
 
-    kind: Literal["linear", "llama3"]
+    kind: RopeKind
     factor: float
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_len: int = 8192
+    attention_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from jaxblock.errors import UserError
 from jaxblock.huggingface import peft
 from jaxblock.huggingface.load import load_checkpoint
+from jaxblock.huggingface.placement import tensor_names
 from jaxblock.models.families import registry
 from jaxblock.models.linear.lora import Lora, adapter_table, attach, merge, resolve
 from jaxblock.models.spec import flatten
@@ -126,12 +127,35 @@ def other_base(held: dict[str, np.ndarray]) -> None:
 CASES: dict[str, tuple[Break, str]] = {
     "no config": (lambda f: (f / CONFIG).unlink(), "no adapter_config.json"),
     "not lora": (fields(CONFIG, peft_type="IA3"), "peft_type is 'IA3'"),
-    "rslora": (fields(CONFIG, use_rslora=True), r"use_rslora is True: not supported.*merge_and_unload"),
-    "dora": (fields(CONFIG, use_dora=True), "use_dora is True"),
-    "patterns": (fields(CONFIG, alpha_pattern={"q": 2}, rank_pattern={"q": 2}), r"alpha_pattern.*rank_pattern"),
+    "dora": (fields(CONFIG, use_dora=True), r"use_dora is True: not supported.*merge_and_unload"),
+    "pissa": (fields(CONFIG, init_lora_weights="pissa_niter_4"), r"init_lora_weights is 'pissa_niter_4': not supported"),
+    "unknown": (fields(CONFIG, use_newora=2, note=None), r"the setting 'use_newora' is unknown"),
+    "patterns": (fields(CONFIG, rank_pattern={"q_proj": 2}), r"(?s)wrong shape.*q_proj.*is \[4, 16\], not \[2, 16\]"),
+    "pattern of no number": (
+        fields(CONFIG, alpha_pattern={"q_proj": "x"}),
+        r"alpha_pattern\[q_proj\] is 'x'; it must be a finite",
+    ),
+    "pattern of no name": (fields(CONFIG, rank_pattern={"(": 2}), r"rank_pattern is '\('; it must be a regular expression"),
+    "pattern of no kind": (fields(CONFIG, rank_pattern=[2]), r"rank_pattern is \[2\]; it must be an object"),
+    "no alpha": (fields(CONFIG, lora_alpha="x"), "lora_alpha is 'x'; it must be a finite number"),
+    "no dropout": (fields(CONFIG, lora_dropout=5), "lora_dropout is 5; it must be a number from 0 to 1"),
+    "no layer": (
+        fields(CONFIG, target_modules=["q_proj"], layers_to_transform="0"),
+        "layers_to_transform is '0'; it must be a layer",
+    ),
+    "fewer targets": (
+        fields(CONFIG, target_modules=["q_proj"]),
+        r"not adapted by adapter_config.json .*\(6\): .*ff_out.lora_A",
+    ),
+    "no targets": (fields(CONFIG, target_modules=None), "target_modules is missing or empty"),
+    "fewer layers": (
+        fields(CONFIG, target_modules=["q_proj", "ff_out"], layers_to_transform=[0, 1]),
+        r"(?s)not adapted by .*\(4\)",
+    ),
+    "not a number": (tensors(WEIGHTS, lambda t: t[Q0A].__setitem__((0, 0), np.nan)), "tensor .*q_proj.lora_A.weight holds NaN"),
     "bias": (fields(CONFIG, bias="lora_only"), "bias is 'lora_only'"),
     "whole modules": (fields(CONFIG, modules_to_save=["lm_head"]), "modules_to_save"),
-    "no rank": (fields(CONFIG, r=0), "r is 0"),
+    "no rank": (fields(CONFIG, r=True), "r is True"),
     "another rank": (fields(CONFIG, r=5), r"(?s)wrong shape.*is \[4, 16\], not \[5, 16\]"),
     "another base": (
         tensors(WEIGHTS, other_base),
@@ -140,13 +164,70 @@ CASES: dict[str, tuple[Break, str]] = {
     ),
     "names of another family": (
         tensors(WEIGHTS, lambda t: [t.update({k.replace("transformer.blocks", "layers"): t.pop(k)}) for k in list(t)]),
-        r"(?s)not of this base \(12\).*no matrix is adapted",
+        r"(?s)missing \(12\).*not of this base \(12\)",
     ),
     "pickle": (pickled, r"adapter_model\.bin.*never unpickles"),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), "no adapter_model.safetensors"),
     "cut short": (cut, r"(?s)damaged.*cut short"),
     "no numbers": (tensors(WEIGHTS, lambda t: t.update({Q0A: t[Q0A].astype(np.int32)})), "unsupported type.*I32"),
 }
+
+
+def one_scale(rank: int, scale: float, names: tuple[str, ...], layers: tuple[int, ...] = (0, 1, 2)) -> dict[str, Any]:
+    return {f"model.layers.{i}.{name}": (rank, scale) for i in layers for name in names}
+
+
+Q, V, UP = "self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj"
+# The rank and the scale of each adapted module, as PEFT computes them from these settings.
+SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "rslora": ({"target_modules": ["q_proj", "v_proj"], "use_rslora": True}, one_scale(4, 3.0, (Q, V))),
+    "no effect": ({"target_modules": ["q_proj"], "fan_in_fan_out": True, "loftq_config": {}}, one_scale(4, 1.5, (Q,))),
+    "patterns": (
+        # The first pattern that fits counts, and it must fit the whole end of a name.
+        {
+            "target_modules": ["q_proj", "v_proj", "up_proj"],
+            "rank_pattern": {"layers.1.self_attn.q_proj": 7, "q_proj": 2, "proj": 9},
+            "alpha_pattern": {r".*\.[02]\..*v_proj": 10, "up_proj": 0},
+        },
+        one_scale(2, 3.0, (Q,)) | one_scale(7, 6 / 7, (Q,), (1,)) | one_scale(4, 2.5, (V,)) | one_scale(4, 1.5, (V,), (1,))
+        | one_scale(4, 0.0, (UP,)),
+    ),
+    "patterns and rslora": (
+        {"target_modules": ["v_proj"], "use_rslora": True, "rank_pattern": {"^model.layers.0.self_attn.v_proj": 9}},
+        one_scale(4, 3.0, (V,)) | one_scale(9, 2.0, (V,), (0,)),
+    ),
+    "some layers": (
+        {"target_modules": ["q_proj", "model.layers.0.mlp.up_proj"], "layers_to_transform": [0, 2], "layers_pattern": "layers"},
+        one_scale(4, 1.5, (Q,), (0, 2)) | one_scale(4, 1.5, (UP,), (0,)),
+    ),
+    "one expression": (
+        {"target_modules": r".*\.1\..*(q|up)_proj", "exclude_modules": ["up_proj"]}, one_scale(4, 1.5, (Q,), (1,)),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_ranks_and_scales_are_those_of_peft(small: Any, tmp_path: Path, case: str) -> None:
+    settings, modules = SETTINGS[case]
+    arch, _ = small("llama")
+    table = registry.param_table(arch)
+    paths = {name: path for path, spec in table.items() for name in tensor_names(spec)}
+    draw, stored = np.random.default_rng(0), {}
+    want: dict[str, np.ndarray] = {}
+    for module, (rank, scale) in modules.items():
+        _, n_in, n_out = table[paths[f"{module}.weight"]].shape
+        a, b = draw.normal(size=(rank, n_in)).astype(np.float32), draw.normal(size=(n_out, rank)).astype(np.float32)
+        stored |= {f"base_model.model.{module}.lora_{x}.weight": value for x, value in (("A", a), ("B", b))}
+        want[module] = scale * (b @ a).T
+    save_file(stored, tmp_path / WEIGHTS)
+    (tmp_path / CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 6, **settings}))
+    lora, adapters = peft.load_adapter(tmp_path, arch)
+    flat = flatten(adapters)
+    assert set(lora.targets) == {paths[f"{module}.weight"] for module in modules}
+    for path in lora.targets:
+        got = np.asarray(flat[f"{path}/a"]) @ np.asarray(flat[f"{path}/b"]) * lora.scale
+        for layer, name in enumerate(tensor_names(table[path])):
+            np.testing.assert_allclose(got[layer], want.get(name.removesuffix(".weight"), 0), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("case", CASES)

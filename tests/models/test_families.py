@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jaxblock.errors import UserError
 from jaxblock.models.architecture import Architecture, RopeScaling
 from jaxblock.models.config import ModelConfig
 from jaxblock.models.families import registry
+from jaxblock.models.rotary import compute_rotation
 from jaxblock.models.spec import count_params
 
 LLAMA: dict[str, Any] = dict(
@@ -85,8 +89,51 @@ def test_both_spellings_of_a_stretched_rotary_base() -> None:
     for arch in (old, new):
         assert registry.from_hf(registry.to_hf(arch, "float32"), "").rope_scaling == want
     assert read(rope_scaling={"type": "linear", "factor": 2}).rope_scaling == RopeScaling("linear", 2.0)
-    with pytest.raises(UserError, match="'yarn' is not supported"):
-        read(rope_scaling={"rope_type": "yarn", "factor": 4.0})
+    with pytest.raises(UserError, match="'longrope' is not supported"):
+        read(rope_scaling={"rope_type": "longrope", "factor": 4.0})
+
+
+# What transformers 4.57.6 computes for LLAMA above with heads of 8 dimensions and a base of 100: the angle of each pair of dimensions per position, and the number by which
+# cosines and sines are multiplied (dynamic: in a sequence of 96 tokens).
+ROPES: list[tuple[str, dict[str, Any], list[float], float]] = [
+    ("linear", {"factor": 4.0}, [0.25, 0.07905694, 0.025, 0.007905695], 1.0),
+    ("llama3", STRETCH, [1.0, 0.09583998, 0.0125, 0.003952847], 1.0),
+    ("yarn", {"factor": 4.0}, [1.0, 0.2371708, 0.05, 0.007905695], 1.13862944),
+    (
+        "yarn",
+        {"factor": 3.0, "original_max_position_embeddings": 32, "beta_fast": 4.0,
+         "beta_slow": 0.5, "mscale": 1.2, "mscale_all_dim": 0.7, "truncate": False},
+        [1.0, 0.2239975, 0.03392391, 0.01054092], 1.05100796,
+    ),
+    ("yarn", {"factor": 4.0, "attention_factor": 0.9, "beta_fast": 8, "beta_slow": 2}, [1.0, 0.1976424, 0.025, 0.007905695], 0.9),
+    ("dynamic", {"factor": 2.0}, [1.0, 0.2509902, 0.06299605, 0.01581139], 1.0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, numbers, rates, factor", ROPES)
+def test_scaled_rotary_positions_are_those_of_transformers(
+    kind: str, numbers: dict[str, Any], rates: list[float], factor: float
+) -> None:
+    arch = read(rope_scaling={"rope_type": kind, **numbers}, head_dim=8, rope_theta=100.0)
+    assert registry.from_hf(registry.to_hf(replace(arch, extra=()), "float32"), "").rope_scaling == arch.rope_scaling
+    cos, sin = compute_rotation(jnp.arange(96)[None], arch, jnp.float32)
+    np.testing.assert_allclose(np.arctan2(sin, cos)[0, 1, 0], rates, rtol=1e-5)
+    np.testing.assert_allclose(np.hypot(sin, cos), factor, rtol=1e-5)
+
+
+def test_options_that_change_nothing_are_accepted() -> None:
+    plain = read(model_type="qwen2")
+    for changes in (
+        {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
+        {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0},
+        {"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0},
+        {"use_sliding_window": False, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+        {"pad_token_id": -1, "attention_bias": False, "mlp_bias": True, "pretraining_tp": 2, "eos_token_id": [2, -1]},
+        {"rope_scaling": {"type": "default"}, "rope_parameters": {"rope_theta": 5e5}, "partial_rotary_factor": 1.0},
+        {"rope_scaling": {"rope_type": "default", "rope_theta": 5e5}, "rope_theta": None},
+    ):
+        assert replace(read(model_type="qwen2", **changes), extra=()) == replace(plain, extra=())
+    assert read(model_type="qwen3").head_dim == 128  # transformers' default for Qwen3 alone
 
 
 def test_ends_are_a_token_or_a_list() -> None:
@@ -101,10 +148,37 @@ def test_ends_are_a_token_or_a_list() -> None:
         ({"attention_bias": True}, "attention_bias is True"),
         ({"mlp_bias": True}, "mlp_bias is True"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; this reader supports 'silu' only"),
-        ({"use_sliding_window": True}, "use_sliding_window"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "full attention only"),
+        (
+            {"use_sliding_window": True, "sliding_window": 63, "max_window_layers": 1},
+            "window of 63 .* full attention only",
+        ),
+        (
+            {"use_sliding_window": True, "max_position_embeddings": 8192, "max_window_layers": 0},
+            "window of 4096 positions",
+        ),
+        (
+            {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"]},
+            "full attention only",
+        ),
+        ({"layer_types": ["full_attention", "linear_attention"]}, "layer_types asks for 'linear_attention'"),
+        ({"layer_types": 5}, "layer_types is 5"),
+        ({"rope_parameters": {"rope_theta": 7e4}}, "rope_theta is 70000.0 and 500000.0"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 7e4}}}, "full_attention has its own rotary positions"),
+        (
+            {"rope_scaling": {"type": "linear", "rope_type": "yarn", "factor": 2}},
+            "rope_type is 'yarn', but type is 'linear'",
+        ),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2}, "rope_parameters": {"rope_type": "linear", "factor": 3}},
+            "rope_scaling and rope_parameters differ",
+        ),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'; it must be true or false"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps is inf; it must be a finite number"),
+        ({"num_hidden_layers": 2_000_000_000}, "num_hidden_layers is 2000000000"),
         ({"logit_alignment": "twice"}, "logit_alignment is 'twice'"),
-        ({"rope_scaling": {"type": "linear"}}, "rope_scaling cannot be read: .*'factor'"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling: field 'factor' is missing"),
         ({"eos_token_id": None}, "eos_token_id is missing"),
         ({"hidden_size": None}, "'hidden_size' is missing"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from typing import Any
 
-from jaxblock.errors import UserError
-from jaxblock.models.architecture import Architecture, RopeScaling
+from jaxblock.errors import UserError, shown
+
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "partial_rotary_factor": (1,),
+    "quantization_config": (None,),
+}
+"""Fields of any family that change what a network computes, with the only value that each may have."""
+
+
+MOST_LAYERS = 10_000
+"""More layers are refused at once: listing the tensors of billions of them would take hours."""
 
 
 class Fields:
@@ -28,6 +38,21 @@ class Fields:
         value = self._config.get(name)
         return default if value is None else value
 
+    def names(self, name: str) -> bool:
+        """Returns whether the file names a field, be it with null."""
+        return name in self._config
+
+    def nested(self, name: str) -> Fields:
+        """Returns the fields of a field that must be a JSON object.
+
+        Raises:
+            UserError: the field is something else.
+        """
+        value = self.need(name)
+        if not isinstance(value, dict):
+            raise self.error(f"{name} is {shown(value)}; it must be a JSON object")
+        return Fields(value, f"{self._where}: {name}", self._family)
+
     def need(self, name: str) -> Any:
         """Returns a field that must be there.
 
@@ -38,29 +63,49 @@ class Fields:
             raise UserError(f"{self._where}: field {name!r} is missing; a {self._family} config must have it")
         return self._config[name]
 
-    def size(self, name: str, default: int | None = None) -> int:
-        """Returns a field that must be a whole number above 0.
+    def size(self, name: str, default: int | None = None, most: int = 1 << 40) -> int:
+        """Returns a field that must be a whole number from 1 to ``most``.
 
         Raises:
             UserError: the field is something else, or absent without a default.
         """
         value = self.need(name) if default is None else self.get(name, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(f"{self._where}: {name} is {value!r}; it must be a whole number above 0")
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+            raise self.error(f"{name} is {shown(value)}; it must be a whole number above 0, and at most {most:,}")
         return value
 
-    def number(self, name: str, default: float) -> float:
-        """Returns a field that must be a number above 0.
+    def number(self, name: str, default: float, *, zero: bool = False) -> float:
+        """Returns a field that must be a finite number above 0, or with ``zero`` one that may be 0.
 
         Raises:
             UserError: the field is something else.
         """
-        return self._positive(name, self.get(name, default))
+        return self._positive(name, self.get(name, default), zero=zero)
 
-    def _positive(self, name: str, value: Any) -> float:
-        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-            raise self.error(f"{name} is {value!r}; it must be a number above 0")
+    def _positive(self, name: str, value: Any, *, zero: bool = False) -> float:
+        number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+        if not number or not (value > 0 or zero and value == 0):  # comparisons with NaN are false
+            raise self.error(f"{name} is {shown(value)}; it must be a finite number above 0")
         return float(value)
+
+    def needed_number(self, name: str) -> float:
+        """Returns a field that must be there and a finite number above 0.
+
+        Raises:
+            UserError: the field is absent or something else.
+        """
+        return self._positive(name, self.need(name))
+
+    def flag(self, name: str, default: bool = False) -> bool:
+        """Returns a field that must be true or false.
+
+        Raises:
+            UserError: the field is something else.
+        """
+        value = self.get(name, default)
+        if not isinstance(value, bool):
+            raise self.error(f"{name} is {shown(value)}; it must be true or false")
+        return value
 
     def check_heads(self, d_model: int, n_heads: int, n_kv_heads: int, head_dim: int | None = None) -> None:
         """Checks the sizes of heads, which the shapes of tensors do not show.
@@ -94,7 +139,7 @@ class Fields:
         """
         for name, allowed in fixed.items():
             if self._config.get(name) is not None and self._config[name] not in allowed:
-                raise self.error(f"{name} is {self._config[name]!r}; this reader supports {allowed[0]!r} only")
+                raise self.error(f"{name} is {shown(self._config[name])}; this reader supports {allowed[0]!r} only")
 
     def error(self, what: str) -> UserError:
         """Makes an error whose message names this file."""
@@ -118,11 +163,11 @@ class Fields:
         self.need(name)
         ids = self.tokens(name, vocab_size)
         if not ids:
-            raise self.error(f"{name} is an empty list; it must be a token's id")
+            raise self.error(f"{name} is an empty list or -1; it must be a token's id")
         return ids[0]
 
     def tokens(self, name: str, vocab_size: int) -> tuple[int, ...]:
-        """Returns all special tokens that a field names: none, one or a list.
+        """Returns all special tokens that a field names: none, one or a list; -1 stands for none.
 
         Raises:
             UserError: one of them is no token's id, or outside the vocabulary.
@@ -131,64 +176,11 @@ class Fields:
         ids = value if isinstance(value, list) else [] if value is None else [value]
         for one in ids:
             if not isinstance(one, int) or isinstance(one, bool):
-                raise self.error(f"{name} is {value!r}; it must be a token's id")
-            if not 0 <= one < vocab_size:
+                raise self.error(f"{name} is {shown(value)}; it must be a token's id")
+            if not -1 <= one < vocab_size:
                 raise self.error(f"{name} is {one}, outside the vocabulary of {vocab_size} (ids 0 to {vocab_size - 1})")
-        return tuple(ids)
-
-    def rope_theta(self) -> float:
-        """Returns the base of the rotary frequencies, from the top level or from ``rope_parameters``.
-
-        Raises:
-            UserError: the base is no number above 0, or ``rope_parameters`` is no JSON object.
-        """
-        nested = self.get("rope_parameters", {})
-        if not isinstance(nested, dict):
-            raise self.error(f"rope_parameters is {nested!r}; it must be a JSON object")
-        return self._positive("rope_theta", self.get("rope_theta", nested.get("rope_theta") or 10_000.0))
-
-    def rope_scaling(self) -> RopeScaling | None:
-        """Returns how rotary frequencies are stretched, from ``rope_scaling`` or ``rope_parameters``.
-
-        Raises:
-            UserError: the network does not compute this kind, or the field lacks its numbers.
-        """
-        scaling = self.get("rope_scaling") or self.get("rope_parameters", {})
-        try:
-            kind = scaling.get("rope_type") or scaling.get("type") or "default"
-            if kind == "default":
-                return None
-            if kind == "linear":
-                return RopeScaling("linear", float(scaling["factor"]))
-            if kind == "llama3":
-                low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
-                original = int(scaling["original_max_position_embeddings"])
-                return RopeScaling("llama3", float(scaling["factor"]), low, high, original)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise self.error(f"rope_scaling cannot be read: {scaling!r} ({type(error).__name__}: {error})") from error
-        raise self.error(f"rope_scaling of type {kind!r} is not supported (only default, linear and llama3 are)")
+        return tuple(one for one in ids if one != -1)
 
     def kept(self) -> tuple[tuple[str, str], ...]:
         """Returns all fields as JSON, so that an export can write back those that we do not use."""
         return tuple(sorted((key, json.dumps(value)) for key, value in self._config.items()))
-
-
-def add_rope_and_dtype(config: dict[str, Any], arch: Architecture, dtype: str) -> dict[str, Any]:
-    """Adds rotary frequencies and the tensors' type to a config, under the names of the transformers version (4 or 5) it is from."""
-    nested = config.get("rope_parameters")
-    if isinstance(nested, dict) and "rope_theta" in nested:
-        config["rope_parameters"] = {**nested, "rope_theta": arch.rope_theta}
-    else:
-        nested = {}
-        config["rope_theta"] = arch.rope_theta
-    scaling = arch.rope_scaling
-    if scaling is not None and not config.get("rope_scaling") and "factor" not in nested:
-        config["rope_scaling"] = {"rope_type": scaling.kind, "factor": scaling.factor}
-        if scaling.kind == "llama3":
-            config["rope_scaling"] |= {
-                "low_freq_factor": scaling.low_freq_factor,
-                "high_freq_factor": scaling.high_freq_factor,
-                "original_max_position_embeddings": scaling.original_len,
-            }
-    config["dtype" if "dtype" in config else "torch_dtype"] = dtype
-    return config

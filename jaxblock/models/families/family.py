@@ -25,6 +25,8 @@ class Family:
         alignment: the logit alignment of all networks of a family of diffusion models. None for an autoregressive family,
             whose networks get one together with their mask token (``registry.with_mask``).
         new_config: fields for the config.json of a network that was not loaded from a checkpoint.
+        head_dim: the width of a head where config.json does not say; None for the network's width divided by the heads.
+        tied_field: the field of config.json that says whether the head is the transposed embedding.
         code: the hub repository with the family's model code; None where transformers includes it.
     """
 
@@ -37,6 +39,8 @@ class Family:
     qk_norm: bool = False
     alignment: Alignment | None = None
     new_config: Mapping[str, Any] = field(default_factory=dict)
+    head_dim: int | None = None
+    tied_field: str = "tie_word_embeddings"
     code: str | None = None
 
     @property

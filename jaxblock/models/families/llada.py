@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxblock.models.architecture import Architecture
-from jaxblock.models.families.config_json import Fields, add_rope_and_dtype
+from jaxblock.models.families.config_json import MOST_LAYERS, UNSUPPORTED, Fields
 from jaxblock.models.families.family import Family
+from jaxblock.models.families.rope_config import add_rope, read_rope_scaling, read_rope_theta
 
 # Fields of which only these values are supported. A checkpoint with another value would load and give wrong results.
 _FIXED: dict[str, tuple[Any, ...]] = {
@@ -27,6 +28,7 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "scale_logits": (False,),
     "input_emb_norm": (False,),
     "multi_query_attention": (False,),
+    **UNSUPPORTED,
 }
 
 _BLOCK = "model.transformer.blocks.{layer}."
@@ -66,7 +68,8 @@ def read_llada_config(config: Mapping[str, Any], where: str, family: Family) -> 
     fields.check_fixed(_FIXED)
     if fields.get("clip_qkv") is not None:
         raise fields.error(f"clip_qkv is {fields.get('clip_qkv')!r}; this reader supports none")
-    if fields.rope_scaling() is not None:
+    max_len = fields.size("max_sequence_length", 4096)
+    if read_rope_scaling(fields, max_len) is not None:
         raise fields.error("rope_scaling is set, which LLaDA's own code does not know: take it out")
     d_model, n_heads = fields.size("d_model"), fields.size("n_heads")
     n_kv_heads = fields.size("n_kv_heads", n_heads)
@@ -80,20 +83,20 @@ def read_llada_config(config: Mapping[str, Any], where: str, family: Family) -> 
         alignment=family.alignment or "same_position",
         vocab_size=vocab,
         d_model=d_model,
-        n_layers=fields.size("n_layers"),
+        n_layers=fields.size("n_layers", most=MOST_LAYERS),
         n_heads=n_heads,
         n_kv_heads=n_kv_heads,
         head_dim=d_model // n_heads,
-        mlp_dim=fields.size("mlp_hidden_size", fields.get("mlp_ratio", 4) * d_model),
+        mlp_dim=fields.size("mlp_hidden_size", int(fields.number("mlp_ratio", 4.0) * d_model)),
         norm_eps=fields.number("rms_norm_eps", 1e-5),
-        rope_theta=fields.rope_theta(),
-        max_len=fields.size("max_sequence_length", 4096),
-        tie_embeddings=bool(fields.get("weight_tying", False)),
+        rope_theta=read_rope_theta(fields),
+        max_len=max_len,
+        tie_embeddings=fields.flag("weight_tying"),
         mask_id=fields.need_token("mask_token_id", vocab),
         eos_id=eos_id,
         pad_id=fields.token("pad_token_id", vocab, eos_id) or 0,
         end_ids=fields.tokens("eos_token_id", vocab)[1:],
-        init_std=fields.get("init_std") if fields.get("init_fn") == "normal" else None,
+        init_std=fields.number("init_std", 0.02, zero=True) if fields.get("init_fn") == "normal" else None,
         extra=fields.kept(),
     )
 
@@ -129,7 +132,9 @@ def make_llada_config(arch: Architecture, dtype: str, family: Family) -> dict[st
     }
     if arch.init_std is not None:
         config["init_std"] = arch.init_std
-    return add_rope_and_dtype(config, arch, dtype)
+    add_rope(config, arch)
+    config["dtype" if "dtype" in config else "torch_dtype"] = dtype
+    return config
 
 
 LLADA = Family(
@@ -139,6 +144,7 @@ LLADA = Family(
     from_hf=read_llada_config,
     to_hf=make_llada_config,
     alignment="same_position",
+    tied_field="weight_tying",
     new_config={
         "activation_type": "silu",
         "alibi": False,

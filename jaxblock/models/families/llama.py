@@ -10,9 +10,11 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from jaxblock.errors import shown
 from jaxblock.models.architecture import Architecture
-from jaxblock.models.families.config_json import Fields, add_rope_and_dtype
+from jaxblock.models.families.config_json import MOST_LAYERS, UNSUPPORTED, Fields
 from jaxblock.models.families.family import Family
+from jaxblock.models.families.rope_config import add_rope, read_rope_scaling, read_rope_theta
 
 ALIGNMENT = "logit_alignment"
 """Our own field of config.json; it records the logit alignment of a diffusion model that was trained from an autoregressive
@@ -40,10 +42,8 @@ NAMES: dict[str, str] = {
 # Fields of which only these values are supported. A checkpoint with another value would load and give wrong results.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
-    "mlp_bias": (False,),
-    "use_sliding_window": (False,),
-    "pretraining_tp": (1,),
     ALIGNMENT: ("same_position", "shifted"),
+    **UNSUPPORTED,
 }
 
 
@@ -62,17 +62,21 @@ def read_llama_config(config: Mapping[str, Any], where: str, family: Family) -> 
         UserError: a field is missing, or has a value that the network does not support.
     """
     fields = Fields(config, where, family.name)
-    fields.check_fixed({**_FIXED, "attention_bias": (family.qkv_bias,)})
-    if "sliding_attention" in fields.get("layer_types", []):
-        raise fields.error("layer_types asks for sliding_attention; this reader supports full attention only")
+    # Qwen2's layout always has these three biases, whatever its config.json says.
+    fields.check_fixed(_FIXED if family.qkv_bias else {**_FIXED, "attention_bias": (False,), "mlp_bias": (False,)})
+    n_layers, max_len = fields.size("num_hidden_layers", most=MOST_LAYERS), fields.size("max_position_embeddings")
+    _check_full_attention(fields, n_layers, max_len)
     d_model, n_heads = fields.size("hidden_size"), fields.size("num_attention_heads")
     vocab = fields.size("vocab_size")
     ends = fields.tokens("eos_token_id", vocab)
     if not ends:
         raise fields.error("eos_token_id is missing; set it to the token that ends a sequence")
     n_kv_heads = fields.size("num_key_value_heads", n_heads)
-    head_dim = fields.size("head_dim", d_model // n_heads)
-    fields.check_heads(d_model, n_heads, n_kv_heads, None if fields.get("head_dim") is None else head_dim)
+    usual_head = family.head_dim or max(d_model // n_heads, 1)
+    head_dim = fields.size("head_dim", usual_head)
+    fields.check_heads(
+        d_model, n_heads, n_kv_heads, None if fields.get("head_dim", family.head_dim) is None else head_dim
+    )
     mask_id = (
         fields.token("mask_token_id", vocab) if family.alignment is None else fields.need_token("mask_token_id", vocab)
     )
@@ -83,23 +87,46 @@ def read_llama_config(config: Mapping[str, Any], where: str, family: Family) -> 
         alignment=family.alignment or fields.get(ALIGNMENT, "shifted"),
         vocab_size=vocab,
         d_model=d_model,
-        n_layers=fields.size("num_hidden_layers"),
+        n_layers=n_layers,
         n_heads=n_heads,
         n_kv_heads=n_kv_heads,
         head_dim=head_dim,
         mlp_dim=fields.size("intermediate_size"),
         norm_eps=fields.number("rms_norm_eps", 1e-6),
-        rope_theta=fields.rope_theta(),
-        max_len=fields.size("max_position_embeddings"),
-        tie_embeddings=bool(fields.get("tie_word_embeddings", False)),
+        rope_theta=read_rope_theta(fields),
+        max_len=max_len,
+        tie_embeddings=fields.flag("tie_word_embeddings"),
         mask_id=mask_id,
         eos_id=ends[0],
         pad_id=fields.token("pad_token_id", vocab, ends[0]) or 0,
         end_ids=ends[1:],
-        rope_scaling=fields.rope_scaling(),
-        init_std=fields.get("initializer_range", 0.02),
+        rope_scaling=read_rope_scaling(fields, max_len),
+        init_std=fields.number("initializer_range", 0.02, zero=True),
         extra=fields.kept(),
     )
+
+
+def _check_full_attention(fields: Fields, n_layers: int, max_len: int) -> None:
+    """Raises a UserError where a layer's attention would not see all of a sequence that fits the network.
+
+    Windows are off without ``use_sliding_window``, and change nothing that is shorter than they are.
+    """
+    kinds = fields.get("layer_types")
+    if kinds is not None and (not isinstance(kinds, list) or len(kinds) < n_layers):
+        raise fields.error(f"layer_types is {shown(kinds)}; it must name the attention of each of {n_layers} layers")
+    other = [kind for kind in kinds or () if kind not in ("full_attention", "sliding_attention")]
+    if other:
+        raise fields.error(f"layer_types asks for {shown(other[0])}; this reader supports full attention only")
+    # 4096 and 28 are transformers' defaults for Qwen2 and Qwen3; a null window is none.
+    window = fields.size("sliding_window", max_len if fields.names("sliding_window") else 4096)
+    if not fields.flag("use_sliding_window") or window >= max_len:
+        return
+    first = fields.number("max_window_layers", 28.0, zero=True)
+    if "sliding_attention" in kinds if kinds else first < n_layers:
+        raise fields.error(
+            f"use_sliding_window is True, with a sliding_window of {window} positions; this reader "
+            "supports full attention only"
+        )
 
 
 def make_llama_config(arch: Architecture, dtype: str, family: Family) -> dict[str, Any]:
@@ -142,7 +169,9 @@ def make_llama_config(arch: Architecture, dtype: str, family: Family) -> dict[st
         config["mask_token_id"] = arch.mask_id
         if family.alignment is None:
             config[ALIGNMENT] = arch.alignment
-    return add_rope_and_dtype(config, arch, dtype)
+    add_rope(config, arch)
+    config["dtype" if "dtype" in config else "torch_dtype"] = dtype
+    return config
 
 
 def _llama_like(name: str, new_config: Mapping[str, Any], model_type: str | None = None, **rest: Any) -> Family:
@@ -165,7 +194,7 @@ LLAMA = _llama_like("llama", {"architectures": ["LlamaForCausalLM"]})
 QWEN2 = _llama_like("qwen2", {"architectures": ["Qwen2ForCausalLM"]}, qkv_bias=True)
 
 # head_dim is always written, because transformers assumes 128 where config.json has none.
-QWEN3 = _llama_like("qwen3", {"architectures": ["Qwen3ForCausalLM"], "head_dim": 128}, qk_norm=True)
+QWEN3 = _llama_like("qwen3", {"architectures": ["Qwen3ForCausalLM"], "head_dim": 128}, qk_norm=True, head_dim=128)
 
 _DREAM_CODE = "Dream-org/Dream-v0-Instruct-7B"
 
