@@ -81,7 +81,8 @@ def many(tensors: dict[str, np.ndarray]) -> None:
 
 def pickled(folder: Path) -> None:
     (folder / FILE).rename(folder / "pytorch_model.bin")
-    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"a": 1}))
+    for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt"):
+        (folder / name).write_bytes(pickle.dumps({"a": 1}))
 
 
 CASES: dict[str, tuple[Break, str]] = {
@@ -117,7 +118,10 @@ CASES: dict[str, tuple[Break, str]] = {
     "no mask id": (config(mask_token_id=None), "mask_token_id.*missing"),
     "end outside": (config(eos_token_id=[1, 99]), "eos_token_id is 99, outside"),
     "no safetensors": (lambda f: (f / FILE).unlink(), r"no \*\.safetensors file"),
-    "pickle": (pickled, r"pytorch_model\.bin.*never unpickles.*save_file"),
+    "pickle": (pickled, r"pytorch_model\.bin\), no safetensors.*never unpickles.*save_file"),
+    "more layers than tensors": (config(n_layers=9_999), "9,999 layers need more tensors than the 21 "),
+    "quantised": (config(quantization_config={"load_in_8bit": True}), "quantization_config is "),
+    "sizes of no kind": (config(mlp_hidden_size=None, mlp_ratio={}), r"mlp_ratio is \{\}; it must be a finite number"),
 }
 
 
@@ -210,7 +214,57 @@ def test_shards(sharded: Path, case: str) -> None:
         load_checkpoint(sharded)
 
 
-def test_shards_without_an_index_are_read_all_the_same(sharded: Path) -> None:
-    for _ in range(2):
-        chex.assert_trees_all_equal(jax.device_get(load_checkpoint(sharded)[1]), jax.device_get(PARAMS))
-        (sharded / INDEX).unlink(missing_ok=True)
+def stray(*names: str) -> Break:
+    """Returns a function that puts files with other tensors, and with other values of the checkpoint's own, into a folder."""
+
+    def apply(folder: Path) -> None:
+        for name in names:
+            save_file({"other.weight": np.ones(2, np.float32), Q0: np.ones((8, 8), np.float32)}, folder / name)
+
+    return apply
+
+
+def earlier_shards(folder: Path) -> None:
+    """Leaves the shards and the index of an earlier save beside the file of the newest."""
+    stray("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")(folder)
+    (folder / INDEX).write_text(json.dumps({"weight_map": {Q0: "model-00001-of-00002.safetensors"}}))
+
+
+def tables(held: dict[str, np.ndarray]) -> None:
+    """Adds the tables of rotary positions that older versions of transformers stored."""
+    held["model.rotary_emb.inv_freq"] = np.ones(2, np.float32)
+    held["model.layers.1.self_attn.rotary_emb.cos_cached"] = np.full(2, np.nan, np.float32)
+
+
+FORMS: dict[str, tuple[str, Break]] = {
+    "earlier shards": ("checkpoint", earlier_shards),
+    "other files": ("checkpoint", stray("adapter_model.safetensors", "consolidated.safetensors", "model.fp16.safetensors")),
+    "tables": ("checkpoint", change(tables)),
+    "shards": ("sharded", lambda f: None),
+    "shards and other files": ("sharded", stray("adapter_model.safetensors", "consolidated.00.safetensors", "model.fp16.safetensors")),
+    "shards without an index": ("sharded", lambda f: (f / INDEX).unlink()),
+    "other files, no index": ("sharded", lambda f: [(f / INDEX).unlink(), stray("adapter_model.safetensors")(f)]),
+    "a promised table": ("sharded", reindex(lambda m: m.update({"model.rotary_emb.inv_freq": m[Q0]}))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FORMS)
+def test_forms_of_a_folder_that_mean_the_same(sound: Path, tmp_path: Path, case: str) -> None:
+    kind, alter = FORMS[case]
+    alter(Path(shutil.copytree(sound / kind, tmp_path / "out")))
+    chex.assert_trees_all_equal(jax.device_get(load_checkpoint(tmp_path / "out")[1]), jax.device_get(PARAMS))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16, np.float32])
+def test_a_number_that_is_none_is_told_with_its_tensor(folder: Path, dtype: Any) -> None:
+    def put(value: float) -> None:
+        change(lambda t: t.update({name: x.astype(dtype) for name, x in t.items()}))(folder)
+        change(lambda t: t[Q1].__setitem__((2, 3), value))(folder)
+
+    for value in (np.nan, -np.nan, np.inf, -np.inf):
+        put(value)
+        with pytest.raises(UserError, match=f"{Q1} holds NaN or infinite numbers"):
+            load_checkpoint(folder)
+    for value in (float(jnp.finfo(dtype).max), float(jnp.finfo(dtype).min), -0.0):
+        put(value)
+        load_checkpoint(folder)

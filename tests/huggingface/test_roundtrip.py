@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from jaxblock.errors import UserError
 from jaxblock.huggingface import tensor_writer
@@ -107,17 +108,24 @@ def test_each_device_gets_its_slice(
     assert stored(tmp_path / "again") == stored(saved("dream", jnp.bfloat16))
 
 
-def test_a_tied_checkpoint_may_repeat_its_head(small: Any, tmp_path: Path) -> None:
-    arch, params = small(tie_embeddings=True)
-    untied, _ = small()
-    for name, head in (("same", params["embed"].T), ("other", params["embed"].T + 1)):
-        save_checkpoint(tmp_path / name, untied, {**params, "head": head})
-        fields("config.json", weight_tying=True)(tmp_path / name)
-    arch_again, loaded = load_checkpoint(tmp_path / "same")
-    assert arch_again.tie_embeddings
-    assert_same_bits(params, loaded)
-    with pytest.raises(UserError, match=r"ff_out\.weight differs from .*wte\.weight.*weight_tying"):
-        load_checkpoint(tmp_path / "other")
+@pytest.mark.parametrize("family, field", [("llada", "weight_tying"), ("llama", "tie_word_embeddings")])
+def test_a_tied_checkpoint_may_repeat_its_head(saved: Any, tmp_path: Path, family: str, field: str) -> None:
+    """A copy of the embedding may also be stored in another type; anything else is named, with the family's own field."""
+    folder = Path(shutil.copytree(saved(family), tmp_path / "out"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {field: True}))
+    held = load_file(folder / "model.safetensors")
+    embed, head = (registry.FAMILIES[family].names[name] + ".weight" for name in ("embed", "head"))
+    for of_embed, of_head in (("f4", "f4"), ("f4", "f2"), ("f2", "f4"), ("f4", jnp.bfloat16), (jnp.bfloat16, "f2")):
+        first = held[embed].astype(of_embed)
+        save_file(held | {embed: first, head: first.astype(of_head)}, folder / "model.safetensors")
+        assert load_checkpoint(folder, dtype=jnp.float32)[0].tie_embeddings
+    changed = first.astype("f2")
+    changed[5, 3] += 1
+    for other in (changed, changed[:-1]):
+        save_file(held | {embed: first, head: other}, folder / "model.safetensors")
+        with pytest.raises(UserError, match=rf"{head} differs from {embed}.* set {field} to false"):
+            load_checkpoint(folder, dtype=jnp.float32)
 
 
 def test_companions_travel_and_weights_do_not(small: Any, tmp_path: Path) -> None:

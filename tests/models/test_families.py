@@ -93,8 +93,8 @@ def test_both_spellings_of_a_stretched_rotary_base() -> None:
         read(rope_scaling={"rope_type": "longrope", "factor": 4.0})
 
 
-# What transformers 4.57.6 computes for LLAMA above with heads of 8 dimensions and a base of 100: the angle of each pair of dimensions per position, and the number by which
-# cosines and sines are multiplied (dynamic: in a sequence of 96 tokens).
+# What transformers 4.57.6 computes for LLAMA above, with heads of 8 dimensions and a base of 100: each pair's angle per position, and
+# the number by which cosines and sines are multiplied (dynamic: in a sequence of 96 tokens).
 ROPES: list[tuple[str, dict[str, Any], list[float], float]] = [
     ("linear", {"factor": 4.0}, [0.25, 0.07905694, 0.025, 0.007905695], 1.0),
     ("llama3", STRETCH, [1.0, 0.09583998, 0.0125, 0.003952847], 1.0),
