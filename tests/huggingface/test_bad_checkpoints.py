@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from jaxblock.errors import UserError
 from jaxblock.huggingface.load import load_checkpoint
