@@ -58,27 +58,22 @@ def _kept(logits, temperature=0.0, top_p=None, top_k=None, wrong=None):
     order = sorted(range(len(logits)), key=lambda token: (-logits[token], token))
     ranked = order[:top_k] if wrong == "top_k_first" else order
     p = _softmax(logits * (temperature or 1.0) if wrong == "top_p_untempered" else logits)
-    before = np.cumsum(p[ranked] / p[ranked].sum()) - (wrong != "cuts_the_crossing_token") * p[ranked] / p[ranked].sum()
-    kept = [token for n, token in enumerate(ranked) if top_p is None or n == 0 or before[n] <= top_p][:top_k]
+    shares = p[ranked] / p[ranked].sum()
+    reached = np.cumsum(shares) - (0 if wrong == "cuts_the_crossing_token" else shares)
+    kept = [token for n, token in enumerate(ranked) if top_p is None or n == 0 or reached[n] <= top_p][:top_k]
     best = next(token for token in order if token != MASK)
     return _softmax(np.where(np.isin(np.arange(len(logits)), [*kept, best]), logits, -np.inf))
 
 
-FILTERS = [
-    {},
-    {"top_p": 0.75},
-    {"top_k": 2},
-    {"temperature": 1.5, "top_p": 0.7},
-    {"temperature": 2.0, "top_p": 0.85, "top_k": 4},
-]
+FILTERS = [{}, {"top_p": 0.75}, {"top_k": 2}, {"temperature": 1.5, "top_p": 0.7}]
+FILTERS += [{"temperature": 2.0, "top_p": 0.85, "top_k": 4}]
 
 
 def test_filters_and_confidence_are_dreams():
     """Candidates, and each measure on them: the mask token's probability counts wherever it survives."""
     every = [decoding(1, **filters) for filters in FILTERS]
     left = jax.jit(lambda x: [jax.nn.log_softmax(scoring.candidates(options, MASK, x)) for options in every])(LOGITS)
-    rules = ("maskgit_plus", "topk_margin", "entropy")
-    cases = list(itertools.product((0, 1, 2, 4), rules))
+    cases = list(itertools.product(range(len(FILTERS)), ("maskgit_plus", "topk_margin", "entropy")))
     scores = _score(*(dataclasses.replace(every[at], rule=rule) for at, rule in cases), many=2)
     with np.errstate(divide="ignore"):
         want = np.array([[np.log(_kept(row, **filters)) for row in LOGITS] for filters in FILTERS])
