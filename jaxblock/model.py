@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,9 @@ from jax.typing import DTypeLike
 
 from jaxblock.config.recorded import KEY, to_block
 from jaxblock.config.yaml import with_fields
-from jaxblock.data.loader import pad_ids
+from jaxblock.data.loader import filled, pad_ids
 from jaxblock.data.prompts import Ids, as_array, flush_left, split_prompts
+from jaxblock.data.text.examples import Message, checked_messages
 from jaxblock.data.tokens.encoding import Encoder
 from jaxblock.data.tokens.special import first_stop
 from jaxblock.data.tokens.tokenizer import Tokenizer
@@ -83,7 +84,21 @@ class Decoded(NamedTuple):
     nfe: np.ndarray
 
 
-@dataclasses.dataclass(frozen=True)
+class Answer(NamedTuple):
+    """Holds the response to one prompt.
+
+    Attributes:
+        text: the response's text.
+        ids: its tokens, without the one that ended it.
+        nfe: the forward passes that it took.
+    """
+
+    text: str
+    ids: list[int]
+    nfe: int
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
 class Model:
     """Holds a network with its weights, tokenizer and default settings.
 
@@ -111,6 +126,21 @@ class Model:
     origin: str | None = None
     base: str | None = None
     recorded: bool = False
+
+    def __repr__(self) -> str:
+        """Returns three lines: the network and its weights, the canvas and how it decodes, and where it is from."""
+        leaves = jax.tree.leaves(self._weights())
+        count, kinds = sum(leaf.size for leaf in leaves), sorted({str(leaf.dtype) for leaf in leaves})
+        arch, decode = self.arch, self.decode_defaults
+        adapters = f", LoRA of rank {self.net.lora.rank}" if self.net.lora else ""
+        text = "text and ids" if self.encoder else "ids only: there is no tokenizer with a chat template"
+        return "\n".join([
+            f"Model({arch.family}, {count:,} weights in {' and '.join(kinds)}, {arch.n_layers} layers, width {arch.d_model}, "
+            f"vocabulary {arch.vocab_size:,}{adapters}",
+            f"  canvas {self.canvas.prompt_len} + {self.canvas.response_len}, blocks of {self.canvas.block}, rule {decode.rule}; "
+            f"takes {text}",
+            f"  from {self.origin or 'memory'}{f' on {self.base}' if self.base else ''})",
+        ])  # fmt: skip
 
     @property
     def arch(self) -> Architecture:
@@ -155,6 +185,82 @@ class Model:
         chosen = with_fields(self.decode_defaults, fields, "decode")
         check_options(chosen)
         return chosen
+
+    def generate(
+        self, prompt: str | Sequence[Message] | Sequence[str | Sequence[Message]], **options: Any
+    ) -> str | list[str]:
+        """Answers a text, a conversation, or a list of texts and conversations.
+
+        Args:
+            prompt: a user's text, or a conversation ([{"role": "user", "content": "..."}]) that ends with the user's turn; or
+                a list of them.
+            **options: fields of ``DecodeConfig``, by name.
+
+        Returns:
+            The response's text; a list of them for a list.
+
+        Raises:
+            UserError: there is no tokenizer with a chat template, or ``text_prompt`` refuses a prompt.
+        """
+        if isinstance(prompt, str) or (len(prompt) and isinstance(prompt[0], Mapping)):
+            ids = [self.text_prompt(cast("str | Sequence[Message]", prompt), "the prompt")]
+            return next(self.answers(ids, **options)).text
+        several = cast("Sequence[str | Sequence[Message]]", prompt)
+        ids = [self.text_prompt(one, f"prompt {at}") for at, one in enumerate(several)]
+        return [answer.text for answer in self.answers(ids, **options)]
+
+    def text_prompt(self, prompt: str | Sequence[Message], where: str) -> list[int]:
+        """Returns the ids of a text or conversation, as ``prepare`` makes them.
+
+        Args:
+            prompt: a user's text, or a conversation that ends with the user's turn.
+            where: the prompt's name in messages.
+
+        Raises:
+            UserError: there is no tokenizer with a chat template; the prompt is empty, holds a special token or is longer than
+                the prompts that the network was trained on; or the conversation does not end with the user's turn.
+        """
+        if self.encoder is None:
+            raise UserError(
+                f"{self.origin or 'this model'} has no tokenizer with a chat template, so text cannot become tokens; give ids "
+                "to jaxblock.load(folder).decode(ids) in Python"
+            )
+        if not isinstance(prompt, str):
+            prompt = checked_messages(list(prompt), "the conversation", "message", where)
+            if prompt[-1]["role"] != "user":
+                raise UserError(f"{where}: the last message must be the user's, not the {prompt[-1]['role']}'s")
+        ids = self.encoder.prompt(prompt, where=where)
+        if self.recorded and len(ids) > self.canvas.prompt_len:
+            raise UserError(
+                f"{where} has {len(ids)} tokens, more than canvas.prompt_len {self.canvas.prompt_len}: the network was trained "
+                "on no longer prompts. Shorten it, or set canvas.prompt_len if you mean it"
+            )
+        return ids
+
+    def answers(self, prompt_ids: Sequence[Sequence[int]], **options: Any) -> Iterator[Answer]:
+        """Decodes prompts in batches of ``decode.batch_size``, and yields the answers in their order.
+
+        Args:
+            prompt_ids: the prompts' ids.
+            **options: fields of ``DecodeConfig``, by name.
+
+        Raises:
+            UserError: there is no tokenizer, or a prompt does not fit the model.
+        """
+        if self.tokenizer is None:
+            raise UserError(f"{self.origin or 'this model'} has no tokenizer, so tokens cannot become text: use decode")
+        chosen = self.options(**options)
+        layout = self.layout(chosen)
+        for at, prompt in enumerate(prompt_ids):
+            self.check_prompt(prompt, f"prompt {at}", layout)
+        size = even_size(self.params, min(chosen.batch_size, max(1, len(prompt_ids))))
+        for at in range(0, len(prompt_ids), size):
+            part = list(prompt_ids[at : at + size])
+            found = self.decode(filled(part, size), return_steps=True, first_index=at, **options)
+            assert isinstance(found, Decoded)
+            for row in range(len(part)):
+                ids = self.text_ids(found.ids[row], **options)
+                yield Answer(self.tokenizer.decode(ids), ids, int(found.nfe[row]))
 
     def decode(
         self,
@@ -251,7 +357,7 @@ class Model:
             UserError: there are no prompts, or ``check_prompt`` refuses one.
         """
         prompts, longest = split_prompts(prompt_ids, attention_mask)
-        if not prompts:
+        if not len(prompts):
             raise UserError("no prompts: give at least one")
         for at, prompt in enumerate(prompts):
             self.check_prompt(prompt, f"prompt {at}", layout)

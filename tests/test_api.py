@@ -12,6 +12,7 @@ import pytest
 import jaxblock
 from jaxblock import loading
 from jaxblock import model as api
+from jaxblock.data.prompts import refuse_text
 from jaxblock.diffusion.decoding.config import DecodeConfig
 from jaxblock.errors import UserError
 
@@ -24,7 +25,7 @@ def model(tiny_run: Path) -> api.Model:
 @pytest.fixture(scope="module")
 def prompts(model: api.Model) -> list[list[int]]:
     assert model.encoder is not None
-    return [model.encoder.prompt(text) for text in ("1+2?", "12 and 7?", "9?")]
+    return [model.encoder.prompt(text) for text in ("1+2?", "12+7?", "9?")]
 
 
 def test_the_package_gives_the_interface(tiny_run: Path) -> None:
@@ -154,6 +155,48 @@ def test_nelbo(model: api.Model, prompts: list[list[int]]) -> None:
     ]:
         with pytest.raises(UserError, match=message):
             model.nelbo(prompts[:1], bad)
+
+
+def test_text_in_and_text_out(model: api.Model, prompts: list[list[int]]) -> None:
+    assert model.encoder is not None and model.tokenizer is not None
+    texts = ["1+2?", "12+7?", "9?"]
+    found = model.generate(texts, seed=3)
+    assert found == [model.tokenizer.decode(model.text_ids(row)) for row in np.asarray(model.decode(prompts, seed=3))]
+    small = dataclasses.replace(model, decode_defaults=dataclasses.replace(model.decode_defaults, batch_size=2))
+    assert small.generate(texts, seed=3) == found  # in batches of 2 and 1
+    assert model.generate(texts[0], seed=3) == found[0]
+    chat = [{"role": "user", "content": texts[0]}]
+    assert model.generate(chat, seed=3) == found[0] and model.generate([chat, texts[1]], seed=3) == found[:2]
+    assert model.generate([]) == []
+    lines = repr(model).splitlines()
+    assert (
+        len(lines) == 3
+        and "llada, 9,824 weights in float32" in lines[0]
+        and "canvas 24 + 16, blocks of 4" in lines[1]
+        and "run" in lines[2]
+    )
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("", "the prompt: the text is empty"),
+        (["1+2?", " "], "prompt 1: the text is empty"),
+        ("1+2? " * 20, r"the prompt has \d+ tokens, more than canvas.prompt_len 24"),
+        ("<|eot_id|>", "contains the special token"),
+        (
+            [{"role": "user", "content": "1?"}, {"role": "assistant", "content": "1"}],
+            "the last message must be the user's",
+        ),
+        ([{"role": "user"}], r'message\[0\] must be an object with "role" and "content"'),
+        ([[{"role": "robot", "content": "x"}]], r"prompt 0: message\[0\] has the role 'robot'"),
+    ],
+)
+def test_texts_that_make_no_sense(model: api.Model, prompt: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        model.generate(prompt)
+    with pytest.raises(UserError, match="token ids here, not text"):
+        refuse_text(prompt)  # decode calls it
 
 
 def test_text_ends_at_its_first_stop(model: api.Model) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import io
 import json
 import shutil
@@ -28,7 +29,7 @@ def test_decode_takes_prompts_from_everywhere_and_its_batches_do_not_matter(
     capsys: pytest.CaptureFixture[str],
     temperature: str,
 ) -> None:
-    prompts = ["1+2?", "Ada has 3 pens and finds 12 more?", "7+5?", "café\u2028 2?", "9+9?", "0+1?"]
+    prompts = ["1+2?", "12+7?", "7+5?", "\u20282?", "9+9?", "0+1?"]
     command = ["decode", "--checkpoint", str(tiny_run), "--decode.temperature", temperature]
 
     def answers() -> list[dict[str, Any]]:
@@ -54,6 +55,13 @@ def test_decode_takes_prompts_from_everywhere_and_its_batches_do_not_matter(
     capsys.readouterr()
     assert main([*command, "--file", str(tmp_path / "p.json"), "--data.prompt_field", "q"]) == 0
     assert answers() == expected
+    turns = [[{"role": "user", "content": prompt}, {"role": "assistant", "content": "x"}] for prompt in prompts]
+    chats = [
+        {"messages": turn[: 1 + at % 2]} for at, turn in enumerate(turns)
+    ]  # with an answer, which is left out, or without
+    (tmp_path / "chats.json.gz").write_bytes(gzip.compress(json.dumps(chats).encode()))
+    assert main([*command, "--file", str(tmp_path / "chats.json.gz")]) == 0
+    assert [{**answer, "prompt": answer["prompt"][0]["content"]} for answer in answers()] == expected
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(prompts).encode())))
     assert main(command) == 0
     assert answers() == expected

@@ -14,6 +14,7 @@ import tyro
 from jaxblock.commands import say
 from jaxblock.config.config import Config
 from jaxblock.data.config import DataConfig
+from jaxblock.data.text.examples import Prompt
 from jaxblock.diffusion.config import CanvasConfig
 from jaxblock.diffusion.decoding.config import DecodeConfig
 from jaxblock.errors import UserError
@@ -39,7 +40,8 @@ class Options:
     config: str | None = None
     """YAML file of sections; without one the run's own config is used. Flags override it."""
     file: str | None = None
-    """File of prompts: records (.jsonl, .json, .parquet), whose `data.prompt_field` is read, or text with one prompt per line."""
+    """File of prompts: records (.jsonl, .json, .parquet), whose `data.prompt_field` or `data.messages_field` is read, or text with
+    one prompt per line. A conversation's last answer is left out, as a record's response is."""
     out: str | None = None
     """Write JSON lines here instead of to standard output; an existing file is refused."""
     watch: bool = False
@@ -75,24 +77,21 @@ def run(options: Options, config: Config) -> int:
     )
     # An autoregressive checkpoint may have neither mask token nor encoder; the error about the mask token is clearer.
     model.arch.need_mask_id()
-    if model.encoder is None:
-        raise UserError(
-            f"{options.checkpoint} has no tokenizer with a chat template, so text cannot become tokens; use "
-            "jaxblock.load(folder).decode(ids) from Python"
-        )
-    encoder = with_prompt_settings(model.encoder, config.data, options.checkpoint, recorded=model.recorded)
+    if model.encoder is not None:
+        encoder = with_prompt_settings(model.encoder, config.data, options.checkpoint, recorded=model.recorded)
+        model = dataclasses.replace(model, encoder=encoder)
     prompts = list(_prompts(options, config.data))
     if not prompts:
         raise UserError("no prompts: give some on the command line, by --file, or on standard input")
-    ids = [encoder.prompt(text, where=where) for where, text in prompts]
+    ids = [model.text_prompt(prompt, where) for where, prompt in prompts]
     layout = model.layout(config.decode)
     for (where, _), row in zip(prompts, ids, strict=True):
         model.check_prompt(row, where, layout)
     if options.watch:
-        for index, (_, text) in enumerate(prompts):
-            _watch(model, text, ids[index], index, shown=process == 0)
+        for index, (_, prompt) in enumerate(prompts):
+            _watch(model, _as_text(prompt), ids[index], index, shown=process == 0)
         return 0
-    lines = _decoded_lines(model, prompts, ids, config.decode.batch_size)
+    lines = _decoded_lines(model, prompts, ids)
     if process > 0:  # one process speaks for all
         for _ in lines:
             pass
@@ -134,8 +133,8 @@ def with_prompt_settings(encoder: Encoder, data: DataConfig, checkpoint: str, *,
     return Encoder(encoder.tokenizer, encoder.template, encoder.special, settings)
 
 
-def _prompts(options: Options, data: DataConfig) -> Iterator[tuple[str, str]]:
-    """Yields (origin, text) of every prompt, from the command line, a file or standard input."""
+def _prompts(options: Options, data: DataConfig) -> Iterator[tuple[str, Prompt]]:
+    """Yields (origin, prompt) of every prompt, from the command line, a file or standard input."""
     if options.prompts:
         yield from ((f"prompt {at}", text) for at, text in enumerate(options.prompts, 1))
     elif options.file is None:
@@ -183,24 +182,13 @@ def _watch(model: Model, text: str, ids: list[int], index: int, *, shown: bool) 
             watch.step(response.tolist(), nfe)
 
 
-def _decoded_lines(model: Model, prompts: list[tuple[str, str]], ids: list[list[int]], size: int) -> Iterator[str]:
-    """Decodes the prompts in batches of ``size`` and yields a line of JSON for each."""
-    from jaxblock.data.loader import filled
-    from jaxblock.model import Decoded
-    from jaxblock.parallel.rows import even_size
+def _decoded_lines(model: Model, prompts: list[tuple[str, Prompt]], ids: list[list[int]]) -> Iterator[str]:
+    """Decodes the prompts and yields a line of JSON for each."""
+    for (_, prompt), answer in zip(prompts, model.answers(ids), strict=True):
+        line = {"prompt": prompt, "response": answer.text, "tokens": len(answer.ids), "nfe": answer.nfe}
+        yield json.dumps(line, ensure_ascii=False) + "\n"
 
-    assert model.tokenizer is not None
-    size = even_size(model.params, min(size, len(ids)))
-    for at in range(0, len(ids), size):
-        part = ids[at : at + size]
-        decoded = model.decode(filled(part, size), return_steps=True, first_index=at)
-        assert isinstance(decoded, Decoded)
-        for row in range(len(part)):
-            text_ids = model.text_ids(decoded.ids[row])
-            answer = {
-                "prompt": prompts[at + row][1],
-                "response": model.tokenizer.decode(text_ids),
-                "tokens": len(text_ids),
-                "nfe": int(decoded.nfe[row]),
-            }
-            yield json.dumps(answer, ensure_ascii=False) + "\n"
+
+def _as_text(prompt: Prompt) -> str:
+    """Returns a prompt as it is shown: a conversation with a line for each turn."""
+    return prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)

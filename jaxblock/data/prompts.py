@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jax import Array
@@ -52,6 +53,14 @@ def flush_left(ids: np.ndarray, attention_mask: Ids | None) -> tuple[np.ndarray,
     return rows, lengths, sources
 
 
+def refuse_text(prompts: Any) -> None:
+    """Raises UserError where prompts are texts or messages, not ids."""
+    text = (str, Mapping)
+    firsts = (row[0] if isinstance(row, list | tuple) and row else row for row in prompts)
+    if isinstance(prompts, str) or any(isinstance(first, text) for first in firsts):
+        raise UserError("prompts are token ids here, not text: model.generate(...) takes texts and messages")
+
+
 def split_prompts(prompt_ids: Ids, attention_mask: Ids | None) -> tuple[list[np.ndarray], int]:
     """Splits a batch into its prompts.
 
@@ -65,6 +74,7 @@ def split_prompts(prompt_ids: Ids, attention_mask: Ids | None) -> tuple[list[np.
     Raises:
         UserError: The input is not a batch of prompts, or the mask has the wrong shape.
     """
+    refuse_text(prompt_ids)
     if attention_mask is None and not isinstance(prompt_ids, np.ndarray | Array):
         prompts = [np.asarray(row, np.int32) for row in prompt_ids]
         if any(row.ndim != 1 for row in prompts):

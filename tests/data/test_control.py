@@ -93,7 +93,7 @@ def test_text_that_becomes_a_control_token_is_refused_with_its_place(case: str) 
     [
         ("{{ '<|start_header_id|>' }}", "a", "leaves out the user's text"),
         ("{% for m in messages if m.role == 'system' %}{{ m.content }}{% endfor %}", "a", "leaves out the user's text"),
-        (NAMED["chat"], " \n", "the prompt is empty"),
+        (NAMED["chat"], " \n", "the text is empty"),
         (NAMED["chat"], "\ud800", "half of a surrogate pair"),
     ],
 )

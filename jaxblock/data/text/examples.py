@@ -14,6 +14,9 @@ from jaxblock.errors import UserError
 Message = Mapping[str, str]
 """{"role": "system" | "user" | "assistant", "content": ...}"""
 
+Prompt = str | list[Message]
+"""A user's text, or a conversation that ends with the user's turn."""
+
 ROLES = ("system", "user", "assistant")
 
 
@@ -58,21 +61,31 @@ def examples_of(row: Row, config: DataConfig) -> list[Example]:
     return [question_and_answer(prompt, response, config, row.where, row.source)]
 
 
-def read_prompts(path: str, config: DataConfig) -> Iterator[tuple[str, str]]:
+def read_prompts(path: str, config: DataConfig) -> Iterator[tuple[str, Prompt]]:
     """Reads only the prompts of a file of records, which may lack responses.
 
     Args:
         path: A file, as `files.read_rows` accepts it.
-        config: Resolved settings (see `recipes.with_recipe`), which name the field of the prompt.
+        config: Resolved settings (see `recipes.with_recipe`), which name the fields of the prompt and of the messages.
 
     Yields:
-        (the place of a record, for error messages; the record's prompt).
+        (the place of a record, for error messages; the record's prompt: its text, or its messages before the last answer).
 
     Raises:
-        UserError: If the file cannot be read, or a record is not an object or its prompt is missing, empty or not text.
+        UserError: If the file cannot be read, a record is not an object, its prompt is missing, empty or not text, or its
+            messages are not a conversation with a turn of the user at its end (before the last answer).
     """
     for row in read_rows(path, "test").rows:
-        yield row.where, _field(row, "prompt_field", config.prompt_field)
+        field = config.messages_field
+        if field not in row.record:
+            yield row.where, _field(row, "prompt_field", config.prompt_field, f", or give {field!r}")
+            continue
+        messages = checked_messages(row.record[field], f"field {field!r}", field, row.where)
+        if messages[-1]["role"] == "assistant":
+            del messages[-1]
+        if not messages or messages[-1]["role"] != "user":
+            raise UserError(f"{row.where}: {field!r} holds no turn of the user that is to be answered")
+        yield row.where, messages
 
 
 def question_and_answer(prompt: str, response: str, config: DataConfig, where: str, source: str) -> Example:

@@ -38,7 +38,7 @@ class Encoder:
                 on the conversation or leaves out the user's text.
         """
         if isinstance(prompt, str):
-            prompt = [{"role": "user", "content": in_template(checked_text(prompt, "the prompt", where), self.config)}]
+            prompt = [{"role": "user", "content": in_template(checked_text(prompt, "the text", where), self.config)}]
         ids = self._encode(prompt, True, where)
         if self.special.mask in ids:
             raise UserError(
