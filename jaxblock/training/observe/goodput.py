@@ -28,7 +28,8 @@ from typing import Literal, NamedTuple, get_args
 import jax.monitoring
 
 from jaxblock.io.paths import PathLike
-from jaxblock.training.observe.metrics import Row, readable_rows
+from jaxblock.training.observe.metrics import readable_rows
+from jaxblock.training.observe.rows import Row
 
 Cause = Literal["start", "compile", "step", "data", "evaluation", "save", "lost"]
 CAUSES: tuple[Cause, ...] = get_args(Cause)

@@ -13,8 +13,8 @@ import numpy as np
 from jaxblock.errors import UserError, first_line
 from jaxblock.io.files import read_bytes, write_bytes
 from jaxblock.io.json_lines import JsonlWriter, read_jsonl_bytes
-from jaxblock.io.json_text import parse_json
 from jaxblock.io.paths import PathLike, as_path, explained
+from jaxblock.training.observe.rows import Row, parse_row
 
 METRICS_FILE = "metrics.jsonl"
 """The file's name in the run folder."""
@@ -22,9 +22,6 @@ BROKEN_FILE = "metrics-broken.txt"
 """The name of the file, beside the other, to which lines are moved that are not rows."""
 UNWRITTEN_ROWS = "metrics"
 """The key of a checkpoint's plain values under which it keeps rows that could not be written to the file."""
-
-Row = dict[str, Any]
-"""One row of metrics; ``step`` is an integer, ``kind`` a string such as ``train`` or ``eval``."""
 
 
 class MetricsWriter:
@@ -79,7 +76,7 @@ def _set_broken_aside(run: PathLike, say: Callable[[str], object]) -> None:
     first = ""
     for number, line in enumerate(read_jsonl_bytes(path).split(b"\n")[:-1], 1):
         try:
-            _parse(line)
+            parse_row(line)
         except ValueError as error:
             first = first or f"{path}:{number} is not a row of metrics ({first_line(error)})"
             broken.append(line + b"\n")
@@ -155,7 +152,7 @@ def read_metrics(path: PathLike) -> Metrics:
     kept: dict[str, list[Row]] = {"train": [], "eval": []}
     for number, line in enumerate(lines, 1):
         try:
-            row = _parse(line)
+            row = parse_row(line)
         except ValueError as error:
             if not line.strip() or number == len(lines):
                 continue
@@ -184,19 +181,8 @@ def _rows(lines: Iterable[bytes]) -> list[Row]:
     rows = []
     for line in lines:
         with contextlib.suppress(ValueError):
-            rows.append(_parse(line))
+            rows.append(parse_row(line))
     return rows
-
-
-def _parse(line: str | bytes) -> Row:
-    """Parses a line of the file; raises ValueError if it is no row."""
-    try:
-        row = parse_json(line)
-    except ValueError as error:
-        raise ValueError(f"not JSON ({error})") from error
-    if not isinstance(row, dict) or not isinstance(row.get("step"), int) or not isinstance(row.get("kind"), str):
-        raise ValueError("expected an object with an integer 'step' and a text 'kind'")
-    return row
 
 
 def series(rows: Iterable[Row], *path: str) -> tuple[np.ndarray, np.ndarray]:

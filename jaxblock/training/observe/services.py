@@ -11,7 +11,7 @@ from jaxblock.errors import UserError, first_line
 from jaxblock.io.files import read_json, write_json
 from jaxblock.io.paths import PathLike, as_path, is_remote
 from jaxblock.training.config import TrainConfig
-from jaxblock.training.observe.metrics import Row
+from jaxblock.training.observe.rows import Row
 
 WANDB_ID = "wandb.json"
 """The file in the run folder with the id of the W&B run, so that a resumed run continues the same page."""

@@ -16,7 +16,8 @@ from typing import Any, Protocol
 from jaxblock.errors import UserError, first_line
 from jaxblock.io.paths import is_remote
 from jaxblock.training.config import TrainConfig
-from jaxblock.training.observe.metrics import MetricsWriter, Row
+from jaxblock.training.observe.metrics import MetricsWriter
+from jaxblock.training.observe.rows import Row
 from jaxblock.training.observe.services import TensorBoard, WeightsAndBiases
 
 

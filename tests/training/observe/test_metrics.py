@@ -11,6 +11,7 @@ import pytest
 
 from jaxblock.errors import UserError
 from jaxblock.training.observe import metrics
+from jaxblock.training.observe.goodput import read_earlier_time
 
 
 def train(step: int, **more: Any) -> dict[str, Any]:
@@ -56,6 +57,33 @@ def test_a_resumed_run_sets_broken_lines_aside(tmp_path: Path) -> None:
     assert "metrics.jsonl:1 is not a row of metrics" in said[0] and "nor are 3 other lines" in said[0]
     metrics.MetricsWriter(tmp_path, 2, said.append).close()
     assert len(said) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"step": -1}, "'step' is not a step"),
+        ({"step": True}, "'step' is not a step"),
+        ({"step": 10**400}, "'step' is not a step"),
+        ({"kind": 3}, "'kind' is not a text"),
+        ({"kind": "goodput"}, "no 'seconds'"),
+        ({"kind": "goodput", "seconds": None}, "'seconds' is not an object of numbers"),
+        ({"kind": "goodput", "seconds": {"step": "long"}}, "'seconds' is not an object of numbers"),
+        ({"step_seconds": []}, "'step_seconds' is not a number or null"),
+        ({"loss_by_block": [[1.0], [2.0, 3.0]]}, "'loss_by_block' is not pairs of numbers"),
+        ({"loss_by_count": [[1.0, 10**400]]}, "'loss_by_count' is not pairs of numbers"),
+        ({"nelbo_per_token": 3.0}, "'nelbo_per_token' is not an object of numbers"),
+        ({"pass_at_1": {"n": 3}}, "'pass_at_1' is not an object of correct, n, low and high"),
+    ],
+)
+def test_a_damaged_field_is_named(tmp_path: Path, change: dict[str, Any], problem: str) -> None:
+    """It would end a run, or a plot, that reads it."""
+    path = write(tmp_path / "metrics.jsonl", [train(1) | change, train(2, loss="nan", loss_by_block=[["nan", 1]])])
+    with pytest.raises(UserError, match=f"{path}:1: {problem}"):
+        metrics.read_metrics(path)
+    assert read_earlier_time(path, 2).lost_seconds == 0
+    metrics.MetricsWriter(tmp_path, 2).close()
+    assert [row["step"] for row in metrics.read_metrics(path).train] == [2]
 
 
 def test_breakdowns_are_pooled_before_dividing() -> None:
