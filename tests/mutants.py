@@ -51,6 +51,9 @@ _REACHED_TEST = "tests/diffusion/test_reachability.py::test_every_masked_set_of_
 _VERIFY_TEST = "tests/huggingface/test_roundtrip.py::test_verify_sees_a_changed_weight_and_a_changed_config"
 _TEMPLATES_TEST = "tests/data/test_templates.py::test_bad_templates"
 _PREPARE_TEST = "tests/data/test_prepare.py::test_another_template_or_tokenizer_in_the_same_files_is_noticed"
+_SAME_TEXT = "jaxblock/data/store/same_text.py"
+_OTHER_TOKENS_TEST = "test_other_tokens_than_the_checkpoint_s_are_refused"
+_ALL_IDS_TEST = "test_all_ids_of_a_start_are_kept"
 
 MUTANTS = [
     # Files from elsewhere, and files for others.
@@ -162,6 +165,35 @@ MUTANTS = [
         "SeedSequence([seed, 0xDA7A])",
         "SeedSequence([0xDA7A])",
         "tests/data/test_loader.py::test_an_epoch_visits_everything_once_and_each_epoch_is_shuffled_anew",
+    ),
+    # A checkpoint knows what it is.
+    *(
+        Mutant(name, file, text, bug, f"tests/training/test_stored_text.py::{test}")
+        for name, file, text, bug, test in (
+            (
+                "other-tokenizer",
+                _SAME_TEXT,
+                "    return a == b\n",
+                "    return True\n",
+                f"{_OTHER_TOKENS_TEST}[tokens-run]",
+            ),
+            ("other-template", _SAME_TEXT, "not _same_template(", "not str(", f"{_OTHER_TOKENS_TEST}[template-export]"),
+            ("added-mask", _SAME_TEXT, 'token["id"] != mask', "True", f"{_ALL_IDS_TEST}[list]"),
+            (
+                "stop-ids-not-exported",
+                "jaxblock/huggingface/companions.py",
+                "*(() if trained is None else trained.stop_ids)",
+                "*()",
+                f"{_ALL_IDS_TEST}[turn end]",
+            ),
+            (
+                "ends-of-a-start-dropped",
+                "jaxblock/training/weights.py",
+                "end_ids=tuple(ends)",
+                "end_ids=()",
+                f"{_ALL_IDS_TEST}[list]",
+            ),
+        )
     ),
     # Training.
     Mutant(

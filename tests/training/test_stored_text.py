@@ -255,6 +255,10 @@ def test_all_ids_of_a_start_are_kept(
     prepared = open_prepared(tmp_path / "data")
     assert prepared.special.stop_ids == stop_ids and prepared.special.mask == 5
     arch = weights.architecture(Config(data=data, model=ModelConfig(init_from=str(source))), prepared, None)
+    grown = dataclasses.replace(data, prepared=str(tmp_path / "grown"), mask_token="<|new|>", add_mask_token=True)
+    prepare(grown, CanvasConfig(prompt_len=16, response_len=8))
+    started = Config(data=grown, model=ModelConfig(init_from=str(source)))
+    assert weights.architecture(started, open_prepared(grown.prepared), None).mask_id == 12
     exported = registry.to_hf(arch, "float32")
     origin = json.loads((source / "config.json").read_text())
     assert {name: exported.get(name) for name in origin} == origin and exported["mask_token_id"] == 5
