@@ -32,7 +32,7 @@ from jaxblock.parallel.mesh import make_mesh
 from jaxblock.settings import Alignment
 from jaxblock.training.checkpoints import run_folder
 from jaxblock.training.config import TrainConfig
-from jaxblock.training.stored_text import StoredText, read_text, text_of_run
+from jaxblock.training.stored_text import StoredText, read_text, text_of_run, with_recorded_end
 from jaxblock.training.stored_weights import load_base, load_run_params
 
 
@@ -84,7 +84,7 @@ def load(
     if mask_id is not None or alignment is not None:
         arch = registry.with_mask(arch, arch.need_mask_id() if mask_id is None else mask_id, alignment)
     elif adapter_folder is not None:
-        arch = peft.with_saved_start(adapter_folder, arch)
+        arch = with_recorded_end(adapter_folder, peft.with_saved_start(adapter_folder, arch))
     devices = _all_devices(arch, None) if mesh == "all" else mesh
     return _load_checkpoint(weights_folder, adapter_folder, arch, dtype, quantize or "none", devices)
 

@@ -188,9 +188,9 @@ MUTANTS = [
             ),
             (
                 "ends-of-a-start-dropped",
-                "jaxblock/training/weights.py",
-                "end_ids=tuple(ends)",
-                "end_ids=()",
+                "jaxblock/models/families/registry.py",
+                "(arch.eos_id, *arch.end_ids) if end != eos_id",
+                "() if end != eos_id",
                 f"{_ALL_IDS_TEST}[list]",
             ),
         )

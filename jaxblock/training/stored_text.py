@@ -21,6 +21,7 @@ from jaxblock.errors import UserError, warn_of_earlier_version
 from jaxblock.io.files import read_bytes
 from jaxblock.io.paths import PathLike, as_path
 from jaxblock.models.architecture import Architecture
+from jaxblock.models.families.registry import with_end
 from jaxblock.training.checkpoints.run_folder import Run
 
 _TEMPLATE = "template.jinja"
@@ -69,7 +70,8 @@ def read_text(folder: PathLike, arch: Architecture) -> StoredText:
         return StoredText(tokenizer, own, own.special.stop_ids, recorded.canvas, recorded.decode, recorded=True)
     ends = [arch.eos_id, *arch.end_ids, *(i for i in ends_in_checkpoint(folder) if i < arch.vocab_size)]
     if tokenizer is None:
-        return StoredText(None, None, tuple(dict.fromkeys(ends)))
+        canvas, decode, _ = recorded or (CanvasConfig(), DecodeConfig(), None)
+        return StoredText(None, None, tuple(dict.fromkeys(ends)), canvas, decode)
     if (as_path(folder) / _TEMPLATE).exists():
         warn_of_earlier_version(str(folder), "its canvas and decoding settings (the defaults are used)")
     encoder = checkpoint_encoder(folder, tokenizer, arch.mask_id, arch.eos_id)
@@ -101,12 +103,23 @@ def template_for_others(encoder: Encoder) -> str:
     """Returns the chat template as other libraries render it: with values for the variables that only we give to it."""
     known = encoder.tokenizer.settings
     tokens = encoder.template.tokens.items()
-    own = {
-        name: text for name, text in tokens if name in encoder.template.source and text != token_text(known.get(name))
-    }
-    return (
-        "".join(f"{{%- set {name} = {json.dumps(text)} %}}\n" for name, text in own.items()) + encoder.template.source
-    )
+    source = encoder.template.source
+    own = {name: text for name, text in tokens if name in source and text != token_text(known.get(name))}
+    quoted = ((name, json.dumps(text, ensure_ascii=False)) for name, text in own.items())
+    return "".join(f"{{%- set {name} = {text} %}}\n" for name, text in quoted) + source
+
+
+def with_recorded_end(folder: PathLike, arch: Architecture) -> Architecture:
+    """Returns the architecture of an adapters' base with the end of a sequence that was recorded beside the adapters.
+
+    Args:
+        folder: the folder of the adapters.
+        arch: the base's architecture; it is returned as it is where nothing is recorded.
+    """
+    recorded = read_block(folder)
+    special = None if recorded is None else recorded.text.get("special")
+    eos_id = special.get("eos") if isinstance(special, dict) else None
+    return with_end(arch, eos_id) if isinstance(eos_id, int) else arch
 
 
 def _recorded_encoder(folder: PathLike, recorded: Recorded, tokenizer: Tokenizer, arch: Architecture) -> Encoder:

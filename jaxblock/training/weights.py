@@ -5,7 +5,6 @@ The whole network is trained, or it is the frozen base of adapters, which are tr
 
 from __future__ import annotations
 
-import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -151,9 +150,7 @@ def _source_architecture(source: str, config: Config, prepared: Prepared) -> Arc
     own = arch = read_architecture(source) if run is None else run.arch
     special, alignment = prepared.special, config.model.alignment
     if arch.mask_id is None:
-        arch = registry.with_mask(arch, special.mask, alignment)
-        ends = (end for end in (arch.eos_id, *arch.end_ids) if end != special.eos)
-        arch = dataclasses.replace(arch, eos_id=special.eos, end_ids=tuple(ends))
+        arch = registry.with_end(registry.with_mask(arch, special.mask, alignment), special.eos)
     elif alignment not in (None, arch.alignment):
         raise UserError(
             f"model.alignment is {alignment}, but {source} was trained with {arch.alignment} logits: leave it"

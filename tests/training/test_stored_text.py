@@ -45,19 +45,23 @@ TEMPLATE = (
 )
 
 
+def _adapted(model: jaxblock.Model) -> jaxblock.Model:
+    """The model with adapters on one matrix."""
+    lora = Lora(2, 4.0, 0.0, ("blocks/q",))
+    adapters = init_params(adapter_table(registry.param_table(model.arch), lora), 3, np.float32)
+    net = dataclasses.replace(model.net, lora=lora)
+    return dataclasses.replace(model, net=net, params=attach(model.params, adapters))
+
+
 @pytest.fixture
 def model(tiny_run: Path) -> jaxblock.Model:
     """The tiny run with other settings than the defaults everywhere, and with adapters."""
-    found = jaxblock.load(tiny_run)
+    found = _adapted(jaxblock.load(tiny_run))
     assert found.encoder is not None
-    lora = Lora(2, 4.0, 0.0, ("blocks/q",))
-    adapters = init_params(adapter_table(registry.param_table(found.arch), lora), 3, np.float32)
     asked = dataclasses.replace(found.encoder.config, prompt_template="Sum: {prompt}", system="1")
     special = dataclasses.replace(found.encoder.special, ends=(7,))
     return dataclasses.replace(
         found,
-        net=dataclasses.replace(found.net, lora=lora),
-        params=attach(found.params, adapters),
         encoder=Encoder(found.encoder.tokenizer, found.encoder.template, special, asked),
         stop_ids=special.stop_ids,
         canvas=dataclasses.replace(found.canvas, suffix_window=8),
@@ -272,6 +276,16 @@ def test_all_ids_of_a_start_are_kept(
     again = jaxblock.load(tmp_path / "export")
     assert (again.stop_ids, again.arch.pad_id, again.arch.eos_id) == (stop_ids, arch.pad_id, arch.eos_id)
     assert again.encoder is not None and again.encoder.special == prepared.special
+    # The data may name another end of the sequence, which adapters alone have beside a base that says otherwise.
+    other = Encoder(
+        prepared.tokenizer, prepared.encoder.template, dataclasses.replace(prepared.special, eos=7, ends=()), data
+    )
+    alone = _adapted(dataclasses.replace(jaxblock.load(source, mask_id=5), encoder=other, recorded=True))
+    alone = dataclasses.replace(alone, base=str(source), stop_ids=other.special.stop_ids)
+    alone = dataclasses.replace(alone, net=dataclasses.replace(alone.net, arch=registry.with_end(alone.arch, 7)))
+    alone.save_adapter(tmp_path / "alone")
+    again = jaxblock.load(tmp_path / "alone")
+    assert (again.stop_ids, again.arch.eos_id) == ((9, 7), 7)
 
 
 def test_folders_of_an_earlier_version_open_with_a_warning(tiny_config: Path, tmp_path: Path) -> None:

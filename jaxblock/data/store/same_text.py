@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jaxblock.data.store.prepared_folder import Prepared
 from jaxblock.data.text.examples import Message
@@ -21,7 +20,6 @@ _TURNS: tuple[Message, ...] = (
 )
 _CONVERSATIONS = [list(_TURNS[begin:end]) for begin in (0, 1) for end in (2, 3, 4, 5)]
 """The conversations that two templates are compared on: with and without a system message, one turn and several."""
-
 
 _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
@@ -121,15 +119,17 @@ def _same_template(theirs: Template, ours: Template, recorded: bool) -> bool:
     """
     if theirs.source == ours.source and (theirs.tokens == ours.tokens or not recorded):
         return True
-    return all(_written(theirs, turns) == _written(ours, turns) for turns in _CONVERSATIONS)
+    written = _written(theirs)
+    return written == _written(ours) and any(written)
 
 
-def _written(template: Template, turns: Sequence[Message]) -> tuple[Any, ...]:
+def _written(template: Template) -> list[str | None]:
     """Returns what a template writes, with and without the header of the next turn; None where it refuses a conversation."""
     written: list[str | None] = []
-    for prompt in (False, True):
-        try:
-            written.append(template.render(turns, prompt))
-        except UserError:
-            written.append(None)
-    return tuple(written)
+    for turns in _CONVERSATIONS:
+        for prompt in (False, True):
+            try:
+                written.append(template.render(turns, prompt))
+            except UserError:
+                written.append(None)
+    return written

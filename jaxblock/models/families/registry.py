@@ -75,6 +75,11 @@ def with_mask(arch: Architecture, mask_id: int, alignment: Alignment | None = No
     return replace(arch, mask_id=mask_id, alignment=chosen, vocab_size=rows)
 
 
+def with_end(arch: Architecture, eos_id: int) -> Architecture:
+    """Returns the architecture with another end of a sequence; the ends that it had still end a response."""
+    return replace(arch, eos_id=eos_id, end_ids=tuple(end for end in (arch.eos_id, *arch.end_ids) if end != eos_id))
+
+
 def architecture_from_config(
     model: ModelConfig, *, vocab_size: int, mask_id: int, eos_id: int, pad_id: int | None = None
 ) -> Architecture:
