@@ -13,6 +13,7 @@ import jax
 import pytest
 
 import jaxblock
+from tests import runs
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,11 +50,6 @@ def private() -> list[str]:
     return command
 
 
-def _rows(run: Path) -> list[tuple[object, ...]]:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [(row["step"], row["loss"], row["lr"]) for row in rows if row["kind"] == "train"]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "until"), [("full", 0), ("full", 80), ("read-only", 0), ("read-only", 80)], ids=lambda value: str(value)
@@ -85,4 +81,4 @@ def test_a_run_outlives_its_disk(
         assert found[0]["code"] == 2 and found[0]["after"] == [20], said
         assert found[1]["code"] == 0 and "going on from step 20" in found[1]["said"], found[1]["said"]
     chex.assert_trees_all_equal(*(jax.device_get(jaxblock.load(folder).params) for folder in (out, tiny_run)))
-    assert _rows(out) == _rows(tiny_run)
+    assert runs.rows(out) == runs.rows(tiny_run)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import subprocess
@@ -18,6 +17,7 @@ import jaxblock
 from jaxblock.config.yaml import load_config
 from jaxblock.data.loader import BatchAt
 from jaxblock.data.store.prepared_folder import open_prepared
+from tests import runs
 
 ROOT = Path(__file__).parents[2]
 POISONED = 4
@@ -27,8 +27,7 @@ def _train(config: Path, run: Path) -> str:
     """Runs two processes, each with half of every parameter, to the end. Returns what they print."""
     command = [str(ROOT / "launch" / "local_pod.sh"), "2", "--devices", "1", "--", sys.executable, "-m"]
     command += ["tests.faults.poisoned_run", str(POISONED), "train", "--config", str(config), "--train.out", str(run)]
-    command += ["--train.fsdp", "2", "--train.steps", "12", "--train.save_every", "6", "--train.keep", "3"]
-    command += ["--train.eval_every", "0", "--train.eval_problems", "0", "--train.eval_nelbo_rows", "0"]
+    command += ["--train.fsdp", "2", "--train.steps", "12", "--train.save_every", "6", "--train.keep", "3", *runs.QUIET]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     return done.stderr
@@ -37,9 +36,7 @@ def _train(config: Path, run: Path) -> str:
 def _flip(folder: Path) -> str:
     """Flips a bit in a file that process 1 has written; returns the problem that must be reported."""
     path = max((folder / "params" / "ocdbt.process_1").rglob("d/*"), key=lambda file: file.stat().st_size)
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
+    runs.flip_a_bit(path)
     return f"{path.relative_to(folder)} holds other bytes than were saved"
 
 
@@ -49,8 +46,7 @@ def _lose_the_list_of_process_1(folder: Path) -> str:
 
 
 def _rows(run: Path) -> list[tuple[object, ...]]:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [(row["step"], str(row["loss"]), row["lr"], row["skipped"]) for row in rows if row["kind"] == "train"]
+    return [(row["step"], str(row["loss"]), row["lr"], row["skipped"]) for row in runs.rows(run)]
 
 
 @pytest.mark.slow

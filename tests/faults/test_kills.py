@@ -132,16 +132,7 @@ def test_twenty_kills_lose_nothing(tiny_config: Path, tiny_run: Path, record_pro
 @pytest.mark.slow
 def test_sigterm_saves_and_says_so_by_its_code(tiny_config: Path, tiny_run: Path) -> None:
     run = tiny_config.parent / "preempted"
-    flags = [
-        "--config",
-        str(tiny_config),
-        "--train.out",
-        str(run),
-        "--train.eval_every",
-        "0",
-        "--train.save_every",
-        "100",
-    ]
+    flags = ["--config", str(tiny_config), "--train.out", str(run), *runs.QUIET, "--train.save_every", "100"]
     process = _train(*flags)
     _until(process, lambda line: line.startswith("step 5/"))
     process.send_signal(signal.SIGTERM)
@@ -156,9 +147,8 @@ def _pair(*flags: str) -> list[subprocess.Popen[bytes]]:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     group = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAXBLOCK_HEARTBEAT_TIMEOUT": "10"}
-    one_device = (
-        os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1"
-    )  # the last of two equal flags counts
+    # The last of two equal flags counts.
+    one_device = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1"
     return [_train(*flags, **group, XLA_FLAGS=one_device, JAX_PROCESS_ID=str(index)) for index in range(2)]
 
 
@@ -180,9 +170,8 @@ def test_a_process_without_its_partner_ends_with_a_message_and_the_pair_goes_on(
         seconds = time.monotonic() - begun
         second.kill()
         second.communicate()
-    code = (
-        128 - first.returncode if first.returncode < 0 else first.returncode
-    )  # as a shell reports it: the runtime may abort
+    # As a shell reports it: the runtime may abort.
+    code = 128 - first.returncode if first.returncode < 0 else first.returncode
     record_property(f"seconds until the other one ended ({loss.name})", seconds)
     print(f"{loss.name}: the other one ended with {code} after {seconds:.1f} s")
     assert code == 134 and seconds < 40, said[-3000:]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,6 +33,7 @@ from jaxblock.training.optim.schedules import learning_rates
 from jaxblock.training.state import TrainState
 from jaxblock.training.step import Objective, StepMetrics
 from jaxblock.types import Sum
+from tests import runs
 
 
 @pytest.mark.parametrize(
@@ -122,8 +122,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], list[np.ndar
 
 
 def _rows(run: Path) -> dict[int, dict[str, Any]]:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {row["step"]: row for row in rows if row["kind"] == "train"}
+    return {row["step"]: row for row in runs.rows(run)}
 
 
 def _named(index: np.ndarray) -> str:
@@ -175,8 +174,7 @@ def test_a_run_whose_batches_are_all_poisoned_stops_and_names_them(
     poison: Callable[[int, int], list[np.ndarray]],
 ) -> None:
     seen = poison(4, 10**6)
-    flags = ["--train.eval_every", "0", "--train.eval_problems", "0", "--train.eval_nelbo_rows", "0"]
-    command = ["train", "--config", str(tiny_config), "--train.out", str(tmp_path / "run"), *flags]
+    command = ["train", "--config", str(tiny_config), "--train.out", str(tmp_path / "run"), *runs.QUIET]
     assert main([*command, "--train.max_skipped", "3"]) == 2
     said = capsys.readouterr().err
     assert "3 steps in a row (train.max_skipped)" in said

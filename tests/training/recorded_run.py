@@ -4,8 +4,7 @@
 
 Process 0 writes a line of JSON to LINES for the state that the run begins with and for each step: ``step``, ``state``
 (SHA-256 of parameters, optimizer state and average), and of the step before it ``drawn`` (of ids, lengths, draws and
-noise of the global batch) and ``loss``; at the end the ``wall`` seconds of training until its last row of goodput. After
-STOP (0: never) the last process sends itself SIGTERM.
+noise of the global batch) and ``loss``. After STOP (0: never) the last process sends itself SIGTERM.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import json
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,10 +23,8 @@ import jax
 import numpy as np
 
 from jaxblock.cli import main
-from jaxblock.commands import train
 from jaxblock.parallel import rules
 from jaxblock.training import loop
-from jaxblock.training.observe.goodput import Goodput
 from jaxblock.training.session import Session
 from jaxblock.training.step import Step
 
@@ -50,8 +46,7 @@ def draws(session: Session) -> Callable[[Any, int], str]:
 
 def record(file: Path, stop: int) -> None:
     """Puts the recorder around the step and the loop of this process."""
-    run, training, goodput_row = loop.run, train.train, Goodput.row
-    told = [0.0]
+    run = loop.run
 
     def note(**row: Any) -> None:
         if jax.process_index() == 0:
@@ -85,18 +80,7 @@ def record(file: Path, stop: int) -> None:
             step_fn = recorded(session, step_fn)
         return run(session, step_fn, *rest)
 
-    def timed(*arguments: Any) -> Any:
-        begin = time.perf_counter()
-        outcome = training(*arguments)
-        note(wall=told[-1] - begin)
-        return outcome
-
-    def noted(self: Goodput, step: int) -> dict[str, Any]:
-        row = goodput_row(self, step)
-        told.append(time.perf_counter())
-        return row
-
-    loop.run, train.train, Goodput.row = recorded_loop, timed, noted  # type: ignore[method-assign]
+    loop.run = recorded_loop
 
 
 if __name__ == "__main__":

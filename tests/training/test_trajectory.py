@@ -104,13 +104,14 @@ def _follow(golden: Golden, run: dict[str, Any], model: jaxblock.Model) -> Param
     """Takes the run's steps, compares what each reports, and returns what the model trained."""
     config = _optimizer_config(run)
     optimizer = make_optimizer(config, run["total_steps"], model.net.trainable)
-    frozen = {} if model.net.lora is None else {path: x for path, x in model.params.items() if path != lora.KEY}
-    trained = model.params if model.net.lora is None else model.params[lora.KEY]
+    params = jax.device_get(model.params)  # else every step would be computed on all eight devices
+    frozen = {} if model.net.lora is None else {path: x for path, x in params.items() if path != lora.KEY}
+    trained = params if model.net.lora is None else params[lora.KEY]
     replay = _replay(model, run)
-    step_fn = jax.jit(lambda state, batch: train_step(replay, optimizer, state, batch, frozen))
+    step_fn = jax.jit(lambda state, batch, frozen: train_step(replay, optimizer, state, batch, frozen))
     state = TrainState(trained, jax.jit(optimizer.init)(trained), jnp.int32(0))
     for step in range(STEPS):
-        state, metrics = step_fn(state, _batch(golden.batches, step, run["block_size"]))
+        state, metrics = step_fn(state, _batch(golden.batches, step, run["block_size"]), frozen)
         total, weight = metrics.losses.loss
         np.testing.assert_allclose(total / weight, run["loss"][step], rtol=0, atol=1e-3, err_msg=f"step {step}")
         np.testing.assert_allclose(metrics.grad_norm, run["grad_norm"][step], rtol=1e-3, err_msg=f"step {step}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import types
 from pathlib import Path
@@ -15,6 +14,7 @@ from jaxblock.config.yaml import config_from_tree
 from jaxblock.errors import UserError
 from jaxblock.training.observe import trackers
 from jaxblock.training.observe.trackers import Trackers
+from tests import runs
 
 ROWS: list[dict[str, Any]] = [
     {"step": 1, "kind": "train", "loss": 2.0, "grad_norm": float("nan"), "loss_by_block": [[1.0, 2.0]]},
@@ -25,11 +25,6 @@ ROWS: list[dict[str, Any]] = [
 def _config(out: Path, **train: Any) -> Config:
     out.mkdir(exist_ok=True)
     return config_from_tree({"train": {"out": str(out), **train}}, "here")
-
-
-def _rows(run: Path, kind: str) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in rows if row["kind"] == kind]
 
 
 class _Page:
@@ -80,8 +75,8 @@ def test_a_tracker_that_fails_stops_nothing_and_is_told_of_once(
     assert wanted.items() <= first.given.items()
     assert first.given["id"] == second.given["id"]  # a resumed run continues the same page
     # The JSON lines have every row, and the resume has removed the rows that came again.
-    assert [row["step"] for row in _rows(tmp_path / "run", "eval")] == [2, 2]
-    assert [row["grad_norm"] for row in _rows(tmp_path / "run", "train")] == ["nan"] * 2
+    assert [row["step"] for row in runs.rows(tmp_path / "run", "eval")] == [2, 2]
+    assert [row["grad_norm"] for row in runs.rows(tmp_path / "run", "train")] == ["nan"] * 2
     assert list((tmp_path / "run" / "tensorboard").iterdir())
 
 
