@@ -127,7 +127,7 @@ def _send(tensor: StoredTensor, shape: tuple[int, ...], sharding: Sharding, tran
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         bounds = tuple(s.indices(size)[:2] for s, size in zip(index or (), shape, strict=True))
         owners.setdefault(bounds[::-1] if transpose else bounds, []).append(device)
-    parts = []
+    parts, still = [], False
     for bounds, devices in owners.items():
         held = tuple((min(first, n), min(last, n)) for (first, last), n in zip(bounds, tensor.shape, strict=True))
         host = read_tensor(tensor, held)
