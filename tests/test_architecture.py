@@ -7,6 +7,7 @@ be clean, and then a snippet that breaks it, which must not be.
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -69,25 +70,25 @@ class Import(NamedTuple):
     for_types_only: bool
 
 
-def _imports(source: str) -> Iterator[Import]:
+@functools.cache
+def _parsed(source: str) -> ast.Module:
+    return ast.parse(source)
+
+
+@functools.cache
+def _imports(source: str) -> tuple[Import, ...]:
     def visit(node: ast.AST, types_only: bool) -> Iterator[Import]:
         if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
-            for statement in node.body:
-                yield from visit(statement, True)
-            for statement in node.orelse:
-                yield from visit(statement, types_only)
+            for at, statement in enumerate([*node.body, *node.orelse]):
+                yield from visit(statement, types_only or at < len(node.body))
             return
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                yield Import(alias.name, node.lineno, types_only)
-        elif isinstance(node, ast.ImportFrom):
-            base = "." * node.level + (node.module or "")
-            for alias in node.names:
-                yield Import(f"{base}.{alias.name}", node.lineno, types_only)
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            base = "." * node.level + (node.module or "") + "." if isinstance(node, ast.ImportFrom) else ""
+            yield from (Import(base + alias.name, node.lineno, types_only) for alias in node.names)
         for child in ast.iter_child_nodes(node):
             yield from visit(child, types_only)
 
-    yield from visit(ast.parse(source), False)
+    return tuple(visit(_parsed(source), False))
 
 
 def _ours(sources: Sources, target: str) -> str | None:
@@ -112,11 +113,8 @@ def _edges(sources: Sources, types_too: bool = False) -> Iterator[tuple[str, str
 
 def _room(module: str) -> str:
     """Returns the room of a module; the settings of all rooms are one."""
-    return (
-        "settings"
-        if module.split(".")[-1] == "config" and "." in module and module != "config.config"
-        else module.split(".")[0]
-    )
+    settings = module.endswith(".config") and module != "config.config"
+    return "settings" if settings else module.split(".")[0]
 
 
 def _may_import() -> dict[str, set[str]]:
@@ -202,27 +200,26 @@ def no_torch(sources: Sources) -> list[str]:
     ]
 
 
-def _names(source: str) -> Iterator[tuple[str, int]]:
+@functools.cache
+def _names(source: str) -> tuple[tuple[str, int], ...]:
     """Every dotted name that is used, with import aliases undone: ``nnx.jit`` -> ``flax.nnx.jit``."""
-    tree = ast.parse(source)
-    known = {}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom):
+    known, found = {}, []
+    nodes = list(ast.walk(_parsed(source)))
+    for node in nodes:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            base = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
             for alias in node.names:
-                known[alias.asname or alias.name] = f"{node.module}.{alias.name}"
-                yield f"{node.module}.{alias.name}", node.lineno
-        elif isinstance(node, ast.Import):
-            for alias in node.names:
-                if alias.asname:
-                    known[alias.asname] = alias.name
-                yield alias.name, node.lineno
-    for node in ast.walk(tree):
+                found.append((base + alias.name, node.lineno))
+                if base or alias.asname:
+                    known[alias.asname or alias.name] = base + alias.name
+    for node in nodes:
         parts, at = [], node
         while isinstance(at, ast.Attribute):
             parts.append(at.attr)
             at = at.value
         if isinstance(at, ast.Name):
-            yield ".".join([known.get(at.id, at.id), *reversed(parts)]), node.lineno  # type: ignore[attr-defined]
+            found.append((".".join([known.get(at.id, at.id), *reversed(parts)]), node.lineno))  # type: ignore[attr-defined]
+    return tuple(found)
 
 
 def _used(sources: Sources, wanted: set[str], allowed: Callable[[str], bool]) -> list[str]:
@@ -250,20 +247,19 @@ def nnx_defines_and_jax_runs(sources: Sources) -> list[str]:
 
 def functions_fit_a_screen(sources: Sources) -> list[str]:
     """A function is read without scrolling."""
-    complaints = []
-    for module, source in sources.items():
-        for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                lines = (node.end_lineno or node.lineno) - node.lineno + 1
-                if lines > MOST_LINES_OF_A_FUNCTION:
-                    complaints.append(f"{module}:{node.lineno}: {node.name} has {lines} lines")
-    return complaints
+    functions = [
+        (module, node, (node.end_lineno or node.lineno) - node.lineno + 1)
+        for module, source in sources.items()
+        for node in ast.walk(_parsed(source))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    return [f"{m}:{node.lineno}: {node.name} has {n} lines" for m, node, n in functions if n > MOST_LINES_OF_A_FUNCTION]
 
 
 def _public(sources: Sources) -> Iterator[tuple[str, ast.ClassDef | None, Definition]]:
     """(module, class or None, definition) of all that has no underscore in front, not inside a function."""
     for module, source in sources.items():
-        waiting: list[tuple[ast.ClassDef | None, ast.AST]] = [(None, ast.parse(source))]
+        waiting: list[tuple[ast.ClassDef | None, ast.AST]] = [(None, _parsed(source))]
         while waiting:
             owner, node = waiting.pop()
             for child in ast.iter_child_nodes(node):
@@ -292,7 +288,7 @@ def the_public_is_documented(sources: Sources) -> list[str]:
 
 def modules_say_what_they_are(sources: Sources) -> list[str]:
     """A docstring on every file that is not an empty ``__init__``."""
-    return [m for m, source in sources.items() if source.strip() and not ast.get_docstring(ast.parse(source))]
+    return [m for m, source in sources.items() if source.strip() and not ast.get_docstring(_parsed(source))]
 
 
 def no_stubs(sources: Sources) -> list[str]:
@@ -306,10 +302,10 @@ def names_say_what_a_thing_is(sources: Sources) -> list[str]:
     return [module for module in sources if drawers & set(module.split("."))]
 
 
+# fmt: off
 BROKEN: dict[Rule, list[dict[str, str]]] = {
     imports_are_absolute: [
-        {"diffusion.canvas": "from ..io.files import read_json"},
-        {"data.loader": "from . import records"},
+        {"diffusion.canvas": "from ..io.files import read_json"}, {"data.loader": "from . import records"},
     ],
     rooms_import_what_they_may: [
         {"diffusion.canvas": "from jaxblock.models.spec import Table"},
@@ -326,17 +322,10 @@ BROKEN: dict[Rule, list[dict[str, str]]] = {
         {"cellar.wine": "from jaxblock import config", "config": ""},
     ],
     rooms_make_no_circle: [
-        {
-            "build": "from jaxblock.fit.shapes import x",
-            "fit.shapes": "from jaxblock import build",
-        },
+        {"build": "from jaxblock.fit.shapes import x", "fit.shapes": "from jaxblock import build"},
         {"data.a": "from jaxblock.data import b", "data.b": "def f():\n    from jaxblock.data.a import x"},
-        {
-            "training.loop": "from jaxblock.evaluation.runner import x",
-            "evaluation.runner": "from jaxblock.model import y",
-            "model": "from jaxblock.training import start",
-            "training.start": "",
-        },
+        {"training.loop": "from jaxblock.evaluation.runner import x", "training.start": "",
+         "evaluation.runner": "from jaxblock.model import y", "model": "from jaxblock.training import start"},
     ],
     pure_rooms_reach_no_files: [
         {"training.step": "import jaxblock.training.state", "training.state": "from jaxblock.io import files"},
@@ -363,8 +352,7 @@ BROKEN: dict[Rule, list[dict[str, str]]] = {
         {"training.step": "from flax import nnx\nnnx.value_and_grad(f)"},
     ],
     functions_fit_a_screen: [
-        {"model": "def f():\n" + "    x = 1\n" * 70},
-        {"model": "class A:\n    def f(self):\n" + "        x = 1\n" * 70},
+        {"model": "def f():\n" + "    x = 1\n" * 70}, {"model": "class A:\n    def f(self):\n" + "        x = 1\n" * 70},
     ],
     the_public_is_documented: [
         {"model": "def f():\n    return 1"},
@@ -376,36 +364,26 @@ BROKEN: dict[Rule, list[dict[str, str]]] = {
     no_stubs: [{"model": "def f():\n    raise NotImplementedError('later')"}, {"model": "raise NotImplementedError"}],
     names_say_what_a_thing_is: [{"data.utils": ""}],
 }
+# fmt: on
 
+SAID = "'''Ours.'''\n"
 FINE = {
-    "types": '"""Ours."""',
-    "models.transformer": """'''Ours.'''
-from flax import nnx
-from jaxblock.types import View
-
-nnx.merge(nnx.split(module)[0], params)
-""",
-    "parallel.rules": """'''Ours.'''
-from jax.sharding import PartitionSpec
-
-PartitionSpec()
-""",
-    "training.step": """'''Ours.'''
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from jaxblock.data.loader import Batch
-""",
-    "data.loader": """'''Ours.'''
+    "types": SAID,
+    "models.transformer": SAID
+    + "from flax import nnx\nfrom jaxblock.types import View\nnnx.merge(nnx.split(module)[0], params)",
+    "parallel.rules": SAID + "from jax.sharding import PartitionSpec\nPartitionSpec()",
+    "training.step": SAID
+    + "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from jaxblock.data.loader import Batch",
+    "data.loader": """"Ours."
 from typing import Protocol
 
 class Source(Protocol):
-    '''Promises.'''
+    "Promises."
     def read(self):
-        '''Said once.'''
+        "Said once."
 
 class File:
-    '''Implements.'''
+    "Implements."
     def read(self):
         def inner():
             return 1

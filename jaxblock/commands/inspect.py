@@ -84,6 +84,7 @@ def examine_records(
     Raises:
         UserError: no index or no step was asked for, or an index is outside the split.
     """
+    import jax
     import numpy as np
 
     from jaxblock import build
@@ -104,7 +105,7 @@ def examine_records(
     sized = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=len(records)))
     net = build.network(_architecture(config, prepared), config.model)
     objective = build.objective(sized, net, prepared.special.stop_ids)
-    canvas = objective.canvas(batch)
+    canvas = jax.jit(objective.canvas)(batch)
     draws, noise = draws_of_steps(lambda step: objective.draw(batch, canvas, step), range(steps))
     examined = examine(
         objective.layout,

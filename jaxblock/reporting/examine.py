@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -127,8 +126,8 @@ class ExaminedRecord:
     draws: tuple[ExaminedDraw, ...]
 
 
-def draws_of_steps(draw_of: Callable[[int], tuple[Draw, Array]], steps: Sequence[int]) -> tuple[Draw, Array]:
-    """Concatenates the draws of several training steps along the K axis.
+def draws_of_steps(draw_of: Callable[[Array], tuple[Draw, Array]], steps: Sequence[int]) -> tuple[Draw, Array]:
+    """Makes the draws of several training steps, one after the other along the K axis.
 
     Args:
         draw_of: the function that training draws with: step -> (draws [K, B, ...], noise [K, B, R or 0]).
@@ -137,8 +136,12 @@ def draws_of_steps(draw_of: Callable[[int], tuple[Draw, Array]], steps: Sequence
     Returns:
         (draws, noise), each with a leading axis of steps * K.
     """
-    draws, noise = zip(*map(draw_of, steps), strict=True)
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *draws), jnp.concatenate(noise)
+
+    @jax.jit
+    def all_draws(steps: Array) -> tuple[Draw, Array]:
+        return jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), jax.vmap(draw_of)(steps))
+
+    return all_draws(np.asarray(steps))
 
 
 def examine(
@@ -165,20 +168,23 @@ def examine(
     Returns:
         One examined record for each row.
     """
-    share, divisor = normaliser(layout, canvas, method.normalize, drawn_blocks)
+
+    @jax.jit  # one program: the single operations would be dozens
+    def computed(canvas: Canvas, draws: Draw, noise: Array | None) -> Any:
+        fed = jax.vmap(lambda one, uniforms: corrupt(layout, canvas, one, method, uniforms))
+        seen = fed(draws, noise if method.needs_noise else None)
+        return normaliser(layout, canvas, method.normalize, drawn_blocks), supervised_end(layout, canvas), seen
+
+    (share, divisor), ends, seen = jax.tree.map(np.asarray, computed(canvas, draws, noise))
     scale = np.asarray(share, np.float64) / max(float(divisor), 1e-30)
-    shown: list[list[ExaminedDraw]] = [[] for _ in range(canvas.ids.shape[0])]
+    rows = [jax.tree.map(lambda x, i=i: np.asarray(x)[i], canvas) for i in range(canvas.ids.shape[0])]
+    host = jax.tree.map(np.asarray, draws)
+    shown: list[list[ExaminedDraw]] = [[] for _ in rows]
     for k in range(draws.block.shape[0]):
-        one: Draw = jax.tree.map(lambda x, k=k: x[k], draws)
-        uniforms = noise[k] if noise is not None and method.needs_noise else None
-        seen, targets = corrupt(layout, canvas, one, method, uniforms)
-        host = jax.tree.map(np.asarray, (canvas, one, seen, targets))
-        for row, column in enumerate(shown):
-            its: tuple[Canvas, Draw, View, np.ndarray] = jax.tree.map(lambda x, row=row: x[row], host)
-            column.append(_examined_draw(layout, *its, float(scale[row]), method))
-    ends = np.asarray(supervised_end(layout, canvas))
-    names = labels or [f"row {i}" for i in range(len(shown))]
-    rows = [jax.tree.map(lambda x, i=i: np.asarray(x)[i], canvas) for i in range(len(shown))]
+        for i, (row, column) in enumerate(zip(rows, shown, strict=True)):
+            its: tuple[Draw, View, np.ndarray] = jax.tree.map(lambda x, k=k, i=i: x[k, i], (host, *seen))
+            column.append(_examined_draw(layout, row, *its, float(scale[i]), method))
+    names = labels or [f"row {i}" for i in range(len(rows))]
     return [
         ExaminedRecord(
             label=name,
