@@ -49,9 +49,7 @@ __main__      cli
 ``settings`` is ``settings.py`` and the ``config.py`` of every room: a section of settings belongs to its room, and any
 room may read it, since it imports nothing but the vocabulary."""
 
-JOINERS = {
-    "commands": "a verb brings together whatever it needs; nothing but cli.py imports it",
-}
+JOINERS = {"commands": "a verb brings together whatever it needs; nothing but cli.py imports it"}
 """The rooms and modules that may join any others, and why. Even they make no circle."""
 
 NO_FILES = {"io", "data", "huggingface", "evaluation", "reporting", "model", "loading", "cli", "commands"}
@@ -153,16 +151,20 @@ def rooms_import_what_they_may(sources: Sources) -> list[str]:
     return complaints
 
 
+def _graph(sources: Sources, name: Callable[[str], str] = str) -> dict[str, set[str]]:
+    """What each module (or whatever ``name`` makes of it) imports when the program runs, apart from itself."""
+    graph: dict[str, set[str]] = {}
+    for module, target, _ in _edges(sources):
+        graph.setdefault(name(module), set()).update({name(target)} - {name(module)})
+    return graph
+
+
 def rooms_make_no_circle(sources: Sources) -> list[str]:
     """Imports point down: neither rooms nor modules import each other in a circle."""
     complaints = []
     for name in (_room, str):
-        graph: dict[str, set[str]] = {}
-        for module, target, _ in _edges(sources):
-            if name(module) != name(target):
-                graph.setdefault(name(module), set()).add(name(target))
         try:
-            TopologicalSorter(graph).prepare()
+            TopologicalSorter(_graph(sources, name)).prepare()
         except CycleError as error:
             complaints.append("imports in a circle: " + " <- ".join(error.args[1]))
     return complaints
@@ -170,24 +172,18 @@ def rooms_make_no_circle(sources: Sources) -> list[str]:
 
 def pure_rooms_reach_no_files(sources: Sources) -> list[str]:
     """No chain of run-time imports leads from the method, the network or the train step to a room that does I/O."""
-    graph: dict[str, set[str]] = {}
-    for module, target, _ in _edges(sources):
-        graph.setdefault(module, set()).add(target)
-    complaints = []
-    for begin in sources:
-        if begin not in PURE and _room(begin) not in PURE:
-            continue
-        paths: list[tuple[str, ...]] = [(begin,)]
-        seen = {begin}
-        while paths:
-            path = paths.pop()
-            for target in sorted(graph.get(path[-1], ())):
-                if _room(target) in NO_FILES:
-                    complaints.append(" -> ".join((*path, target)))
-                elif target not in seen:
-                    seen.add(target)
-                    paths.append((*path, target))
-    return complaints
+    graph = _graph(sources)
+
+    def chains(path: tuple[str, ...], seen: set[str]) -> Iterator[str]:
+        for target in sorted(graph.get(path[-1], set()) - seen):
+            seen.add(target)
+            if _room(target) in NO_FILES:
+                yield " -> ".join((*path, target))
+            else:
+                yield from chains((*path, target), seen)
+
+    pure = [module for module in sources if module in PURE or _room(module) in PURE]
+    return [chain for module in pure for chain in chains((module,), {module})]
 
 
 def no_torch(sources: Sources) -> list[str]:

@@ -98,10 +98,10 @@ def test_devices_that_no_run_names_split_what_divides(
     assert (shape["data"], shape["fsdp"]) == (3, 2)
 
 
-def _commands(config: Path, folders: dict[str, Path], out: Path) -> list[list[str]]:
-    """Returns command lines of the verbs that load a model, which write into a folder."""
+def _commands(config: Path, folders: dict[str, Path], out: Path, *decoded: str) -> list[list[str]]:
+    """Returns command lines of the verbs that load a model, which write into a folder; the named kinds are decoded."""
     commands = []
-    for kind in ("full", "lora", "int8"):
+    for kind in decoded:
         flags = ["--config", str(config), "--out", str(out / f"{kind}.jsonl"), "--decode.batch_size", "3"]
         commands.append(["decode", "--checkpoint", str(folders[kind]), "1+2?", "7+5?", "9+9?", "0+1?", *flags])
     flags = ["--config", str(config), "--out", str(out / "scores"), "--evaluate.problems", "5"]
@@ -118,13 +118,13 @@ def on_one_device(tiny_config: Path, folders: dict[str, Path], tmp_path_factory:
     out = tmp_path_factory.mktemp("one")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loading, "_all_devices", lambda arch, train: None)
-        assert [main(command) for command in _commands(tiny_config, folders, out)] == [0] * 7
+        assert [main(command) for command in _commands(tiny_config, folders, out, "lora")] == [0] * 5
     return out
 
 
 def _check_same(out: Path, expected: Path) -> None:
     """Asserts that the verbs wrote the same: text and tokens exactly, NELBO and merged weights up to rounding."""
-    for name in ("full.jsonl", "lora.jsonl", "int8.jsonl", "scores/problems.jsonl"):
+    for name in ("lora.jsonl", "scores/problems.jsonl"):
         assert (out / name).read_text() == (expected / name).read_text(), name
     ours, theirs = (json.loads((folder / "scores" / "summary.json").read_text()) for folder in (out, expected))
     assert len(ours["devices"]) == 8
@@ -154,9 +154,9 @@ def test_the_verbs_use_all_devices_and_write_what_one_device_writes(
         return loaded[-1]
 
     monkeypatch.setattr(loading, "load", noted)
-    for command in _commands(tiny_config, folders, tmp_path):
+    for command in _commands(tiny_config, folders, tmp_path, "lora"):
         assert main(command) == 0
-    assert len(loaded) == 7
+    assert len(loaded) == 5
     for model in loaded:
         _check_places(model)
     _check_same(tmp_path, on_one_device)
@@ -167,16 +167,21 @@ IN_TURN = "import json, sys; from jaxblock.cli import main; sys.exit(max(main(v)
 
 @pytest.mark.slow
 def test_two_processes_write_what_one_device_writes(
-    tiny_config: Path, folders: dict[str, Path], on_one_device: Path, tmp_path: Path
+    tiny_config: Path, folders: dict[str, Path], on_one_device: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two processes of four devices each hold an eighth of the weights per device, so neither has a whole tensor."""
-    commands = _commands(tiny_config, folders, tmp_path)
+    commands = _commands(tiny_config, folders, tmp_path, "full", "lora", "int8")
     shown = ["decode", "--checkpoint", str(folders["lora"]), "--config", str(tiny_config), "1+2?"]
     commands += [shown, [*shown, "--watch"]]
     group = [str(ROOT / "launch" / "local_pod.sh"), "2", "--devices", "4", "--", sys.executable, "-c", IN_TURN]
     done = subprocess.run([*group, json.dumps(commands)], cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     _check_same(tmp_path, on_one_device)
+    monkeypatch.setattr(loading, "_all_devices", lambda arch, train: None)
+    for command in _commands(tiny_config, folders, tmp_path / "one", "full", "int8")[:2]:
+        assert main(command) == 0
+        written = Path(command[command.index("--out") + 1])
+        assert written.read_text() == (tmp_path / written.name).read_text()
     lines = [line for line in done.stdout.splitlines() if "[Gloo]" not in line]
     assert lines and not [line for line in lines if not line.startswith("[0] ")]  # one process speaks for all
     first = json.loads((on_one_device / "lora.jsonl").read_text().splitlines()[0])

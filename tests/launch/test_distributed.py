@@ -85,9 +85,8 @@ LOCAL_POD = Path(__file__).resolve().parents[2] / "launch" / "local_pod.sh"
 
 
 def pod(*arguments: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [LOCAL_POD, *arguments], env=os.environ | variables, capture_output=True, text=True, timeout=180
-    )
+    command = [LOCAL_POD, *arguments]
+    return subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, timeout=180)
 
 
 def test_two_processes_join_over_loopback() -> None:
@@ -100,9 +99,8 @@ def test_two_processes_join_over_loopback() -> None:
 def test_a_process_that_never_comes_is_told_within_the_timeout() -> None:
     alone = "from jaxblock.parallel import processes; processes.join_group()"
     group = THREE | {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1", "JAXBLOCK_START_TIMEOUT": "2"}
-    done = subprocess.run(
-        [sys.executable, "-c", alone], env=os.environ | group, capture_output=True, text=True, timeout=120
-    )
+    command = [sys.executable, "-c", alone]
+    done = subprocess.run(command, env=os.environ | group, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "process 0 of the group was not found at 127.0.0.1:1 for 2 s" in done.stderr
 
 
@@ -172,12 +170,10 @@ def test_one_that_fails_ends_the_others(tmp_path: Path) -> None:
     assert "process 0 ended with exit code 137" in done.stderr and "process 2 ended with exit code 137" in done.stderr
 
 
-def test_a_signal_to_the_script_reaches_every_process() -> None:
-    code = (
-        "import os, signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); print('ready', flush=True); "
-        "signal.pause()"
-    )
-    command = [LOCAL_POD, "2", "--", sys.executable, "-c", code]
+def test_a_signal_to_the_script_reaches_every_process(tmp_path: Path) -> None:
+    program = "trap 'exit 75' TERM; echo ready; while :; do read -r -t 60 <>\"$0\"; done"
+    os.mkfifo(tmp_path / "pipe")
+    command = [LOCAL_POD, "2", "--", "bash", "-c", program, tmp_path / "pipe"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stderr is not None
         assert sorted(process.stdout.readline() for _ in range(2)) == ["[0] ready\n", "[1] ready\n"]

@@ -15,8 +15,6 @@ import yaml
 from jaxblock.parallel.chips import CHIPS
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
-# The development dependencies install it beside Python, where PATH may not point.
-SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 
 
 def start(script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -173,9 +171,3 @@ def test_the_jobset_is_whole() -> None:
         chips *= int(side)
     assert chips == job["parallelism"] * container["resources"]["limits"]["google.com/tpu"]
     assert {m["name"] for m in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
-
-
-@pytest.mark.skipif(SHELLCHECK is None, reason="no shellcheck here; .ci/run runs it too")
-def test_shellcheck_is_clean() -> None:
-    scripts = [*sorted(LAUNCH.glob("*.sh")), LAUNCH / "slurm.sbatch", LAUNCH.parent / ".ci" / "run"]
-    subprocess.run([SHELLCHECK, "--external-sources", *scripts], cwd=LAUNCH.parent, check=True)

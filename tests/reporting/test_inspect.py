@@ -60,8 +60,7 @@ LETTER = {"p": "prompt", "r": "response", "t": "terminator", "f": "fill", "d": "
 
 
 @pytest.mark.parametrize(
-    ("context", "rows"),
-    [("aligned", ["pprrrrtfffh", "prfffuuuuhh"]), ("paper", ["pprrrrtdddd", "prddddddddd"])],
+    ("context", "rows"), [("aligned", ["pprrrrtfffh", "prfffuuuuhh"]), ("paper", ["pprrrrtdddd", "prddddddddd"])]
 )
 def test_every_position_is_named(context: str, rows: list[str]) -> None:
     form = layout(context)
