@@ -24,7 +24,7 @@ def test_what_a_resumed_run_may_change() -> None:
     found = {section.section_name: section.changeable(saved=True) for section in SECTIONS}
     everything = {section.section_name: {field.name for field in dataclasses.fields(section)} for section in SECTIONS}
     assert found == {
-        "data": {"prepared", "overwrite", "allow_other_template"},
+        "data": {"prepared", "overwrite", "allow_other_template", "verify"},
         "canvas": set(),
         "method": set(),
         "model": {"remat", "attention", "scan_layers", "init_from", "init_step", "loss_chunk"},
