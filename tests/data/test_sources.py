@@ -75,23 +75,20 @@ def test_bad_lines_are_named(tmp_path: Path, line: bytes, complaint: str) -> Non
         _read(tmp_path, GOOD + line + b"\n" + GOOD)
 
 
-@pytest.mark.parametrize("content", [b"", b"\n \n", b"\xef\xbb\xbf"])
-def test_an_empty_file_is_named(tmp_path: Path, content: bytes) -> None:
-    with pytest.raises(UserError, match=r"some\.jsonl: the file is empty"):
-        _read(tmp_path, content)
-
-
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        (gzip.compress(GOOD)[:-9], "is a gzip file that is cut off or damaged"),
-        (b"\x28\xb5\x2f\xfd", r"is compressed by Zstandard: decompress it first .zstd -d."),
-        (b"PK\x03\x04", "is compressed by zip"),
+        *((empty, "some.jsonl: the file is empty") for empty in (b"", b"\n \n", b"\xef\xbb\xbf")),
+        (gzip.compress(GOOD)[:-9], "some.jsonl is a gzip file that is cut off or damaged"),
+        (b"\x28\xb5\x2f\xfd", r"some.jsonl is compressed by Zstandard: decompress it first .zstd -d."),
+        (b"PK\x03\x04", "some.jsonl is compressed by zip"),
     ],
 )
-def test_other_compression_is_named(tmp_path: Path, content: bytes, complaint: str) -> None:
-    with pytest.raises(UserError, match=r"some\.jsonl " + complaint):
+def test_files_without_lines_are_named(tmp_path: Path, content: bytes, complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint):
         _read(tmp_path, content)
+    with pytest.raises(UserError, match="cannot read none.jsonl: there is no such file"):
+        read_source("none.jsonl", _config(), "train")
 
 
 def test_what_is_hashed_is_what_was_read_once(tmp_path: Path) -> None:
@@ -108,11 +105,6 @@ def test_what_is_hashed_is_what_was_read_once(tmp_path: Path) -> None:
             assert [example.response for example in read.examples] == ["a"]
             assert read.sha256 == hashlib.sha256(content).hexdigest()
         os.close(ends[0])
-
-
-def test_a_missing_file_is_named() -> None:
-    with pytest.raises(UserError, match="cannot read none.jsonl: there is no such file"):
-        read_source("none.jsonl", _config(), "train")
 
 
 def test_what_is_accepted(tmp_path: Path) -> None:

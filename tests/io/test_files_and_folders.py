@@ -75,17 +75,13 @@ def test_a_file_that_appears_meanwhile_stays(tmp_path: Path, monkeypatch: pytest
         (lambda root: check_writable(root / "sub", need_bytes=1 << 60), "bytes needed"),
         (lambda root: read_json(root / "file"), "not a JSON file"),
         (lambda root: as_path("ftp://x"), "unknown kind of address"),
+        (lambda root: check_writable("/proc/jaxblock"), "cannot write to /proc/jaxblock"),
     ],
 )
 def test_errors_name_the_cause(tmp_path: Path, action, cause: str) -> None:
     (tmp_path / "file").write_text("{")
     with pytest.raises(UserError, match=cause):
         action(tmp_path)
-
-
-def test_an_unwritable_path_is_named() -> None:
-    with pytest.raises(UserError, match="cannot write to /proc/jaxblock"):
-        check_writable("/proc/jaxblock")
 
 
 def test_a_folder_appears_whole(tmp_path: Path) -> None:
