@@ -194,26 +194,9 @@ def _existing_checkpoints(train: TrainConfig, console: Console) -> tuple[Checkpo
         )
     checkpoints = _checkpoints(train, console) if exists else None
     step = checkpoints.recover(begin_again=train.resume == "restart") if checkpoints else None
-    if exists and step is None and train.resume == "auto":
-        _check_never_saved(train)
     if train.resume == "must" and step is None:
         raise UserError(f"train.resume is must, but {train.out} has no whole checkpoint; set it to auto to begin a run")
     return checkpoints, step
-
-
-def _check_never_saved(train: TrainConfig) -> None:
-    """Raises UserError where a run without a checkpoint was trained for so long that it must have had one."""
-    problem = None
-    if jax.process_index() == 0:
-        last = max((row["step"] for row in metrics.readable_rows(as_path(train.out) / metrics.METRICS_FILE)), default=0)
-        if last >= 2 * train.save_every:
-            problem = (
-                f"{train.out} was trained up to step {last:,}, with a checkpoint every {train.save_every:,} steps, and holds "
-                "none now. Put its folder checkpoints/ back, choose another train.out, or set train.resume to restart to "
-                "begin again"
-            )
-    if (problem := processes.first_problem(problem)) is not None:
-        raise UserError(problem)
 
 
 def _checkpoints(train: TrainConfig, console: Console) -> CheckpointWriter:

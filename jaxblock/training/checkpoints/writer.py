@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from jaxblock.errors import UserError, first_line
+from jaxblock.io.files import write_json
 from jaxblock.io.paths import PathLike, is_remote
 from jaxblock.parallel import processes
 from jaxblock.training.checkpoints import checksums, integrity, removal, retention
@@ -32,6 +33,9 @@ from jaxblock.training.checkpoints.integrity import META
 from jaxblock.training.checkpoints.reader import CheckpointReader, state_items
 from jaxblock.training.checkpoints.retention import Keep
 from jaxblock.training.state import TrainState
+
+HAD_CHECKPOINT = "had_checkpoint.json"
+"""The file, in the run folder, that says that the run has had a whole checkpoint, and of which step the first one was."""
 
 
 class CheckpointWriter(CheckpointReader):
@@ -70,19 +74,14 @@ class CheckpointWriter(CheckpointReader):
             The checkpoint's step; None if there is none to continue from.
 
         Raises:
-            UserError: files may not be read; or a checkpoint was finished, but is damaged, and there is no other.
+            UserError: files may not be read; or the run had a checkpoint, and now has none that is undamaged.
         """
         if jax.process_index() == 0:
             removal.sweep(self._root)
         processes.wait("unfinished checkpoints are removed")  # before any process lists the checkpoints
         found, damaged = self._newest_undamaged()
-        finished = [step for step in damaged if integrity.is_whole(self._at(step))]
-        if found is None and finished and not begin_again:
-            raise UserError(
-                f"the run cannot go on: {self.folder}/{finished[0]} is damaged ({damaged[finished[0]]}), and there is no "
-                "other checkpoint. Put back what is missing; or set train.resume to restart, which keeps the damaged "
-                f"checkpoints in {removal.DAMAGED_FOLDER}/ and begins again"
-            )
+        if found is None:
+            self._leave_behind(damaged, begin_again=begin_again)
         for step, problem in damaged.items():
             if jax.process_index() == 0:
                 fate = removal.set_aside(self._at(step))
@@ -91,6 +90,25 @@ class CheckpointWriter(CheckpointReader):
             if self._at(step).exists():
                 self._unusable.add(step)
         return found
+
+    def _leave_behind(self, damaged: Mapping[int, str], *, begin_again: bool) -> None:
+        """Raises UserError where a run had a checkpoint and cannot go on from any, unless it is to begin again."""
+        had = self._root.parent / HAD_CHECKPOINT
+        finished = [step for step in damaged if had.exists() or integrity.is_whole(self._at(step))]
+        if begin_again:
+            processes.wait("every process has looked for checkpoints")
+            if jax.process_index() == 0:
+                had.unlink(missing_ok=True)
+        elif finished or had.exists():
+            what = (
+                f"/{finished[0]} is damaged ({damaged[finished[0]]}), and there is no other"
+                if finished
+                else " holds no"
+            )
+            raise UserError(
+                f"the run cannot go on: {self.folder}{what} checkpoint. Put back what is missing; or set train.resume to "
+                f"restart, which keeps damaged checkpoints in {removal.DAMAGED_FOLDER}/ and begins again"
+            )
 
     def _newest_undamaged(self) -> tuple[int | None, dict[int, str]]:
         """Returns the step of the newest undamaged checkpoint, and what is wrong with each newer one, by its step."""
@@ -177,6 +195,8 @@ class CheckpointWriter(CheckpointReader):
             self._saving = None
         if jax.process_index() == 0:
             try:
+                if not (self._root.parent / HAD_CHECKPOINT).exists():
+                    write_json(self._root.parent / HAD_CHECKPOINT, {"step": step}, overwrite=True)
                 self._remove_superfluous()
             except Exception as error:
                 self._say(f"old checkpoints in {self.folder} could not be deleted ({first_line(error)})")
