@@ -175,11 +175,11 @@ def check_vocabulary(arch: Architecture, prepared: Prepared, source: str) -> Non
     if manifest.vocab_size > arch.vocab_size:
         raise UserError(
             f"{source} has {arch.vocab_size} embedding rows, but the data's tokenizer has ids up to "
-            f"{manifest.vocab_size - 1}: prepare the data with the checkpoint's own tokenizer (data.tokenizer)"
+            f"{manifest.vocab_size - 1} ({prepared.folder}): prepare the data with the checkpoint's own tokenizer (data.tokenizer)"
         )
     for name, ours, theirs in (("mask", special.mask, arch.mask_id), ("end-of-sequence", special.eos, arch.eos_id)):
         if ours != theirs:
             raise UserError(
-                f"{source} calls {theirs} its {name} token, the data's tokenizer calls {ours} so: prepare the data "
+                f"{source} calls {theirs} its {name} token, the data's tokenizer calls {ours} so ({prepared.folder}): prepare the data "
                 "with the checkpoint's own tokenizer (data.tokenizer)"
             )
