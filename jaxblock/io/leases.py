@@ -19,7 +19,7 @@ from jaxblock.errors import UserError
 from jaxblock.io.files import read_bytes, write_bytes
 from jaxblock.io.folders import list_folder
 from jaxblock.io.owners import Owner, is_alive, read_owner, this_process
-from jaxblock.io.paths import PathLike, as_path, is_remote
+from jaxblock.io.paths import PathLike, as_path, explained, is_remote
 
 BEAT = 20.0
 """The time, in seconds, between two signs of life."""
@@ -65,28 +65,30 @@ class Lease:
             Refused: its owner lives.
             UserError: the lease cannot be read or written.
         """
-        self._content = this_process().as_json()
-        watched: tuple[int, Owner | None] | None = None
-        waited = 0.0
+        with explained("lock", self._what):
+            self._content = this_process().as_json()
+            while not self._claim(self._wait_for_owner(say, wait) + 1):
+                pass  # another process was faster
+
+    def _wait_for_owner(self, say: Callable[[str], object], wait: Wait) -> int:
+        """Returns the highest number once its owner is dead or counts as dead, 0 where there is none; else raises Refused."""
+        watched, waited = None, 0.0
         while True:
             number, owner = self._newest()
             alive = False if number == 0 else None if owner is None else is_alive(owner)
-            if alive or (alive is None and watched is not None and watched[0] != number):
+            if alive or (alive is None and watched not in (None, number)):
                 raise Refused(
                     f"{self._what} is being written by {owner or 'another process'}: wait until it ends, or choose "
                     "another folder"
                 )
-            if alive is None and waited < PATIENCE:
-                if watched is None:
-                    say(
-                        f"waiting up to {PATIENCE:g} s for a sign of life of {owner or 'the process'} that wrote {self._what}"
-                    )
-                watched = number, owner
-                wait(min(BEAT / 10, PATIENCE))
-                waited += min(BEAT / 10, PATIENCE)
-                continue
-            if self._claim(number + 1):
-                return
+            if alive is False or waited >= PATIENCE:
+                return number
+            if watched is None:
+                who = owner or "the process"
+                say(f"waiting up to {PATIENCE:g} s for a sign of life of {who} that wrote {self._what}")
+            watched = number
+            wait(BEAT / 10)
+            waited += BEAT / 10
 
     def renew(self) -> None:
         """Shows that the owner lives; sets ``lost`` where another process has taken the lease over.
@@ -100,7 +102,7 @@ class Lease:
     def release(self) -> None:
         """Gives the lease back. It stays, and counts as a dead process's, where it cannot be removed."""
         if self.lost is None:
-            with contextlib.suppress(OSError, UserError):
+            with contextlib.suppress(Exception):  # clients of object stores raise many kinds
                 self._remove(self._number)
                 if not is_remote(self.path):
                     self.path.rmdir()

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from etils import epath
 
 import jaxblock
 from jaxblock.cli import main
@@ -22,7 +21,7 @@ from jaxblock.errors import UserError
 from jaxblock.io.files import read_bytes, write_bytes
 from jaxblock.io.folders import check_vacant, folder_bytes, list_folder, new_folder
 from jaxblock.io.json_lines import JsonlWriter
-from jaxblock.io.paths import as_path
+from jaxblock.io.paths import as_path, put_object
 from jaxblock.io.remote import local_file, local_folder
 from jaxblock.training.observe import metrics
 from jaxblock.training.observe.metrics import MetricsWriter, restore_rows
@@ -68,7 +67,7 @@ def test_an_upload_that_fails_leaves_nothing(store: Store, fails: str) -> None:
     assert store.names() == []
 
 
-def test_what_appears_in_the_bucket_meanwhile_stays(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_appears_in_the_bucket_meanwhile_stays(store: Store) -> None:
     with (
         pytest.raises(UserError, match="gs://bucket/made exists already"),
         new_folder("gs://bucket/made", marker="MARK") as folder,
@@ -76,9 +75,10 @@ def test_what_appears_in_the_bucket_meanwhile_stays(store: Store, monkeypatch: p
         _fill(folder, "new")
         store.put("bucket", "made/MARK", b"theirs", {})
     assert store.names() == ["made/MARK"] and store.content("made/MARK") == b"theirs"
-    monkeypatch.setattr(epath.Path, "exists", lambda path: False)  # it appears just after we have looked
     with pytest.raises(UserError, match="exists already"):
         write_bytes("gs://bucket/made/MARK", b"ours")
+    with pytest.raises(FileExistsError):  # it appears just after `write_bytes` has looked
+        put_object("gs://bucket/made/MARK", b"ours", overwrite=False)
     assert store.content("made/MARK") == b"theirs"
 
 
