@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import os
 import pathlib
 import shutil
@@ -20,6 +21,7 @@ from etils import epath
 
 from jaxblock.errors import UserError
 from jaxblock.io.files import read_bytes
+from jaxblock.io.owners import runs_here
 from jaxblock.io.paths import PathLike, as_path, explained, is_remote, temporary_sibling
 from jaxblock.io.remote import remove_folder, upload_folder
 
@@ -64,6 +66,7 @@ def new_folder(path: PathLike, *, marker: str, overwrite: bool = False) -> Itera
                 raise
         else:
             _move_into_place(scratch, target, marker=marker, overwrite=overwrite)
+            _remove_partial(target)
 
 
 def check_vacant(path: PathLike, *, marker: str, overwrite: bool = False) -> None:
@@ -180,6 +183,14 @@ def _copy_tree(source: epath.Path, target: epath.Path) -> None:
             _copy_tree(entry, target / entry.name)
         else:
             entry.copy(target / entry.name)
+
+
+def _remove_partial(target: epath.Path) -> None:
+    """Removes what killed processes have left of earlier tries to make a folder, now that the folder is there."""
+    for entry in pathlib.Path(target.parent).glob(f"{glob.escape(f'.{target.name}.partial-')}*-*"):
+        pid = entry.name.rpartition(".partial-")[2].partition("-")[0]
+        if pid.isdecimal() and not runs_here(int(pid)):
+            shutil.rmtree(entry, ignore_errors=True)
 
 
 def _move_into_place(scratch: pathlib.Path, target: epath.Path, *, marker: str, overwrite: bool) -> None:

@@ -68,8 +68,13 @@ def is_alive(owner: Owner) -> bool | None:
     begun = _begun(owner.pid)
     if begun is not None and owner.begun:
         return begun == owner.begun
+    return runs_here(owner.pid)
+
+
+def runs_here(pid: int) -> bool:
+    """Tells whether this machine has a process of this number."""
     try:
-        os.kill(owner.pid, 0)
+        os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:

@@ -125,6 +125,16 @@ def test_what_may_be_replaced(tmp_path: Path) -> None:
     assert _names(tmp_path) == ["empty", "file", "foreign", "whole"]
 
 
+def test_what_a_killed_try_left_is_removed_once_the_folder_is_there(tmp_path: pathlib.Path) -> None:
+    kept = [f".made.partial-{os.getpid()}-00", ".made.partial-notes", ".other.partial-4194305-00"]
+    for name in [*kept, ".made.partial-4194305-00"]:  # Linux gives no process a higher number than 4194304
+        (tmp_path / name / "sub").mkdir(parents=True)
+    with new_folder(tmp_path / "made", marker="MARK") as folder:
+        _fill(folder)
+        assert len(_names(tmp_path)) == 5
+    assert _names(tmp_path) == sorted([*kept, "made"])
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize(
     ("appears", "problem"), [("made", "a file"), ("made/thesis.tex", "holds no MARK"), ("made/MARK", "exists already")]
