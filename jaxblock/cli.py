@@ -18,6 +18,7 @@ from dataclasses import fields, replace
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import tyro
+from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
 
 import jaxblock
 from jaxblock.commands import decode, evaluate, export, inspect, plan, prepare, train
@@ -28,6 +29,7 @@ from jaxblock.config.yaml import load_config
 from jaxblock.errors import EarlierVersionWarning, UserError
 from jaxblock.io.paths import as_path
 from jaxblock.parallel import host_memory
+from jaxblock.settings import Section
 
 LOST = 134
 """The exit code where another process of the group was lost; a process that JAX's runtime aborts has the same one."""
@@ -87,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not traces:
             _silence_threads()
     given = [argument for argument in given if argument != "--traceback"]
-    if not given or given[0] in ("-h", "--help"):
+    if not given or given[0] in ("-h", "--help", "--help-all"):
         print(_overview())
         return 0 if given else 2
     if given[0] == "--version":
@@ -191,14 +193,35 @@ def parse(verb: str, arguments: Sequence[str]) -> Any:
         _check_no_code(verb, config, arguments)
     else:
         config = load_config(path)
+    short = {"-h", "--help"} & set(arguments)
+    more = " Only commonly set fields are shown: --help-all shows all." if short and _sections(config, kind) else ""
     return tyro.cli(
         functools.partial(kind, **_sections(config, kind)),
         prog=f"jaxblock {verb}",
-        description=(kind.__doc__ or "") + " Precedence: flag > YAML file > default.",
-        args=list(arguments),
+        description=f"{kind.__doc__} Precedence: flag > YAML file > default.{more}",
+        args=["--help" if argument == "--help-all" else argument for argument in arguments],
         config=(tyro.conf.AvoidSubcommands,),
         use_underscores=True,
+        registry=_only_common_fields(verb) if short else None,
     )
+
+
+def _only_common_fields(verb: str) -> ConstructorRegistry:
+    """Returns what makes tyro leave out, of each section, the fields that the verb's short help does not show."""
+    registry, inside = ConstructorRegistry(), set()
+
+    @registry.struct_rule
+    def without_other_fields(info: StructTypeInfo) -> StructConstructorSpec | None:
+        kind: Any = info.type
+        if kind in inside or not (isinstance(kind, type) and issubclass(kind, Section)):
+            return None
+        inside.add(kind)  # so that the next line asks for tyro's own answer
+        whole = ConstructorRegistry.get_struct_spec(info)
+        inside.remove(kind)
+        assert isinstance(whole, StructConstructorSpec)
+        return replace(whole, fields=tuple(field for field in whole.fields if field.name in kind.common(verb)))
+
+    return registry
 
 
 def _check_no_code(verb: str, config: Config, arguments: Sequence[str]) -> None:
@@ -269,7 +292,9 @@ def _overview() -> str:
     """Returns the text of ``jaxblock --help``."""
     lines = ["usage: jaxblock VERB [--config FILE] [--section.field VALUE ...] [--traceback]", ""]
     lines += [f"  {name:10} {(verb.options.__doc__ or '').splitlines()[0]}" for name, verb in VERBS.items()]
-    return "\n".join([*lines, "", "jaxblock VERB --help shows every field, its default and what it does."])
+    return "\n".join(
+        [*lines, "", "jaxblock VERB --help shows the fields that are commonly set, --help-all shows every field."]
+    )
 
 
 if __name__ == "__main__":

@@ -23,6 +23,9 @@ OnResume = Literal["must_match", "may_change", "may_change_once_saved"]
 `may_change_once_saved`: once the run has a checkpoint, because the field is used only to begin a new run.
 """
 
+Verb = Literal["prepare", "inspect", "train", "decode", "evaluate", "export", "plan"]
+"""The commands of the command line."""
+
 T = TypeVar("T")
 
 
@@ -91,26 +94,30 @@ def _is_text(value: str) -> bool:
     return "\0" not in value
 
 
-def setting(default: T, takes: Range | None = None, *, on_resume: OnResume | None = None) -> T:
+def setting(
+    default: T, takes: Range | None = None, *, on_resume: OnResume | None = None, common: tuple[Verb, ...] = ()
+) -> T:
     """Declares a field of a section.
 
     Args:
         default: the field's default; a field whose value is None is not checked.
         takes: the numbers that the field accepts; None for whatever its type allows.
         on_resume: whether a resumed run may change the field; None for the default of its section.
+        common: the verbs whose short ``--help`` shows the field; ``--help-all`` shows every field.
     """
-    found: Any = dataclasses.field(default=default, metadata={"takes": takes, "on_resume": on_resume})
+    found: Any = dataclasses.field(default=default, metadata={"takes": takes, "on_resume": on_resume, "common": common})
     return found  # typed as T, so that a type checker gives the field the type of its default
 
 
-def may_change(default: T, takes: Range | None = None) -> T:
+def may_change(default: T, takes: Range | None = None, *, common: tuple[Verb, ...] = ()) -> T:
     """Declares a field that a resumed run may always change, because it does not change what is learnt (up to rounding).
 
     Args:
         default: the field's default.
         takes: the numbers that the field accepts; None for whatever its type allows.
+        common: the verbs whose short ``--help`` shows the field.
     """
-    return setting(default, takes, on_resume="may_change")
+    return setting(default, takes, on_resume="may_change", common=common)
 
 
 @dataclass(frozen=True)
@@ -134,6 +141,11 @@ class Section:
             value = getattr(self, field.name)
             problem = _problem(value, field.metadata.get("takes"))
             require(problem is None, f"{self.section_name}.{field.name} is {shown(value)}: {problem}")
+
+    @classmethod
+    def common(cls, verb: str) -> set[str]:
+        """Returns the fields that the short ``--help`` of a verb shows."""
+        return {field.name for field in dataclasses.fields(cls) if verb in field.metadata.get("common", ())}
 
     @classmethod
     def changeable(cls, *, saved: bool) -> set[str]:

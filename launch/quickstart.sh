@@ -103,7 +103,7 @@ Try next:
   # watch it decode, block by block
   jaxblock decode --checkpoint $(quote "$out/blockwise") --watch "Zoe keeps 9 keys. Zoe buys 5 more. Diego borrows 6 keys. How many keys are there now?"
   # every setting; your own JSONL goes in data.train
-  jaxblock train --help
+  jaxblock train --help-all
 DONE
 if [ "$control" = no ]; then
     say "  # would as much classical training have done as well?" "  launch/quickstart.sh --control"

@@ -41,7 +41,7 @@ model         types errors settings io diffusion parallel models config data hug
 loading       errors settings io parallel models data huggingface training build model
 reporting     types settings io diffusion training
 __init__      errors model loading
-cli           errors io parallel config __init__ commands
+cli           errors settings io parallel config __init__ commands
 __main__      cli
 """
 """The arrows between rooms, from the ground up: a room imports itself and rooms above it in this list, never below.

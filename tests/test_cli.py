@@ -20,6 +20,7 @@ import pytest
 from jaxblock import cli
 from jaxblock.cli import main
 from jaxblock.commands import train
+from jaxblock.config.config import Config
 from jaxblock.errors import UserError
 from jaxblock.huggingface import companions
 from jaxblock.training.checkpoints import run_folder
@@ -51,7 +52,7 @@ def _flags(options: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
 @pytest.mark.parametrize("verb", cli.VERBS)
 def test_help_shows_every_field_with_default_and_sentence(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        main([verb, "--help"])
+        main([verb, "--help-all"])
     assert ended.value.code == 0
     # Boxes and line breaks out; words that a line break cut stay cut, so spaces go as well.
     shown = re.sub(r"[\s│╭╮╰╯─'\"]", "", capsys.readouterr().out)
@@ -63,6 +64,21 @@ def test_help_shows_every_field_with_default_and_sentence(verb: str, capsys: pyt
         elif default is MISSING:
             assert "(required)" in after
         assert re.sub(r"[\s'\"]", "", sentence) in shown, sentence
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_short_help_shows_the_common_fields(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([verb, "--help"])
+    told = capsys.readouterr().out
+    assert len(told.splitlines()) <= 100
+    kind = cli.VERBS[verb].options
+    sections = {field.name for field in fields(kind)} & {field.name for field in fields(Config)}
+    common = {f"{name}.{field}" for name in sections for field in getattr(Config(), name).common(verb)}
+    shown = set(re.findall(r"(?m)^[^-\w]*--(\w+(?:\.\w+)?)", told)) - {"help", "checkpoint"}
+    assert common == {name for name in shown if "." in name}
+    assert {field.name for field in fields(kind)} - sections - {"checkpoint", "prompts"} <= shown
+    assert ("--help-all" in told) == bool(sections)
 
 
 def test_overview_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:

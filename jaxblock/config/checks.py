@@ -56,7 +56,11 @@ def _check_adapters(config: Config) -> None:
 
 def _check_warmup(config: Config) -> None:
     warmup, steps = config.optimizer.warmup_steps, config.train.steps
-    require(warmup <= steps, f"optimizer.warmup_steps {warmup} is more than train.steps {steps}: set it lower")
+    require(
+        warmup <= steps,
+        f"optimizer.warmup_steps {warmup} is more than train.steps {steps}: the learning rate would never reach its peak. Set "
+        f"optimizer.warmup_steps to {steps // 10}, a tenth of the run, or train.steps to more than {warmup}",
+    )
 
 
 _ACROSS: dict[tuple[str, ...], Callable[[Config], None]] = {

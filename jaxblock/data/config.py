@@ -15,36 +15,36 @@ RecipeName = Literal["metamathqa", "gsm8k", "math"]
 class DataConfig(Section, name="data"):
     """Says where text comes from, how it becomes tokens, and where the prepared data are."""
 
-    prepared: str = may_change("prepared")
+    prepared: str = may_change("prepared", common=("prepare", "inspect", "train", "evaluate"))
     """Folder of prepared data: `prepare` writes it, every other verb reads it."""
     verify: bool = may_change(False)
     """Whether every byte of the prepared folder is compared with its list of hashes (also `--verify`); else only small files and
     sizes are."""
-    train: str = "builtin"
+    train: str = setting("builtin", common=("prepare",))
     """The training records: a .jsonl, .json or .parquet file, `hf:NAME[@REVISION][:CONFIG][#SPLIT]` (the `datasets` library),
     or `builtin`: the recipe's own source, else generated arithmetic word problems."""
-    validation: str | None = None
+    validation: str | None = setting(None, common=("prepare",))
     """The records scored during training; None takes `validation_records` records out of the training file (for the built-in
     corpus: that many held-out problems)."""
-    test: str | None = "builtin"
+    test: str | None = setting("builtin", common=("prepare",))
     """The records for `decode` and `evaluate`, which training never sees; None for none."""
     validation_records: int = setting(128, NOT_NEGATIVE)
     """The number of validation records to set apart when `validation` is None; a conversation counts as one and is never split."""
-    recipe: RecipeName | None = None
+    recipe: RecipeName | None = setting(None, common=("prepare",))
     """A data set that the paper uses: its field names, prompt, length rule and filter (docs/data.md); a field that is set here
     overrides the recipe's."""
     test_recipe: RecipeName | None = None
     """The recipe of the test records: their field names, and their source where `test` is `builtin`; None for the training
     records' recipe."""
-    prompt_field: str | None = None
+    prompt_field: str | None = setting(None, common=("prepare", "decode"))
     """The field that holds the prompt; None for the recipe's, else `question`."""
-    response_field: str | None = None
+    response_field: str | None = setting(None, common=("prepare",))
     """The field that holds the response; None for the recipe's, else `answer`."""
     messages_field: str = "messages"
     """The field that holds the turns of chat records ({"messages": [{"role": ..., "content": ...}]})."""
     turns: Literal["last", "all"] = "last"
     """Which assistant turns of a chat record are supervised: the last, or all, each in a row of its own without later turns."""
-    prompt_template: str | None = None
+    prompt_template: str | None = setting(None, common=("prepare",))
     """The text that a prompt is put into, at `{prompt}` (chat records stay as they are); None for the recipe's, else the prompt itself."""
     type_field: str = "type"
     """The field that `exclude_types` looks at."""
@@ -64,20 +64,20 @@ class DataConfig(Section, name="data"):
     """The number of built-in held-out problems."""
     seed: int = setting(0, NOT_NEGATIVE)
     """The seed of the built-in corpus and of the validation split."""
-    template: str = "chat"
+    template: str = setting("chat", common=("prepare",))
     """The chat template: `chat` (LLaDA's header layout), `plain` (Question/Answer), `tokenizer` (the checkpoint's own), or a Jinja file."""
     system: str | None = None
     """The system message that is put before every conversation without one of its own; None for none."""
-    tokenizer: str = "train"
+    tokenizer: str = setting("train", common=("prepare",))
     """`train` fits a SentencePiece model on the training text; else a path to a .model, a tokenizer.json or a folder, or a
     hub name."""
     tokenizer_type: Literal["bpe", "unigram", "word", "char"] = "bpe"
     """The type of the SentencePiece model, where one is trained."""
-    vocab_size: int = setting(1024, between(1, 1 << 20))
+    vocab_size: int = setting(1024, between(1, 1 << 20), common=("prepare",))
     """The largest vocabulary of a trained tokenizer, special tokens and 256 bytes included."""
     split_digits: bool = False
     """Whether a trained tokenizer makes every digit a token of its own."""
-    mask_token: str | None = None
+    mask_token: str | None = setting(None, common=("prepare",))
     """The mask token's text; None for the checkpoint's own (a trained tokenizer: <|mdm_mask|>). A start that has none may name
     an unused token here."""
     add_mask_token: bool = False
@@ -87,12 +87,12 @@ class DataConfig(Section, name="data"):
     <|endoftext|>)."""
     eot_token: str | None = None
     """The token that ends a response; None for the one that the template writes there (a trained tokenizer: <|eot_id|>)."""
-    overlong: Literal["error", "drop", "truncate"] = "error"
+    overlong: Literal["error", "drop", "truncate"] = setting("error", common=("prepare",))
     """What happens to a record whose prompt or response is longer than the canvas: `error` stops; `drop` drops and counts it;
     `truncate` cuts the response, which then has no terminator (a record with an over-long prompt is dropped)."""
     allow_other_template: bool = may_change(False)
     """Whether `train` and `evaluate` accept a checkpoint whose chat template is another than that of the prepared data."""
-    overwrite: bool = may_change(False)
+    overwrite: bool = may_change(False, common=("prepare",))
     """Whether to replace an existing prepared folder."""
 
     def check(self) -> None:

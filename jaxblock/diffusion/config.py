@@ -22,13 +22,13 @@ Blocks = Literal["per_sequence", "pairs"]
 class CanvasConfig(Section, name="canvas"):
     """The canvas that training and decoding share."""
 
-    prompt_len: int = setting(64, TOKENS)
+    prompt_len: int = setting(64, TOKENS, common=("prepare", "plan"))
     """The number of tokens of the longest prompt."""
-    response_len: int = setting(32, TOKENS)
+    response_len: int = setting(32, TOKENS, common=("prepare", "plan"))
     """R: response positions of a row, a multiple of `block`."""
-    block: int = setting(8, TOKENS)
+    block: int = setting(8, TOKENS, common=("prepare", "inspect", "train", "plan"))
     """B: response positions of a block."""
-    context: Context = "aligned"
+    context: Context = setting("aligned", common=("inspect",))
     """What the model sees around the active block in training: `aligned` shows what it sees when it decodes, `paper` what the
     published training script shows."""
     total_len: int | None = setting(None, between(2, 1 << 25))
@@ -73,16 +73,16 @@ def check_blocks(response_len: int, block: int, section: str) -> None:
 class MethodConfig(Section, name="method"):
     """The objective: which tokens are masked, and how their losses are weighted."""
 
-    objective: Literal["blockwise", "classical"] = "blockwise"
+    objective: Literal["blockwise", "classical"] = setting("blockwise", common=("inspect", "train"))
     """`blockwise` supervises one active block per draw; `classical` masks tokens all over the response (LLaDA's SFT)."""
-    law: Law = "exact_count"
+    law: Law = setting("exact_count", common=("inspect", "train"))
     """How the masked set of a block is drawn (docs/method.md)."""
     weighting: Weighting = "nelbo"
     """Weight of a masked token's loss: `nelbo` makes the sum unbiased for the NELBO, `masked_mean` is 1 / masked tokens of the row
     (the paper's script), `uniform` is 1."""
     normalize: Normalize = "text_tokens"
     """What the summed loss is divided by; every choice depends on the data alone, never on the draw."""
-    blocks: Blocks = "per_sequence"
+    blocks: Blocks = setting("per_sequence", common=("inspect",))
     """`per_sequence`: draw blocks of each sequence; `pairs`: an epoch visits every (example, block) pair once."""
     draws: int = setting(1, between(1, 1 << 16))
     """K: draws per sequence and step, by jax.vmap (`per_sequence`: distinct blocks; `pairs`: masks of one block)."""

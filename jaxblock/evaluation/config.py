@@ -15,22 +15,22 @@ GraderName = Literal["gsm8k_strict", "gsm8k_flexible", "math_boxed", "hendrycks_
 class EvaluateConfig(Section, name="evaluate", on_resume="may_change"):
     """Says which records are scored, and how."""
 
-    split: SplitName = "test"
+    split: SplitName = setting("test", common=("evaluate",))
     """The prepared records that are scored."""
-    problems: int | None = setting(None, AT_LEAST_1)
+    problems: int | None = setting(None, AT_LEAST_1, common=("evaluate",))
     """The number of problems that are decoded, from the first one on; None for all."""
-    grader: str = "gsm8k_strict"
+    grader: str = setting("gsm8k_strict", common=("evaluate",))
     """The grader, which extracts the answer from a response; its name is reported with every result. gsm8k_strict, gsm8k_flexible,
     math_boxed (compares as mathematics), hendrycks_math (compares as text), exact; or a function of your own, as file.py:function or
     package.module:function."""
-    nelbo: bool = True
+    nelbo: bool = setting(True, common=("evaluate",))
     """Whether the NELBO is estimated too."""
     nelbo_samples: int | None = setting(None, AT_LEAST_1)
     """The number of masked sets drawn per block, stratified by their count; None for one set of each count. With 2^B - 1 or more,
     the number of all masked sets, every set is enumerated and the result is exact."""
     nelbo_rows: int | None = setting(256, AT_LEAST_1)
     """The number of records whose NELBO is estimated, from the first one on; None for all."""
-    compare: str | None = None
+    compare: str | None = setting(None, common=("evaluate",))
     """The problems.jsonl of an earlier evaluation of the same problems, for McNemar's paired test; None for no test."""
 
     def check(self) -> None:

@@ -32,14 +32,14 @@ Checkpoint = Literal["latest", "best"] | int
 class ModelConfig(Section, name="model"):
     """Where the network comes from and how it runs; the sizes are used only for random weights."""
 
-    init_from: str | None = setting(None, on_resume="may_change_once_saved")
+    init_from: str | None = setting(None, on_resume="may_change_once_saved", common=("train", "plan"))
     """The run folder, Hugging Face folder or hub id (`org/name`) to start from; None for random weights."""
     init_step: Checkpoint = setting("latest", on_resume="may_change_once_saved")
     """Which checkpoint of a run to start from: the newest, the best by its `train.keep_best`, or that of a step."""
     alignment: Alignment | None = None
     """The logit alignment of an autoregressive start (Llama, Qwen): `shifted` keeps its next-token skill, `same_position` is
     LLaDA's; None for `shifted`. The diffusion families have their own."""
-    quantize: Quantize = "none"
+    quantize: Quantize = setting("none", common=("plan",))
     """Whether the layers' matrices are kept in int8, at half of bfloat16's memory; only for the frozen base of LoRA."""
     family: FamilyName = "llada"
     """The architecture of random weights."""
@@ -66,9 +66,9 @@ class ModelConfig(Section, name="model"):
     Mitchell's."""
     dtype: Dtype = "float32"
     """The type of computation and activations (softmax, norms and loss are float32 in any case)."""
-    param_dtype: Dtype = "float32"
+    param_dtype: Dtype = setting("float32", common=("plan",))
     """The type in which weights are stored."""
-    remat: Remat = may_change("none")
+    remat: Remat = may_change("none", common=("plan",))
     """What the backward pass recomputes: nothing, all but matmuls (`dots`), or whole layers (`full`); `offload` recomputes whole
     layers from inputs that it keeps in the host's memory."""
     loss_chunk: int | None = may_change(None, AT_LEAST_1)
@@ -103,9 +103,9 @@ class ModelConfig(Section, name="model"):
 class LoraConfig(Section, name="lora"):
     """Low-rank adapters: the network's weights are frozen, and only the adapters are trained, saved and exported."""
 
-    rank: int = setting(0, between(0, 1 << 16))
+    rank: int = setting(0, between(0, 1 << 16), common=("train", "plan"))
     """The rank of the adapters; 0 trains the whole network."""
-    alpha: float = setting(16.0, ABOVE_0)
+    alpha: float = setting(16.0, ABOVE_0, common=("train",))
     """The adapters' output is multiplied by alpha / rank."""
     dropout: float = setting(0.0, BELOW_1)
     """The probability with which dropout drops each input of an adapter in training."""

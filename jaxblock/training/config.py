@@ -15,28 +15,28 @@ OnHang = Literal["report", "abort"]
 class TrainConfig(Section, name="train"):
     """How long a run trains, on which devices, and what it saves and reports."""
 
-    out: str = may_change("runs/run")
+    out: str = may_change("runs/run", common=("train",))
     """The run folder; an existing run is resumed or refused, never overwritten."""
-    steps: int = setting(1000, AT_LEAST_1)
-    """The number of optimizer updates."""
-    batch_size: int = setting(16, ROWS)
+    steps: int = setting(1000, AT_LEAST_1, common=("train",))
+    """The number of optimizer updates. Under the schedule `constant` it can be raised later, on a stopped or finished run."""
+    batch_size: int = setting(16, ROWS, common=("train", "plan"))
     """The sequences, or (example, block) pairs, per update, over all devices."""
-    accumulate: int = may_change(1, AT_LEAST_1)
+    accumulate: int = may_change(1, AT_LEAST_1, common=("plan",))
     """The number of parts into which a batch is split to save memory; the update is that of the whole batch."""
-    seed: int = setting(0, NOT_NEGATIVE)
+    seed: int = setting(0, NOT_NEGATIVE, common=("train",))
     """The seed of data order, draws and random weights."""
-    resume: Literal["auto", "never", "must", "restart"] = may_change("auto")
+    resume: Literal["auto", "never", "must", "restart"] = may_change("auto", common=("train",))
     """Whether to go on from the run folder's last checkpoint: `auto` if there is one, `never` (an existing run is an error), `must`
     (a missing checkpoint is an error), `restart` (as `auto`, but a run whose checkpoints are all damaged begins again)."""
     log_every: int = may_change(20, AT_LEAST_1)
     """Steps between lines of metrics."""
-    eval_every: int = may_change(500, NOT_NEGATIVE)
+    eval_every: int = may_change(500, NOT_NEGATIVE, common=("train",))
     """Steps between evaluations on the validation records; 0 for start and end only."""
     eval_problems: int = may_change(64, NOT_NEGATIVE)
     """Validation problems decoded for Pass@1; 0 for none."""
     eval_nelbo_rows: int = may_change(64, NOT_NEGATIVE)
     """Validation rows of the NELBO; 0 for none."""
-    save_every: int = may_change(500, AT_LEAST_1)
+    save_every: int = may_change(500, AT_LEAST_1, common=("train",))
     """Steps between checkpoints; the last step is always saved."""
     keep: int = may_change(2, AT_LEAST_1)
     """The number of newest checkpoints that are kept."""
@@ -49,11 +49,11 @@ class TrainConfig(Section, name="train"):
     does."""
     overfit_one_batch: bool = False
     """Whether to train only on the first batch, whose loss must then approach 0."""
-    data_parallel: int = may_change(-1)
+    data_parallel: int = may_change(-1, common=("plan",))
     """Devices along the `data` mesh axis (of each slice); -1 for all that remain."""
-    fsdp: int = may_change(1, AT_LEAST_1)
+    fsdp: int = may_change(1, AT_LEAST_1, common=("train", "plan"))
     """Devices along the `fsdp` mesh axis (parameters and optimizer state are split)."""
-    tensor: int = may_change(1, AT_LEAST_1)
+    tensor: int = may_change(1, AT_LEAST_1, common=("plan",))
     """Devices along the `tensor` mesh axis (heads, feed-forward columns and vocabulary are split)."""
     slices: int = may_change(1, AT_LEAST_1)
     """The number of TPU slices, joined by the data-centre network; only gradients are summed over it."""

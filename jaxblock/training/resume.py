@@ -60,7 +60,7 @@ def check_resume(
     else:
         saved = checkpoints.meta(step)
         run_folder.check_model(run, saved)
-    _check_settings(config, folder, saved["config"], saved=step is not None)
+    _check_settings(config, folder, saved["config"], step)
     text = CheckpointText(str(folder), run.prepared.tokenizer, run.prepared.encoder, recorded=True)
     check_same_text(text, prepared, allow_other_template=False)
     if saved["data"] != prepared.manifest.fingerprint:
@@ -71,17 +71,31 @@ def check_resume(
     return saved
 
 
-def _check_settings(config: Config, folder: PathLike, before: dict[str, Any], *, saved: bool) -> None:
-    """Raises UserError where a field that a resumed run may not change has changed."""
+def _check_settings(config: Config, folder: PathLike, before: dict[str, Any], step: int | None) -> None:
+    """Raises UserError where a field that a resumed run may not change has changed.
+
+    Args:
+        config: the settings to go on with.
+        folder: the run folder, for the message.
+        before: the sections that were saved with the checkpoint.
+        step: the checkpoint to go on from; None where the run begins again.
+    """
+    schedule, steps = config.optimizer.schedule, config.train.steps
+    constant = schedule == "constant" and steps >= (step or 0)  # then no learning rate depends on the number of steps
     changed = [
         f"{section.section_name}.{name} = {then.get(name)!r} then, {value!r} now"
         for section in config.sections()
         for then in [before.get(section.section_name, {})]
         for name, value in to_tree(section).items()
-        if name not in section.changeable(saved=saved) and then.get(name) != value
+        if name not in section.changeable(saved=step is not None) and then.get(name) != value
+        if not (constant and section is config.train and name == "steps")
     ]
     if changed:
+        why = f"the learning rates of the {schedule} schedule depend on it; only those of `constant` do not"
+        if schedule == "constant":
+            why = f"the run has done {step:,} steps already"
+        reason = f" ({why})" if changed[-1].startswith("train.steps") else ""
         raise UserError(
-            f"{folder} was begun with other settings: {'; '.join(changed)}. Undo that, or begin another run "
+            f"{folder} was begun with other settings: {'; '.join(changed)}{reason}. Undo that, or begin another run "
             "(train.out) from this one (model.init_from)"
         )

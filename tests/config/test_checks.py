@@ -30,6 +30,11 @@ from jaxblock.errors import UserError
         ({"optimizer": {"lr": 0}}, "optimizer.lr is 0.0: it must be above 0"),
         ({"optimizer": {"b2": 1}}, "optimizer.b2 is 1.0"),
         ({"optimizer": {"warmup_steps": 2000}}, "optimizer.warmup_steps 2000 is more than train.steps 1000"),
+        (
+            {"train": {"steps": 30}},
+            "warmup_steps 50 is more than train.steps 30: the learning rate would never reach its peak. Set "
+            "optimizer.warmup_steps to 3",
+        ),
         ({"optimizer": {"warmup": "log"}}, "optimizer.warmup is log, which only the schedule deepspeed_cosine knows"),
         ({"optimizer": {"scheduler_steps": "after_update"}}, "(cosine now) to deepspeed_cosine"),
         ({"optimizer": {"warmup_floor": 0.1, "schedule": "linear"}}, "optimizer.warmup_floor is 0.1, which only"),

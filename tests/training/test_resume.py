@@ -129,7 +129,10 @@ def test_a_finished_run_says_so_and_reads_no_weights_whatever_does_not_change_le
     [
         (["--optimizer.lr", "0.5"], "optimizer.lr = 0.01 then, 0.5 now"),
         (["--train.seed", "1"], "train.seed = 0 then, 1 now"),
-        (["--train.steps", "130"], "train.steps = 120 then, 130 now"),
+        (
+            ["--train.steps", "130"],
+            "train.steps = 120 then, 130 now (the learning rates of the cosine schedule depend on it",
+        ),
         (["--method.law", "bernoulli", "--canvas.block", "8"], "canvas.block = 4 then, 8 now; method.law = 'exact"),
         (["--model.d_model", "32"], "model.d_model = 16 then, 32 now"),
         (["--train.resume", "never"], "already holds a run"),
@@ -147,6 +150,17 @@ def test_what_is_no_exact_resume_is_refused(
     assert message.format(**names) in capsys.readouterr().err
     assert [entry.name for entry in (tmp_path / "full").iterdir()] == ["thesis.tex"]
     assert not (tmp_path / "new").exists()
+
+
+def test_steps_of_a_constant_schedule_can_be_raised(tiny_config: Path, tmp_path: Path, capsys: Any) -> None:
+    def trained(name: str, steps: int) -> int:
+        flags = ["--optimizer.schedule", "constant", "--train.out", str(tmp_path / name), "--train.steps", str(steps)]
+        return main(["train", "--config", str(tiny_config), *runs.QUIET, *flags])
+
+    assert trained("run", 12) == trained("run", 17) == trained("straight", 17) == 0
+    runs.check_same(tmp_path / "run", tmp_path / "straight")
+    assert trained("run", 16) == 2
+    assert "train.steps = 17 then, 16 now (the run has done 17 steps already)" in capsys.readouterr().err
 
 
 def test_a_run_that_lost_its_checkpoints_does_not_begin_again_silently(

@@ -35,10 +35,10 @@ class DecodeConfig(Section, name="decode", on_resume="may_change"):
     """R: response positions of a row; None for `canvas.response_len`."""
     block: int | None = setting(None, TOKENS)
     """B: response positions of a block; None for `canvas.block`."""
-    steps_per_block: int | None = setting(None, AT_LEAST_1)
+    steps_per_block: int | None = setting(None, AT_LEAST_1, common=("decode", "evaluate"))
     """Decode steps of a block, at most its positions; None for one token per step. The rules `confidence_threshold` and `factor`
     take as many as they need."""
-    rule: RuleName = "low_confidence"
+    rule: RuleName = setting("low_confidence", common=("decode", "evaluate"))
     """Which positions a step commits. A quota of them: the most confident by LLaDA's `low_confidence` or Dream's `maskgit_plus`,
     `topk_margin` or `entropy`, or `random` ones. Without a quota: `confidence_threshold`, `factor`, or Dream's `origin` (each
     position by chance)."""
@@ -46,13 +46,13 @@ class DecodeConfig(Section, name="decode", on_resume="may_change"):
     """How a block's masks are split over its steps: LLaDA's `even`, dllm's linear rounding, or Dream's time grid."""
     eps: float = setting(1e-3, BETWEEN_0_AND_1)
     """The end of Dream's time grid, for `quota` dream and `rule` origin."""
-    threshold: float = setting(0.9, ABOVE_0_TO_1)
+    threshold: float = setting(0.9, ABOVE_0_TO_1, common=("decode", "evaluate"))
     """`confidence_threshold`: commit every token of at least this confidence, and always the best one."""
     factor: float = setting(1.0, ABOVE_0)
     """`factor`: accept rank n while (n + 1)(1 - confidence) <= factor."""
     factor_rule: FactorRule = "strict"
     """`factor`: `strict` stops at the first failure; `v1` (Fast-dLLM's later code) accepts it where it is the last rank."""
-    temperature: float = setting(0.0, between(0, 1000))
+    temperature: float = setting(0.0, between(0, 1000), common=("decode", "evaluate"))
     """The sampling temperature (Gumbel noise); 0 takes the most probable token."""
     top_p: float | None = setting(None, ABOVE_0_TO_1)
     """Draw from the most probable tokens up to the one with which their probabilities sum to more than this; None for all.
@@ -61,7 +61,7 @@ class DecodeConfig(Section, name="decode", on_resume="may_change"):
     """Draw from this many most probable tokens (after `top_p`); None for all."""
     alg_temp: float = setting(0.0, between(0, 1000))
     """Draw the quota's positions without replacement from softmax(confidence / alg_temp); 0 takes the most confident."""
-    cfg_scale: float = setting(0.0, between(0, 1000))
+    cfg_scale: float = setting(0.0, between(0, 1000), common=("decode",))
     """Classifier-free guidance: un + (scale + 1)(cond - un); 0 for none."""
     eos_suppression: EosSuppression = "none"
     """Whether the end of a response is delayed: `logits` never commits the fill token, `confidence` ranks stop tokens last."""
@@ -71,9 +71,9 @@ class DecodeConfig(Section, name="decode", on_resume="may_change"):
     """The tokens that end a response; None for the checkpoint's own (end of turn and end of sequence)."""
     fill_id: int | None = setting(None, NOT_NEGATIVE)
     """The token after a response's end; None for the checkpoint's end of sequence."""
-    seed: int = setting(0, NOT_NEGATIVE)
+    seed: int = setting(0, NOT_NEGATIVE, common=("decode",))
     """The seed of sampling; each prompt's random key also depends on its index."""
-    batch_size: int = setting(64, ROWS)
+    batch_size: int = setting(64, ROWS, common=("decode", "evaluate", "plan"))
     """The number of prompts that are decoded together, and of responses whose NELBO is estimated together."""
 
     @property

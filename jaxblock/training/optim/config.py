@@ -16,11 +16,11 @@ class OptimizerConfig(Section, name="optimizer"):
 
     name: Literal["adamw", "adafactor"] = "adamw"
     """The update rule; `adafactor` keeps one number per row and column of a matrix instead of a second moment per weight."""
-    lr: float = setting(1e-3, ABOVE_0)
+    lr: float = setting(1e-3, ABOVE_0, common=("train",))
     """The peak learning rate."""
-    schedule: Literal["cosine", "linear", "constant", "deepspeed_cosine"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant", "deepspeed_cosine"] = setting("cosine", common=("train",))
     """The decay after the warm-up, to `final_ratio` of the peak at the last step; `deepspeed_cosine` is DeepSpeed's WarmupCosineLR."""
-    warmup_steps: int = setting(50, NOT_NEGATIVE)
+    warmup_steps: int = setting(50, NOT_NEGATIVE, common=("train",))
     """The number of warm-up updates; update 0 has a learning rate above 0. (`deepspeed_cosine`: from `warmup_floor`, at least 2.)"""
     warmup: Literal["linear", "log"] = "linear"
     """`deepspeed_cosine`: the shape of the warm-up; DeepSpeed's own default is `log`."""
