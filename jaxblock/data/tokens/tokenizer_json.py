@@ -8,6 +8,7 @@ from typing import Any, SupportsIndex
 
 import tokenizers
 
+from jaxblock.data.tokens.added_tokens import add_declared, declared_tokens
 from jaxblock.data.tokens.tokenizer import Tokenizer
 from jaxblock.errors import UserError
 
@@ -26,6 +27,7 @@ class HuggingFaceTokenizer(Tokenizer):
         except Exception as error:  # the library raises plain Exception
             raise UserError(f"{where}: not a Hugging Face tokenizer.json ({error})") from error
         super().__init__(files, where)
+        add_declared(self._tokenizer, declared_tokens(files, where), where)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1  # ids may have gaps
@@ -58,6 +60,7 @@ class HuggingFaceTokenizer(Tokenizer):
             UserError: If the vocabulary's ids have gaps, so that the library would give the token another id.
         """
         tokenizer = tokenizers.Tokenizer.from_str(self.files["tokenizer.json"].decode())
+        add_declared(tokenizer, declared_tokens(self.files, "the tokenizer"), "the tokenizer")
         entry: dict[str, Any] = {
             "content": text,
             "lstrip": False,
