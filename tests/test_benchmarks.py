@@ -32,6 +32,7 @@ def test_the_decoder_is_timed_over_every_forward():
     assert found["ratio"] == pytest.approx(found["decoder"] / found["bare"])
 
 
+@pytest.mark.slow
 def test_host_time_is_a_share_of_the_step():
     found = host_time.main(["--d", "16", "--layers", "1", "--batch", "8", "--steps", "4"])
     parts = sum(found[name] for name in ("batch", "place", "dispatch", "metrics"))
