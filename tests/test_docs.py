@@ -16,7 +16,7 @@ from jaxblock.config.config import Config
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 FOLDERS = ("jaxblock", "launch", "configs", "tests", "benchmarks", "docs")
-FILES = {"json", "jsonl", "array_record"}  # `train.jsonl` is no setting
+FILES = {"json", "jsonl", "array_record", "safetensors"}  # `train.jsonl` is no setting
 SECTIONS = {
     section.name: {entry.name for entry in dataclasses.fields(getattr(Config(), section.name))}
     for section in dataclasses.fields(Config)
