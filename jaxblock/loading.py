@@ -12,6 +12,7 @@ import math
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxblock import build
@@ -25,7 +26,8 @@ from jaxblock.model import Model
 from jaxblock.models.architecture import Architecture
 from jaxblock.models.config import Checkpoint, Quantize
 from jaxblock.models.families import registry
-from jaxblock.models.linear import lora
+from jaxblock.models.linear import int8, lora
+from jaxblock.models.spec import flatten
 from jaxblock.models.transformer import Transformer
 from jaxblock.parallel import rules
 from jaxblock.parallel.mesh import make_mesh
@@ -122,7 +124,12 @@ def _load_checkpoint(
     place = None if mesh is None else functools.partial(rules.param_shardings, mesh)
     adapted, adapters = (None, None) if adapter_folder is None else peft.load_adapter(adapter_folder, arch, place)
     params = load_base(weights_folder, arch, mesh, dtype, step=None, quantize=quantize)
-    compute = dtype or params["final_norm"].dtype.name
+    # Where a file mixes types, such as bfloat16 norms with float32 matrices, the widest loses nothing.
+    # The scales of int8 matrices are always float32.
+    leaves = [
+        leaf for name, leaf in flatten(params).items() if not name.endswith(int8.SCALE) and leaf.dtype != jnp.int8
+    ]
+    compute = dtype or jnp.result_type(*leaves).name
     # float16 is only for storage: its range is too small for computing, and CPUs do not compute in it.
     compute = "float32" if compute == "float16" else compute
     net = Transformer(arch, dtype=compute, lora=adapted, quantize=quantize)

@@ -22,7 +22,7 @@ from jaxblock.huggingface.load import load_checkpoint
 from jaxblock.huggingface.save import save_checkpoint
 from jaxblock.models.families import registry
 from jaxblock.models.linear.lora import Lora, adapter_table, attach, merge
-from tests.huggingface.breaking import fields
+from tests.huggingface.breaking import fields, tensors
 from tests.models.networks import random_params
 
 IDS = np.arange(3, 15).reshape(2, 6)
@@ -82,6 +82,13 @@ def test_half_precision_is_computed_in_float32_and_kept(saved: Any) -> None:
     model = jaxblock.load(saved("llada", jnp.float16))
     assert model.params["embed"].dtype == jnp.float16
     assert np.isfinite(model.logits([[3, 4, 5]])).all()
+
+
+def test_mixed_types_are_computed_in_the_widest(saved: Any, tmp_path: Path) -> None:
+    shutil.copytree(saved("llada"), tmp_path / "mixed")
+    name = "model.transformer.ln_f.weight"
+    tensors("model.safetensors", lambda t: t.update({name: t[name].astype(jnp.bfloat16)}))(tmp_path / "mixed")
+    assert jaxblock.load(tmp_path / "mixed").net.dtype == "float32"
 
 
 def test_code_that_is_not_beside_the_weights_is_named(saved: Any, tmp_path: Path) -> None:
