@@ -13,7 +13,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields, replace
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -187,6 +187,7 @@ def parse(verb: str, arguments: Sequence[str]) -> Any:
         UserError: the YAML file is wrong. (Wrong flags end the process with tyro's message and code 2.)
     """
     kind: Any = VERBS[verb].options
+    _check_places(verb, {field.name for field in fields(kind)}, arguments)
     path = _value_of("--config", arguments)
     if path is None and {"checkpoint", "config"} <= {field.name for field in fields(kind)}:
         config = _config_of(_value_of("--checkpoint", arguments))
@@ -222,6 +223,28 @@ def _only_common_fields(verb: str) -> ConstructorRegistry:
         return replace(whole, fields=tuple(field for field in whole.fields if field.name in kind.common(verb)))
 
     return registry
+
+
+_NO_CHECKPOINT = {
+    "train": "a run goes on from its own folder, --train.out; to begin from the weights of another, give --model.init_from",
+    "plan": "give --model.init_from, or the network's sizes as --model_config",
+    "prepare": "it reads text; give the tokenizer of a checkpoint as --data.tokenizer",
+    "inspect": "it shows prepared data, --data.prepared, under the settings of --config",
+}
+"""What people who give ``--checkpoint`` to a verb without it should do instead."""
+
+
+def _check_places(verb: str, flags: Collection[str], arguments: Sequence[str]) -> None:
+    """Raises UserError where a config file or a checkpoint is given in the wrong place; says where it belongs."""
+    checkpoint = _value_of("--checkpoint", arguments)
+    if checkpoint is not None and verb in _NO_CHECKPOINT:
+        raise UserError(f"{verb} has no --checkpoint: {_NO_CHECKPOINT[verb]}")
+    for before, argument in itertools.pairwise(("", *arguments)):
+        alone = not argument.startswith("-") and (not before.startswith("--") or "=" in before)
+        if alone and argument.endswith((".yaml", ".yml")) and ("prompts" not in flags or as_path(argument).is_file()):
+            raise UserError(f"{argument} has no flag before it: give a file of settings as --config {argument}")
+    if arguments and "checkpoint" in flags and checkpoint is None and not arguments[0].startswith("-"):
+        raise UserError(f"no --checkpoint: if {arguments[0]!r} is meant, give --checkpoint {arguments[0]}")
 
 
 def _check_no_code(verb: str, config: Config, arguments: Sequence[str]) -> None:

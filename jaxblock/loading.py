@@ -16,12 +16,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxblock import build
+from jaxblock.data.store.manifest import MANIFEST_FILE
 from jaxblock.data.tokens.load import has_tokenizer
 from jaxblock.errors import UserError
 from jaxblock.huggingface import peft
 from jaxblock.huggingface.load import read_architecture
 from jaxblock.io.hub import local_checkpoint
-from jaxblock.io.paths import PathLike
+from jaxblock.io.paths import PathLike, as_path
 from jaxblock.model import Model
 from jaxblock.models.architecture import Architecture
 from jaxblock.models.config import Checkpoint, Quantize
@@ -77,6 +78,7 @@ def load(
         raise UserError(f"dtype is {dtype!r}: choose float32 or bfloat16, or None for what is stored")
     if run_folder.is_run(folder):
         return _load_run(folder, dtype, base, quantize, step, mesh)
+    _check_kind(folder)
     if step != "latest":
         raise UserError(f"{folder} is no run, so it has no checkpoint {step}: leave `step` out")
     weights_folder, adapter_folder = _split_adapter(local_checkpoint(folder), base)
@@ -89,6 +91,18 @@ def load(
         arch = with_recorded_end(adapter_folder, peft.with_saved_start(adapter_folder, arch))
     devices = _all_devices(arch, None) if mesh == "all" else mesh
     return _load_checkpoint(weights_folder, adapter_folder, arch, dtype, quantize or "none", devices)
+
+
+def _check_kind(folder: PathLike) -> None:
+    """Raises UserError where a file or prepared data are given for a checkpoint."""
+    path = as_path(folder)
+    if path.is_file():
+        raise UserError(f"{path} is a file, and a checkpoint is a folder; a YAML file of settings is given by --config")
+    if (path / MANIFEST_FILE).exists() and not (path / "config.json").exists():
+        raise UserError(
+            f"{path} holds prepared data, not a checkpoint: give it as --data.prepared, and as checkpoint the folder of a run "
+            "(train.out), a Hugging Face folder or adapters"
+        )
 
 
 def _all_devices(arch: Architecture, train: TrainConfig | None) -> Mesh | None:

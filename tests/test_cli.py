@@ -104,6 +104,15 @@ trian | unknown verb 'trian'; did you mean train?
 xyz | verbs: prepare, inspect, train
 train --config nowhere.yaml | cannot read nowhere.yaml
 train --config {config} --config b.yaml | --config is given 2 times ({config}, b.yaml)
+train {config} --train.steps 3 | give a file of settings as --config {config}
+evaluate --checkpoint {run} --out={new} run.yml | run.yml has no flag before it
+decode --checkpoint {run} 1+1? {config} | give a file of settings as --config {config}
+evaluate {run} --out {new} | give --checkpoint {run}
+train --checkpoint {run} | train has no --checkpoint: a run goes on from its own folder
+decode --checkpoint {config} 1+1? | {config} is a file, and a checkpoint is a folder
+decode --checkpoint {prepared} 1+1? | {prepared} holds prepared data, not a checkpoint
+decode --checkpoint tests/typo 1+1? | tests/typo: no such folder
+decode --checkpoint runs/typo 1+1? | runs/typo: no such folder
 train --config=a.yaml --train.steps 3 --config {config} | 2 times (a.yaml, {config})
 decode --checkpoint {run} --checkpoint={new} 1+1? | --checkpoint is given 2 times
 train --config {config} --canvas.block 3 | canvas.block 3 does not divide canvas.response_len 16
@@ -150,6 +159,7 @@ def test_mistakes_get_one_clear_line(
     (tmp_path / "q.jsonl").write_text('{"question": "1+1?"}\n{"quest": "2+2?"}\n')
     places = {name: tmp_path / name for name in ("new", "folder", "file", "latin")}
     names = {**places, "jsonl": tmp_path / "q.jsonl", "config": tiny_config, "run": tiny_run, "long": "1" * 5000}
+    names["prepared"] = tiny_config.parent / "prepared"
     command, message = mistake.split(" | ")
     assert main(shlex.split(command.format(**names))) == 2
     told = capsys.readouterr()

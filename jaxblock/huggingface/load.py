@@ -37,7 +37,10 @@ def read_architecture(folder: PathLike) -> Architecture:
         raise UserError(f"{folder}: neither a run nor a checkpoint is there (no config.yaml, no config.json)")
     path = Path(folder)
     if not path.is_dir():
-        raise UserError(f"{path}: no such folder; give a local folder that holds config.json and safetensors files")
+        raise UserError(
+            f"{path}: no such folder; give a local folder that holds config.json and safetensors files, or a hub id: "
+            "org/name (org/name@main where a folder `org` is here)"
+        )
     if not (path / "config.json").is_file():
         raise UserError(f"{path}: no config.json, so this is no Hugging Face checkpoint; give the folder that holds it")
     config = read_json(path / "config.json")

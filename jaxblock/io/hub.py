@@ -19,7 +19,16 @@ _NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revisi
 _WEIGHTS = ["*.safetensors"]
 _BESIDE = ["*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt"]
 _UNWANTED = ["*/*", "*.py", "*.bin", "*.pt", "*.pth"]  # subfolders hold the same weights in other formats
-_FILES = (".json", ".jsonl", ".model", ".yaml", ".safetensors")  # a name with one of these endings is a mistyped path
+_FILES = (
+    ".json",
+    ".jsonl",
+    ".model",
+    ".yaml",
+    ".yml",
+    ".safetensors",
+)  # a name with one of these endings is a mistyped path
+
+_LOCAL = ("runs", "exports", "scores", "prepared", "checkpoints", "configs")  # folders here, not people on the hub
 
 
 def local_checkpoint(name: PathLike, *, weights: bool = True) -> str:
@@ -64,8 +73,15 @@ def is_downloaded(name: str) -> bool:
 
 
 def _hub_name(text: str) -> re.Match[str] | None:
-    """Parses a name on the hub; returns None for a text that is a path or can only be one."""
-    return None if text.endswith(_FILES) or os.path.exists(text) else _NAME.fullmatch(text)
+    """Parses a name on the hub; returns None for a text that is a path or can only be one.
+
+    ``runs/typo`` is a path where a folder ``runs`` is here, or by custom; with a revision, ``org/name@main``, it is on the hub.
+    """
+    if text.endswith(_FILES) or os.path.exists(text):
+        return None
+    name, first = _NAME.fullmatch(text), text.split("/", 1)[0]
+    local = name is not None and name["revision"] is None and (first in _LOCAL or os.path.isdir(first))
+    return None if local else name
 
 
 def _copy_of_remote(folder: str, weights: bool) -> str:
