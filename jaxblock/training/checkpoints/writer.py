@@ -194,9 +194,10 @@ class CheckpointWriter(CheckpointReader):
         finally:
             self._saving = None
         if jax.process_index() == 0:
-            try:
+            with contextlib.suppress(Exception):  # the next save tries again
                 if not (self._root.parent / HAD_CHECKPOINT).exists():
                     write_json(self._root.parent / HAD_CHECKPOINT, {"step": step}, overwrite=True)
+            try:
                 self._remove_superfluous()
             except Exception as error:
                 self._say(f"old checkpoints in {self.folder} could not be deleted ({first_line(error)})")
