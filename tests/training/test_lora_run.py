@@ -78,14 +78,15 @@ def test_adapters_alone_are_trained_and_saved(
     checkpoints.close()
 
 
+@pytest.mark.parametrize("mesh", [[], pytest.param(["--train.fsdp", "8"], marks=pytest.mark.slow)], ids=str)
 def test_a_resumed_run_is_the_straight_one_and_its_base_may_move(
-    run: Path, base: Path, tiny_config: Path, tmp_path: Path, model: jaxblock.Model
+    run: Path, base: Path, tiny_config: Path, tmp_path: Path, model: jaxblock.Model, mesh: list[str]
 ) -> None:
     out = tmp_path / "again"
     shutil.copytree(run, out)
     shutil.rmtree(out / "checkpoints" / "4")
     moved = shutil.copytree(base, tmp_path / "moved")
-    assert train(tiny_config, moved, out, "--train.fsdp", "8") == 0
+    assert train(tiny_config, moved, out, *mesh) == 0
     got = flatten(jax.device_get(jaxblock.load(out, base=base).params["lora"]))
     for path, leaf in flatten(jax.device_get(model.params["lora"])).items():
         np.testing.assert_allclose(got[path], leaf, rtol=0, atol=2e-6, err_msg=path)
