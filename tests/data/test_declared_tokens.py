@@ -88,6 +88,7 @@ def test_declared_tokens_that_fit_nothing_are_refused(declared: Any) -> None:
         ({CONFIG: {"added_tokens_decoder": {"900": entry(A)}}}, r"'<\|a\|>' the id 900, but .* it would be 600"),
         ({CONFIG: {"added_tokens_decoder": [1]}}, "added_tokens_decoder, .* cannot be read"),
         ({CONFIG: {}, ADDED: {A: "x"}}, "added_tokens.json cannot be read"),
+        ({CONFIG: {}, ADDED: {A: float("inf")}}, "added_tokens.json cannot be read"),
     ):
         with pytest.raises(UserError, match=message):
             load_tokenizer(declared(files))

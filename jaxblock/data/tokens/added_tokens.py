@@ -50,7 +50,7 @@ def declared_tokens(files: Mapping[str, bytes], where: str) -> Declared:
             if (text := token_text(token)) and text not in found
         }
         return list(found.values())
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(
             f"{where}: added_tokens_decoder, additional_special_tokens, special_tokens_map.json or added_tokens.json "
             f"cannot be read ({error})"
