@@ -5,8 +5,10 @@ It is a thin layer over pure functions; the command line uses it too.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -34,7 +36,7 @@ from jaxblock.diffusion.decoding.config import DecodeConfig
 from jaxblock.diffusion.decoding.rules import check_options
 from jaxblock.errors import UserError
 from jaxblock.huggingface import peft
-from jaxblock.huggingface.checks import kept_if_right, only_exporter
+from jaxblock.huggingface.checks import kept_if_right, old_kept_until_right, only_exporter
 from jaxblock.huggingface.companions import Trained
 from jaxblock.huggingface.load import read_architecture
 from jaxblock.huggingface.save import MARKER, save_checkpoint, verify_checkpoint
@@ -433,12 +435,13 @@ class Model:
         value, error = jax.device_get(self._run(_nelbo_per_row, static, self.params, jax.random.key(seed), *parts))
         return value[: len(rows)], error[: len(rows)]
 
-    def save(self, folder: PathLike, dtype: DTypeLike | None = None) -> float:
+    def save(self, folder: PathLike, dtype: DTypeLike | None = None, *, overwrite: bool = False) -> float:
         """Writes a Hugging Face folder, reads it back and compares logits; adapters are merged into their base.
 
         Args:
-            folder: the folder to make, which must not exist.
+            folder: the folder to make.
             dtype: the type of the tensors; None keeps each tensor's own.
+            overwrite: whether an existing export is replaced, once the new one is whole and right.
 
         Returns:
             The largest difference between any logit before saving and after (0 where the type is kept).
@@ -449,16 +452,17 @@ class Model:
         """
         merged = self.merged()
         together = spans_processes(merged.params)
-        with only_exporter(folder, together=together):
-            save_checkpoint(folder, self.arch, merged.params, **self._companions(), dtype=dtype)
-            with kept_if_right(folder, MARKER, together=together):
-                return verify_checkpoint(folder, merged.net, merged.params, self._probe())
+        with self._place(folder, MARKER, overwrite=overwrite, together=together) as place:
+            save_checkpoint(place, self.arch, merged.params, **self._companions(), dtype=dtype)
+            with kept_if_right(place, MARKER, together=together):
+                return verify_checkpoint(place, merged.net, merged.params, self._probe())
 
-    def save_adapter(self, folder: PathLike) -> float:
+    def save_adapter(self, folder: PathLike, *, overwrite: bool = False) -> float:
         """Writes only the adapters, in PEFT's format, reads them back and compares logits.
 
         Args:
-            folder: the folder to make, which must not exist.
+            folder: the folder to make.
+            overwrite: whether an existing export of adapters is replaced, once the new one is whole and right.
 
         Returns:
             The largest difference of any logit: 0.
@@ -477,14 +481,26 @@ class Model:
         together = spans_processes(adapters)
         if together:
             adapters = jax.device_get(self._run(_unchanged, (), adapters))
-        with only_exporter(folder, together=together):
+        with self._place(folder, peft.CONFIG, overwrite=overwrite, together=together) as place:
             if not together or jax.process_index() == 0:
                 kept = {name: value for name, value in self._companions().items() if name != "origin"}
-                peft.save_adapter(folder, self.arch, self.net.lora, adapters, base=base, **kept)
+                peft.save_adapter(place, self.arch, self.net.lora, adapters, base=base, **kept)
             if together:
                 processes.wait(f"{folder} is written")
-            with kept_if_right(folder, peft.CONFIG, together=together):
-                return self._verify_adapter(folder)
+            with kept_if_right(place, peft.CONFIG, together=together):
+                return self._verify_adapter(place)
+
+    @contextlib.contextmanager
+    def _place(self, folder: PathLike, marker: str, *, overwrite: bool, together: bool) -> Iterator[PathLike]:
+        """Locks the folder of an export and yields where to write it; refuses to replace what this model was loaded from."""
+        own = {os.path.realpath(path) for path in (self.origin, self.base) if path is not None}
+        if overwrite and os.path.realpath(folder) in own:
+            raise UserError(f"{folder} is what the model was loaded from, so it is not replaced: choose another path")
+        with (
+            only_exporter(folder, together=together),
+            old_kept_until_right(folder, marker, overwrite=overwrite, together=together) as place,
+        ):
+            yield place
 
     def _verify_adapter(self, folder: PathLike) -> float:
         """Reads saved adapters back and returns the largest difference of any logit; raises UserError unless it is 0."""

@@ -24,7 +24,7 @@ from jaxblock.training.checkpoints.reader import CheckpointReader
 def test_decode_takes_prompts_from_everywhere_and_its_batches_do_not_matter(
     tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    prompts = ["1+2?", "12+7?", "7+5?", "\\u20282?", "9+9?", "0+1?"]
+    prompts = ["1+2?", "12+7?", "7+5?", "\u20282?", "9+9?", "0+1?"]
     command = ["decode", "--checkpoint", str(tiny_run), "--decode.temperature", "0.7"]
 
     def answers() -> list[dict[str, Any]]:
@@ -43,6 +43,9 @@ def test_decode_takes_prompts_from_everywhere_and_its_batches_do_not_matter(
     (tmp_path / "p.jsonl").write_text("".join(rows))
     out = tmp_path / "out.jsonl"
     assert main([*command, "--file", str(tmp_path / "p.jsonl"), "--data.prompt_field", "q", "--out", str(out)]) == 0
+    assert [json.loads(line) for line in out.read_text().split("\n") if line] == expected
+    out.write_text("old")
+    assert main([*command, *prompts, "--out", str(out), "--overwrite"]) == 0
     assert [json.loads(line) for line in out.read_text().split("\n") if line] == expected
     (tmp_path / "p.json").write_text(json.dumps([{"q": prompt, "id": 7} for prompt in prompts], indent=1))
     capsys.readouterr()
@@ -119,8 +122,12 @@ def test_a_run_compared_with_itself(
 ) -> None:
     flags = ["--out", str(tmp_path / "again"), "--evaluate.compare", str(scored / "problems.jsonl")]
     flags += ["--decode.batch_size", "7"]
-    assert main(["evaluate", "--checkpoint", str(tiny_run), *flags]) == 0
-    assert "McNemar exact p = 1" in capsys.readouterr().out
+    (tmp_path / "again").mkdir()
+    (tmp_path / "again" / "summary.json").write_text("old")
+    assert main(["evaluate", "--checkpoint", str(tiny_run), "--overwrite", *flags]) == 0
+    told = capsys.readouterr().out
+    assert "McNemar exact p = 1" in told
+    assert f"A is {scored / 'problems.jsonl'}, B is {tmp_path / 'again'}/problems.jsonl: A " in told
     compared = json.loads((tmp_path / "again" / "summary.json").read_text())["compared_with"]
     assert (compared["p_value"], compared["only_a"], compared["only_b"], compared["n"]) == (1.0, 0, 0, 15)
     assert (tmp_path / "again" / "problems.jsonl").read_text() == (scored / "problems.jsonl").read_text()
@@ -148,7 +155,7 @@ def test_what_cannot_be_compared_is_refused_before_the_work(
 def test_an_export_that_is_wrong_leaves_nothing(tiny_run: Path, tmp_path: Path, dtype: str | None) -> None:
     model = jaxblock.load(tiny_run)
     broken = {**model.params, "final_norm": model.params["final_norm"] * np.nan}
-    with pytest.raises(UserError, match="the weights hold one"):
+    with pytest.raises(UserError, match="NaN"):
         dataclasses.replace(model, params=broken).save(tmp_path / "made", dtype)
     assert list(tmp_path.iterdir()) == []
 
@@ -201,6 +208,17 @@ def test_an_export_is_the_run(tiny_run: Path, tmp_path: Path, capsys: pytest.Cap
     assert main(["decode", "--checkpoint", str(tiny_run), *flags]) == 0
     assert capsys.readouterr().out == exported
     assert main(["export", "--checkpoint", str(folder), "--out", str(folder)]) == 2
+    # An export is replaced by a whole and right one alone, and never where it is read from.
+    config, replaced = folder / "config.json", folder / "of-the-old-one"
+    replaced.touch()
+    broken = dataclasses.replace(run, params={**run.params, "final_norm": run.params["final_norm"] * np.nan})
+    with pytest.raises(UserError, match="NaN"):
+        broken.save(folder, overwrite=True)
+    with pytest.raises(UserError, match="what the model was loaded from"):
+        export.save(folder, overwrite=True)
+    assert replaced.exists() and [entry.name for entry in tmp_path.iterdir()] == ["hf"]
+    assert main(["export", "--checkpoint", str(tiny_run), "--out", str(folder), "--overwrite"]) == 0
+    assert config.exists() and not replaced.exists() and [entry.name for entry in tmp_path.iterdir()] == ["hf"]
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,9 @@ class Options:
     """File of prompts: records (.jsonl, .json, .parquet), whose `data.prompt_field` or `data.messages_field` is read, or text with
     one prompt per line. A conversation's last answer is left out, as a record's response is."""
     out: str | None = None
-    """Write JSON lines here instead of to standard output; an existing file is refused."""
+    """Write JSON lines here instead of to standard output; an existing file is refused, unless `overwrite` is set."""
+    overwrite: bool = False
+    """Whether to replace an existing file, once all prompts are answered."""
     watch: bool = False
     """Show the canvas while it is filled, block by block."""
     base: str | None = None
@@ -69,7 +71,7 @@ def run(options: Options, config: Config) -> int:
     if options.out:
         if options.watch:
             raise UserError("watch shows the canvas and writes no file: leave out either --watch or --out")
-        check_absent(options.out)
+        check_absent(options.out, overwrite=options.overwrite)
     model = dataclasses.replace(
         loading.load(options.checkpoint, base=options.base, step=options.step, mesh="all"),
         canvas=config.canvas,
@@ -96,7 +98,7 @@ def run(options: Options, config: Config) -> int:
         for _ in lines:
             pass
     elif options.out:
-        write_text(options.out, "".join(lines))
+        write_text(options.out, "".join(lines), overwrite=options.overwrite)
         say(f"wrote {options.out}")
     else:
         for line in lines:

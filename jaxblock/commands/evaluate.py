@@ -36,7 +36,9 @@ class Options:
     checkpoint: str
     """A run folder, a Hugging Face folder (or hub id), or a folder of PEFT adapters."""
     out: str
-    """Folder for problems.jsonl and summary.json; an existing one is refused."""
+    """Folder for problems.jsonl and summary.json; an existing one is refused, unless `overwrite` is set."""
+    overwrite: bool = False
+    """Whether to replace an existing evaluation, once the new one is whole."""
     config: str | None = None
     """YAML file of sections; without one the run's own config is used. Flags override it."""
     base: str | None = None
@@ -65,7 +67,7 @@ def run(options: Options, config: Config) -> int:
     process, _ = processes.join_group()
     for note in unused_steps(config.decode) if process == 0 else ():
         say(f"note: {note}")
-    check_vacant(options.out, marker="summary.json")
+    check_vacant(options.out, marker="summary.json", overwrite=options.overwrite)
     if process == 0:
         check_writable(as_path(options.out).parent)
     grader = find_grader(config.evaluate.grader)
@@ -90,7 +92,7 @@ def run(options: Options, config: Config) -> int:
         return 0
     dropped = sum(prepared.manifest.splits[settings.split]["dropped"].values())
     result = summarise_evaluation(solved, bound, _about(options, config, grader, count, dropped))
-    with new_folder(options.out, marker="summary.json") as folder:
+    with new_folder(options.out, marker="summary.json", overwrite=options.overwrite) as folder:
         (folder / "problems.jsonl").write_text(format_problems(solved.rows), encoding="utf-8")
         if settings.compare:
             test = compare_evaluations(settings.compare, folder / "problems.jsonl")
@@ -102,7 +104,7 @@ def run(options: Options, config: Config) -> int:
             f"  note: {dropped:,} {settings.split} records were dropped in preparation and are not among the problems"
         )
     if settings.compare:
-        print(f"against {settings.compare}: {test}")
+        print(f"A is {settings.compare}, B is {options.out}/problems.jsonl: {test}")
     return 0
 
 

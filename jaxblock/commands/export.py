@@ -18,7 +18,9 @@ class Options:
     checkpoint: str
     """A run folder, a Hugging Face folder (or hub id), or a folder of PEFT adapters."""
     out: str
-    """The folder to make; an existing one is refused."""
+    """The folder to make; an existing one is refused, unless `overwrite` is set."""
+    overwrite: bool = False
+    """Whether to replace an existing export, once the new one is whole and right."""
     format: Literal["merged", "adapter"] = "merged"
     """How adapters are written: `merged` into their base, as a whole checkpoint, or as an `adapter` in PEFT's format."""
     base: str | None = None
@@ -40,13 +42,13 @@ def run(options: Options, config: Config) -> int:
         if options.dtype is not None:
             raise UserError("format adapter keeps float32: leave out --dtype")
         model = loading.load(options.checkpoint, base=options.base, step=options.step, mesh="all")
-        difference = model.save_adapter(options.out)
+        difference = model.save_adapter(options.out, overwrite=options.overwrite)
     else:
         # Merging needs the base in full precision, even where the adapters were trained on an int8 copy of it.
         has_base = run_folder.is_run(options.checkpoint) and run_folder.open_run(options.checkpoint).base is not None
         quantize: Literal["none"] | None = "none" if has_base else None
         model = loading.load(options.checkpoint, base=options.base, quantize=quantize, step=options.step, mesh="all")
-        difference = model.save(options.out, options.dtype)
+        difference = model.save(options.out, options.dtype, overwrite=options.overwrite)
     if process > 0:  # one process speaks for all
         return 0
     size = folder_bytes(options.out)

@@ -36,7 +36,9 @@ class Options:
     steps: int = 2
     """The number of training steps whose draws are shown for each record."""
     html: str | None = None
-    """Also write one self-contained HTML file here."""
+    """Also write one self-contained HTML file here; an existing file is refused, unless `overwrite` is set."""
+    overwrite: bool = False
+    """Whether to replace an existing HTML file."""
     data: DataConfig = field(default_factory=DataConfig)
     canvas: CanvasConfig = field(default_factory=CanvasConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
@@ -52,7 +54,7 @@ def run(options: Options, config: Config) -> int:
     from jaxblock.reporting import html, terminal
 
     if options.html:
-        check_absent(options.html)
+        check_absent(options.html, overwrite=options.overwrite)
     prepared = open_prepared(config.data.prepared, verify=config.data.verify)
     examined, layout = examine_records(config, prepared, options.split, options.records, options.steps)
     about = (
@@ -61,7 +63,11 @@ def run(options: Options, config: Config) -> int:
     )
     terminal.print_records(Console(), layout, examined, prepared.tokenizer.piece, about)
     if options.html:
-        write_text(options.html, html.html_page(layout, examined, prepared.tokenizer.piece, about=about))
+        write_text(
+            options.html,
+            html.html_page(layout, examined, prepared.tokenizer.piece, about=about),
+            overwrite=options.overwrite,
+        )
         say(f"wrote {options.html}")
     return 0
 

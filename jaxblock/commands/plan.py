@@ -32,7 +32,9 @@ class Options:
     tries: int = 6
     """How many changes of the settings may be compiled to find one that fits, where the run itself does not fit."""
     json: str | None = None
-    """Also write the plan here, with every large collective; an existing file is refused."""
+    """Also write the plan here, with every large collective; an existing file is refused, unless `overwrite` is set."""
+    overwrite: bool = False
+    """Whether to replace an existing file of a plan."""
     data: DataConfig = field(default_factory=DataConfig)
     canvas: CanvasConfig = field(default_factory=CanvasConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
@@ -53,7 +55,7 @@ def run(options: Options, config: Config) -> int:
     if options.tries < 0:
         raise UserError(f"tries is {options.tries}: it must be 0 or more")
     if options.json:
-        check_absent(options.json)
+        check_absent(options.json, overwrite=options.overwrite)
     plan = plan_in_process(
         config,
         options.topology,
@@ -64,6 +66,6 @@ def run(options: Options, config: Config) -> int:
     )
     report.print_plan(Console(), plan)
     if options.json:
-        write_text(options.json, json.dumps(plan, indent=1) + "\n")
+        write_text(options.json, json.dumps(plan, indent=1) + "\n", overwrite=options.overwrite)
         say(f"wrote {options.json}")
     return 0

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import jax
 
 from jaxblock.errors import UserError
 from jaxblock.huggingface.tensor_files import DTYPES, FolderContents
-from jaxblock.io.folders import discard_folder
+from jaxblock.io.folders import check_vacant, discard_folder, move_into_place
 from jaxblock.io.locks import FolderLock, only_writer
-from jaxblock.io.paths import PathLike
+from jaxblock.io.paths import PathLike, as_path, explained, is_remote
 from jaxblock.models.spec import Table, flatten
 from jaxblock.parallel import processes
 from jaxblock.types import Params
@@ -46,6 +48,41 @@ def kept_if_right(folder: PathLike, marker: str, *, together: bool) -> Iterator[
             with contextlib.suppress(OSError, UserError):  # the first error says what is wrong
                 discard_folder(folder, marker)
         raise
+
+
+@contextlib.contextmanager
+def old_kept_until_right(folder: PathLike, marker: str, *, overwrite: bool, together: bool) -> Iterator[PathLike]:
+    """Yields the folder to write an export to; one beside an export that is there, which it replaces when the block ends.
+
+    Args:
+        folder: the folder of the export, whose lock is held.
+        marker: its commit marker; a folder without it is never replaced.
+        overwrite: whether an existing export is replaced.
+        together: whether the processes of a group write it together; process 0 then replaces it.
+
+    Raises:
+        UserError: what is there is no export, or cannot be replaced.
+    """
+    if not overwrite or not as_path(folder).exists():
+        yield folder
+        return
+    check_vacant(folder, marker=marker, overwrite=True)
+    if is_remote(folder):
+        raise UserError(
+            f"{folder}: an export in an object store is not replaced: choose another path, or remove it first"
+        )
+    target = Path(os.path.realpath(folder))  # so that the folder is replaced and a link to it is kept
+    beside, first = target.with_name(f".{target.name}.partial-new"), not together or jax.process_index() == 0
+    if first and beside.exists():
+        discard_folder(beside, marker)  # of a killed try: the lock says that nobody writes it
+    if together:
+        processes.wait(f"{beside} can be written")
+    yield beside
+    if first:
+        with explained("replace", folder):
+            move_into_place(beside, as_path(target), marker=marker, overwrite=True)
+    if together:
+        processes.wait(f"{folder} is replaced")
 
 
 def summary_line(what: str, items: Iterable[str]) -> list[str]:

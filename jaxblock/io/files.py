@@ -110,16 +110,22 @@ def write_json(path: PathLike, value: Any, *, overwrite: bool = False) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n", overwrite=overwrite)
 
 
-def check_absent(path: PathLike) -> None:
+def check_absent(path: PathLike, *, overwrite: bool = False) -> None:
     """Checks, before long work, that `write_bytes` could make a file at `path`.
 
+    Args:
+        path: the file.
+        overwrite: whether an existing file may be replaced.
+
     Raises:
-        UserError: a file or folder exists at `path`, or files cannot be made in its parent folder.
+        UserError: a file exists at `path` and `overwrite` is off, a folder does, or files cannot be made in its parent folder.
     """
     target = as_path(path)
     with explained("look at", path):
-        there = target.exists()
-    if there:
+        there, is_folder = target.exists(), target.is_dir()
+    if is_folder:
+        raise UserError(f"{os.fspath(path)} is a folder, and a file is to be made there: choose another path")
+    if there and not overwrite:
         raise _already_there(path)
     check_writable(target.parent)
 
@@ -147,4 +153,6 @@ def check_writable(folder: PathLike, *, need_bytes: int = 0) -> None:
 
 
 def _already_there(path: PathLike) -> UserError:
-    return UserError(f"{os.fspath(path)} exists already and is not overwritten: choose another path or move it away")
+    return UserError(
+        f"{os.fspath(path)} exists already and is not overwritten: choose another path, or give --overwrite"
+    )

@@ -65,7 +65,7 @@ def new_folder(path: PathLike, *, marker: str, overwrite: bool = False) -> Itera
                 check_vacant(path, marker=marker)  # says what has appeared
                 raise
         else:
-            _move_into_place(scratch, target, marker=marker, overwrite=overwrite)
+            move_into_place(scratch, target, marker=marker, overwrite=overwrite)
             _remove_partial(target)
 
 
@@ -89,7 +89,7 @@ def check_vacant(path: PathLike, *, marker: str, overwrite: bool = False) -> Non
             )
     if not overwrite:
         raise UserError(
-            f"{name} exists already and is not overwritten: choose another path (or, for prepared data, set data.overwrite)"
+            f"{name} exists already and is not overwritten: choose another path, or give --overwrite (prepare: --data.overwrite)"
         )
 
 
@@ -193,8 +193,19 @@ def _remove_partial(target: epath.Path) -> None:
             shutil.rmtree(entry, ignore_errors=True)
 
 
-def _move_into_place(scratch: pathlib.Path, target: epath.Path, *, marker: str, overwrite: bool) -> None:
-    """Gives a finished folder its name. What may not be replaced stays or is put back, also if it has appeared only now."""
+def move_into_place(scratch: pathlib.Path, target: epath.Path, *, marker: str, overwrite: bool) -> None:
+    """Gives a finished folder its name. What may not be replaced stays or is put back, also if it has appeared only now.
+
+    Args:
+        scratch: the finished folder, on the same local disk.
+        target: its place, not a link.
+        marker: the name of its commit marker.
+        overwrite: whether an existing whole folder is replaced.
+
+    Raises:
+        UserError: something is there that may not be replaced.
+        OSError: the folder cannot be moved.
+    """
     if not overwrite or not target.exists():
         try:
             os.rename(scratch, target)  # it replaces an empty folder and nothing else
