@@ -19,6 +19,10 @@ from jaxblock.config.yaml import config_from_tree, load_config, to_yaml
 from jaxblock.errors import UserError
 
 FIELDS = [(section, field.name) for section in Config().sections() for field in dataclasses.fields(section)]
+ODD_JSON = st.sampled_from([
+    None, True, False, 0, 1, -1, 2**31, 10**12, 10**400, 0.5, 1e-300, 1e39, float("nan"), float("inf"), "", "None", "\ud800",
+    "a\0b", "\x1b[31m", "x" * 5000, [], {}, [[]], [0], [-1, "q"], [None], {"a": 1}, {"": []}, "llama", "float32", 2 * 10**9,
+])  # fmt: skip
 ODD = st.sampled_from([
     None, True, False, 0, 1, -1, 2, 7, 2**31, -(2**31), 2**40, 10**12, 10**400, 0.0, -0.0, 0.5, 1.0, 1e-300, 1e39,
     float("nan"), float("inf"), float("-inf"), "", " ", "None", "nan", "1e5", "1e999", "\ud800", "a\0b", "\x1b[31m", "\u202e",
