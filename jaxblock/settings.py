@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import types
+import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
@@ -85,6 +88,27 @@ def _problem(value: Any, takes: Range | None) -> str | None:
     return None
 
 
+def has_type(value: Any, hint: Any) -> bool:
+    """Tells whether a value has the type that a field of a section is annotated with; a whole number is a float too."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(has_type(value, one) for one in arguments)
+    if origin is Literal:
+        return any(value is one or (type(value) is type(one) and value == one) for one in arguments)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(has_type(item, arguments[0]) for item in value)
+    if hint is None or hint is type(None):
+        return value is None
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, int | float if hint is float else hint)
+
+
+@functools.cache
+def _hints(section: type) -> dict[str, Any]:
+    return typing.get_type_hints(section)
+
+
 def _is_text(value: str) -> bool:
     """Tells whether a text can be written as UTF-8 and names a file that can exist."""
     try:
@@ -136,10 +160,12 @@ class Section:
         cls.section_name, cls.on_resume = name, on_resume
 
     def check(self) -> None:
-        """Raises UserError where a field has a value that it does not accept."""
+        """Raises UserError where a field has a value of another type, or one that it does not accept."""
+        hints = _hints(type(self))  # type: ignore[arg-type]  # a class is hashable, whatever its instances are
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            problem = _problem(value, field.metadata.get("takes"))
+            fits = has_type(value, hints[field.name])
+            problem = _problem(value, field.metadata.get("takes")) if fits else "its type is another"
             require(problem is None, f"{self.section_name}.{field.name} is {shown(value)}: {problem}")
 
     @classmethod

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -137,9 +139,6 @@ def one_change(folders: Path, kind: str, data: st.DataObject) -> None:
     read_any(folders, kind, content + "\n")
 
 
-QUICK = settings(max_examples=6, deadline=10_000, suppress_health_check=list(HealthCheck))
-
-
 @pytest.mark.parametrize("kind", FILES)
 def test_files_that_are_no_json_are_refused(folders: Path, kind: str) -> None:
     for content in (
@@ -156,16 +155,32 @@ def test_files_that_are_no_json_are_refused(folders: Path, kind: str) -> None:
         read_any(folders, kind, content)
 
 
+def check_any_changes(folders: Path, kind: str, examples: int) -> None:
+    """Tries this number of changes of a file."""
+    quick = settings(max_examples=examples, deadline=10_000, suppress_health_check=list(HealthCheck), database=None)
+
+    @quick
+    @given(data=st.data())
+    def check(data: st.DataObject) -> None:
+        one_change(folders, kind, data)
+
+    check()
+
+
 @pytest.mark.parametrize("kind", FILES)
-@QUICK
-@given(data=st.data())
-def test_any_change(folders: Path, kind: str, data: st.DataObject) -> None:
-    one_change(folders, kind, data)
+def test_any_change(folders: Path, kind: str) -> None:
+    check_any_changes(folders, kind, 8)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", FILES)
-@settings(QUICK, max_examples=500)
-@given(data=st.data())
-def test_any_change_at_length(folders: Path, kind: str, data: st.DataObject) -> None:
-    one_change(folders, kind, data)
+def test_any_change_at_length_as_users_run_it(folders: Path) -> None:
+    """In a process of its own, where nothing but jaxblock itself checks types."""
+    command = [sys.executable, "-m", "tests.test_any_file", str(folders), "600"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+if __name__ == "__main__":
+    ARCH[:] = [read_architecture(Path(sys.argv[1]) / "export")]
+    for each in FILES:
+        check_any_changes(Path(sys.argv[1]), each, int(sys.argv[2]))

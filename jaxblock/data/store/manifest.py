@@ -13,7 +13,7 @@ from typing import Any
 from jaxblock.data.config import DataConfig
 from jaxblock.data.tokens.special import SpecialIds, special_from_json
 from jaxblock.diffusion.config import CanvasConfig
-from jaxblock.errors import UserError, warn_of_earlier_version
+from jaxblock.errors import UserError, shown, warn_of_earlier_version
 from jaxblock.io.files import read_json, write_json
 from jaxblock.io.paths import PathLike, as_path
 
@@ -92,12 +92,28 @@ def read_manifest(folder: PathLike) -> Manifest:
             raise UserError(
                 f"{path}: format {content['format']} is not this version's, {MANIFEST_FORMAT}; prepare the data again"
             )
+        _check_types(content)
         manifest = Manifest(**{**content, "special": special_from_json(content["special"])})
+        manifest.data_config.check()
+        manifest.canvas_config.check()
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} is not a manifest of this version ({error}); prepare the data again") from error
     if manifest.format < MANIFEST_FORMAT:
         warn_of_earlier_version(name, "all ids that end a response")
     return manifest
+
+
+def _check_types(content: Mapping[str, Any]) -> None:
+    """Raises TypeError or KeyError where a manifest's value has another type than `write_manifest` gives it."""
+    kinds = {"fingerprint": str, "special": dict, "vocab_size": int}
+    for field in dataclasses.fields(Manifest):
+        kind = kinds.get(field.name, int if field.name == "format" else dict)
+        if not isinstance(content[field.name], kind):
+            raise TypeError(f"{field.name} is {shown(content[field.name])}")
+    parts = [*content["inputs"].values(), *content["splits"].values(), content["template"]["tokens"]]
+    texts = [content["template"]["name"], content["template"]["source"], *content["tokenizer"]["files"].values()]
+    if not all(isinstance(part, dict) for part in parts) or not all(isinstance(text, str) for text in texts):
+        raise TypeError("an entry of inputs, splits, template or tokenizer has another type")
 
 
 def recorded_settings(data: DataConfig, canvas: CanvasConfig) -> dict[str, dict[str, Any]]:

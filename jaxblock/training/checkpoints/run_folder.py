@@ -135,7 +135,10 @@ def open_run(folder: PathLike) -> Run:
     path = as_path(folder)
     if not is_run(path):
         raise UserError(f"{path} is not the folder of a training run (no {CONFIG} and {MODEL})")
-    arch = registry.from_hf(read_json(path / MODEL), str(path / MODEL))
+    model = read_json(path / MODEL)
+    if not isinstance(model, dict):
+        raise UserError(f"{path / MODEL} holds no JSON object: it is not the description of a network")
+    arch = registry.from_hf(model, str(path / MODEL))
     config = load_config(str(path / CONFIG))
     return Run(path, config, arch, open_prepared(path), _base(path) if config.lora.rank else None)
 
