@@ -13,7 +13,7 @@ from typing import Any
 from jaxblock.data.config import DataConfig
 from jaxblock.data.tokens.special import SpecialIds, special_from_json
 from jaxblock.diffusion.config import CanvasConfig
-from jaxblock.errors import UserError, shown, warn_of_earlier_version
+from jaxblock.errors import UserError, first_line, shown, warn_of_earlier_version
 from jaxblock.io.files import read_json, write_json
 from jaxblock.io.paths import PathLike, as_path
 
@@ -96,8 +96,10 @@ def read_manifest(folder: PathLike) -> Manifest:
         manifest = Manifest(**{**content, "special": special_from_json(content["special"])})
         manifest.data_config.check()
         manifest.canvas_config.check()
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a manifest of this version ({error}); prepare the data again") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} is not a manifest of this version ({first_line(error)}); prepare the data again"
+        ) from error
     if manifest.format < MANIFEST_FORMAT:
         warn_of_earlier_version(name, "all ids that end a response")
     return manifest

@@ -136,7 +136,7 @@ class CheckpointReader:
     def _named_steps(self) -> list[int]:
         """Returns the steps of all checkpoint folders, whole or not, in ascending order."""
         names = [entry.name for entry in self._root.iterdir()] if self._root.exists() else []
-        return sorted(int(name) for name in names if name.isdecimal())
+        return sorted(int(name) for name in names if name.isascii() and name.isdigit())
 
 
 def state_items(state: TrainState) -> dict[str, Any]:
