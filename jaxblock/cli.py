@@ -28,7 +28,7 @@ from jaxblock.config.recorded import read_block
 from jaxblock.config.yaml import load_config
 from jaxblock.errors import EarlierVersionWarning, UserError
 from jaxblock.io.paths import as_path
-from jaxblock.parallel import host_memory
+from jaxblock.parallel import host_memory, platforms
 from jaxblock.settings import Section
 
 LOST = 134
@@ -84,6 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     traces = "--traceback" in given
     if arguments is None:
+        platforms.skip_missing_tpu()
         host_memory.keep_freed_memory()
         warnings.formatwarning = _one_line_warning
         if not traces:

@@ -138,7 +138,15 @@ def _architecture(config: Config, prepared: Prepared) -> Architecture:
 
     source = config.model.init_from
     if source is None or is_downloaded(source):
-        return weights.architecture(config, prepared, None)
+        arch = weights.architecture(config, prepared, None)
+        named = PUBLISHED.get(config.data.tokenizer.split("@")[0])
+        if source is None and named is not None:
+            theirs = registry.from_hf(named, config.data.tokenizer).alignment
+            say(
+                f"model.init_from is not set: {arch.alignment} logits of a random {config.model.family} network are shown, as it "
+                f"would be trained. {config.data.tokenizer}, whose tokenizer this is, has {theirs} logits: name it there if you mean it"
+            )
+        return arch
     random = dataclasses.replace(config.model, init_from=None, alignment=None)
     arch = weights.architecture(dataclasses.replace(config, model=random), prepared, None)
     published = PUBLISHED.get(source.split("@")[0])

@@ -166,6 +166,8 @@ class BatchAt:
         n = len(records) if self._pairs is None else len(self._pairs)
         if not n:
             raise UserError("there are no records to make batches of")
+        self.epoch = n
+        """The number of rows, records or pairs, after which the order begins again."""
         # Grain adds the epoch to the seed. The seed is hashed first, so that epoch 1 of seed 0 differs from epoch 0 of seed 1.
         hashed = int(np.random.SeedSequence([seed, 0xDA7A]).generate_state(1)[0])
         self._order = grain.MapDataset.range(n).shuffle(seed=hashed).repeat()

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -76,6 +77,8 @@ def _run_process(
     last: list[str] = []
     listener = threading.Thread(target=_listen, args=(process.stderr, say, last), daemon=True)
     listener.start()
+    ended = threading.Event()
+    threading.Thread(target=_show_time, args=(ended, say), daemon=True).start()
     assert process.stdin is not None and process.stdout is not None
     try:
         process.stdin.write(json.dumps(job))
@@ -83,9 +86,17 @@ def _run_process(
         out = process.stdout.read()
         code = process.wait()
     finally:
+        ended.set()
         process.kill()
     listener.join(5)
     return out, code, last
+
+
+def _show_time(ended: threading.Event, say: Callable[[str], None], every: float = 20.0) -> None:
+    """Says every few seconds, until the compiler has ended, for how long it has worked."""
+    begin = time.monotonic()
+    while not ended.wait(every):
+        say(f"still compiling: {time.monotonic() - begin:,.0f} s so far")
 
 
 def _listen(stream: Any, say: Callable[[str], None], last: list[str]) -> None:

@@ -124,6 +124,8 @@ class Watch:
             self._block_steps = 0
 
     def _status(self) -> Text:
+        if not self._ids:
+            return Text("compiling the decoder", style="bold")
         committed = sum(i != self._mask for i in self._ids)
         per_forward = f"  {committed / self._nfe:.2f} tokens per forward" if self._nfe else ""
         stopped = self._over and self._mask in self._ids and any(i in self._stops for i in self._ids)

@@ -205,6 +205,11 @@ class _Loop:
             process_index=self.session.process_index,
             process_count=self.session.process_count,
         )
+        if at.epoch < train.batch_size and self.session.process_index == 0:
+            what = "(record, block) pairs" if method.pairs else "training records"
+            self._say(
+                f"train.batch_size {train.batch_size:,} is more than the {at.epoch:,} {what}: every batch repeats some"
+            )
         start_step = 0 if train.overfit_one_batch else self.session.step
         stream = batches(at, start_step=start_step, workers=train.loader_workers)
         # Worker processes are started when the first batch is read.

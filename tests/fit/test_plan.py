@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -163,6 +164,12 @@ def test_a_plan_is_held_against_what_the_device_reports() -> None:
     assert compared == "the step was planned to take 3.00 GiB of a device; at its peak 3.50 GiB were in use"
     silent = plan._replace(limit=device_limit(jax.devices("cpu")[0]))
     assert silent.describe() is None and silent.compare(jax.devices("cpu")[0]) is None
+
+
+def test_a_plan_says_for_how_long_it_compiles() -> None:
+    ended, said = threading.Event(), list[str]()
+    process._show_time(ended, lambda text: (said.append(text), len(said) == 2 and ended.set()), every=0.001)
+    assert len(said) == 2 and all(text.startswith("still compiling: 0 s") for text in said)
 
 
 @pytest.mark.parametrize("apart", [False, pytest.param(True, marks=pytest.mark.slow)])

@@ -1,13 +1,15 @@
-"""Memory that a step frees stays in the process, where the device is a CPU and nobody said otherwise."""
+"""Memory that a step frees stays in the process, and libtpu is not started, where the device is a CPU and nobody said otherwise."""
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 
 import pytest
 
 from jaxblock.parallel.host_memory import keep_freed_memory
+from jaxblock.parallel.platforms import skip_missing_tpu
 
 # Allocates and frees 64 MiB in a fresh process; prints how many pages the second time faults in.
 AGAIN = """
@@ -46,3 +48,25 @@ def test_a_freed_block_is_used_again_without_faults():
 )
 def test_accelerators_and_own_settings_are_left_alone(variables):
     assert not keep_freed_memory(variables)
+
+
+@pytest.mark.parametrize(
+    ("installed", "variables", "device", "skipped"),
+    [
+        ({"libtpu"}, {}, None, True),
+        ({"libtpu"}, {"JAX_PLATFORMS": ""}, None, True),
+        (set(), {}, None, False),
+        ({"libtpu", "jax_plugins"}, {}, None, False),
+        ({"libtpu"}, {"JAX_PLATFORMS": "tpu"}, None, False),
+        ({"libtpu"}, {"TPU_WORKER_ID": "0"}, None, False),
+        ({"libtpu"}, {}, "accel0", False),
+        ({"libtpu"}, {}, "vfio/0", False),
+    ],
+)
+def test_libtpu_is_left_out_only_where_there_is_no_tpu(installed, variables, device, skipped, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in installed else None)
+    if device:
+        (tmp_path / device).parent.mkdir(exist_ok=True)
+        (tmp_path / device).touch()
+    assert skip_missing_tpu(found := dict(variables), tmp_path) == skipped
+    assert found == ({"JAX_PLATFORMS": "cpu"} if skipped else variables)

@@ -227,6 +227,8 @@ def test_a_checkpoints_own_alignment_is_shown(
     assert shown("--model.init_from", str(dream)) == (True, "")
     assert shown("--model.init_from", "Dream-org/Dream-v0-Instruct-7B@main") == (True, "")
     assert shown("--model.init_from", "GSAI-ML/LLaDA-8B-Instruct", "--model.family", "dream") == (False, "")
+    begun, told = shown("--data.tokenizer", "Dream-org/Dream-v0-Base-7B")
+    assert not begun and "model.init_from is not set: same_position logits" in told and "has shifted logits" in told
     unknown, told = shown("--model.init_from", "some/model", "--model.family", "qwen2")
     assert unknown and "some/model is not here, so shifted logits" in told
     unknown, told = shown("--model.init_from", "runs/later", "--model.alignment", "shifted")

@@ -64,8 +64,8 @@ def test_a_canvas_taller_than_the_terminal_is_shown_around_the_active_block() ->
 
 
 def test_no_steps_at_all() -> None:
-    assert "0/0 tokens" in shown(False, [])
-    assert "0/0 tokens" in shown(True, [])
+    for terminal in (False, True):  # as while the decoder is compiled
+        assert "compiling" in shown(terminal, []) and "0/0" not in shown(terminal, [])
 
 
 @pytest.mark.parametrize(

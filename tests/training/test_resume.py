@@ -155,9 +155,11 @@ def test_what_is_no_exact_resume_is_refused(
 def test_steps_of_a_constant_schedule_can_be_raised(tiny_config: Path, tmp_path: Path, capsys: Any) -> None:
     def trained(name: str, steps: int) -> int:
         flags = ["--optimizer.schedule", "constant", "--train.out", str(tmp_path / name), "--train.steps", str(steps)]
+        flags += ["--train.batch_size", "80"]
         return main(["train", "--config", str(tiny_config), *runs.QUIET, *flags])
 
     assert trained("run", 12) == trained("run", 17) == trained("straight", 17) == 0
+    assert "train.batch_size 80 is more than the 77 training records: every" in capsys.readouterr().err
     runs.check_same(tmp_path / "run", tmp_path / "straight")
     assert trained("run", 16) == 2
     assert "train.steps = 17 then, 16 now (the run has done 17 steps already)" in capsys.readouterr().err
