@@ -93,8 +93,8 @@ def has_type(value: Any, hint: Any) -> bool:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(has_type(value, one) for one in arguments)
-    if origin is Literal:
-        return any(value is one or (type(value) is type(one) and value == one) for one in arguments)
+    if origin is Literal:  # which of its words it is, is checked where it is read
+        return any(type(value) is type(one) for one in arguments)
     if origin is tuple:
         return isinstance(value, tuple) and all(has_type(item, arguments[0]) for item in value)
     if hint is None or hint is type(None):

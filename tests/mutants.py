@@ -57,7 +57,7 @@ MUTANTS = [
            "if not np.isfinite(difference) or (same_types and difference > 0):", "if same_types and difference > 0:",
            "tests/huggingface/test_roundtrip.py::test_verify_sees_a_changed_weight_and_a_changed_config"),
     Mutant("export-not-read-back", "jaxblock/model.py",
-           "return verify_checkpoint(folder, merged.net, merged.params, self._probe())", "return 0.0",
+           "return verify_checkpoint(place, merged.net, merged.params, self._probe())", "return 0.0",
            "tests/huggingface/test_through_load.py::test_an_autoregressive_start_decodes_once_it_has_a_mask"),
     Mutant("new-rows-not-the-mean", "jaxblock/huggingface/placement.py",
            "axis=axis, keepdims=True) / held", "axis=axis, keepdims=True) / x.shape[axis]",

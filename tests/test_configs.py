@@ -60,7 +60,7 @@ def test_a_config_is_valid(path: Path) -> None:
     assert check_config(config) is config
 
 
-FAST = ("quickstart_classical", "quickstart_blockwise")
+FAST = ("quickstart_classical",)
 """The first two phases of the quickstart: what the others run in another combination."""
 
 

@@ -85,9 +85,17 @@ class Case(NamedTuple):
         return self._replace(data=1, fsdp=1, tensor=1, slices=1, accumulate=1)
 
 
-USUAL = [Case(2, 2, 2), Case(1, 2, 2, slices=2, accumulate=2, rank=2)]
+USUAL = [Case(1, 2, 2, slices=2, accumulate=2, rank=2)]
 """Between them they split each axis, the batch into parts, and train the whole network and adapters."""
-RARER = [Case(8), Case(2, 4), Case(1, 1, 8), Case(2, 1, 2, slices=2), Case(accumulate=4), Case(2, 2, 2, rank=2)]
+RARER = [
+    Case(2, 2, 2),
+    Case(8),
+    Case(2, 4),
+    Case(1, 1, 8),
+    Case(2, 1, 2, slices=2),
+    Case(accumulate=4),
+    Case(2, 2, 2, rank=2),
+]
 RARER += [Case(1, 2, 2, slices=2, accumulate=2), Case(1, 4, slices=2, accumulate=2, rank=2)]
 RARER += [Case(1, 4, 2, rank=2, quantize="int8"), Case(2, 4, dtype="bfloat16"), Case(1, 2, 4, objective="classical")]
 """The last: all positions' logits, a chunk at a time, of words that lie on four devices."""
