@@ -134,7 +134,11 @@ def test_exports_give_the_same_network(
     """Exports adapters merged into one checkpoint, and alone in PEFT's format for the same base."""
     assert main(["export", "--checkpoint", str(run), "--out", str(tmp_path / "merged")]) == 0
     alone = ["--format", "adapter", "--out", str(tmp_path / "adapter")]
-    assert main(["export", "--checkpoint", str(run), *alone]) == 0
+    assert [main(["export", "--checkpoint", str(run), *alone, *again]) for again in ([], [], ["--overwrite"])] == [
+        0,
+        2,
+        0,
+    ]
     assert (tmp_path / "merged" / "modeling_llada.py").read_text() == (base / "modeling_llada.py").read_text()
     assert json.loads((tmp_path / "merged" / "generation_config.json").read_text())["temperature"] == 0.5
     assert not (tmp_path / "adapter" / "modeling_llada.py").exists()
