@@ -61,7 +61,7 @@ def test_a_config_is_valid(path: Path) -> None:
 
 
 FAST = ("quickstart_classical",)
-"""The first two phases of the quickstart: what the others run in another combination."""
+"""The quickstart's first phase: the others run the same in another combination, and the slow tests run them all."""
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ class Case(NamedTuple):
 
 
 USUAL = [Case(1, 2, 2, slices=2, accumulate=2, rank=2)]
-"""Between them they split each axis, the batch into parts, and train the whole network and adapters."""
+"""It splits parameters, heads and slices, and the batch into parts, and trains adapters."""
 RARER = [
     Case(2, 2, 2),
     Case(8),
