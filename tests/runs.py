@@ -36,11 +36,11 @@ def session(settings: Config, console: Console | None = None) -> Session:
     return loaded_session(settings, console or Console(quiet=True))
 
 
-def check_same(run: Path, expected: Path) -> None:
-    """Asserts that two runs have the same last parameters, bit for bit, and the same rows of training and evaluations."""
+def check_same(run: Path, expected: Path, kinds: tuple[str, ...] = ("train", "eval")) -> None:
+    """Asserts that two runs have the same last parameters, bit for bit, and the same rows of these kinds."""
     ours, theirs = (jax.device_get(jaxblock.load(folder).params) for folder in (run, expected))
     chex.assert_trees_all_equal(ours, theirs)
-    for kind in ("train", "eval"):
+    for kind in kinds:
         assert rows(run, kind) == rows(expected, kind)
 
 

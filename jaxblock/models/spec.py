@@ -73,13 +73,13 @@ def init_params(table: Table, seed: int, dtype: DTypeLike) -> Params:
     return nest(dict(zip(table, _draw_all(tuple(table.items()), seed, jnp.dtype(dtype)), strict=True)))
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
-def _draw_all(table: tuple[tuple[str, ParamSpec], ...], seed: int, dtype: np.dtype) -> list[jax.Array]:
+@partial(jax.jit, static_argnums=(0, 2), inline=True)
+def _draw_all(table: tuple[tuple[str, ParamSpec], ...], seed: int | jax.Array, dtype: np.dtype) -> list[jax.Array]:
     """Draws the weights of all parameters, compiled as one program: single operations would be dozens of programs."""
     return [_draw(spec, seed, path, dtype) for path, spec in table]
 
 
-def _draw(spec: ParamSpec, seed: int, path: str, dtype: DTypeLike) -> jax.Array:
+def _draw(spec: ParamSpec, seed: int | jax.Array, path: str, dtype: DTypeLike) -> jax.Array:
     """Draws the weights of one parameter."""
     if spec.std is None:
         return jnp.ones(spec.shape, dtype)
