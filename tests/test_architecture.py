@@ -39,7 +39,7 @@ build         settings diffusion models config training
 fit           errors io diffusion parallel models config data huggingface training build
 model         types errors settings io diffusion parallel models config data huggingface training
 loading       errors settings io parallel models data huggingface training build model
-reporting     types settings io diffusion training
+reporting     types errors settings io diffusion training
 __init__      errors model loading
 cli           errors settings io parallel config __init__ commands
 __main__      cli

@@ -87,6 +87,8 @@ def draw_breakdown(axes: Axes, run: Metrics, key: Literal["loss_by_block", "loss
     rows = [row for row in run.train if row.get(key)]
     if not rows:
         return _say_empty(axes, f"no loss by {what} logged")
+    if max(len(row[key]) for row in rows) < 2:
+        return _say_empty(axes, f"there is only one {what}: its loss is the training loss")
     share = max(1, len(rows) // 5)
     parts = [("all steps", rows, COLOURS[0])]
     if len(rows) >= 10:
@@ -178,6 +180,7 @@ def _use_log_scale_if_wide(axes: Axes, values: np.ndarray, typical: float) -> bo
     if values.min() <= 0 or values.max() <= _WIDE * typical:
         return False
     axes.set_yscale("log")
+    axes.set_ylabel(f"{axes.get_ylabel()}, logarithmic")
     low, high = axes.get_ylim()
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,), numticks=12))
     axes.yaxis.set_major_formatter("{x:g}")

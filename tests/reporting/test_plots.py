@@ -65,3 +65,14 @@ def test_what_is_drawn_is_what_was_logged(tmp_path: Path) -> None:
     curves.draw_breakdown(axes, run, "loss_by_count")
     assert np.asarray(axes.get_lines()[0].get_xdata()).tolist() == list(range(1, 9))  # masked counts start at 1
     assert np.asarray(axes.get_lines()[0].get_ydata()).tolist() == [0.5] * 8
+    for name, drawn, words in (("one step", 0, "there is only one block index"), ("full", 2, "")):
+        axes = Figure().subplots()
+        curves.draw_breakdown(axes, metrics.read_metrics(write(tmp_path / "m.jsonl", RUNS[name])), "loss_by_block")
+        assert len(axes.get_lines()) == drawn and all(words in text.get_text() for text in axes.texts)
+
+
+def test_a_logarithmic_axis_says_so() -> None:
+    axes = Figure().subplots()
+    wide = [train(step, loss=10.0 ** (3 - step)) for step in range(5)]
+    curves.draw_loss(axes, metrics.Metrics(wide, []))
+    assert axes.get_yscale() == "log" and axes.get_ylabel().endswith(", logarithmic")
