@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from re import _parser  # type: ignore[attr-defined]  # the standard library's only parser of expressions
 from typing import Any
 
 from jaxblock.errors import UserError, shown
@@ -156,6 +157,9 @@ def _check_kind(where: Path, config: Mapping[str, Any]) -> None:
         )
 
 
+_MOST_REPEATS = 6  # of a regular expression: each multiplies the time by the length of a name
+
+
 @dataclass(frozen=True)
 class _Fields:
     """Reads the fields of an adapter_config.json, with errors that name the file and the field."""
@@ -206,7 +210,32 @@ class _Fields:
             re.compile(text)
         except (re.error, RecursionError, OverflowError) as error:
             raise self.wrong(name, text, f"a regular expression ({error})") from error
+        if not _ends_soon(text):
+            raise self.wrong(
+                name,
+                text,
+                f"a simpler regular expression: at most {_MOST_REPEATS} repetitions, without choices or others in them",
+            )
         return text
+
+
+def _ends_soon(expression: str) -> bool:
+    """Tells whether matching a name takes a short time at most; one repetition inside another can take years."""
+    repeats = 0
+
+    def is_simple(part: Any, inside: bool) -> bool:
+        nonlocal repeats
+        for kind, argument in part:
+            repeated = "REPEAT" in str(kind)
+            repeats += repeated
+            if inside and (repeated or str(kind) == "BRANCH"):
+                return False
+            items = argument[1] if str(kind) == "BRANCH" else argument if isinstance(argument, tuple) else ()
+            if not all(is_simple(item, inside or repeated) for item in items if isinstance(item, _parser.SubPattern)):
+                return False
+        return True
+
+    return is_simple(_parser.parse(expression), False) and repeats <= _MOST_REPEATS
 
 
 def _names(wanted: list[str] | str, module: str) -> bool:

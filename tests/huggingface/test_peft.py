@@ -142,6 +142,10 @@ CASES: dict[str, tuple[Break, str]] = {
         fields(CONFIG, rank_pattern={"(": 2}),
         r"rank_pattern is '\('; it must be a regular expression",
     ),
+    "pattern without end": (
+        fields(CONFIG, target_modules="(.|.)*x"),
+        "target_modules is .* a simpler regular expression",
+    ),
     "pattern of no kind": (fields(CONFIG, rank_pattern=[2]), r"rank_pattern is \[2\]; it must be an object"),
     "no alpha": (fields(CONFIG, lora_alpha="x"), "lora_alpha is 'x'; it must be a finite number"),
     "no dropout": (fields(CONFIG, lora_dropout=5), "lora_dropout is 5; it must be a number from 0 to 1"),
