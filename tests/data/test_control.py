@@ -100,3 +100,23 @@ def test_text_that_becomes_a_control_token_is_refused_with_its_place(case: str) 
 def test_a_prompt_that_would_show_the_model_nothing_is_refused(source: str, prompt: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         encoder(tokenizer_json_with(NORMALISERS.NFC()), source).prompt(prompt)
+
+
+MODELS = tokenizers.models
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (MODELS.BPE({"a": 0, "b": 1}, []), r"no token for '\?' at character 1 and none for unknown letters"),
+        (MODELS.WordLevel({"a": 0}, unk_token="[UNK]"), r"cannot encode the text .*Missing \[UNK\] token"),
+        (MODELS.Unigram([("a", -1.0)], None), r"cannot encode the text .*unk_id"),
+    ],
+)
+def test_a_tokenizer_that_has_no_token_for_a_letter_says_so(model: tokenizers.models.Model, message: str) -> None:
+    text = tokenizers.Tokenizer(model).to_str()
+    with pytest.raises(UserError, match=message):
+        HuggingFaceTokenizer({"tokenizer.json": text.encode()}, "test").encode("a?")
+    for damaged in (b"{", b"[" * 100_000, b'{"model": {"type": "BPE", "vocab": {}, "merges": []}}'):
+        with pytest.raises(UserError, match="test: not a Hugging Face tokenizer.json"):
+            HuggingFaceTokenizer({"tokenizer.json": damaged}, "test")

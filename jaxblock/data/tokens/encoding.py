@@ -98,7 +98,11 @@ class Encoder:
         for message in messages:
             checked_text(message["content"], f"the {message['role']}'s text", where)
         self._control.check_texts(messages, where)
-        ids = self.tokenizer.encode(self.template.render(messages, add_generation_prompt, where=where))
+        text = self.template.render(messages, add_generation_prompt, where=where)
+        try:
+            ids = self.tokenizer.encode(text)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
         self._control.check_ids(ids, messages, add_generation_prompt, where)
         return ids
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, SupportsIndex
 
 import tokenizers
 
 from jaxblock.data.tokens.added_tokens import add_declared, declared_tokens
 from jaxblock.data.tokens.tokenizer import Tokenizer
-from jaxblock.errors import UserError
+from jaxblock.errors import UserError, first_line
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -22,20 +23,32 @@ class HuggingFaceTokenizer(Tokenizer):
         Raises:
             UserError: If the files do not describe a tokenizer; the message begins with `where`.
         """
-        try:
+        with _library_errors(f"{where}: not a Hugging Face tokenizer.json"):
             self._tokenizer = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
-        except Exception as error:  # the library raises plain Exception
-            raise UserError(f"{where}: not a Hugging Face tokenizer.json ({error})") from error
+            vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        if not vocabulary:
+            raise UserError(f"{where}: not a Hugging Face tokenizer.json (its vocabulary is empty)")
         super().__init__(files, where)
         add_declared(self._tokenizer, declared_tokens(files, where), where)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1  # ids may have gaps
+        self._drops_letters = _drops_letters(self._tokenizer.model, vocabulary)
         added = self._tokenizer.get_added_tokens_decoder().values()
         self.special_texts = frozenset(token.content for token in added if token.special)
 
     def encode(self, text: str) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        with _library_errors("the tokenizer cannot encode the text"):
+            found = self._tokenizer.encode(text, add_special_tokens=False)
+        if self._drops_letters:
+            kept = {at for begin, end in found.offsets for at in range(begin, end)}
+            lost = next((at for at, letter in enumerate(text) if at not in kept and not letter.isspace()), None)
+            if lost is not None:
+                raise UserError(
+                    f"the tokenizer has no token for {text[lost]!r} at character {lost} and none for unknown letters: it would "
+                    "leave the letter out"
+                )
+        return list(found.ids)
 
     def decode(self, ids: Iterable[SupportsIndex], skip_special: bool = True) -> str:
         return str(self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special))
@@ -89,3 +102,21 @@ class HuggingFaceTokenizer(Tokenizer):
 
 def _json_bytes(value: dict[str, Any]) -> bytes:
     return json.dumps(value, indent=2, ensure_ascii=False).encode()
+
+
+@contextlib.contextmanager
+def _library_errors(problem: str) -> Iterator[None]:
+    """Turns the library's errors, which are plain Exceptions or panics of its Rust code, into a UserError."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise UserError(f"{problem} ({first_line(error)})") from error
+        raise
+
+
+def _drops_letters(model: Any, vocabulary: Mapping[str, int]) -> bool:
+    """Tells whether a model leaves letters out that its vocabulary lacks: BPE without bytes and without an unknown token does."""
+    if not isinstance(model, tokenizers.models.BPE) or model.unk_token is not None or model.byte_fallback:
+        return False
+    return not all(letter in vocabulary for letter in tokenizers.pre_tokenizers.ByteLevel.alphabet())
