@@ -222,7 +222,7 @@ def main(names: Sequence[str]) -> int:
     chosen = [known[name] for name in names or known]
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "jaxblock"
-        for part in ("jaxblock", "tests"):
+        for part in ("jaxblock", "tests", "benchmarks"):
             shutil.copytree(ROOT / part, root / part, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", root)
         failed = failure(root, list(dict.fromkeys(mutant.test for mutant in chosen)))
