@@ -185,6 +185,9 @@ def test_verify_sees_a_changed_weight_and_a_changed_config(small: Any, saved: An
     save_checkpoint(tmp_path / "holed", arch, moved_by(np.nan))
     with pytest.raises(UserError, match=r"tensor \S*ln_f.weight holds NaN or infinite"):
         verify_checkpoint(tmp_path / "holed", net, moved_by(np.nan), ids)
+    save_checkpoint(tmp_path / "huge", arch, moved_by(3e38))  # finite weights, whose logits are not
+    with pytest.raises(UserError, match="differ by nan"):
+        verify_checkpoint(tmp_path / "huge", net, moved_by(3e38), ids)
     # Other types, other logits: reported, and no error.
     save_checkpoint(tmp_path / "out", arch, params, dtype=jnp.bfloat16)
     assert 0 < verify_checkpoint(tmp_path / "out", net, params, ids) < 1
