@@ -13,9 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
-import grain
 import numpy as np
-from absl import flags
 
 from jaxblock.data.store.records import Record, Records
 from jaxblock.diffusion.config import Blocks, CanvasConfig
@@ -170,6 +168,8 @@ class BatchAt:
         """The number of rows, records or pairs, after which the order begins again."""
         # Grain adds the epoch to the seed. The seed is hashed first, so that epoch 1 of seed 0 differs from epoch 0 of seed 1.
         hashed = int(np.random.SeedSequence([seed, 0xDA7A]).generate_state(1)[0])
+        import grain  # here, since loading a model does not wait for it
+
         self._order = grain.MapDataset.range(n).shuffle(seed=hashed).repeat()
         rows = batch_size // process_count
         self._rows = np.arange(process_index * rows, (process_index + 1) * rows)
@@ -195,9 +195,13 @@ def batches(at: BatchAt, *, start_step: int = 0, workers: int = 0) -> Iterator[B
     Returns:
         A Grain iterator; its `close()` ends the workers at once.
     """
+    import grain
+
     steps = grain.MapDataset.range(start_step, sys.maxsize).map(at)
     dataset = steps.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
     if workers:
+        from absl import flags
+
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain's worker processes read absl flags, and the defaults are right
         # A batch is small, so it is sent through the queue: shared memory would leak if the iterator were dropped midway.
