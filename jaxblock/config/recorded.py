@@ -53,13 +53,15 @@ def read_block(folder: PathLike) -> Recorded | None:
         The settings; None where generation_config.json is absent or has no block.
 
     Raises:
-        UserError: the block is damaged, or a later version wrote it; the message names the file.
+        UserError: the file or the block is damaged, or a later version wrote it; the message names the file.
     """
     path = as_path(folder) / FILE
     if not path.exists():
         return None
     content = read_json(path)
-    block = content.get(KEY) if isinstance(content, dict) else None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object: it is not what an export writes")
+    block = content.get(KEY)
     if block is None:
         return None
     where = f"{path} ({KEY})"

@@ -104,7 +104,7 @@ class AdapterConfig:
 
 
 def read_adapter_config(path: Path) -> AdapterConfig:
-    """Reads an adapter_config.json.
+    """Reads which adapters an adapter_config.json describes, and refuses those that we would compute differently than PEFT.
 
     Args:
         path: the file.

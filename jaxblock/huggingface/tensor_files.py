@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from jaxblock.errors import UserError
+from jaxblock.errors import UserError, shown
 from jaxblock.io.files import read_json
 
 INDEX = "model.safetensors.index.json"
@@ -121,7 +121,9 @@ def _read_index(folder: Path) -> dict[str, str]:
     for tensor, file in promised.items():
         # An index could otherwise name any file of the machine.
         if file != os.path.basename(file):
-            raise UserError(f"{path}: tensor {tensor} is in {file!r}; shards must lie in the folder itself")
+            raise UserError(f"{path}: tensor {shown(tensor)} is in {shown(file)}; shards must lie in the folder itself")
+        if not file.isprintable() or not 0 < len(file.encode()) < 256:
+            raise UserError(f"{path}: tensor {shown(tensor)} is in {shown(file)}, which can be no file's name")
     return promised
 
 

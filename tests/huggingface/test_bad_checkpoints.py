@@ -203,6 +203,7 @@ SHARDED: dict[str, tuple[Break, str]] = {
         rf"damaged \(1\): {HEAD} \({INDEX} says it is in model-\d+-of-\d+\.safetensors, which does not hold it\)",
     ),
     "index points outside": (reindex(lambda m: m.update({HEAD: "../../etc/passwd"})), "must lie in the folder itself"),
+    "index names no file": (reindex(lambda m: m.update({HEAD: "x" * 300})), "can be no file's name"),
     "no index at all": (lambda f: (f / INDEX).write_text('{"weight_map": {}}'), "no weight_map"),
 }
 
