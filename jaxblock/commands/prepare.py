@@ -29,6 +29,8 @@ def run(options: Options, config: Config) -> int:
         dropped = sum(report["dropped"].values())
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in report["dropped"].items())
         print(f"{split}: {report['kept']:,} kept, {dropped:,} dropped{f' ({reasons})' if reasons else ''}")
+        for name, count in report.get("fields", {}).get("left_out", {}).items():
+            print(f"{split}: field {name!r} of {count:,} records is not kept for graders: JSON cannot hold its values")
     for pair, count in manifest.overlaps.items():
         if count:
             print(f"warning: {count:,} prompts are in both {pair}")

@@ -6,6 +6,8 @@ import dataclasses
 import errno
 import json
 import os
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,6 +66,33 @@ def test_the_builtin_corpus_from_text_to_records(tmp_path: Path) -> None:
         assert opened.encoder.prompt(record.prompt) == record.prompt_ids.tolist()
     with pytest.raises(UserError, match="holds no 'dev' records"):
         opened.records("dev")
+
+
+def test_other_fields_are_kept_for_graders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {"question": "1, 2: 3", "answer": "1+2=3"}
+    talk = [{"role": "user", "content": "4?"}, {"role": "assistant", "content": "2+2=4"}]
+    others: list[dict[str, Any]] = [{"numbers": [1, 2], "target": 3.5}, {"é": "\ud800", "deep": {"a": [None]}}, {}]
+    lines = [{**asked, **others[0]}, {"messages": talk, **others[1]}, asked]
+    train = tmp_path / "train.jsonl"
+    train.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    table = types.SimpleNamespace(load_dataset=lambda *_, **__: [{**asked, "n": 7, "picture": b"\0"}])
+    monkeypatch.setitem(sys.modules, "datasets", table)
+    config = _config(tmp_path, train=str(train), test="hf:some/table", validation_records=0)
+    with monkeypatch.context() as earlier:
+        earlier.setattr("jaxblock.data.store.prepare.MANIFEST_FORMAT", 2)
+        _prepare(config)
+    said: list[str] = []
+    assert _prepare(config, said.append).format == 2 and "not the records' other fields" in said[-1]
+    made = _prepare(dataclasses.replace(config, data=dataclasses.replace(config.data, overwrite=True)), said.append)
+    opened = open_prepared(tmp_path / "out")
+    assert [record.fields for record in opened.records("train")] == others
+    assert [record.fields for record in opened.records("test")] == [{"n": 7}]
+    sizes = sum(len(json.dumps(other, separators=(",", ":"))) for other in others[:2])
+    assert made.splits["train"]["fields"] == {"records": 2, "bytes": sizes, "left_out": {}}
+    assert made.splits["test"]["fields"] == {"records": 1, "bytes": 7, "left_out": {"picture": 1}}
+    train.write_text(json.dumps(asked) + "\n" + json.dumps({**asked, "page": "x" * 2**20}))
+    with pytest.raises(UserError, match=r"train\.jsonl:2: the fields .* 1,048,587 bytes, .* \(the largest is 'page'\)"):
+        _prepare(_config(tmp_path, prepared=str(tmp_path / "large"), train=str(train), test=None, validation_records=0))
 
 
 def test_a_second_call_finds_it_and_a_different_one_is_refused(tmp_path: Path, jsonl: Jsonl) -> None:

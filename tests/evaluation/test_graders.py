@@ -81,8 +81,8 @@ def test_exact_forgives_outer_space_alone() -> None:
     assert not exact("A b", "a b").correct and not exact("a  b", "a b").correct and not exact("a b.", "a b").correct
 
 
-def record(prompt: str = "?", response: str = "#### 18") -> Record:
-    return Record(np.zeros(0, np.int32), np.zeros(0, np.int32), prompt, response, "train.jsonl:17", 3)
+def record(prompt: str = "?", response: str = "#### 18", fields_json: str = "") -> Record:
+    return Record(np.zeros(0, np.int32), np.zeros(0, np.int32), prompt, response, "train.jsonl:17", 3, fields_json)
 
 
 USERS = """import numpy as np
@@ -173,6 +173,7 @@ def test_countdown_is_graded_by_the_example_of_the_documentation(shared: Path) -
     records = [record(row["input"], row["output"]) for row in rows]
     assert len(records) > 500 and all(grade(each.response, each).correct for each in records)
     puzzle = record("15,44,79,50", "44-15=29,79-29=50")
+    in_words = record("Reach fifty.", "44-15=29,79-29=50", '{"numbers": [15, 44, 79], "target": 50}')
     for response, right in (
         ("79-44=35,15+35=50", True),  # another way
         (" 79 - 44 = 35, 35 + 15 = 50\n", True),
@@ -186,4 +187,4 @@ def test_countdown_is_graded_by_the_example_of_the_documentation(shared: Path) -
         ("__import__('os')", False),
         ("", False),
     ):
-        assert grade(response, puzzle).correct is right, response
+        assert grade(response, puzzle).correct is grade(response, in_words).correct is right, response

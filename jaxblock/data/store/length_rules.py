@@ -11,6 +11,7 @@ import numpy as np
 from jaxblock.data.config import DataConfig
 from jaxblock.data.store.records import Record
 from jaxblock.data.text.examples import Example
+from jaxblock.data.text.fields import fields_json
 from jaxblock.diffusion.config import CanvasConfig
 from jaxblock.errors import UserError
 
@@ -42,14 +43,17 @@ class LengthRules:
 
         Returns:
             (the records that fit, a report {"kept": n, "dropped": {reason: n}, "cut": {reason: n}} of how many records
-            were kept, dropped and cut). A prompt is never cut.
+            were kept, dropped and cut). A prompt is never cut. Where records have other fields, the report has "fields":
+            {"records": n, "bytes": n, "left_out": {name: n}} too, of those kept for graders and those that JSON cannot hold.
 
         Raises:
-            UserError: If no record is left (unless `data.overlong` is `error`: then `check` raises).
+            UserError: If no record is left (unless `data.overlong` is `error`: then `check` raises), or a record's other
+                fields are too large.
         """
         kept: list[Record] = []
         dropped: Counter[str] = Counter()
         cut: Counter[str] = Counter()
+        left_out: Counter[str] = Counter()
         # Without a file of validation records, they are taken from the training records, whose limit then applies to them.
         ruled = split == "train" or split == "validation" and self._data.validation is None
         most_tokens = self._data.max_total_len if ruled else None
@@ -66,7 +70,9 @@ class LengthRules:
                 dropped[f"{' and '.join(long)} too long"] += 1
                 continue
             ids = (np.array(prompt_ids, np.int32), np.array(response_ids, np.int32))
-            kept.append(Record(*ids, example.prompt, example.response, example.source, len(kept)))
+            fields, not_kept = fields_json(example.fields, example.where)
+            left_out.update(not_kept)
+            kept.append(Record(*ids, example.prompt, example.response, example.source, len(kept), fields))
             if len(kept) == most_records:
                 if place < len(examples):
                     dropped["beyond data.max_records"] = len(examples) - place
@@ -81,7 +87,11 @@ class LengthRules:
                 f"the longest prompt has {self._longest['prompt']} tokens, the longest response "
                 f"{self._longest['response']}"
             )
-        return kept, {"kept": len(kept), "dropped": dict(dropped), "cut": dict(cut)}
+        report = {"kept": len(kept), "dropped": dict(dropped), "cut": dict(cut)}
+        sizes = [len(record.fields_json) for record in kept if record.fields_json]
+        if sizes or left_out:
+            report["fields"] = {"records": len(sizes), "bytes": sum(sizes), "left_out": dict(left_out)}
+        return kept, report
 
     def check(self) -> None:
         """Raises UserError where `data.overlong` is `error` and a record of any split was too long.

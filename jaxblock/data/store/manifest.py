@@ -18,8 +18,9 @@ from jaxblock.io.files import read_json, write_json
 from jaxblock.io.paths import PathLike, as_path
 
 MANIFEST_FILE = "manifest.json"
-MANIFEST_FORMAT = 2
-"""The version of a prepared folder. Version 1 did not record all ids that end a response."""
+MANIFEST_FORMAT = 3
+"""The version of a prepared folder. Version 1 did not record all ids that end a response; versions 1 and 2 kept no other fields
+of the records than prompt and response."""
 
 # Settings that do not change the records: they say where the folder is, or how much of a record training shows the model.
 _NOT_RECORDED_DATA = ("prepared", "overwrite", "verify", "allow_other_template")
@@ -41,7 +42,7 @@ class Manifest:
         special: The ids of the special tokens.
         vocab_size: The number of embedding rows that are needed: the largest id + 1.
         splits: For each split {"kept", "dropped" and "cut" by reason, "tokens", "blocks"} (see
-            `statistics.length_statistics`).
+            `statistics.length_statistics`), and "fields" where records have other fields (see `length_rules.LengthRules`).
         overlaps: How many prompts two splits share, by the splits' names ("train and test").
     """
 
@@ -88,7 +89,7 @@ def read_manifest(folder: PathLike) -> Manifest:
         )
     content = read_json(path)
     try:
-        if content["format"] not in (1, MANIFEST_FORMAT):
+        if content["format"] not in (1, 2, MANIFEST_FORMAT):
             raise UserError(
                 f"{path}: format {content['format']} is not this version's, {MANIFEST_FORMAT}; prepare the data again"
             )
@@ -100,7 +101,7 @@ def read_manifest(folder: PathLike) -> Manifest:
         raise UserError(
             f"{path} is not a manifest of this version ({first_line(error)}); prepare the data again"
         ) from error
-    if manifest.format < MANIFEST_FORMAT:
+    if manifest.format == 1:
         warn_of_earlier_version(name, "all ids that end a response")
     return manifest
 

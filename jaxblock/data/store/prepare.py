@@ -84,9 +84,11 @@ def _prepare(data: DataConfig, canvas: CanvasConfig, progress: Progress) -> Mani
     if given and len(given.ends) > 1:
         origin["ends"] = given.ends
     fingerprint = compute_fingerprint(settings, inputs, origin, template)
-    there = _prepared_before(data, settings, {1: before, MANIFEST_FORMAT: fingerprint})
-    if there is not None:
-        progress(f"already prepared: {data.prepared} holds the same settings and inputs")
+    there = _prepared_before(data, settings, {1: before, 2: fingerprint, MANIFEST_FORMAT: fingerprint})
+    lacks_fields = there is not None and there.format < MANIFEST_FORMAT and _have_fields(sources)
+    if there is not None and not (lacks_fields and data.overwrite):
+        without = ", but not the records' other fields, which graders get (data.overwrite adds them)" * lacks_fields
+        progress(f"already prepared: {data.prepared} holds the same settings and inputs{without}")
         return there
 
     encoder = _make_encoder(data, sources["train"].examples, given, template, progress)
@@ -190,6 +192,11 @@ def _make_records(
     for split, some in records.items():
         report[split] |= length_statistics(some, canvas.block)
     return records, report
+
+
+def _have_fields(sources: dict[str, Source]) -> bool:
+    """Tells whether any record has other fields than prompt and response."""
+    return any(example.fields for source in sources.values() for example in source.examples)
 
 
 def _sha256_of_files(tokenizer: Tokenizer) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 import struct
 from collections.abc import Iterable, Sequence
@@ -34,6 +35,7 @@ class Record:
         response: The answer as the record has it, without the template.
         source: The place the record came from, as in "train.jsonl:17".
         index: The record's place in its split, from 0.
+        fields_json: The record's other fields as JSON; empty where it has none.
     """
 
     prompt_ids: np.ndarray
@@ -42,6 +44,12 @@ class Record:
     response: str
     source: str
     index: int
+    fields_json: str = ""
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The record's other fields, as its line in the user's file has them; empty where it has none."""
+        return json.loads(self.fields_json) if self.fields_json else {}
 
 
 def encode_record(record: Record) -> bytes:
@@ -50,7 +58,8 @@ def encode_record(record: Record) -> bytes:
     response_ids = np.ascontiguousarray(record.response_ids, "<i4")
     texts = [text.encode() for text in (record.prompt, record.response, record.source)]
     header = _HEADER.pack(record.index, len(prompt_ids), len(response_ids), *map(len, texts))
-    return b"".join([header, prompt_ids.tobytes(), response_ids.tobytes(), *texts])
+    # An object of JSON shows where it ends, so that a record without other fields has the same bytes as ever.
+    return b"".join([header, prompt_ids.tobytes(), response_ids.tobytes(), *texts, record.fields_json.encode()])
 
 
 def decode_record(content: bytes) -> Record:
@@ -61,14 +70,15 @@ def decode_record(content: bytes) -> Record:
     """
     index, n_prompt, n_response, *sizes = _HEADER.unpack_from(content)
     end = _HEADER.size + 4 * (n_prompt + n_response)
-    if end + sum(sizes) != len(content):
+    fields = content[end + sum(sizes) :]
+    if end + sum(sizes) > len(content) or fields and not (fields.startswith(b"{") and fields.endswith(b"}")):
         raise ValueError(f"{len(content)} bytes hold no record of {end + sum(sizes)} bytes")
     ids = np.frombuffer(content, "<i4", n_prompt + n_response, _HEADER.size).astype(np.int32)
     texts = []
     for size in sizes:
         texts.append(content[end : end + size].decode())
         end += size
-    return Record(ids[:n_prompt], ids[n_prompt:], texts[0], texts[1], texts[2], index)
+    return Record(ids[:n_prompt], ids[n_prompt:], texts[0], texts[1], texts[2], index, fields.decode())
 
 
 def records_file(folder: PathLike, split: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from jaxblock.data.config import DataConfig
@@ -33,6 +33,7 @@ class Example:
         source: The file name and the line, which the prepared record keeps, and the number of the assistant's turn where
             several are supervised ("train.jsonl:17#2").
         conversation: A name that all examples of one conversation share, so that they are put into the same split.
+        fields: The record's other fields: neither prompt, response nor messages. Only graders look at them.
     """
 
     messages: tuple[Message, ...]
@@ -41,6 +42,7 @@ class Example:
     where: str
     source: str
     conversation: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
 
 def examples_of(row: Row, config: DataConfig) -> list[Example]:
@@ -54,11 +56,12 @@ def examples_of(row: Row, config: DataConfig) -> list[Example]:
         UserError: If a field is missing, empty or not text, or the messages are not a conversation.
     """
     if config.messages_field in row.record:
-        return _turns(row, _conversation(row, config.messages_field), config)
+        return _turns(row, _conversation(row, config.messages_field), _others(row, config.messages_field), config)
     otherwise = f", or give {config.messages_field!r}"
     prompt = _field(row, "prompt_field", config.prompt_field, otherwise)
     response = _field(row, "response_field", config.response_field, otherwise)
-    return [question_and_answer(prompt, response, config, row.where, row.source)]
+    fields = _others(row, config.prompt_field, config.response_field)
+    return [question_and_answer(prompt, response, config, row.where, row.source, fields)]
 
 
 def read_prompts(path: str, config: DataConfig) -> Iterator[tuple[str, Prompt]]:
@@ -88,10 +91,17 @@ def read_prompts(path: str, config: DataConfig) -> Iterator[tuple[str, Prompt]]:
         yield row.where, messages
 
 
-def question_and_answer(prompt: str, response: str, config: DataConfig, where: str, source: str) -> Example:
+def question_and_answer(
+    prompt: str, response: str, config: DataConfig, where: str, source: str, fields: Mapping[str, Any]
+) -> Example:
     """Makes the example of a single question and its answer; the question is put into `data.prompt_template`."""
     messages = ({"role": "user", "content": in_template(prompt, config)}, {"role": "assistant", "content": response})
-    return Example(messages, prompt, response, where, source, where)
+    return Example(messages, prompt, response, where, source, where, fields)
+
+
+def _others(row: Row, *used: str | None) -> dict[str, Any]:
+    """Returns the fields of a record but those that are used."""
+    return {name: value for name, value in row.record.items() if name not in used}
 
 
 def in_template(prompt: str, config: DataConfig) -> str:
@@ -163,7 +173,7 @@ def _field(row: Row, setting: str, name: str | None, otherwise: str = "") -> str
     return checked_text(row.record[name], f"field {name!r}", row.where)
 
 
-def _turns(row: Row, messages: list[Message], config: DataConfig) -> list[Example]:
+def _turns(row: Row, messages: list[Message], fields: Mapping[str, Any], config: DataConfig) -> list[Example]:
     """Makes one example for each supervised turn, from the turns up to it."""
     spoken = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
     first_user = next(number for number, message in enumerate(messages) if message["role"] == "user")
@@ -183,6 +193,7 @@ def _turns(row: Row, messages: list[Message], config: DataConfig) -> list[Exampl
                 where=f"{row.where}, assistant turn {turn}" if every_turn else row.where,
                 source=f"{row.source}#{turn}" if every_turn else row.source,
                 conversation=row.where,
+                fields=fields,
             )
         )
     return examples

@@ -11,6 +11,7 @@ from typing import Any
 from jaxblock.data.config import DataConfig
 from jaxblock.data.text import corpus
 from jaxblock.data.text.examples import Example, checked_text, examples_of, question_and_answer
+from jaxblock.data.text.fields import fields_json
 from jaxblock.data.text.files import Row, read_rows
 from jaxblock.data.text.recipes import BUILTIN
 from jaxblock.errors import UserError
@@ -85,7 +86,7 @@ def builtin_examples(split: corpus.CorpusSplit, n: int, config: DataConfig) -> l
         raise UserError(f"the built-in corpus (data.level, data.builtin_train, data.builtin_test): {error}") from error
     names = [f"{BUILTIN}:{split}:{line}" for line in range(1, n + 1)]
     return [
-        question_and_answer(record["question"], record["answer"], config, name, name)
+        question_and_answer(record["question"], record["answer"], config, name, name, {})
         for name, record in zip(names, records, strict=True)
     ]
 
@@ -96,7 +97,9 @@ def builtin_source(examples: list[Example]) -> Source:
 
 
 def _texts_sha256(examples: list[Example]) -> str:
-    texts = [[[message["role"], message["content"]] for message in example.messages] for example in examples]
+    texts: list[Any] = [[[turn["role"], turn["content"]] for turn in example.messages] for example in examples]
+    # Other fields are part of what was read; without any the hash is what it always was.
+    texts += [fields_json(example.fields, example.where)[0] for example in examples if example.fields]
     content = json.dumps(texts, ensure_ascii=False)
     return hashlib.sha256(content.encode()).hexdigest()
 
