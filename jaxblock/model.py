@@ -79,11 +79,13 @@ class Decoded(NamedTuple):
         ids: the responses [B, R].
         canvases: the responses after 0, 1, ... steps [S, B, R]; positions without a committed token hold the mask id.
         nfe: the forward passes spent on each row [B].
+        positions: the canvas positions that those passes needed to compute, summed (token-forwards) [B].
     """
 
     ids: np.ndarray
     canvases: np.ndarray
     nfe: np.ndarray
+    positions: np.ndarray
 
 
 class Answer(NamedTuple):
@@ -300,7 +302,7 @@ class Model:
             return np.asarray(found.response)
         steps = int(np.max(found.commit_step)) + 1
         states = decoder.responses_by_step(layout, found, steps)
-        return Decoded(np.asarray(found.response), states, np.asarray(found.nfe))
+        return Decoded(np.asarray(found.response), states, np.asarray(found.nfe), np.asarray(found.positions))
 
     def stream(self, prompt_ids: Sequence[int], *, index: int = 0, **options: Any) -> Iterator[tuple[np.ndarray, int]]:
         """Decodes one prompt block by block and yields the response after every step; ``decode`` returns the last one.
@@ -328,7 +330,8 @@ class Model:
             if bool(carry.done.all()):
                 break
             static = (self.net, layout, settings)
-            carry = self._run(decoder.decode_block, static, self.params, canvas, carry, jnp.int32(block))
+            blocks = jnp.full_like(canvas.prompt_len, block)
+            carry = self._run(decoder.decode_block, static, self.params, canvas, carry, blocks)
             steps = int(carry.nfe[0]) // settings.passes
             found = self._run(decoder.finish, (layout,), canvas, carry)
             states = decoder.responses_by_step(layout, found, steps)

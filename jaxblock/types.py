@@ -1,7 +1,8 @@
 """Defines the types of arrays, and the interface of a network, that several packages share.
 
 Letters in shapes (also the suffixes of local names): B rows of a batch, T canvas positions, R response positions,
-A positions of the active block, K draws per sequence, N query heads, G key/value heads, H head dim, D embed,
+A positions of the active block, Q positions computed beside a cache, K draws per sequence, N query heads, G key/value heads,
+H head dim, D embed,
 F feed-forward, V vocabulary, L layers.
 """
 
@@ -36,6 +37,29 @@ class View(NamedTuple):
     valid: Bool[Array, "B A"]
 
 
+class Part(NamedTuple):
+    """Describes the consecutive positions of a ``View`` that a pass on cached keys and values computes anew.
+
+    Attributes:
+        ids: the tokens at these positions; Q is the same for all rows.
+        first: the canvas position of the first of them; positions past the canvas are ignored.
+        length: the number of visible canvas positions of each row.
+        at: the index among them whose hidden state predicts each active position.
+    """
+
+    ids: Int[Array, "B Q"]
+    first: Int[Array, " B"]
+    length: Int[Array, " B"]
+    at: Int[Array, "B A"]
+
+
+class Cache(NamedTuple):
+    """Holds the rotated keys and the values of all canvas positions in every layer."""
+
+    k: Float[Array, "L B T G H"]
+    v: Float[Array, "L B T G H"]
+
+
 class Sum(NamedTuple):
     """Holds a sum and its weight. They are divided only when the value is written, because a mean of means would be wrong."""
 
@@ -57,4 +81,17 @@ class Network(Protocol):
 
     def nll(self, params: Params, hidden: Float[Array, "B A D"], targets: Int[Array, "B A"]) -> Float[Array, "B A"]:
         """Returns the float32 -log p of the targets in nats; the mask token counts in the normaliser."""
+        ...
+
+
+@runtime_checkable
+class CachingNetwork(Network, Protocol):
+    """Declares what decoding with a cache needs besides."""
+
+    def refresh(self, params: Params, view: View) -> tuple[Float[Array, "B A D"], Cache]:
+        """Returns the hidden states at ``view.at`` (as ``hidden`` does), and the keys and values of all positions."""
+        ...
+
+    def update(self, params: Params, part: Part, cache: Cache) -> Float[Array, "B A D"]:
+        """Returns the hidden states at ``part.at``, computing only the part anew; its keys and values stand in for the cached ones."""
         ...

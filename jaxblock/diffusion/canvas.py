@@ -207,3 +207,25 @@ def view(layout: Layout, canvas: Canvas, block: Int[Array, " B"], block_ids: Int
         at=jnp.maximum(active - predicts_next, 0),
         valid=valid,
     )
+
+
+MOST_WIDTHS = 4
+"""The most widths of a canvas that one program is compiled for."""
+
+
+def groups_of_blocks(layout: Layout) -> list[range]:
+    """Splits the blocks into at most ``MOST_WIDTHS`` runs, whose passes compute equally many positions."""
+    n = layout.n_blocks
+    bounds = sorted({-(-n * i // MOST_WIDTHS) for i in range(MOST_WIDTHS + 1)})
+    return [range(first, end) for first, end in zip(bounds, bounds[1:], strict=False)]
+
+
+def visible_positions(layout: Layout, room: int, block: int) -> int:
+    """Returns the canvas positions that are visible while a block is active, where the response begins at ``room``."""
+    end = room + layout.response_len
+    return end if layout.suffix_window is None else min(end, room + (block + 1) * layout.block + layout.suffix_window)
+
+
+def narrowed(canvas: Canvas, width: int) -> Canvas:
+    """Returns the canvas with its first ``width`` positions; the caller makes sure that no later one is visible."""
+    return canvas._replace(ids=canvas.ids[:, :width])

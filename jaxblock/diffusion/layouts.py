@@ -83,7 +83,8 @@ def decoding_layout(
         stop_ids: the tokens that end a response, where ``decode`` names none.
 
     Raises:
-        UserError: the block does not divide the response or has fewer positions than steps, or a token cannot end or fill a response.
+        UserError: the block does not divide the response or has fewer positions than steps, a token cannot end or fill a
+            response, or ``quirks`` would do nothing.
     """
     layout = Layout(
         response_len=decode.response_len or canvas.response_len,
@@ -100,6 +101,11 @@ def decoding_layout(
         raise UserError(
             f"decode.steps_per_block {decode.steps_per_block} is more than the {layout.block} positions of a block: set at "
             f"most {layout.block}, one token a step"
+        )
+    if decode.quirks == "fast_dllm" and layout.alignment != "shifted":
+        raise UserError(
+            "decode.quirks fast_dllm has no effect on a network whose hidden state predicts its own position (LLaDA): set it to "
+            "none; the cached results are Fast-dLLM's there"
         )
     for name, ids in (("fill_id", (layout.fill_id,)), ("stop_ids", layout.stop_ids)):
         for token in ids:

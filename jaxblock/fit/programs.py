@@ -126,12 +126,14 @@ def decoder_program(config: Config, arch: Architecture, mesh: Mesh) -> Program:
     ways = row_shards(config)
     rows = -(-config.decode.batch_size // ways) * ways
 
-    def run(params: Any, prompts: Any, lengths: Any, block: Any) -> Any:
+    def run(params: Any, prompts: Any, lengths: Any, blocks: Any) -> Any:
         canvas = canvases.for_decoding(layout, prompts, lengths, jnp.arange(rows, dtype=jnp.int32))
         carry = decoder.start_decoding(layout, canvas, config.decode.seed)
-        return decoder.decode_block(net, layout, config.decode, params, canvas, carry, block)[:-1]
+        return decoder.decode_block(net, layout, config.decode, params, canvas, carry, blocks)[:-1]
 
-    whole: Any = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows, config.canvas.prompt_len), (rows,), ())]
+    whole: Any = [
+        jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows, config.canvas.prompt_len), (rows,), (rows,))
+    ]
     with jax.set_mesh(mesh):
         lowered = jax.jit(run).lower(params, *whole)
     size = float(bytes_per_device(params))

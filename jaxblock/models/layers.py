@@ -7,6 +7,7 @@ The table's names are flat (``blocks/q_bias``), but modules are nested: ``param_
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +48,22 @@ def rms_norm(x: Float[Array, "*rows D"], scale: Float[Array, " D"], eps: float) 
     wide = x.astype(at_least_float32(x.dtype))
     normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     return rounded_once(jnp.multiply, normed.astype(x.dtype), scale.astype(x.dtype))
+
+
+class KeysValues(NamedTuple):
+    """Holds the rotated keys and the values of one layer."""
+
+    k: Float[Array, "B T G H"]
+    v: Float[Array, "B T G H"]
+
+
+def overlay(
+    cached: Float[Array, "B T G H"], new: Float[Array, "B Q G H"], first: Int[Array, " B"]
+) -> Float[Array, "B T G H"]:
+    """Replaces each row's positions from ``first`` on by new ones; those that would lie past the end are dropped."""
+    at = jnp.arange(cached.shape[1]) - first[:, None]
+    here = jnp.clip(at, 0, new.shape[1] - 1)
+    return jnp.where((at == here)[..., None, None], pick(new, here), cached)
 
 
 def pick(x: Float[Array, "B T *rest"], at: Int[Array, "B A"]) -> Float[Array, "B A *rest"]:
@@ -96,16 +113,26 @@ class Attention(nnx.Module):
         self.k_norm = RMSNorm(specs["k_norm"], arch.norm_eps) if arch.qk_norm else None
 
     def __call__(
-        self, h: Float[Array, "B T D"], rotation: Rotation, mask: Mask, at: Int[Array, "B A"] | None, adapters: Adapters
-    ) -> Float[Array, "B wanted D"]:
+        self,
+        h: Float[Array, "B T D"],
+        rotation: Rotation,
+        mask: Mask,
+        at: Int[Array, "B A"] | None,
+        adapters: Adapters,
+        cached: KeysValues | None,
+        first: Int[Array, " B"] | None,
+    ) -> tuple[Float[Array, "B wanted D"], KeysValues]:
         """Attends from all positions, or from those at ``at``, to all positions (see ``Block``)."""
         k = rotate(self._heads(self.k(h, adapters.get("k")), self.k_norm), rotation)
         v = self._heads(self.v(h, adapters.get("v")))
+        if cached is not None:
+            assert first is not None
+            k, v = overlay(cached.k, k, first), overlay(cached.v, v, first)
         if at is not None:
             h, rotation = pick(h, at), Rotation(pick(rotation.cos, at), pick(rotation.sin, at))
         q = rotate(self._heads(self.q(h, adapters.get("q")), self.q_norm), rotation)
         attended = attend(q, k, v, mask, self.backend)
-        return self.o(attended.reshape(*h.shape[:2], -1), adapters.get("o"))
+        return self.o(attended.reshape(*h.shape[:2], -1), adapters.get("o")), KeysValues(k, v)
 
     def _heads(self, x: Float[Array, "B T _"], norm: RMSNorm | None = None) -> Float[Array, "B T N H"]:
         """Splits projected rows into heads, and normalises each head if there is a norm."""
@@ -151,7 +178,9 @@ class Block(nnx.Module):
         mask: Mask,
         adapters: Adapters,
         at: Int[Array, "B A"] | None = None,
-    ) -> Float[Array, "B wanted D"]:
+        cached: KeysValues | None = None,
+        first: Int[Array, " B"] | None = None,
+    ) -> tuple[Float[Array, "B wanted D"], KeysValues]:
         """Adds attention and the feed-forward network to the residual stream.
 
         Args:
@@ -160,10 +189,12 @@ class Block(nnx.Module):
             mask: which keys a query sees.
             adapters: the low-rank branches of this layer's matrices.
             at: the positions whose output is wanted; None for all.
+            cached: the keys and values of all canvas positions, where ``x`` is only a part of them; None where it is all.
+            first: the canvas position of each row's first position in ``x``, where ``cached`` is given.
 
         Returns:
-            The residual stream at the wanted positions.
+            (the residual stream at the wanted positions, the keys and values of all canvas positions).
         """
-        attended = self.attention(self.attn_norm(x), rotation, mask, at, adapters)
+        attended, keys_values = self.attention(self.attn_norm(x), rotation, mask, at, adapters, cached, first)
         x = (x if at is None else pick(x, at)) + attended
-        return x + self.mlp(self.mlp_norm(x), adapters)
+        return x + self.mlp(self.mlp_norm(x), adapters), keys_values

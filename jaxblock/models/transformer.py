@@ -23,15 +23,15 @@ from jaxblock.models.architecture import Architecture
 from jaxblock.models.attention.mask import Mask, MaskKind
 from jaxblock.models.config import Backend, Quantize, Remat
 from jaxblock.models.families import registry
-from jaxblock.models.layers import Block, param_name, pick, rms_norm
+from jaxblock.models.layers import Block, KeysValues, param_name, pick, rms_norm
 from jaxblock.models.linear import int8, lora
 from jaxblock.models.linear.fsdp import GatheredWeight, Products, Split, gather_weight, matmul_gathered
 from jaxblock.models.linear.lora import Lora
 from jaxblock.models.numerics import at_least_float32, look_up
-from jaxblock.models.rotary import compute_rotation
+from jaxblock.models.rotary import Rotation, compute_rotation
 from jaxblock.models.spec import Table
 from jaxblock.parallel.rules import constrain
-from jaxblock.types import Params, View
+from jaxblock.types import Cache, Params, Part, View
 
 _LAYER_INPUT = "layer_input"
 
@@ -143,29 +143,105 @@ class Transformer:
         chex.assert_equal_shape([ids, positions])
         chex.assert_shape(length, ids.shape[:1])
         x = self._embedded(params, ids)
-        rotation, mask = compute_rotation(positions, self.arch, self.dtype), Mask(length, self.mask)
+        return self._run(params, x, self._rotation(positions, length), Mask(length, self.mask), at, row_keys)[0]
+
+    def refresh(self, params: Params, view: View) -> tuple[Float[Array, "B A D"], Cache]:
+        """Computes what ``hidden`` does, and returns the keys and values of all positions beside it."""
+        x, rotation = self._embedded(params, view.ids), self._rotation(view.positions, view.length)
+        x, cache = self._run(params, x, rotation, Mask(view.length, self.mask), view.at, keep=True)
+        assert cache is not None
+        return rms_norm(x, params["final_norm"], self.arch.norm_eps), cache
+
+    def update(self, params: Params, part: Part, cache: Cache) -> Float[Array, "B A D"]:
+        """Computes the hidden states at ``part.at``, where only the positions of ``part`` are computed anew.
+
+        Their queries see all visible positions; the keys and values of the positions that are not in the part are those of
+        the last ``refresh``, which a bidirectional network would compute otherwise now: the result is an approximation.
+
+        Args:
+            params: the parameters.
+            part: the positions to compute, and their tokens.
+            cache: the keys and values of all positions.
+        """
+        (rows, width), canvas = part.ids.shape, cache.k.shape[2]
+        everywhere = jnp.broadcast_to(jnp.arange(canvas, dtype=jnp.int32), (rows, canvas))
+        whole = self._rotation(everywhere, part.length)
+        at = jnp.minimum(part.first[:, None] + jnp.arange(width, dtype=jnp.int32), canvas - 1)
+        rotation = Rotation(pick(whole.cos, at), pick(whole.sin, at))
+        x = self._embedded(params, part.ids)
+        x, _ = self._run(params, x, rotation, Mask(part.length, self.mask), part.at, cached=cache, first=part.first)
+        return rms_norm(x, params["final_norm"], self.arch.norm_eps)
+
+    def _rotation(self, positions: Int[Array, "B T"], length: Int[Array, " B"]) -> Rotation:
+        """Returns the rotations of positions; hidden ones get the last visible one's, since ``dynamic`` scaling counts positions."""
+        last = jnp.take_along_axis(positions, length[:, None] - 1, axis=1)
+        return compute_rotation(jnp.minimum(positions, last), self.arch, self.dtype)
+
+    def _run(
+        self,
+        params: Params,
+        x: Float[Array, "B T D"],
+        rotation: Rotation,
+        mask: Mask,
+        at: Int[Array, "B A"] | None,
+        row_keys: Array | None = None,
+        *,
+        cached: Cache | None = None,
+        first: Int[Array, " B"] | None = None,
+        keep: bool = False,
+    ) -> tuple[Float[Array, "B wanted D"], Cache | None]:
+        """Runs all layers (see ``trunk``).
+
+        Args:
+            params: the parameters.
+            x: the embedded tokens.
+            rotation: the rotation of each position.
+            mask: which keys a query sees.
+            at: the positions whose output is wanted; None for all.
+            row_keys: the random keys of the adapters' dropout [B]; None for no dropout.
+            cached: the keys and values of the canvas, where ``x`` is a part of it (see ``update``).
+            first: the canvas position of each row's first position in ``x``, where ``cached`` is given.
+            keep: whether the keys and values are returned.
+
+        Returns:
+            (the residual stream before the last norm, the keys and values or None).
+        """
         drops = self.lora is not None and self.lora.dropout > 0 and row_keys is not None
 
-        def layer(x: Array, own: Params, adapters: Params, index: Array | int, at: Array | None = None) -> Array:
+        def layer(
+            x: Array,
+            own: Params,
+            adapters: Params,
+            index: Array | int,
+            old: KeysValues | None,
+            at: Array | None = None,
+        ) -> tuple[Array, Cache | None]:
             x = checkpoint_name(x, _LAYER_INPUT) if self.remat == "offload" else x
             keys = row_keys if drops else None
             branches = {} if self.lora is None else lora.layer_branches(self.lora, adapters, index, keys)
-            return constrain(self._with_params(own)(x, rotation, mask, branches, at), "batch", None, None)
+            x, new = self._with_params(own)(x, rotation, mask, branches, at, old, first)
+            kept = Cache(*(constrain(leaf, "batch", None, "kv_heads", None) for leaf in new)) if keep else None
+            return constrain(x, "batch", None, None), kept
 
         if self.remat != "none":
             layer = jax.checkpoint(layer, policy=_POLICIES[self.remat], prevent_cse=not self.scan_layers)
         stacks = (params["blocks"], params[lora.KEY]["blocks"] if self.lora else {})
+        old = None if cached is None else KeysValues(*cached)
         if self.scan_layers:
-            xs = (*stacks, jnp.arange(self.arch.n_layers))
-            x = jax.lax.scan(lambda x, own: (layer(x, *own), None), x, xs)[0]
-            return x if at is None else pick(x, at)
+            xs = (*stacks, jnp.arange(self.arch.n_layers), old)
+            x, kept = jax.lax.scan(lambda x, own: layer(x, *own), x, xs)
+            return x if at is None else pick(x, at), kept
         trimmed = None if drops or self.mask == "causal" else at
+        layers = []
         for index in range(self.arch.n_layers):
-            own, adapters = jax.tree.map(lambda leaf, i=index: leaf[i], stacks)
-            x = layer(x, own, adapters, index, trimmed if index == self.arch.n_layers - 1 else None)
+            own, adapters, of_layer = jax.tree.map(lambda leaf, i=index: leaf[i], (*stacks, old))
+            last = index == self.arch.n_layers - 1
+            x, kept = layer(x, own, adapters, index, of_layer, trimmed if last else None)
+            layers.append(kept)
             if self.check_layer is not None:
                 self.check_layer(index, x)
-        return x if at is None or trimmed is not None else pick(x, at)
+        x = x if at is None or trimmed is not None else pick(x, at)
+        return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers) if keep else None
 
     def _embedded(self, params: Params, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Looks up the embeddings of tokens.

@@ -24,6 +24,8 @@ RuleName = Literal[
 ]
 Quota = Literal["even", "dllm_linear", "dream"]
 FactorRule = Literal["strict", "v1"]
+CacheName = Literal["none", "prefix", "dual"]
+Quirks = Literal["none", "fast_dllm"]
 EosSuppression = Literal["none", "logits", "confidence"]
 
 
@@ -63,6 +65,13 @@ class DecodeConfig(Section, name="decode", on_resume="may_change"):
     """Draw the quota's positions without replacement from softmax(confidence / alg_temp); 0 takes the most confident."""
     cfg_scale: float = setting(0.0, between(0, 1000), common=("decode",))
     """Classifier-free guidance: un + (scale + 1)(cond - un); 0 for none."""
+    cache: CacheName = setting("none", common=("decode", "evaluate"))
+    """What a block's steps after the first compute: everything (`none`); the block and all after it (`prefix`) or the block
+    alone (`dual`), with the keys and values of everything else as they were at the block's start (Fast-dLLM). Only `none` is
+    exact."""
+    quirks: Quirks = "none"
+    """`fast_dllm`: with a cache and Dream's alignment, commit a block's first token alone in the block's first step and shift
+    logits inside the computed part, as Fast-dLLM does; `none` computes the position before the block too."""
     eos_suppression: EosSuppression = "none"
     """Whether the end of a response is delayed: `logits` never commits the fill token, `confidence` ranks stop tokens last."""
     early_stop: bool = True

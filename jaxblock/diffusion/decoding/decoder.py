@@ -2,11 +2,13 @@
 
 Each step shows the network the same view that training builds (``canvas.view``), scores the active block's masks, and
 commits those that the transfer rule picks. A committed token is never masked again, so every
-intermediate canvas can be rebuilt from ``commit_step``. The mask token is never committed.
+intermediate canvas can be rebuilt from ``commit_step``. The mask token is never committed. ``decode.cache`` decides which
+positions a step computes (``passes``).
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import chex
@@ -14,14 +16,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 
 from jaxblock.diffusion.canvas import Canvas, Layout, active_positions, block_tokens, for_decoding, view
 from jaxblock.diffusion.decoding.config import DecodeConfig
-from jaxblock.diffusion.decoding.rules import RULES
+from jaxblock.diffusion.decoding.passes import Cost, Passes, Sizes, sizes_by_block, widest
+from jaxblock.diffusion.decoding.rules import RULES, transfer_of
 from jaxblock.diffusion.decoding.scoring import score
 from jaxblock.diffusion.decoding.transfer import StepInfo
-from jaxblock.types import Network, Params, View
+from jaxblock.types import Network, Params
 
 
 class Carry(NamedTuple):
@@ -32,6 +35,8 @@ class Carry(NamedTuple):
         commit_step: the step, counted over the whole response, that committed each response position; -1 for a mask.
         done: the rows that stopped early.
         nfe: the forward passes spent on each row.
+        positions: the canvas positions that those passes needed to compute, summed (token-forwards).
+        computed: the positions that were computed for the row, padding and passes after its own last one included.
         row_key: one random key per row [B], so that a row's result does not depend on its batch.
     """
 
@@ -39,6 +44,8 @@ class Carry(NamedTuple):
     commit_step: Int[Array, "B R"]
     done: Bool[Array, " B"]
     nfe: Int[Array, " B"]
+    positions: Int[Array, " B"]
+    computed: Int[Array, " B"]
     row_key: Array
 
 
@@ -49,20 +56,26 @@ class Responses(NamedTuple):
         response: the response tokens; positions that were never decoded (early stop) hold the fill token.
         commit_step: the decode step of the row that committed each position; -1 where none did.
         nfe: the forward passes spent on each row.
+        positions: the canvas positions that those passes needed to compute, summed (token-forwards).
+        computed: the positions that were computed for the row, padding and passes after its own last one included.
     """
 
     response: Int[Array, "B R"]
     commit_step: Int[Array, "B R"]
     nfe: Int[Array, " B"]
+    positions: Int[Array, " B"]
+    computed: Int[Array, " B"]
 
 
 class _Loop(NamedTuple):
-    """Holds the state between two steps of a block: tokens [B, A], the step that committed each [B, A], forward passes [B]."""
+    """Holds the state between two steps of a block: tokens [B, A], the step that committed each [B, A], and counts per row [B]."""
 
     step: Array
     tokens: Array
     commit_step: Array
     nfe: Array
+    positions: Array
+    computed: Array
 
 
 def start_decoding(layout: Layout, canvas: Canvas, seed: int | Int[Array, ""]) -> Carry:
@@ -76,11 +89,14 @@ def start_decoding(layout: Layout, canvas: Canvas, seed: int | Int[Array, ""]) -
     """
     rows = canvas.ids.shape[0]
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), canvas.row_id)
+    none = jnp.zeros(rows, jnp.int32)
     return Carry(
         ids=canvas.ids,
         commit_step=jnp.full((rows, layout.response_len), -1, jnp.int32),
         done=jnp.zeros(rows, bool),
-        nfe=jnp.zeros(rows, jnp.int32),
+        nfe=none,
+        positions=none,
+        computed=none,
         row_key=keys,
     )
 
@@ -92,9 +108,10 @@ def decode_block(
     params: Params,
     canvas: Canvas,
     carry: Carry,
-    block: Int[Array, ""],
+    blocks: Int[Array, " B"],
+    sizes: Sizes | None = None,
 ) -> Carry:
-    """Decodes one block of every row that is not done.
+    """Decodes one block of every row that is not done; rows may be at different blocks.
 
     Args:
         net: the network (static).
@@ -103,21 +120,22 @@ def decode_block(
         params: the network's parameters.
         canvas: the lengths of the rows; its tokens are not read.
         carry: the state after the blocks before this one.
-        block: the index of the block.
+        blocks: the index of each row's block.
+        sizes: how many positions the passes compute (static), from ``sizes_by_block``: those of every row's block must be
+            equal; None for sizes that serve all blocks.
 
     Returns:
         The state after this block.
     """
     rows = canvas.ids.shape[0]
-    chex.assert_rank(block, 0)
     chex.assert_equal_shape([carry.ids, canvas.ids])
     chex.assert_shape(carry.commit_step, (rows, layout.response_len))
-    chex.assert_shape([carry.done, carry.nfe, carry.row_key], (rows,))
-    rule = RULES[options.rule]
-    pick = rule.transfer(options, layout.block)
-    most_steps = layout.block if rule.pace == "rule" else options.steps(layout.block)
+    chex.assert_shape([blocks, carry.done, carry.nfe, carry.row_key], (rows,))
+    pick = transfer_of(options, layout.block)
+    most_steps = layout.block if RULES[options.rule].pace == "rule" else options.steps(layout.block)
     canvas = canvas._replace(ids=carry.ids)
-    blocks = jnp.full_like(canvas.prompt_len, block)
+    sizes = widest(layout, options, _room(layout, canvas)) if sizes is None else sizes
+    passes = Passes(net, layout, options, params, canvas, blocks, sizes)
     active, valid = active_positions(layout, canvas, blocks)
     tokens = block_tokens(canvas, active)
     live = valid & ~carry.done[:, None]
@@ -126,54 +144,56 @@ def decode_block(
     def unfinished(loop: _Loop) -> Array:
         return (loop.step < most_steps) & jnp.any((loop.tokens == layout.mask_id) & live)
 
-    def step(loop: _Loop) -> _Loop:
+    def commit(loop: _Loop, logits: Array, cost: Cost) -> _Loop:
         eligible = (loop.tokens == layout.mask_id) & live
-        seen = view(layout, canvas, blocks, loop.tokens)
-        logits = _logits(net, layout, options, params, canvas, seen)
         taken = loop.nfe // options.passes
         keys = jax.vmap(jax.random.fold_in)(carry.row_key, taken)
         scores = score(layout, options, logits, eligible, keys)
         chosen = pick(scores, StepInfo(loop.step, masks_at_start))
+        busy = jnp.any(eligible, axis=-1)
         return _Loop(
             step=loop.step + 1,
             tokens=jnp.where(chosen, scores.token, loop.tokens),
             commit_step=jnp.where(chosen, taken[:, None], loop.commit_step),
-            nfe=loop.nfe + options.passes * jnp.any(eligible, axis=-1),
+            nfe=loop.nfe + options.passes * busy,
+            positions=loop.positions + cost.needed * busy,
+            computed=loop.computed + cost.computed,
         )
 
-    begin = _Loop(jnp.zeros((), jnp.int32), tokens, jnp.full(tokens.shape, -1, jnp.int32), carry.nfe)
-    loop = jax.lax.while_loop(unfinished, step, begin)
-    return _commit(layout, options, canvas, carry, block, live, loop)
+    none = jnp.full(tokens.shape, -1, jnp.int32)
+    loop = _Loop(jnp.zeros((), jnp.int32), tokens, none, carry.nfe, carry.positions, carry.computed)
+    if options.cache == "none":
+        full = lambda loop: commit(loop, passes.full(loop.tokens), passes.full_cost)  # noqa: E731
+        loop = jax.lax.while_loop(unfinished, full, loop)
+    else:
+        logits, caches = passes.refresh(loop.tokens)
+        loop = commit(loop, logits, passes.full_cost)
+        update = lambda loop: commit(loop, passes.update(loop.tokens, caches), passes.update_cost)  # noqa: E731
+        loop = jax.lax.while_loop(unfinished, update, loop)
+    return _write(layout, options, canvas, carry, blocks, live, loop)
 
 
-def _commit(
-    layout: Layout, options: DecodeConfig, canvas: Canvas, carry: Carry, block: Array, live: Array, loop: _Loop
+def _room(layout: Layout, canvas: Canvas) -> int:
+    """Returns the canvas positions of the longest prompt."""
+    return canvas.ids.shape[1] - layout.response_len
+
+
+def _write(
+    layout: Layout, options: DecodeConfig, canvas: Canvas, carry: Carry, blocks: Array, live: Array, loop: _Loop
 ) -> Carry:
     """Writes a finished block back into the canvas and stops the rows whose text has ended."""
-    seen = view(layout, canvas, jnp.full_like(canvas.prompt_len, block), loop.tokens)
+    seen = view(layout, canvas, blocks, loop.tokens)
     ids = jnp.where(carry.done[:, None], carry.ids, seen.ids)
-    at = jnp.arange(layout.response_len) - block * layout.block
-    inside = (at >= 0) & (at < layout.block)
+    at = jnp.arange(layout.response_len) - blocks[:, None] * layout.block
     here = jnp.clip(at, 0, layout.block - 1)
-    written = jnp.where(inside & live[:, here], loop.commit_step[:, here], carry.commit_step)
+    inside = (at == here) & jnp.take_along_axis(live, here, axis=1)
+    written = jnp.where(inside, jnp.take_along_axis(loop.commit_step, here, axis=1), carry.commit_step)
     done = carry.done
     if options.early_stop:
         stops = jnp.isin(loop.tokens, jnp.asarray(layout.stop_ids)) & live
         done = done | jnp.any(stops, axis=-1)
-    return carry._replace(ids=ids, commit_step=written, done=done, nfe=loop.nfe)
-
-
-def _logits(
-    net: Network, layout: Layout, options: DecodeConfig, params: Params, canvas: Canvas, seen: View
-) -> Float[Array, "B A V"]:
-    """Returns the active block's logits, with classifier-free guidance where the settings ask for it."""
-    conditional = net.logits(params, net.hidden(params, seen))
-    if not options.cfg_scale:
-        return conditional
-    in_prompt = jnp.arange(seen.ids.shape[1]) < canvas.prompt_len[:, None]
-    blind = seen._replace(ids=jnp.where(in_prompt, layout.mask_id, seen.ids))
-    unconditional = net.logits(params, net.hidden(params, blind))
-    return unconditional + (options.cfg_scale + 1) * (conditional - unconditional)
+    counts = dict(nfe=loop.nfe, positions=loop.positions, computed=loop.computed)
+    return carry._replace(ids=ids, commit_step=written, done=done, **counts)
 
 
 def decode(
@@ -198,9 +218,16 @@ def decode(
         The responses, and when each token was committed.
     """
 
+    by_block = sizes_by_block(layout, options, _room(layout, canvas))
+    kinds = list(dict.fromkeys(by_block))
+    kind_of_block = jnp.array([kinds.index(sizes) for sizes in by_block])
+
     def body(carry: Carry, block: Array) -> tuple[Carry, None]:
         def go(carry: Carry) -> Carry:
-            return decode_block(net, layout, options, params, canvas, carry, block)
+            blocks = jnp.full_like(canvas.prompt_len, block)
+            one = partial(decode_block, net, layout, options, params, canvas)
+            runs = [lambda carry, sizes=sizes: one(carry, blocks, sizes) for sizes in kinds]
+            return jax.lax.switch(kind_of_block[block], runs, carry)
 
         return jax.lax.cond(jnp.all(carry.done), lambda c: c, go, carry), None
 
@@ -221,7 +248,7 @@ def finish(layout: Layout, canvas: Canvas, carry: Carry) -> Responses:
     at = canvas.prompt_len[:, None] + jnp.arange(layout.response_len)
     response = jnp.take_along_axis(carry.ids, at, axis=1)
     response = jnp.where(carry.commit_step < 0, layout.fill_id, response)
-    return Responses(response, carry.commit_step, carry.nfe)
+    return Responses(response, carry.commit_step, carry.nfe, carry.positions, carry.computed)
 
 
 def responses_by_step(layout: Layout, responses: Responses, steps: int) -> np.ndarray:

@@ -38,7 +38,15 @@ class Rule:
     uses: tuple[str, ...] = ()
 
 
+def transfer_of(options: DecodeConfig, block: int) -> Transfer:
+    """Returns the function that picks the positions to commit, for blocks of ``block`` positions."""
+    pick = RULES[options.rule].transfer(options, block)
+    return pick if options.quirks == "none" else transfer.after_first_token(pick)
+
+
 def _by_quota(options: DecodeConfig, block: int) -> Transfer:
+    if options.quirks == "fast_dllm":
+        return transfer.by_quota(transfer.quota_after_first_token(block, options.steps(block), options.eps))
     return transfer.by_quota(transfer.quota_table(options.quota, block, options.steps(block), options.eps))
 
 
@@ -85,6 +93,7 @@ def check_options(options: DecodeConfig) -> None:
         )
     _check_time_grid(options, rule)
     _check_filters(options, rule)
+    _check_quirks(options)
     require(
         options.eos_suppression != "confidence" or rule.measure is not None,
         f"decode.eos_suppression confidence has no effect under decode.rule {name}, which looks at no confidence: set "
@@ -124,4 +133,23 @@ def _check_filters(options: DecodeConfig, rule: Rule) -> None:
         f"decode.{' and decode.'.join(filters)} cannot change the best token, and decode.rule {options.rule} does not "
         f"measure confidence on what is left: set decode.temperature above 0, {' and '.join(filters)} to null, or "
         f"rule to {' or '.join(measuring)}",
+    )
+
+
+def _check_quirks(options: DecodeConfig) -> None:
+    if options.quirks == "none":
+        return
+    require(
+        options.cache != "none",
+        "decode.quirks fast_dllm has no effect with decode.cache none: set cache to prefix or dual, or quirks to none",
+    )
+    by_grid = options.rule in ("maskgit_plus", "topk_margin", "entropy") and options.quota == "dream"
+    require(
+        options.rule == "confidence_threshold" or by_grid,
+        f"decode.quirks fast_dllm is what Fast-dLLM does for Dream, and it has no decode.rule {options.rule} with quota "
+        f"{options.quota}: set rule to confidence_threshold, or to a rule of Dream's with quota dream; or quirks to none",
+    )
+    require(
+        not by_grid or options.steps_per_block is None or options.steps_per_block > 1,
+        "decode.steps_per_block 1 commits only the first token of a block under decode.quirks fast_dllm: set at least 2",
     )

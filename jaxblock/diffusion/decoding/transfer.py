@@ -128,6 +128,31 @@ def by_quota(table: np.ndarray) -> Transfer:
     return rule
 
 
+def quota_after_first_token(most: int, steps: int, eps: float) -> np.ndarray:
+    """Tabulates the quotas of Fast-dLLM's decoder for Dream: one token in the first step, the rest on Dream's time grid.
+
+    Args:
+        most: the largest number of masks.
+        steps: the decode steps of a block, at least 2.
+        eps: the end of Dream's time grid.
+
+    Returns:
+        int32 [most + 1, steps]; row n sums to n.
+    """
+    later = dream_chances(steps, eps)[1:]
+    return np.array([[min(n, 1), *_dream(max(n - 1, 0), later)] for n in range(most + 1)], np.int32)
+
+
+def after_first_token(pick: Transfer) -> Transfer:
+    """Returns a function that commits the first position of the block in its first step, and then what ``pick`` commits."""
+
+    def rule(scores: Scores, info: StepInfo) -> Bool[Array, "B A"]:
+        first = jnp.arange(scores.token.shape[-1]) == 0
+        return jnp.where(info.step == 0, first & scores.eligible, pick(scores, info))
+
+    return rule
+
+
 def by_threshold(threshold: float) -> Transfer:
     """Returns a function that commits every position of at least this confidence, and always the most confident one."""
     bound = -math.log(threshold) if threshold > 0 else math.inf
