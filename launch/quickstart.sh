@@ -77,7 +77,8 @@ fi
 if [ ! -f "$out/export/config.json" ]; then
     phase export export --checkpoint "$out/blockwise" --out "$out/export"
 elif [ -n "$(find "$out/blockwise" -type f -newer "$out/export/config.json" | head -n 1)" ]; then
-    say "" "== export" "note: $out/export is older than the run; it is kept. Move it away to export again"
+    say "" "$out/export is older than the run: it is replaced once the new export is whole"
+    phase export export --checkpoint "$out/blockwise" --out "$out/export" --overwrite
 else
     say "" "== export" "done already: $out/export"
 fi

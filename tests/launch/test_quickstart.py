@@ -108,12 +108,13 @@ def test_the_phases_in_order_and_a_second_call_does_nothing_twice(checkout: Chec
     assert again.returncode == 0 and again.stdout.count("done already") == 4
     assert [call[1] for call in checkout.calls()] == ["prepare", "train", "train", "train"]
 
-    # A score older than its run is made anew.
+    # A score and an export older than their run are made anew.
     metrics = checkout.out / "blockwise" / "metrics.jsonl"
     os.utime(metrics, times=(metrics.stat().st_mtime + 100,) * 2)
     done = checkout.start("quickstart.sh")
-    assert [call[1] for call in checkout.calls()] == ["prepare", "train", "train", "evaluate"]
-    assert "older than the run" in done.stdout
+    *calls, export = checkout.calls()
+    assert [call[1] for call in calls] == ["prepare", "train", "train", "evaluate"]
+    assert export[1] == "export" and export[-1] == "--overwrite" and "older than the run" in done.stdout
 
 
 def test_a_failing_phase_ends_it_with_its_exit_code(checkout: Checkout) -> None:
