@@ -149,13 +149,15 @@ def _types_that_cannot_be_kept(table: Table, contents: FolderContents) -> list[s
 
 
 def _tied_head(arch: Architecture, table: Table, contents: FolderContents) -> tuple[tuple[str, ...], list[str]]:
-    """Compares the head with the embedding, in a checkpoint that ties the two but stores both.
+    """Compares the head with the embedding, in a checkpoint that ties the two but stores both; a head alone is taken for both.
 
     Returns:
         (the head's name if it is stored and so may be ignored, a problem if head and embedding are not equal).
     """
     head = registry.param_table(replace(arch, tie_embeddings=False))["head"].hf_name
     embed = table["embed"].hf_name
+    if head in contents.stored and embed not in {*contents.stored, *contents.damaged}:
+        contents.stored[embed] = contents.stored.pop(head)
     if head not in contents.stored or embed not in contents.stored:
         return (), []
     a, b = contents.stored[head], contents.stored[embed]

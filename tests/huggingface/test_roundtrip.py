@@ -110,7 +110,7 @@ def test_each_device_gets_its_slice(
 
 @pytest.mark.parametrize("family, field", [("llada", "weight_tying"), ("llama", "tie_word_embeddings")])
 def test_a_tied_checkpoint_may_repeat_its_head(saved: Any, tmp_path: Path, family: str, field: str) -> None:
-    """A copy of the embedding may also be stored in another type; anything else is named, with the family's own field."""
+    """A copy of the embedding may also be stored in another type, or be all there is; anything else is named, with its field."""
     folder = Path(shutil.copytree(saved(family), tmp_path / "out"))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {field: True}))
@@ -120,6 +120,10 @@ def test_a_tied_checkpoint_may_repeat_its_head(saved: Any, tmp_path: Path, famil
         first = held[embed].astype(of_embed)
         save_file(held | {embed: first, head: first.astype(of_head)}, folder / "model.safetensors")
         assert load_checkpoint(folder, dtype=jnp.float32)[0].tie_embeddings
+    save_file(
+        {head if name == embed else name: held[name] for name in held if name != head}, folder / "model.safetensors"
+    )
+    np.testing.assert_array_equal(load_checkpoint(folder)[1]["embed"], held[embed])
     changed = first.astype("f2")
     changed[5, 3] += 1
     for other in (changed, changed[:-1]):
