@@ -85,7 +85,7 @@ MUTANTS = [
            "tests/data/test_templates.py::test_special_tokens_in_a_records_text_are_refused"),
     Mutant("text-that-becomes-a-special-token", "jaxblock/data/tokens/control.py",
            "if self._only_control(ids) == expected:", "if True:",
-           "tests/data/test_control.py::test_text_that_becomes_a_control_token_is_refused_with_its_place"),
+           "tests/data/test_templates.py::test_text_that_becomes_a_control_token_is_refused_with_its_place"),
     Mutant("template-not-in-fingerprint", "jaxblock/data/store/manifest.py",
            "hashes, dict(tokenizer), template]", "hashes, dict(tokenizer)]",
            "tests/data/test_prepare.py::test_another_template_or_tokenizer_in_the_same_files_is_noticed"),

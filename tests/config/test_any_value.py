@@ -1,7 +1,5 @@
 """Property: whatever values a config has, it is accepted and survives being written, or is refused by one clear message."""
 
-from __future__ import annotations
-
 import dataclasses
 import datetime
 import tempfile
@@ -79,18 +77,18 @@ LONG = settings(QUICK, max_examples=5000)
 @QUICK
 @given(trees())
 @example({"decode": {"stop_ids": [10**400]}})
-def test_any_values(tree: dict[str, Any]) -> None:
+def test_any_values(tree):
     check_any_tree(tree)
 
 
 @QUICK
 @given(TEXTS)
-def test_any_file(content: str) -> None:
+def test_any_file(content):
     check_any_file(content)
 
 
 @pytest.mark.slow
 @LONG
 @given(trees())
-def test_any_values_at_length(tree: dict[str, Any]) -> None:
+def test_any_values_at_length(tree):
     check_any_tree(tree)

@@ -1,7 +1,5 @@
 """Checks of settings: what is impossible, or set without effect, gets an error that says what to set."""
 
-from __future__ import annotations
-
 import pytest
 
 from jaxblock.config.checks import check_config
@@ -89,13 +87,13 @@ from jaxblock.errors import UserError
         ({"evaluate": {"nelbo_rows": 0}}, "evaluate.nelbo_rows is 0"),
     ],
 )
-def test_impossible_values_are_refused(tree: dict[str, dict[str, object]], message: str) -> None:
+def test_impossible_values_are_refused(tree, message):
     with pytest.raises(UserError) as caught:
         check_config(config_from_tree(tree, "here"))
     assert message in str(caught.value)
 
 
-def test_decoding_options_that_fit_together_are_accepted() -> None:
+def test_decoding_options_that_fit_together_are_accepted():
     for options in (
         {"rule": "confidence_threshold", "threshold": 0.5, "temperature": 1, "top_p": 0.9},
         {"rule": "factor", "factor": 2, "factor_rule": "v1", "eos_suppression": "confidence"},
@@ -107,7 +105,7 @@ def test_decoding_options_that_fit_together_are_accepted() -> None:
         assert check_config(config, ["decode"]) is config
 
 
-def test_only_the_sections_that_a_verb_uses_are_checked() -> None:
+def test_only_the_sections_that_a_verb_uses_are_checked():
     config = config_from_tree({"train": {"steps": 10}, "canvas": {"prompt_len": 8000}}, "here")
     assert check_config(config, ["train", "canvas", "method"]) is config
     with pytest.raises(UserError, match="warmup_steps"):

@@ -1,9 +1,5 @@
 """Config files: what is mistyped or of the wrong type gets an error that says what to set."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import pytest
 
 from jaxblock.config.checks import check_config
@@ -58,7 +54,7 @@ from jaxblock.errors import UserError
         ),
     ],
 )
-def test_mistakes_in_a_file_are_named(tmp_path: Path, text: str, message: str) -> None:
+def test_mistakes_in_a_file_are_named(tmp_path, text, message):
     path = tmp_path / "config.yaml"
     path.write_text(text)
     with pytest.raises(UserError) as caught:
@@ -67,7 +63,7 @@ def test_mistakes_in_a_file_are_named(tmp_path: Path, text: str, message: str) -
     assert str(path) in str(caught.value) or " bits" in message  # checks of values do not know the file
 
 
-def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
     with pytest.raises(UserError, match="nowhere.yaml"):
         load_config(str(tmp_path / "nowhere.yaml"))
     (tmp_path / "latin.yaml").write_bytes(b"data: {train: caf\xe9}")
@@ -75,7 +71,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         load_config(str(tmp_path / "latin.yaml"))
 
 
-def test_values_as_people_write_them(tmp_path: Path) -> None:
+def test_values_as_people_write_them(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(
         "optimizer: {lr: 1e-3, b1: 0, clip_norm: 2}\n"  # YAML reads 1e-3 as text, 0 and 2 as integers
@@ -92,13 +88,13 @@ def test_values_as_people_write_them(tmp_path: Path) -> None:
     assert load_config(str(tmp_path / "empty.yaml")) == Config() == load_config(None)
 
 
-def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+def test_what_is_written_is_read_back(tmp_path):
     config = config_from_tree({"decode": {"stop_ids": [4, 5]}, "data": {"system": "Be: brief"}}, "here")
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     assert load_config(str(tmp_path / "config.yaml")) == config
 
 
-def test_fields_can_be_replaced_by_name() -> None:
+def test_fields_can_be_replaced_by_name():
     found = with_fields(DecodeConfig(seed=3), {"stop_ids": [1], "temperature": 1}, "decode")
     assert found == DecodeConfig(seed=3, stop_ids=(1,), temperature=1.0)
     with pytest.raises(UserError, match="unknown key temprature; did you mean temperature?"):

@@ -1,17 +1,14 @@
 """Small tokenizers and training files for the tests of the data room."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import pytest
-import tokenizers as huggingface
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from jaxblock.data.config import DataConfig
 from jaxblock.data.text import corpus
-from jaxblock.data.tokens.sentencepiece_model import SentencePieceTokenizer, train_tokenizer
+from jaxblock.data.tokens.sentencepiece_model import train_tokenizer
 
 LLADA_TEMPLATE = (
     "{% set rows = messages %}{% for m in rows %}"
@@ -21,57 +18,42 @@ LLADA_TEMPLATE = (
 )
 """The behaviour of LLaDA's own template: the assistant's header comes at the end whether or not it is asked for."""
 
-SPECIALS = (
-    "<|startoftext|>",
-    "<|endoftext|>",
-    "<|mdm_mask|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eot_id|>",
-)
+SPECIALS = ["<|startoftext|>", "<|endoftext|>", "<|mdm_mask|>"]
+SPECIALS += ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 
 
 @pytest.fixture(scope="session")
-def pieces() -> SentencePieceTokenizer:
+def pieces():
     """A SentencePiece tokenizer trained on a few built-in problems."""
     texts = [f"{record['question']}\nuser assistant\n{record['answer']}" for record in corpus.generate("train", 300)]
     return train_tokenizer(texts, DataConfig(vocab_size=700), SPECIALS)
 
 
 @pytest.fixture
-def tokenizer_folder(tmp_path: Path) -> Callable[..., str]:
+def tokenizer_folder(tmp_path):
     """Makes a Hugging Face tokenizer folder (byte-level BPE) with LLaDA's special tokens and template."""
 
-    def make(without: str = "", template: str | None = LLADA_TEMPLATE) -> str:
-        tokenizer = huggingface.Tokenizer(huggingface.models.BPE())
-        tokenizer.pre_tokenizer = huggingface.pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = huggingface.decoders.ByteLevel()
-        trainer = huggingface.trainers.BpeTrainer(
-            vocab_size=600,
-            special_tokens=[text for text in SPECIALS if text != without],
-            initial_alphabet=huggingface.pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        )
+    def make(without: str = "") -> str:
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        options = {"vocab_size": 600, "special_tokens": [text for text in SPECIALS if text != without]}
+        options |= {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False}
         texts = [f"{record['question']}\n{record['answer']}" for record in corpus.generate("train", 100)]
-        tokenizer.train_from_iterator(texts, trainer)
+        tokenizer.train_from_iterator(texts, trainers.BpeTrainer(**options))
         folder = tmp_path / "tokenizer"
         folder.mkdir(exist_ok=True)
         tokenizer.save(str(folder / "tokenizer.json"))
-        settings: dict[str, object] = {
-            "bos_token": "<|startoftext|>",
-            "eos_token": "<|endoftext|>",
-            "pad_token": {"__type": "AddedToken", "content": "<|endoftext|>", "lstrip": False},
-        }
-        if template is not None:
-            settings["chat_template"] = template
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        pad = {"__type": "AddedToken", "content": "<|endoftext|>", "lstrip": False}
+        settings = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": pad}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": LLADA_TEMPLATE}))
         return str(folder)
 
     return make
 
 
 @pytest.fixture
-def jsonl(tmp_path: Path) -> Callable[..., str]:
+def jsonl(tmp_path):
     """Writes records, given as (question, answer), to a file."""
 
     def make(name: str, rows: Sequence[tuple[str, str]]) -> str:

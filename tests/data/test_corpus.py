@@ -61,10 +61,9 @@ def test_fewer_problems_are_a_prefix_of_more_and_another_seed_gives_others():
 
 def test_the_same_in_another_process_with_another_hash_seed():
     code = "from jaxblock.data.text import corpus; print(corpus.generate('test', 20, level='hard', seed=3))"
-    for seed in ("1", "2"):
-        environment = os.environ | {"PYTHONHASHSEED": seed}
-        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-        assert done.stdout == f"{corpus.generate('test', 20, level='hard', seed=3)}\n"
+    environment = os.environ | {"PYTHONHASHSEED": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{corpus.generate('test', 20, level='hard', seed=3)}\n"
 
 
 def test_asking_for_too_many_says_how_many_exist_and_exactly_that_many_can_be_had(monkeypatch):
@@ -80,27 +79,24 @@ def test_asking_for_too_many_says_how_many_exist_and_exactly_that_many_can_be_ha
         corpus.generate("train", 10**15, level="hard")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [(("valid", 1), "train"), (("train", -1), "-1"), (("train", 1, "trivial"), "easy, medium, hard, harder")],
-)
-def test_bad_arguments_are_named(arguments, message):
-    split, n, *level = arguments
-    with pytest.raises((ValueError, TypeError), match=message):  # a TypeError where the annotation is checked first
-        corpus.generate(split, n, **({"level": level[0]} if level else {}))
+def test_bad_arguments_are_named():
+    for arguments, message in [
+        ({"split": "valid", "n": 1}, "train"),
+        ({"split": "train", "n": -1}, "-1"),
+        ({"split": "train", "n": 1, "level": "trivial"}, "easy, medium, hard, harder"),
+    ]:
+        with pytest.raises((ValueError, TypeError), match=message):  # a TypeError where annotations are checked first
+            corpus.generate(**arguments)
 
 
-@pytest.mark.parametrize(
-    ("answer", "message"),
-    [
+def test_chain_of_refuses_answers_that_do_not_hold_together():
+    assert corpus.chain_of({"answer": "11 - 6 = 5\n5 + 8 = 13\n#### 13"}) == (11, ("-", 6), ("+", 8))
+    for answer, message in [
         ("2 + 2 = 5\n#### 5", "wrong arithmetic"),
         ("2 + 2 = 4\n5 + 2 = 7\n#### 7", "does not start"),
         ("2 + 2 = 4\n#### 5", "last line"),
         ("two plus two\n#### 4", "not a step"),
         ("#### 4", "last line"),
-    ],
-)
-def test_chain_of_refuses_answers_that_do_not_hold_together(answer, message):
-    with pytest.raises(ValueError, match=message):
-        corpus.chain_of({"question": "", "answer": answer})
-    assert corpus.chain_of({"answer": "11 - 6 = 5\n5 + 8 = 13\n#### 13"}) == (11, ("-", 6), ("+", 8))
+    ]:
+        with pytest.raises(ValueError, match=message):
+            corpus.chain_of({"question": "", "answer": answer})

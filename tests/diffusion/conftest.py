@@ -1,7 +1,5 @@
 """A tiny network in float64, and the truth about it by plain enumeration: built without the package's own canvas."""
 
-from __future__ import annotations
-
 import json
 import math
 from functools import partial

@@ -1,7 +1,5 @@
 """What tests of the decoder share: the compiled decoder, its settings, and a network that knows nothing."""
 
-from __future__ import annotations
-
 import jax
 import numpy as np
 

@@ -1,7 +1,5 @@
 """What the decoder promises whatever the weights: batches do not matter, it ends, no mask token is committed."""
 
-from __future__ import annotations
-
 from typing import get_args
 
 import chex

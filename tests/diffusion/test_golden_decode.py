@@ -1,7 +1,5 @@
 """The peers' decoders, token for token and step for step, through ``jaxblock.load(folder).decode``."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

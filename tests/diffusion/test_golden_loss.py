@@ -1,7 +1,5 @@
 """Losses, masks and gradient norms of the published training scripts, replayed from their stored uniforms."""
 
-from __future__ import annotations
-
 import json
 from functools import partial
 

@@ -6,8 +6,6 @@ together, so there the joint permutations are enumerated. The laws see nothing b
 over (row, block, set) that knows nothing of them.
 """
 
-from __future__ import annotations
-
 import itertools
 from fractions import Fraction
 from math import comb

@@ -1,7 +1,5 @@
 """The NELBO bounds the decoder's own likelihood under the random rule, and equals it where the order cannot matter."""
 
-from __future__ import annotations
-
 import itertools
 
 import jax

@@ -3,8 +3,6 @@
 A decoding rule is one record: whoever adds one writes an entry of ``RULES``, and everything else follows from it.
 """
 
-from __future__ import annotations
-
 import json
 from typing import get_args
 

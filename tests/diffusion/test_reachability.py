@@ -4,8 +4,6 @@ The decoder here is NumPy, written from the published algorithm, one row at a ti
 sampler's dice replaced by a script. Every state that it passes through is logged. It knows nothing of ``canvas.view``.
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 import jax

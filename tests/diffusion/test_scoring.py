@@ -4,8 +4,6 @@ Every distribution is tested by a chi-square over many rows, each with its own k
 one way: the test must tell them apart.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from functools import partial

@@ -1,10 +1,7 @@
 r"""Tests answers in ``\boxed{}``: which one is extracted, which spellings are the same answer, and which values are equal."""
 
-from __future__ import annotations
-
 import json
 import threading
-from pathlib import Path
 
 import pytest
 
@@ -72,7 +69,7 @@ ANSWERS = [
 ]
 
 
-def test_one_answer_has_one_spelling_and_different_answers_stay_different() -> None:
+def test_one_answer_has_one_spelling_and_different_answers_stay_different():
     found = []
     for group in SAME:
         (spelling,) = {boxed.normalise_latex(text) for text in group}
@@ -106,20 +103,18 @@ def test_one_answer_has_one_spelling_and_different_answers_stay_different() -> N
         ("no answer", None),
     ],
 )
-def test_which_answer_is_read(text: str, expected: str | None) -> None:
+def test_which_answer_is_read(text, expected):
     assert boxed.extract_answer(text) == expected
 
 
 @pytest.mark.parametrize(("given", "expected", "equal", "same_text"), ANSWERS)
-def test_answers_are_compared_as_mathematics_and_as_text(
-    given: str, expected: str, equal: bool, same_text: bool
-) -> None:
+def test_answers_are_compared_as_mathematics_and_as_text(given, expected, equal, same_text):
     pair = rf"\boxed{{{given}}}", rf"\boxed{{{expected}}}"
     assert GRADERS["math_boxed"](*pair).correct is equal
     assert GRADERS["hendrycks_math"](*pair).correct is same_text
 
 
-def test_graded_against_a_solution_and_against_a_bare_answer() -> None:
+def test_graded_against_a_solution_and_against_a_bare_answer():
     grade = GRADERS["math_boxed"]
     solution = r"We have $x = \frac{6}{4}$, so the answer is $\boxed{\frac{3}{2}}$."
     assert grade(r"Then \boxed{\dfrac32}", solution) == (True, r"\dfrac32", r"\frac{3}{2}", None)
@@ -128,7 +123,7 @@ def test_graded_against_a_solution_and_against_a_bare_answer() -> None:
     assert not grade("", solution).correct and grade("", solution).extracted is None
 
 
-def test_answers_that_were_graded_wrong_once(shared: Path) -> None:
+def test_answers_that_were_graded_wrong_once(shared):
     lines = (shared / "cases" / "grading.jsonl").read_text(encoding="utf-8").splitlines()
     cases = [json.loads(line) for line in lines]
     graded = [GRADERS[case["grader"]](case["response"], case["reference"]).correct for case in cases]
@@ -137,7 +132,7 @@ def test_answers_that_were_graded_wrong_once(shared: Path) -> None:
     )
 
 
-def test_references_are_right_about_themselves_and_not_about_others(shared: Path) -> None:
+def test_references_are_right_about_themselves_and_not_about_others(shared):
     gsm8k = [str(shared / "data" / "gsm8k" / "test.jsonl"), "--grader"]
     for grader in ("gsm8k_strict", "gsm8k_flexible"):
         found = grader_pairs.main([*gsm8k, grader, "--others", "20"])
@@ -148,7 +143,7 @@ def test_references_are_right_about_themselves_and_not_about_others(shared: Path
         assert found["right_about_themselves"] == 1319 and found["right_pairs"] == []
 
 
-def test_a_hostile_answer_ends_and_harms_no_later_one() -> None:
+def test_a_hostile_answer_ends_and_harms_no_later_one():
     comparer = Comparer(seconds=1.0)
     found: list[Comparison] = []
 

@@ -1,7 +1,5 @@
 """Tests paired comparisons of per-problem files, and files that do not match or cannot be read."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ def write(path: Path, content: list[dict[str, Any]]) -> Path:
     return path
 
 
-def test_compare_counts_the_four_cells_in_any_order_of_lines(tmp_path: Path) -> None:
+def test_compare_counts_the_four_cells_in_any_order_of_lines(tmp_path):
     # U+2028 ends a line for str.splitlines, not for JSON lines
     a = write(tmp_path / "a.jsonl", [r | {"response": "\u2028"} for r in rows([True, True, False, False, False])])
     b = write(tmp_path / "b.jsonl", rows([True, False, True, True, False])[::-1])
@@ -40,7 +38,7 @@ def test_compare_counts_the_four_cells_in_any_order_of_lines(tmp_path: Path) -> 
         (rows([True, True, True], prompt="other"), r"problem 0: .* ask different questions"),
     ],
 )
-def test_compare_names_the_first_mismatch(tmp_path: Path, other: list[dict[str, Any]], message: str) -> None:
+def test_compare_names_the_first_mismatch(tmp_path, other, message):
     a = write(tmp_path / "a.jsonl", rows([True, False, True]))
     with pytest.raises(UserError, match=message):
         compare_evaluations(a, write(tmp_path / "b.jsonl", other))
@@ -57,7 +55,7 @@ def test_compare_names_the_first_mismatch(tmp_path: Path, other: list[dict[str, 
         ('{"index": 0, "grader": "exact", "correct": true}\n' * 2, r"p\.jsonl:2: problem 0 occurs twice"),
     ],
 )
-def test_a_bad_file_is_named_with_its_line(tmp_path: Path, text: str, message: str) -> None:
+def test_a_bad_file_is_named_with_its_line(tmp_path, text, message):
     path = tmp_path / "p.jsonl"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=message):

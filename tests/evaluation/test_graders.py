@@ -1,7 +1,5 @@
 """Tests graders on hand-made cases, also those on which strict and flexible are known to differ."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -42,19 +40,19 @@ CASES = [
 
 
 @pytest.mark.parametrize(("response", "reference", "strict", "flexible"), CASES)
-def test_gsm8k_graders_agree_with_the_table(response: str, reference: str, strict: bool, flexible: bool) -> None:
+def test_gsm8k_graders_agree_with_the_table(response, reference, strict, flexible):
     assert GRADERS["gsm8k_strict"](response, reference).correct is strict
     assert GRADERS["gsm8k_flexible"](response, reference).correct is flexible
 
 
-def test_what_is_extracted_and_expected() -> None:
+def test_what_is_extracted_and_expected():
     graded = GRADERS["gsm8k_strict"]("so #### 1,234.", "a #### b #### $1,234")
     assert graded == (True, "1,234.", "1234", None)
     assert GRADERS["gsm8k_strict"]("The answer is 4", REFERENCE).extracted is None
     assert GRADERS["gsm8k_flexible"]("4 then -12", REFERENCE).extracted == "-12"
 
 
-def test_nothing_extracted_is_never_correct() -> None:
+def test_nothing_extracted_is_never_correct():
     assert not GRADERS["gsm8k_strict"]("", "").correct
     assert not GRADERS["gsm8k_flexible"]("none", "none").correct
 
@@ -71,11 +69,11 @@ def test_nothing_extracted_is_never_correct() -> None:
         ("#### 5\n", "5"),
     ],
 )
-def test_normalise(text: str, expected: str) -> None:
+def test_normalise(text, expected):
     assert normalise_gsm8k(text) == expected
 
 
-def test_exact_forgives_outer_space_alone() -> None:
+def test_exact_forgives_outer_space_alone():
     exact = GRADERS["exact"]
     assert exact(" a b\n", "a b").correct
     assert not exact("A b", "a b").correct and not exact("a  b", "a b").correct and not exact("a b.", "a b").correct
@@ -120,7 +118,7 @@ def of_two(response, reference):
 
 
 @pytest.fixture
-def users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def users(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     Path("users.py").write_text(USERS)
@@ -129,7 +127,7 @@ def users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_function_of_the_user_grades_with_the_record_at_hand(users: Path) -> None:
+def test_a_function_of_the_user_grades_with_the_record_at_hand(users):
     for place in ("users.py", str(users / "users.py"), "users"):
         grader = find_grader(f"{place}:says")
         assert grader("? #### 18", record()).correct and not grader("#### 18", record()).correct
@@ -160,13 +158,13 @@ def test_a_function_of_the_user_grades_with_the_record_at_hand(users: Path) -> N
         ("users.py:half", r"train\.jsonl:17: .*returned 0\.5 \(float\): return True or False"),
     ],
 )
-def test_what_is_wrong_with_a_grader_is_told(users: Path, name: str, message: str) -> None:
+def test_what_is_wrong_with_a_grader_is_told(users, name, message):
     with pytest.raises(UserError, match=message) as told:
         find_grader(name)("1", record())
     assert "\n" not in str(told.value)
 
 
-def test_countdown_is_graded_by_the_example_of_the_documentation(shared: Path) -> None:
+def test_countdown_is_graded_by_the_example_of_the_documentation(shared):
     grade = find_grader(f"{Path(__file__).parents[2] / 'docs' / 'countdown.py'}:grade")
     lines = (shared / "data" / "countdown" / "cd3_test.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]

@@ -1,22 +1,17 @@
 """Tests the runner: batches change no result, costs are counted, and the NELBO is the likelihood module's."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
 import jaxblock
-from jaxblock import model as api
 from jaxblock.data.store.prepared_folder import open_prepared
-from jaxblock.data.store.records import Record
 from jaxblock.evaluation.graders import find_grader
-from jaxblock.evaluation.results import NelboBound, Solved, summarise_evaluation
+from jaxblock.evaluation.results import summarise_evaluation
 from jaxblock.evaluation.runner import Evaluator
 from jaxblock.evaluation.statistics import mean_se
 from jaxblock.parallel import rules
@@ -25,25 +20,25 @@ from jaxblock.parallel.rows import split_rows
 
 
 @pytest.fixture(scope="module")
-def model(tiny_run: Path) -> api.Model:
+def model(tiny_run):
     return jaxblock.load(tiny_run)
 
 
 @pytest.fixture(scope="module")
-def records(tiny_config: Path) -> list[Record]:
+def records(tiny_config):
     source = open_prepared(tiny_config.parent / "prepared").records("test")
     return [source[index] for index in range(6)]
 
 
 @pytest.fixture(scope="module")
-def evaluator(model: api.Model) -> Evaluator:
+def evaluator(model):
     assert model.encoder is not None
     decode = dataclasses.replace(model.decode_defaults, temperature=0.7)
     return Evaluator(model.net, model.canvas, model.encoder, decode, find_grader("gsm8k_strict"), nelbo_samples=15)
 
 
 @pytest.fixture(scope="module")
-def solved(evaluator: Evaluator, model: api.Model, records: list[Record]) -> Solved:
+def solved(evaluator, model, records):
     told: list[int] = []
     found = evaluator.solve(model.params, records, told.append)
     assert told == [4, 6]
@@ -51,13 +46,11 @@ def solved(evaluator: Evaluator, model: api.Model, records: list[Record]) -> Sol
 
 
 @pytest.fixture(scope="module")
-def bound(evaluator: Evaluator, model: api.Model, records: list[Record]) -> NelboBound:
+def bound(evaluator, model, records):
     return evaluator.estimate_nelbo(model.params, records)
 
 
-def test_a_problem_is_decoded_the_same_in_any_batch(
-    evaluator: Evaluator, model: api.Model, records: list[Record], solved: Solved
-) -> None:
+def test_a_problem_is_decoded_the_same_in_any_batch(evaluator, model, records, solved):
     assert evaluator.solve(model.params, records[::-1]).rows[::-1] == solved.rows
     # And by the public interface, all six at once.
     ids = model.decode([record.prompt_ids.tolist() for record in records], temperature=0.7)
@@ -66,7 +59,7 @@ def test_a_problem_is_decoded_the_same_in_any_batch(
     assert [row["response"] for row in solved.rows] == texts
 
 
-def test_costs_and_verdicts(evaluator: Evaluator, model: api.Model, records: list[Record], solved: Solved) -> None:
+def test_costs_and_verdicts(evaluator, model, records, solved):
     assert solved.pass_at_1.correct == sum(row["correct"] for row in solved.rows) and solved.pass_at_1.n == 6
     assert solved.nfe == pytest.approx(np.mean([row["nfe"] for row in solved.rows]))
     total = sum(row["tokens"] for row in solved.rows)
@@ -80,7 +73,7 @@ def test_costs_and_verdicts(evaluator: Evaluator, model: api.Model, records: lis
     assert empty.pass_at_1.n == 0 and math.isnan(empty.nfe) and math.isnan(empty.tokens_per_forward)
 
 
-def test_perfect_and_wrong_answers_are_told_apart(evaluator: Evaluator, records: list[Record]) -> None:
+def test_perfect_and_wrong_answers_are_told_apart(evaluator, records):
     record, stops = records[1], (evaluator.encoder.special.eot, evaluator.encoder.special.eos)
     right = np.array([*record.response_ids.tolist(), stops[1], stops[1]])
     graded = evaluator._graded(record, right, 7, stops)
@@ -89,7 +82,7 @@ def test_perfect_and_wrong_answers_are_told_apart(evaluator: Evaluator, records:
     assert not evaluator._graded(record, records[2].response_ids, 7, stops)["correct"]
 
 
-def test_bound_agrees_with_the_interface(model: api.Model, records: list[Record], bound: NelboBound) -> None:
+def test_bound_agrees_with_the_interface(model, records, bound):
     """Six records in batches of four: the two rows that fill up the second batch add nothing."""
     assert bound.exact and bound.mask_se == 0
     responses = [record.response_ids.tolist() for record in records]
@@ -106,7 +99,7 @@ def test_bound_agrees_with_the_interface(model: api.Model, records: list[Record]
     assert sum(parts) == pytest.approx(values.sum(), rel=1e-5)
 
 
-def test_summary_is_json(solved: Solved, bound: NelboBound) -> None:
+def test_summary_is_json(solved, bound):
     one_row = bound._replace(per_sequence=mean_se([3.0]))
     found = summarise_evaluation(solved, one_row, {"checkpoint": "x"})
     assert json.loads(json.dumps(found, allow_nan=False)) == found
@@ -116,8 +109,8 @@ def test_summary_is_json(solved: Solved, bound: NelboBound) -> None:
 
 
 def test_devices_share_the_rows_and_a_second_evaluation_compiles_nothing(
-    evaluator: Evaluator, model: api.Model, records: list[Record], solved: Solved, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    evaluator, model, records, solved, monkeypatch
+):
     mesh = make_mesh(4, devices=jax.devices()[:4])
     params = jax.device_put(model.params, rules.replicated(mesh))
     split = dataclasses.replace(evaluator)  # with no compiled decoder

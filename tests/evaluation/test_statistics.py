@@ -1,7 +1,5 @@
 """Tests statistics against values that were worked out by hand."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
@@ -10,7 +8,7 @@ import pytest
 from jaxblock.evaluation.statistics import mcnemar_p, mean_se, ratio_se, wilson
 
 
-def test_wilson_is_the_formula() -> None:
+def test_wilson_is_the_formula():
     z, p, n = 1.959963984540054, 0.25, 8
     centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     low, high = (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
@@ -25,7 +23,7 @@ def test_wilson_is_the_formula() -> None:
         wilson(3, 2)
 
 
-def test_means_and_ratios_by_hand() -> None:
+def test_means_and_ratios_by_hand():
     # deviations -1, 0, 1: sample variance 1, standard error 1 / sqrt(3)
     assert mean_se([1, 2, 3]) == pytest.approx((2, 1 / math.sqrt(3), 3))
     one = mean_se([5.0])
@@ -42,6 +40,6 @@ def test_means_and_ratios_by_hand() -> None:
         ratio_se([1.0], [1.0, 2.0])
 
 
-def test_exact_mcnemar() -> None:
+def test_exact_mcnemar():
     table = {(0, 0): 1.0, (0, 5): 2 / 32, (1, 5): 2 * (1 + 6) / 64, (3, 3): 1.0, (5, 1): 14 / 64}
     assert {cell: mcnemar_p(*cell) for cell in table} == pytest.approx(table)

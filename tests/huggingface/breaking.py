@@ -1,7 +1,5 @@
 """Makes functions that break a folder of weights, for tests of what is said about it."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Makes small networks of every family, with grouped keys and sizes that all differ, so that a wrong transpose shows."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -46,13 +44,13 @@ def _small(family: str = "llada", dtype: Any = jnp.float32, **changes: Any) -> t
 
 
 @pytest.fixture(scope="session")
-def small() -> Small:
+def small():
     """Returns ``small(family, dtype, **fields of Architecture)``, which makes an architecture and random weights."""
     return _small
 
 
 @pytest.fixture(scope="session")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+def saved(tmp_path_factory):
     """Returns ``saved``, which writes what ``small`` makes, once for equal arguments. Tests must not change the folder."""
 
     @functools.cache

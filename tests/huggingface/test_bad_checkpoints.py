@@ -1,7 +1,5 @@
 """Tests that everything wrong with a checkpoint folder is named, all at once, before a tensor is read."""
 
-from __future__ import annotations
-
 import json
 import pickle
 import shutil
@@ -39,7 +37,7 @@ PARAMS = jax.device_put(random_params(registry.param_table(ARCH)))
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sound(tmp_path_factory):
     """Writes a sound checkpoint in one file, and one in several."""
     root = tmp_path_factory.mktemp("sound")
     save_checkpoint(root / "checkpoint", ARCH, PARAMS)
@@ -48,13 +46,13 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def folder(sound: Path, tmp_path: Path) -> Path:
+def folder(sound, tmp_path):
     """Copies the checkpoint that has one file."""
     return Path(shutil.copytree(sound / "checkpoint", tmp_path / "checkpoint"))
 
 
 @pytest.fixture
-def sharded(sound: Path, tmp_path: Path) -> Path:
+def sharded(sound, tmp_path):
     """Copies the checkpoint that has several files."""
     return Path(shutil.copytree(sound / "sharded", tmp_path / "sharded"))
 
@@ -127,7 +125,7 @@ CASES: dict[str, tuple[Break, str]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_single_file(folder: Path, case: str) -> None:
+def test_single_file(folder, case):
     break_it, message = CASES[case]
     break_it(folder)
     with pytest.raises(UserError, match="(?m)" + message) as caught:
@@ -148,12 +146,12 @@ def test_single_file(folder: Path, case: str) -> None:
         ("llama", "rope_parameters", [1], "must be a JSON object"),
     ],
 )
-def test_config_fields(small: Any, family: str, field: str, value: Any, message: str) -> None:
+def test_config_fields(small, family, field, value, message):
     with pytest.raises(UserError, match=message):
         registry.from_hf({**registry.to_hf(small(family)[0], "float32"), field: value}, "config.json")
 
 
-def test_code_in_a_checkpoint_is_carried_and_never_run(folder: Path, tmp_path: Path) -> None:
+def test_code_in_a_checkpoint_is_carried_and_never_run(folder, tmp_path):
     """config.json's auto_map names code in the folder, as in the published checkpoints."""
     for name in ("modeling_llada.py", "configuration_llada.py", "tokenization_llada.py", "__init__.py", "setup.py"):
         (folder / name).write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
@@ -167,7 +165,7 @@ def test_code_in_a_checkpoint_is_carried_and_never_run(folder: Path, tmp_path: P
     assert not (tmp_path / "ran").exists() and not any("llada" in name and "models" not in name for name in sys.modules)
 
 
-def test_adapters_are_not_exported_as_a_checkpoint(tmp_path: Path) -> None:
+def test_adapters_are_not_exported_as_a_checkpoint(tmp_path):
     advice = r"hold LoRA adapters.*merge them first \(jaxblock\.models\.linear\.lora\.merge\)"
     with pytest.raises(UserError, match=advice):
         save_checkpoint(tmp_path / "out", ARCH, {**PARAMS, "lora": {"blocks": {}}})
@@ -176,7 +174,7 @@ def test_adapters_are_not_exported_as_a_checkpoint(tmp_path: Path) -> None:
         load_checkpoint(tmp_path / "out")
 
 
-def test_a_cast_mends_what_cannot_be_kept(folder: Path) -> None:
+def test_a_cast_mends_what_cannot_be_kept(folder):
     change(lambda t: t.update({Q0: t[Q0].astype(np.float16), HEAD: t[HEAD].astype(np.float64)}))(folder)
     assert load_checkpoint(folder, dtype=jnp.bfloat16)[1]["head"].dtype == jnp.bfloat16
 
@@ -209,7 +207,7 @@ SHARDED: dict[str, tuple[Break, str]] = {
 
 
 @pytest.mark.parametrize("case", SHARDED)
-def test_shards(sharded: Path, case: str) -> None:
+def test_shards(sharded, case):
     break_it, message = SHARDED[case]
     break_it(sharded)
     with pytest.raises(UserError, match=message):
@@ -251,14 +249,14 @@ FORMS: dict[str, tuple[str, Break]] = {
 
 
 @pytest.mark.parametrize("case", FORMS)
-def test_forms_of_a_folder_that_mean_the_same(sound: Path, tmp_path: Path, case: str) -> None:
+def test_forms_of_a_folder_that_mean_the_same(sound, tmp_path, case):
     kind, alter = FORMS[case]
     alter(Path(shutil.copytree(sound / kind, tmp_path / "out")))
     chex.assert_trees_all_equal(jax.device_get(load_checkpoint(tmp_path / "out")[1]), jax.device_get(PARAMS))
 
 
 @pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16, np.float32])
-def test_a_number_that_is_none_is_told_with_its_tensor(folder: Path, dtype: Any) -> None:
+def test_a_number_that_is_none_is_told_with_its_tensor(folder, dtype):
     def put(value: float) -> None:
         change(lambda t: t.update({name: x.astype(dtype) for name, x in t.items()}))(folder)
         change(lambda t: t[Q1].__setitem__((2, 3), value))(folder)

@@ -1,7 +1,5 @@
 """Tests that folders of transformers and PEFT give the same float32 logits here, over a grid of forms that such folders have."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -113,7 +111,7 @@ def make(folder: Path, family: str, tied: bool, shards: str, stored: str, rope: 
 
 
 @pytest.mark.parametrize("cell", GRID, ids=lambda cell: "-".join(map(str, cell)))
-def test_the_same_logits(cell: tuple[str, bool, str, str, str, str], tmp_path: Path) -> None:
+def test_the_same_logits(cell, tmp_path):
     *form, adapters = cell
     make(tmp_path / "base", *form)
     assert len(list((tmp_path / "base").glob("*.safetensors"))) > 1 or form[2] != "20KB"

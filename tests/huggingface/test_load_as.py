@@ -1,10 +1,7 @@
 """Tests files that are read as another architecture than their own: with a mask token, as int8, on any mesh."""
 
-from __future__ import annotations
-
 import dataclasses
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import chex
@@ -31,7 +28,7 @@ def slow(*values: Any) -> Any:
     "tied, mesh",
     [(False, None), (False, (2, 2, 2)), slow(False, (1, 4, 2)), slow(False, (4, 2, 1)), slow(True, (1, 4, 2))],
 )
-def test_new_rows_are_the_mean_of_the_old(small: Any, saved: Any, tmp_path: Path, tied: bool, mesh: Any) -> None:
+def test_new_rows_are_the_mean_of_the_old(small, saved, tmp_path, tied, mesh):
     which: Any = {"family": "llama", "dtype": jnp.bfloat16, "mask_id": None, "tie_embeddings": tied}
     _, params = small(**which)
     wanted = registry.with_mask(read_architecture(saved(**which)), 40, "same_position")
@@ -52,7 +49,7 @@ def test_new_rows_are_the_mean_of_the_old(small: Any, saved: Any, tmp_path: Path
     chex.assert_trees_all_equal(jax.device_get(again), jax.device_get(loaded))
 
 
-def test_other_sizes_are_named(small: Any, saved: Any) -> None:
+def test_other_sizes_are_named(small, saved):
     wrong = dataclasses.replace(small()[0], d_model=32, alignment="shifted", vocab_size=24, rope_theta=5e5, eos_id=3)
     with pytest.raises(UserError) as caught:
         load_checkpoint(saved(), arch=wrong)
@@ -62,7 +59,7 @@ def test_other_sizes_are_named(small: Any, saved: Any) -> None:
 
 
 @pytest.mark.parametrize("mesh", [None, (2, 2, 2), slow((1, 4, 2)), slow((4, 2, 1))])
-def test_an_int8_base_is_what_quantise_makes_of_each_leaf(small: Any, saved: Any, tmp_path: Path, mesh: Any) -> None:
+def test_an_int8_base_is_what_quantise_makes_of_each_leaf(small, saved, tmp_path, mesh):
     arch, params = small("dream", jnp.bfloat16)
     table = int8.int8_table(registry.param_table(arch))
     shardings = None if mesh is None else param_shardings(make_mesh(*mesh), table)
@@ -83,7 +80,7 @@ def test_an_int8_base_is_what_quantise_makes_of_each_leaf(small: Any, saved: Any
         save_checkpoint(tmp_path / "again", arch, loaded)
 
 
-def test_the_transpose_on_an_accelerator_is_the_hosts(saved: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_transpose_on_an_accelerator_is_the_hosts(saved, monkeypatch):
     """For a CPU matrices are transposed on the host; other devices are sent what the file holds, and transpose it."""
     folder = saved("dream", jnp.bfloat16)
     grown = dataclasses.replace(read_architecture(folder), vocab_size=48)

@@ -1,7 +1,5 @@
 """Tests that ``jaxblock.load`` gives the logits of the PyTorch implementations, with no difference but the folder."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path
@@ -33,16 +31,16 @@ def largest_difference(model: jaxblock.Model, padding: str) -> float:
 
 
 @pytest.fixture(scope="module", params=["llada_mha", "llada_gqa_tied", "dream"])
-def model(request: pytest.FixtureRequest, shared: Path) -> jaxblock.Model:
+def model(request, shared):
     return jaxblock.load(shared / "golden" / "forward" / request.param)
 
 
-def test_float32(model: jaxblock.Model) -> None:
+def test_float32(model):
     found = {padding: largest_difference(model, padding) for padding in ("", "leftpad_", "rightpad_")}
     assert max(found.values()) <= 2e-5, found
 
 
-def test_bfloat16(model: jaxblock.Model) -> None:
+def test_bfloat16(model):
     """Logits are within 4e-2; 2e-2 cannot be met with bfloat16 weights.
 
     Rounding the weights alone, with everything computed in float32, moves these logits by 1.4e-2, 2.2e-2 and 1.9e-2 of
@@ -53,7 +51,7 @@ def test_bfloat16(model: jaxblock.Model) -> None:
     assert largest_difference(dataclasses.replace(model, params=rounded), "") <= 4e-2
 
 
-def test_a_reference_checkpoint_comes_out_as_it_was(model: jaxblock.Model, tmp_path: Path) -> None:
+def test_a_reference_checkpoint_comes_out_as_it_was(model, tmp_path):
     folder, out = Path(str(model.origin)), tmp_path / "export"
     save_checkpoint(out, model.arch, model.params)
     before, after = load_file(folder / "model.safetensors"), load_file(out / "model.safetensors")

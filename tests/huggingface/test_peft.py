@@ -1,7 +1,5 @@
 """Tests adapters in PEFT's format: the fixture's, PEFT's own there and back, and those that do not fit the base."""
 
-from __future__ import annotations
-
 import json
 import pickle
 from pathlib import Path
@@ -40,7 +38,7 @@ def logits(net: Transformer, params: Params, ids: np.ndarray) -> np.ndarray:
 
 
 @pytest.fixture
-def golden(shared: Path, tmp_path: Path) -> Path:
+def golden(shared, tmp_path):
     """Writes the fixture's adapters as PEFT stores them (the fixture leaves out the wrapper's prefix)."""
     folder = tmp_path / "golden"
     folder.mkdir()
@@ -52,7 +50,7 @@ def golden(shared: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_reference_adapters_unmerged_merged_and_written_back(shared: Path, golden: Path, tmp_path: Path) -> None:
+def test_the_reference_adapters_unmerged_merged_and_written_back(shared, golden, tmp_path):
     arch, base = load_checkpoint(shared / "golden" / "forward" / "llada_mha")
     lora, adapters = peft.load_adapter(golden, arch)
     table = registry.param_table(arch)
@@ -79,7 +77,7 @@ def test_the_reference_adapters_unmerged_merged_and_written_back(shared: Path, g
         peft.save_adapter(tmp_path / "out", arch, lora, adapters, base=None)
 
 
-def test_target_names_hit_the_adapted_modules_and_no_others(small: Any) -> None:
+def test_target_names_hit_the_adapted_modules_and_no_others(small):
     """PEFT's own rule is applied: a list matches last components, a string is a regular expression of the whole name."""
     from re import fullmatch
 
@@ -220,7 +218,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("case", SETTINGS)
-def test_ranks_and_scales_are_those_of_peft(small: Any, tmp_path: Path, case: str) -> None:
+def test_ranks_and_scales_are_those_of_peft(small, tmp_path, case):
     settings, modules = SETTINGS[case]
     arch, _ = small("llama")
     table = registry.param_table(arch)
@@ -244,7 +242,7 @@ def test_ranks_and_scales_are_those_of_peft(small: Any, tmp_path: Path, case: st
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_is_no_adapter_of_this_base(small: Any, tmp_path: Path, case: str) -> None:
+def test_what_is_no_adapter_of_this_base(small, tmp_path, case):
     break_it, message = CASES[case]
     arch, _ = small("llada")
     lora = Lora(4, 8.0, 0.1, ("blocks/q", "blocks/down"))
@@ -257,7 +255,7 @@ def test_what_is_no_adapter_of_this_base(small: Any, tmp_path: Path, case: str) 
     assert str(tmp_path / "out") in str(caught.value)
 
 
-def test_peft_agrees_on_what_a_name_hits(small: Any) -> None:
+def test_peft_agrees_on_what_a_name_hits(small):
     theirs = pytest.importorskip("peft", reason="benchmarks/requirements.txt is not installed")
     from peft.tuners.tuners_utils import check_target_module_exists
 
@@ -272,7 +270,7 @@ MODELS = {"Llama": ("q", "o", "gate", "down"), "Qwen2": ("q", "k", "v", "o", "ga
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_peft_itself_there_and_back(tmp_path: Path, name: str) -> None:
+def test_peft_itself_there_and_back(tmp_path, name):
     torch = pytest.importorskip("torch", reason="benchmarks/requirements.txt is not installed")
     transformers = pytest.importorskip("transformers", reason="benchmarks/requirements.txt is not installed")
     theirs = pytest.importorskip("peft", reason="benchmarks/requirements.txt is not installed")

@@ -1,7 +1,5 @@
 """Tests checkpoints in and out: equal to the reference, bit-exact there and back, small in memory, safe on disk."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import shutil
@@ -54,7 +52,7 @@ def stored(folder: Path) -> dict[str, Any]:
         ("qwen3", jnp.bfloat16, False),
     ],
 )
-def test_import_export_import_keeps_every_bit(small: Any, tmp_path: Path, family: str, dtype: Any, tied: bool) -> None:
+def test_import_export_import_keeps_every_bit(small, tmp_path, family, dtype, tied):
     arch, params = small(family, dtype=dtype, tie_embeddings=tied)
     # Every bit pattern that is not NaN must survive, zero's sign and subnormals too.
     embed = np.array(params["embed"])
@@ -70,7 +68,7 @@ def test_import_export_import_keeps_every_bit(small: Any, tmp_path: Path, family
     assert json.loads((tmp_path / "b" / "config.json").read_text())["torch_dtype"] == jnp.dtype(dtype).name
 
 
-def test_shards_are_whole_named_and_below_the_limit(small: Any, tmp_path: Path) -> None:
+def test_shards_are_whole_named_and_below_the_limit(small, tmp_path):
     arch, params = small()
     save_checkpoint(tmp_path / "out", arch, params, max_shard_bytes=6000)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
@@ -82,7 +80,7 @@ def test_shards_are_whole_named_and_below_the_limit(small: Any, tmp_path: Path) 
     assert max(sizes.values()) <= 6000 and sum(sizes.values()) == index["metadata"]["total_size"]
 
 
-def test_casts_on_the_way_in_and_out(small: Any, tmp_path: Path) -> None:
+def test_casts_on_the_way_in_and_out(small, tmp_path):
     arch, params = small()
     save_checkpoint(tmp_path / "bf16", arch, params, dtype=jnp.bfloat16)
     _, loaded = load_checkpoint(tmp_path / "bf16")
@@ -95,9 +93,7 @@ MESHES = [(2, 2, 2), *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in ((
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-def test_each_device_gets_its_slice(
-    small: Any, saved: Any, tmp_path: Path, mesh: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_device_gets_its_slice(small, saved, tmp_path, mesh, monkeypatch):
     monkeypatch.setattr(tensor_writer, "_SLICE_BYTES", 200)  # large matrices are fetched in slices; these are small
     arch, params = small("dream", jnp.bfloat16)
     shardings = param_shardings(make_mesh(*mesh), registry.param_table(arch))
@@ -109,7 +105,7 @@ def test_each_device_gets_its_slice(
 
 
 @pytest.mark.parametrize("family, field", [("llada", "weight_tying"), ("llama", "tie_word_embeddings")])
-def test_a_tied_checkpoint_may_repeat_its_head(saved: Any, tmp_path: Path, family: str, field: str) -> None:
+def test_a_tied_checkpoint_may_repeat_its_head(saved, tmp_path, family, field):
     """A copy of the embedding may also be stored in another type, or be all there is; anything else is named, with its field."""
     folder = Path(shutil.copytree(saved(family), tmp_path / "out"))
     config = json.loads((folder / "config.json").read_text())
@@ -132,7 +128,7 @@ def test_a_tied_checkpoint_may_repeat_its_head(saved: Any, tmp_path: Path, famil
             load_checkpoint(folder, dtype=jnp.float32)
 
 
-def test_companions_travel_and_weights_do_not(small: Any, tmp_path: Path) -> None:
+def test_companions_travel_and_weights_do_not(small, tmp_path):
     arch, params = small()
     source = tmp_path / "tokenizer"
     source.mkdir()
@@ -146,9 +142,7 @@ def test_companions_travel_and_weights_do_not(small: Any, tmp_path: Path) -> Non
     assert generation == {"steps": 64, "eos_token_id": [0, 1], "mask_token_id": 39, "pad_token_id": 2}
 
 
-def test_nothing_is_overwritten_and_nothing_half_written(
-    small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_is_overwritten_and_nothing_half_written(small, tmp_path, monkeypatch):
     arch, params = small()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("words")
@@ -164,7 +158,7 @@ def test_nothing_is_overwritten_and_nothing_half_written(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "out"]
 
 
-def test_a_wrong_tree_is_not_exported(small: Any, tmp_path: Path) -> None:
+def test_a_wrong_tree_is_not_exported(small, tmp_path):
     arch, params = small()
     wrong = {**params, "final_norm": np.ones(3, np.float32), "bonus": np.ones(1, np.float32)}
     del wrong["head"]
@@ -175,7 +169,7 @@ def test_a_wrong_tree_is_not_exported(small: Any, tmp_path: Path) -> None:
         save_checkpoint(tmp_path / "out", arch, {**params, "embed": np.zeros((40, 16), np.int32)})
 
 
-def test_verify_sees_a_changed_weight_and_a_changed_config(small: Any, saved: Any, tmp_path: Path) -> None:
+def test_verify_sees_a_changed_weight_and_a_changed_config(small, saved, tmp_path):
     arch, params = small()
     net, ids = Transformer(arch), jax.device_put(np.arange(12, dtype=np.int32).reshape(2, 6))
 
@@ -214,7 +208,7 @@ print(peak() - before, sum(x.nbytes for x in jax.tree.leaves(params)))
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read in Linux's units")
-def test_the_host_never_holds_the_checkpoint_twice(small: Any, tmp_path: Path) -> None:
+def test_the_host_never_holds_the_checkpoint_twice(small, tmp_path):
     """On a CPU the parameters themselves are host memory, so the peak is one copy and a layer, not two copies."""
     sizes = {"vocab_size": 2048, "d_model": 512, "n_layers": 12, "n_heads": 8, "n_kv_heads": 8, "head_dim": 64}
     arch = dataclasses.replace(small()[0], **sizes, mlp_dim=1536)

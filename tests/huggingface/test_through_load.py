@@ -1,7 +1,5 @@
 """Tests adapters, tokenizers, mask tokens and odd checkpoints that users have, through ``jaxblock.load``."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import shutil
@@ -34,7 +32,7 @@ def words(folder: Path, count: int) -> None:
     )
 
 
-def test_a_folder_of_adapters_is_its_base_and_them(small: Any, saved: Any, tmp_path: Path) -> None:
+def test_a_folder_of_adapters_is_its_base_and_them(small, saved, tmp_path):
     arch, params = small()
     lora = Lora(2, 4.0, 0.0, ("blocks/q", "blocks/down"))
     table = adapter_table(registry.param_table(arch), lora)
@@ -54,7 +52,7 @@ def test_a_folder_of_adapters_is_its_base_and_them(small: Any, saved: Any, tmp_p
         jaxblock.load(tmp_path / "adapters", base=saved("llada", d_model=32, head_dim=8))
 
 
-def test_a_tokenizer_may_be_shorter_than_the_vocabulary_and_no_longer(saved: Any, tmp_path: Path) -> None:
+def test_a_tokenizer_may_be_shorter_than_the_vocabulary_and_no_longer(saved, tmp_path):
     shutil.copytree(saved("llama", mask_id=None), tmp_path / "out")
     words(tmp_path / "out", 30)
     assert jaxblock.load(tmp_path / "out").tokenizer is not None
@@ -65,7 +63,7 @@ def test_a_tokenizer_may_be_shorter_than_the_vocabulary_and_no_longer(saved: Any
     assert (model.arch.vocab_size, model.arch.mask_id) == (64, 40)
 
 
-def test_an_autoregressive_start_decodes_once_it_has_a_mask(saved: Any, tmp_path: Path) -> None:
+def test_an_autoregressive_start_decodes_once_it_has_a_mask(saved, tmp_path):
     plain = jaxblock.load(saved("llama", mask_id=None))
     options = {"response_len": 8, "block": 4, "steps_per_block": 4}
     with pytest.raises(UserError, match="mask_id"):
@@ -78,20 +76,20 @@ def test_an_autoregressive_start_decodes_once_it_has_a_mask(saved: Any, tmp_path
     np.testing.assert_array_equal(jaxblock.load(tmp_path / "again").decode(IDS, **options), found)
 
 
-def test_half_precision_is_computed_in_float32_and_kept(saved: Any) -> None:
+def test_half_precision_is_computed_in_float32_and_kept(saved):
     model = jaxblock.load(saved("llada", jnp.float16))
     assert model.params["embed"].dtype == jnp.float16
     assert np.isfinite(model.logits([[3, 4, 5]])).all()
 
 
-def test_mixed_types_are_computed_in_the_widest(saved: Any, tmp_path: Path) -> None:
+def test_mixed_types_are_computed_in_the_widest(saved, tmp_path):
     shutil.copytree(saved("llada"), tmp_path / "mixed")
     name = "model.transformer.ln_f.weight"
     tensors("model.safetensors", lambda t: t.update({name: t[name].astype(jnp.bfloat16)}))(tmp_path / "mixed")
     assert jaxblock.load(tmp_path / "mixed").net.dtype == "float32"
 
 
-def test_code_that_is_not_beside_the_weights_is_named(saved: Any, tmp_path: Path) -> None:
+def test_code_that_is_not_beside_the_weights_is_named(saved, tmp_path):
     shutil.copytree(saved(), tmp_path / "hub")
     fields("config.json", auto_map={"AutoModel": "modeling_llada.LLaDAModelLM"})(tmp_path / "hub")
     save_checkpoint(tmp_path / "out", *load_checkpoint(tmp_path / "hub"))
@@ -99,7 +97,7 @@ def test_code_that_is_not_beside_the_weights_is_named(saved: Any, tmp_path: Path
     assert named == {"AutoModel": "GSAI-ML/LLaDA-8B-Instruct--modeling_llada.LLaDAModelLM"}
 
 
-def test_adapters_of_an_autoregressive_start_decode_as_they_were_trained(saved: Any, tmp_path: Path) -> None:
+def test_adapters_of_an_autoregressive_start_decode_as_they_were_trained(saved, tmp_path):
     def adapted(**options: Any) -> Any:
         model = jaxblock.load(saved("llama", mask_id=None), **options)
         lora = Lora(2, 4.0, 0.0, ("blocks/q",))
@@ -119,7 +117,7 @@ def test_adapters_of_an_autoregressive_start_decode_as_they_were_trained(saved: 
         model.save_adapter(tmp_path / "rows")
 
 
-def test_batches_that_are_none(saved: Any) -> None:
+def test_batches_that_are_none(saved):
     model = jaxblock.load(saved())
     for call in (
         lambda: model.logits([[1, 2], [3]]),

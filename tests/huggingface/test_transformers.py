@@ -1,7 +1,5 @@
 """Tests that checkpoints of transformers are read, run and written back, and that it then reads what it had."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -64,7 +62,7 @@ def same_rope_in_the_other_spelling(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_there_and_back(case: str, tmp_path: Path) -> None:
+def test_there_and_back(case, tmp_path):
     name, changes = CASES[case]
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(**(SIZES | changes))
@@ -98,7 +96,7 @@ def test_there_and_back(case: str, tmp_path: Path) -> None:
     assert (other.rope_theta, other.rope_scaling) == (arch.rope_theta, arch.rope_scaling)
 
 
-def test_a_start_with_an_added_mask_token_loads_in_transformers(tmp_path: Path) -> None:
+def test_a_start_with_an_added_mask_token_loads_in_transformers(tmp_path):
     torch.manual_seed(0)
     theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, tie_word_embeddings=True)).eval()
     theirs.save_pretrained(tmp_path / "theirs")

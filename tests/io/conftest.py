@@ -4,14 +4,11 @@ As in the real store, objects appear whole when their upload ends, and there are
 ``gcsfs`` (through etils' epath) and TensorStore (through Orbax) reach it by their environment variables for emulators.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -181,7 +178,7 @@ class Handler(BaseHTTPRequestHandler):
             return self._refuse()
         name, kind, content = query.get("name", ""), query.get("uploadType"), body
         if kind == "multipart":
-            mark = b"--" + (re.search(r'boundary="?([^";]+)', self.headers["Content-Type"]) or [b"", ""])[1].encode()  # type: ignore[union-attr]
+            mark = b"--" + (re.search(r'boundary="?([^";]+)', self.headers["Content-Type"]) or [b"", ""])[1].encode()
             about, content = (part.split(b"\n\n", 1)[1][:-1] for part in body.split(mark)[1:3])
             name = json.loads(about)["name"]
         if name:  # the later pieces of an upload have none
@@ -230,7 +227,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+def store(monkeypatch):
     """Starts a stand-in to which ``gs://`` paths of this process, and of processes that it starts, lead."""
     monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # asks a second service, over gRPC
     pytest.importorskip("gcsfs", reason="gs:// needs gcsfs")

@@ -1,7 +1,5 @@
 """Tests that files and folders are whole or absent, and that errors name the path and the cause."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os
@@ -25,7 +23,7 @@ def _fill(folder: Path, text: str = "new") -> None:
     (folder / "MARK").write_text("")
 
 
-def test_a_file_is_replaced_only_when_asked(tmp_path: Path) -> None:
+def test_a_file_is_replaced_only_when_asked(tmp_path):
     path = tmp_path / "a" / "file"
     write_text(path, "one")
     with pytest.raises(UserError, match="exists already"):
@@ -37,7 +35,7 @@ def test_a_file_is_replaced_only_when_asked(tmp_path: Path) -> None:
     assert sha256(path) == "3fc4ccfe745870e2c0d99f71f30ff0656c8dedd41cc1d7d3d376b0dbe685e2f3"
 
 
-def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "file"
     write_text(path, "old")
 
@@ -52,7 +50,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("links", [True, False])
-def test_a_file_that_appears_meanwhile_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
+def test_a_file_that_appears_meanwhile_stays(tmp_path, monkeypatch, links):
     def refuse(*names: object) -> None:
         raise OSError(errno.EPERM, "this disk has no hard links")
 
@@ -78,13 +76,13 @@ def test_a_file_that_appears_meanwhile_stays(tmp_path: Path, monkeypatch: pytest
         (lambda root: check_writable("/proc/jaxblock"), "cannot write to /proc/jaxblock"),
     ],
 )
-def test_errors_name_the_cause(tmp_path: Path, action, cause: str) -> None:
+def test_errors_name_the_cause(tmp_path, action, cause):
     (tmp_path / "file").write_text("{")
     with pytest.raises(UserError, match=cause):
         action(tmp_path)
 
 
-def test_a_folder_appears_whole(tmp_path: Path) -> None:
+def test_a_folder_appears_whole(tmp_path):
     target = tmp_path / "made"
     with new_folder(target, marker="MARK") as folder:
         _fill(folder)
@@ -94,7 +92,7 @@ def test_a_folder_appears_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError("broken"), KeyboardInterrupt(), OSError(errno.ENOSPC, "full"), None])
-def test_a_failed_folder_leaves_nothing(tmp_path: Path, error: BaseException | None) -> None:
+def test_a_failed_folder_leaves_nothing(tmp_path, error):
     expected = UserError if error is None or isinstance(error, OSError) else type(error)
     with pytest.raises(expected), new_folder(tmp_path / "made", marker="MARK") as folder:
         (folder / "data").write_text("half")  # and without an error: no marker
@@ -103,7 +101,7 @@ def test_a_failed_folder_leaves_nothing(tmp_path: Path, error: BaseException | N
     assert _names(tmp_path) == []
 
 
-def test_what_may_be_replaced(tmp_path: Path) -> None:
+def test_what_may_be_replaced(tmp_path):
     whole, foreign, empty, file = (tmp_path / name for name in ("whole", "foreign", "empty", "file"))
     for folder in (whole, foreign, empty):
         folder.mkdir()
@@ -125,7 +123,7 @@ def test_what_may_be_replaced(tmp_path: Path) -> None:
     assert _names(tmp_path) == ["empty", "file", "foreign", "whole"]
 
 
-def test_what_a_killed_try_left_is_removed_once_the_folder_is_there(tmp_path: pathlib.Path) -> None:
+def test_what_a_killed_try_left_is_removed_once_the_folder_is_there(tmp_path):
     kept = [f".made.partial-{os.getpid()}-00", ".made.partial-notes", ".other.partial-4194305-00"]
     for name in [*kept, ".made.partial-4194305-00"]:  # Linux gives no process a higher number than 4194304
         (tmp_path / name / "sub").mkdir(parents=True)
@@ -139,7 +137,7 @@ def test_what_a_killed_try_left_is_removed_once_the_folder_is_there(tmp_path: pa
 @pytest.mark.parametrize(
     ("appears", "problem"), [("made", "a file"), ("made/thesis.tex", "holds no MARK"), ("made/MARK", "exists already")]
 )
-def test_what_appears_meanwhile_stays(tmp_path: Path, appears: str, problem: str, overwrite: bool) -> None:
+def test_what_appears_meanwhile_stays(tmp_path, appears, problem, overwrite):
     """Only another whole folder may be replaced, and that only where it is asked for."""
     replaced = overwrite and appears == "made/MARK"
     refusal = contextlib.nullcontext() if replaced else pytest.raises(UserError, match=problem)
@@ -151,7 +149,7 @@ def test_what_appears_meanwhile_stays(tmp_path: Path, appears: str, problem: str
     assert _names(tmp_path) == ["made"]
 
 
-def test_a_failed_swap_brings_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_swap_brings_the_old_folder_back(tmp_path, monkeypatch):
     target = tmp_path / "made"
     target.mkdir()
     _fill(target, "old")

@@ -1,8 +1,5 @@
 """Tests that hub names become local folders, paths stay as they are, and errors say what to do; no network is used."""
 
-from __future__ import annotations
-
-from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
@@ -30,9 +27,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, result: Any) -> Mock:
         ("org/name@refs/pr/3", "org/name", "refs/pr/3"),
     ],
 )
-def test_a_hub_name_is_downloaded(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, repo: str, revision: str | None
-) -> None:
+def test_a_hub_name_is_downloaded(monkeypatch, tmp_path, name, repo, revision):
     monkeypatch.chdir(tmp_path)
     download = stand_in(monkeypatch, tmp_path / "cache")
     assert hub.local_checkpoint(name) == str(tmp_path / "cache")
@@ -40,7 +35,7 @@ def test_a_hub_name_is_downloaded(
     assert (*download.call_args.args, download.call_args.kwargs["revision"]) == (repo, revision)
 
 
-def test_neither_code_nor_pickles_are_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_neither_code_nor_pickles_are_asked_for(monkeypatch, tmp_path):
     from huggingface_hub.utils import filter_repo_objects
 
     monkeypatch.chdir(tmp_path)
@@ -55,7 +50,7 @@ def test_neither_code_nor_pickles_are_asked_for(monkeypatch: pytest.MonkeyPatch,
     assert list(filter_repo_objects([*wanted, *others], **patterns)) == wanted
 
 
-def test_what_lies_here_is_taken_from_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_lies_here_is_taken_from_here(monkeypatch, tmp_path):
     download = stand_in(monkeypatch, tmp_path)
     (tmp_path / "org" / "name").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
@@ -83,16 +78,14 @@ def _error(kind: type[Exception]) -> Exception:
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_what_went_wrong_says_what_to_do(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: type[Exception], message: str
-) -> None:
+def test_what_went_wrong_says_what_to_do(monkeypatch, tmp_path, error, message):
     monkeypatch.chdir(tmp_path)
     stand_in(monkeypatch, _error(error))
     with pytest.raises(UserError, match=f"^org/name@v2 is no local folder, and .*{message}"):
         hub.local_checkpoint("org/name@v2")
 
 
-def test_a_tokenizer_may_be_a_hub_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_tokenizer_may_be_a_hub_name(monkeypatch, tmp_path):
     import tokenizers as huggingface
 
     words = huggingface.Tokenizer(huggingface.models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))

@@ -1,10 +1,7 @@
 """Tests that a folder has one writer at a time, on a disk and in an object store, and that a dead writer's lock is taken over."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
-import pathlib
 import signal
 import subprocess
 import sys
@@ -25,7 +22,7 @@ HOLDER = "import sys; from jaxblock.io.locks import only_writer\nwith only_write
 
 
 @pytest.fixture(params=["disk", "bucket"])
-def folder(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> str:
+def folder(request, tmp_path):
     """Returns a folder to be written, on a disk and in a bucket."""
     if request.param == "disk":
         return str(tmp_path / "run")
@@ -39,7 +36,7 @@ def _locks(folder: str) -> list[str]:
     return [file.name for entry in list_folder(parent) if entry.name.startswith(".") for file in list_folder(entry)]
 
 
-def test_one_writer_at_a_time_and_a_killed_one_is_succeeded(folder: str) -> None:
+def test_one_writer_at_a_time_and_a_killed_one_is_succeeded(folder):
     """A real process holds the lock; it is named to the second, and once it is killed the next goes on."""
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
@@ -60,7 +57,7 @@ def _elsewhere() -> Owner:
 
 
 @pytest.mark.parametrize("beats", [False, True])
-def test_an_owner_on_another_machine_is_watched(folder: str, beats: bool) -> None:
+def test_an_owner_on_another_machine_is_watched(folder, beats):
     """It is refused when the owner gives a sign of life while we wait, and is taken over when it gives none."""
     path = as_path(folder).parent / ".run.lock"
     theirs = Lease(path, "run")
@@ -89,7 +86,7 @@ def test_an_owner_on_another_machine_is_watched(folder: str, beats: bool) -> Non
     assert len(said) == 1 and "sign of life" in said[0]
 
 
-def test_a_writer_that_slept_does_not_take_a_number_that_was_passed(folder: str) -> None:
+def test_a_writer_that_slept_does_not_take_a_number_that_was_passed(folder):
     path = as_path(folder).parent / ".run.lock"
     slept, new = Lease(path, "run"), Lease(path, "run")
     for lease in (slept, new):
@@ -99,7 +96,7 @@ def test_a_writer_that_slept_does_not_take_a_number_that_was_passed(folder: str)
     assert slept.lost is not None and _locks(folder) == ["000003"]
 
 
-def test_a_lost_lock_is_told(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_lock_is_told(tmp_path, monkeypatch):
     """The thread notices that another process has written the next number."""
     monkeypatch.setattr(locks, "BEAT", 0.01)
     with only_writer(tmp_path / "run") as lock:
@@ -114,7 +111,7 @@ def test_a_lost_lock_is_told(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyP
             lock.check()
 
 
-def test_a_folder_is_locked_inside_too(tmp_path: pathlib.Path) -> None:
+def test_a_folder_is_locked_inside_too(tmp_path):
     """Two containers may see the folder under other paths; a link to it is the folder itself."""
     (tmp_path / "run").mkdir()
     (tmp_path / "link").symlink_to("run")
@@ -127,7 +124,7 @@ def test_a_folder_is_locked_inside_too(tmp_path: pathlib.Path) -> None:
     assert os.listdir(tmp_path / "run") == [] and sorted(os.listdir(tmp_path)) == ["link", "run"]
 
 
-def test_a_folder_that_cannot_be_written_needs_no_lock(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_written_needs_no_lock(tmp_path, monkeypatch):
     said: list[str] = []
     for error, told in ((PermissionError(13, "no"), 0), (OSError(30, "read-only"), 0), (OSError(28, "full"), 1)):
 
@@ -142,7 +139,7 @@ def test_a_folder_that_cannot_be_written_needs_no_lock(tmp_path: pathlib.Path, m
 
 
 def _changed(**fields: object) -> Callable[[], Owner]:
-    return lambda: dataclasses.replace(this_process(), **fields)  # type: ignore[arg-type]
+    return lambda: dataclasses.replace(this_process(), **fields)
 
 
 @pytest.mark.parametrize(
@@ -156,11 +153,11 @@ def _changed(**fields: object) -> Callable[[], Owner]:
         (_changed(machine="x"), None),
     ],
 )
-def test_who_is_alive(owner: Callable[[], Owner], alive: bool | None) -> None:
+def test_who_is_alive(owner, alive):
     assert is_alive(owner()) is alive
     assert isinstance(read_owner(owner().as_json()), Owner)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"host": 1}', b"[" * 100_000, b"\xff"])
-def test_what_is_no_owner(content: bytes) -> None:
+def test_what_is_no_owner(content):
     assert read_owner(content) is None

@@ -1,7 +1,5 @@
 """Tests everything that a pod keeps in a bucket, in the stand-in's: prepared data, a run, its metrics, an export."""
 
-from __future__ import annotations
-
 import json
 import re
 import signal
@@ -9,7 +7,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -41,7 +38,7 @@ def _fill(folder: Path, text: str) -> None:
     (folder / "MARK").write_text("")
 
 
-def test_a_folder_gets_its_marker_last_and_loses_it_first(store: Store) -> None:
+def test_a_folder_gets_its_marker_last_and_loses_it_first(store):
     for text in ("old", "new"):
         with new_folder("gs://bucket/made", marker="MARK", overwrite=True) as folder:
             _fill(folder, text)
@@ -57,7 +54,7 @@ def test_a_folder_gets_its_marker_last_and_loses_it_first(store: Store) -> None:
 
 
 @pytest.mark.parametrize("fails", ["sub/data", "MARK"])
-def test_an_upload_that_fails_leaves_nothing(store: Store, fails: str) -> None:
+def test_an_upload_that_fails_leaves_nothing(store, fails):
     store.failing = re.compile(fails)
     with (
         pytest.raises(UserError, match="cannot write gs://bucket/made"),
@@ -67,7 +64,7 @@ def test_an_upload_that_fails_leaves_nothing(store: Store, fails: str) -> None:
     assert store.names() == []
 
 
-def test_what_appears_in_the_bucket_meanwhile_stays(store: Store) -> None:
+def test_what_appears_in_the_bucket_meanwhile_stays(store):
     with (
         pytest.raises(UserError, match="gs://bucket/made exists already"),
         new_folder("gs://bucket/made", marker="MARK") as folder,
@@ -82,7 +79,7 @@ def test_what_appears_in_the_bucket_meanwhile_stays(store: Store) -> None:
     assert store.content("made/MARK") == b"theirs"
 
 
-def test_a_large_file_goes_up_and_comes_down_in_pieces(store: Store) -> None:
+def test_a_large_file_goes_up_and_comes_down_in_pieces(store):
     content = np.random.default_rng(0).bytes(13 << 20)
     with new_folder("gs://bucket/made", marker="MARK") as folder:
         _fill(folder, "x")
@@ -92,7 +89,7 @@ def test_a_large_file_goes_up_and_comes_down_in_pieces(store: Store) -> None:
     assert [file.name for file in local.iterdir()] == ["large"] and (local / "large").read_bytes() == content
 
 
-def test_what_another_process_writes_is_seen(store: Store) -> None:
+def test_what_another_process_writes_is_seen(store):
     assert list_folder("gs://bucket/run") == []
     store.put("bucket", "run/config.yaml", b"{}", {})
     assert [entry.name for entry in list_folder("gs://bucket/run")] == ["config.yaml"]
@@ -111,7 +108,7 @@ def _steps() -> list[int]:
     return [row["step"] for row in metrics.read_metrics(PATH).train]
 
 
-def test_a_growing_file_is_parts_written_once(store: Store, tmp_path: Path) -> None:
+def test_a_growing_file_is_parts_written_once(store, tmp_path):
     lines = JsonlWriter(PATH, lambda line: True)
     _append(lines, 1, 2)
     assert store.log == []  # they wait for others
@@ -137,7 +134,7 @@ def test_a_growing_file_is_parts_written_once(store: Store, tmp_path: Path) -> N
     assert store.refused == []
 
 
-def test_a_store_that_is_away_for_a_while_loses_no_rows(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_store_that_is_away_for_a_while_loses_no_rows(store, caplog):
     lines = JsonlWriter(PATH, lambda line: True, period=0.0)
     store.failing = re.compile("metrics")
     _append(lines, 1, 2)
@@ -150,9 +147,7 @@ def test_a_store_that_is_away_for_a_while_loses_no_rows(store: Store, caplog: py
 
 
 @pytest.mark.slow
-def test_a_run_lives_in_a_bucket(
-    store: Store, tiny_config: Path, tiny_run: Path, tmp_path: Path, draw_curves: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_lives_in_a_bucket(store, tiny_config, tiny_run, tmp_path, draw_curves, monkeypatch):
     monkeypatch.setattr(train, "draw_curves", draw_curves)
     bucket = "gs://bucket/some folder"
     common = ["--config", str(tiny_config), "--data.prepared", f"{bucket}/prepared"]
@@ -193,7 +188,7 @@ def test_a_run_lives_in_a_bucket(
 
 
 @pytest.mark.slow
-def test_adapters_live_in_a_bucket(store: Store, tiny_config: Path, tiny_run: Path, capsys: Any) -> None:
+def test_adapters_live_in_a_bucket(store, tiny_config, tiny_run, capsys):
     """Their base in the bucket is first a copied run, then its export; what is made from them is in the bucket too."""
     for file in sorted(path for path in tiny_run.rglob("*") if path.is_file()):
         store.put("bucket", f"base/{file.relative_to(tiny_run).as_posix()}", file.read_bytes(), {})
@@ -240,7 +235,7 @@ def test_adapters_live_in_a_bucket(store: Store, tiny_config: Path, tiny_run: Pa
     assert store.refused == []
 
 
-def test_rows_that_a_checkpoint_kept_are_written_once(store: Store) -> None:
+def test_rows_that_a_checkpoint_kept_are_written_once(store):
     """The store fails when the checkpoint is saved: before it comes back the run is killed, or just after."""
     for killed in ("before", "after"):
         path = f"gs://bucket/{killed}/metrics.jsonl"
@@ -262,7 +257,7 @@ def test_rows_that_a_checkpoint_kept_are_written_once(store: Store) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_while_its_rows_wait_loses_none(store: Store, tiny_config: Path, tiny_run: Path) -> None:
+def test_a_run_that_is_killed_while_its_rows_wait_loses_none(store, tiny_config, tiny_run):
     out = "gs://bucket/run"
     flags = ["train", "--config", str(tiny_config), "--train.out", out]
     store.failing = re.compile(r"/metrics-\d")
@@ -291,7 +286,7 @@ exec "$0" -m jaxblock "$@"
 
 
 @pytest.mark.slow
-def test_two_processes_live_in_a_bucket(store: Store, tiny_config: Path, tiny_pod_run: Path) -> None:
+def test_two_processes_live_in_a_bucket(store, tiny_config, tiny_pod_run):
     """They are stopped and resumed, and end like two that ran without a stop and wrote to a disk."""
     out, prepared = "gs://bucket/pod", "gs://bucket/prepared"
     assert main(["prepare", "--config", str(tiny_config), "--data.prepared", prepared]) == 0

@@ -1,7 +1,5 @@
 """Makes tiny networks, with weights and views that NumPy draws, which compiles nothing."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

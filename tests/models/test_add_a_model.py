@@ -1,7 +1,5 @@
 """The worked example of docs/add-a-model.md is run: it is the whole of a family."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path
@@ -25,7 +23,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "add-a-model.md"
 
 
 @pytest.fixture
-def exaone(monkeypatch: pytest.MonkeyPatch) -> Family:
+def exaone(monkeypatch):
     """The page's Python, registered as the family that it describes."""
     (source,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
     module = ModuleType("jaxblock.models.families.exaone")
@@ -35,7 +33,7 @@ def exaone(monkeypatch: pytest.MonkeyPatch) -> Family:
     return family
 
 
-def test_the_worked_example_reads_and_writes_its_layout(exaone: Family, tmp_path: Path) -> None:
+def test_the_worked_example_reads_and_writes_its_layout(exaone, tmp_path):
     """A Llama checkpoint under the other names is the same network, and comes out as it came in."""
     scaling = RopeScaling("llama3", 8.0, 1.0, 4.0, 32)
     ids = dict(vocab_size=40, mask_id=None, eos_id=1, pad_id=2)
@@ -78,7 +76,7 @@ def test_the_worked_example_reads_and_writes_its_layout(exaone: Family, tmp_path
         load_checkpoint(folder)
 
 
-def test_every_family_offers_what_the_page_asks_for(exaone: Family) -> None:
+def test_every_family_offers_what_the_page_asks_for(exaone):
     parts = Family.__dataclass_fields__
     assert exaone.name in registry.FAMILIES
     for name, family in registry.FAMILIES.items():

@@ -1,7 +1,5 @@
 """Attention: every backend is the plain softmax, and the mask hides what it says."""
 
-from __future__ import annotations
-
 import chex
 import jax
 import jax.numpy as jnp

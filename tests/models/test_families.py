@@ -1,7 +1,5 @@
 """What each family reads from config.json, and what an autoregressive start becomes with a mask token."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from typing import Any
@@ -29,14 +27,14 @@ def read(**changes: Any) -> Architecture:
     return registry.from_hf(LLAMA | changes, "config.json")
 
 
-def test_an_autoregressive_start_has_no_mask_and_predicts_the_next_token() -> None:
+def test_an_autoregressive_start_has_no_mask_and_predicts_the_next_token():
     arch = read()
     assert (arch.mask_id, arch.alignment, arch.head_dim, arch.pad_id) == (None, "shifted", 4, 2)
     with pytest.raises(UserError, match="autoregressive.*mask_id"):
         arch.need_mask_id()
 
 
-def test_the_vocabulary_grows_only_for_a_mask_beyond_it() -> None:
+def test_the_vocabulary_grows_only_for_a_mask_beyond_it():
     for mask, rows in ((0, 100), (99, 100), (100, 128), (127, 128), (128, 192), (163, 192)):
         arch = registry.with_mask(read(), mask)
         assert (arch.mask_id, arch.vocab_size, arch.alignment) == (mask, rows, "shifted")
@@ -55,13 +53,13 @@ def test_the_vocabulary_grows_only_for_a_mask_beyond_it() -> None:
         (read(model_type="Dream", mask_token_id=9), (9, "same_position"), "a dream network's logits are shifted"),
     ],
 )
-def test_a_mask_that_cannot_be_is_refused(arch: Architecture, arguments: tuple[Any, ...], message: str) -> None:
+def test_a_mask_that_cannot_be_is_refused(arch, arguments, message):
     with pytest.raises(UserError, match=message):
         registry.with_mask(arch, *arguments)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
-def test_what_makes_it_a_diffusion_model_is_written_and_read_again(model_type: str) -> None:
+def test_what_makes_it_a_diffusion_model_is_written_and_read_again(model_type):
     arch = registry.with_mask(read(model_type=model_type), 100, "same_position")
     written = json.loads(json.dumps(registry.to_hf(arch, "bfloat16")))
     again = registry.from_hf(written, "config.json")
@@ -73,7 +71,7 @@ def test_what_makes_it_a_diffusion_model_is_written_and_read_again(model_type: s
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "Dream"])
-def test_both_spellings_of_the_rotary_base(model_type: str) -> None:
+def test_both_spellings_of_the_rotary_base(model_type):
     nested = {"rope_theta": None, "rope_parameters": {"rope_theta": 7e4, "rope_type": "default"}}
     for changes, base in (({}, 5e5), (nested, 7e4)):
         arch = read(model_type=model_type, mask_token_id=9, **changes)
@@ -81,7 +79,7 @@ def test_both_spellings_of_the_rotary_base(model_type: str) -> None:
         assert registry.from_hf(registry.to_hf(arch, "float32"), "").rope_theta == base
 
 
-def test_both_spellings_of_a_stretched_rotary_base() -> None:
+def test_both_spellings_of_a_stretched_rotary_base():
     want = RopeScaling("llama3", 8.0, 1.0, 4.0, 32)
     old = read(rope_scaling={"rope_type": "llama3", **STRETCH})
     new = read(rope_theta=None, rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, **STRETCH})
@@ -111,9 +109,7 @@ ROPES: list[tuple[str, dict[str, Any], list[float], float]] = [
 
 
 @pytest.mark.parametrize("kind, numbers, rates, factor", ROPES)
-def test_scaled_rotary_positions_are_those_of_transformers(
-    kind: str, numbers: dict[str, Any], rates: list[float], factor: float
-) -> None:
+def test_scaled_rotary_positions_are_those_of_transformers(kind, numbers, rates, factor):
     arch = read(rope_scaling={"rope_type": kind, **numbers}, head_dim=8, rope_theta=100.0)
     assert registry.from_hf(registry.to_hf(replace(arch, extra=()), "float32"), "").rope_scaling == arch.rope_scaling
     cos, sin = compute_rotation(jnp.arange(96)[None], arch, jnp.float32)
@@ -121,7 +117,7 @@ def test_scaled_rotary_positions_are_those_of_transformers(
     np.testing.assert_allclose(np.hypot(sin, cos), factor, rtol=1e-5)
 
 
-def test_options_that_change_nothing_are_accepted() -> None:
+def test_options_that_change_nothing_are_accepted():
     plain = read(model_type="qwen2")
     for changes in (
         {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
@@ -136,7 +132,7 @@ def test_options_that_change_nothing_are_accepted() -> None:
     assert read(model_type="qwen3").head_dim == 128  # transformers' default for Qwen3 alone
 
 
-def test_ends_are_a_token_or_a_list() -> None:
+def test_ends_are_a_token_or_a_list():
     arch = read(eos_token_id=[2, 7, 9], pad_token_id=0)
     assert (arch.eos_id, arch.end_ids, arch.pad_id) == (2, (7, 9), 0)
     assert registry.to_hf(arch, "float32")["eos_token_id"] == [2, 7, 9]
@@ -187,12 +183,12 @@ def test_ends_are_a_token_or_a_list() -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else next(iter(value)),
 )
-def test_what_would_load_and_be_wrong_is_refused(changes: dict[str, Any], message: str) -> None:
+def test_what_would_load_and_be_wrong_is_refused(changes, message):
     with pytest.raises(UserError, match=message):
         read(**changes)
 
 
-def test_real_sizes_have_their_published_number_of_parameters() -> None:
+def test_real_sizes_have_their_published_number_of_parameters():
     """Dream-v0 7B (Qwen2.5-7B's body), and Qwen3-0.6B, whose heads are wider than its stream."""
     dream = read(
         model_type="Dream", vocab_size=152064, hidden_size=3584, num_hidden_layers=28, num_attention_heads=28,
@@ -206,7 +202,7 @@ def test_real_sizes_have_their_published_number_of_parameters() -> None:
     assert count_params(registry.param_table(qwen3)) == 596_049_920
 
 
-def test_sizes_that_a_checkpoint_does_not_have_are_listed() -> None:
+def test_sizes_that_a_checkpoint_does_not_have_are_listed():
     own = ModelConfig(family="dream", d_model=32, n_layers=2, n_kv_heads=2, init_std=0.1)
     arch = registry.architecture_from_config(own, vocab_size=11, mask_id=10, eos_id=1)
     for same in (own, ModelConfig(init_from="x"), ModelConfig(init_from="x", d_model=32, remat="full")):

@@ -1,7 +1,5 @@
 """Products with stated exchanges between devices, against the plain products that leave these to the compiler."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import itertools
@@ -57,7 +55,7 @@ def weights_and_oracle(name: str) -> tuple[Params, Params, Any]:
 
 
 @pytest.mark.parametrize(("network", "mesh"), GRID)
-def test_both_kinds_of_products_agree_in_value_and_gradient(network: str, mesh: str) -> None:
+def test_both_kinds_of_products_agree_in_value_and_gradient(network, mesh):
     net, over = NETWORKS[network], make_mesh(**MESHES[mesh])
     trained, frozen, plain = weights_and_oracle(network)
     split = jax.device_put(trained, rules.param_shardings(over, net.trainable))

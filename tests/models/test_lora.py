@@ -1,7 +1,5 @@
 """Adapters and int8: the branch is what a merged matrix does, names find their matrices, draws do not depend on layout."""
 
-from __future__ import annotations
-
 import dataclasses
 from functools import partial
 
@@ -39,7 +37,7 @@ def gradient(net: Transformer, base: Params, own: Params, view: View) -> jax.Arr
 
 
 @pytest.fixture(scope="module")
-def int8_weights() -> tuple[Params, Params]:
+def int8_weights():
     """Returns the base in int8, and the same whole numbers as ordinary weights."""
     flat = flatten(BASE)
     matrices = {path: flat[path] for path in flat if int8.quantised(TABLE[path])}
@@ -52,7 +50,7 @@ def int8_weights() -> tuple[Params, Params]:
     return nest(flat | stored), nest(flat | whole)
 
 
-def test_a_branch_is_what_the_merged_matrix_does() -> None:
+def test_a_branch_is_what_the_merged_matrix_does():
     params = lora.attach(BASE, ADAPTERS)
     merged = lora.merge(params, ADAPTED.lora)
     assert merged.keys() == params.keys() - {"lora"}
@@ -61,7 +59,7 @@ def test_a_branch_is_what_the_merged_matrix_does() -> None:
     assert np.abs(want - hidden(NET, BASE, SEEN)).max() > 0.05
 
 
-def test_adapters_begin_as_nothing_and_only_b_has_a_gradient_then() -> None:
+def test_adapters_begin_as_nothing_and_only_b_has_a_gradient_then():
     specs = ADAPTED.trainable
     start = nest({path: leaf * (specs[path].std != 0) for path, leaf in flatten(ADAPTERS).items()})
     np.testing.assert_array_equal(hidden(ADAPTED, lora.attach(BASE, start), SEEN), hidden(NET, BASE, SEEN))
@@ -69,7 +67,7 @@ def test_adapters_begin_as_nothing_and_only_b_has_a_gradient_then() -> None:
         assert (specs[path].std == 0) == path.endswith("/b") == bool(np.any(grad)), path
 
 
-def test_dropout_depends_on_the_row_alone() -> None:
+def test_dropout_depends_on_the_row_alone():
     """Neither on its neighbours, nor on how rows are split over devices, nor on how layers are run."""
     net = dataclasses.replace(ADAPTED, lora=Lora(3, 6.0, 0.5, ("blocks/q", "blocks/down")))
     params = lora.attach(BASE, ADAPTERS)
@@ -85,7 +83,7 @@ def test_dropout_depends_on_the_row_alone() -> None:
     np.testing.assert_allclose(unrolled, want, atol=1e-5)
 
 
-def test_every_layer_and_matrix_drops_inputs_of_its_own() -> None:
+def test_every_layer_and_matrix_drops_inputs_of_its_own():
     @jax.jit
     def drawn(rows: jax.Array) -> list[jax.Array]:
         one = jax.tree.map(lambda x: x[0], ADAPTERS["blocks"])
@@ -96,7 +94,7 @@ def test_every_layer_and_matrix_drops_inputs_of_its_own() -> None:
     assert len(set(keys)) == len(keys) == 2 * 7
 
 
-def test_dropout_keeps_the_mean_and_drops_inputs_of_the_branch_alone() -> None:
+def test_dropout_keeps_the_mean_and_drops_inputs_of_the_branch_alone():
     draw = np.random.default_rng(0)
     x, w, a, b = (draw.normal(size=s).astype(np.float32) for s in ((2, 5), (5, 3), (5, 2), (2, 3)))
     many = jax.jit(jax.vmap(lambda x, w, a, b, k: dense(x, w, lora=LowRank(a, b, 2.0, 0.25, k)), (None,) * 4 + (0,)))
@@ -109,7 +107,7 @@ def test_dropout_keeps_the_mean_and_drops_inputs_of_the_branch_alone() -> None:
     assert np.abs(branch[:200, 0, None] - possible).max(-1).min(-1).max() < 1e-4
 
 
-def test_int8_is_near_and_the_network_of_its_whole_numbers(int8_weights: tuple[Params, Params]) -> None:
+def test_int8_is_near_and_the_network_of_its_whole_numbers(int8_weights):
     small, whole = int8_weights
     net = Transformer(ARCH, quantize="int8")
     shapes = {path: (spec.shape, spec.dtype or "float32") for path, spec in net.param_table.items()}
@@ -126,7 +124,7 @@ OURS = ["q", "k", "v", "o", "gate", "up", "down"]
 PEFT = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def test_names_find_every_intended_matrix() -> None:
+def test_names_find_every_intended_matrix():
     every = tuple(f"blocks/{name}" for name in OURS)
     llada = registry.param_table(dataclasses.replace(ARCH, family="llada", qkv_bias=False))
     for table in (TABLE, llada):

@@ -1,7 +1,5 @@
 """The network: its attention, remat policies and ways to run layers agree, and its parameters are those of its table."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from functools import partial
