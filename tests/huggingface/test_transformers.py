@@ -144,7 +144,7 @@ def other_spelling_of_rope(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("cell", GRID, ids=lambda cell: "-".join(map(str, cell)))
-def test_the_same_logits_there_and_back(cell, tmp_path):
+def test_there_and_back(cell, tmp_path):
     *form, adapters = cell
     base = folder = tmp_path / "base"
     theirs = make(base, *form)
