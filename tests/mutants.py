@@ -46,7 +46,7 @@ MUTANTS = [
     # Files from elsewhere, and files for others.
     Mutant("index-names-any-file", "jaxblock/huggingface/tensor_files.py",
            "if file != os.path.basename(file):", "if not file:",
-           "tests/huggingface/test_bad_checkpoints.py::test_shards[index points outside]"),
+           "tests/huggingface/test_bad_checkpoints.py::test_what_is_wrong_with_a_folder_is_named[index points outside]"),
     Mutant("rslora-taken-for-lora", "jaxblock/huggingface/peft_config.py",
            "return rank, alpha * rank**0.5 if self.rslora else alpha", "return rank, alpha",
            "tests/huggingface/test_peft.py::test_ranks_and_scales_are_those_of_peft[rslora]"),

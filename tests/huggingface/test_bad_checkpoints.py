@@ -46,15 +46,9 @@ def sound(tmp_path_factory):
 
 
 @pytest.fixture
-def folder(sound, tmp_path):
-    """Copies the checkpoint that has one file."""
-    return Path(shutil.copytree(sound / "checkpoint", tmp_path / "checkpoint"))
-
-
-@pytest.fixture
-def sharded(sound, tmp_path):
-    """Copies the checkpoint that has several files."""
-    return Path(shutil.copytree(sound / "sharded", tmp_path / "sharded"))
+def copied(sound, tmp_path):
+    """Returns a function that copies one of them."""
+    return lambda kind="checkpoint": Path(shutil.copytree(sound / kind, tmp_path / kind))
 
 
 change, config = partial(tensors, FILE), partial(fields, "config.json")
@@ -84,6 +78,27 @@ def pickled(folder: Path) -> None:
         (folder / name).write_bytes(pickle.dumps({"a": 1}))
 
 
+def reindex(edit: Callable[[dict[str, str]], Any]) -> Break:
+    """Returns a function that breaks the index."""
+    return fields(INDEX, lambda index: edit(index["weight_map"]))
+
+
+def shard_of_the_head(folder: Path) -> Path:
+    return folder / json.loads((folder / INDEX).read_text())["weight_map"][HEAD]
+
+
+def garble_header(folder: Path) -> None:
+    path = shard_of_the_head(folder)
+    path.write_bytes(path.read_bytes().replace(b'"dtype"', b'"dtyqe"'))
+
+
+FOUR = (
+    rf"(?s)missing \(1\): {HEAD}.*not expected \(1\): surprise.*wrong shape \(1\): {Q0} is \[8, 5\], .*\[8, 8\]"
+    rf".*unsupported type \(1\): {Q1} is I32"
+)
+CUT = rf"damaged \(21\).*{HEAD} \(cut short: model\.safetensors has 767 of its 768 bytes\)"
+OTHER_SHARD = rf"damaged \(1\): {HEAD} \({INDEX} says it is in model-\d+-of-\d+\.safetensors, which does not hold it\)"
+BAD_HEADER = rf"(?s)not a whole safetensors file.*damaged.*{HEAD} \(its file .* cannot be read\)"
 CASES: dict[str, tuple[Break, str]] = {
     "no config": (lambda f: (f / "config.json").unlink(), r"no config\.json"),
     "config no JSON": (lambda f: (f / "config.json").write_text("{"), r"config\.json.*JSON"),
@@ -92,67 +107,51 @@ CASES: dict[str, tuple[Break, str]] = {
     "unsupported option": (config(alibi=True), "alibi is True"),
     "missing": (change(lambda t: t.pop(HEAD)), rf"missing \(1\): {HEAD}$"),
     "extra": (change(lambda t: t.update(surprise=t[HEAD])), r"not expected \(1\): surprise"),
-    "all at once": (
-        change(many),
-        rf"(?s)missing \(1\): {HEAD}.*not expected \(1\): surprise.*wrong shape \(1\): {Q0} is \[8, 5\], .*\[8, 8\]"
-        rf".*unsupported type \(1\): {Q1} is I32",
-    ),
-    "config contradicts tensors": (
-        config(n_layers=3, mlp_hidden_size=16),
-        r"(?s)blocks\.2\.attn_norm.*is \[12, 8\].*\[16, 8\]",
-    ),
-    "mixed types": (
-        change(lambda t: t.update({Q0: t[Q0].astype(np.float16)})),
-        rf"different types.*{Q0} F16, {Q1} F32",
-    ),
+    "all at once": (change(many), FOUR),
+    "config and tensors": (config(n_layers=3, mlp_hidden_size=16), r"(?s)blocks\.2\.attn_n.*is \[12, 8\].*\[16, 8\]"),
+    "mixed types": (change(lambda t: t.update({Q0: t[Q0].astype("f2")})), rf"different types.*{Q0} F16, {Q1} F32"),
     "float64": (change(lambda t: t.update({HEAD: t[HEAD].astype(np.float64)})), rf"float64.*{HEAD}"),
-    "cut by a byte": (
-        resize(-1),
-        rf"damaged \(21\).*{HEAD} \(cut short: model\.safetensors has 767 of its 768 bytes\)",
-    ),
+    "cut by a byte": (resize(-1), CUT),
     "cut in the header": (resize(-(10**9)), "not a whole safetensors file"),
     "too long": (resize(8), "not a whole safetensors file"),
     "mask id outside": (config(mask_token_id=24), r"config\.json: mask_token_id is 24, outside the vocabulary of 24"),
     "mask id no id": (config(mask_token_id="<mask>"), "mask_token_id is '<mask>'; it must be a token's id"),
     "no mask id": (config(mask_token_id=None), "mask_token_id.*missing"),
     "end outside": (config(eos_token_id=[1, 99]), "eos_token_id is 99, outside"),
+    "no end": (config(eos_token_id=[]), "eos_token_id is an empty list"),
+    "stretched": (config(rope_scaling={"rope_type": "linear", "factor": 2.0}), "rope_scaling is set"),
+    "clipped": (config(clip_qkv=8.0), "clip_qkv is 8.0"),
+    "groups": (config(n_kv_heads=3), "no multiple of 3"),
+    "heads": (config(d_model=9), "does not split into 2 heads"),
     "no safetensors": (lambda f: (f / FILE).unlink(), r"no \*\.safetensors file"),
     "pickle": (pickled, r"pytorch_model\.bin\), no safetensors.*never unpickles.*save_file"),
     "more layers than tensors": (config(n_layers=9_999), "9,999 layers need more tensors than the 21 "),
     "quantised": (config(quantization_config={"load_in_8bit": True}), "quantization_config is "),
     "sizes of no kind": (config(mlp_hidden_size=None, mlp_ratio={}), r"mlp_ratio is \{\}; it must be a finite number"),
-}
+}  # fmt: skip
+SHARDED: dict[str, tuple[Break, str]] = {
+    "shard missing": (lambda f: shard_of_the_head(f).unlink(), rf"(?s)damaged.*{HEAD} \(its file model-.* is missing\)"),
+    "bad header": (garble_header, BAD_HEADER),
+    "index wrong": (reindex(lambda m: m.update({HEAD: m[Q0]})), OTHER_SHARD),
+    "index points outside": (reindex(lambda m: m.update({HEAD: "../../etc/passwd"})), "must lie in the folder itself"),
+    "index names no file": (reindex(lambda m: m.update({HEAD: "x" * 300})), "can be no file's name"),
+    "no index at all": (lambda f: (f / INDEX).write_text('{"weight_map": {}}'), "no weight_map"),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_single_file(folder, case):
-    break_it, message = CASES[case]
+@pytest.mark.parametrize("case", [*CASES, *SHARDED])
+def test_what_is_wrong_with_a_folder_is_named(copied, case):
+    folder = copied("sharded" if case in SHARDED else "checkpoint")
+    break_it, message = (CASES | SHARDED)[case]
     break_it(folder)
     with pytest.raises(UserError, match="(?m)" + message) as caught:
         load_checkpoint(folder)
     assert str(folder) in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("family", "field", "value", "message"),
-    [
-        ("llada", "eos_token_id", [], "eos_token_id is an empty list"),
-        ("llada", "rope_scaling", {"rope_type": "linear", "factor": 2.0}, "rope_scaling is set"),
-        ("llada", "clip_qkv", 8.0, "clip_qkv is 8.0"),
-        ("llada", "n_kv_heads", 3, "no multiple of 3"),
-        ("llada", "d_model", 18, "does not split into 4 heads"),
-        ("llama", "head_dim", 7, "even size"),
-        ("llama", "rope_theta", "x", "rope_theta is 'x'"),
-        ("llama", "rope_parameters", [1], "must be a JSON object"),
-    ],
-)
-def test_config_fields(small, family, field, value, message):
-    with pytest.raises(UserError, match=message):
-        registry.from_hf({**registry.to_hf(small(family)[0], "float32"), field: value}, "config.json")
-
-
-def test_code_in_a_checkpoint_is_carried_and_never_run(folder, tmp_path):
+def test_code_in_a_checkpoint_is_carried_and_never_run(copied, tmp_path):
     """config.json's auto_map names code in the folder, as in the published checkpoints."""
+    folder = copied()
     for name in ("modeling_llada.py", "configuration_llada.py", "tokenization_llada.py", "__init__.py", "setup.py"):
         (folder / name).write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     names = {"AutoConfig": "configuration_llada.LLaDAConfig", "AutoModel": "modeling_llada.LLaDAModelLM"}
@@ -174,44 +173,10 @@ def test_adapters_are_not_exported_as_a_checkpoint(tmp_path):
         load_checkpoint(tmp_path / "out")
 
 
-def test_a_cast_mends_what_cannot_be_kept(folder):
+def test_a_cast_mends_what_cannot_be_kept(copied):
+    folder = copied()
     change(lambda t: t.update({Q0: t[Q0].astype(np.float16), HEAD: t[HEAD].astype(np.float64)}))(folder)
     assert load_checkpoint(folder, dtype=jnp.bfloat16)[1]["head"].dtype == jnp.bfloat16
-
-
-def reindex(edit: Callable[[dict[str, str]], Any]) -> Break:
-    """Returns a function that breaks the index."""
-    return fields(INDEX, lambda index: edit(index["weight_map"]))
-
-
-def drop_shard(folder: Path) -> None:
-    (folder / json.loads((folder / INDEX).read_text())["weight_map"][HEAD]).unlink()
-
-
-def garble_header(folder: Path) -> None:
-    path = folder / json.loads((folder / INDEX).read_text())["weight_map"][HEAD]
-    path.write_bytes(path.read_bytes().replace(b'"dtype"', b'"dtyqe"'))
-
-
-SHARDED: dict[str, tuple[Break, str]] = {
-    "shard missing": (drop_shard, rf"(?s)damaged.*{HEAD} \(its file model-\d+-of-\d+\.safetensors is missing\)"),
-    "bad header": (garble_header, rf"(?s)not a whole safetensors file.*damaged.*{HEAD} \(its file .* cannot be read\)"),
-    "index wrong": (
-        reindex(lambda m: m.update({HEAD: m[Q0]})),
-        rf"damaged \(1\): {HEAD} \({INDEX} says it is in model-\d+-of-\d+\.safetensors, which does not hold it\)",
-    ),
-    "index points outside": (reindex(lambda m: m.update({HEAD: "../../etc/passwd"})), "must lie in the folder itself"),
-    "index names no file": (reindex(lambda m: m.update({HEAD: "x" * 300})), "can be no file's name"),
-    "no index at all": (lambda f: (f / INDEX).write_text('{"weight_map": {}}'), "no weight_map"),
-}
-
-
-@pytest.mark.parametrize("case", SHARDED)
-def test_shards(sharded, case):
-    break_it, message = SHARDED[case]
-    break_it(sharded)
-    with pytest.raises(UserError, match=message):
-        load_checkpoint(sharded)
 
 
 def stray(*names: str) -> Break:
@@ -236,27 +201,31 @@ def tables(held: dict[str, np.ndarray]) -> None:
     held["model.layers.1.self_attn.rotary_emb.cos_cached"] = np.full(2, np.nan, np.float32)
 
 
+OTHERS = stray("adapter_model.safetensors", "consolidated.00.safetensors", "model.fp16.safetensors")
 FORMS: dict[str, tuple[str, Break]] = {
     "earlier shards": ("checkpoint", earlier_shards),
-    "other files": ("checkpoint", stray("adapter_model.safetensors", "consolidated.safetensors", "model.fp16.safetensors")),
+    "other files": ("checkpoint", OTHERS),
     "tables": ("checkpoint", change(tables)),
     "shards": ("sharded", lambda f: None),
-    "shards and other files": ("sharded", stray("adapter_model.safetensors", "consolidated.00.safetensors", "model.fp16.safetensors")),
+    "shards and other files": ("sharded", OTHERS),
     "shards without an index": ("sharded", lambda f: (f / INDEX).unlink()),
     "other files, no index": ("sharded", lambda f: [(f / INDEX).unlink(), stray("adapter_model.safetensors")(f)]),
     "a promised table": ("sharded", reindex(lambda m: m.update({"model.rotary_emb.inv_freq": m[Q0]}))),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", FORMS)
-def test_forms_of_a_folder_that_mean_the_same(sound, tmp_path, case):
+def test_forms_of_a_folder_that_mean_the_same(copied, case):
     kind, alter = FORMS[case]
-    alter(Path(shutil.copytree(sound / kind, tmp_path / "out")))
-    chex.assert_trees_all_equal(jax.device_get(load_checkpoint(tmp_path / "out")[1]), jax.device_get(PARAMS))
+    folder = copied(kind)
+    alter(folder)
+    chex.assert_trees_all_equal(jax.device_get(load_checkpoint(folder)[1]), jax.device_get(PARAMS))
 
 
 @pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16, np.float32])
-def test_a_number_that_is_none_is_told_with_its_tensor(folder, dtype):
+def test_a_number_that_is_none_is_told_with_its_tensor(copied, dtype):
+    folder = copied()
+
     def put(value: float) -> None:
         change(lambda t: t.update({name: x.astype(dtype) for name, x in t.items()}))(folder)
         change(lambda t: t[Q1].__setitem__((2, 3), value))(folder)
