@@ -226,6 +226,19 @@ def visible_positions(layout: Layout, room: int, block: int) -> int:
     return end if layout.suffix_window is None else min(end, room + (block + 1) * layout.block + layout.suffix_window)
 
 
+def widths_by_block(layout: Layout, room: int) -> tuple[int, ...]:
+    """Returns the canvas positions to compute while each block is active: all that are visible, in a few widths only.
+
+    Args:
+        layout: the canvas's static part.
+        room: P, the canvas positions before the response of the longest prompt.
+    """
+    if layout.context == "paper":  # its fill is visible to the end of the canvas
+        return (room + layout.response_len,) * layout.n_blocks
+    groups = groups_of_blocks(layout)
+    return tuple(max(visible_positions(layout, room, k) for k in group) for group in groups for _ in group)
+
+
 def narrowed(canvas: Canvas, width: int) -> Canvas:
     """Returns the canvas with its first ``width`` positions; the caller makes sure that no later one is visible."""
     return canvas._replace(ids=canvas.ids[:, :width])

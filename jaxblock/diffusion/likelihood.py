@@ -8,6 +8,7 @@ temperature 1, without top-p, top-k, guidance or suppression, on the same R.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import chex
@@ -17,7 +18,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from jaxblock.diffusion.canvas import Canvas, Layout, active_positions
+from jaxblock.diffusion.canvas import Canvas, Layout, active_positions, narrowed, widths_by_block
 from jaxblock.diffusion.laws import exact_count
 from jaxblock.diffusion.objective import token_losses
 from jaxblock.diffusion.sampling import Draw
@@ -65,7 +66,8 @@ def nelbo(net: Network, layout: Layout, samples: int, params: Params, canvas: Ca
     draws = 2**layout.block - 1 if exact else samples
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, canvas.row_id)
 
-    def one_block(by_count: Sum, block: Array) -> tuple[Sum, tuple[Array, Array]]:
+    def one_block(width: int, by_count: Sum, block: Array) -> tuple[Sum, tuple[Array, Array]]:
+        shown = narrowed(canvas, width)
         blocks = jnp.full_like(canvas.prompt_len, block)
         _, valid = active_positions(layout, canvas, blocks)
         valid = valid & (blocks < canvas.n_blocks)[:, None]
@@ -77,7 +79,7 @@ def nelbo(net: Network, layout: Layout, samples: int, params: Params, canvas: Ca
                 masked, weight = _enumerated(layout, valid, index)
             else:
                 masked, weight = _sampled(valid, block_keys, index, samples)
-            nll = token_losses(net, params, layout, canvas, Draw(blocks, masked, weight)).sum(-1)
+            nll = token_losses(net, params, layout, shown, Draw(blocks, masked, weight)).sum(-1)
             value = weight * nll
             count = masked.sum(-1)
             hit = (jnp.arange(1, layout.block + 1) == count[:, None]) & (weight > 0)[:, None]
@@ -93,7 +95,14 @@ def nelbo(net: Network, layout: Layout, samples: int, params: Params, canvas: Ca
         return by_count, (total / draws, jnp.maximum(squares, 0.0) / draws / max(draws - 1, 1))
 
     empty = Sum(jnp.zeros(layout.block), jnp.zeros(layout.block))
-    by_count, (mean, variance) = jax.lax.scan(one_block, empty, jnp.arange(layout.n_blocks, dtype=jnp.int32))
+    widths = widths_by_block(layout, canvas.ids.shape[1] - layout.response_len)
+    kinds = list(dict.fromkeys(widths))
+    kind_of_block = jnp.array([kinds.index(width) for width in widths])
+
+    def any_block(by_count: Sum, block: Array) -> tuple[Sum, tuple[Array, Array]]:
+        return jax.lax.switch(kind_of_block[block], [partial(one_block, width) for width in kinds], by_count, block)
+
+    by_count, (mean, variance) = jax.lax.scan(any_block, empty, jnp.arange(layout.n_blocks, dtype=jnp.int32))
     return Nelbo(mean.T, variance.T, by_count)
 
 

@@ -15,7 +15,16 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from jaxblock.diffusion.canvas import Canvas, Layout, block_start, groups_of_blocks, narrowed, view, visible_positions
+from jaxblock.diffusion.canvas import (
+    Canvas,
+    Layout,
+    block_start,
+    groups_of_blocks,
+    narrowed,
+    view,
+    visible_positions,
+    widths_by_block,
+)
 from jaxblock.diffusion.decoding.config import DecodeConfig
 from jaxblock.types import Cache, CachingNetwork, Network, Params, Part, View
 
@@ -42,13 +51,12 @@ def sizes_by_block(layout: Layout, options: DecodeConfig, room: int) -> tuple[Si
         options: the decoder's settings.
         room: P, the canvas positions before the response of the longest prompt.
     """
-    sizes = []
+    parts = []
     for group in groups_of_blocks(layout):
-        width = max(visible_positions(layout, room, k) for k in group)
         after = max(visible_positions(layout, room, k) - room - k * layout.block for k in group)
         part = {"none": 0, "prefix": after, "dual": layout.block}[options.cache]
-        sizes += [Sizes(width, part + _before(layout, options) if part else 0)] * len(group)
-    return tuple(sizes)
+        parts += [part + _before(layout, options) if part else 0] * len(group)
+    return tuple(map(Sizes, widths_by_block(layout, room), parts))
 
 
 def widest(layout: Layout, options: DecodeConfig, room: int) -> Sizes:
