@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import shlex
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -67,38 +71,84 @@ evaluate: {{nelbo_rows: 8}}
 """
 
 
+Made = Callable[[str, Callable[[Path], object]], Path]
+
+
 @pytest.fixture(scope="session")
-def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """Returns a function that makes a folder once for all of pytest's processes: the first makes it, the others wait."""
+    base = tmp_path_factory.getbasetemp()
+    root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def folder(name: str, make: Callable[[Path], object]) -> Path:
+        with (root / f"{name}.lock").open("a+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if os.fstat(lock.fileno()).st_size == 0:  # the file is empty until the folder is whole
+                make(root / name)
+                lock.write("made")
+        return root / name
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_config(made_once: Made) -> Path:
     """Returns the config file of the smallest experiment (one-digit sums, 10,000 parameters), with its data prepared."""
     from jaxblock.cli import main
 
-    folder = tmp_path_factory.mktemp("tiny")
-    sums = [(a, b) for a in range(10) for b in range(10)]
-    rows = [json.dumps({"question": f"{a}+{b}?", "answer": f"{a}+{b}={a + b}\n#### {a + b}"}) + "\n" for a, b in sums]
-    (folder / "train.jsonl").write_text("".join(row for at, row in enumerate(rows) if at % 7))
-    (folder / "test.jsonl").write_text("".join(row for at, row in enumerate(rows) if not at % 7))
-    (folder / "tiny.yaml").write_text(TINY.format(folder=folder))
-    assert main(["prepare", "--config", str(folder / "tiny.yaml")]) == 0
-    return folder / "tiny.yaml"
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        sums = [(a, b) for a in range(10) for b in range(10)]
+        rows = [
+            json.dumps({"question": f"{a}+{b}?", "answer": f"{a}+{b}={a + b}\n#### {a + b}"}) + "\n" for a, b in sums
+        ]
+        (folder / "train.jsonl").write_text("".join(row for at, row in enumerate(rows) if at % 7))
+        (folder / "test.jsonl").write_text("".join(row for at, row in enumerate(rows) if not at % 7))
+        (folder / "tiny.yaml").write_text(TINY.format(folder=folder))
+        assert main(["prepare", "--config", str(folder / "tiny.yaml")]) == 0
+
+    return made_once("tiny", make) / "tiny.yaml"
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tiny_config: Path) -> Path:
+def tiny_run(tiny_config: Path, made_once: Made) -> Path:
     """Returns the run folder of that experiment, trained without interruption. Tests must not change it."""
     from jaxblock.cli import main
 
-    assert main(["train", "--config", str(tiny_config)]) == 0
-    return tiny_config.parent / "run"
+    def make(folder: Path) -> None:
+        assert main(["train", "--config", str(tiny_config)]) == 0
+
+    return made_once("tiny/run", make)
 
 
 @pytest.fixture(scope="session")
-def tiny_pod_run(tiny_config: Path) -> Path:
+def tiny_pod_run(tiny_config: Path, made_once: Made) -> Path:
     """Returns the run folder of two undisturbed processes (`tests.pod`). Tests must not change it."""
     from tests import pod
 
-    run = tiny_config.parent / "pod"
-    with pod.started(tiny_config, run) as group:
-        said = "".join(pod.lines(group))
-    assert group.returncode == 0, said
-    assert [row["step"] for row in pod.rows(run)] == list(range(1, pod.STEPS + 1))
+    def make(run: Path) -> None:
+        with pod.started(tiny_config, run) as group:
+            said = "".join(pod.lines(group))
+        assert group.returncode == 0, said
+        assert [row["step"] for row in pod.rows(run)] == list(range(1, pod.STEPS + 1))
+
+    return made_once("tiny/pod", make)
+
+
+@pytest.fixture
+def run_copy(tiny_run: Path, tmp_path: Path) -> Path:
+    """Returns a copy of the tiny run, for the test to change."""
+    return shutil.copytree(tiny_run, tmp_path / "run")
+
+
+@pytest.fixture
+def ran(capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    """Returns a function that runs a command line in this process, checks its exit code, and returns what it printed."""
+    from jaxblock.cli import main
+
+    def run(command: str, code: int = 0) -> Any:
+        capsys.readouterr()
+        assert main(shlex.split(command)) == code
+        return capsys.readouterr()
+
     return run

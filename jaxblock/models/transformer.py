@@ -109,7 +109,7 @@ class Transformer:
         graph, paths = self._block
         if wrong := own.keys() ^ paths.keys():
             raise ValueError(f"a layer's parameters are {sorted(paths)}; missing or unknown: {sorted(wrong)}")
-        return nnx.merge(graph, traverse_util.unflatten_dict({paths[name]: leaf for name, leaf in own.items()}))
+        return nnx.merge(graph, traverse_util.unflatten_dict({paths[name]: leaf for name, leaf in own.items()}))  # noqa: TID251
 
     def hidden(self, params: Params, view: View, row_keys: Array | None = None) -> Float[Array, "B A D"]:
         """Computes the hidden states at ``view.at``, after the last norm.

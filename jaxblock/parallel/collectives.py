@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import PartitionSpec
+from jax.sharding import PartitionSpec  # noqa: TID251
 from jaxtyping import Float
 
 from jaxblock.parallel.rules import RULES, partition_spec, ways

@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 import jax
 from flax import traverse_util
 from jax import Array
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding  # noqa: TID251
 
 from jaxblock.errors import UserError
 from jaxblock.types import Params

@@ -1,11 +1,8 @@
 """Tests runs that train adapters: from a Hugging Face folder or a run, resumed, scored, exported merged and alone."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -19,8 +16,16 @@ from jaxblock.training.base_identity import identify_base
 from jaxblock.training.checkpoints.reader import CheckpointReader
 from tests import runs
 
-LORA = ["--lora.rank", "2", "--lora.alpha", "8", "--lora.dropout", "0.2", "--optimizer.ema", "0.5"]
-LORA += ["--train.steps", "4", "--train.save_every", "2", *runs.QUIET]
+LORA = "--lora.rank 2 --lora.alpha 8 --lora.dropout 0.2 --optimizer.ema 0.5 --train.steps 4 --train.save_every 2 "
+LORA += " ".join(runs.QUIET)
+
+
+def _train(config: Path, base: Path, out: Path, flags: str = "") -> str:
+    return f"train --config {config} --model.init_from {base} --train.out {out} {LORA} {flags}"
+
+
+def _flat(params: object) -> dict[str, np.ndarray]:
+    return flatten(jax.device_get(params))
 
 
 @pytest.fixture(scope="module")
@@ -33,15 +38,10 @@ def base(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def train(tiny_config: Path, base: Path, out: Path, *more: str) -> int:
-    where = ["--model.init_from", str(base), "--train.out", str(out)]
-    return main(["train", "--config", str(tiny_config), *where, *LORA, *more])
-
-
 @pytest.fixture(scope="module")
 def run(tiny_config: Path, base: Path) -> Path:
     out = base.parent / "run"
-    assert train(tiny_config, base, out, "--train.eval_nelbo_rows", "8") == 0
+    assert main(_train(tiny_config, base, out, "--train.eval_nelbo_rows 8").split()) == 0
     return out
 
 
@@ -52,17 +52,13 @@ def model(run: Path) -> jaxblock.Model:
 
 @pytest.fixture(scope="module")
 def start(base: Path) -> dict[str, np.ndarray]:
-    return flatten(jax.device_get(jaxblock.load(base).params))
+    return _flat(jaxblock.load(base).params)
 
 
-def test_adapters_alone_are_trained_and_saved(
-    run: Path, model: jaxblock.Model, start: dict[str, np.ndarray], tiny_run: Path
-) -> None:
-    assert jax.device_count() == 8
-    adapters = flatten(jax.device_get(model.params["lora"]))
+def test_adapters_alone_are_trained_and_saved(run, model, start, tiny_run):
+    adapters, frozen = _flat(model.params["lora"]), _flat({k: v for k, v in model.params.items() if k != "lora"})
     assert len(adapters) == 14 and all(leaf.dtype == np.float32 for leaf in adapters.values())
     assert all(np.abs(leaf).max() > 0 for leaf in adapters.values())  # every matrix's b has moved
-    frozen = flatten(jax.device_get({name: leaf for name, leaf in model.params.items() if name != "lora"}))
     for path, leaf in start.items():
         np.testing.assert_array_equal(frozen[path], leaf, err_msg=path)
     sizes = [sum(f.stat().st_size for f in (r / "checkpoints").rglob("*") if f.is_file()) for r in (run, tiny_run)]
@@ -73,94 +69,79 @@ def test_adapters_alone_are_trained_and_saved(
     checkpoints = CheckpointReader(run)
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), model.params["lora"])
     for average in (True, False):
-        stored = flatten(jax.device_get(checkpoints.restore_params(4, like, average=average)))
+        stored = _flat(checkpoints.restore_params(4, like, average=average))
         assert all(np.array_equal(stored[path], leaf) == average for path, leaf in adapters.items())
     checkpoints.close()
 
 
-@pytest.mark.parametrize("mesh", [[], pytest.param(["--train.fsdp", "8"], marks=pytest.mark.slow)], ids=str)
-def test_a_resumed_run_is_the_straight_one_and_its_base_may_move(
-    run: Path, base: Path, tiny_config: Path, tmp_path: Path, model: jaxblock.Model, mesh: list[str]
-) -> None:
-    out = tmp_path / "again"
-    shutil.copytree(run, out)
+@pytest.mark.parametrize("mesh", ["", pytest.param("--train.fsdp 8", marks=pytest.mark.slow)])
+def test_a_resumed_run_is_the_straight_one_and_its_base_may_move(run, base, tiny_config, tmp_path, model, mesh, ran):
+    out = shutil.copytree(run, tmp_path / "again")
     shutil.rmtree(out / "checkpoints" / "4")
-    moved = shutil.copytree(base, tmp_path / "moved")
-    assert train(tiny_config, moved, out, *mesh) == 0
-    got = flatten(jax.device_get(jaxblock.load(out, base=base).params["lora"]))
-    for path, leaf in flatten(jax.device_get(model.params["lora"])).items():
+    ran(_train(tiny_config, shutil.copytree(base, tmp_path / "moved"), out, mesh))
+    got = _flat(jaxblock.load(out, base=base).params["lora"])
+    for path, leaf in _flat(model.params["lora"]).items():
         np.testing.assert_allclose(got[path], leaf, rtol=0, atol=2e-6, err_msg=path)
 
 
-def test_another_base_is_refused(run: Path, base: Path, tiny_config: Path, tmp_path: Path) -> None:
+def test_another_base_is_refused(run, base, tiny_config, tmp_path):
     other = shutil.copytree(base, tmp_path / "other")
     weights = bytearray((other / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (other / "model.safetensors").write_bytes(weights)
     with pytest.raises(UserError, match="not the base that these adapters were trained on"):
         jaxblock.load(run, base=other)
-    out = shutil.copytree(run, tmp_path / "run")
-    shutil.rmtree(out / "checkpoints" / "4")
-    resumed, anew = [*LORA, "--train.out", str(out)], [*LORA, "--train.out", str(tmp_path / "new")]
-    with pytest.raises(UserError, match="set model.init_from to that one"):
-        runs.session(runs.config(tiny_config, *resumed, "--model.init_from", str(other)))
-    with pytest.raises(UserError, match="adapters on adapters"):
-        runs.session(runs.config(tiny_config, *anew, "--model.init_from", str(run)))
     with pytest.raises(UserError, match="is not there: set model.init_from"):
         jaxblock.load(run, base=tmp_path / "nowhere")
+    out = shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(out / "checkpoints" / "4")
+    for where, source, said in ((out, other, "set model.init_from to that one"), ("new", run, "adapters on adapters")):
+        with pytest.raises(UserError, match=said):
+            runs.session(runs.config(*_train(tiny_config, source, tmp_path / where).split()[2:]))
 
 
-def test_a_base_is_known_by_its_end_too(tmp_path: Path, tiny_run: Path) -> None:
+def test_a_base_is_known_by_its_end_too(tmp_path, tiny_run, run_copy):
     """Only the start and the end of a large file are read; of a run, the step and the weights are part of the identity."""
-    file, found = tmp_path / "model.safetensors", set()
+    found = set()
     for content in (bytes(300_000), bytes(299_999) + b"x", bytes(300_001)):
-        file.write_bytes(content)
+        (tmp_path / "model.safetensors").write_bytes(content)
         found.add(identify_base(str(tmp_path)).fingerprint)
     assert len(found) == 3
     assert len({identify_base(str(tiny_run), step).fingerprint for step in (100, 120, "latest")}) == 2
-    again = shutil.copytree(tiny_run, tmp_path / "again")
-    before = [identify_base(str(again), 120, form) for form in (1, 2)]
-    (again / "files.json").unlink()  # lists the file that is changed here
-    (again / "config.yaml").write_text((again / "config.yaml").read_text().replace("log_every: 1", "log_every: 5"))
-    assert [identify_base(str(again), 120, form) == before[form - 1] for form in (1, 2)] == [False, True]
-    (sums,) = (again / "checkpoints" / "120").glob("whole-*")
+    again, config = str(run_copy), run_copy / "config.yaml"
+    before = [identify_base(again, 120, form) for form in (1, 2)]
+    (run_copy / "files.json").unlink()  # lists the file that is changed here
+    config.write_text(config.read_text().replace("log_every: 1", "log_every: 5"))
+    assert [identify_base(again, 120, form) == before[form - 1] for form in (1, 2)] == [False, True]
+    (sums,) = (run_copy / "checkpoints" / "120").glob("whole-*")
     sums.write_text(sums.read_text().replace("[", "[1", 1))
-    assert identify_base(str(again), 120) != before[1]
+    assert identify_base(again, 120) != before[1]
 
 
-def test_exports_give_the_same_network(
-    run: Path, base: Path, tiny_config: Path, tmp_path: Path, model: jaxblock.Model
-) -> None:
+def test_exports_give_the_same_network(run, base, tiny_config, tmp_path, model, ran):
     """Exports adapters merged into one checkpoint, and alone in PEFT's format for the same base."""
-    assert main(["export", "--checkpoint", str(run), "--out", str(tmp_path / "merged")]) == 0
-    alone = ["--format", "adapter", "--out", str(tmp_path / "adapter")]
-    assert [main(["export", "--checkpoint", str(run), *alone, *again]) for again in ([], [], ["--overwrite"])] == [
-        0,
-        2,
-        0,
-    ]
-    assert (tmp_path / "merged" / "modeling_llada.py").read_text() == (base / "modeling_llada.py").read_text()
-    assert json.loads((tmp_path / "merged" / "generation_config.json").read_text())["temperature"] == 0.5
-    assert not (tmp_path / "adapter" / "modeling_llada.py").exists()
+    merged, alone = tmp_path / "merged", tmp_path / "adapter"
+    ran(f"export --checkpoint {run} --out {merged}")
+    for flags, code in (("", 0), ("", 2), ("--overwrite", 0)):
+        ran(f"export --checkpoint {run} --format adapter --out {alone} {flags}", code)
+    assert (merged / "modeling_llada.py").read_text() == (base / "modeling_llada.py").read_text()
+    assert json.loads((merged / "generation_config.json").read_text())["temperature"] == 0.5
+    assert not (alone / "modeling_llada.py").exists()
     ids = np.random.default_rng(0).integers(0, model.arch.vocab_size, (2, 9))
-    want, merged = model.logits(ids), jaxblock.load(tmp_path / "merged")
-    np.testing.assert_allclose(merged.logits(ids), want, atol=2e-5)
-    again = jaxblock.load(tmp_path / "adapter", base=base)
+    want, whole, again = model.logits(ids), jaxblock.load(merged), jaxblock.load(alone, base=base)
+    np.testing.assert_allclose(whole.logits(ids), want, atol=2e-5)
     np.testing.assert_array_equal(again.logits(ids), want)
-    assert again.stop_ids == model.stop_ids and again.encoder is not None and model.encoder is not None
-    assert again.encoder.prompt("3+4?") == model.encoder.prompt("3+4?")
+    assert again.stop_ids == model.stop_ids and again.encoder.prompt("3+4?") == model.encoder.prompt("3+4?")
     # A run that trains the whole network starts from them merged.
-    whole = ["--train.out", str(tmp_path / "full"), "--model.init_from", str(run)]
-    begun = flatten(jax.device_get(runs.session(runs.config(tiny_config, *whole)).state.params))
-    for path, leaf in flatten(jax.device_get(merged.params)).items():
+    flags = f"--train.out {tmp_path / 'full'} --model.init_from {run}"
+    begun = _flat(runs.session(runs.config(tiny_config, *flags.split())).state.params)
+    for path, leaf in _flat(whole.params).items():
         np.testing.assert_allclose(begun[path], leaf, rtol=0, atol=1e-6, err_msg=path)
 
 
-def test_int8_trains_on_a_run_and_exports_the_whole_base(
-    tiny_run: Path, tiny_config: Path, start: dict[str, np.ndarray], tmp_path: Path
-) -> None:
+def test_int8_trains_on_a_run_and_exports_the_whole_base(tiny_run, tiny_config, start, tmp_path, ran):
     out = tmp_path / "run"
-    assert train(tiny_config, tiny_run, out, "--model.quantize", "int8") == 0
+    ran(_train(tiny_config, tiny_run, out, "--model.quantize int8"))
     losses = [row["loss"] for row in runs.rows(out)]
     assert len(losses) == 4 and np.isfinite(losses).all()
     model, whole = jaxblock.load(out), jaxblock.load(out, quantize="none")
@@ -169,10 +150,9 @@ def test_int8_trains_on_a_run_and_exports_the_whole_base(
     assert 0 < np.abs(got - want).max() < 0.1 * np.abs(want).max()
     with pytest.raises(UserError, match="load it with quantize none"):
         model.save(tmp_path / "never")
-    assert main(["export", "--checkpoint", str(out), "--out", str(tmp_path / "merged")]) == 0
-    merged = flatten(jax.device_get(jaxblock.load(tmp_path / "merged").params))
-    assert merged["embed"].dtype == start["embed"].dtype
-    np.testing.assert_array_equal(merged["embed"], start["embed"])
+    ran(f"export --checkpoint {out} --out {tmp_path / 'merged'}")
+    merged = _flat(jaxblock.load(tmp_path / "merged").params)
+    np.testing.assert_array_equal(merged["embed"], start["embed"], strict=True)
     pair = jax.device_get(model.params["lora"]["blocks"]["q"])
     want = start["blocks/q"] + pair["a"] @ pair["b"] * (8 / 2)
     assert np.abs(want - start["blocks/q"]).max() > 1e-3
@@ -180,17 +160,13 @@ def test_int8_trains_on_a_run_and_exports_the_whole_base(
 
 
 @pytest.mark.parametrize(
-    "flags, said",
+    ("flags", "said"),
     [
-        (["--lora.targets", "qkv"], "lora.targets: 'qkv' matches no matrix"),
-        (["--lora.rank", "0", "--model.quantize", "int8"], "int8 weights cannot be trained"),
-        (["--lora.dropout", "1.0"], "lora.dropout is 1.0"),
-        (["--model.init_from", "None"], "adapters need trained weights"),
+        ("--lora.targets qkv", "lora.targets: 'qkv' matches no matrix"),
+        ("--lora.rank 0 --model.quantize int8", "int8 weights cannot be trained"),
+        ("--lora.dropout 1.0", "lora.dropout is 1.0"),
+        ("--model.init_from None", "adapters need trained weights"),
     ],
 )
-def test_settings_that_make_no_sense(
-    tiny_config: Path, base: Path, tmp_path: Path, capsys: Any, flags: list[str], said: str
-) -> None:
-    assert train(tiny_config, base, tmp_path / "run", *flags) == 2
-    assert said in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
+def test_settings_that_make_no_sense(tiny_config, base, tmp_path, ran, flags, said):
+    assert said in ran(_train(tiny_config, base, tmp_path / "run", flags), 2).err and not (tmp_path / "run").exists()

@@ -1,0 +1,353 @@
+"""Tests what a run tells of itself: where its time goes, metrics, progress, arithmetic per second, and trackers."""
+
+import io
+import itertools
+import json
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+from rich.console import Console
+
+from jaxblock.config.config import Config
+from jaxblock.config.yaml import config_from_tree
+from jaxblock.errors import UserError
+from jaxblock.models.architecture import Architecture
+from jaxblock.models.families import registry
+from jaxblock.models.spec import matmul_flops_per_token
+from jaxblock.parallel.chips import CHIPS
+from jaxblock.training.observe import goodput, metrics, throughput, trackers
+from jaxblock.training.observe.goodput import CAUSES, EarlierTime, Goodput, read_earlier_time
+from jaxblock.training.observe.progress import TrainProgress
+from jaxblock.training.observe.throughput import Work
+from jaxblock.training.observe.trackers import Trackers
+from tests import runs
+
+# Where time goes
+
+
+def test_time_is_split_without_rest(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(goodput.time, "perf_counter", lambda: now[0])
+
+    def wait(seconds: float) -> None:
+        now[0] += seconds
+
+    def compile_(clock: Goodput, seconds: float, inside: float) -> None:
+        wait(seconds)
+        clock._note("/jax/core/compile/jaxpr_trace_duration", inside)  # of another function, inside
+        clock._note("/jax/core/compile/backend_compile_duration", seconds)
+        clock._note("/jax/something/else", seconds)
+
+    with Goodput() as clock:
+        wait(3)
+        compile_(clock, 5.0, inside=2.0)
+        clock.started()
+        with clock.during("evaluation"):
+            wait(1)
+            compile_(clock, 4.0, inside=0.5)
+        for cause in ("data", "step"):
+            clock.charge("step")
+            wait(2)
+            clock.charge(cause)
+            wait(10)
+        assert clock.training() == 24
+        for seconds in (6.0, 7.0, 50.0):
+            clock.note_step(seconds)
+        with clock.during("save"):
+            wait(1)
+        clock.add_earlier(EarlierTime({"step": 100.0, "lost": 3.0}, lost_seconds=5.0, lost_steps=2))
+        row = clock.row(9)
+    assert row["seconds"] == {
+        "start": 3, "compile": 9, "step": 122, "data": 2, "evaluation": 1, "save": 1, "lost": 3 + 5 + 2 * 7,
+    }  # fmt: skip
+    assert row["step_seconds"] == 7.0 and row["goodput"] == pytest.approx(122 / 160)
+    told = "goodput 76%: step 122 s, lost 22 s, compile 9.0 s, start 3.0 s, data 2.0 s, evaluation 1.0 s, save 1.0 s"
+    assert goodput.describe(row) == told
+
+
+def test_what_a_killed_process_did_in_vain(tmp_path):
+    def told(at: int, pace: float | None = None, **seconds: float) -> dict[str, Any]:
+        return {"step": at, "kind": "goodput", "seconds": seconds, "step_seconds": pace}
+
+    def trained(first: int, last: int) -> list[dict[str, Any]]:
+        return [{"step": step, "kind": "train"} for step in range(first, last + 1)]
+
+    rows = [told(0, start=4.0, evaluation=1.0), *trained(1, 10), told(10, 2.0, start=4.0, evaluation=1.0, step=20.0)]
+    rows += [*trained(11, 25), told(25, 2.5, start=4.0, evaluation=3.0, step=50.0, save=1.0), *trained(26, 29)]
+    path = tmp_path / "metrics.jsonl"
+    assert read_earlier_time(path, -1) == EarlierTime({})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 30, "ki')
+    at_ten = read_earlier_time(path, 10)
+    assert at_ten.seconds == {**dict.fromkeys(CAUSES, 0.0), "start": 4.0, "evaluation": 1.0, "step": 20.0}
+    assert at_ten[1:] == (58.0 - 25.0, 4, 2.5)  # known up to step 25, then four steps
+    assert read_earlier_time(path, 29)[1:] == (0.0, 0, 2.5)
+    assert read_earlier_time(path, -1) == EarlierTime({}, 58.0, 4, 2.5)  # nothing was saved, so everything is lost
+
+
+def test_compiling_is_heard_until_the_clock_is_closed():
+    with Goodput() as clock:
+        clock.started()
+        jax.jit(lambda x: jnp.sin(x) * 17.25 + jax.jit(jnp.cos)(x))(1.0)
+        assert clock.row(0)["seconds"]["compile"] > 0
+    before = clock._seconds["compile"]
+    jax.jit(lambda x: jnp.sin(x) * 18.25)(1.0)
+    assert clock._compiles == [] and clock._seconds["compile"] == before
+
+
+# Metrics
+
+
+def train(step: int, **more: Any) -> dict[str, Any]:
+    return {"step": step, "kind": "train", "loss": 5.0 / (1 + step)} | more
+
+
+def write(path: Path, rows: list[dict[str, Any]], end: str = "") -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + end, encoding="utf-8")
+    return path
+
+
+def test_a_resumed_run_replaces_the_steps_it_repeats_and_a_cut_line_is_left_out(tmp_path):
+    rows = [train(1), train(2), train(3, loss=9.0), {"step": 3, "kind": "eval"}, train(2, loss=7.0), train(3, loss=8.0)]
+    got = metrics.read_metrics(write(tmp_path / "m.jsonl", rows, '{"step": 2, "ki'))
+    assert [(r["step"], r["loss"]) for r in got.train] == [(1, 2.5), (2, 7.0), (3, 8.0)]
+    assert [r["step"] for r in got.evals] == [3]
+    with pytest.raises(UserError, match="cannot read the metrics"):
+        metrics.read_metrics(tmp_path / "absent.jsonl")
+
+
+def test_a_resumed_run_sets_broken_lines_aside(tmp_path):
+    """They are told once and kept in a file of their own; a line that a kill cut off is made again, and is not kept."""
+    broken = [b"garbage\r\xff", b'{"step": "1", "kind": "train"}', b"[" * 100_000, b""]
+    rows = [json.dumps(train(step)).encode() for step in (1, 2, 3)]
+    said: list[str] = []
+    for _ in range(2):  # a kill in between, before the lines were removed
+        lines = [broken[0], rows[0], *broken[1:], rows[1], rows[2], b'{"step": 4, "ki']
+        (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
+        writer = metrics.MetricsWriter(tmp_path, 2, said.append)
+        writer.write(train(3))
+        writer.close()
+        assert [row["step"] for row in metrics.read_metrics(tmp_path / "metrics.jsonl").train] == [1, 2, 3]
+        assert (tmp_path / metrics.BROKEN_FILE).read_bytes() == b"".join(line + b"\n" for line in broken)
+    assert "metrics.jsonl:1 is not a row of metrics" in said[0] and "nor are 3 other lines" in said[0]
+    metrics.MetricsWriter(tmp_path, 2, said.append).close()
+    assert len(said) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"step": -1}, "'step' is not a step"),
+        ({"step": True}, "'step' is not a step"),
+        ({"step": 10**400}, "'step' is not a step"),
+        ({"kind": 3}, "'kind' is not a text"),
+        ({"kind": "goodput"}, "no 'seconds'"),
+        ({"kind": "goodput", "seconds": {"step": "long"}}, "'seconds' is not an object of numbers"),
+        ({"step_seconds": []}, "'step_seconds' is not a number or null"),
+        ({"loss_by_block": [[1.0], [2.0, 3.0]]}, "'loss_by_block' is not pairs of numbers"),
+        ({"loss_by_count": [[1.0, 10**400]]}, "'loss_by_count' is not pairs of numbers"),
+        ({"nelbo_per_token": 3.0}, "'nelbo_per_token' is not an object of numbers"),
+        ({"pass_at_1": {"n": 3}}, "'pass_at_1' is not an object of correct, n, low and high"),
+    ],
+)
+def test_a_damaged_field_is_named(tmp_path, change, problem):
+    """It would end a run, or a plot, that reads it."""
+    path = write(tmp_path / "metrics.jsonl", [train(1) | change, train(2, loss="nan", loss_by_block=[["nan", 1]])])
+    with pytest.raises(UserError, match=f"{path}:1: {problem}"):
+        metrics.read_metrics(path)
+    assert read_earlier_time(path, 2).lost_seconds == 0
+    metrics.MetricsWriter(tmp_path, 2).close()
+    assert [row["step"] for row in metrics.read_metrics(path).train] == [2]
+
+
+def test_series_skip_what_is_not_finite_and_breakdowns_are_pooled_before_dividing():
+    rows = [train(1), train(2, loss=float("nan")), train(3, loss=None), train(4)]
+    steps, values = metrics.series(rows, "loss")
+    assert steps.tolist() == [1, 4] and values.tolist() == [2.5, 1.0]
+    rows = [train(1, loss_by_block=[[1.0, 1.0], [0.0, 0.0]]), train(2, loss_by_block=[[9.0, 3.0], [0.0, 0.0]])]
+    np.testing.assert_array_equal(metrics.pooled(rows, "loss_by_block"), [2.5, np.nan])  # not the mean of 1 and 3
+    assert metrics.pooled([train(1)], "loss_by_block").size == 0
+
+
+# Progress
+
+
+def shown(**terminal: Any) -> str:
+    out, clock = io.StringIO(), itertools.count(0.0, 2.0)
+    console = Console(file=out, _environ={}, **terminal)
+    with TrainProgress(10, every=4, console=console, clock=lambda: next(clock)) as progress:
+        progress.evaluation(0, nelbo=5.25, pass_at_1=(0, 8))
+        for step in range(1, 11):
+            progress.train(step, 1.0 / step if step % 2 == 0 else None, 1234.5)
+        progress.evaluation(10, pass_at_1=(5, 8))
+        progress.say("saved to runs/[x]")
+    return out.getvalue()
+
+
+def test_progress_is_plain_lines_without_a_terminal_and_a_bar_on_one():
+    assert shown(width=120).splitlines() == [
+        "evaluation at step 0: NELBO 5.25  Pass@1 0.0% (0/8)",
+        "step 4/10  loss 0.25  1,234 tok/s  0:12 left",
+        "step 8/10  loss 0.125  1,234 tok/s  0:04 left",
+        "step 10/10  loss 0.1  1,234 tok/s  0:00 left",
+        "evaluation at step 10: Pass@1 62.5% (5/8)",
+        "saved to runs/[x]",
+    ]
+    for width in (60, 120):
+        text = shown(force_terminal=True, width=width)
+        assert "10/10" in text and "evaluation at step 0" in text and "saved to runs/[x]" in text
+
+
+def test_time_left_counts_from_where_a_resumed_run_began_and_ignores_evaluations():
+    now = [0.0]
+    progress = TrainProgress(1000, start=900, clock=lambda: now[0])
+    assert progress.seconds_left() is None
+    for step in range(901, 913):
+        now[0] += 3.0
+        progress.train(step)
+        if step == 910:
+            now[0] += 1e6
+            progress.evaluation(910, nelbo=1.0)
+    assert progress.seconds_left() == pytest.approx(3.0 * 88)
+
+
+# Arithmetic
+
+
+def test_arithmetic_against_the_peak(monkeypatch):
+    arch = Architecture(
+        "llada", vocab_size=13, d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=4, mlp_dim=24, norm_eps=1e-5,
+        rope_theta=100.0, max_len=64, mask_id=11, eos_id=10, pad_id=10, tie_embeddings=False,
+    )  # fmt: skip
+    table = registry.param_table(arch)
+    work = Work(rows=2, positions=20, predicted=8)
+    per_token = matmul_flops_per_token(table, arch, 10, head=False)
+    head = 2 * arch.vocab_size * arch.d_model
+    assert throughput.model_flops(table, arch, work) == 3 * (20 * per_token + 8 * head)
+    attention = per_token - matmul_flops_per_token(table, arch, 0, head=False)
+    assert throughput.model_flops(table, arch, work, {}) == 2 * (20 * per_token + 8 * head) + 20 * attention
+    mesh = Mesh(jax.devices()[:4], ("data",))
+    assert throughput.peak_flops(mesh) is None and throughput.utilisation(1e12, 2.0, None) == {}
+    monkeypatch.setattr(throughput, "chip_of", lambda device: CHIPS["v5e"])
+    assert throughput.peak_flops(mesh) == 4 * 197e12
+    assert throughput.utilisation(197e12, 2.0, 4 * 197e12) == {"model_flops_per_second": 98.5e12, "mfu": 0.125}
+
+
+# Trackers
+
+ROWS: list[dict[str, Any]] = [
+    {"step": 1, "kind": "train", "loss": 2.0, "grad_norm": float("nan"), "loss_by_block": [[1.0, 2.0]]},
+    {"step": 2, "kind": "eval", "nelbo_per_token": {"mean": 1.5, "se": 0.1}, "grader": "exact"},
+]
+
+
+def _config(out: object, **fields: Any) -> Config:
+    return config_from_tree({"train": {"out": str(out), **fields}}, "here")
+
+
+class _Page:
+    """Stands in for W&B's run and records what it is given."""
+
+    def __init__(self, **given: Any) -> None:
+        self.given, self.logged, self.steps, self.finished = given, [], [], False
+        self.define_metric = lambda name, step_metric=None: self.steps.append((name, step_metric))
+        self.finish = lambda: setattr(self, "finished", True)
+
+    def log(self, row: dict[str, Any]) -> None:
+        self.logged.append(row)
+        if len(self.logged) > 1:
+            raise RuntimeError("the service has gone\nand more")
+
+
+def _stand_in(monkeypatch: pytest.MonkeyPatch, init: Any) -> None:
+    module = types.ModuleType("wandb")
+    module.__spec__, module.init, module.Settings = sys.__spec__, init, dict
+    monkeypatch.setitem(sys.modules, "wandb", module)
+
+
+def test_a_tracker_that_fails_stops_nothing_and_is_told_of_once(tmp_path, monkeypatch):
+    pages: list[_Page] = []
+    _stand_in(monkeypatch, lambda **given: pages.append(_Page(**given)) or pages[-1])
+    config, told = _config(tmp_path, wandb="online", wandb_project="p", tensorboard=True), []
+    for begin in (-1, 1):
+        log = Trackers(config.train, {"a": 1}, begin, told.append)
+        for row in (*ROWS, *ROWS[1:]):
+            log.write(row)
+        log.flush()
+        log.close()
+    assert told == ["W&B: metrics may be missing from here on (the service has gone); training goes on"] * 2
+    first, second = pages
+    values = {"step": 1, "train/loss": 2.0, "train/grad_norm": float("nan")}
+    assert first.logged[0] == pytest.approx(values, nan_ok=True)
+    assert first.logged[1] == {"step": 2, "eval/nelbo_per_token/mean": 1.5, "eval/nelbo_per_token/se": 0.1}
+    assert first.steps[-1] == ("*", "step") and first.finished
+    wanted = {"project": "p", "name": tmp_path.name, "mode": "online", "config": {"a": 1}, "resume": "allow"}
+    assert wanted.items() <= first.given.items()
+    assert first.given["id"] == second.given["id"]  # a resumed run continues the same page
+    # The JSON lines have every row, and the resume has removed the rows that came again.
+    assert [row["step"] for row in runs.rows(tmp_path, "eval")] == [2, 2]
+    assert [row["grad_norm"] for row in runs.rows(tmp_path, "train")] == ["nan"] * 2
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_a_disk_that_is_full_stops_nothing(tmp_path, monkeypatch):
+    told: list[str] = []
+    log = Trackers(_config(tmp_path).train, {}, -1, told.append)
+
+    def full(line: str) -> None:
+        raise UserError("the disk is full")
+
+    append = log._lines._lines.append
+    for then in (full, full, append, full):
+        monkeypatch.setattr(log._lines._lines, "append", then)
+        log.write(ROWS[0])
+    # Once for each time that the disk is full.
+    assert told == ["the disk is full; training goes on, and the rows wait"] * 2
+
+
+def test_what_a_tracker_needs_is_said_before_the_run_starts(tmp_path, monkeypatch):
+    def check(have: set[str], said: str | None, out: str = str(tmp_path), **fields: Any) -> None:
+        monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: sys.__spec__ if name in have else None)
+        if said is None:
+            return trackers.check_trackers(_config(out, **fields).train)
+        with pytest.raises(UserError, match=said):
+            trackers.check_trackers(_config(out, **fields).train)
+
+    monkeypatch.setattr(trackers.sys, "executable", "/my env/python")
+    check({"pip"}, "train.wandb needs wandb: '/my env/python' -m pip install wandb$", wandb="offline")
+    advice = "train.tensorboard needs tensorboardX: uv pip install --python '/my env/python' tensorboardX$"
+    check(set(), advice, tensorboard=True)  # as in an environment that uv made
+    check(set(), None)
+    both, bucket = {"wandb", "tensorboardX"}, "gs://bucket/run"
+    local = "writes to a local folder, and train.out is gs://bucket/run"
+    check(both, f"^train.tensorboard {local}", bucket, tensorboard=True)
+    check(both, f"^train.wandb offline {local}", bucket, wandb="offline")
+    check(both, None, bucket, wandb="online")
+
+    def refuse(**given: Any) -> None:
+        raise RuntimeError("api_key not configured")
+
+    _stand_in(monkeypatch, refuse)
+    said = r"did not begin \(api_key not configured\); run `wandb login` or set WANDB_API_KEY .*, or set train.wandb to offline$"
+    with pytest.raises(UserError, match=said):
+        Trackers(_config(tmp_path, wandb="online").train, {}, -1, print)
+
+
+def test_wandb_offline_writes_files(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    told: list[str] = []
+    log = Trackers(_config(tmp_path, wandb="offline").train, {"a": 1}, -1, told.append)
+    for row in ROWS:
+        log.write(row)
+    log.close()
+    wandb.teardown()  # finish() returns some milliseconds before the file is whole
+    (written,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    assert told == [] and b"nelbo_per_token" in written.read_bytes()
