@@ -50,7 +50,6 @@ class Store(ThreadingHTTPServer):
         """Ignores broken connections: a client that asks twice and takes the first answer closes the other connection."""
 
     def names(self, prefix: str = "") -> list[str]:
-        """Returns the objects' names, sorted."""
         return sorted(name for _, name in self.objects if name.startswith(prefix))
 
     def content(self, name: str) -> bytes:
@@ -74,18 +73,11 @@ class Store(ThreadingHTTPServer):
             self.log.append(f"delete {name}")
             return 204
 
-    def about(self, bucket: str, name: str) -> dict[str, Any]:
+    def about(self, bucket: str, name: str) -> dict[str, str]:
         generation, content = self.objects[bucket, name]
-        return {
-            "kind": "storage#object",
-            "name": name,
-            "bucket": bucket,
-            "size": str(len(content)),
-            "generation": str(generation),
-            "updated": "2026-01-01T00:00:00.000Z",
-            "timeCreated": "2026-01-01T00:00:00.000Z",
-            "md5Hash": base64.b64encode(hashlib.md5(content).digest()).decode(),
-        }
+        about = {"kind": "storage#object", "name": name, "bucket": bucket, "size": str(len(content))}
+        about |= {"generation": str(generation), "md5Hash": base64.b64encode(hashlib.md5(content).digest()).decode()}
+        return about | dict.fromkeys(("updated", "timeCreated"), "2026-01-01T00:00:00.000Z")
 
     def listing(self, bucket: str, query: dict[str, str]) -> dict[str, Any]:
         prefix, delimiter = query.get("prefix", ""), query.get("delimiter", "")
@@ -113,32 +105,32 @@ class Handler(BaseHTTPRequestHandler):
 
     def _answer(self, status: int, body: Any = b"", **headers: str) -> None:
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
         if not isinstance(body, bytes):
-            self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
+            headers["Content_Type"] = "application/json"
+        self.send_response(status)
+        for name, value in {**headers, "Content_Length": str(len(content))}.items():
+            self.send_header(name.replace("_", "-"), value)
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(content)
 
+    def _fail(self, status: int, message: str) -> None:
+        self._answer(status, {"error": {"code": status, "message": message}})
+
+    def _refuse(self) -> None:
+        self.server.refused.append(f"{self.command} {self.path}")
+        self._fail(501, f"the stand-in has no {self.command} {self.path}")
+
     def _asked(self) -> tuple[str, dict[str, str], bytes]:
         parts = urlsplit(self.path)
         query = {name: values[-1] for name, values in parse_qs(parts.query, keep_blank_values=True).items()}
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if self.headers.get("Transfer-Encoding") == "chunked":
-            body = b""
             while size := int(self.rfile.readline(), 16):
                 body += self.rfile.read(size)
                 self.rfile.readline()
             self.rfile.readline()
-        else:
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         return parts.path, query, body
-
-    def _refuse(self) -> None:
-        self.server.refused.append(f"{self.command} {self.path}")
-        self._answer(501, {"error": {"code": 501, "message": f"the stand-in has no {self.command} {self.path}"}})
 
     def do_GET(self) -> None:
         path, query, _ = self._asked()
@@ -152,7 +144,7 @@ class Handler(BaseHTTPRequestHandler):
             return self._answer(200, self.server.listing(bucket, query))
         there = self.server.objects.get((bucket, unquote(name)))
         if there is None:
-            return self._answer(404, {"error": {"code": 404, "message": f"No such object: {unquote(name)}"}})
+            return self._fail(404, f"No such object: {unquote(name)}")
         if query.get("alt") != "media":
             return self._answer(200, self.server.about(bucket, unquote(name)))
         generation, content = there
@@ -163,7 +155,7 @@ class Handler(BaseHTTPRequestHandler):
         begin = int(asked[1]) if asked[1] else max(total - int(asked[2]), 0)
         end = min(int(asked[2]) + 1, total) if asked[1] and asked[2] else total
         if begin >= total:
-            return self._answer(416, {"error": {"code": 416, "message": "range not satisfiable"}})
+            return self._fail(416, "range not satisfiable")
         where = f"bytes {begin}-{end - 1}/{total}"
         return self._answer(206, content[begin:end], x_goog_generation=str(generation), Content_Range=where)
 
@@ -185,14 +177,13 @@ class Handler(BaseHTTPRequestHandler):
             caller = self.headers["Host"].rpartition(":")[0]
             self.server.writers.setdefault(name, set()).add(caller)
         if self.server.failing is not None and self.server.failing.search(name):
-            return self._answer(403, {"error": {"code": 403, "message": "the stand-in was told to fail"}})
+            return self._fail(403, "the stand-in was told to fail")
         if kind == "resumable":
             if "upload_id" not in query:
                 number = f"{len(self.server.uploads)}"
                 self.server.uploads[number] = (bucket[1], name or json.loads(body)["name"], bytearray())
-                return self._answer(
-                    200, b"", Location=f"{self.server.url}{path}?uploadType=resumable&upload_id={number}"
-                )
+                where = f"{self.server.url}{path}?uploadType=resumable&upload_id={number}"
+                return self._answer(200, Location=where)
             return self._chunk(query["upload_id"], body)
         return self._answer(*self.server.put(bucket[1], name, content, query))
 
@@ -201,29 +192,27 @@ class Handler(BaseHTTPRequestHandler):
         so_far += body
         total = self.headers["Content-Range"].rpartition("/")[2]
         if total == "*" or len(so_far) < int(total):
-            return self._answer(308, b"", Range=f"bytes=0-{len(so_far) - 1}")
+            return self._answer(308, Range=f"bytes=0-{len(so_far) - 1}")
         return self._answer(*self.server.put(bucket, name, bytes(so_far), {}))
 
     do_PUT = do_POST
 
     def _batch(self, body: bytes) -> None:
-        answers = []
+        text = ""
         for at in re.findall(r"DELETE (\S+) HTTP", body.decode()):
-            found = LOCATION.match(urlsplit(at).path)
-            assert found is not None
-            answers.append(
-                f"Content-Type: application/http\n\nHTTP/1.1 {self.server.delete(found[1], unquote(found[2]))}\n\n"
-            )
-        text = "".join(f"--part\n{answer}\n" for answer in answers) + "--part--"
-        self._answer(200, text.encode(), Content_Type="multipart/mixed; boundary=part")
+            status = self.server.delete(*self._named(at))
+            text += f"--part\nContent-Type: application/http\n\nHTTP/1.1 {status}\n\n\n"
+        self._answer(200, f"{text}--part--".encode(), Content_Type="multipart/mixed; boundary=part")
 
     def do_DELETE(self) -> None:
-        path, _, _ = self._asked()
-        found = LOCATION.match(path)
-        if found is None or not found[2]:
-            return self._refuse()
-        status = self.server.delete(found[1], unquote(found[2]))
-        self._answer(status, b"" if status == 204 else {"error": {"code": status, "message": "No such object"}})
+        status = self.server.delete(*self._named(self.path))
+        self._answer(status) if status == 204 else self._fail(status, "No such object")
+
+    def _named(self, address: str) -> tuple[str, str]:
+        """Returns the bucket and the name of the object at an address."""
+        found = LOCATION.match(urlsplit(address).path)
+        assert found is not None
+        return found[1], unquote(found[2])
 
 
 @pytest.fixture
@@ -232,10 +221,9 @@ def store(monkeypatch):
     monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # asks a second service, over gRPC
     pytest.importorskip("gcsfs", reason="gs:// needs gcsfs")
     server = Store()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
-    monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", server.url)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    for variable in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"):
+        monkeypatch.setenv(variable, server.url)
     monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "stand-in")
     monkeypatch.setenv("FSSPEC_GS_TOKEN", "anon")
     _forget_clients()

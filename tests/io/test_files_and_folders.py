@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -13,11 +14,11 @@ from jaxblock.io.folders import check_vacant, new_folder
 from jaxblock.io.paths import as_path
 
 
-def _names(folder: Path) -> list[str]:
+def names_in(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir())
 
 
-def _fill(folder: Path, text: str = "new") -> None:
+def fill(folder: Path, text: str = "new") -> None:
     (folder / "sub").mkdir()
     (folder / "sub" / "data").write_text(text)
     (folder / "MARK").write_text("")
@@ -31,41 +32,33 @@ def test_a_file_is_replaced_only_when_asked(tmp_path):
     assert path.read_text() == "one"
     write_text(path, "two", overwrite=True)
     assert path.read_text() == "two"
-    assert _names(path.parent) == ["file"]
+    assert names_in(path.parent) == ["file"]
     assert sha256(path) == "3fc4ccfe745870e2c0d99f71f30ff0656c8dedd41cc1d7d3d376b0dbe685e2f3"
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "file"
     write_text(path, "old")
-
-    def full(fd: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
     with pytest.raises(UserError, match=f"cannot write {path}: the disk is full"):
         write_text(path, "new", overwrite=True)
-    assert path.read_text() == "old"
-    assert _names(tmp_path) == ["file"]
+    assert path.read_text() == "old" and names_in(tmp_path) == ["file"]
 
 
 @pytest.mark.parametrize("links", [True, False])
 def test_a_file_that_appears_meanwhile_stays(tmp_path, monkeypatch, links):
-    def refuse(*names: object) -> None:
-        raise OSError(errno.EPERM, "this disk has no hard links")
-
     if not links:
-        monkeypatch.setattr(os, "link", refuse)
+        monkeypatch.setattr(os, "link", Mock(side_effect=OSError(errno.EPERM, "this disk has no hard links")))
     write_text(tmp_path / "free", "ours")
     monkeypatch.setattr(os, "fsync", lambda fd: (tmp_path / "taken").write_text("theirs"))
     with pytest.raises(UserError, match="taken exists already"):
         write_text(tmp_path / "taken", "ours")
-    assert [(tmp_path / name).read_text() for name in _names(tmp_path)] == ["ours", "theirs"]
+    assert [(tmp_path / name).read_text() for name in names_in(tmp_path)] == ["ours", "theirs"]
 
 
-@pytest.mark.parametrize(
-    ("action", "cause"),
-    [
+def test_errors_name_the_cause(tmp_path):
+    (tmp_path / "file").write_text("{")
+    for action, cause in [
         (lambda root: read_bytes(root / "none"), "no such file"),
         (lambda root: read_bytes(root), "folder, not a file"),
         (lambda root: write_text(root / "file" / "x", ""), "a file stands where a folder"),
@@ -74,21 +67,18 @@ def test_a_file_that_appears_meanwhile_stays(tmp_path, monkeypatch, links):
         (lambda root: read_json(root / "file"), "not a JSON file"),
         (lambda root: as_path("ftp://x"), "unknown kind of address"),
         (lambda root: check_writable("/proc/jaxblock"), "cannot write to /proc/jaxblock"),
-    ],
-)
-def test_errors_name_the_cause(tmp_path, action, cause):
-    (tmp_path / "file").write_text("{")
-    with pytest.raises(UserError, match=cause):
-        action(tmp_path)
+    ]:
+        with pytest.raises(UserError, match=cause):
+            action(tmp_path)
 
 
 def test_a_folder_appears_whole(tmp_path):
     target = tmp_path / "made"
     with new_folder(target, marker="MARK") as folder:
-        _fill(folder)
+        fill(folder)
         assert not target.exists()
     assert (target / "sub" / "data").read_text() == "new"
-    assert _names(tmp_path) == ["made"]
+    assert names_in(tmp_path) == ["made"]
 
 
 @pytest.mark.parametrize("error", [ValueError("broken"), KeyboardInterrupt(), OSError(errno.ENOSPC, "full"), None])
@@ -98,14 +88,14 @@ def test_a_failed_folder_leaves_nothing(tmp_path, error):
         (folder / "data").write_text("half")  # and without an error: no marker
         if error is not None:
             raise error
-    assert _names(tmp_path) == []
+    assert names_in(tmp_path) == []
 
 
 def test_what_may_be_replaced(tmp_path):
     whole, foreign, empty, file = (tmp_path / name for name in ("whole", "foreign", "empty", "file"))
     for folder in (whole, foreign, empty):
         folder.mkdir()
-    _fill(whole, "old")
+    fill(whole, "old")
     (foreign / "thesis.tex").write_text("years of work")
     file.write_text("")
     with pytest.raises(UserError, match="overwrite"):
@@ -118,9 +108,9 @@ def test_what_may_be_replaced(tmp_path):
                 check_vacant(target, marker="MARK", overwrite=overwrite)
     for target in (whole, empty):
         with new_folder(target, marker="MARK", overwrite=True) as folder:
-            _fill(folder)
+            fill(folder)
         assert (target / "sub" / "data").read_text() == "new"
-    assert _names(tmp_path) == ["empty", "file", "foreign", "whole"]
+    assert names_in(tmp_path) == ["empty", "file", "foreign", "whole"]
 
 
 def test_what_a_killed_try_left_is_removed_once_the_folder_is_there(tmp_path):
@@ -128,9 +118,9 @@ def test_what_a_killed_try_left_is_removed_once_the_folder_is_there(tmp_path):
     for name in [*kept, ".made.partial-4194305-00"]:  # Linux gives no process a higher number than 4194304
         (tmp_path / name / "sub").mkdir(parents=True)
     with new_folder(tmp_path / "made", marker="MARK") as folder:
-        _fill(folder)
-        assert len(_names(tmp_path)) == 5
-    assert _names(tmp_path) == sorted([*kept, "made"])
+        fill(folder)
+        assert len(names_in(tmp_path)) == 5
+    assert names_in(tmp_path) == sorted([*kept, "made"])
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -142,29 +132,25 @@ def test_what_appears_meanwhile_stays(tmp_path, appears, problem, overwrite):
     replaced = overwrite and appears == "made/MARK"
     refusal = contextlib.nullcontext() if replaced else pytest.raises(UserError, match=problem)
     with refusal, new_folder(tmp_path / "made", marker="MARK", overwrite=overwrite) as folder:
-        _fill(folder)
+        fill(folder)
         (tmp_path / appears).parent.mkdir(exist_ok=True)
         (tmp_path / appears).write_text("theirs")
     assert (tmp_path / appears).read_text() == ("" if replaced else "theirs")
-    assert _names(tmp_path) == ["made"]
+    assert names_in(tmp_path) == ["made"]
 
 
 def test_a_failed_swap_brings_the_old_folder_back(tmp_path, monkeypatch):
-    target = tmp_path / "made"
+    target, rename = tmp_path / "made", os.rename
     target.mkdir()
-    _fill(target, "old")
-    rename = os.rename
+    fill(target, "old")
 
     def fails_into_place(source: os.PathLike[str], to: os.PathLike[str]) -> None:
-        if Path(to).name == "made" and not (Path(source) / "sub" / "data").read_text() == "old":
+        if Path(to).name == "made" and (Path(source) / "sub" / "data").read_text() != "old":
             raise OSError(errno.EACCES, "denied")
         rename(source, to)
 
     monkeypatch.setattr(os, "rename", fails_into_place)
-    with (
-        pytest.raises(UserError, match="permission denied"),
-        new_folder(target, marker="MARK", overwrite=True) as folder,
-    ):
-        _fill(folder)
-    assert (target / "sub" / "data").read_text() == "old"
-    assert _names(tmp_path) == ["made"]
+    refusal = pytest.raises(UserError, match="permission denied")
+    with refusal, new_folder(target, marker="MARK", overwrite=True) as folder:
+        fill(folder)
+    assert (target / "sub" / "data").read_text() == "old" and names_in(tmp_path) == ["made"]

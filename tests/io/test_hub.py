@@ -4,42 +4,43 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
+import tokenizers
 from huggingface_hub import errors
+from huggingface_hub.utils import filter_repo_objects
 
 from jaxblock.data.tokens.load import load_tokenizer
 from jaxblock.errors import UserError
 from jaxblock.io import hub
 
 
-def stand_in(monkeypatch: pytest.MonkeyPatch, result: Any) -> Mock:
-    """Replaces ``snapshot_download`` by a function that returns a folder or raises, and remembers what was asked."""
-    raises = isinstance(result, BaseException)
-    download = Mock(side_effect=result) if raises else Mock(return_value=str(result))
-    monkeypatch.setattr(hub.huggingface_hub, "snapshot_download", download)
-    return download
+@pytest.fixture
+def stand_in(monkeypatch, tmp_path):
+    """Returns a function that replaces ``snapshot_download`` by one that returns a folder or raises, and knows its calls."""
+    monkeypatch.chdir(tmp_path)
+
+    def replace(result: Any) -> Mock:
+        raises = isinstance(result, BaseException)
+        download = Mock(side_effect=result) if raises else Mock(return_value=str(result))
+        monkeypatch.setattr(hub.huggingface_hub, "snapshot_download", download)
+        return download
+
+    return replace
 
 
-@pytest.mark.parametrize(
-    "name, repo, revision",
-    [
+def test_a_hub_name_is_downloaded(stand_in, tmp_path):
+    for name, repo, revision in [
         ("GSAI-ML/LLaDA-8B-Instruct", "GSAI-ML/LLaDA-8B-Instruct", None),
         ("org/name@v1.0", "org/name", "v1.0"),
         ("org/name@refs/pr/3", "org/name", "refs/pr/3"),
-    ],
-)
-def test_a_hub_name_is_downloaded(monkeypatch, tmp_path, name, repo, revision):
-    monkeypatch.chdir(tmp_path)
-    download = stand_in(monkeypatch, tmp_path / "cache")
-    assert hub.local_checkpoint(name) == str(tmp_path / "cache")
-    download.assert_called_once()
-    assert (*download.call_args.args, download.call_args.kwargs["revision"]) == (repo, revision)
+    ]:
+        download = stand_in(tmp_path / "cache")
+        assert hub.local_checkpoint(name) == str(tmp_path / "cache")
+        download.assert_called_once()
+        assert (*download.call_args.args, download.call_args.kwargs["revision"]) == (repo, revision)
 
 
-def test_neither_code_nor_pickles_are_asked_for(monkeypatch, tmp_path):
-    from huggingface_hub.utils import filter_repo_objects
-
-    monkeypatch.chdir(tmp_path)
-    download = stand_in(monkeypatch, tmp_path)
+def test_neither_code_nor_pickles_are_asked_for(stand_in, tmp_path):
+    download = stand_in(tmp_path)
     hub.local_checkpoint("org/name")
     options = download.call_args.kwargs
     wanted = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json"]
@@ -50,10 +51,9 @@ def test_neither_code_nor_pickles_are_asked_for(monkeypatch, tmp_path):
     assert list(filter_repo_objects([*wanted, *others], **patterns)) == wanted
 
 
-def test_what_lies_here_is_taken_from_here(monkeypatch, tmp_path):
-    download = stand_in(monkeypatch, tmp_path)
+def test_what_lies_here_is_taken_from_here(stand_in, tmp_path):
+    download = stand_in(tmp_path)
     (tmp_path / "org" / "name").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
     for name in ("org/name", str(tmp_path), "/nowhere/at/all", "nowhere", "a/b/c", "./a/b", "../a"):
         assert hub.local_checkpoint(name) == name
     assert hub.local_checkpoint(tmp_path / "org") == str(tmp_path / "org")
@@ -61,14 +61,8 @@ def test_what_lies_here_is_taken_from_here(monkeypatch, tmp_path):
     download.assert_not_called()
 
 
-def _error(kind: type[Exception]) -> Exception:
-    error = kind.__new__(kind)
-    Exception.__init__(error, "what the server said\nand more")
-    return error
-
-
 @pytest.mark.parametrize(
-    "error, message",
+    "kind, message",
     [
         (errors.GatedRepoError, "repository org/name is gated: accept its terms .* HF_TOKEN"),
         (errors.RepositoryNotFoundError, "no repository org/name .*correct the name.*HF_TOKEN"),
@@ -78,17 +72,16 @@ def _error(kind: type[Exception]) -> Exception:
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_what_went_wrong_says_what_to_do(monkeypatch, tmp_path, error, message):
-    monkeypatch.chdir(tmp_path)
-    stand_in(monkeypatch, _error(error))
+def test_what_went_wrong_says_what_to_do(stand_in, kind, message):
+    error = kind.__new__(kind)
+    Exception.__init__(error, "what the server said\nand more")
+    stand_in(error)
     with pytest.raises(UserError, match=f"^org/name@v2 is no local folder, and .*{message}"):
         hub.local_checkpoint("org/name@v2")
 
 
-def test_a_tokenizer_may_be_a_hub_name(monkeypatch, tmp_path):
-    import tokenizers as huggingface
-
-    words = huggingface.Tokenizer(huggingface.models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
+def test_a_tokenizer_may_be_a_hub_name(stand_in, tmp_path):
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
     words.save(str(tmp_path / "tokenizer.json"))
-    stand_in(monkeypatch, tmp_path)
+    stand_in(tmp_path)
     assert load_tokenizer("org/name").encode("b") == [1]

@@ -30,6 +30,11 @@ def folder(request, tmp_path):
     return "gs://bucket/run"
 
 
+def changed(**fields: object) -> Callable[[], Owner]:
+    """Returns a function that makes this process with other fields."""
+    return lambda: dataclasses.replace(this_process(), **fields)
+
+
 def _locks(folder: str) -> list[str]:
     """Returns the files of the folder's lock."""
     parent = as_path(folder).parent
@@ -51,17 +56,12 @@ def test_one_writer_at_a_time_and_a_killed_one_is_succeeded(folder):
     assert _locks(folder) == []
 
 
-def _elsewhere() -> Owner:
-    """Returns an owner that cannot be seen from here."""
-    return dataclasses.replace(this_process(), machine="another", host="far")
-
-
 @pytest.mark.parametrize("beats", [False, True])
 def test_an_owner_on_another_machine_is_watched(folder, beats):
     """It is refused when the owner gives a sign of life while we wait, and is taken over when it gives none."""
     path = as_path(folder).parent / ".run.lock"
     theirs = Lease(path, "run")
-    theirs._content = _elsewhere().as_json()
+    theirs._content = changed(machine="another", host="far")().as_json()
     assert theirs._claim(7)
     said: list[str] = []
     waited: list[float] = []
@@ -104,7 +104,7 @@ def test_a_lost_lock_is_told(tmp_path, monkeypatch):
         while (lease := lock._leases[0]).lost is None:  # the thread renews at the same time, and may win a few times
             numbers = lease._numbers() or [0]
             try:
-                write_bytes(lease._file(numbers[-1] + 1), _elsewhere().as_json())
+                write_bytes(lease._file(numbers[-1] + 1), changed(machine="another", host="far")().as_json())
             except UserError:
                 continue
         with pytest.raises(UserError, match="was taken over by process .* on far"):
@@ -138,26 +138,15 @@ def test_a_folder_that_cannot_be_written_needs_no_lock(tmp_path, monkeypatch):
     assert "is not locked against other writers: cannot write" in said[0]
 
 
-def _changed(**fields: object) -> Callable[[], Owner]:
-    return lambda: dataclasses.replace(this_process(), **fields)
-
-
-@pytest.mark.parametrize(
-    ("owner", "alive"),
-    [
+def test_who_is_alive_and_what_is_no_owner():
+    for owner, alive in [
         (this_process, True),
-        (_changed(begun=1), False),  # the process id was given to another process
-        (_changed(pid=2**22 + 5), False),
-        (_changed(pid=2**70, begun=0), False),
-        (_changed(namespace="pid:[1]"), None),
-        (_changed(machine="x"), None),
-    ],
-)
-def test_who_is_alive(owner, alive):
-    assert is_alive(owner()) is alive
-    assert isinstance(read_owner(owner().as_json()), Owner)
-
-
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"host": 1}', b"[" * 100_000, b"\xff"])
-def test_what_is_no_owner(content):
-    assert read_owner(content) is None
+        (changed(begun=1), False),  # the process id was given to another process
+        (changed(pid=2**22 + 5), False),
+        (changed(pid=2**70, begun=0), False),
+        (changed(namespace="pid:[1]"), None),
+        (changed(machine="x"), None),
+    ]:
+        assert is_alive(owner()) is alive and isinstance(read_owner(owner().as_json()), Owner)
+    for content in (b"", b"{", b"[]", b'{"host": 1}', b"[" * 100_000, b"\xff"):
+        assert read_owner(content) is None

@@ -1,12 +1,15 @@
 """Tests everything that a pod keeps in a bucket, in the stand-in's: prepared data, a run, its metrics, an export."""
 
+import contextlib
 import json
 import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,21 +30,25 @@ from tests import pod
 from .conftest import Store  # noqa: TID252
 
 
-def _last(store: Store) -> str:
+def last_change(store: Store) -> str:
     """Returns the last change that was not one of a lock."""
     return [line for line in store.log if ".lock/" not in line][-1]
 
 
-def _fill(folder: Path, text: str) -> None:
-    (folder / "sub").mkdir()
-    (folder / "sub" / "data").write_text(text)
-    (folder / "MARK").write_text("")
+@contextlib.contextmanager
+def make(text: str = "new", overwrite: bool = False) -> Iterator[Path]:
+    """Makes a folder in the bucket; what is done inside ``with`` happens before it appears there."""
+    with new_folder("gs://bucket/made", marker="MARK", overwrite=overwrite) as folder:
+        (folder / "sub").mkdir()
+        (folder / "sub" / "data").write_text(text)
+        (folder / "MARK").write_text("")
+        yield folder
 
 
 def test_a_folder_gets_its_marker_last_and_loses_it_first(store):
     for text in ("old", "new"):
-        with new_folder("gs://bucket/made", marker="MARK", overwrite=True) as folder:
-            _fill(folder, text)
+        with make(text, overwrite=True):
+            pass
     assert store.log[:3] == ["write made/sub/data", "write made/MARK", "delete made/MARK"]
     assert store.log[-2:] == ["write made/sub/data", "write made/MARK"]
     assert read_bytes("gs://bucket/made/sub/data") == b"new" and folder_bytes("gs://bucket/made") == 3
@@ -53,25 +60,16 @@ def test_a_folder_gets_its_marker_last_and_loses_it_first(store):
     assert store.refused == []
 
 
-@pytest.mark.parametrize("fails", ["sub/data", "MARK"])
-def test_an_upload_that_fails_leaves_nothing(store, fails):
-    store.failing = re.compile(fails)
-    with (
-        pytest.raises(UserError, match="cannot write gs://bucket/made"),
-        new_folder("gs://bucket/made", marker="MARK") as folder,
-    ):
-        _fill(folder, "new")
-    assert store.names() == []
-
-
-def test_what_appears_in_the_bucket_meanwhile_stays(store):
-    with (
-        pytest.raises(UserError, match="gs://bucket/made exists already"),
-        new_folder("gs://bucket/made", marker="MARK") as folder,
-    ):
-        _fill(folder, "new")
+def test_an_upload_that_fails_leaves_nothing_and_what_appears_meanwhile_stays(store):
+    for fails in ("sub/data", "MARK"):
+        store.failing = re.compile(fails)
+        with pytest.raises(UserError, match="cannot write gs://bucket/made"), make():
+            pass
+        assert store.names() == []
+    store.failing = None
+    with pytest.raises(UserError, match="gs://bucket/made exists already"), make():
         store.put("bucket", "made/MARK", b"theirs", {})
-    assert store.names() == ["made/MARK"] and store.content("made/MARK") == b"theirs"
+    assert store.names() == ["made/MARK"]
     with pytest.raises(UserError, match="exists already"):
         write_bytes("gs://bucket/made/MARK", b"ours")
     with pytest.raises(FileExistsError):  # it appears just after `write_bytes` has looked
@@ -81,8 +79,7 @@ def test_what_appears_in_the_bucket_meanwhile_stays(store):
 
 def test_a_large_file_goes_up_and_comes_down_in_pieces(store):
     content = np.random.default_rng(0).bytes(13 << 20)
-    with new_folder("gs://bucket/made", marker="MARK") as folder:
-        _fill(folder, "x")
+    with make() as folder:
         (folder / "large").write_bytes(content)
     assert store.content("made/large") == content
     local = local_folder("gs://bucket/made", ["lar*"])
@@ -99,51 +96,55 @@ def test_what_another_process_writes_is_seen(store):
 PATH = "gs://bucket/run/metrics.jsonl"
 
 
-def _append(lines: JsonlWriter, *steps: int) -> None:
+def append(lines: JsonlWriter, *steps: int) -> None:
     for step in steps:
         lines.append(json.dumps({"step": step, "kind": "train"}))
 
 
-def _steps() -> list[int]:
+def steps_read() -> list[int]:
     return [row["step"] for row in metrics.read_metrics(PATH).train]
+
+
+def losses(rows: Any) -> list[tuple[int, float]]:
+    return [(row["step"], row["loss"]) for row in rows.train]
 
 
 def test_a_growing_file_is_parts_written_once(store, tmp_path):
     lines = JsonlWriter(PATH, lambda line: True)
-    _append(lines, 1, 2)
+    append(lines, 1, 2)
     assert store.log == []  # they wait for others
     lines.flush()
     lines.flush()
-    _append(lines, 3)
+    append(lines, 3)
     lines.flush()
     assert store.names() == ["run/metrics-000001.jsonl", "run/metrics-000002.jsonl"] and len(store.log) == 2
     for name in store.names():  # a copy on a local disk is read as well
         (tmp_path / Path(name).name).write_bytes(store.content(name))
-    assert [row["step"] for row in metrics.read_metrics(tmp_path / "metrics.jsonl").train] == _steps() == [1, 2, 3]
+    assert [row["step"] for row in metrics.read_metrics(tmp_path / "metrics.jsonl").train] == steps_read() == [1, 2, 3]
     lines.close()
-    assert store.names() == ["run/metrics-000003-all.jsonl"] and _steps() == [1, 2, 3]
+    assert store.names() == ["run/metrics-000003-all.jsonl"] and steps_read() == [1, 2, 3]
     assert store.log[-3:-2] == ["write run/metrics-000003-all.jsonl"]  # first the whole, then the parts go
 
     # A kill between the two, and the run goes on from step 2: nothing is lost, nothing is there twice.
     store.put("bucket", "run/metrics-000002.jsonl", b'{"step": 3, "kind": "train"}\n', {})
-    assert _steps() == [1, 2, 3]
+    assert steps_read() == [1, 2, 3]
     resumed = JsonlWriter(PATH, lambda line: json.loads(line)["step"] <= 2, period=0.0)
-    assert _steps() == [1, 2]
-    _append(resumed, 3, 4)
-    assert _steps() == [1, 2, 3, 4]
+    assert steps_read() == [1, 2]
+    append(resumed, 3, 4)
+    assert steps_read() == [1, 2, 3, 4]
     assert store.refused == []
 
 
 def test_a_store_that_is_away_for_a_while_loses_no_rows(store, caplog):
     lines = JsonlWriter(PATH, lambda line: True, period=0.0)
     store.failing = re.compile("metrics")
-    _append(lines, 1, 2)
+    append(lines, 1, 2)
     assert "wait for the next part" in caplog.text and store.names() == []
     with pytest.raises(UserError, match="cannot write gs://bucket/run/metrics-000001.jsonl"):
         lines.close()
     store.failing = None
-    _append(lines, 3)
-    assert _steps() == [1, 2, 3]
+    append(lines, 3)
+    assert steps_read() == [1, 2, 3]
 
 
 @pytest.mark.slow
@@ -152,33 +153,27 @@ def test_a_run_lives_in_a_bucket(store, tiny_config, tiny_run, tmp_path, draw_cu
     bucket = "gs://bucket/some folder"
     common = ["--config", str(tiny_config), "--data.prepared", f"{bucket}/prepared"]
     assert main(["prepare", *common]) == 0
-    assert _last(store) == "write some folder/prepared/manifest.json"  # the commit marker comes last
+    assert last_change(store) == "write some folder/prepared/manifest.json"  # the commit marker comes last
 
     out, begin = f"{bucket}/runs/one", len(store.log)
     flags = [*common, "--train.out", out, "--train.eval_every", "0"]
     assert main(["train", *flags, "--train.save_every", "40", "--train.keep", "2"]) == 0
-    assert "some folder/runs/one/config.yaml" in store.names()
-    written = [
-        line.split(" ", 1)[1].removeprefix("some folder/runs/one/")
-        for line in store.log[begin:]
-        if line.startswith("w")
-    ]
-    whole = written.index("config.yaml")
-    assert not any(name.startswith(("checkpoints", "metrics")) for name in written[:whole])
+    prefix = "write some folder/runs/one/"
+    written = [line.removeprefix(prefix) for line in store.log[begin:] if line.startswith(prefix)]
+    before_config = written[: written.index("config.yaml")]
+    assert not any(name.startswith(("checkpoints", "metrics")) for name in before_config)
     steps = {m[1] for n in store.names() if (m := re.search(r"checkpoints/(\d+)/commit_success.txt", n))}
-    assert steps == {"80", "120"}
-    assert [n for n in store.names("some folder/runs/one/plots")]
+    assert steps == {"80", "120"} and store.names("some folder/runs/one/plots")
 
     rows, local = metrics.read_metrics(f"{out}/metrics.jsonl"), metrics.read_metrics(tiny_run / "metrics.jsonl")
-    assert [row["step"] for row in rows.train] == [row["step"] for row in local.train]
-    assert [row["loss"] for row in rows.train] == [row["loss"] for row in local.train]
+    assert losses(rows) == losses(local)
     assert main(["train", *flags]) == 0  # finished: says so, changes nothing
 
     ours, theirs = jaxblock.load(out), jaxblock.load(tiny_run)
     ids = [[5, 6, 7, 8]]
     np.testing.assert_array_equal(ours.logits(ids), theirs.logits(ids))
     assert main(["export", "--checkpoint", out, "--out", f"{bucket}/export"]) == 0
-    assert _last(store) == "write some folder/export/config.json"
+    assert last_change(store) == "write some folder/export/config.json"
     np.testing.assert_array_equal(jaxblock.load(f"{bucket}/export").logits(ids), theirs.logits(ids))
     assert main(["evaluate", *common, "--checkpoint", out, "--out", f"{bucket}/score", "--evaluate.problems", "4"]) == 0
     assert store.log[-1] == "write some folder/score/summary.json"
@@ -271,7 +266,7 @@ def test_a_run_that_is_killed_while_its_rows_wait_loses_none(store, tiny_config,
     store.failing = None
     assert main(flags) == 0
     ours, theirs = (metrics.read_metrics(f"{run}/metrics.jsonl") for run in (out, tiny_run))
-    assert [(row["step"], row["loss"]) for row in ours.train] == [(row["step"], row["loss"]) for row in theirs.train]
+    assert losses(ours) == losses(theirs)
     assert [row["step"] for row in ours.evals] == [row["step"] for row in theirs.evals]
 
 
@@ -313,9 +308,7 @@ def test_two_processes_live_in_a_bucket(store, tiny_config, tiny_pod_run):
             assert store.names(f"{folder}/whole-{process}-of-2.json"), (step, process)
     assert store.names("pod/config.yaml") and store.names("pod/metrics-")
     callers = {"0": {"127.0.0.1"}, "1": {"localhost"}}
-    of_one = {name: re.search(r"/(?:\w+\.)?(?:process_|whole-)(\d)", name) for name in store.writers}
-    wrong = {
-        name: store.writers[name] for name, n in of_one.items() if store.writers[name] != callers[n[1] if n else "0"]
-    }
-    assert wrong == {}
+    for name, found in store.writers.items():
+        process = re.search(r"/(?:\w+\.)?(?:process_|whole-)(\d)", name)
+        assert found == callers[process[1] if process else "0"], name
     assert store.refused == []
