@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from re import _parser  # type: ignore[attr-defined]  # the standard library's only parser of expressions
 from typing import Any
 
 from jaxblock.errors import UserError, shown
+from jaxblock.huggingface.expressions import count_steps
 from jaxblock.io.files import read_json
 
 # Settings of PEFT that change what an adapter computes, and the values that we support: an adapter with another value is
@@ -157,7 +158,8 @@ def _check_kind(where: Path, config: Mapping[str, Any]) -> None:
         )
 
 
-_MOST_REPEATS = 6  # of a regular expression: each multiplies the time by the length of a name
+_MOST_STEPS = 1e7
+"""How many steps it may take, at most, to compare one name with the expressions of a field; there are hundreds of names."""
 
 
 @dataclass(frozen=True)
@@ -203,39 +205,21 @@ class _Fields:
         value = self.config.get(name) or {}
         if not isinstance(value, dict):
             raise self.wrong(name, value, "an object of names and numbers")
-        return [(self.expression(name, key), one) for key, one in value.items()]
+        keys = [self.expression(name, key) for key in value]
+        if sum(count_steps(_END.format(key)) for key in keys) > _MOST_STEPS:
+            raise self.wrong(
+                name, value, "fewer or simpler patterns: these would take too long to compare with all names"
+            )
+        return list(zip(keys, value.values(), strict=True))
 
     def expression(self, name: str, text: str) -> str:
         try:
             re.compile(text)
         except (re.error, RecursionError, OverflowError) as error:
             raise self.wrong(name, text, f"a regular expression ({error})") from error
-        if not _ends_soon(text):
-            raise self.wrong(
-                name,
-                text,
-                f"a simpler regular expression: at most {_MOST_REPEATS} repetitions, without choices or others in them",
-            )
+        if count_steps(text) > _MOST_STEPS:
+            raise self.wrong(name, text, "a simpler regular expression: this one could take years to match a name")
         return text
-
-
-def _ends_soon(expression: str) -> bool:
-    """Tells whether matching a name takes a short time at most; one repetition inside another can take years."""
-    repeats = 0
-
-    def is_simple(part: Any, inside: bool) -> bool:
-        nonlocal repeats
-        for kind, argument in part:
-            repeated = "REPEAT" in str(kind)
-            repeats += repeated
-            if inside and (repeated or str(kind) == "BRANCH"):
-                return False
-            items = argument[1] if str(kind) == "BRANCH" else argument if isinstance(argument, tuple) else ()
-            if not all(is_simple(item, inside or repeated) for item in items if isinstance(item, _parser.SubPattern)):
-                return False
-        return True
-
-    return is_simple(_parser.parse(expression), False) and repeats <= _MOST_REPEATS
 
 
 def _names(wanted: list[str] | str, module: str) -> bool:
@@ -246,4 +230,13 @@ def _names(wanted: list[str] | str, module: str) -> bool:
 
 
 def _ends_with(pattern: str, module: str) -> bool:
-    return re.match(rf"(?:.*\.)?(?:{pattern})$", module) is not None
+    return _compiled(_END.format(pattern)).match(module) is not None
+
+
+_END = r"(?:.*\.)?(?:{})$"
+"""The expression of whole names that end in what another expression matches."""
+
+
+@functools.cache  # a rank_pattern may name each of hundreds of modules, more than `re` remembers
+def _compiled(expression: str) -> re.Pattern[str]:
+    return re.compile(expression)

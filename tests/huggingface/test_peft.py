@@ -77,7 +77,7 @@ def test_the_reference_adapters_unmerged_merged_and_written_back(shared, golden,
         peft.save_adapter(tmp_path / "out", arch, lora, adapters, base=None)
 
 
-def test_target_names_hit_the_adapted_modules_and_no_others(small):
+def test_target_names_hit_the_adapted_modules_and_no_others(small, tmp_path):
     """PEFT's own rule is applied: a list matches last components, a string is a regular expression of the whole name."""
     for family, tied in (("llada", False), ("llada", True), ("dream", False)):
         table = registry.param_table(small(family, tie_embeddings=tied)[0])
@@ -87,12 +87,15 @@ def test_target_names_hit_the_adapted_modules_and_no_others(small):
             for name in tensor_names(spec)
             if name.endswith(".weight")
         }
-        for targets in (("blocks/q", "blocks/v"), ("blocks/down",), ("blocks/q", "blocks/o", "blocks/down")):
+        every = tuple(f"blocks/{name}" for name in ("q", "k", "v", "o", "gate", "up", "down"))
+        for targets in (("blocks/q", "blocks/v"), ("blocks/down",), ("blocks/q", "blocks/o", "blocks/down"), every):
             found = peft.target_modules(table, Lora(2, 4.0, 0.0, targets))
             listed = isinstance(found, list)
             assert listed == (family == "dream" or tied or "blocks/down" not in targets)
             hits = {n for n in modules if (n.rsplit(".", 1)[-1] in found if listed else re.fullmatch(found, n))}
             assert hits == {name for name, path in modules.items() if path in targets}
+            (tmp_path / CONFIG).write_text(json.dumps({"peft_type": "LORA", "target_modules": found}))
+            assert hits == set(filter(peft.read_adapter_config(tmp_path / CONFIG).adapts, modules))
 
 
 def pickled(folder: Path) -> None:
@@ -135,7 +138,11 @@ FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "patterns": ({"rank_pattern": {"q_proj": 2}}, r"(?s)wrong shape.*q_proj.*is \[4, 16\], not \[2, 16\]"),
     "pattern of no number": ({"alpha_pattern": {"q_proj": "x"}}, r"alpha_pattern\[q_proj\] is 'x'; it must be a finite"),
     "pattern of no name": ({"rank_pattern": {"(": 2}}, r"rank_pattern is '\('; it must be a regular expression"),
-    "pattern without end": ({"target_modules": "(.|.)*x"}, "target_modules is .* a simpler regular expression"),
+    **{
+        f"pattern without end {text}": ({"target_modules": text}, "target_modules is .* a simpler regular expression")
+        for text in ("(.|.)*x", "(?>(.|.)*x)", "(.|.)" * 40 + "x", ".*" * 6 + "x", "(a?){90}x", "(?!(.*)*x).")
+    },
+    "patterns without end": ({"rank_pattern": {f"q{i}.*": 2 for i in range(5000)}}, "rank_pattern is .* fewer or simpler"),
     "pattern of no kind": ({"rank_pattern": [2]}, r"rank_pattern is \[2\]; it must be an object"),
     "no alpha": ({"lora_alpha": "x"}, "lora_alpha is 'x'; it must be a finite number"),
     "no dropout": ({"lora_dropout": 5}, "lora_dropout is 5; it must be a number from 0 to 1"),
