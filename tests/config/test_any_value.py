@@ -21,10 +21,9 @@ ODD_JSON = st.sampled_from([
     None, True, False, 0, 1, -1, 2**31, 10**12, 10**400, 0.5, 1e-300, 1e39, float("nan"), float("inf"), "", "None", "\ud800",
     "a\0b", "\x1b[31m", "x" * 5000, [], {}, [[]], [0], [-1, "q"], [None], {"a": 1}, {"": []}, "llama", "float32", 2 * 10**9,
 ])  # fmt: skip
-ODD = st.sampled_from([
-    None, True, False, 0, 1, -1, 2, 7, 2**31, -(2**31), 2**40, 10**12, 10**400, 0.0, -0.0, 0.5, 1.0, 1e-300, 1e39,
-    float("nan"), float("inf"), float("-inf"), "", " ", "None", "nan", "1e5", "1e999", "\ud800", "a\0b", "\x1b[31m", "\u202e",
-    "x" * 5000, [], {}, [[]], [0], [-1], [1, 1], [1, 10**12], ["q"], ["\ud800"], {"a": 1}, datetime.date(2001, 1, 1), b"x",
+ODD = ODD_JSON | st.sampled_from([
+    2, 7, -(2**31), 2**40, 0.0, -0.0, 1.0, float("-inf"), " ", "nan", "1e5", "1e999", "\u202e", [-1], [1, 1], [1, 10**12], ["q"],
+    ["\ud800"], datetime.date(2001, 1, 1), b"x",
 ])  # fmt: skip
 TEXTS = st.text(max_size=8) | st.from_regex(r"[\[\]{}&*!|>?:,'\"\-<~ \n0-9a-e]{0,40}", fullmatch=True)
 
