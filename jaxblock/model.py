@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 
 from jaxblock.config.recorded import KEY, to_block
 from jaxblock.config.yaml import with_fields
-from jaxblock.data.loader import filled, pad_ids
+from jaxblock.data.loader import pad_ids
 from jaxblock.data.prompts import Ids, as_array, flush_left, split_prompts
 from jaxblock.data.text.examples import Message, checked_messages
 from jaxblock.data.tokens.encoding import Encoder
@@ -33,13 +33,16 @@ from jaxblock.diffusion.canvas import Layout
 from jaxblock.diffusion.config import CanvasConfig
 from jaxblock.diffusion.decoding import decoder
 from jaxblock.diffusion.decoding.config import DecodeConfig
+from jaxblock.diffusion.decoding.queue import Row
 from jaxblock.diffusion.decoding.rules import check_options
+from jaxblock.diffusion.decoding.shapes import BatchShapes, round_up
 from jaxblock.errors import UserError
 from jaxblock.huggingface import peft
 from jaxblock.huggingface.checks import kept_if_right, old_kept_until_right, only_exporter
 from jaxblock.huggingface.companions import Trained
 from jaxblock.huggingface.load import read_architecture
 from jaxblock.huggingface.save import MARKER, save_checkpoint, verify_checkpoint
+from jaxblock.inference import decode_many
 from jaxblock.io.hub import local_checkpoint
 from jaxblock.io.paths import PathLike, as_path
 from jaxblock.io.remote import local_folder
@@ -241,30 +244,31 @@ class Model:
             )
         return ids
 
-    def answers(self, prompt_ids: Sequence[Sequence[int]], **options: Any) -> Iterator[Answer]:
-        """Decodes prompts in batches of ``decode.batch_size``, and yields the answers in their order.
+    def answers(self, prompt_ids: Iterable[Sequence[int] | np.ndarray], **options: Any) -> Iterator[Answer]:
+        """Decodes prompts, ``decode.batch_size`` at a time, and yields the answers in their order.
+
+        A prompt whose answer has ended gives its place in the batch to the next one.
 
         Args:
-            prompt_ids: the prompts' ids.
+            prompt_ids: the prompts' ids; those of an iterator are read while others are decoded, a bounded number ahead.
             **options: fields of ``DecodeConfig``, by name.
 
         Raises:
-            UserError: there is no tokenizer, or a prompt does not fit the model.
+            UserError: there is no tokenizer, or a prompt does not fit the model (where they are a sequence, before any is decoded).
         """
         if self.tokenizer is None:
             raise UserError(f"{self.origin or 'this model'} has no tokenizer, so tokens cannot become text: use decode")
         chosen = self.options(**options)
         layout = self.layout(chosen)
-        for at, prompt in enumerate(prompt_ids):
-            self.check_prompt(prompt, f"prompt {at}", layout)
-        size = even_size(self.params, min(chosen.batch_size, max(1, len(prompt_ids))))
-        for at in range(0, len(prompt_ids), size):
-            part = list(prompt_ids[at : at + size])
-            found = self.decode(filled(part, size), return_steps=True, first_index=at, **options)
-            assert isinstance(found, Decoded)
-            for row in range(len(part)):
-                ids = self.text_ids(found.ids[row], **options)
-                yield Answer(self.tokenizer.decode(ids), ids, int(found.nfe[row]))
+
+        def checked() -> Iterator[np.ndarray]:
+            for at, prompt in enumerate(prompt_ids):
+                self.check_prompt(prompt, f"prompt {at}", layout)
+                yield np.asarray(prompt, np.int32)
+
+        for row in self._rows(chosen, list(checked()) if isinstance(prompt_ids, Sequence) else checked()):
+            ids = self.text_ids(row.response, **options)
+            yield Answer(self.tokenizer.decode(ids), ids, row.nfe)
 
     def decode(
         self,
@@ -275,7 +279,7 @@ class Model:
         first_index: int = 0,
         **options: Any,
     ) -> np.ndarray | Decoded:
-        """Decodes responses block by block.
+        """Decodes responses block by block, those of ``decode.batch_size`` prompts at a time.
 
         Args:
             prompt_ids: the prompts, as a list of lists of ids or an array [B, P], which may be padded on either side.
@@ -292,17 +296,18 @@ class Model:
         """
         chosen = self.options(**options)
         layout = self.layout(chosen)
-        rows, lengths = self.prompts(prompt_ids, attention_mask, layout)
-        index = np.arange(first_index, first_index + len(rows), dtype=np.int32)
-        parts = split_filled_rows(self.params, (rows, lengths, index))
-        static = (self.net, layout, chosen.static(layout.block))
-        found = jax.device_get(self._run(decoder.decode_prompts, static, self.params, chosen.seed, *parts))
-        found = decoder.Responses(*(leaf[: len(rows)] for leaf in found))
+        rows = list(self._rows(chosen, self.prompts(prompt_ids, attention_mask, layout), first_index))
+        stacked = {name: np.stack([getattr(row, name) for row in rows]) for name in decoder.Responses._fields}
         if not return_steps:
-            return np.asarray(found.response)
-        steps = int(np.max(found.commit_step)) + 1
-        states = decoder.responses_by_step(layout, found, steps)
-        return Decoded(np.asarray(found.response), states, np.asarray(found.nfe), np.asarray(found.positions))
+            return stacked["response"]
+        found = decoder.Responses(**{name: jnp.asarray(values) for name, values in stacked.items()})
+        states = decoder.responses_by_step(layout, found, int(stacked["commit_step"].max()) + 1)
+        return Decoded(stacked["response"], states, stacked["nfe"], stacked["positions"])
+
+    def _rows(self, options: DecodeConfig, prompts: Iterable[np.ndarray], first_index: int = 0) -> Iterator[Row]:
+        """Decodes checked prompts and yields their rows in order."""
+        layout, usual = self.layout(options), self.canvas.prompt_len
+        return decode_many(self.net, layout, options, self.params, prompts, prompt_len=usual, first_index=first_index)
 
     def stream(self, prompt_ids: Sequence[int], *, index: int = 0, **options: Any) -> Iterator[tuple[np.ndarray, int]]:
         """Decodes one prompt block by block and yields the response after every step; ``decode`` returns the last one.
@@ -318,7 +323,9 @@ class Model:
         chosen = self.options(**options)
         layout = self.layout(chosen)
         settings = chosen.static(layout.block)
-        rows, lengths = self.prompts([prompt_ids], None, layout)
+        (prompt,) = self.prompts([prompt_ids], None, layout)
+        shapes = BatchShapes(layout, settings, self.canvas.prompt_len, self.arch.max_len)
+        rows, lengths = pad_ids([prompt], shapes.room(len(prompt)))  # the canvas that ``decode`` uses
         # Every process needs the canvas whole, to rebuild the steps; the devices share out copies of its row.
         copies = even_size(self.params, 1)
         parts = (np.repeat(part, copies, axis=0) for part in (rows, lengths, np.array([index], np.int32)))
@@ -344,29 +351,23 @@ class Model:
         ids: list[int] = np.asarray(response).tolist()
         return ids[: first_stop(ids, self.layout(self.options(**options)).stop_ids)]
 
-    def prompts(self, prompt_ids: Ids, attention_mask: Ids | None, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
-        """Aligns prompts to the left and pads them to one width, so that few programs are compiled.
-
-        The width is a multiple of 16: that of the canvas, so that a prompt has the same shape in every batch, or that of the
-        longest prompt if it does not fit.
+    def prompts(self, prompt_ids: Ids, attention_mask: Ids | None, layout: Layout) -> list[np.ndarray]:
+        """Splits a batch into its prompts.
 
         Args:
             prompt_ids: the prompts, as ``decode`` takes them.
             attention_mask: 1 for real tokens, 0 for padding; None where all are real.
             layout: the layout of the decoder's canvas.
 
-        Returns:
-            (ids [B, P], lengths [B]).
-
         Raises:
             UserError: there are no prompts, or ``check_prompt`` refuses one.
         """
-        prompts, longest = split_prompts(prompt_ids, attention_mask)
-        if not len(prompts):
+        prompts = split_prompts(prompt_ids, attention_mask)
+        if not prompts:
             raise UserError("no prompts: give at least one")
         for at, prompt in enumerate(prompts):
             self.check_prompt(prompt, f"prompt {at}", layout)
-        return pad_ids(prompts, -(-max(self.canvas.prompt_len, longest) // 16) * 16)
+        return prompts
 
     def check_prompt(self, prompt: Sequence[int] | np.ndarray, name: str, layout: Layout) -> None:
         """Raises UserError where a prompt is empty, holds an id that no prompt may hold, or is too long.
@@ -421,7 +422,9 @@ class Model:
             raise UserError(f"samples is {samples}: it must be at least 1")
         if len(prompt_ids) != len(response_ids):
             raise UserError(f"{len(prompt_ids)} prompts, but {len(response_ids)} responses: one of each per row")
-        rows, lengths = self.prompts(prompt_ids, None, layout)
+        prompts = self.prompts(prompt_ids, None, layout)
+        # Few widths, so that few programs are compiled.
+        rows, lengths = pad_ids(prompts, round_up(max(self.canvas.prompt_len, *map(len, prompts)), 16))
         for at, response in enumerate(response_ids):
             if not 1 <= len(response) <= layout.response_len:
                 raise UserError(

@@ -32,11 +32,12 @@ models        types errors settings parallel
 config        errors settings io diffusion
 data          errors settings io
 huggingface   types errors io parallel models
-evaluation    types errors settings io diffusion parallel models data
+inference     types settings diffusion parallel models
+evaluation    types errors settings io diffusion parallel models data inference
 training      types errors settings io diffusion parallel models config data huggingface evaluation
 build         settings diffusion models config training
 fit           errors io diffusion parallel models config data huggingface training build
-model         types errors settings io diffusion parallel models config data huggingface training
+model         types errors settings io diffusion parallel models config data huggingface inference training
 loading       errors settings io parallel models data huggingface training build model
 reporting     types errors settings io diffusion training
 __init__      errors model loading

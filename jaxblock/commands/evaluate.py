@@ -171,6 +171,7 @@ def _print_summary(options: Options, solved: Solved, bound: NelboBound | None, g
         f"  {solved.nfe:.1f} forward passes a problem, {solved.tokens_per_forward:.2f} tokens per forward, "
         f"{solved.tokens_per_second:,.0f} text tokens/s (prompts not counted); {seconds:.1f} s in all"
     )
+    print(f"  {solved.costs}")
     if solved.undecided:
         print(
             f"  note: {solved.undecided:,} answers could not be compared as mathematics (too long, or not within the time "

@@ -61,15 +61,15 @@ def refuse_text(prompts: Any) -> None:
         raise UserError("prompts are token ids here, not text: model.generate(...) takes texts and messages")
 
 
-def split_prompts(prompt_ids: Ids, attention_mask: Ids | None) -> tuple[list[np.ndarray], int]:
-    """Splits a batch into its prompts.
+def split_prompts(prompt_ids: Ids, attention_mask: Ids | None) -> list[np.ndarray]:
+    """Splits a batch into its prompts, without padding.
 
     Args:
         prompt_ids: The prompts; an array may be padded on either side.
         attention_mask: 1 for real tokens, 0 for padding; None where all are real.
 
     Returns:
-        (each prompt's ids, the width of the batch before padding was removed).
+        Each prompt's ids.
 
     Raises:
         UserError: The input is not a batch of prompts, or the mask has the wrong shape.
@@ -79,6 +79,6 @@ def split_prompts(prompt_ids: Ids, attention_mask: Ids | None) -> tuple[list[np.
         prompts = [np.asarray(row, np.int32) for row in prompt_ids]
         if any(row.ndim != 1 for row in prompts):
             raise UserError("prompts are a batch: a list of lists of ids, or an array [B, P]; put one prompt in [ ]")
-        return prompts, max(map(len, prompts), default=0)
+        return prompts
     rows, lengths, _ = flush_left(as_array(prompt_ids), attention_mask)
-    return [row[:length] for row, length in zip(rows, lengths, strict=True)], rows.shape[1]
+    return [row[:length] for row, length in zip(rows, lengths, strict=True)]

@@ -135,6 +135,20 @@ def for_decoding(
     at = jnp.arange(prompt_ids.shape[1] + layout.response_len, dtype=jnp.int32)[None, :]
     prompt = jnp.pad(prompt_ids, ((0, 0), (0, layout.response_len)))
     ids = jnp.where(at < prompt_len[:, None], prompt, layout.mask_id).astype(jnp.int32)
+    return decoding_canvas(layout, ids, prompt_len, row_id)
+
+
+def decoding_canvas(
+    layout: Layout, ids: Int[Array, "B T"], prompt_len: Int[Array, " B"], row_id: Int[Array, " B"]
+) -> Canvas:
+    """Returns the canvas of tokens of which some are decoded already; T may be less than P + R, where no more is visible.
+
+    Args:
+        layout: the canvas's static part.
+        ids: the prompts and what is committed of the responses, then masks.
+        prompt_len: the tokens of each prompt.
+        row_id: the index of each prompt.
+    """
     all_of = jnp.full_like(prompt_len, layout.response_len)
     return Canvas(ids, prompt_len, prompt_len + layout.response_len, all_of, -(-all_of // layout.block), row_id)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxblock.evaluation.statistics import Estimate, Proportion
+from jaxblock.inference import Costs
 
 
 class Solved(NamedTuple):
@@ -17,11 +19,13 @@ class Solved(NamedTuple):
         rows: the rows of the per-problem file (``Evaluator.solve``), one dict for each problem.
         pass_at_1: the share of problems that were solved, with a 95% interval.
         seconds: the wall time of decoding, without compilation.
+        costs: how much was computed, and how much of it was needed.
     """
 
     rows: list[dict[str, Any]]
     pass_at_1: Proportion
     seconds: float
+    costs: Costs
 
     @property
     def nfe(self) -> float:
@@ -87,6 +91,7 @@ def summarise_evaluation(solved: Solved | None, bound: NelboBound | None, about:
             "tokens_per_second": solved.tokens_per_second,
             "text_tokens": solved.tokens,
             "decode_seconds": solved.seconds,
+            "decode_costs": {**dataclasses.asdict(solved.costs), "computed_over_needed": solved.costs.ratios()},
             "stopped": sum(row["stopped"] for row in solved.rows),
             "undecided": solved.undecided,
         }

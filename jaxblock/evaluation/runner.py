@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.stages import Compiled
 
-from jaxblock.data.loader import filled, pad_ids, pad_records
+from jaxblock.data.loader import filled, pad_records
 from jaxblock.data.store.records import Record
 from jaxblock.data.tokens.encoding import Encoder
 from jaxblock.data.tokens.special import first_stop
@@ -21,11 +20,12 @@ from jaxblock.diffusion import canvas as canvases
 from jaxblock.diffusion import layouts, likelihood
 from jaxblock.diffusion.canvas import Layout
 from jaxblock.diffusion.config import CanvasConfig
-from jaxblock.diffusion.decoding import decoder
 from jaxblock.diffusion.decoding.config import DecodeConfig
+from jaxblock.diffusion.decoding.queue import Queue
 from jaxblock.evaluation.graders import Grader
 from jaxblock.evaluation.results import NelboBound, Solved
 from jaxblock.evaluation.statistics import mean_se, ratio_se, wilson
+from jaxblock.inference import DeviceDecoder
 from jaxblock.models.transformer import Transformer
 from jaxblock.parallel.rows import even_size, split_rows, whole_results
 from jaxblock.types import Params
@@ -33,7 +33,7 @@ from jaxblock.types import Params
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Evaluates parameters, also repeatedly during a run; the decoder is compiled once and kept for later calls.
+    """Evaluates parameters, also repeatedly during a run.
 
     Attributes:
         net: the network.
@@ -50,65 +50,38 @@ class Evaluator:
     decode: DecodeConfig
     grader: Grader
     nelbo_samples: int | None = None
-    _compiled: dict[Any, Compiled] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def solve(
         self, params: Params, records: Sequence[Record], progress: Callable[[int], None] = lambda done: None
     ) -> Solved:
-        """Decodes and grades records, in batches of one shape.
+        """Decodes and grades records; each is graded while others are decoded.
 
         Args:
             params: the weights.
             records: the problems; a prompt's random key comes from its record's index.
-            progress: called after each batch with the number of problems that are done.
+            progress: called with the number of problems that are done, each time as many as a batch holds are, and at the end.
 
         Returns:
-            The graded responses and the time that decoding took.
+            The graded responses, and what decoding took.
 
         Raises:
             UserError: the decoder's block size does not divide the response's length.
         """
         layout = layouts.decoding_layout(self.canvas, self.decode, self.net.arch, self.encoder.special.stop_ids)
-        options = self.decode.static(layout.block)
-        size = even_size(params, min(self.decode.batch_size, max(len(records), 1)))
-        batches = [records[at : at + size] for at in range(0, len(records), size)]
-        inputs = [self._prompts(batch, size) for batch in batches]
+        device = DeviceDecoder(
+            self.net, layout, self.decode, params, prompt_len=self.canvas.prompt_len, rows=len(records)
+        )
+        device.compile(record.prompt_ids for record in records)
         rows: list[dict[str, Any]] = []
-        seconds = 0.0
-        if inputs:
-            run = self._decoder(params, layout, options, inputs[0])
-        for batch, arrays in zip(batches, inputs, strict=True):
-            begin = time.perf_counter()
-            found = jax.device_get(run(params, *split_rows(params, arrays)))
-            seconds += time.perf_counter() - begin
-            for at, record in enumerate(batch):
-                rows.append(self._graded(record, found.response[at], int(found.nfe[at]), layout.stop_ids))
-            progress(len(rows))
-        return Solved(rows, wilson(sum(row["correct"] for row in rows), len(rows)), seconds)
-
-    def _decoder(
-        self, params: Params, layout: Layout, options: DecodeConfig, inputs: tuple[np.ndarray, ...]
-    ) -> Compiled:
-        """Returns the decoder, compiled for the shapes of the weights and of a batch of inputs.
-
-        It is compiled before the first batch, so that the measured time of decoding does not include compilation, and kept,
-        so that a run compiles it once.
-        """
-        given = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, getattr(leaf, "sharding", None)), (params, inputs))
-        leaves, tree = jax.tree.flatten(given)
-        key = (layout, options, self.decode.seed, tuple(leaves), tree)
-        if key not in self._compiled:
-            make = jax.jit(decoder.decode_prompts, static_argnums=(0, 1, 2, 4), out_shardings=whole_results(params))
-            rows = split_rows(params, inputs)
-            lowered = make.lower(self.net, layout, options, params, self.decode.seed, *rows)
-            self._compiled[key] = lowered.compile()
-        return self._compiled[key]
-
-    def _prompts(self, batch: Sequence[Record], size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Returns the prompts [size, P], their lengths and their records' indices; a short last batch is filled up."""
-        records = filled(batch, size)
-        ids, lengths = pad_ids([record.prompt_ids for record in records], self.canvas.prompt_len)
-        return ids, lengths, np.array([record.index for record in records], np.int32)
+        begin, told = time.perf_counter(), 0
+        queue = Queue((device.row(record.prompt_ids, record.index) for record in records), device)
+        for record, row in zip(records, queue, strict=True):
+            rows.append(self._graded(record, row.response, row.nfe, layout.stop_ids))
+            if len(rows) in (told + device.size, len(records)):
+                told = len(rows)
+                progress(told)
+        seconds = time.perf_counter() - begin
+        return Solved(rows, wilson(sum(row["correct"] for row in rows), len(rows)), seconds, device.costs)
 
     def _graded(self, record: Record, response: np.ndarray, nfe: int, stop_ids: tuple[int, ...]) -> dict[str, Any]:
         """Returns the row of the per-problem file for a decoded response [R]."""

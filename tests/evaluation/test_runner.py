@@ -4,19 +4,23 @@ import dataclasses
 import json
 import math
 
+import chex
 import jax
 import numpy as np
 import pytest
 
 import jaxblock
+from jaxblock import inference
 from jaxblock.data.store.prepared_folder import open_prepared
+from jaxblock.diffusion.decoding import decoder
 from jaxblock.evaluation.graders import find_grader
 from jaxblock.evaluation.results import summarise_evaluation
 from jaxblock.evaluation.runner import Evaluator
 from jaxblock.evaluation.statistics import mean_se
+from jaxblock.inference import DeviceDecoder
 from jaxblock.parallel import rules
 from jaxblock.parallel.mesh import make_mesh
-from jaxblock.parallel.rows import split_rows
+from jaxblock.parallel.rows import split_rows, whole_results
 
 
 @pytest.fixture(scope="module")
@@ -113,16 +117,23 @@ def test_devices_share_the_rows_and_a_second_evaluation_compiles_nothing(
 ):
     mesh = make_mesh(4, devices=jax.devices()[:4])
     params = jax.device_put(model.params, rules.replicated(mesh))
-    split = dataclasses.replace(evaluator)  # with no compiled decoder
+    monkeypatch.setattr(decoder, "decode_block", chex.assert_max_traces(decoder.decode_block, n=2))
+
+    def flops(params):
+        layout = model.layout(model.decode_defaults)
+        device = DeviceDecoder(model.net, layout, evaluator.decode, params, prompt_len=24, rows=6)
+        assert device.size == 4
+        arguments = device._arguments(device.shape(device.row([5, 6], 0)), ())
+        ids = arguments[-9]
+        assert params is model.params or {shard.data.shape[0] for shard in ids.addressable_shards} == {1}
+        return inference._compiled(whole_results(params)).lower(*arguments).compile().cost_analysis()["flops"]
+
+    whole = flops(model.params)
     with jax.set_mesh(mesh):
-        assert split.solve(params, records).rows == solved.rows
-        (decode,) = split._compiled.values()
-        placed = split_rows(params, split._prompts(records[:4], 4))
+        assert evaluator.solve(params, records).rows == solved.rows
         # What each device holds of the prompts, and computes of a step, is its part of the rows.
-        assert {shard.data.shape[0] for shard in placed[0].addressable_shards} == {1}
-        whole = next(iter(evaluator._compiled.values()))
-        assert decode.cost_analysis()["flops"] < 0.5 * whole.cost_analysis()["flops"]
+        assert flops(params) < 0.5 * whole
         monkeypatch.setattr(jax, "jit", lambda *args, **how: pytest.fail("compiled again"))
-        assert len(split.solve(params, records).rows) == len(records)
-        three = split_rows(params, split._prompts(records[:3], 3))  # does not divide: whole on every device
+        assert len(evaluator.solve(params, records).rows) == len(records)
+        three = split_rows(params, [np.zeros((3, 2), np.int32)])  # does not divide: whole on every device
         assert three[0].sharding.is_fully_replicated

@@ -9,6 +9,7 @@ from typing import Any
 import chex
 import pytest
 
+from jaxblock import inference
 from jaxblock.cli import main
 from jaxblock.diffusion.decoding import decoder
 from jaxblock.evaluation import runner
@@ -17,7 +18,7 @@ from jaxblock.training.checkpoints.reader import CheckpointReader
 from jaxblock.training.observe.goodput import CAUSES
 from tests import runs
 
-PROGRAMS = [(step, "train_step"), (decoder, "decode_prompts"), (runner, "_nelbo_of_rows")]
+PROGRAMS = [(step, "train_step"), (decoder, "decode_block"), (runner, "_nelbo_of_rows")]
 FLAGS = ["--train.steps", "12", "--train.eval_every", "3", "--train.save_every", "4", "--profile", "3", "4"]
 FLAGS += ["--train.keep", "1", "--train.keep_best", "nelbo", "--train.keep_every", "4"]
 # The records of the two evaluations do not fill their last batches.
@@ -28,6 +29,7 @@ def test_a_run_traces_once_tells_its_time_and_keeps_its_best(
     tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     chex.clear_trace_counter()
+    inference._compiled.cache_clear()  # other tests may have used the same decoder
     traced = set()
 
     def noted(function: Any, name: str) -> Any:

@@ -1,0 +1,117 @@
+"""Decoding many prompts in batches that never wait: the schedule with a decoder that only counts, and with a network."""
+
+import random
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxblock.diffusion.decoding.config import DecodeConfig
+from jaxblock.diffusion.decoding.queue import Queue, Row
+from jaxblock.inference import decode_many
+from tests.diffusion.decoding import decode_jit, padded
+
+
+class Line(Row):
+    """A row whose answer has a block for each of ``widths``."""
+
+    def __init__(self, number, widths):
+        super().__init__(np.array([number]), number, np.array([]), np.array([]))
+        self.widths = widths
+
+
+class Counting:
+    """Decodes nothing: it counts, and asserts what the queue promises of every batch."""
+
+    def __init__(self, size, rows):
+        self.size, self.rows, self.batches, self.running, self.handed_out = size, rows, 0, [], 0
+
+    def source(self):
+        for row in self.rows:
+            assert row.index - self.handed_out < 2 * Queue.AHEAD * self.size, "a long file is not held"
+            yield row
+
+    def shape(self, row):
+        return row.widths[row.block]
+
+    def start(self, shape, rows):
+        assert 1 <= len(rows) <= self.size and all(self.shape(row) == shape and not row.ended for row in rows)
+        assert len(rows) == self.size or not self.running, "a batch that is not full waits for the one under way"
+        numbers = [row.index for row in rows]
+        assert not set(numbers) & {number for batch in self.running for number in batch}
+        self.running.append(numbers)
+        assert len(self.running) <= Queue.IN_FLIGHT
+        self.batches += 1
+        return numbers
+
+    def finish(self, started, rows):
+        assert started == self.running.pop(0) == [row.index for row in rows], "in the order in which they were started"
+        for row in rows:
+            row.block += 1
+            row.ended = row.block == len(row.widths)
+
+
+def _decoded(size, rows):
+    """Decodes the rows, and asserts that all are handed out, complete and in their order."""
+    decoder = Counting(size, rows)
+    for row in Queue(decoder.source(), decoder):
+        assert row.ended and row.index == decoder.handed_out
+        decoder.handed_out += 1
+    assert decoder.handed_out == len(rows) and not decoder.running
+    return decoder
+
+
+@given(st.integers(1, 4), st.lists(st.lists(st.sampled_from([64, 128, 192]), min_size=1, max_size=5), max_size=90))
+def test_every_row_is_decoded_once_a_block_and_handed_out_in_order(size, widths):
+    _decoded(size, [Line(number, blocks) for number, blocks in enumerate(widths)])
+
+
+@pytest.mark.parametrize(("widths", "most"), [(1, 1.04), (2, 1.1)])
+@pytest.mark.parametrize("seed", range(3))
+def test_hardly_a_place_is_empty(widths, most, seed):
+    """512 answers of 1 to 8 blocks at batch 64; decoded batch by batch it would be 64 * 8 * 8 places: 1.78."""
+    draw = random.Random(seed)
+    rows = [Line(n, [64 * draw.randint(1, widths)] * draw.randint(1, 8)) for n in range(512)]
+    needed = sum(len(row.widths) for row in rows)
+    assert _decoded(64, rows).batches * 64 <= most * needed
+
+
+def test_answers_come_early_while_more_rows_come():
+    """The first batch's answers are handed out after the time that they take, not at the end."""
+    decoder = Counting(4, [Line(number, [64] * 8) for number in range(400)])
+    rows = iter(Queue(decoder.source(), decoder))
+    next(rows)
+    assert decoder.batches <= 8 * Queue.IN_FLIGHT + Queue.IN_FLIGHT
+
+
+RULES = {
+    "low_confidence": {"steps_per_block": 2, "temperature": 1.5, "cache": "prefix"},
+    "dream": {
+        "rule": "entropy",
+        "quota": "dream",
+        "temperature": 1.2,
+        "top_p": 0.9,
+        "alg_temp": 0.3,
+        "cache": "prefix",
+    },
+    "origin": {"rule": "origin", "temperature": 1.0, "top_k": 4, "cfg_scale": 0.5},
+    "threshold": {"rule": "confidence_threshold", "threshold": 0.3, "cache": "dual", "seed": 2**40 + 1},
+}
+LAYOUTS = {"origin": {"alignment": "shifted"}, "threshold": {"alignment": "shifted"}}
+PROMPTS = [[n % 7, n // 7, n % 5][: 1 + n % 3] for n in range(11)]
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_row_is_what_the_scan_over_all_rows_makes_of_it(tiny, name):
+    """Three places for eleven prompts, whose answers have one to three blocks."""
+    (net, params), layout = tiny[0](dtype="float32", n_layers=1), tiny[1](**LAYOUTS.get(name, {}))
+    options = DecodeConfig(batch_size=3, **RULES[name])
+    rows = list(decode_many(net, layout, options, params, map(np.array, PROMPTS), prompt_len=3))
+    ids, lengths, index = padded(PROMPTS, 16)
+    seed = options.seed % 2**32
+    expected = jax.device_get(decode_jit(net, layout, options.static(3), params, seed, ids, lengths, index))
+    for field in ("response", "commit_step", "nfe", "positions"):
+        np.testing.assert_array_equal(np.stack([getattr(row, field) for row in rows]), getattr(expected, field))
+    assert len({row.block for row in rows}) > 1
