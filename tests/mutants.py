@@ -133,10 +133,10 @@ MUTANTS = [
     # Decoding and scoring.
     Mutant("below-the-threshold", "jaxblock/diffusion/decoding/transfer.py",
            "(scores.surprise <= bound)", "(scores.surprise < bound)",
-           "tests/diffusion/test_quota.py::test_a_confidence_at_the_bound_is_accepted"),
+           "tests/diffusion/test_quota.py::test_a_confidence_at_the_bound_is_accepted_and_ties_go_to_the_lowest_index"),
     Mutant("below-the-factor", "jaxblock/diffusion/decoding/transfer.py",
            "~(scores.surprise <= bounds[ranks])", "~(scores.surprise < bounds[ranks])",
-           "tests/diffusion/test_quota.py::test_a_confidence_at_the_bound_is_accepted"),
+           "tests/diffusion/test_quota.py::test_a_confidence_at_the_bound_is_accepted_and_ties_go_to_the_lowest_index"),
     Mutant("top-p-stops-at-the-sum-itself", "jaxblock/diffusion/decoding/scoring.py",
            "mass[..., :-1] <= top_p]", "mass[..., :-1] < top_p]",
            "tests/diffusion/test_scoring.py::test_a_token_that_takes_the_sum_to_top_p_exactly_is_not_the_last"),

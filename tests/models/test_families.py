@@ -20,6 +20,7 @@ LLAMA: dict[str, Any] = dict(
     num_key_value_heads=2, intermediate_size=24, rms_norm_eps=1e-5, max_position_embeddings=64, eos_token_id=2,
     rope_theta=5e5, bos_token_id=1,
 )  # fmt: skip
+WINDOW, TWICE = {"use_sliding_window": True}, {"type": "linear", "factor": 2}
 STRETCH = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
 
 
@@ -43,19 +44,16 @@ def test_the_vocabulary_grows_only_for_a_mask_beyond_it():
     assert registry.with_mask(arch, 9, "shifted") == arch == registry.with_mask(arch, 9)
 
 
-@pytest.mark.parametrize(
-    "arch, arguments, message",
-    [
-        (read(), (164,), "164 is outside the vocabulary of 100: .*or 100 to add one"),
-        (read(), (-1,), "-1 is outside"),
-        (read(eos_token_id=[2, 7]), (7,), "7 is the token that ends a response"),
-        (read(mask_token_id=9), (8,), "is to be 8, but this llama network was trained with 9"),
-        (read(model_type="Dream", mask_token_id=9), (9, "same_position"), "a dream network's logits are shifted"),
-    ],
-)
-def test_a_mask_that_cannot_be_is_refused(arch, arguments, message):
-    with pytest.raises(UserError, match=message):
-        registry.with_mask(arch, *arguments)
+def test_a_mask_that_cannot_be_is_refused():
+    for changes, arguments, message in [
+        ({}, (164,), "164 is outside the vocabulary of 100: .*or 100 to add one"),
+        ({}, (-1,), "-1 is outside"),
+        ({"eos_token_id": [2, 7]}, (7,), "7 is the token that ends a response"),
+        ({"mask_token_id": 9}, (8,), "is to be 8, but this llama network was trained with 9"),
+        ({"model_type": "Dream", "mask_token_id": 9}, (9, "same_position"), "a dream network's logits are shifted"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            registry.with_mask(read(**changes), *arguments)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
@@ -70,25 +68,21 @@ def test_what_makes_it_a_diffusion_model_is_written_and_read_again(model_type):
     assert not {"mask_token_id", "logit_alignment"} & plain.keys()
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "Dream"])
-def test_both_spellings_of_the_rotary_base(model_type):
+def test_both_spellings_of_rotary_positions():
     nested = {"rope_theta": None, "rope_parameters": {"rope_theta": 7e4, "rope_type": "default"}}
-    for changes, base in (({}, 5e5), (nested, 7e4)):
-        arch = read(model_type=model_type, mask_token_id=9, **changes)
-        assert (arch.rope_theta, arch.rope_scaling) == (base, None)
-        assert registry.from_hf(registry.to_hf(arch, "float32"), "").rope_theta == base
-
-
-def test_both_spellings_of_a_stretched_rotary_base():
-    want = RopeScaling("llama3", 8.0, 1.0, 4.0, 32)
-    old = read(rope_scaling={"rope_type": "llama3", **STRETCH})
-    new = read(rope_theta=None, rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, **STRETCH})
-    assert old.rope_scaling == new.rope_scaling == want and old.rope_theta == new.rope_theta
-    for arch in (old, new):
-        assert registry.from_hf(registry.to_hf(arch, "float32"), "").rope_scaling == want
-    assert read(rope_scaling={"type": "linear", "factor": 2}).rope_scaling == RopeScaling("linear", 2.0)
-    with pytest.raises(UserError, match="'longrope' is not supported"):
-        read(rope_scaling={"rope_type": "longrope", "factor": 4.0})
+    new = {"rope_type": "llama3", "rope_theta": 5e5, **STRETCH}
+    stretched, linear = RopeScaling("llama3", 8.0, 1.0, 4.0, 32), {"type": "linear", "factor": 2}
+    for model_type in ("llama", "qwen2", "qwen3", "Dream"):
+        for changes, base, scaling in [
+            ({}, 5e5, None),
+            (nested, 7e4, None),
+            ({"rope_scaling": {"rope_type": "llama3", **STRETCH}}, 5e5, stretched),
+            ({"rope_theta": None, "rope_parameters": new}, 5e5, stretched),
+            ({"rope_scaling": linear}, 5e5, RopeScaling("linear", 2.0)),
+        ]:
+            arch = read(model_type=model_type, mask_token_id=9, **changes)
+            again = registry.from_hf(registry.to_hf(arch, "float32"), "")
+            assert {(a.rope_theta, a.rope_scaling) for a in (arch, again)} == {(base, scaling)}
 
 
 # What transformers 4.57.6 computes for LLAMA above, with heads of 8 dimensions and a base of 100: each pair's angle per position, and
@@ -120,22 +114,19 @@ def test_scaled_rotary_positions_are_those_of_transformers(kind, numbers, rates,
 def test_options_that_change_nothing_are_accepted():
     plain = read(model_type="qwen2")
     for changes in (
-        {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
-        {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0},
-        {"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0},
+        WINDOW | {"sliding_window": 8, "max_window_layers": 2},
+        WINDOW | {"sliding_window": 64, "max_window_layers": 0},
+        WINDOW | {"sliding_window": None, "max_window_layers": 0},
         {"use_sliding_window": False, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
         {"pad_token_id": -1, "attention_bias": False, "mlp_bias": True, "pretraining_tp": 2, "eos_token_id": [2, -1]},
         {"rope_scaling": {"type": "default"}, "rope_parameters": {"rope_theta": 5e5}, "partial_rotary_factor": 1.0},
         {"rope_scaling": {"rope_type": "default", "rope_theta": 5e5}, "rope_theta": None},
     ):
         assert replace(read(model_type="qwen2", **changes), extra=()) == replace(plain, extra=())
-    assert read(model_type="qwen3").head_dim == 128  # transformers' default for Qwen3 alone
-
-
-def test_ends_are_a_token_or_a_list():
     arch = read(eos_token_id=[2, 7, 9], pad_token_id=0)
     assert (arch.eos_id, arch.end_ids, arch.pad_id) == (2, (7, 9), 0)
     assert registry.to_hf(arch, "float32")["eos_token_id"] == [2, 7, 9]
+    assert read(model_type="qwen3").head_dim == 128  # transformers' default for Qwen3 alone
 
 
 @pytest.mark.parametrize(
@@ -144,18 +135,9 @@ def test_ends_are_a_token_or_a_list():
         ({"attention_bias": True}, "attention_bias is True"),
         ({"mlp_bias": True}, "mlp_bias is True"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; this reader supports 'silu' only"),
-        (
-            {"use_sliding_window": True, "sliding_window": 63, "max_window_layers": 1},
-            "window of 63 .* full attention only",
-        ),
-        (
-            {"use_sliding_window": True, "max_position_embeddings": 8192, "max_window_layers": 0},
-            "window of 4096 positions",
-        ),
-        (
-            {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"]},
-            "full attention only",
-        ),
+        (WINDOW | {"sliding_window": 63, "max_window_layers": 1}, "window of 63 .* full attention only"),
+        (WINDOW | {"max_position_embeddings": 8192, "max_window_layers": 0}, "window of 4096 positions"),
+        (WINDOW | {"sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"]}, "full attention only"),
         ({"layer_types": ["full_attention", "linear_attention"]}, "layer_types asks for 'linear_attention'"),
         ({"layer_types": 5}, "layer_types is 5"),
         ({"rope_parameters": {"rope_theta": 7e4}}, "rope_theta is 70000.0 and 500000.0"),
@@ -164,13 +146,11 @@ def test_ends_are_a_token_or_a_list():
             {"rope_scaling": {"type": "linear", "rope_type": "yarn", "factor": 2}},
             "rope_type is 'yarn', but type is 'linear'",
         ),
-        (
-            {"rope_scaling": {"type": "linear", "factor": 2}, "rope_parameters": {"rope_type": "linear", "factor": 3}},
-            "rope_scaling and rope_parameters differ",
-        ),
+        ({"rope_scaling": TWICE, "rope_parameters": TWICE | {"factor": 3}}, "rope_scaling and rope_parameters differ"),
         ({"rope_theta": "x"}, "rope_theta is 'x'"),
         ({"rope_parameters": [1]}, "must be a JSON object"),
         ({"head_dim": 7}, "even size"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, "'longrope' is not supported"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}"),
         ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'; it must be true or false"),

@@ -170,17 +170,6 @@ def test_remat_still_sees_the_products_and_offload_the_layers_inputs():
     assert f"{ARCH.n_layers},2,{T},{ARCH.d_model}" in re.findall(r"bf16<host>\[([\d,]+)\]", text)
 
 
-def test_both_modes_of_nnx_make_the_same_program():
-    """flax keeps two ways to walk modules; ours hold no shared references, so either will do."""
-    if not hasattr(nnx, "set_graph_mode"):
-        pytest.skip("this flax has one mode only")
-    programs = set()
-    for mode in (True, False):
-        with nnx.set_graph_mode(mode):
-            programs.add(traced("none"))
-    assert len(programs) == 1
-
-
 def test_bfloat16_compute_keeps_float32_outputs(plain):
     low = dataclasses.replace(PLAIN, dtype="bfloat16", attention="xla")
 
