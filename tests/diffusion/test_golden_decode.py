@@ -13,8 +13,8 @@ GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden"
 
 # One case for each way to decode is fast. The others differ in sizes and schedules, whose numbers test_quota.py has.
 FAST = (
-    *("quota_nondivisible_3blocks", "leftpad_batch3", "cfg", "logits_eos_inf", "confidence_eos_eot_inf"),
-    *("thr0.6_none", "factor1.0_gqa_none_v1", "entropy_leftpad", "topk_margin_steps5_of_13"),
+    *("quota_nondivisible_3blocks", "cfg", "confidence_eos_eot_inf"),
+    *("thr0.6_none", "factor1.0_gqa_none_v1", "entropy_leftpad"),
     *("thr0.6_prefix", "fixed_nondiv_dual", "block_prefix_thr0.6", "block_dual_entropy"),
 )
 

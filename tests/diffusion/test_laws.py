@@ -121,7 +121,7 @@ CASES = [
 ]
 # One case for each law and each way to choose blocks is fast, and one with fewer draws than blocks and one with as many.
 FAST = """exact_count-per_sequence-1-aligned exact_count-per_sequence-2-paper exact_count-per_sequence-3-aligned
-exact_count-pairs-3-paper bernoulli-per_sequence-1-paper bernoulli-pairs-1-aligned stratified_count-per_sequence-2-aligned
+exact_count-pairs-3-paper bernoulli-per_sequence-1-paper bernoulli-pairs-1-aligned stratified_count-per_sequence-1-aligned
 stratified_count-pairs-1-paper antithetic-per_sequence-2-aligned antithetic-pairs-2-paper"""
 NAMED = {"-".join(map(str, (*case, of))): (*case, of) for case in CASES for of in ("aligned", "paper")}
 GRID = [pytest.param(*NAMED[n], id=n, marks=() if n in FAST else pytest.mark.slow) for n in NAMED]
