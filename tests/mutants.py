@@ -61,7 +61,7 @@ MUTANTS = [
            "tests/huggingface/test_through_load.py::test_an_autoregressive_start_decodes_once_it_has_a_mask"),
     Mutant("new-rows-not-the-mean", "jaxblock/huggingface/placement.py",
            "axis=axis, keepdims=True) / held", "axis=axis, keepdims=True) / x.shape[axis]",
-           "tests/huggingface/test_load_as.py::test_new_rows_are_the_mean_of_the_old[False-None]"),
+           "tests/huggingface/test_roundtrip.py::test_new_rows_are_the_mean_of_the_old[False-None]"),
     Mutant("checksum-not-compared", "jaxblock/training/checkpoints/checksums.py",
            "return None if _size_and_checksum(path) == expected else", "return None if size == expected[0] else",
            "tests/training/checkpoints/test_checkpoints.py"

@@ -1,14 +1,16 @@
-"""Tests checkpoints in and out: equal to the reference, bit-exact there and back, small in memory, safe on disk."""
+"""Tests checkpoints in and out: bit-exact there and back, as another architecture, small in memory, safe on disk."""
 
 import dataclasses
 import json
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,10 +18,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxblock.errors import UserError
-from jaxblock.huggingface import tensor_writer
+from jaxblock.huggingface import placement, tensor_writer
 from jaxblock.huggingface.load import load_checkpoint, read_architecture
 from jaxblock.huggingface.save import save_checkpoint, verify_checkpoint
 from jaxblock.models.families import registry
+from jaxblock.models.linear import int8
 from jaxblock.models.spec import nest
 from jaxblock.models.transformer import Transformer
 from jaxblock.parallel.mesh import make_mesh
@@ -82,10 +85,11 @@ def test_casts_on_the_way_in_and_out(small, tmp_path):
     assert_same_bits(wide, jax.tree.map(lambda x: np.asarray(x).astype(np.float32), loaded))
 
 
-MESHES = [(2, 2, 2), *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in ((8, 1, 1), (2, 4, 1), (1, 4, 2)))]
+def slow(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", [(2, 2, 2), slow((8, 1, 1)), slow((2, 4, 1)), slow((1, 4, 2))])
 def test_each_device_gets_its_slice(small, saved, tmp_path, mesh, monkeypatch):
     monkeypatch.setattr(tensor_writer, "_SLICE_BYTES", 200)  # large matrices are fetched in slices; these are small
     arch, params = small("dream", jnp.bfloat16)
@@ -109,9 +113,8 @@ def test_a_tied_checkpoint_may_repeat_its_head(saved, tmp_path, family, field):
         first = held[embed].astype(of_embed)
         save_file(held | {embed: first, head: first.astype(of_head)}, folder / "model.safetensors")
         assert load_checkpoint(folder, dtype=jnp.float32)[0].tie_embeddings
-    save_file(
-        {head if name == embed else name: held[name] for name in held if name != head}, folder / "model.safetensors"
-    )
+    rest = {name: held[name] for name in held if name not in (embed, head)}
+    save_file(rest | {head: held[embed]}, folder / "model.safetensors")
     np.testing.assert_array_equal(load_checkpoint(folder)[1]["embed"], held[embed])
     changed = first.astype("f2")
     changed[5, 3] += 1
@@ -185,6 +188,72 @@ def test_verify_sees_a_changed_weight_and_a_changed_config(small, saved, tmp_pat
     fields("config.json", mask_token_id=3)(tmp_path / "out")
     with pytest.raises(UserError, match="another network"):
         verify_checkpoint(tmp_path / "out", net, params, ids)
+
+
+@pytest.mark.parametrize(
+    "tied, mesh", [(False, None), (False, (2, 2, 2)), slow(False, (4, 2, 1)), slow(True, (1, 4, 2))]
+)
+def test_new_rows_are_the_mean_of_the_old(small, saved, tmp_path, tied, mesh):
+    which: Any = {"family": "llama", "dtype": jnp.bfloat16, "mask_id": None, "tie_embeddings": tied}
+    _, params = small(**which)
+    wanted = registry.with_mask(read_architecture(saved(**which)), 40, "same_position")
+    assert (wanted.vocab_size, wanted.mask_id, wanted.alignment) == (64, 40, "same_position")
+    shardings = None if mesh is None else param_shardings(make_mesh(*mesh), registry.param_table(wanted))
+    found, loaded = load_checkpoint(saved(**which), arch=wanted, shardings=shardings)
+    assert found == wanted
+    for name, axis in {"embed": 0, "head": 1}.items() if not tied else [("embed", 0)]:
+        old, new = np.asarray(params[name], np.float32), np.asarray(loaded[name], np.float32)
+        np.testing.assert_array_equal(np.take(new, np.arange(40), axis), old)
+        mean = np.broadcast_to(np.expand_dims(old.mean(axis), axis), np.take(new, np.arange(24), axis).shape)
+        np.testing.assert_allclose(np.take(new, np.arange(40, 64), axis), mean, rtol=2**-8)
+        assert loaded[name].dtype == jnp.bfloat16 and (shardings is None or loaded[name].sharding == shardings[name])
+    # What grew is written, and read again as it is.
+    save_checkpoint(tmp_path / "again", wanted, loaded)
+    arch_again, again = load_checkpoint(tmp_path / "again", shardings=shardings)
+    assert (arch_again.vocab_size, arch_again.mask_id, arch_again.alignment) == (64, 40, "same_position")
+    chex.assert_trees_all_equal(jax.device_get(again), jax.device_get(loaded))
+
+
+def test_other_sizes_are_named(small, saved):
+    wrong = dataclasses.replace(small()[0], d_model=32, alignment="shifted", vocab_size=24, rope_theta=5e5, eos_id=3)
+    with pytest.raises(UserError) as caught:
+        load_checkpoint(saved(), arch=wrong)
+    for text in ("d_model is 16, not 32", "alignment is same_position, not shifted", "vocab_size is 40, more than 24"):
+        assert text in str(caught.value)
+    assert "rope_theta" in str(caught.value) and "eos_id" not in str(caught.value)
+
+
+@pytest.mark.parametrize("mesh", [None, (2, 2, 2), slow((1, 4, 2)), slow((4, 2, 1))])
+def test_an_int8_base_is_what_quantise_makes_of_each_leaf(small, saved, tmp_path, mesh):
+    arch, params = small("dream", jnp.bfloat16)
+    table = int8.int8_table(registry.param_table(arch))
+    shardings = None if mesh is None else param_shardings(make_mesh(*mesh), table)
+    _, loaded = load_checkpoint(saved("dream", jnp.bfloat16), int8=True, shardings=shardings)
+    plain = params["blocks"]
+    assert loaded["blocks"].keys() == {p.removeprefix("blocks/") for p in table if p.startswith("blocks/")}
+    for name, leaf in loaded["blocks"].items():
+        if shardings is not None:
+            assert leaf.sharding == shardings["blocks"][name]
+        if leaf.dtype != jnp.int8:
+            continue
+        numbers, scale = np.asarray(leaf, np.float32), np.asarray(loaded["blocks"][name + int8.SCALE])
+        assert scale.dtype == np.float32 and np.abs(numbers).max() == 127
+        error = np.abs(numbers * scale[:, None] - np.asarray(plain[name], np.float32))
+        assert (error <= scale[:, None] * 0.51).all()
+    np.testing.assert_array_equal(loaded["embed"], params["embed"])
+    with pytest.raises(UserError, match=r"int8 base is a rounded copy \(blocks/q.*without int8"):
+        save_checkpoint(tmp_path / "again", arch, loaded)
+
+
+def test_the_transpose_on_an_accelerator_is_the_hosts(saved, monkeypatch):
+    """For a CPU matrices are transposed on the host; other devices are sent what the file holds, and transpose it."""
+    folder = saved("dream", jnp.bfloat16)
+    grown = dataclasses.replace(read_architecture(folder), vocab_size=48)
+    shardings = param_shardings(make_mesh(2, 2, 2), registry.param_table(grown))
+    load = partial(load_checkpoint, folder, arch=grown, shardings=shardings)
+    here = jax.device_get(load()[1])
+    monkeypatch.setattr(placement, "_transposed_on_cpu", lambda host, transpose, devices: (host, transpose))
+    chex.assert_trees_all_equal(jax.device_get(load()[1]), here)
 
 
 _PEAK = """
