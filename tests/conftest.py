@@ -124,13 +124,13 @@ def tiny_run(tiny_config: Path, made_once: Made) -> Path:
 @pytest.fixture(scope="session")
 def tiny_pod_run(tiny_config: Path, made_once: Made) -> Path:
     """Returns the run folder of two undisturbed processes (`tests.pod`). Tests must not change it."""
-    from tests import pod
+    from tests import pod, runs
 
     def make(run: Path) -> None:
         with pod.started(tiny_config, run) as group:
-            said = "".join(pod.lines(group))
+            said = "".join(group.stderr)
         assert group.returncode == 0, said
-        assert [row["step"] for row in pod.rows(run)] == list(range(1, pod.STEPS + 1))
+        assert [row["step"] for row in runs.rows(run)] == list(range(1, pod.STEPS + 1))
 
     return made_once("tiny/pod", make)
 

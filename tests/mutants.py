@@ -7,8 +7,6 @@ replaces one piece of the source, and its test must fail. Prints a table, and ex
 need no reference data. `tests/test_mutants.py` checks that the table below still fits the source.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import shutil
@@ -24,15 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class Mutant(NamedTuple):
-    """A bug to plant.
-
-    Attributes:
-        name: what the bug is called, as the command line takes it.
-        file: the source file, relative to the root of the project.
-        text: the source text to replace, which must occur exactly once.
-        bug: the text that replaces it.
-        test: the test that must fail, by pytest's node id.
-    """
+    """A bug to plant: its name, the file, a text that stands there once, what replaces it, and the test that must fail."""
 
     name: str
     file: str
@@ -64,8 +54,8 @@ MUTANTS = [
            "tests/huggingface/test_roundtrip.py::test_new_rows_are_the_mean_of_the_old[False-None]"),
     Mutant("checksum-not-compared", "jaxblock/training/checkpoints/checksums.py",
            "return None if _size_and_checksum(path) == expected else", "return None if size == expected[0] else",
-           "tests/training/checkpoints/test_checkpoints.py"
-           "::test_a_damaged_checkpoint_is_named_and_set_aside_and_the_one_before_is_used[_flip]"),
+           "tests/training/test_checkpoints.py"
+           "::test_a_damaged_checkpoint_is_named_and_set_aside_and_the_one_before_is_used[flip]"),
     Mutant("run-loaded-on-one-device", "jaxblock/loading.py",
            'devices = _all_devices(run.arch, run.config.train) if mesh == "all" else mesh', "devices = None",
            "tests/test_many_devices.py::test_the_verbs_use_all_devices_and_write_what_one_device_writes"),
@@ -152,15 +142,7 @@ MUTANTS = [
 
 
 def plant(root: Path, mutant: Mutant) -> str:
-    """Returns the source of a mutant's file with the bug in it.
-
-    Args:
-        root: the root of the tree that holds the file.
-        mutant: the bug.
-
-    Raises:
-        ValueError: the text to replace is not in the file exactly once.
-    """
+    """Returns the source of a mutant's file, below ``root``, with the bug in it; its text must be there exactly once."""
     source = (root / mutant.file).read_text()
     found = source.count(mutant.text)
     if found != 1:
@@ -172,32 +154,17 @@ def plant(root: Path, mutant: Mutant) -> str:
 
 
 def failure(root: Path, tests: Sequence[str]) -> str | None:
-    """Runs tests of a tree; returns what pytest prints if one of them fails, None if all pass.
-
-    Args:
-        root: the root of the tree.
-        tests: pytest's node ids.
-
-    Raises:
-        RuntimeError: pytest could not run the tests, so that nothing was shown.
-    """
+    """Runs tests of a tree by their node ids; returns what pytest prints if one of them fails, None if all pass."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider", *tests]
-    environment = {**os.environ, "PYTHONPATH": str(root)}
-    done = subprocess.run(
-        command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    how = {"cwd": root, "env": {**os.environ, "PYTHONPATH": str(root)}, "text": True}
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **how)
     if done.returncode not in (0, 1):
         raise RuntimeError(f"pytest could not run {' '.join(tests)}:\n{done.stdout}")
     return done.stdout if done.returncode else None
 
 
 def survivors(root: Path, mutants: Sequence[Mutant]) -> list[str]:
-    """Plants mutants in a tree, one by one, and prints what became of each; returns the names of those that survive.
-
-    Args:
-        root: the root of the tree, which is as it was afterwards.
-        mutants: the bugs.
-    """
+    """Plants mutants in a tree, one by one, and prints what became of each; returns the names of those that survive."""
     left = []
     for mutant in mutants:
         path = root / mutant.file

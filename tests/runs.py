@@ -1,7 +1,5 @@
 """Short runs for tests: flags that leave evaluations out, the rows of metrics, runs just before their first step."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -14,14 +12,17 @@ import jaxblock
 from benchmarks.sessions import loaded_session
 from jaxblock.cli import config_of, parse
 from jaxblock.config.config import Config
+from jaxblock.training.observe.metrics import read_metrics
 from jaxblock.training.session import Session
 
 QUIET = ["--train.eval_every", "0", "--train.eval_problems", "0", "--train.eval_nelbo_rows", "0"]
 
 
-def rows(run: Path, kind: str = "train") -> list[dict[str, Any]]:
+def rows(run: Path | str, kind: str = "train") -> list[dict[str, Any]]:
     """Returns the rows of one kind of a run's metrics, in the order of the file, without speeds."""
-    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    file = f"{run}/metrics.jsonl"
+    in_bucket = file.startswith("gs://")
+    found = read_metrics(file).train if in_bucket else map(json.loads, Path(file).read_text().splitlines())
     speeds = ("tokens_per_second", "model_flops_per_second")
     return [{k: v for k, v in row.items() if k not in speeds} for row in found if row["kind"] == kind]
 
@@ -36,7 +37,7 @@ def session(settings: Config, console: Console | None = None) -> Session:
     return loaded_session(settings, console or Console(quiet=True))
 
 
-def check_same(run: Path, expected: Path, kinds: tuple[str, ...] = ("train", "eval")) -> None:
+def check_same(run: Path | str, expected: Path, kinds: tuple[str, ...] = ("train", "eval")) -> None:
     """Asserts that two runs have the same last parameters, bit for bit, and the same rows of these kinds."""
     ours, theirs = (jax.device_get(jaxblock.load(folder).params) for folder in (run, expected))
     chex.assert_trees_all_equal(ours, theirs)

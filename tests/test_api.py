@@ -1,47 +1,38 @@
 """Tests the Python interface, which does what the verbs do, by the same functions."""
 
-from __future__ import annotations
-
 import dataclasses
-from pathlib import Path
-from typing import Any
+import re
 
 import numpy as np
 import pytest
 
 import jaxblock
 from jaxblock import loading
-from jaxblock import model as api
 from jaxblock.data.prompts import refuse_text
 from jaxblock.diffusion.decoding.config import DecodeConfig
 from jaxblock.errors import UserError
 
 
 @pytest.fixture(scope="module")
-def model(tiny_run: Path) -> api.Model:
+def model(tiny_run):
     return jaxblock.load(tiny_run)
 
 
 @pytest.fixture(scope="module")
-def prompts(model: api.Model) -> list[list[int]]:
-    assert model.encoder is not None
+def prompts(model):
     return [model.encoder.prompt(text) for text in ("1+2?", "12+7?", "9?")]
 
 
-def test_the_package_gives_the_interface(tiny_run: Path) -> None:
+def test_load_sets_the_type(tiny_run):
     assert jaxblock.load is loading.load
-    assert jaxblock.load(str(tiny_run)).arch == jaxblock.load(tiny_run).arch
-
-
-def test_load_sets_the_type(tiny_run: Path) -> None:
-    found = jaxblock.load(tiny_run, dtype="bfloat16")
+    found = jaxblock.load(str(tiny_run), dtype="bfloat16")
     assert found.params["embed"].dtype == "bfloat16" and found.net.dtype == "bfloat16"
     assert found.logits([[3, 4]]).dtype == np.float32
     with pytest.raises(UserError, match="choose float32 or bfloat16"):
         jaxblock.load(tiny_run, dtype="float15")
 
 
-def test_padding_on_either_side_changes_nothing(model: api.Model, prompts: list[list[int]]) -> None:
+def test_padding_on_either_side_changes_nothing(model, prompts):
     width = max(map(len, prompts)) + 3
     ids, mask = np.full((3, width), model.arch.mask_id), np.zeros((3, width), int)  # a padded mask token is none
     for row, (prompt, start) in enumerate(zip(prompts, (width - len(prompts[0]), 0, 1), strict=True)):
@@ -55,10 +46,9 @@ def test_padding_on_either_side_changes_nothing(model: api.Model, prompts: list[
         np.testing.assert_allclose(logits[row][mask[row] == 1], model.logits([prompt])[0], atol=3e-5)
 
 
-def test_stream_ends_as_decode_does(model: api.Model, prompts: list[list[int]]) -> None:
-    options: dict[str, Any] = {"temperature": 0.7, "seed": 4, "steps_per_block": 2}
+def test_stream_ends_as_decode_does(model, prompts):
+    options = {"temperature": 0.7, "seed": 4, "steps_per_block": 2}
     whole = model.decode(prompts, return_steps=True, **options)
-    assert isinstance(whole, api.Decoded)
     for row, prompt in enumerate(prompts[:2]):
         states = list(model.stream(prompt, index=row, **options))
         assert [nfe for _, nfe in states] == list(range(1, int(whole.nfe[row]) + 1))
@@ -70,19 +60,13 @@ def test_stream_ends_as_decode_does(model: api.Model, prompts: list[list[int]]) 
     np.testing.assert_array_equal(model.decode(prompts[1:], first_index=1, **options), whole.ids[1:])
 
 
-def test_steps_and_canvases(model: api.Model, prompts: list[list[int]]) -> None:
+def test_steps_canvases_and_options_by_name(model, prompts):
     found = model.decode(prompts, return_steps=True, early_stop=False, cfg_scale=0.5)
-    assert isinstance(found, api.Decoded)
-    assert found.canvases.shape == (17, 3, 16) and found.ids.shape == (3, 16)
-    assert (found.canvases[0] == model.arch.mask_id).all()
+    assert found.canvases.shape == (17, 3, 16) and (found.canvases[0] == model.arch.mask_id).all()
     np.testing.assert_array_equal(found.canvases[-1], found.ids)
     assert (found.nfe == 32).all()  # guidance takes two passes a step
     assert not (found.ids == model.arch.mask_id).any()
-
-
-def test_options_by_name(model: api.Model, prompts: list[list[int]]) -> None:
     other = model.decode(prompts[:1], response_len=8, block=8, stop_ids=[3], seed=np.int64(1))
-    assert isinstance(other, np.ndarray) and other.shape == (1, 8)
     own = dataclasses.replace(model, decode_defaults=DecodeConfig(response_len=8, block=8, stop_ids=(3,), seed=1))
     np.testing.assert_array_equal(own.decode(prompts[:1]), other)
 
@@ -101,12 +85,9 @@ def test_options_by_name(model: api.Model, prompts: list[list[int]]) -> None:
         ({"response_len": 5000, "block": 8}, "it is longer than the model's 4096"),
     ],
 )
-def test_options_that_make_no_sense(
-    model: api.Model, prompts: list[list[int]], options: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(UserError) as caught:
+def test_options_that_make_no_sense(model, prompts, options, message):
+    with pytest.raises(UserError, match=re.escape(message)):
         model.decode(prompts, **options)
-    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -122,14 +103,12 @@ def test_options_that_make_no_sense(
         (np.array([[3, 4]]), [[1]], "attention_mask has the shape (1, 1), the ids (1, 2)"),
     ],
 )
-def test_prompts_that_make_no_sense(model: api.Model, ids: Any, mask: Any, message: str) -> None:
-    with pytest.raises(UserError) as caught:
+def test_prompts_that_make_no_sense(model, ids, mask, message):
+    with pytest.raises(UserError, match=re.escape(message)):
         model.decode(ids, mask)
-    assert message in str(caught.value)
 
 
-def test_nelbo(model: api.Model, prompts: list[list[int]]) -> None:
-    assert model.tokenizer is not None
+def test_nelbo(model, prompts):
     responses = [[*model.tokenizer.encode("1+2=3"), 3], [4, 5, 3], [6, 3]]
     # Blocks of 4 hold 15 sets: with that many samples they are enumerated.
     exact, zero = model.nelbo(prompts, responses, samples=15)
@@ -149,8 +128,7 @@ def test_nelbo(model: api.Model, prompts: list[list[int]]) -> None:
             model.nelbo(prompts[:1], bad)
 
 
-def test_text_in_and_text_out(model: api.Model, prompts: list[list[int]]) -> None:
-    assert model.encoder is not None and model.tokenizer is not None
+def test_text_in_and_text_out(model, prompts):
     texts = ["1+2?", "12+7?", "9?"]
     found = model.generate(texts, seed=3)
     assert found == [model.tokenizer.decode(model.text_ids(row)) for row in np.asarray(model.decode(prompts, seed=3))]
@@ -161,12 +139,10 @@ def test_text_in_and_text_out(model: api.Model, prompts: list[list[int]]) -> Non
     assert model.generate(chat, seed=3) == found[0] and model.generate([chat, texts[1]], seed=3) == found[:2]
     assert model.generate([]) == []
     lines = repr(model).splitlines()
-    assert (
-        len(lines) == 3
-        and "llada, 9,824 weights in float32" in lines[0]
-        and "canvas 24 + 16, blocks of 4" in lines[1]
-        and "run" in lines[2]
-    )
+    for line, said in zip(
+        lines, ("llada, 9,824 weights in float32", "canvas 24 + 16, blocks of 4", "run"), strict=True
+    ):
+        assert said in line
 
 
 @pytest.mark.parametrize(
@@ -176,34 +152,19 @@ def test_text_in_and_text_out(model: api.Model, prompts: list[list[int]]) -> Non
         (["1+2?", " "], "prompt 1: the text is empty"),
         ("1+2? " * 20, r"the prompt has \d+ tokens, more than canvas.prompt_len 24"),
         ("<|eot_id|>", "contains the special token"),
-        (
-            [{"role": "user", "content": "1?"}, {"role": "assistant", "content": "1"}],
-            "the last message must be the user's",
-        ),
+        ([{"role": "assistant", "content": "1"}], "the last message must be the user's"),
         ([{"role": "user"}], r'message\[0\] must be an object with "role" and "content"'),
         ([[{"role": "robot", "content": "x"}]], r"prompt 0: message\[0\] has the role 'robot'"),
     ],
 )
-def test_texts_that_make_no_sense(model: api.Model, prompt: Any, message: str) -> None:
+def test_texts_that_make_no_sense(model, prompt, message):
     with pytest.raises(UserError, match=message):
         model.generate(prompt)
     with pytest.raises(UserError, match="token ids here, not text"):
         refuse_text(prompt)  # decode calls it
 
 
-def test_text_ends_at_its_first_stop(model: api.Model) -> None:
+def test_text_ends_at_its_first_stop(model):
     assert model.stop_ids == (3, 2)
-    assert model.text_ids(np.array([7, 8, 3, 2, 2])) == [7, 8]
+    assert model.text_ids(np.array([7, 8, 3, 2, 2])) == [7, 8] == model.text_ids(np.array([7, 8]))
     assert model.text_ids(np.array([7, 8, 3, 2, 2]), stop_ids=[8]) == [7]
-    assert model.text_ids(np.array([7, 8])) == [7, 8]
-
-
-def test_saved_and_loaded_is_the_same(model: api.Model, prompts: list[list[int]], tmp_path: Path) -> None:
-    assert model.save(tmp_path / "hf") == 0
-    again = dataclasses.replace(jaxblock.load(tmp_path / "hf"), canvas=model.canvas)
-    np.testing.assert_array_equal(again.decode(prompts), model.decode(prompts))
-    assert again.encoder is not None and model.encoder is not None
-    assert again.encoder.prompt("1+2?") == model.encoder.prompt("1+2?")
-    assert 0 < model.save(tmp_path / "half", "bfloat16") < 1
-    with pytest.raises(UserError, match="is not overwritten"):
-        model.save(tmp_path / "hf")

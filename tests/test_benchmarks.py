@@ -1,19 +1,24 @@
 """Benchmarks that have a tiny size run at it and measure what they say; their bars are for the real sizes."""
 
-from __future__ import annotations
-
 import json
 
 import jax
 import numpy as np
 import pytest
 
-from benchmarks import decoder_overhead, host_time, load_checkpoint, logits_memory, quickstart_summary
+from benchmarks import decoder_overhead, gguf_checkpoint, host_time, load_checkpoint, logits_memory, quickstart_summary
 
 
 def test_logits_of_the_active_block_take_its_share_of_the_canvas():
     found = logits_memory.main(["--batch", "4", "--response", "64", "--block", "8", "--d", "16", "--vocab", "512"])
     assert found["ratio"] < 1.5 * 8 / 64
+
+
+def test_rows_that_rotate_together_are_taken_apart():
+    """GGUF has (first, second) pairs side by side in a head, transformers all firsts and then all seconds."""
+    head, width, first = np.meshgrid(np.arange(2), np.arange(3), np.arange(2), indexing="ij")
+    found = gguf_checkpoint.halves(np.stack([head, width, first], -1).reshape(12, 3), heads=2)
+    assert found.tolist() == [[h, w, f] for h in range(2) for f in range(2) for w in range(3)]
 
 
 def test_both_heads_compute_the_same_loss():

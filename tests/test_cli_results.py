@@ -147,15 +147,6 @@ def test_a_function_of_the_user_grades_a_run(tiny_run, tmp_path, monkeypatch, ra
         assert message in told and "decoded" not in told and not Path("two").exists()
 
 
-@pytest.mark.parametrize("dtype", [None, "bfloat16"])
-def test_an_export_that_is_wrong_leaves_nothing(tiny_run, tmp_path, dtype):
-    model = jaxblock.load(tiny_run)
-    broken = {**model.params, "final_norm": model.params["final_norm"] * np.nan}
-    with pytest.raises(UserError, match="NaN"):
-        dataclasses.replace(model, params=broken).save(tmp_path / "made", dtype)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_an_export_is_the_run(tiny_run, tmp_path, ran):
     folder = tmp_path / "hf"
     export = f"export --checkpoint {tiny_run} --out {folder}"
@@ -168,13 +159,17 @@ def test_an_export_is_the_run(tiny_run, tmp_path, ran):
     run, replaced = jaxblock.load(tiny_run), folder / "of-the-old-one"
     replaced.touch()
     broken = dataclasses.replace(run, params={**run.params, "final_norm": run.params["final_norm"] * np.nan})
-    with pytest.raises(UserError, match="NaN"):
-        broken.save(folder, overwrite=True)
+    for place, dtype in ((folder, None), (tmp_path / "made", None), (tmp_path / "made", "bfloat16")):
+        with pytest.raises(UserError, match="NaN"):
+            broken.save(place, dtype, overwrite=place == folder)
+    with pytest.raises(UserError, match="is not overwritten"):
+        run.save(folder)
     with pytest.raises(UserError, match="what the model was loaded from"):
         jaxblock.load(folder).save(folder, overwrite=True)
     assert replaced.exists() and [entry.name for entry in tmp_path.iterdir()] == ["hf"]
     ran(f"{export} --overwrite")
     assert not replaced.exists() and [entry.name for entry in tmp_path.iterdir()] == ["hf"]
+    assert 0 < run.save(tmp_path / "half", "bfloat16") < 1
 
 
 @pytest.mark.parametrize(

@@ -1,26 +1,60 @@
-"""Every config is valid, and those that need no checkpoint run for two steps (on little data, a small network).
+"""The sections of a config; the configs that ship are valid, run for two steps or compile at full size, with the memory they promise."""
 
-Those for published 7B and 8B checkpoints are compiled at full size by test_presets.py; test_smollm2.py runs its own.
-"""
-
-from __future__ import annotations
-
+import dataclasses
 import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, get_args
 
+import jax
 import pytest
+from jax.sharding import Mesh
 
+from jaxblock import build
 from jaxblock.cli import main
 from jaxblock.commands import train as verbs
 from jaxblock.config.checks import check_config
 from jaxblock.config.config import Config
 from jaxblock.config.yaml import load_config
+from jaxblock.evaluation.config import GraderName
+from jaxblock.evaluation.graders import GRADERS
+from jaxblock.fit.shapes import RunShapes, bytes_per_device, lower_step, run_shapes
+from jaxblock.fit.sizes import PUBLISHED
+from jaxblock.models.families import registry
+from jaxblock.parallel.mesh import make_mesh
+from jaxblock.training.step import Learner
 
-EVERY = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
-CONFIGS = [path for path in EVERY if (load_config(str(path)).model.init_from or "runs/").startswith("runs/")]
+EVERY = {path.stem: path for path in sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))}
+LOADED = {name: load_config(str(path)) for name, path in EVERY.items()}
+RUN = [name for name, config in LOADED.items() if (config.model.init_from or "runs/").startswith("runs/")]
+
+# The sections
+
+
+def test_sections_have_the_names_of_their_fields_and_say_what_a_resumed_run_may_change():
+    sections = {field.name: type(getattr(Config(), field.name)) for field in dataclasses.fields(Config)}
+    assert [section.section_name for section in sections.values()] == list(sections)
+    everything = {name: {field.name for field in dataclasses.fields(section)} for name, section in sections.items()}
+    found = {name: section.changeable(saved=True) for name, section in sections.items()}
+    assert found == {
+        "data": {"prepared", "overwrite", "allow_other_template", "verify"},
+        "canvas": set(),
+        "method": set(),
+        "model": {"remat", "attention", "scan_layers", "init_from", "init_step", "loss_chunk"},
+        "lora": set(),
+        "optimizer": set(),
+        "train": everything["train"] - {"steps", "batch_size", "seed", "overfit_one_batch"},
+        "decode": everything["decode"],
+        "evaluate": everything["evaluate"],
+    }
+    # Without a checkpoint the start is made again, and must be the same start.
+    for name, section in sections.items():
+        assert section.changeable(saved=False) == found[name] - {"init_from", "init_step"}
+    assert get_args(GraderName) == tuple(GRADERS)
+
+
+# Those that start from random weights
 
 # Little data, of which a tokenizer makes long prompts, and a small network.
 DATA = "--data.builtin_train 1000 --data.builtin_test 16 --data.validation_records 16 --data.overwrite --data.overlong drop"
@@ -31,60 +65,122 @@ TRAIN = (
 
 
 @pytest.fixture(scope="module")
-def train(tmp_path_factory: pytest.TempPathFactory, draw_curves: Any) -> Callable[[Path, Config], Path]:
-    """Prepares and trains what a config says in a working folder of its own, and first what it starts from."""
-    work = tmp_path_factory.mktemp("work")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("work")
 
-    def run(path: Path, config: Config) -> Path:
+
+@pytest.fixture(scope="module")
+def train(work: Path, draw_curves: Any) -> Callable[[str], Path]:
+    """Prepares and trains what a config says in a working folder of its own, and first what it starts from."""
+
+    def run(name: str) -> Path:
+        config = LOADED[name]
         out = work / config.train.out
         if out.exists():
             return out
         if config.model.init_from is not None:
-            starts = {load_config(str(other)).train.out: other for other in CONFIGS}
-            start = starts[config.model.init_from]
-            run(start, load_config(str(start)))
+            run(next(other for other in RUN if LOADED[other].train.out == config.model.init_from))
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(work)
             patch.setattr(verbs, "draw_curves", draw_curves)
             words = "" if config.data.train == "builtin" else "--data.vocab_size 600"  # few lines have few words
             for verb, flags in (("prepare", f"{DATA} {words}"), ("train", f"{DATA} {words} {TRAIN}")):
-                assert main([verb, "--config", str(path), *flags.split()]) == 0
+                assert main([verb, "--config", str(EVERY[name]), *flags.split()]) == 0
         return out
 
     return run
 
 
-@pytest.mark.parametrize("path", EVERY, ids=[path.stem for path in EVERY])
-def test_a_config_is_valid(path: Path) -> None:
-    config = load_config(str(path))
-    assert check_config(config) is config
+def test_every_config_is_valid():
+    assert all(check_config(config) is config for config in LOADED.values())
 
 
-FAST = ("quickstart_classical",)
+FAST = "quickstart_classical"
 """The quickstart's first phase: the others run the same in another combination, and the slow tests run them all."""
 
 
-@pytest.mark.parametrize(
-    "path", [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] * (p.stem not in FAST)) for p in CONFIGS]
-)
-def test_a_config_runs(
-    path: Path, train: Callable[..., Path], request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    config = check_config(load_config(str(path)))
-    if config.data.train != "builtin":
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name != FAST)) for name in RUN])
+def test_a_config_runs(name, train, request, work):
+    data = LOADED[name].data
+    if data.train != "builtin":
         # The file's first lines, where the config looks for it.
-        shared: Path = request.getfixturevalue("shared")
-        for name in (config.data.train, config.data.test):
-            assert name is not None
-            there = tmp_path_factory.getbasetemp() / "work0" / name
-            there.parent.mkdir(parents=True, exist_ok=True)
-            lines = (shared / name).read_text(encoding="utf-8").splitlines(keepends=True)
-            there.write_text("".join(lines[:150]), encoding="utf-8")
-    run = train(path, config)
+        shared = request.getfixturevalue("shared")
+        for file in (data.train, data.test):
+            (work / file).parent.mkdir(parents=True, exist_ok=True)
+            lines = (shared / file).read_text(encoding="utf-8").splitlines(keepends=True)
+            (work / file).write_text("".join(lines[:150]), encoding="utf-8")
+    run = train(name)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows if row["kind"] == "train"] == [1, 2]
-    assert all(math.isfinite(row["loss"]) for row in rows if row["kind"] == "train")
-    evaluations = [row for row in rows if row["kind"] == "eval"]
-    assert [row["step"] for row in evaluations] == [0, 2]
-    assert all(row["pass_at_1"]["n"] == 8 and math.isfinite(row["nelbo_per_token"]["mean"]) for row in evaluations)
+    trained, evaluated = ([row for row in rows if row["kind"] == kind] for kind in ("train", "eval"))
+    assert [row["step"] for row in trained] == [1, 2] and all(math.isfinite(row["loss"]) for row in trained)
+    assert [row["step"] for row in evaluated] == [0, 2]
+    assert all(row["pass_at_1"]["n"] == 8 and math.isfinite(row["nelbo_per_token"]["mean"]) for row in evaluated)
     assert (run / "plots" / "curves.png").is_file()
+
+
+# Those for published checkpoints
+
+GB = 1e9
+LLADA_8B, DREAM_7B = PUBLISHED["GSAI-ML/LLaDA-8B-Instruct"], PUBLISHED["Dream-org/Dream-v0-Instruct-7B"]
+SMOLLM2_135M: dict[str, Any] = {
+    "model_type": "llama", "hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9,
+    "num_key_value_heads": 3, "intermediate_size": 1536, "vocab_size": 49152, "rms_norm_eps": 1e-5,
+    "rope_theta": 100000.0, "tie_word_embeddings": True, "max_position_embeddings": 8192, "eos_token_id": 2,
+}  # fmt: skip
+
+# preset: (checkpoint, mesh, GB of trained state, GB of frozen base), over all devices.
+PRESETS: dict[str, tuple[dict[str, Any], tuple[int, int, int], float, float]] = {
+    # 335.5 M adapters in float32 with two moments; 8.02 B weights in bfloat16.
+    "llada_8b_paper": (LLADA_8B, (2, 4, 1), 0.3355 * 12, 16.03),
+    "llada_8b_lora": (LLADA_8B, (1, 4, 2), 0.1678 * 12, 16.03),
+    # bfloat16 weights and two 8-bit moments.
+    "llada_8b_full": (LLADA_8B, (1, 8, 1), 8.016 * 4, 0.0),
+    "dream_7b_lora": (DREAM_7B, (1, 2, 4), 0.1615 * 12, 15.23),
+    # 9.8 M adapters; 134.5 M weights in float32. Four rows a batch, three key/value heads: four devices.
+    "smollm2_lora": (SMOLLM2_135M, (1, 4, 1), 0.00977 * 12, 0.538),
+    "dream_7b_full": (DREAM_7B, (1, 8, 1), 7.616 * 4, 0.0),
+}
+
+
+class Built(NamedTuple):
+    """A preset's step and its arguments, by shapes alone, on its mesh of 8 devices."""
+
+    config: Config
+    learner: Learner
+    mesh: Mesh
+    shapes: RunShapes
+
+
+def built(name: str) -> Built:
+    sizes, shape, *_ = PRESETS[name]
+    config, arch = LOADED[name], registry.from_hf(sizes, name)
+    if arch.mask_id is None:
+        arch = registry.with_mask(arch, 0, config.model.alignment)
+    learner = build.learner(config, arch, (arch.eos_id,))
+    mesh = make_mesh(*shape, devices=jax.devices()[: math.prod(shape)])
+    return Built(config, learner, mesh, run_shapes(config, learner, mesh))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_presets_state_is_as_large_as_said_and_split(name):
+    found = built(name).shapes
+    _, (_, fsdp, tensor), trained, frozen = PRESETS[name]
+    whole = [
+        sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)) for tree in (found.state, found.frozen)
+    ]
+    assert whole[0] / GB == pytest.approx(trained, rel=0.02)
+    assert whole[1] / GB == pytest.approx(frozen, rel=0.01)
+    # Split over fsdp and tensor, but for norms and the like.
+    assert bytes_per_device((found.state, found.frozen)) == pytest.approx(sum(whole) / (fsdp * tensor), rel=0.06)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_presets_step_compiles_at_full_size(name):
+    config, learner, mesh, found = built(name)
+    memory = lower_step(learner, found, mesh).compile().memory_analysis()
+    inputs = bytes_per_device((found.state, found.frozen))
+    batch = 4 * config.train.batch_size * (config.canvas.prompt_len + config.canvas.response_len + 5)
+    assert inputs <= memory.argument_size_in_bytes <= inputs + batch + 4096
+    # The state is updated in place.
+    assert memory.alias_size_in_bytes >= 0.99 * bytes_per_device(found.state)

@@ -1,7 +1,5 @@
 """Checks that what the documentation names exists, and that the numbers in docs/method.md can be computed again."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Iterator
@@ -67,7 +65,7 @@ def _dead_links(page: Path, text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_what_a_page_names_exists(page: Path) -> None:
+def test_what_a_page_names_exists(page):
     text = page.read_text(encoding="utf-8")
     assert _unknown_fields(text) == []
     assert _missing_tests(text) == []
@@ -75,7 +73,7 @@ def test_what_a_page_names_exists(page: Path) -> None:
     assert _dead_links(page, text) == []
 
 
-def test_names_that_do_not_exist_are_seen() -> None:
+def test_names_that_do_not_exist_are_seen():
     assert _unknown_fields("`canvas.block` `--canvas.blok 3` `train.step`") == ["canvas.blok", "train.step"]
     assert _missing_tests("`test_docs.py::test_no_such_thing` `nowhere/test_x.py`") == [
         "test_docs.py::test_no_such_thing",
@@ -108,7 +106,7 @@ def _against_exact_count(n: int) -> Iterator[Fraction]:
         yield Fraction(size * size, n) * comb(n, size) * tail
 
 
-def test_numbers_of_the_floor() -> None:
+def test_numbers_of_the_floor():
     eps = Fraction(1, 1000)
     kept = [float(s * _above_floor(s - 1, n, s, eps)) for n, s in ((32, 1), (256, 1), (256, 2), (32, 32))]
     assert [round(value, 3) for value in kept] == [0.969, 0.775, 0.973, 1.001]
@@ -116,7 +114,7 @@ def test_numbers_of_the_floor() -> None:
     assert rows == [[1.001, 1.001, 1.001, 1.001], [1.0005, 1.001, 1.001, 1.001], [0.9732, 0.9987, 1.0009, 1.001]]
 
 
-def test_numbers_of_bernoulli_against_exact_count() -> None:
+def test_numbers_of_bernoulli_against_exact_count():
     tables = {n: [float(x) for x in _against_exact_count(n)] for n in (2, 8, 32, 128)}
     for first, *others in tables.values():
         assert first < 1 <= min(others)
@@ -124,7 +122,7 @@ def test_numbers_of_bernoulli_against_exact_count() -> None:
     assert [round(sum(tables[n]) / n, 2) for n in (2, 8, 32)] == [1.08, 1.12, 1.07]
 
 
-def test_numbers_of_one_over_t_with_redraw() -> None:
+def test_numbers_of_one_over_t_with_redraw():
     def factor(n: int, size: int, floor: float) -> float:
         """Returns l C(n, l) / (1 - floor) * integral of t^(l-1) (1-t)^(n-l) / (1 - (1-t)^n), on a grid in log t."""
         steps, total = 20_000, 0.0
@@ -136,3 +134,13 @@ def test_numbers_of_one_over_t_with_redraw() -> None:
     assert round(factor(2, 2, 1e-12), 2) == 1.39
     assert [round(factor(n, 1, 1e-3), 1) for n in (8, 32)] == [4.8, 3.5]
     assert [round(factor(n, 2, 1e-3), 1) for n in (8, 32)] == [1.6, 1.6]
+
+
+def test_docs_list_what_a_resumed_run_may_change():
+    table = (ROOT / "docs" / "resume.md").read_text().split("| section | fields that may change |")[1].split("\n\n")[0]
+    rows = [line.split("|") for line in table.split("\n")[2:-1]]
+    listed = {row[1].strip(" `"): set(re.findall(r"`(\w+)`", row[2])) for row in rows}
+    may_change = {section.section_name: section.changeable(saved=True) for section in Config().sections()}
+    assert all(listed[section] == may_change[section] for section in ("data", "model", "train")), listed
+    assert not any(may_change[name] for name in ("canvas", "method", "optimizer"))
+    assert "| `decode`, `evaluate` | all |" in table

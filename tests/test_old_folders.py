@@ -5,8 +5,6 @@
 the ``*_metrics.jsonl`` hold what that commit computed: logits and decoded ids at step 4, and the losses of all six steps.
 """
 
-from __future__ import annotations
-
 import json
 import tarfile
 from pathlib import Path
@@ -30,7 +28,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_old_folders_load_and_decode(folders: Path) -> None:
+def test_old_folders_load_and_decode(folders):
     """Runs (full and LoRA) and an export give the logits and the decoded ids that they gave when they were written."""
     expected = json.loads((folders / "expected.json").read_text())
     ids = np.arange(24, dtype=np.int32).reshape(2, 12)
@@ -42,7 +40,8 @@ def test_old_folders_load_and_decode(folders: Path) -> None:
         assert found.nfe.tolist() == expected[name]["nfe"]
 
 
-def test_old_runs_resume(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+def test_old_runs_resume(folders, monkeypatch):
     """Runs go on from their checkpoint of step 4 and have the losses that their last steps had in the earlier version."""
     # On one device, as they were begun: four rows do not split over the eight of the tests.
     monkeypatch.setattr(jax, "devices", lambda: jax.local_devices()[:1])

@@ -1,6 +1,8 @@
-"""Tests that every process of a run that hangs reports it once, with the stacks of all threads."""
+"""Tests that every process of a run that hangs reports it once, with the stacks of all threads.
 
-from __future__ import annotations
+``python -m tests.faults.test_watchdog FOLDER ...`` runs jaxblock's command line; process 1 blocks once in each stage, prints
+``held in STAGE``, and continues when the test writes to the named pipe FOLDER/STAGE.
+"""
 
 import os
 import re
@@ -10,61 +12,63 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
 
+from jaxblock.cli import main
 from jaxblock.errors import UserError
+from jaxblock.evaluation.runner import Evaluator
 from jaxblock.io.locks import only_writer
+from jaxblock.training.checkpoints.writer import CheckpointWriter
 from jaxblock.training.guard.watchdog import HUNG, Watchdog
-from tests import pod
-from tests.faults.held_run import HELD
+from jaxblock.training.observe.window import StepWindow
+from tests import pod, runs
 
 BOUND = 0.05
+HELD = {"evaluation": 0, "step": 5, "save": 10, "end": pod.STEPS}
+"""The number of updates done when each stage blocks, in this order."""
 
 
 def a_stage_that_blocks() -> None:
     threading.Event().wait(6 * BOUND)
 
 
-def test_a_hang_is_reported_once_with_its_place(tmp_path: Path) -> None:
-    with (tmp_path / "said").open("w+") as out, Watchdog(BOUND, out=out) as watchdog:
+def _said(path: Path, work: Callable[[Watchdog], object], bound: float) -> str:
+    """Returns what a watchdog with this bound reports while work is done."""
+    with path.open("w+") as out, Watchdog(bound, out=out) as watchdog:
+        work(watchdog)
+        out.seek(0)
+        return out.read()
+
+
+def test_a_hang_is_reported_once_with_its_place_and_a_run_that_moves_is_left_alone(tmp_path):
+    def hang(watchdog: Watchdog) -> None:
         watchdog.at("save", 40)
         a_stage_that_blocks()
-        out.seek(0)
-        said = out.read()
+
+    said = _said(tmp_path / "said", hang, BOUND)
     assert said.count("does not move") == 1
     assert "in `save` after step 40" in said and "a_stage_that_blocks" in said and "it goes on waiting" in said
+    for bound in (60.0, 0.0):
+        moves = lambda watchdog: [watchdog.at("step", step) for step in range(1000)]  # noqa: E731
+        assert _said(tmp_path / "said", moves, bound) == ""
 
 
-def test_a_run_that_moves_is_left_alone(tmp_path: Path) -> None:
-    with (tmp_path / "said").open("w+") as out:
-        with Watchdog(60.0, out=out) as watchdog, Watchdog(0.0, out=out) as off:
-            for step in range(1000):
-                watchdog.at("step", step)
-                off.at("step", step)
-        out.seek(0)
-        assert out.read() == ""
-
-
-def test_a_hang_may_end_the_process() -> None:
+def test_a_hang_may_end_the_process():
     code = "import threading\nfrom jaxblock.training.guard.watchdog import Watchdog\n"
     code += f"with Watchdog({BOUND}, 'abort'): threading.Event().wait()"
-    root, environment = Path(__file__).parents[2], {**os.environ, "JAX_PLATFORMS": "cpu"}
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, env=environment)
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert ended.returncode == HUNG and "it is ended now" in ended.stderr
 
 
-def test_a_start_that_waits_for_other_hosts_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_start_that_waits_for_other_hosts_is_reported(tmp_path, monkeypatch):
     """JAX starts the devices under a lock, so a thread that asks JAX for its process index would wait too."""
     over = threading.Event()
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(jax, "process_index", over.wait)
-    with (tmp_path / "said").open("w+") as out, Watchdog(BOUND, out=out):
-        a_stage_that_blocks()
-        out.seek(0)
-        said = out.read()
-        over.set()
+    said = _said(tmp_path / "said", lambda watchdog: (a_stage_that_blocks(), over.set()), BOUND)
     assert "the run does not move" in said and "in `start` after step 0" in said
 
 
@@ -81,7 +85,7 @@ class Told:
     """
 
     def __init__(self, group: subprocess.Popen[str]) -> None:
-        self._coming = pod.lines(group)
+        self._coming = group.stderr
         self._last: dict[str, list[str]] = {"0": [], "1": []}
         self.lines: list[str] = []
         self.pids: dict[str, int] = {}
@@ -113,10 +117,10 @@ class Told:
 
 @pytest.mark.slow
 def test_a_hang_of_one_process_is_reported_by_both_and_the_run_goes_on_as_if_nothing_had_been(
-    tiny_config: Path, tiny_pod_run: Path, tmp_path: Path
-) -> None:
+    tiny_config, tiny_pod_run, tmp_path
+):
     """Process 1 blocks once in each stage, and is stopped once by a signal: then only process 0 can report."""
-    run, by = tmp_path / "run", (sys.executable, "-m", "tests.faults.held_run", str(tmp_path))
+    run, by = tmp_path / "run", (sys.executable, "-m", "tests.faults.test_watchdog", str(tmp_path))
     for stage in HELD:
         os.mkfifo(tmp_path / stage)
 
@@ -152,4 +156,31 @@ def test_a_hang_of_one_process_is_reported_by_both_and_the_run_goes_on_as_if_not
     for stage, step in HELD.items():
         assert " in hold" in "".join(told.reports[1, stage, step]), told.reports
     assert all(" in hold" not in "".join(stack) for key, stack in told.reports.items() if key[0] == 0)
-    pod.check_same(run, tiny_pod_run)
+    runs.check_same(run, tiny_pod_run, ("train",))
+
+
+def hold(stage: str) -> None:
+    """Blocks until the test writes to the stage's pipe."""
+    print(f"held in {stage}", file=sys.stderr, flush=True)
+    (Path(sys.argv[1]) / stage).read_text()
+
+
+def before(owner: Any, name: str, stage: str, due: Callable[..., bool] = lambda *arguments: True) -> None:
+    """Makes a method block before its first call for which ``due`` is true."""
+    original, waiting = getattr(owner, name), [stage]
+
+    def held(*arguments: Any, **named: Any) -> Any:
+        if waiting and due(*arguments):
+            hold(waiting.pop())
+        return original(*arguments, **named)
+
+    setattr(owner, name, held)
+
+
+if __name__ == "__main__":
+    if os.environ["JAX_PROCESS_ID"] == "1":
+        before(Evaluator, "estimate_nelbo", "evaluation")
+        before(StepWindow, "idle", "step", lambda window: window.step == HELD["step"])  # called in each step
+        before(CheckpointWriter, "save", "save", lambda checkpoints, state, step, *rest: step == HELD["save"])
+        before(CheckpointWriter, "close", "end")
+    sys.exit(main(sys.argv[2:]))

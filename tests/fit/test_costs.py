@@ -1,7 +1,5 @@
 """Reads costs off programs that were written by hand, and off small real ones whose costs are known."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -95,7 +93,7 @@ ENTRY %main (w: f32[8,16], v: bf16[4,8]) -> f32[8,16] {
 """
 
 
-def test_loops_and_collectives_of_a_program_by_hand() -> None:
+def test_loops_and_collectives_of_a_program_by_hand():
     found = count_costs(parse_program(PROGRAM), 4)
     # The outer loop runs from 1 to 32, the inner one from 0 to 4 by twos; a kernel's attributes do not end a computation.
     assert found.flops == 31 * 2 * (2 * 8 * 8 * 8)
@@ -109,7 +107,7 @@ def test_loops_and_collectives_of_a_program_by_hand() -> None:
     assert (scatter.times, scatter.group) == (31, 4)
 
 
-def test_a_noted_length_is_believed() -> None:
+def test_a_noted_length_is_believed():
     noted = PROGRAM.replace("body=%outer_body", 'body=%outer_body, backend_config={"known_trip_count":{"n":"5"}}')
     assert count_costs(parse_program(noted), 4).sent("reduce-scatter") == 5 * (8 * 16 * 4) * 3 / 4
 
@@ -122,7 +120,7 @@ def test_a_noted_length_is_believed() -> None:
         ("f32[6,2,3] convolution(%p, %q), window={size=3 pad=1_1}, dim_labels=b0f_0io->b0f", 2 * 6 * 4 * 5 * 3),
     ],
 )
-def test_products_that_are_written_as_convolutions(line: str, flops: int) -> None:
+def test_products_that_are_written_as_convolutions(line, flops):
     text = f"""\
 ENTRY %main (l: bf16[512,4096]) -> f32[] {{
   %l = bf16[512,4096]{{1,0}} parameter(0)
@@ -135,7 +133,7 @@ ENTRY %main (l: bf16[512,4096]) -> f32[] {{
     assert count_costs(parse_program(text), 1).flops == flops
 
 
-def test_a_scan_counts_all_its_layers() -> None:
+def test_a_scan_counts_all_its_layers():
     """XLA's own analysis counts a loop's body once, which is why costs are read off the program's text."""
 
     def layers(x: jax.Array, w: jax.Array) -> jax.Array:

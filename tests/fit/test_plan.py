@@ -1,7 +1,5 @@
 """Tests plans: topologies, meshes, what is advised, and the verb from end to end."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import threading
@@ -12,7 +10,6 @@ from unittest.mock import Mock
 import jax
 import pytest
 
-from jaxblock.cli import main
 from jaxblock.config.config import Config
 from jaxblock.diffusion.config import CanvasConfig, MethodConfig
 from jaxblock.errors import UserError
@@ -36,41 +33,45 @@ SMALL = Config(
 ARCH = registry.architecture_from_config(SMALL.model, vocab_size=512, mask_id=511, eos_id=510)
 
 
-def test_names_of_topologies() -> None:
+def test_names_of_topologies():
     names = ("v5e-16", "v6e-8", "v5p-8", "2xv5e-256", "h200-1", "cpu-8")
-    found = [topology.parse_topology(name) for name in names]
-    assert [(t.devices, t.shape) for t in found] == [
-        (16, "4x4"), (8, "2x4"), (4, "2x2x1"), (512, "16x16"), (1, ""), (8, ""),
+    found = [(t.devices, t.shape, t.is_estimate) for t in map(topology.parse_topology, names)]
+    assert found == [
+        (16, "4x4", False), (8, "2x4", False), (4, "2x2x1", False), (512, "16x16", False), (1, "", True), (8, "", True),
     ]  # fmt: skip
-    assert [t.is_estimate for t in found] == [False] * 4 + [True] * 2
     for wrong in ("v7-8", "v5e-12", "v5e", "2xh100-8", "h100-16", "2xv5p-8", "v5p-5", "0xv5e-16", "cpu-0"):
         with pytest.raises(UserError, match="topology"):
             topology.parse_topology(wrong)
 
 
-def test_the_mesh_is_the_configs_or_all_chips() -> None:
-    two = topology.parse_topology("2xv5e-16")
-    config = dataclasses.replace(SMALL, train=TrainConfig(batch_size=40))
-    settled, notes = place_run(config, two)
-    train = settled.train
+def test_the_mesh_is_the_configs_or_all_chips():
+    def settled(name: str, **fields: Any) -> tuple[TrainConfig, list[str]]:
+        config, notes = place_run(
+            dataclasses.replace(SMALL, train=TrainConfig(**fields)), topology.parse_topology(name)
+        )
+        return config.train, notes
+
+    train, notes = settled("2xv5e-16", batch_size=40)
     assert (train.slices, train.data_parallel, train.fsdp, train.tensor, train.batch_size) == (2, 1, 16, 1, 64)
     assert len(notes) == 3 and "--train.fsdp 16" in notes[0] and "--train.batch_size 64" in notes[2]
-    own = dataclasses.replace(SMALL, train=TrainConfig(batch_size=64, fsdp=4, tensor=2))
-    assert place_run(own, topology.parse_topology("v5e-16"))[0].train.data_parallel == 2
+    assert settled("v5e-16", batch_size=64, fsdp=4, tensor=2)[0].data_parallel == 2
     with pytest.raises(UserError, match="16 chips"):
-        place_run(dataclasses.replace(SMALL, train=TrainConfig(fsdp=32)), topology.parse_topology("v5e-16"))
+        settled("v5e-16", fsdp=32)
 
 
-def test_where_sizes_are_from(tmp_path: Path) -> None:
-    llada = dataclasses.replace(SMALL, model=ModelConfig(init_from="GSAI-ML/LLaDA-8B-Instruct"))
-    arch, source = sizes.planned_architecture(llada, None)
-    assert arch.n_layers == 32 and "published" in source
+def test_where_sizes_are_from(tmp_path):
+    def planned(start: str, given: Path | None) -> tuple[int, str]:
+        config = dataclasses.replace(SMALL, model=ModelConfig(init_from=start))
+        arch, source = sizes.planned_architecture(config, given and str(given))
+        return arch.n_layers, source
+
+    layers, source = planned("GSAI-ML/LLaDA-8B-Instruct", None)
+    assert layers == 32 and "published" in source
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**sizes.PUBLISHED["GSAI-ML/LLaDA-8B-Base"], "n_layers": 3}))
-    assert sizes.planned_architecture(llada, str(path))[0].n_layers == 3
-    assert sizes.planned_architecture(llada, str(tmp_path))[0].n_layers == 3
+    assert [planned("GSAI-ML/LLaDA-8B-Instruct", given)[0] for given in (path, tmp_path)] == [3, 3]
     with pytest.raises(UserError, match="--model_config"):
-        sizes.planned_architecture(dataclasses.replace(SMALL, model=ModelConfig(init_from="some/model")), None)
+        planned("some/model", None)
 
 
 def _flags(config: Config, needs: Any, tries: int = 9) -> tuple[list[str], str | None]:
@@ -78,21 +79,19 @@ def _flags(config: Config, needs: Any, tries: int = 9) -> tuple[list[str], str |
     return [one.flags for one in tried], found.flags if found else None
 
 
-def test_the_cheapest_change_that_is_enough_is_advised() -> None:
-    assert _flags(SMALL, lambda c: 20 // c.train.fsdp) == (["--train.fsdp 8 --train.data_parallel 1"],) * 1 + (
-        "--train.fsdp 8 --train.data_parallel 1",
-    )
+def test_the_cheapest_change_that_is_enough_is_advised():
+    split = "--train.fsdp 8 --train.data_parallel 1"
+    assert _flags(SMALL, lambda c: 20 // c.train.fsdp) == ([split], split)
     tried, found = _flags(SMALL, lambda c: 20 if c.model.remat != "full" else 10)
     assert found == "--model.remat full" and len(tried) == 2
     # None alone: the first that are enough together.
     tried, found = _flags(SMALL, lambda c: 20 - 6 * (c.train.fsdp == 8) - 6 * (c.model.remat == "full"))
-    assert found == "--train.fsdp 8 --train.data_parallel 1 --model.remat full"
+    assert found == f"{split} --model.remat full"
     # What cannot be helped is found out within the tries, and arguments that are too large cost none.
-    assert _flags(SMALL, lambda c: 50, tries=3)[1] is None and len(_flags(SMALL, lambda c: 50, tries=3)[0]) == 3
+    tried, found = _flags(SMALL, lambda c: 50, tries=3)
+    assert found is None and len(tried) == 3
     assert len(_flags(SMALL, lambda c: 99, tries=1)[0]) > 5
-
-
-def test_changes_are_those_that_the_run_has_left() -> None:
+    # Only what the run has left is tried.
     frozen = dataclasses.replace(
         SMALL,
         model=ModelConfig(init_from="x", remat="full"),
@@ -100,31 +99,28 @@ def test_changes_are_those_that_the_run_has_left() -> None:
         method=MethodConfig(objective="classical"),
         train=TrainConfig(batch_size=8, fsdp=8, data_parallel=1),
     )
-    tried, _ = _flags(frozen, lambda c: 50)
-    assert tried[:4] == [
+    assert _flags(frozen, lambda c: 50)[0][:4] == [
         "--model.loss_chunk 16", "--model.quantize int8", "--model.remat offload",
         "--model.loss_chunk 16 --model.quantize int8",
     ]  # fmt: skip
 
 
-def test_what_a_compiler_says_of_memory() -> None:
+def test_what_a_compiler_says_of_memory():
+    gib = 2.0**30
     said = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 20.5G of 15.75G hbm."
-    found = memory.memory_of_error(said, 2.0**30)
-    assert found is not None
-    assert (found.total, found.limit, found.arguments) == (20.5 * 2**30, 15.75 * 2**30, 2**30)
+    found = memory.memory_of_error(said, gib)
+    assert (found.total, found.limit, found.arguments) == (20.5 * gib, 15.75 * gib, gib)
     said = (
         "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (26.84G) exceeds "
-        "available HBM (15.75G)."
     )
-    found = memory.memory_of_error(said, 2.0**30)
-    assert found is not None
-    assert (found.total, found.temporaries) == (pytest.approx(27.84 * 2**30), pytest.approx(26.84 * 2**30))
+    found = memory.memory_of_error(said + "available HBM (15.75G).", gib)
+    assert (found.total, found.temporaries) == (pytest.approx(27.84 * gib), pytest.approx(26.84 * gib))
     assert memory.memory_of_error("INTERNAL: something else", 0.0) is None
     assert device_limit(jax.devices("cpu")[0]) is None
 
 
 @pytest.mark.slow
-def test_training_that_cannot_fit_is_refused_with_what_helps() -> None:
+def test_training_that_cannot_fit_is_refused_with_what_helps():
     mesh = make_mesh(8)
     step = programs.train_program(SMALL, ARCH, mesh)
     built = CompileResult(Mock(), step.memory)
@@ -146,7 +142,7 @@ def kept(remat: str, rows: int = 4) -> float:
     return programs.activations(dataclasses.replace(SMALL, model=model), ARCH, rows, "cpu")
 
 
-def test_what_is_kept_for_the_backward_pass() -> None:
+def test_what_is_kept_for_the_backward_pass():
     inputs, logits = 2 * 4 * 32 * 64 * 4, 4 * 4 * 512 * 4
     least, everything = kept("full"), kept("none")
     assert inputs + logits <= least < inputs + 5 * logits  # ids, positions, and the head's own inputs
@@ -154,7 +150,7 @@ def test_what_is_kept_for_the_backward_pass() -> None:
     assert kept("none", rows=8) == pytest.approx(2 * everything, rel=0.01)
 
 
-def test_a_plan_is_held_against_what_the_device_reports() -> None:
+def test_a_plan_is_held_against_what_the_device_reports():
     """Compares only where the device reports its memory, which a CPU does not."""
     device = Mock(spec=jax.Device)
     device.memory_stats.return_value = {"bytes_limit": 4 * 2**30, "peak_bytes_in_use": 7 * 2**29}
@@ -166,40 +162,34 @@ def test_a_plan_is_held_against_what_the_device_reports() -> None:
     assert silent.describe() is None and silent.compare(jax.devices("cpu")[0]) is None
 
 
-def test_a_plan_says_for_how_long_it_compiles() -> None:
+def test_a_plan_says_for_how_long_it_compiles():
     ended, said = threading.Event(), list[str]()
     process._show_time(ended, lambda text: (said.append(text), len(said) == 2 and ended.set()), every=0.001)
     assert len(said) == 2 and all(text.startswith("still compiling: 0 s") for text in said)
 
 
 @pytest.mark.parametrize("apart", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_the_verb(apart: bool, tiny_config: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_verb(apart, tiny_config, tmp_path, ran, monkeypatch):
     """Plans in this process, which has eight devices as well, or in a process apart as users do."""
-
-    def plan_here(config: Config, name: str, **options: Any) -> dict[str, Any]:
-        return plan_run(config, topology.parse_topology(name), **options)
-
     if not apart:
-        monkeypatch.setattr(process, "plan_in_process", plan_here)
+        here = lambda config, name, **options: plan_run(config, topology.parse_topology(name), **options)  # noqa: E731
+        monkeypatch.setattr(process, "plan_in_process", here)
     out, sizes = tmp_path / "plan.json", tmp_path / "config.json"
     own = ModelConfig(d_model=16, n_layers=1, n_heads=2, mlp_dim=32, tie_embeddings=True)
     arch = registry.architecture_from_config(own, vocab_size=300, mask_id=299, eos_id=298)
     sizes.write_text(json.dumps(registry.to_hf(arch, "float32")))
-    flags = ["plan", "--config", str(tiny_config), "--topology", "cpu-8", "--model_config", str(sizes)]
-    flags += ["--train.fsdp", "8"]
-    assert main([*flags, "--json", str(out)]) == 0
-    shown = capsys.readouterr().out
+    command = f"plan --config {tiny_config} --topology cpu-8 --model_config {sizes} --train.fsdp"
+    shown = ran(f"{command} 8 --json {out}").out
     for word in ("ESTIMATE", "optimizer state", "temporaries", "logits", "it fits", "all-gather"):
         assert word in shown, word
     plan = json.loads(out.read_text())
     assert plan["notes"] == ["model.n_layers is 2 (the checkpoint's is 1)"]
     assert plan["fits"] and plan["estimate_from_host"] and plan["mesh"]["fsdp"] == 8
-    train = plan["train"]
+    train, parts = plan["train"], plan["train"]["parts"]
     # AdamW: two moments of what is trained, in float32.
-    assert train["parts"]["optimizer state"] == pytest.approx(2 * train["parts"]["parameters"], abs=64)
+    assert parts["optimizer state"] == pytest.approx(2 * parts["parameters"], abs=64)
     # A device's temporaries are not far below what shapes say.
-    assert train["memory"]["temporaries"] > 0.5 * (train["parts"]["activations"] + train["parts"]["gradients"])
+    assert train["memory"]["temporaries"] > 0.5 * (parts["activations"] + parts["gradients"])
     assert train["flops"] > 0 and plan["decode"]["flops"] > 0
-    assert main([*flags, "--json", str(out)]) == 2  # never overwritten
-    assert main([*flags[:-1], "3"]) == 2
-    assert "8 chips" in capsys.readouterr().err
+    ran(f"{command} 8 --json {out}", 2)  # never overwritten
+    assert "8 chips" in ran(f"{command} 3", 2).err

@@ -1,7 +1,5 @@
 """Compiles LLaDA-8B for TPU slices by libtpu, and compares what the plan says with arithmetic."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,7 +58,7 @@ def _trained(config: Config, arch: Architecture) -> int:
     return count_params(lora.adapter_table(registry.param_table(arch), adapters))
 
 
-def test_memory_is_that_of_the_shapes_and_fits(plan: dict[str, Any], run: tuple[Config, Architecture]) -> None:
+def test_memory_is_that_of_the_shapes_and_fits(plan, run):
     state = (2 * count_params(registry.param_table(run[1])) + 12 * _trained(*run)) / CHIPS
     assert plan["train"]["memory"]["arguments"] == pytest.approx(state, rel=0.01)
     # Layers' inputs of a chip's rows are 1 GiB, the gathered head is another.
@@ -68,7 +66,7 @@ def test_memory_is_that_of_the_shapes_and_fits(plan: dict[str, Any], run: tuple[
     assert plan["fits"] and not plan["estimate_from_host"]
 
 
-def test_operations_are_three_passes_over_the_layers(plan: dict[str, Any], run: tuple[Config, Architecture]) -> None:
+def test_operations_are_three_passes_over_the_layers(plan, run):
     """The passes are forward, forward again, and backward to the inputs: frozen weights have no gradients of their own."""
     _, arch = run
     down = arch.n_layers * arch.d_model * arch.mlp_dim  # its output is not needed again
@@ -77,7 +75,7 @@ def test_operations_are_three_passes_over_the_layers(plan: dict[str, Any], run: 
     assert expected < plan["train"]["flops"] < 1.1 * expected  # the rest: adapters, attention, the head
 
 
-def test_what_is_sent_is_weights_not_logits(plan: dict[str, Any], run: tuple[Config, Architecture]) -> None:
+def test_what_is_sent_is_weights_not_logits(plan, run):
     """Every weight is gathered once forward and once backward, the head once for both; adapters' gradients are summed."""
     arch, trained = run[1], _trained(*run)
     gathered = 2.0 * (2 * _layers(arch) + _head(arch)) + 2 * 2.0 * trained
@@ -89,7 +87,7 @@ def test_what_is_sent_is_weights_not_logits(plan: dict[str, Any], run: tuple[Con
             assert VOCAB not in dims or arch.d_model in dims, one
 
 
-def test_full_fine_tuning_scatters_its_gradients() -> None:
+def test_full_fine_tuning_scatters_its_gradients():
     """Plans for 64 chips, where XLA by itself would use all-reduces, which send twice the bytes."""
     config, arch = _settled(CONFIG.with_name("llada_8b_full.yaml"), 8 * 64)
     plan = plan_in_process(config, "v6e-64", decoder=False)
@@ -99,7 +97,7 @@ def test_full_fine_tuning_scatters_its_gradients() -> None:
     assert plan["train"]["sent"]["reduce-scatter"] >= 7 / 8 * weights
 
 
-def test_a_slice_of_the_mesh_is_a_slice_of_chips() -> None:
+def test_a_slice_of_the_mesh_is_a_slice_of_chips():
     """Only gradients may cross the data-centre network, so all chips along the other axes must be of one slice."""
     chips = list(topology.devices_to_compile_for(topology.parse_topology("2xv5e-16")))
     mesh = make_mesh(2, 4, 2, slices=2, devices=chips)
@@ -110,7 +108,7 @@ def test_a_slice_of_the_mesh_is_a_slice_of_chips() -> None:
 
 
 @pytest.mark.parametrize("name, mesh", [("v6e-64", (1, 32, 2)), ("v6e-64", (1, 64, 1)), ("v5p-8", (1, 2, 2))])
-def test_an_axis_may_split_a_side_of_the_slice(name: str, mesh: tuple[int, int, int]) -> None:
+def test_an_axis_may_split_a_side_of_the_slice(name, mesh):
     """Tensor groups of two on 8 x 8 chips must be neighbours, one link apart."""
     placed = make_mesh(*mesh, devices=list(topology.devices_to_compile_for(topology.parse_topology(name)))).devices
     groups = np.array([chip.coords for chip in placed.flat]).reshape(*placed.shape, -1)

@@ -25,7 +25,7 @@ from jaxblock.io.paths import as_path, put_object
 from jaxblock.io.remote import local_file, local_folder
 from jaxblock.training.observe import metrics
 from jaxblock.training.observe.metrics import MetricsWriter, restore_rows
-from tests import pod
+from tests import pod, runs
 
 from .conftest import Store  # noqa: TID252
 
@@ -289,16 +289,16 @@ def test_two_processes_live_in_a_bucket(store, tiny_config, tiny_pod_run):
     by = ("bash", "-c", AS_TWO_CLIENTS, sys.executable)
     flags = ["--data.prepared", prepared, "--train.save_every", "20"]
     with pod.started(tiny_config, out, *flags, by=by) as group:
-        for line in pod.lines(group):
+        for line in group.stderr:
             if line.startswith("[0] step 12/"):
                 group.terminate()
     assert group.returncode == 143
     stopped = max(int(name.split("/")[2]) for name in store.names("pod/checkpoints/"))
     assert 12 <= stopped < pod.STEPS
     with pod.started(tiny_config, out, *flags, by=by) as group:
-        said = "".join(pod.lines(group))
+        said = "".join(group.stderr)
     assert group.returncode == 0 and f"[0] going on from step {stopped} of {out}" in said, said
-    pod.check_same(out, tiny_pod_run)
+    runs.check_same(out, tiny_pod_run, ("train",))
 
     # Each has written its half of every checkpoint and sealed it; process 0 alone wrote what is one for all.
     for step in (stopped, 20, pod.STEPS):

@@ -1,7 +1,5 @@
 """Runs launch/tpu.sh against a stand-in for gcloud, which records its arguments, and answers or fails as a test asks."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 from pathlib import Path
@@ -31,23 +29,22 @@ exit 0
 """
 
 
+def put(path: Path, text: str) -> Path:
+    """Writes a file that can be run, and returns it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
 class Desk:
     """A machine that has the stand-in for gcloud on its PATH."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.record = folder, folder / "record"
-        binaries = self.put("bin/gcloud", GCLOUD).parent
+        path = f"{put(folder / 'bin' / 'gcloud', GCLOUD).parent}:{os.environ['PATH']}"
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("JAXBLOCK_")}
-        path = f"{binaries}:{os.environ['PATH']}"
         self.environment = inherited | {"PATH": path, "GCLOUD_RECORD": str(self.record), "TMPDIR": str(folder)}
-
-    def put(self, name: str, text: str) -> Path:
-        """Writes a file that can be run into the machine's folder."""
-        path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-        path.chmod(0o755)
-        return path
 
     def script(self, *arguments: str, typed: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
         """Runs launch/tpu.sh with the arguments, whether or not they make sense."""

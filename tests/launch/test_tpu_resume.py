@@ -1,11 +1,11 @@
 """Tests launch/tpu.sh resume against a stand-in for gcloud: what it starts again, what it waits for and when it ends."""
 
-from __future__ import annotations
-
 import shlex
 from typing import Any
 
 import pytest
+
+from tests.launch.conftest import put
 
 NEW = "--recreate --type v6e-8"
 WHERE = "ERROR: (gcloud.compute.tpus.tpu-vm.describe)"
@@ -15,27 +15,21 @@ REFUSED = "ERROR: (gcloud.compute.tpus.tpu-vm.create) INVALID_ARGUMENT: no accel
 def play(desk: Any, options: str, states: str, runs: str) -> tuple[int, str, str]:
     """Runs ``resume`` while gcloud answers with states of the slice and states of the workers' runs, one after the other.
 
-    Waiting takes no time; how long ``resume`` wanted to wait is written to the file ``sleeps``.
-
-    Args:
-        desk: the machine with the stand-in for gcloud.
-        options: variables of the environment and options of ``resume``, as typed in a shell.
-        states: what each look at the slice finds, such as "PREEMPTED / READY"; "!text" is an error.
-        runs: what each look at the workers finds, such as "none, running 7 / ended 0, ended 0" for two looks at two workers.
-
-    Returns:
-        The exit code, standard error, and the kinds of commands that were run.
+    Two looks at two workers are "none, running 7 / ended 0, ended 0"; "!text" is an error. Waiting takes no time; how long
+    ``resume`` wanted to wait is written to the file ``sleeps``. Returns the exit code, standard error, and the kinds of
+    commands that were run.
     """
-    looks = [
-        look if look[:1] == "!" else r"\n".join(f"run: {run}" for run in look.split(", ")) for look in runs.split(" / ")
-    ]
+
+    def look(found: str) -> str:
+        return found if found[:1] == "!" else r"\n".join(f"run: {run}" for run in found.split(", "))
+
     words, variables = shlex.split(options), {}
     while words and words[0][0] != "-":
         name, variables[name] = words.pop(0).split("=", 1)
-    sleep = desk.put("quick/sleep", f"#!/bin/sh\necho \"$1\" >>'{desk.folder}/sleeps'\n")
+    sleep = put(desk.folder / "quick" / "sleep", f"#!/bin/sh\necho \"$1\" >>'{desk.folder}/sleeps'\n")
     variables["PATH"] = f"{sleep.parent}:{desk.environment['PATH']}"
-    for name, answers in {"GCLOUD_STATES": states.split(" / "), "GCLOUD_RUNS": looks}.items():
-        variables[name] = str(desk.put(name, "\n".join(answers) + "\n"))
+    answers = {"GCLOUD_STATES": states.split(" / "), "GCLOUD_RUNS": map(look, runs.split(" / "))}
+    variables |= {name: str(put(desk.folder / name, "\n".join(lines) + "\n")) for name, lines in answers.items()}
     done = desk.tpu("resume", *words, "--", "jaxblock", "train", **variables)
     calls = [call for call in desk.calls if "run: none" not in " ".join(call)]
     return done.returncode, done.stderr, " ".join("run" if "nohup" in " ".join(call) else call[1] for call in calls)
@@ -82,14 +76,14 @@ PLAYS = {
 
 
 @pytest.mark.parametrize("name", PLAYS)
-def test_what_resume_does(desk: Any, name: str) -> None:
+def test_what_resume_does(desk, name):
     options, states, runs, code, message, commands = PLAYS[name]
     found, told, ran = play(desk, options, states, runs)
     assert (found, ran) == (code, commands) and message in told, told
     assert REFUSED not in told or "--type" in told.splitlines()[-1]
 
 
-def test_restarts_wait_twice_as_long_each_time_and_begin_anew_after_a_run(desk: Any) -> None:
+def test_restarts_wait_twice_as_long_each_time_and_begin_anew_after_a_run(desk):
     runs = " / ".join(["none", *["lost"] * 6, "running 7", *["lost"] * 2, "ended 0"])
     code, told, _ = play(desk, "--backoff 100 --poll 7", " / ".join(["READY"] * 11), runs)
     assert code == 0, told
@@ -112,7 +106,7 @@ REFUSALS = [
 
 @pytest.mark.parametrize(("error", "advice"), REFUSALS)
 @pytest.mark.parametrize("looked", ["slice", "workers"])
-def test_what_gcloud_will_always_refuse_ends_resume_at_once(desk: Any, error: str, advice: str, looked: str) -> None:
+def test_what_gcloud_will_always_refuse_ends_resume_at_once(desk, error, advice, looked):
     failed = f"!{WHERE} {error}"
     states, runs = (failed, "") if looked == "slice" else ("READY", failed)
     code, told, commands = play(desk, NEW, states, runs)
@@ -121,7 +115,7 @@ def test_what_gcloud_will_always_refuse_ends_resume_at_once(desk: Any, error: st
 
 
 @pytest.mark.parametrize("looked", ["slice", "workers"])
-def test_looks_that_fail_say_why_and_end_after_the_retries(desk: Any, looked: str) -> None:
+def test_looks_that_fail_say_why_and_end_after_the_retries(desk, looked):
     cause = "ssh: connect to host 10.0.0.2 port 22: Connection timed out"
     answers = ["!" + cause] * 2 + ["running 7"] + ["!" + cause] * 3
     states = answers[:2] + ["READY"] + answers[3:] if looked == "slice" else ["READY"] * 6
@@ -135,6 +129,6 @@ def test_looks_that_fail_say_why_and_end_after_the_retries(desk: Any, looked: st
     assert told.endswith(f"{end}\n{cause}\n")
 
 
-def test_waiting_for_capacity_is_no_failure(desk: Any) -> None:
+def test_waiting_for_capacity_is_no_failure(desk):
     states = "WAITING_FOR_RESOURCES / PROVISIONING / " * 4 + "ACTIVE"
     assert play(desk, "--queued --retries 0", states, "ended 0")[0] == 0 and sleeps(desk) == [60] * 8

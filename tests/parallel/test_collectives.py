@@ -1,7 +1,5 @@
 """Sums of gradients over devices, against the plain sum."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,9 +21,7 @@ MESHES = [
 
 
 @pytest.mark.parametrize(("sizes", "stored", "used", "one_stage"), MESHES)
-def test_parts_add_up_to_the_sum_where_the_matrix_is_stored(
-    sizes: dict[str, int], stored: Names, used: Names, one_stage: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_parts_add_up_to_the_sum_where_the_matrix_is_stored(sizes, stored, used, one_stage, monkeypatch):
     monkeypatch.setattr(collectives, "_SINGLE_STAGE_LIMIT", one_stage)
     mesh, draw = make_mesh(**sizes), np.random.default_rng(0)
     # Whole numbers: every order of adding gives the same.
@@ -44,7 +40,7 @@ def test_parts_add_up_to_the_sum_where_the_matrix_is_stored(
 
 
 @pytest.mark.parametrize("size", [12, 16, 32, 64, 128, 256])
-def test_two_stages_leave_each_device_its_own_piece(size: int) -> None:
+def test_two_stages_leave_each_device_its_own_piece(size):
     columns, rows = collectives._reduce_scatter_stages(size)
     assert columns is not None and rows is not None
     held = {device: list(range(size)) for device in range(size)}  # pieces of the array, in order
@@ -57,5 +53,5 @@ def test_two_stages_leave_each_device_its_own_piece(size: int) -> None:
     assert held == {device: [device] for device in range(size)}
 
 
-def test_a_prime_number_of_devices_has_one_stage() -> None:
+def test_a_prime_number_of_devices_has_one_stage():
     assert collectives._reduce_scatter_stages(13) == [None]

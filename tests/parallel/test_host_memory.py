@@ -1,7 +1,5 @@
 """Memory that a step frees stays in the process, and libtpu is not started, where the device is a CPU and nobody said otherwise."""
 
-from __future__ import annotations
-
 import importlib.util
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Tests what the processes of a group share, without a group: see ``tests/training/test_processes.py`` for real ones."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 
@@ -14,7 +12,7 @@ from jaxblock.parallel import processes
 
 @pytest.mark.parametrize("index", [0, 1])
 @pytest.mark.parametrize("refused", [False, True])
-def test_what_process_0_cannot_enter_fails_in_all(monkeypatch: pytest.MonkeyPatch, index: int, refused: bool) -> None:
+def test_what_process_0_cannot_enter_fails_in_all(monkeypatch, index, refused):
     told: list[str | None] = []
 
     @contextlib.contextmanager

@@ -1,7 +1,5 @@
 """Tests what ``inspect`` shows on a tiny canvas, that no mode has findings, and that broken masking has."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import io
@@ -17,7 +15,6 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from jaxblock.cli import main
 from jaxblock.commands import train
 from jaxblock.config.yaml import load_config
 from jaxblock.data.store.prepared_folder import open_prepared
@@ -62,32 +59,27 @@ LETTER = {"p": "prompt", "r": "response", "t": "terminator", "f": "fill", "d": "
 @pytest.mark.parametrize(
     ("context", "rows"), [("aligned", ["pprrrrtfffh", "prfffuuuuhh"]), ("paper", ["pprrrrtdddd", "prddddddddd"])]
 )
-def test_every_position_is_named(context: str, rows: list[str]) -> None:
-    form = layout(context)
-    got = examine(form, tiny(form), hand_draw())
-    for record, row in zip(got, rows, strict=True):
-        assert [p.kind for p in record.positions] == [LETTER[c] for c in row]
+def test_every_position_is_named(context, rows):
+    got = examine(layout(context), tiny(layout(context)), hand_draw())
+    assert [[p.kind for p in record.positions] for record in got] == [[LETTER[c] for c in row] for row in rows]
     assert [p.block for p in got[0].positions] == [None, None, 0, 0, 0, 0, 1, 1, 1, 1, None]
 
 
-def test_what_a_draw_shows_by_hand() -> None:
-    form = layout()
-    record = examine(form, tiny(form), hand_draw(), labels=["a", "b"])[0]
+def test_what_a_draw_shows_by_hand():
+    record = examine(layout(), tiny(layout()), hand_draw(), labels=["a", "b"])[0]
     shown = record.draws[0]
     assert record.label == "a" and (record.prompt_len, record.text_len, record.n_blocks, record.length) == (2, 5, 2, 10)
     assert [s.id for s in shown.seen] == [1, 2, 11, 12, 13, 14, MASK, FILL, MASK, FILL, MASK]
-    assert [at for at, s in enumerate(shown.seen) if s.loss] == [6, 8]
-    assert [s.target for s in shown.seen if s.loss] == [EOT, FILL]
-    assert [s.read_at for s in shown.seen if s.loss] == [6, 8]
+    lost = [(at, s.target, s.read_at) for at, s in enumerate(shown.seen) if s.loss]
+    assert lost == [(6, EOT, 6), (8, FILL, 8)]
     assert [at for at, s in enumerate(shown.seen) if s.active] == [6, 7, 8, 9]
     assert (shown.block, shown.supervised, shown.masked, shown.weight, shown.visible_len) == (1, 4, 2, 4.0, 10)
     assert shown.coefficient == pytest.approx(4.0 / 6) and shown.rotary == (0, 9) and not shown.findings
 
 
-def test_alignment_shift_and_window_are_shown() -> None:
+def test_alignment_shift_and_window_are_shown():
     form = layout(alignment="shifted", suffix_window=1)
-    record = examine(form, tiny(form), hand_draw())[1]
-    shown = record.draws[0]
+    shown = examine(form, tiny(form), hand_draw())[1].draws[0]
     assert [(at, s.read_at) for at, s in enumerate(shown.seen) if s.loss] == [(2, 1)]
     assert shown.visible_len == 6 and not shown.seen[6].visible and not shown.findings
 
@@ -95,13 +87,12 @@ def test_alignment_shift_and_window_are_shown() -> None:
 @pytest.mark.parametrize(
     ("context", "method"),
     [
-        ("aligned", MethodConfig(law="stratified_count", draws=4)),
         ("aligned", MethodConfig(law="bernoulli", draws=4, prefix_mask_rate=0.9, suffix_mask_prob=0.2)),
         ("paper", MethodConfig(draws=4, prefix_mask_rate=0.3, suffix_mask_prob=0.5)),
         ("aligned", MethodConfig(law="antithetic", blocks="pairs", draws=4)),
     ],
 )
-def test_sound_masking_has_no_findings_and_shows_what_training_feeds(context: str, method: MethodConfig) -> None:
+def test_sound_masking_has_no_findings_and_shows_what_training_feeds(context, method):
     form = layout(context)
     canvas = tiny(form)
     block = jax.device_put(np.array([1, 0], np.int32)) if method.pairs else None
@@ -152,10 +143,9 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("message", BROKEN)
-def test_broken_masking_is_found(monkeypatch: pytest.MonkeyPatch, message: str) -> None:
+def test_broken_masking_is_found(monkeypatch, message):
     monkeypatch.setattr(examining, "corrupt", lambda *args: BROKEN[message](*corruption.corrupt(*args)))
-    form = layout()
-    found = [f for r in examine(form, tiny(form), hand_draw()) for d in r.draws for f in d.findings]
+    found = [f for r in examine(layout(), tiny(layout()), hand_draw()) for d in r.draws for f in d.findings]
     assert any(message in f for f in found), found
 
 
@@ -163,29 +153,26 @@ def piece(token: int) -> str:
     return {MASK: "<mask>", FILL: "<eos>", EOT: "<eot>", 11: '▁<b>&"', 12: "\n"}.get(token, f"▁w{token}")
 
 
-def test_terminal_says_it_without_colour() -> None:
-    form, out = layout(), io.StringIO()
-    examined = examine(form, tiny(form), hand_draw(), labels=["record 7 (a.jsonl:8)", "record 8"])
-    print_records(Console(file=out, width=160), form, examined, piece, "exact_count law")
-    text = out.getvalue()
+def test_terminal_says_it_without_colour():
+    def printed(width: int, *about: str) -> str:
+        out = io.StringIO()
+        examined = examine(layout(), tiny(layout()), hand_draw(), labels=["record 7 (a.jsonl:8)", "record 8"])
+        print_records(Console(file=out, width=width), layout(), examined, piece, *about)
+        return out.getvalue()
+
+    text = printed(160, "exact_count law")
     assert "record 7 (a.jsonl:8)" in text and "exact_count law" in text and "(no terminator: it was cut)" in text
     assert re.search(r"▶ block 1 +6 ░<eot>░│<eos>│░<eos>░│<eos>", text)
     assert re.search(r"block 0 +2  <b>&\"│⏎│ w13│ w14", text)
     assert "block 1 active, 2 of 4 masked, weight 4 (× 0.667" in text and "sees 10 positions, rotary 0 to 9" in text
     assert "✗" not in text
+    narrow = printed(40)  # long lines break between tokens only
+    assert "<eot>" in narrow and "…" not in narrow
 
 
-def test_long_lines_break_between_tokens_only() -> None:
-    form, out = layout(), io.StringIO()
-    examined = examine(form, tiny(form), hand_draw())
-    print_records(Console(file=out, width=40), form, examined, piece)
-    assert "<eot>" in out.getvalue() and "…" not in out.getvalue()
-
-
-def test_html_is_whole_escaped_and_needs_nothing_else() -> None:
-    form = layout()
-    examined = examine(form, tiny(form), hand_draw(), labels=["<script>alert(1)</script>", "b"])
-    html = html_page(form, examined, piece, about="a & b")
+def test_html_is_whole_escaped_and_needs_nothing_else():
+    examined = examine(layout(), tiny(layout()), hand_draw(), labels=["<script>alert(1)</script>", "b"])
+    html = html_page(layout(), examined, piece, about="a & b")
     assert html.startswith("<!doctype html>") and html.rstrip().endswith("</html>")
     assert not re.search(r"<script|<link|<img|src=|href=|url\(|https?:|@import", html)
     assert "&lt;script&gt;" in html and "a &amp; b" in html and "&lt;b&gt;&amp;&quot;" in html
@@ -204,40 +191,31 @@ def dream(tiny_config: Path, tmp_path: Path) -> Path:
     special, vocab = prepared.special, prepared.manifest.vocab_size
     model = ModelConfig(family="dream", d_model=16, n_heads=2)
     arch = registry.architecture_from_config(model, vocab_size=vocab, mask_id=special.mask, eos_id=special.eos)
-    (tmp_path / "dream").mkdir()
-    (tmp_path / "dream" / "config.json").write_text(json.dumps(registry.to_hf(arch, "float32")))
-    return tmp_path / "dream"
+    (tmp_path / "config.json").write_text(json.dumps(registry.to_hf(arch, "float32")))
+    return tmp_path
 
 
-def test_a_checkpoints_own_alignment_is_shown(
-    tiny_config: Path, dream: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def download(*_: Any, **__: Any) -> str:
-        raise AssertionError("inspect downloads nothing")
-
-    monkeypatch.setattr(hub.huggingface_hub, "snapshot_download", download)
+def test_a_checkpoints_own_alignment_is_shown(tiny_config, dream, ran, monkeypatch):
+    """Nothing is downloaded for it. The first batch of a debugged run shows it too."""
+    monkeypatch.setattr(hub.huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("a download"))
     monkeypatch.setattr(hub.huggingface_hub, "try_to_load_from_cache", lambda *_, **__: None)
 
-    def shown(*flags: str) -> tuple[bool, str]:
-        assert main(["inspect", "--config", str(tiny_config), "--records", "0", "--steps", "1", *flags]) == 0
-        told = capsys.readouterr()
+    def shown(flags: str = "") -> tuple[bool, str]:
+        told = ran(f"inspect --config {tiny_config} --records 0 --steps 1 {flags}")
         return BEFORE in " ".join(told.out.split()), told.err
 
     assert shown() == (False, "")
-    assert shown("--model.init_from", str(dream)) == (True, "")
-    assert shown("--model.init_from", "Dream-org/Dream-v0-Instruct-7B@main") == (True, "")
-    assert shown("--model.init_from", "GSAI-ML/LLaDA-8B-Instruct", "--model.family", "dream") == (False, "")
-    begun, told = shown("--data.tokenizer", "Dream-org/Dream-v0-Base-7B")
+    assert shown(f"--model.init_from {dream}") == (True, "")
+    assert shown("--model.init_from Dream-org/Dream-v0-Instruct-7B@main") == (True, "")
+    assert shown("--model.init_from GSAI-ML/LLaDA-8B-Instruct --model.family dream") == (False, "")
+    begun, told = shown("--data.tokenizer Dream-org/Dream-v0-Base-7B")
     assert not begun and "model.init_from is not set: same_position logits" in told and "has shifted logits" in told
-    unknown, told = shown("--model.init_from", "some/model", "--model.family", "qwen2")
+    unknown, told = shown("--model.init_from some/model --model.family qwen2")
     assert unknown and "some/model is not here, so shifted logits" in told
-    unknown, told = shown("--model.init_from", "runs/later", "--model.alignment", "shifted")
+    unknown, told = shown("--model.init_from runs/later --model.alignment shifted")
     assert unknown and "runs/later is not here" in told
 
-
-def test_the_first_batch_of_a_debugged_run_has_its_checkpoints_alignment(tiny_config: Path, dream: Path) -> None:
-    out = io.StringIO()
-    config = load_config(str(tiny_config))
+    out, config = io.StringIO(), load_config(str(tiny_config))
     model = dataclasses.replace(config.model, init_from=str(dream))
     train._show_first_batch(dataclasses.replace(config, model=model), Console(file=out, width=200))
     assert BEFORE in out.getvalue()

@@ -1,16 +1,11 @@
 """Tests debug mode, and the check that a model can learn one batch by heart."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxblock import build
-from jaxblock.cli import main
 from jaxblock.fit import shapes
 from jaxblock.models.config import ModelConfig
 from jaxblock.models.families import registry
@@ -19,7 +14,7 @@ from jaxblock.training.guard.debug import NanFinder, not_finite
 from tests import runs
 
 
-def test_nan_finder_names_the_first_bad_layer_under_grad_and_vmap() -> None:
+def test_nan_finder_names_the_first_bad_layer_under_grad_and_vmap():
     model = ModelConfig(d_model=8, n_layers=3, n_heads=2, mlp_dim=8)
     arch = registry.architecture_from_config(model, vocab_size=9, mask_id=8, eos_id=1)
     finder = NanFinder()
@@ -38,28 +33,23 @@ def test_nan_finder_names_the_first_bad_layer_under_grad_and_vmap() -> None:
 
 
 @pytest.mark.slow
-def test_debug_mode_compiles_no_step_and_shows_the_batch(
-    tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def never(*arguments: object) -> None:
-        raise AssertionError("a step was compiled")
-
-    monkeypatch.setattr(shapes, "jit_step", never)
-    command = ["train", "--config", str(tiny_config), "--train.steps", "2", *runs.QUIET, "--train.out"]
-    assert main([*command, str(tmp_path / "run"), "--train.debug"]) == 0
-    shown = capsys.readouterr().err
+def test_debug_mode_compiles_no_step_and_shows_the_batch(tiny_config, tmp_path, ran, monkeypatch):
+    command = f"train --config {tiny_config} --train.steps 2 {' '.join(runs.QUIET)} --train.out {tmp_path}"
+    with monkeypatch.context() as patch:
+        patch.setattr(shapes, "jit_step", lambda *arguments: pytest.fail("a step was compiled"))
+        shown = ran(f"{command}/run --train.debug").err
     assert "block 0" in shown and "masked, weight" in shown
-    monkeypatch.undo()
-    assert main([*command, str(tmp_path / "jitted")]) == 0
+    ran(f"{command}/jitted")
     slow, jitted = runs.rows(tmp_path / "run"), runs.rows(tmp_path / "jitted")
     assert [row["step"] for row in slow] == [1, 2]
     np.testing.assert_allclose([row["loss"] for row in jitted], [row["loss"] for row in slow], rtol=1e-5)
 
 
 @pytest.mark.slow
-def test_one_batch_can_be_learnt_by_heart(tiny_config: Path, tmp_path: Path) -> None:
-    flags = ["--train.overfit_one_batch", "--train.out", str(tmp_path / "run"), "--train.log_every", "20", *runs.QUIET]
-    flags += ["--method.draws", "4", "--optimizer.lr", "0.01", "--model.d_model", "32", "--train.steps", "300"]
-    assert main(["train", "--config", str(tiny_config), *flags]) == 0
-    losses = [row["loss"] for row in runs.rows(tmp_path / "run")]
+def test_one_batch_can_be_learnt_by_heart(tiny_config, tmp_path, ran):
+    flags = (
+        f"--train.overfit_one_batch --train.log_every 20 {' '.join(runs.QUIET)} --method.draws 4 --optimizer.lr 0.01"
+    )
+    ran(f"train --config {tiny_config} --train.out {tmp_path} {flags} --model.d_model 32 --train.steps 300")
+    losses = [row["loss"] for row in runs.rows(tmp_path)]
     assert losses[0] > 1 and losses[-1] < 0.01, losses

@@ -1,14 +1,22 @@
-"""Real processes train as one (launch/local_pod.sh): the same draws and losses, one run folder, one stop for all."""
+"""Real processes train as one (launch/local_pod.sh): the same draws and losses, one run folder, one stop for all.
 
-from __future__ import annotations
+    python -m tests.training.test_processes LINES STOP train --config FILE ...
 
+trains, and writes down what no metric shows. Process 0 writes a line of JSON to LINES for the state that the run begins with
+and for each step: ``step``, ``state`` (SHA-256 of parameters, optimizer state and average), and of the step before it
+``drawn`` (of ids, lengths, draws and noise of the global batch) and ``loss``. After STOP (0: never) the last process sends
+itself SIGTERM.
+"""
+
+import hashlib
+import itertools
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +24,18 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import process_drift
+from jaxblock.cli import main
 from jaxblock.data.loader import Batch, BatchAt
 from jaxblock.data.store.records import Record
 from jaxblock.diffusion.config import CanvasConfig
+from jaxblock.parallel import rules
+from jaxblock.training import loop
 from jaxblock.training.observe.goodput import CAUSES
+from jaxblock.training.session import Session
+from jaxblock.training.step import Step
 from tests import runs
-from tests.training.recorded_run import draws
 
 ROOT = Path(__file__).parents[2]
-POD = ROOT / "launch" / "local_pod.sh"
 
 
 def _losses(run: Path) -> list[tuple[int, float]]:
@@ -33,56 +43,30 @@ def _losses(run: Path) -> list[tuple[int, float]]:
 
 
 def _group(processes: int, *command: str) -> list[str]:
-    return [str(POD), str(processes), "--devices", str(8 // processes), "--", sys.executable, "-m", *command]
-
-
-@pytest.mark.slow
-def test_two_processes_of_four_devices_are_one_of_eight(tmp_path: Path) -> None:
-    (found,) = process_drift.compare(tmp_path, [(1, 8), (2, 4)], steps=20, d=16, layers=2)
-    assert found["drawn_equal"] == 20  # ids, lengths, draws and noise of every step, bit for bit
-    assert found["loss_step_1"] <= 1e-6
-    assert found["loss_worst"] <= 1e-4  # 0 was measured after 100 steps (docs/benchmarks.md)
-
-
-@pytest.mark.slow
-def test_ctrl_c_to_one_stops_all_at_one_step(tiny_config: Path, tmp_path: Path) -> None:
-    """Process 1 alone is told. (What other numbers of processes do with its checkpoint: the four processes below.)"""
-    run, pids, said = tmp_path / "group", {}, []
-    flags = ["train", "--config", str(tiny_config), "--train.out", str(run), *runs.QUIET, "--train.log_every", "2"]
-    with subprocess.Popen(_group(2, "jaxblock", *flags), cwd=ROOT, stderr=subprocess.PIPE, text=True) as group:
-        assert group.stderr is not None
-        for line in group.stderr:
-            said.append(line)
-            if found := re.match(r"process (\d) is (\d+)", line):
-                pids[found[1]] = int(found[2])
-            if "step 10/" in line:
-                os.kill(pids["1"], signal.SIGINT)
-    text = "".join(said)
-    assert group.returncode == 130 and "ending the others" not in text and "and saved" in text, text
-    last = _losses(run)[-1][0]
-    assert 10 <= last < 120 and (run / "checkpoints" / str(last)).is_dir()
+    pod = [str(ROOT / "launch" / "local_pod.sh"), str(processes), "--devices", str(8 // processes)]
+    return [*pod, "--", sys.executable, "-m", *command]
 
 
 def _recorded(
     config: Path, processes: int, run: Path, stop: int, *flags: str, **variables: str
-) -> tuple[list[dict[str, Any]], str]:
-    """Trains one more part of a run; returns what recorded_run notes of it, and what was printed."""
+) -> tuple[dict[int, dict[str, Any]], str]:
+    """Trains one more part of a run; returns what is noted of each of its steps, and what was printed."""
     lines = run.parent / f"{run.name}-{processes}.jsonl"
-    command = ["tests.training.recorded_run", str(lines), str(stop), "train", "--config", str(config)]
+    command = ["tests.training.test_processes", str(lines), str(stop), "train", "--config", str(config)]
     command += ["--train.out", str(run), "--train.log_every", "1", *runs.QUIET, *flags]
     how: Any = {"env": os.environ | variables, "cwd": ROOT, "capture_output": True, "text": True, "timeout": 400}
     done = subprocess.run(_group(processes, *command), **how)
     assert done.returncode == (143 if stop else 0), done.stderr
-    return [json.loads(line) for line in lines.read_text().splitlines()], done.stderr
+    return {row["step"]: row for row in map(json.loads, lines.read_text().splitlines())}, done.stderr
 
 
 @pytest.mark.slow
-def test_four_processes_are_stopped_and_two_and_one_go_on_exactly(tiny_config: Path, tmp_path: Path) -> None:
+def test_four_processes_are_stopped_and_two_and_one_go_on_exactly(tiny_config, tmp_path):
     """Trains on 4 x 2 devices, then on 2 x 4 and 1 x 8, each with parameters split another way; after 1 x 8 on 2 x 4 again."""
 
     def part(processes: int, run: Path, stop: int, fsdp: int) -> dict[int, dict[str, Any]]:
-        flags = ["--train.fsdp", str(fsdp), "--train.save_every", "6", "--optimizer.ema", "0.9"]
-        return {row["step"]: row for row in _recorded(tiny_config, processes, run, stop, *flags)[0]}
+        flags = f"--train.fsdp {fsdp} --train.save_every 6 --optimizer.ema 0.9".split()
+        return _recorded(tiny_config, processes, run, stop, *flags)[0]
 
     run, copy = tmp_path / "run", tmp_path / "copy"
     four = part(4, run, 9, fsdp=4)
@@ -114,7 +98,7 @@ def test_four_processes_are_stopped_and_two_and_one_go_on_exactly(tiny_config: P
 
 
 @pytest.mark.parametrize("kind", ["per_sequence", "pairs"])
-def test_each_process_reads_only_its_rows(kind: Any) -> None:
+def test_each_process_reads_only_its_rows(kind):
     class Counted(list[Record]):
         def __getitem__(self, index: Any) -> Any:
             read.append(index)
@@ -138,13 +122,12 @@ def test_each_process_reads_only_its_rows(kind: Any) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_share_trackers_time_and_traces(tiny_config: Path, tmp_path: Path) -> None:
-    wandb, _ = pytest.importorskip("wandb"), pytest.importorskip("tensorboardX")
-    assert wandb.__version__
+def test_two_processes_share_trackers_time_and_traces(tiny_config, tmp_path):
+    pytest.importorskip("wandb"), pytest.importorskip("tensorboardX")
     homes = {name: str(tmp_path / name) for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR")}
     flags = ["--train.tensorboard", "--train.wandb", "offline", "--profile", "4", "5", "--train.steps", "12"]
-    _, said = _recorded(tiny_config, 2, tmp_path / "run", 0, *flags, **homes)
     run = tmp_path / "run"
+    _, said = _recorded(tiny_config, 2, run, 0, *flags, **homes)
     # Process 0 alone writes what is one file for all; each of the two writes its own trace.
     assert len(list((run / "tensorboard").iterdir())) == 1
     assert len(list((run / "wandb").glob("offline-run-*"))) == 1 and (run / "wandb.json").exists()
@@ -153,3 +136,57 @@ def test_two_processes_share_trackers_time_and_traces(tiny_config: Path, tmp_pat
     assert traces == ["process-0", "process-1"]
     assert said.count("the trace is in") == said.count("goodput ") == 1
     assert set(runs.rows(run, "goodput")[-1]["seconds"]) == set(CAUSES)
+
+
+def digest(tree: Any) -> str:
+    """Returns the SHA-256 of all leaves, which are whole in every process."""
+    return hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree))).hexdigest()
+
+
+def draws(session: Session) -> Callable[[Any, int], str]:
+    """Returns a function of a batch on the mesh and a step to the digest of the batch and of all that is drawn for it."""
+    objective, whole = session.learner.objective, rules.replicated(session.mesh)
+
+    def everything(batch: Any, step: Any) -> Any:
+        return batch, objective.draw(batch, objective.canvas(batch), step)
+
+    compiled = jax.jit(everything, out_shardings=whole)
+    return lambda batch, step: digest(compiled(batch, step))
+
+
+def recorded(session: Session, step_fn: Step, file: Path, stop: int) -> Step:
+    """Returns the step with a recorder around it."""
+    whole = jax.jit(lambda tree: tree, out_shardings=rules.replicated(session.mesh))
+    drawn, counter = draws(session), itertools.count(session.step)
+
+    def note(state: Any, **row: Any) -> None:
+        row["state"] = digest(whole((state.params, state.opt_state, state.average)))
+        if jax.process_index() == 0:
+            with file.open("a") as lines:
+                lines.write(json.dumps(row) + "\n")
+
+    def recorded_step(state: Any, batch: Any, frozen: Any) -> Any:
+        step = next(counter)
+        found = drawn(batch, step)
+        state, metrics = step_fn(state, batch, frozen)
+        total, weight = metrics.losses.loss
+        note(state, step=step + 1, drawn=found, loss=float(total) / float(weight))
+        if step + 1 == stop and session.process_index == session.process_count - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return state, metrics
+
+    note(session.state, step=session.step)
+    return recorded_step
+
+
+if __name__ == "__main__":
+    lines, stop_at, *rest = sys.argv[1:]
+    run = loop.run
+
+    def recorded_loop(session: Session, step_fn: Step, *others: Any) -> Any:
+        with jax.set_mesh(session.mesh):
+            step_fn = recorded(session, step_fn, Path(lines), int(stop_at))
+        return run(session, step_fn, *others)
+
+    loop.run = recorded_loop
+    sys.exit(main(rest))

@@ -1,7 +1,5 @@
 """Repeats twelve updates on the published script's batches: losses, gradient norms, learning rates, final weights."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path
@@ -61,10 +59,10 @@ def _batch(batches: dict[str, np.ndarray], step: int, block: int) -> tuple[Canva
     ids, prompt_len, end, active, flags = (batches[name][step].astype(np.int32) for name in names)
     rows, text = len(ids), end - prompt_len
     full, index = np.full(rows, WIDTH, np.int32), np.arange(rows, dtype=np.int32)
-    canvas = Canvas(ids, prompt_len, full, text, -(-text // block), index)  # type: ignore[arg-type]
+    canvas = Canvas(ids, prompt_len, full, text, -(-text // block), index)
     at = (prompt_len + active * block)[:, None] + np.arange(block)
     masked = np.take_along_axis(np.pad(flags, ((0, 0), (0, block))), at, axis=1) > 0
-    return canvas, Draw(active, masked, np.float32(1.0 / np.maximum(masked.sum(-1), 1)))  # type: ignore[arg-type]
+    return canvas, Draw(active, masked, np.float32(1.0 / np.maximum(masked.sum(-1), 1)))
 
 
 class Replay(Objective):
@@ -83,21 +81,15 @@ def _replay(model: jaxblock.Model, run: dict[str, Any]) -> Replay:
 
 def _optimizer_config(run: dict[str, Any]) -> OptimizerConfig:
     late = run["schedule"] == "log, engine order"
-    return OptimizerConfig(
-        lr=run["peak_lr"],
-        schedule="deepspeed_cosine",
-        warmup="log" if late else "linear",
-        warmup_floor=run["min_ratio"],
-        warmup_steps=run["warmup_steps"],
-        scheduler_steps="after_update" if late else "before_update",
-        final_ratio=run["cos_min_ratio"],
-        weight_decay=run["weight_decay"],
-        decay="all",
-        b1=run["betas"][0],
-        b2=run["betas"][1],
-        eps=run["eps"],
-        clip_norm=run["clip"],
+    names = {"lr": "peak_lr", "warmup_floor": "min_ratio", "final_ratio": "cos_min_ratio", "clip_norm": "clip"}
+    names |= {name: name for name in ("warmup_steps", "weight_decay", "eps")}
+    order = (
+        {"warmup": "log", "scheduler_steps": "after_update"}
+        if late
+        else {"warmup": "linear", "scheduler_steps": "before_update"}
     )
+    fields = {ours: run[theirs] for ours, theirs in names.items()} | order
+    return OptimizerConfig(schedule="deepspeed_cosine", decay="all", b1=run["betas"][0], b2=run["betas"][1], **fields)
 
 
 def _follow(golden: Golden, run: dict[str, Any], model: jaxblock.Model) -> Params:
@@ -133,7 +125,7 @@ def _assert_stored(params: Params, table: Table, stored: dict[str, np.ndarray], 
     assert not stored
 
 
-def test_the_batches_are_what_the_paper_context_shows(golden: Golden, model: jaxblock.Model) -> None:
+def test_the_batches_are_what_the_paper_context_shows(golden, model):
     layout = _layout(model, 8)
     show = jax.jit(lambda canvas, draw: corrupt(layout, canvas, draw)[0])
     for step in range(STEPS):
@@ -145,12 +137,12 @@ def test_the_batches_are_what_the_paper_context_shows(golden: Golden, model: jax
 @pytest.mark.parametrize(
     "name", [pytest.param("full_wd0", marks=pytest.mark.slow), "full_wd0.1", "full_engine_order_log_warmup"]
 )
-def test_full_parameter_trajectory(golden: Golden, model: jaxblock.Model, name: str) -> None:
+def test_full_parameter_trajectory(golden, model, name):
     params = _follow(golden, golden.runs[name], model)
     _assert_stored(params, model.net.param_table, load_file(golden.folder / f"{name}.final.safetensors"))
 
 
-def test_lora_trajectory(golden: Golden, model: jaxblock.Model, tmp_path: Path) -> None:
+def test_lora_trajectory(golden, model, tmp_path):
     """Trains PEFT's initial adapters, and compares the final ones, the merged matrices, and the merged network's logits."""
     run = golden.runs["lora"]
     config = {"peft_type": "LORA", "r": run["r"], "lora_alpha": run["alpha"], "target_modules": run["targets"]}
