@@ -62,6 +62,16 @@ MUTANTS = [
     Mutant("folder-loaded-on-one-device", "jaxblock/loading.py",
            'devices = _all_devices(arch, None) if mesh == "all" else mesh', "devices = None",
            "tests/test_many_devices.py::test_the_verbs_use_all_devices_and_write_what_one_device_writes"),
+    # The decoder's caches and windows.
+    Mutant("stale-values-not-replaced", "jaxblock/models/layers.py",
+           "overlay(cached.k, k, first), overlay(cached.v, v, first)", "overlay(cached.k, k, first), cached.v",
+           "tests/diffusion/test_cache.py::test_one_layer_has_no_stale_keys[dual-same_position-quota]"),
+    Mutant("part-without-the-position-before", "jaxblock/diffusion/decoding/passes.py",
+           'return 1 if layout.alignment == "shifted" and options.quirks == "none" else 0', "return 0",
+           "tests/diffusion/test_cache.py::test_one_layer_has_no_stale_keys[dual-shifted-threshold]"),
+    Mutant("window-cut-off", "jaxblock/diffusion/canvas.py",
+           "room + (block + 1) * layout.block + layout.suffix_window)", "room + (block + 1) * layout.block)",
+           "tests/diffusion/test_cache.py::test_positions_past_the_window_are_not_computed[prefix-4]"),
     # Data.
     Mutant("prompt-no-prefix", "jaxblock/data/tokens/encoding.py",
            "if ids[: len(prompt_ids)] == prompt_ids:", "if prompt_ids:",

@@ -163,6 +163,10 @@ class Transformer:
             part: the positions to compute, and their tokens.
             cache: the keys and values of all positions.
         """
+        if self.mask == "causal":
+            raise ValueError(
+                "a cache needs a bidirectional network: a causal mask would take the part's first query for the canvas's"
+            )
         (rows, width), canvas = part.ids.shape, cache.k.shape[2]
         everywhere = jnp.broadcast_to(jnp.arange(canvas, dtype=jnp.int32), (rows, canvas))
         whole = self._rotation(everywhere, part.length)

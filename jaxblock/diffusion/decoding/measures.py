@@ -23,6 +23,13 @@ class Measure(NamedTuple):
     confidence: Callable[[Array], Array]
 
 
+def best_token(logits: Float[Array, "*rows V"]) -> Int[Array, "*rows"]:
+    """Returns the first token with the largest logit, as ``argmax`` does, which XLA's CPU compiler does not vectorise."""
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    ids = jnp.arange(logits.shape[-1], dtype=jnp.int32)
+    return jnp.min(jnp.where((logits == top) | jnp.isnan(logits), ids, logits.shape[-1] - 1), axis=-1)
+
+
 def surprise(logits: Float[Array, "*rows V"], token: Int[Array, "*rows"]) -> Float[Array, "*rows"]:
     """Returns -log softmax(logits)[token], as a sum that keeps its precision when the token is nearly certain.
 
@@ -33,11 +40,10 @@ def surprise(logits: Float[Array, "*rows V"], token: Int[Array, "*rows"]) -> Flo
     Returns:
         Nats; infinite where the token's logit is -inf.
     """
-    best = jnp.argmax(logits, axis=-1)
-    top = jnp.max(logits, axis=-1)
-    others = jnp.where(jnp.arange(logits.shape[-1]) == best[..., None], -jnp.inf, logits)
-    rest = jnp.sum(jnp.exp(others - top[..., None]), axis=-1)
-    return (top - _at(logits, token)) + jnp.log1p(rest)
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    behind = jnp.sum(jnp.where(logits < top, jnp.exp(logits - top), 0), axis=-1)
+    ties = jnp.sum(logits == top, axis=-1) - 1  # tokens beside the best that are as probable
+    return (top[..., 0] - _at(logits, token)) + jnp.log1p(behind + ties)
 
 
 def margin_surprise(logits: Float[Array, "*rows V"], mask_id: int) -> Float[Array, "*rows"]:
@@ -53,7 +59,7 @@ def margin_surprise(logits: Float[Array, "*rows V"], mask_id: int) -> Float[Arra
         Nats; infinite where there is no lead.
     """
     ids = jnp.arange(logits.shape[-1])
-    best = jnp.argmax(jnp.where(ids == mask_id, -jnp.inf, logits), axis=-1)
+    best = best_token(jnp.where(ids == mask_id, -jnp.inf, logits))
     runner_up = jnp.max(jnp.where(ids == best[..., None], -jnp.inf, logits), axis=-1)
     # p1 - p2 = p1 (1 - e^(l2 - l1)). Leads near 1 are equal in float32 as differences, but not as logarithms.
     behind = jnp.minimum(runner_up - _at(logits, best), 0.0)

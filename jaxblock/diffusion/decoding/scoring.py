@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float
 
 from jaxblock.diffusion.canvas import Layout
 from jaxblock.diffusion.decoding.config import DecodeConfig
+from jaxblock.diffusion.decoding.measures import best_token
 from jaxblock.diffusion.decoding.rules import RULES
 from jaxblock.diffusion.decoding.transfer import Scores
 
@@ -59,15 +60,17 @@ def candidates(options: DecodeConfig, mask_id: int, logits: Float[Array, "*rows 
         mask_id: the mask token.
         logits: float32 or wider.
     """
-    ids = jnp.arange(logits.shape[-1])
     if options.temperature > 0:
         logits = logits / options.temperature
-    best = ids == jnp.argmax(jnp.where(ids == mask_id, -jnp.inf, logits), axis=-1)[..., None]
     left = logits
     if options.top_p is not None and options.top_p < 1:
         left = jnp.where(keep_top_p(left, options.top_p), left, -jnp.inf)
     if options.top_k is not None:
         left = jnp.where(keep_top_k(left, options.top_k), left, -jnp.inf)
+    if left is logits:
+        return logits
+    ids = jnp.arange(logits.shape[-1])
+    best = ids == best_token(jnp.where(ids == mask_id, -jnp.inf, logits))[..., None]
     return jnp.where(best, logits, left)
 
 
@@ -98,7 +101,7 @@ def score(
         # LLaDA takes the argmax of exp(l) / (-log U)^T, which is the argmax of l / T + Gumbel noise. The noise is float32 or
         # wider, since LLaDA notes that a narrower type is biased.
         pick = pick + _gumbel(keys, _TOKEN, pick)
-    token = jnp.argmax(pick, axis=-1).astype(jnp.int32)
+    token = best_token(pick)
     measure = rule.measure
     if measure is None:
         chance = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, _CHANCE), token.shape[1:]))(keys)
