@@ -69,7 +69,7 @@ def check_any_file(content: str) -> None:
             assert is_refused_clearly(error), str(error)
 
 
-QUICK = settings(max_examples=150, deadline=10_000, suppress_health_check=[HealthCheck.too_slow])
+QUICK = settings(max_examples=60, deadline=10_000, suppress_health_check=[HealthCheck.too_slow])
 LONG = settings(QUICK, max_examples=5000)
 
 

@@ -150,23 +150,22 @@ def build_truth(net, params, layout, texts, most=64):
     return Truth(layout, canvas, rows, n, table(nll), table(grad))
 
 
-@pytest.fixture(scope="session")
-def truth_of():
-    """``build_truth``."""
-    return build_truth
-
-
 TEXTS = {"aligned": ([1, 0, 6, 2, 2, 10, EOT], [5, 3, 1, EOT]), "paper": ([1, 0, 6, 2, 2, 10, 4, EOT], [5, 3, 1, EOT])}
 
 
 @pytest.fixture(scope="session")
 def truths():
-    """(net, params, {name: Truth with gradients}): K_i = 3 and 2, filled blocks (aligned) and short ones (paper)."""
+    """(net, params, {name: Truth with gradients}): K_i = 3 and 2, filled blocks (aligned) and short ones (paper).
+
+    The last is about a network whose attention does nothing, so that the order of commits cannot matter.
+    """
     with jax.enable_x64(True):
         net, params = make_net()
         layouts = {name: make_layout(name) for name in ("aligned", "paper")}
         layouts["shifted"] = make_layout(alignment="shifted")
         made = {name: build_truth(net, params, lay, TEXTS[lay.context]) for name, lay in layouts.items()}
+        order_free = params | {"blocks": params["blocks"] | {"o": 0 * params["blocks"]["o"]}}
+        made["order_free"] = build_truth(net, order_free, layouts["aligned"], TEXTS["aligned"])
         return net, params, made
 
 

@@ -86,7 +86,7 @@ TRANSFERS = {
 
 
 @pytest.mark.parametrize("name", TRANSFERS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_any_rule_commits_the_best_and_only_what_is_eligible(name, data):
     """So every step of every rule makes progress, and a decoder of at most B steps a block ends."""

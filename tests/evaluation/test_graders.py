@@ -50,9 +50,7 @@ def test_what_is_extracted_and_expected():
     assert graded == (True, "1,234.", "1234", None)
     assert GRADERS["gsm8k_strict"]("The answer is 4", REFERENCE).extracted is None
     assert GRADERS["gsm8k_flexible"]("4 then -12", REFERENCE).extracted == "-12"
-
-
-def test_nothing_extracted_is_never_correct():
+    # Nothing extracted is never correct.
     assert not GRADERS["gsm8k_strict"]("", "").correct and not GRADERS["gsm8k_flexible"]("none", "none").correct
 
 
@@ -72,36 +70,14 @@ def record(prompt: str = "?", response: str = "#### 18", fields_json: str = "") 
 
 
 USERS = """import numpy as np
-
 from jaxblock.evaluation.graders import Graded
-
-
-def says(response, reference, record):
-    return response == f"{record.prompt} {reference}"
-
-
-def numpy_bool(response, reference, record):
-    return np.equal(len(response), 1)
-
-
-def whole_grade(response, reference, record):
-    return Graded(True, "a", "b")
-
-
-def divides(response, reference, record):
-    return 1 / 0 > 1
-
-
-def leaves(response, reference, record):
-    raise SystemExit
-
-
-def half(response, reference, record):
-    return 0.5
-
-
-def of_two(response, reference):
-    return True
+def says(response, reference, record): return response == f"{record.prompt} {reference}"
+def numpy_bool(response, reference, record): return np.equal(len(response), 1)
+def whole_grade(response, reference, record): return Graded(True, "a", "b")
+def divides(response, reference, record): return 1 / 0 > 1
+def leaves(response, reference, record): raise SystemExit
+def half(response, reference, record): return 0.5
+def of_two(response, reference): return True
 """
 
 
@@ -141,8 +117,8 @@ def test_a_function_of_the_user_grades_with_the_record_at_hand(users):
         ("users.py:of_two", r"must take \(response, reference, record\)"),
         ("unfinished.py:f", r"SyntaxError.*unfinished\.py.*3"),
         ("failing.py:f", r"KeyError: 'no key' \(.*failing\.py:2\)"),
-        ("users.py:divides", r"train\.jsonl:17: .*users\.py:divides failed: ZeroDivisionError.*users\.py:19\)$"),
-        ("users:leaves", r"train\.jsonl:17: .*failed: SystemExit.*users\.py:23\)$"),
+        ("users.py:divides", r"train\.jsonl:17: .*users\.py:divides failed: ZeroDivisionError.*users\.py:6\)$"),
+        ("users:leaves", r"train\.jsonl:17: .*failed: SystemExit.*users\.py:7\)$"),
         ("users.py:half", r"train\.jsonl:17: .*returned 0\.5 \(float\): return True or False"),
     ],
 )

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -19,60 +20,43 @@ from jaxblock.models.families import registry
 from jaxblock.models.linear.lora import Lora, adapter_table, attach, merge
 from jaxblock.models.spec import flatten
 from jaxblock.models.transformer import Transformer
-from jaxblock.types import Params
 from tests.huggingface.breaking import Break, fields, tensors
 from tests.models.networks import random_params
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
-def random_adapters(arch: Any, lora: Lora) -> Params:
-    """Makes adapters with two random matrices: PEFT (and we) begin with b = 0, which would hide every mistake."""
-    return jax.device_put(random_params(adapter_table(registry.param_table(arch), lora)))
-
-
-def logits(net: Transformer, params: Params, ids: np.ndarray) -> np.ndarray:
-    positions = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
-    length = np.full(len(ids), ids.shape[1], np.int32)
-    return np.asarray(jax.jit(net.all_logits)(params, np.asarray(ids, np.int32), positions, length))
-
-
-@pytest.fixture
-def golden(shared, tmp_path):
-    """Writes the fixture's adapters as PEFT stores them (the fixture leaves out the wrapper's prefix)."""
-    folder = tmp_path / "golden"
-    folder.mkdir()
-    stored = load_file(shared / "golden" / "train" / "lora.final.safetensors")
-    save_file({f"base_model.model.{name}": value for name, value in stored.items()}, folder / WEIGHTS)
+def test_the_reference_adapters_unmerged_merged_and_written_back(shared, tmp_path):
+    trained, golden = shared / "golden" / "train", tmp_path / "golden"
+    golden.mkdir()
+    # As PEFT stores them: the fixture leaves out the wrapper's prefix.
+    stored = load_file(trained / "lora.final.safetensors")
+    save_file({f"base_model.model.{name}": value for name, value in stored.items()}, golden / WEIGHTS)
     config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "bias": "none"}
     config["target_modules"] = ["q_proj", "k_proj", "v_proj", "up_proj"]
-    (folder / CONFIG).write_text(json.dumps(config))
-    return folder
-
-
-def test_the_reference_adapters_unmerged_merged_and_written_back(shared, golden, tmp_path):
+    (golden / CONFIG).write_text(json.dumps(config))
     arch, base = load_checkpoint(shared / "golden" / "forward" / "llada_mha")
     lora, adapters = peft.load_adapter(golden, arch)
     table = registry.param_table(arch)
     assert lora == Lora(8, 16.0, 0.0, ("blocks/q", "blocks/k", "blocks/v", "blocks/up"))
     both = attach(base, adapters)
-    oracle = np.load(shared / "golden" / "train" / "lora.merged_logits.npz")
+    oracle = np.load(trained / "lora.merged_logits.npz")
+    ids = oracle["noisy_ids"].astype(np.int32)
+    positions = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
+    length = np.full(len(ids), ids.shape[1], np.int32)
     merged = jax.device_get(jax.jit(merge, static_argnums=1)(both, lora))
     for net, params in ((Transformer(arch, lora=lora), both), (Transformer(arch), merged)):
-        got = logits(net, params, oracle["noisy_ids"])
+        got = jax.jit(net.all_logits)(params, ids, positions, length)
         assert np.abs(got - oracle["logits"]).max() <= 2e-5 * np.abs(oracle["logits"]).max()
-    for name, want in load_file(shared / "golden" / "train" / "lora.merged.safetensors").items():
+    for name, want in load_file(trained / "lora.merged.safetensors").items():
         places = ((path, layer) for path in table for layer in range(2))
         path, layer = next(at for at in places if table[at[0]].hf_name.format(layer=at[1]) == name)
         np.testing.assert_allclose(flatten(merged)[path][layer].T, want, rtol=1e-6, atol=1e-7)
 
     peft.save_adapter(tmp_path / "out", arch, lora, adapters, base="GSAI-ML/LLaDA-8B-Instruct")
-    before, after = load_file(golden / WEIGHTS), load_file(tmp_path / "out" / WEIGHTS)
-    assert before.keys() == after.keys()
-    assert all(before[name].tobytes() == after[name].tobytes() for name in before)
+    chex.assert_trees_all_equal(load_file(golden / WEIGHTS), load_file(tmp_path / "out" / WEIGHTS))
     assert peft.is_adapter(tmp_path / "out") and peft.read_base_name(tmp_path / "out") == "GSAI-ML/LLaDA-8B-Instruct"
-    again = peft.load_adapter(tmp_path / "out", arch)
-    assert again[0] == lora
+    assert peft.load_adapter(tmp_path / "out", arch)[0] == lora
     with pytest.raises(UserError, match="exists"):
         peft.save_adapter(tmp_path / "out", arch, lora, adapters, base=None)
 
@@ -81,12 +65,8 @@ def test_target_names_hit_the_adapted_modules_and_no_others(small, tmp_path):
     """PEFT's own rule is applied: a list matches last components, a string is a regular expression of the whole name."""
     for family, tied in (("llada", False), ("llada", True), ("dream", False)):
         table = registry.param_table(small(family, tie_embeddings=tied)[0])
-        modules = {
-            name.removesuffix(".weight"): path
-            for path, spec in table.items()
-            for name in tensor_names(spec)
-            if name.endswith(".weight")
-        }
+        names = ((name, path) for path, spec in table.items() for name in tensor_names(spec))
+        modules = {name.removesuffix(".weight"): path for name, path in names if name.endswith(".weight")}
         every = tuple(f"blocks/{name}" for name in ("q", "k", "v", "o", "gate", "up", "down"))
         for targets in (("blocks/q", "blocks/v"), ("blocks/down",), ("blocks/q", "blocks/o", "blocks/down"), every):
             found = peft.target_modules(table, Lora(2, 4.0, 0.0, targets))
@@ -235,7 +215,8 @@ def test_what_is_no_adapter_of_this_base(small, tmp_path, case):
     break_it, message = CASES[case]
     arch, _ = small("llada")
     lora = Lora(4, 8.0, 0.1, ("blocks/q", "blocks/down"))
-    peft.save_adapter(tmp_path / "out", arch, lora, random_adapters(arch, lora), base=None)
+    adapters = jax.device_put(random_params(adapter_table(registry.param_table(arch), lora)))
+    peft.save_adapter(tmp_path / "out", arch, lora, adapters, base=None)
     with pytest.raises(UserError, match="say where the base is"):
         peft.read_base_name(tmp_path / "out")
     break_it(tmp_path / "out")

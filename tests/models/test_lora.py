@@ -36,20 +36,6 @@ def gradient(net: Transformer, base: Params, own: Params, view: View) -> jax.Arr
     return jnp.sum(jnp.sin(net.hidden(lora.attach(base, own), view)))
 
 
-@pytest.fixture(scope="module")
-def int8_weights():
-    """Returns the base in int8, and the same whole numbers as ordinary weights."""
-    flat = flatten(BASE)
-    matrices = {path: flat[path] for path in flat if int8.quantised(TABLE[path])}
-    quantised = jax.device_get(jax.jit(lambda matrices: jax.tree.map(int8.quantise, matrices))(matrices))
-    whole = {path: numbers * scale[:, None, :] for path, (numbers, scale) in quantised.items()}
-    for path, (numbers, scale) in quantised.items():
-        assert (np.abs(whole[path] - flat[path]) <= scale[:, None, :] * 0.5001).all()
-        assert np.abs(numbers).max() == 127
-    stored = {path: pair[0] for path, pair in quantised.items()} | {p + int8.SCALE: q[1] for p, q in quantised.items()}
-    return nest(flat | stored), nest(flat | whole)
-
-
 def test_a_branch_is_what_the_merged_matrix_does():
     params = lora.attach(BASE, ADAPTERS)
     merged = lora.merge(params, ADAPTED.lora)
@@ -107,8 +93,16 @@ def test_dropout_keeps_the_mean_and_drops_inputs_of_the_branch_alone():
     assert np.abs(branch[:200, 0, None] - possible).max(-1).min(-1).max() < 1e-4
 
 
-def test_int8_is_near_and_the_network_of_its_whole_numbers(int8_weights):
-    small, whole = int8_weights
+def test_int8_is_near_and_the_network_of_its_whole_numbers():
+    flat = flatten(BASE)
+    matrices = {path: flat[path] for path in flat if int8.quantised(TABLE[path])}
+    quantised = jax.device_get(jax.jit(lambda matrices: jax.tree.map(int8.quantise, matrices))(matrices))
+    stored, numbers = dict(flat), dict(flat)  # the base in int8, and the same whole numbers as ordinary weights
+    for path, (whole, scale) in quantised.items():
+        stored |= {path: whole, path + int8.SCALE: scale}
+        numbers[path] = whole * scale[:, None, :]
+        assert (np.abs(numbers[path] - flat[path]) <= scale[:, None, :] * 0.5001).all() and np.abs(whole).max() == 127
+    small, whole = nest(stored), nest(numbers)
     net = Transformer(ARCH, quantize="int8")
     shapes = {path: (spec.shape, spec.dtype or "float32") for path, spec in net.param_table.items()}
     assert {path: (x.shape, x.dtype.name) for path, x in flatten(small).items()} == shapes
