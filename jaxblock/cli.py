@@ -260,6 +260,9 @@ def _check_no_code(verb: str, config: Config, arguments: Sequence[str]) -> None:
 
 def config_of(options: Any) -> Config:
     """Returns the checked config of a verb's options; sections that the verb does not have keep their defaults."""
+    for field in fields(options):
+        if getattr(options, field.name) == "":
+            raise UserError(f"--{field.name} is empty: give a value, or leave it out")
     sections = _sections(options, Config)
     return check_config(replace(Config(), **sections), sections)
 

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jaxblock import build
 from jaxblock.data.store.manifest import MANIFEST_FILE
 from jaxblock.data.tokens.load import has_tokenizer
-from jaxblock.errors import UserError
+from jaxblock.errors import UserError, shown
 from jaxblock.huggingface import peft
 from jaxblock.huggingface.load import read_architecture
 from jaxblock.io.hub import local_checkpoint
@@ -76,7 +76,10 @@ def load(
     """
     if dtype not in (None, "float32", "bfloat16"):
         raise UserError(f"dtype is {dtype!r}: choose float32 or bfloat16, or None for what is stored")
+    _check_choices(folder, quantize, mask_id, alignment, mesh)
     if run_folder.is_run(folder):
+        if mask_id is not None or alignment is not None:
+            raise UserError(f"{folder} is a run, which records its mask token and alignment: leave them out")
         return _load_run(folder, dtype, base, quantize, step, mesh)
     _check_kind(folder)
     if step != "latest":
@@ -91,6 +94,19 @@ def load(
         arch = with_recorded_end(adapter_folder, peft.with_saved_start(adapter_folder, arch))
     devices = _all_devices(arch, None) if mesh == "all" else mesh
     return _load_checkpoint(weights_folder, adapter_folder, arch, dtype, quantize or "none", devices)
+
+
+def _check_choices(folder: PathLike, quantize: Any, mask_id: Any, alignment: Any, mesh: Any) -> None:
+    """Raises UserError where an argument of ``load`` has a value that it does not take."""
+    for name, value, right, choices in (
+        ("folder", folder, bool(str(folder).strip()), "the path of a checkpoint"),
+        ("quantize", quantize, quantize in (None, *get_args(Quantize)), " or ".join(get_args(Quantize))),
+        ("mask_id", mask_id, mask_id is None or type(mask_id) is int, "a token id"),
+        ("alignment", alignment, alignment in (None, *get_args(Alignment)), " or ".join(get_args(Alignment))),
+        ("mesh", mesh, mesh in (None, "all") or isinstance(mesh, Mesh), "all, or a jax.sharding.Mesh"),
+    ):
+        if not right:
+            raise UserError(f"{name} is {shown(value)}: it must be {choices}")
 
 
 def _check_kind(folder: PathLike) -> None:

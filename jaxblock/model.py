@@ -36,7 +36,7 @@ from jaxblock.diffusion.decoding.config import DecodeConfig
 from jaxblock.diffusion.decoding.queue import Row
 from jaxblock.diffusion.decoding.rules import check_options
 from jaxblock.diffusion.decoding.shapes import BatchShapes, round_up
-from jaxblock.errors import UserError
+from jaxblock.errors import UserError, shown
 from jaxblock.huggingface import peft
 from jaxblock.huggingface.checks import kept_if_right, old_kept_until_right, only_exporter
 from jaxblock.huggingface.companions import Trained
@@ -209,6 +209,8 @@ class Model:
         Raises:
             UserError: there is no tokenizer with a chat template, or ``text_prompt`` refuses a prompt.
         """
+        if not isinstance(prompt, str | list | tuple | np.ndarray):
+            raise UserError(f"generate takes a text, a conversation, or a list of them, not {shown(prompt)}")
         if isinstance(prompt, str) or (len(prompt) and isinstance(prompt[0], Mapping)):
             ids = [self.text_prompt(cast("str | Sequence[Message]", prompt), "the prompt")]
             return next(self.answers(ids, **options)).text
@@ -233,7 +235,8 @@ class Model:
                 "to jaxblock.load(folder).decode(ids) in Python"
             )
         if not isinstance(prompt, str):
-            prompt = checked_messages(list(prompt), "the conversation", "message", where)
+            conversation = list(prompt) if isinstance(prompt, tuple) else prompt
+            prompt = checked_messages(conversation, "the conversation", "message", where)
             if prompt[-1]["role"] != "user":
                 raise UserError(f"{where}: the last message must be the user's, not the {prompt[-1]['role']}'s")
         ids = self.encoder.prompt(prompt, where=where)
@@ -263,8 +266,9 @@ class Model:
 
         def checked() -> Iterator[np.ndarray]:
             for at, prompt in enumerate(prompt_ids):
-                self.check_prompt(prompt, f"prompt {at}", layout)
-                yield np.asarray(prompt, np.int32)
+                ids = as_array(prompt, f"prompt {at}")
+                self.check_prompt(ids, f"prompt {at}", layout)
+                yield ids
 
         for row in self._rows(chosen, list(checked()) if isinstance(prompt_ids, Sequence) else checked()):
             ids = self.text_ids(row.response, **options)
@@ -423,18 +427,19 @@ class Model:
         if len(prompt_ids) != len(response_ids):
             raise UserError(f"{len(prompt_ids)} prompts, but {len(response_ids)} responses: one of each per row")
         prompts = self.prompts(prompt_ids, None, layout)
+        answers = [as_array(response, f"row {at}: the response's ids") for at, response in enumerate(response_ids)]
         # Few widths, so that few programs are compiled.
         rows, lengths = pad_ids(prompts, round_up(max(self.canvas.prompt_len, *map(len, prompts)), 16))
-        for at, response in enumerate(response_ids):
+        for at, response in enumerate(answers):
             if not 1 <= len(response) <= layout.response_len:
                 raise UserError(
                     f"row {at}: a response of {len(response)} tokens; response_len is {layout.response_len}"
                 )
             if layout.mask_id in response:
                 raise UserError(f"row {at}: the response holds the mask token {layout.mask_id}")
-            if min(response) < 0 or max(response) >= self.arch.vocab_size:
+            if response.min() < 0 or response.max() >= self.arch.vocab_size:
                 raise UserError(f"row {at}: the response holds an id outside the vocabulary of {self.arch.vocab_size}")
-        responses, text = pad_ids(response_ids, layout.response_len)
+        responses, text = pad_ids(answers, layout.response_len)
         index = np.arange(len(rows), dtype=np.int32)
         parts = split_filled_rows(self.params, (rows, lengths, responses, text, index))
         static = (self.net, layout, samples or layout.block)

@@ -119,7 +119,12 @@ def _is_text(value: str) -> bool:
 
 
 def setting(
-    default: T, takes: Range | None = None, *, on_resume: OnResume | None = None, common: tuple[Verb, ...] = ()
+    default: T,
+    takes: Range | None = None,
+    *,
+    on_resume: OnResume | None = None,
+    common: tuple[Verb, ...] = (),
+    may_be_empty: bool = False,
 ) -> T:
     """Declares a field of a section.
 
@@ -128,8 +133,10 @@ def setting(
         takes: the numbers that the field accepts; None for whatever its type allows.
         on_resume: whether a resumed run may change the field; None for the default of its section.
         common: the verbs whose short ``--help`` shows the field; ``--help-all`` shows every field.
+        may_be_empty: whether an empty text means something.
     """
-    found: Any = dataclasses.field(default=default, metadata={"takes": takes, "on_resume": on_resume, "common": common})
+    metadata = {"takes": takes, "on_resume": on_resume, "common": common, "may_be_empty": may_be_empty}
+    found: Any = dataclasses.field(default=default, metadata=metadata)
     return found  # typed as T, so that a type checker gives the field the type of its default
 
 
@@ -166,6 +173,8 @@ class Section:
             value = getattr(self, field.name)
             fits = has_type(value, hints[field.name])
             problem = _problem(value, field.metadata.get("takes")) if fits else "its type is another"
+            if isinstance(value, str) and not value.strip() and not field.metadata.get("may_be_empty"):
+                problem = "it is empty: leave it out"
             require(problem is None, f"{self.section_name}.{field.name} is {shown(value)}: {problem}")
 
     @classmethod

@@ -30,6 +30,11 @@ def test_load_sets_the_type(tiny_run):
     assert found.logits([[3, 4]]).dtype == np.float32
     with pytest.raises(UserError, match="choose float32 or bfloat16"):
         jaxblock.load(tiny_run, dtype="float15")
+    with pytest.raises(UserError, match="folder is '': it must be the path of a checkpoint"):
+        jaxblock.load("")
+    for ignored in ({"mask_id": 7}, {"alignment": "shifted"}):
+        with pytest.raises(UserError, match="records its mask token and alignment"):
+            jaxblock.load(tiny_run, **ignored)
 
 
 def test_padding_on_either_side_changes_nothing(model, prompts):
@@ -101,6 +106,13 @@ def test_options_that_make_no_sense(model, prompts, options, message):
         ([[3] * 4090], None, "prompt 0 has 4090 tokens; with 16 for the response it is longer than the model's 4096"),
         (np.array([3, 4]), None, "ids are a batch [B, T], but these have the shape (2,)"),
         (np.array([[3, 4]]), [[1]], "attention_mask has the shape (1, 1), the ids (1, 2)"),
+        (np.array([[3, 4]]), [[2, 1]], "attention_mask must be 1 for real tokens and 0 for padding"),
+        (np.array([[3, 4]]), np.array([[0, -1e9]]), "attention_mask must be 1 for real tokens and 0 for padding"),
+        (np.array([[3, 4, 5]]), [[1, 0, 1]], "padding between the real tokens of row 0"),
+        (np.zeros((1, 0)), None, "the shape (1, 0)"),
+        (np.array([[3.5]]), None, "ids must be token ids, which are whole numbers: array([[3.5]])"),
+        (np.array([[True]]), None, "ids must be token ids"),
+        ([[2**32 + 3]], None, "prompts must be token ids"),
     ],
 )
 def test_prompts_that_make_no_sense(model, ids, mask, message):
@@ -122,6 +134,7 @@ def test_nelbo(model, prompts):
         ([[9999]], "outside the vocabulary"),
         ([[]], "a response of 0 tokens"),
         ([[4] * 17], "a response of 17 tokens; response_len is 16"),
+        ([[2**32 + 4]], "row 0: the response's ids must be token ids"),
         ([[4], [4]], "1 prompts, but 2 responses"),
     ]:
         with pytest.raises(UserError, match=message):

@@ -132,6 +132,8 @@ export --checkpoint {run} --out {folder} | so it is not replaced
 export --checkpoint {run} --out {run} | so it is not replaced
 export --checkpoint {run} --out /proc/x/y | /proc/x
 export --checkpoint {folder} --out {new} | no config.json
+export --checkpoint {run} --out '' | --out is empty
+train --config {config} --train.out '' | train.out is '': it is empty
 """
 
 

@@ -128,7 +128,9 @@ def _build(kind: Any, tree: Any, where: str, prefix: str) -> Any:
     for key, value in tree.items():
         if key not in known:
             name = key[:80] if isinstance(key, str) else shown(key)
-            raise UserError(f"{where}: unknown key {prefix}{name}{_nearest(name, known)}")
+            elsewhere = [f"{room}.{name}" for room, section in _sections() if prefix and name in section]
+            hint = f"; did you mean {' or '.join(elsewhere)}?" if elsewhere else _nearest(name, known)
+            raise UserError(f"{where}: unknown key {prefix}{name}{hint}")
         hint = known[key]
         if dataclasses.is_dataclass(hint):
             # A section's name with nothing under it is an empty section.
@@ -136,6 +138,12 @@ def _build(kind: Any, tree: Any, where: str, prefix: str) -> Any:
         else:
             values[key] = _convert(hint, value, where, prefix + key)
     return kind(**values)
+
+
+def _sections() -> list[tuple[str, set[str]]]:
+    """Lists the sections of a config with the names of their fields."""
+    hints = typing.get_type_hints(Config)
+    return [(name, {entry.name for entry in dataclasses.fields(hint)}) for name, hint in hints.items()]
 
 
 def _nearest(key: str, known: Collection[str]) -> str:

@@ -66,8 +66,8 @@ class DataConfig(Section, name="data"):
     """The seed of the built-in corpus and of the validation split."""
     template: str = setting("chat", common=("prepare",))
     """The chat template: `chat` (LLaDA's header layout), `plain` (Question/Answer), `tokenizer` (the checkpoint's own), or a Jinja file."""
-    system: str | None = None
-    """The system message that is put before every conversation without one of its own; None for none."""
+    system: str | None = setting(None, may_be_empty=True)
+    """The system message that is put before every conversation without one of its own (an empty one too); None for none."""
     tokenizer: str = setting("train", common=("prepare",))
     """`train` fits a SentencePiece model on the training text; else a path to a .model, a tokenizer.json or a folder, or a
     hub name."""

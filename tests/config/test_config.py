@@ -20,6 +20,8 @@ MERGED = "a: &a {x: 1}\n" + "".join(
         ("trian: {steps: 3}", "unknown key trian; did you mean train?"),
         ("train: {step: 3}", "unknown key train.step; did you mean steps?"),
         ("train: {batchsize: 3}", "unknown key train.batchsize; did you mean batch_size?"),
+        ("train: {lr: 3}", "unknown key train.lr; did you mean optimizer.lr?"),
+        ("decode: {block: 3, prompt_len: 3}", "unknown key decode.prompt_len; did you mean canvas.prompt_len?"),
         ("canvas: {zzz: 3}", "unknown key canvas.zzz; known keys: prompt_len, response_len, block"),
         ("method: {law: exact_counts}", "method.law is 'exact_counts'; did you mean exact_count?; choose from exact_"),
         ("train: {resume: no}", "train.resume is False"),  # YAML 1.1's no
