@@ -1,0 +1,54 @@
+"""Defines what both sides of the decoding benchmarks share: sizes, random weights and prompts."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Literal, get_args
+
+import numpy as np
+
+from jaxblock import build
+from jaxblock.models.architecture import Architecture
+from jaxblock.models.config import ModelConfig
+from jaxblock.models.families import registry
+from jaxblock.models.spec import init_params
+from jaxblock.models.transformer import Transformer
+from jaxblock.types import Params
+
+Cache = Literal["none", "prefix", "dual"]
+CACHES: tuple[Cache, ...] = get_args(Cache)
+
+SIZES = {
+    "d": 256,
+    "layers": 6,
+    "vocab": 8_000,
+    "prompt": 64,
+    "response": 128,
+    "block": 32,
+    "steps": 16,
+    "repeat": 5,
+    "threads": 2,
+}
+
+
+def sizes_parser(description: str | None) -> argparse.ArgumentParser:
+    """Returns a parser of the sizes: ``--steps`` are those of a block."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in SIZES.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--head", choices=("block", "all"), default="block", help="where PyTorch computes logits")
+    return parser
+
+
+def network(args: argparse.Namespace) -> tuple[Architecture, Transformer, Params]:
+    """Makes a network of LLaDA's kind with random weights in float32; its last token is the mask."""
+    settings = ModelConfig(d_model=args.d, n_layers=args.layers, n_heads=8, mlp_dim=args.d * 8 // 3 // 8 * 8)
+    arch = registry.architecture_from_config(settings, vocab_size=args.vocab, mask_id=args.vocab - 1, eos_id=1)
+    net = build.network(arch, settings)
+    return arch, net, init_params(net.param_table, 0, "float32")
+
+
+def random_prompts(args: argparse.Namespace, rows: int) -> np.ndarray:
+    """Returns random prompts of one length, int32 [rows, prompt]."""
+    return np.random.default_rng(0).integers(2, args.vocab - 1, (rows, args.prompt), dtype=np.int32)
