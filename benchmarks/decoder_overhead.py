@@ -10,29 +10,18 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxblock import build
+from benchmarks.small_network import network, seconds
 from jaxblock.diffusion import canvas as canvases
 from jaxblock.diffusion.canvas import Layout
 from jaxblock.diffusion.decoding import decoder
 from jaxblock.diffusion.decoding.config import DecodeConfig
-from jaxblock.models.config import ModelConfig
-from jaxblock.models.families import registry
-from jaxblock.models.spec import init_params
 from jaxblock.parallel.host_memory import keep_freed_memory
-
-
-def seconds(call: Callable[[], Any]) -> float:
-    """Returns the wall time of a call in seconds, including the wait for its result."""
-    begin = time.perf_counter()
-    jax.block_until_ready(call())
-    return time.perf_counter() - begin
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
@@ -51,10 +40,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args(argv)
-    settings = ModelConfig(d_model=args.d, n_layers=args.layers, n_heads=8, mlp_dim=args.d * 8 // 3 // 8 * 8)
-    arch = registry.architecture_from_config(settings, vocab_size=args.vocab, mask_id=args.vocab - 1, eos_id=1)
-    net = build.network(arch, settings)
-    params = init_params(net.param_table, 0, "float32")
+    arch, net, params = network(args)
     layout = Layout(args.response, args.block, "same_position", "aligned", None, arch.mask_id, 1, (1,))
     options = DecodeConfig(steps_per_block=args.block, early_stop=False)
     key = jax.random.key(0)

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.decode_sizes import CACHES, Cache, network, random_prompts, sizes_parser
-from benchmarks.step_vs_torch import timed
+from benchmarks.small_network import CACHES, network, random_prompts, seconds, sizes_parser
+from jaxblock.diffusion.decoding.config import CacheName, FactorRule
 from jaxblock.models.architecture import Architecture
 from jaxblock.models.spec import Table, flatten
 from jaxblock.types import Params
@@ -141,10 +141,10 @@ class Options:
     response: int
     block: int
     steps: int
-    cache: Cache = "none"
+    cache: CacheName = "none"
     threshold: float | None = None
     factor: float | None = None
-    factor_rule: Literal["strict", "v1"] = "strict"
+    factor_rule: FactorRule = "strict"
     head: Literal["block", "all"] = "block"
 
     def quota(self, step: int) -> int:
@@ -254,7 +254,7 @@ def _ratio(net: Network, options: Options, prompts: Tensor, args: argparse.Names
     decoded = decode(net, options, prompts)
     replay(net, options, decoded)
     calls: tuple[Any, ...] = (lambda: decode(net, options, prompts), lambda: replay(net, options, decoded))
-    pairs = [tuple(len(decoded.forwards) / timed(call) for call in calls) for _ in range(args.repeat)]
+    pairs = [tuple(len(decoded.forwards) / seconds(call) for call in calls) for _ in range(args.repeat)]
     inside, outside = (statistics.median(column) for column in zip(*pairs, strict=True))
     ratios = sorted(a / b for a, b in pairs)
     print(

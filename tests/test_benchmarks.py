@@ -1,11 +1,13 @@
 """Benchmarks that have a tiny size run at it and measure what they say; their bars are for the real sizes."""
 
 import json
+from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
 
+import jaxblock
 from benchmarks import decoder_overhead, gguf_checkpoint, host_time, load_checkpoint, logits_memory, quickstart_summary
 
 
@@ -65,15 +67,43 @@ def test_the_quickstart_is_summed_up_from_what_it_left(tmp_path):
     assert found["paired"] == [["before, after", "0", "2", "0.5"]]
 
 
-@pytest.mark.slow
-def test_pytorch_computes_the_same_loss():
-    pytest.importorskip("torch", reason="benchmarks/requirements.txt is not installed")
+@pytest.fixture
+def torch():
     pytest.importorskip("transformers", reason="benchmarks/requirements.txt is not installed")
-    from benchmarks import step_vs_torch
+    torch = pytest.importorskip("torch", reason="benchmarks/requirements.txt is not installed")
+    torch.set_num_threads(1)  # more wait for each other where other programs run
+    return torch
 
-    sizes = "--d 32 --layers 2 --canvas 32 --block 8 --vocab 100 --batch 2 --repeat 1 --peak 64"
-    (found,) = step_vs_torch.main(sizes.split())  # refuses to time two different jobs
-    assert found["ours"] > 0 and found["torch"] > 0
+
+@pytest.mark.slow
+def test_pytorch_does_the_same_job(torch):
+    from benchmarks import decode_vs_torch, step_vs_torch, torch_decoder
+
+    sizes = ["--d", "32", "--layers", "2", "--block", "8", "--vocab", "100", "--repeat", "1", "--batch", "2"]
+    (found,) = step_vs_torch.main([*sizes, "--canvas", "32", "--peak", "64"])  # refuses to time two different jobs
+    heads = found["flops"]
+    assert heads["masked head"] <= heads["jaxblock"] < heads["full head"] and min(found["seconds"].values()) > 0
+    decoding = [*sizes, "--prompt", "8", "--response", "16", "--steps", "4"]
+    for script in (decode_vs_torch, torch_decoder):  # the first refuses too
+        assert list(script.main(decoding)) == ["none, batch 2", "prefix, batch 2", "dual, batch 2"]
+
+
+def test_the_pytorch_decoder_decodes_as_published(torch, shared):
+    from benchmarks.torch_decoder import Network, Options, decode
+
+    models = {name: jaxblock.load(shared / "golden" / "forward" / name) for name in ("llada_mha", "llada_gqa_tied")}
+    nets = {name: Network(model.arch, model.net.param_table, model.params) for name, model in models.items()}
+    for name, case in json.loads((shared / "golden" / "decode_fast" / "cases.json").read_text()).items():
+        z = np.load(shared / "golden" / "decode_fast" / f"{name}.npz")
+        response, block, rule = case["gen_length"], case["block_length"], "v1" if name.endswith("_v1") else "strict"
+        steps, rates = case["steps"] * block // response, (case.get("threshold"), case.get("factor"))
+        options = Options(response, block, steps, case["cache"], *rates, rule)
+        for head, rows in (("block", 1), ("all", 2)):
+            prompts = torch.from_numpy(np.repeat(z["prompt_ids"], rows, 0))
+            found = decode(nets[case["model"]], replace(options, head=head), prompts)
+            np.testing.assert_array_equal(found.ids, np.repeat(z["output_ids"], rows, 0), name)
+            assert [one.end - one.begin for one in found.forwards] == z["forward_lengths"].tolist(), name
+            assert len(found.forwards) == case["nfe"], name
 
 
 @pytest.mark.slow

@@ -1,13 +1,17 @@
-"""Defines what both sides of the decoding benchmarks share: sizes, random weights and prompts."""
+"""Defines what benchmarks of the train step and of decoding share: a network with random weights, sizes, prompts, a clock."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Literal, get_args
+import time
+from collections.abc import Callable
+from typing import Any, get_args
 
+import jax
 import numpy as np
 
 from jaxblock import build
+from jaxblock.diffusion.decoding.config import CacheName
 from jaxblock.models.architecture import Architecture
 from jaxblock.models.config import ModelConfig
 from jaxblock.models.families import registry
@@ -15,8 +19,7 @@ from jaxblock.models.spec import init_params
 from jaxblock.models.transformer import Transformer
 from jaxblock.types import Params
 
-Cache = Literal["none", "prefix", "dual"]
-CACHES: tuple[Cache, ...] = get_args(Cache)
+CACHES: tuple[CacheName, ...] = get_args(CacheName)
 
 SIZES = {
     "d": 256,
@@ -52,3 +55,10 @@ def network(args: argparse.Namespace) -> tuple[Architecture, Transformer, Params
 def random_prompts(args: argparse.Namespace, rows: int) -> np.ndarray:
     """Returns random prompts of one length, int32 [rows, prompt]."""
     return np.random.default_rng(0).integers(2, args.vocab - 1, (rows, args.prompt), dtype=np.int32)
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    """Returns the wall time of a call in seconds, including the wait for its result."""
+    begin = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - begin
