@@ -1,5 +1,6 @@
 """Decoding many prompts in batches that never wait: the schedule with a decoder that only counts, and with a network."""
 
+import json
 import random
 
 import jax
@@ -8,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxblock.cli import main
 from jaxblock.diffusion.decoding.config import DecodeConfig
 from jaxblock.diffusion.decoding.queue import Queue, Row
 from jaxblock.inference import decode_many
@@ -115,3 +117,34 @@ def test_a_row_is_what_the_scan_over_all_rows_makes_of_it(tiny, name):
     for field in ("response", "commit_step", "nfe", "positions"):
         np.testing.assert_array_equal(np.stack([getattr(row, field) for row in rows]), getattr(expected, field))
     assert len({row.block for row in rows}) > 1
+
+
+CONFIG = """\
+data: {{prepared: {0}/prepared, train: {0}/train.jsonl, test: {0}/test.jsonl, validation_records: 8, template: plain,
+       tokenizer_type: char, vocab_size: 300}}
+canvas: {{prompt_len: 28, response_len: 32, block: 4}}
+model: {{d_model: 16, n_layers: 2, n_heads: 2, mlp_dim: 64, tie_embeddings: true, scan_layers: true}}
+optimizer: {{lr: 1.0e-2, warmup_steps: 10}}
+train: {{out: {0}/run, steps: 150, batch_size: 32, log_every: 50, eval_every: 0}}
+decode: {{batch_size: 64, steps_per_block: 1, temperature: 1.0}}
+evaluate: {{nelbo: false, grader: exact}}
+"""
+
+
+@pytest.mark.slow
+def test_an_evaluation_of_answers_of_one_to_eight_blocks_computes_little_in_vain(tmp_path, capsys):
+    """A model trained on answers of random length draws answers of random length."""
+    for name, first in (("train", 0), ("test", 1)):
+        lengths = {n: 4 * (1 + n * 7919 % 1000 % 8) - 1 for n in range(first, 1024, 2)}
+        rows = [json.dumps({"question": f"{n}?", "answer": "a" * length}) for n, length in lengths.items()]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    (tmp_path / "config.yaml").write_text(CONFIG.format(tmp_path))
+    for verb in ("prepare", "train"):
+        assert main([verb, "--config", str(tmp_path / "config.yaml")]) == 0
+    assert main(["evaluate", "--checkpoint", str(tmp_path / "run"), "--out", str(tmp_path / "scores")]) == 0
+    problems = [json.loads(line) for line in (tmp_path / "scores" / "problems.jsonl").read_text().splitlines()]
+    blocks = [-(-problem["tokens"] // 4) for problem in problems]
+    costs = json.loads((tmp_path / "scores" / "summary.json").read_text())["decode_costs"]
+    assert len(blocks) == 512 and set(blocks) == set(range(1, 9)) and costs["row_blocks"] == sum(blocks)
+    assert costs["computed_over_needed"][0] <= 1.15
+    assert "computed over needed 1.0" in capsys.readouterr().out
