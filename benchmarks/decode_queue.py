@@ -14,9 +14,8 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +28,6 @@ from jaxblock.diffusion.decoding import decoder
 from jaxblock.diffusion.decoding.config import DecodeConfig
 from jaxblock.diffusion.decoding.queue import Queue
 from jaxblock.inference import Costs, DeviceDecoder
-from jaxblock.models.architecture import Architecture
 from jaxblock.models.config import ModelConfig
 from jaxblock.models.families import registry
 from jaxblock.models.spec import init_params
@@ -41,27 +39,22 @@ BLOCKS = 8
 STOP, FIRST_LENGTH = 1, 2  # ids: the stop token, and the first token of a prompt whose answer has one block
 
 
-@dataclass(frozen=True)
-class ToldWhenToStop:
+@dataclass(frozen=True, kw_only=True)
+class ToldWhenToStop(Transformer):
     """A network whose answers end in the block that the prompt's first token names."""
 
-    net: Transformer
     layout: Layout
 
-    @property
-    def arch(self) -> Architecture:
-        """The network's sizes."""
-        return self.net.arch
-
-    def hidden(self, params: Params, view: View, row_keys: Array | None = None) -> tuple[Array, Array]:
-        """Returns the network's hidden states, and whether the block that is decoded is the last one of each row [B]."""
+    def hidden(self, params: Params, view: View, row_keys: Array | None = None) -> Array:
+        """Returns the network's hidden states; a last channel says whether the block is the last one of its row [B, A, D + 1]."""
+        states = super().hidden(params, view, row_keys)
         block = (view.active[:, 0] - (view.length - self.layout.response_len)) // self.layout.block
-        return self.net.hidden(params, view), block >= view.ids[:, 0] - FIRST_LENGTH
+        last = (block >= view.ids[:, 0] - FIRST_LENGTH).astype(states.dtype)
+        return jnp.concatenate([states, jnp.broadcast_to(last[:, None, None], (*states.shape[:2], 1))], axis=-1)
 
-    def logits(self, params: Params, hidden: tuple[Array, Array]) -> Array:
+    def logits(self, params: Params, hidden: Array) -> Array:
         """Returns the network's logits, with that of the stop token replaced."""
-        states, last = hidden
-        return self.net.logits(params, states).at[..., STOP].set(jnp.where(last, 1e4, -1e4)[:, None])
+        return super().logits(params, hidden[..., :-1]).at[..., STOP].set(jnp.where(hidden[..., -1] > 0, 1e4, -1e4))
 
 
 def in_order(run: Callable[..., decoder.Responses], params: Params, prompts: np.ndarray, size: int) -> np.ndarray:
@@ -75,7 +68,7 @@ def in_order(run: Callable[..., decoder.Responses], params: Params, prompts: np.
 
 
 def queued(
-    net: Any, layout: Layout, options: DecodeConfig, params: Params, prompts: np.ndarray
+    net: Transformer, layout: Layout, options: DecodeConfig, params: Params, prompts: np.ndarray
 ) -> tuple[np.ndarray, Costs]:
     """Decodes through the queue, and returns the responses [N, R] and what was computed for them."""
     device = DeviceDecoder(net, layout, options, params, prompt_len=prompts.shape[1], rows=len(prompts))
@@ -103,7 +96,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     arch = registry.architecture_from_config(settings, vocab_size=args.vocab, mask_id=args.vocab - 1, eos_id=STOP)
     layout = Layout(BLOCKS * args.block, args.block, "same_position", "aligned", None, arch.mask_id, STOP, (STOP,))
     plain = build.network(arch, settings)
-    net, params = ToldWhenToStop(plain, layout), init_params(plain.param_table, 0, "float32")
+    net = ToldWhenToStop(**{each.name: getattr(plain, each.name) for each in fields(plain)}, layout=layout)
+    params = init_params(net.param_table, 0, "float32")
     options = DecodeConfig(steps_per_block=args.steps, batch_size=args.batch)
     random = np.random.default_rng(0)
     prompts = random.integers(FIRST_LENGTH + BLOCKS, args.vocab - 1, (args.problems, args.prompt), dtype=np.int32)

@@ -202,11 +202,20 @@ def decode_many(
         prompt_len: the usual longest prompt (``canvas.prompt_len``).
         first_index: the index of the first prompt; a prompt's random key comes from its index.
     """
-    source = iter(prompts)
-    first = list(itertools.islice(source, options.batch_size))
+    source, first = iter(prompts), list[np.ndarray]()
+    try:
+        first.extend(itertools.islice(source, options.batch_size))
+    except Exception as problem:  # whatever it is, it is raised again, after the prompts before it
+        source = _raising(problem)
     device = DeviceDecoder(net, layout, options, params, prompt_len=prompt_len, rows=len(first))
     rows = (device.row(prompt, at) for at, prompt in enumerate(itertools.chain(first, source), first_index))
     yield from Queue(rows, device)
+
+
+def _raising(problem: Exception) -> Iterator[np.ndarray]:
+    """Returns an iterator whose first item is an error."""
+    raise problem
+    yield
 
 
 @functools.cache

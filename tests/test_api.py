@@ -147,6 +147,12 @@ def test_text_in_and_text_out(model, prompts):
     assert found == [model.tokenizer.decode(model.text_ids(row)) for row in np.asarray(model.decode(prompts, seed=3))]
     small = dataclasses.replace(model, decode_defaults=dataclasses.replace(model.decode_defaults, batch_size=2))
     assert small.generate(texts, seed=3) == found  # in batches of 2 and 1
+    bad = [*prompts, []]  # a sequence is checked before the work, an iterator as it is read
+    for which, ids, expected in ((model, bad, []), (model, iter(bad), found), (small, iter(bad), found)):
+        answered = []
+        with pytest.raises(UserError, match="prompt 3 is empty"):
+            answered.extend(answer.text for answer in which.answers(ids, seed=3))
+        assert answered == expected
     assert model.generate(texts[0], seed=3) == found[0]
     chat = [{"role": "user", "content": texts[0]}]
     assert model.generate(chat, seed=3) == found[0] and model.generate([chat, texts[1]], seed=3) == found[:2]

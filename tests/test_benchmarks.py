@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 import jaxblock
-from benchmarks import decoder_overhead, gguf_checkpoint, host_time, load_checkpoint, logits_memory, quickstart_summary
+from benchmarks import (
+    decode_queue,
+    decoder_overhead,
+    gguf_checkpoint,
+    host_time,
+    load_checkpoint,
+    logits_memory,
+    quickstart_summary,
+)
 
 
 def test_logits_of_the_active_block_take_its_share_of_the_canvas():
@@ -37,6 +45,11 @@ def test_the_decoder_is_timed_over_every_forward():
     sizes = "--d 16 --layers 1 --batch 2 --prompt 8 --response 8 --block 4 --vocab 32 --repeat 1"
     found = decoder_overhead.main(sizes.split())
     assert found["ratio"] == pytest.approx(found["decoder"] / found["bare"])
+
+
+def test_the_queue_finds_the_answers_of_batches_in_order():
+    sizes = "--d 16 --layers 1 --vocab 32 --prompt 4 --block 2 --steps 1 --problems 32 --batch 4 --repeat 1"
+    assert decode_queue.main(sizes.split())["computed"] < 1.15
 
 
 @pytest.mark.slow

@@ -90,15 +90,20 @@ class Queue:
             rows: the rows, which are read while others are decoded.
             decoder: what decodes a batch.
         """
-        self._source = enumerate(rows)
+        self._source = iter(rows)
+        self._count = 0
         self._decoder = decoder
         self._more = True
+        self._problem: Exception | None = None
         self._held: deque[Row] = deque()
         self._waiting: dict[Hashable, list[Row]] = {}
         self._running: deque[tuple[list[Row], Any]] = deque()
 
     def __iter__(self) -> Iterator[Row]:
-        """Yields the rows in their order, each when its response and those before it are complete."""
+        """Yields the rows in their order, each when its response and those before it are complete.
+
+        An error of the iterator that gives the rows is raised after the rows before it.
+        """
         self._start()
         while self._running:
             rows, started = self._running.popleft()
@@ -111,20 +116,29 @@ class Queue:
                 complete.append(self._held.popleft())
             self._start()  # before the caller works on these rows, so that the device does not wait for it
             yield from complete
+        if self._problem is not None:
+            raise self._problem
 
     def _start(self) -> None:
         """Reads rows and starts batches, as many as may be held and under way."""
         while self._more and len(self._held) < self.AHEAD * self._decoder.size:
-            place, row = next(self._source, (0, None))
-            if row is None:
-                self._more = False
-                break
-            row.place = place
-            self._held.append(row)
-            self._wait(row)
+            self._read()
         while len(self._running) < self.IN_FLIGHT and (shape := self._next_shape()) is not None:
             rows = self._take(shape)
             self._running.append((rows, self._decoder.start(shape, rows)))
+
+    def _read(self) -> None:
+        """Reads the next row, if there is one."""
+        try:
+            row = next(self._source, None)
+        except Exception as problem:  # whatever it is, it is raised again
+            row, self._problem = None, problem
+        if row is None:
+            self._more = False
+            return
+        row.place, self._count = self._count, self._count + 1
+        self._held.append(row)
+        self._wait(row)
 
     def _wait(self, row: Row) -> None:
         """Puts a row among those of its shape that wait."""
