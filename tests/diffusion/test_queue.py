@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxblock.cli import main
+from jaxblock.diffusion.canvas import Layout, visible_positions
 from jaxblock.diffusion.decoding.config import DecodeConfig
 from jaxblock.diffusion.decoding.queue import Queue, Row
+from jaxblock.diffusion.decoding.shapes import BatchShapes
 from jaxblock.inference import decode_many
 from tests.diffusion.decoding import decode_jit, padded
 
@@ -86,6 +88,23 @@ def test_answers_come_early_while_more_rows_come():
     rows = iter(Queue(decoder.source(), decoder))
     next(rows)
     assert decoder.batches <= 8 * Queue.IN_FLIGHT + Queue.IN_FLIGHT
+
+
+@pytest.mark.parametrize(("cache", "window"), [("none", None), ("none", 40), ("prefix", None), ("dual", 0)])
+@pytest.mark.parametrize(("usual", "response", "block"), [(24, 16, 4), (192, 256, 32), (700, 64, 64), (1, 512, 512)])
+def test_four_shapes_serve_all_usual_prompts_and_blocks(usual, response, block, window, cache):
+    layout = Layout(response, block, "same_position", "aligned", window, 9, 8, (8,))
+    shapes = BatchShapes(layout, DecodeConfig(cache=cache), usual, 3000)
+    rows = [(length, k) for length in {*range(1, usual, 5), usual} for k in range(layout.n_blocks)]
+    found = {row: shapes.of_block(*row) for row in rows}
+    assert len(set(found.values())) <= 4
+    for (length, k), shape in found.items():
+        assert length <= shape.room < usual + 16
+        assert shape.sizes.width >= length + visible_positions(layout, 0, k), "what is visible is computed"
+    # Longer prompts double the canvas, up to what the network was made for.
+    longer = [shapes.room(length) + response for length in range(usual + 16, 3001 - response, 9)]
+    assert longer == sorted(longer) and max(longer) <= 3000 and len(set(longer)) <= 8
+    assert all(width >= usual + 16 + 9 * at + response for at, width in enumerate(longer))
 
 
 RULES = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 from jaxblock.diffusion.canvas import MOST_WIDTHS, Layout
@@ -10,6 +11,9 @@ from jaxblock.diffusion.decoding.passes import Sizes, sizes_by_block
 
 _SMALLEST_STEP = 64  # narrower steps between the widths of a small canvas would save less than their programs cost
 _ROUND = 16
+
+
+_sizes = functools.cache(sizes_by_block)  # asked for every row at every block
 
 
 class BatchShape(NamedTuple):
@@ -45,7 +49,7 @@ class BatchShapes(NamedTuple):
     def of_block(self, prompt_len: int, block: int) -> BatchShape:
         """Returns the shape for the block of a row."""
         room = self.room(prompt_len)
-        return BatchShape(room, sizes_by_block(self.layout, self.options, room)[block])
+        return BatchShape(room, _sizes(self.layout, self.options, room)[block])
 
     def room(self, prompt_len: int) -> int:
         """Returns the canvas positions for a prompt, its padding included."""
@@ -55,7 +59,7 @@ class BatchShapes(NamedTuple):
             while usual < needed:
                 usual *= 2
             return max(needed, min(usual, self.most)) - response
-        if len(set(sizes_by_block(self.layout, self.options, usual - response))) > 1:
+        if len(set(_sizes(self.layout, self.options, usual - response))) > 1:
             return usual - response
         step = max(_SMALLEST_STEP, round_up(-(-usual // MOST_WIDTHS), _ROUND))
         return min(usual, round_up(needed, step)) - response
