@@ -136,6 +136,8 @@ def _report_exception(error: Exception, traces: bool) -> int:
         return _complain(
             f"out of memory ({first_line}). Lower train.batch_size or decode.batch_size, or set model.remat to full", 2
         )
+    if not traces and str(error).startswith("Unable to initialize backend"):
+        return _complain(f"{first_line}. JAX_PLATFORMS chooses the device: unset it, or set it to cpu, cuda or tpu", 2)
     if not traces and "jax" in sys.modules:
         from jaxblock.parallel import processes
 
@@ -201,7 +203,7 @@ def parse(verb: str, arguments: Sequence[str]) -> Any:
         functools.partial(kind, **_sections(config, kind)),
         prog=f"jaxblock {verb}",
         description=f"{kind.__doc__} Precedence: flag > YAML file > default.{more}",
-        args=["--help" if argument == "--help-all" else argument for argument in arguments],
+        args=list(itertools.starmap(_for_tyro, itertools.pairwise(("", *arguments)))),
         config=(tyro.conf.AvoidSubcommands,),
         use_underscores=True,
         registry=_only_common_fields(verb) if short else None,
@@ -224,6 +226,13 @@ def _only_common_fields(verb: str) -> ConstructorRegistry:
         return replace(whole, fields=tuple(field for field in whole.fields if field.name in kind.common(verb)))
 
     return registry
+
+
+def _for_tyro(before: str, argument: str) -> str:
+    """Returns what tyro calls an argument: it has one help, and its word for YAML's null is None."""
+    if argument == "null" and before.startswith("--") and "." in before:
+        return "None"
+    return "--help" if argument == "--help-all" else argument
 
 
 _NO_CHECKPOINT = {

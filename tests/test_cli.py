@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from orbax.checkpoint import AsyncCheckpointer
@@ -133,6 +134,7 @@ export --checkpoint {run} --out {run} | so it is not replaced
 export --checkpoint {run} --out /proc/x/y | /proc/x
 export --checkpoint {folder} --out {new} | no config.json
 export --checkpoint {run} --out '' | --out is empty
+prepare --config {config} --data.prepared {run} --data.overwrite | no part of it: 'checkpoints'
 train --config {config} --train.out '' | train.out is '': it is empty
 """
 
@@ -174,6 +176,9 @@ def test_mistyped_flags_are_explained(tiny_config, capsys, flags, message):
 def test_a_traceback_is_shown_on_request_and_of_a_bug(monkeypatch, ran):
     with pytest.raises(UserError, match="nowhere.yaml"):
         ran("train --config nowhere.yaml --traceback")
+    unknown = Mock(side_effect=RuntimeError("Unable to initialize backend 'x': Backend 'x' is not in the list"))
+    monkeypatch.setitem(cli.VERBS, "inspect", cli.VERBS["inspect"]._replace(run=unknown))
+    assert "JAX_PLATFORMS chooses the device" in ran("inspect", 2).err
     broken = cli.VERBS["inspect"]._replace(run=lambda options, config: 1 // 0)
     monkeypatch.setitem(cli.VERBS, "inspect", broken)
     told = ran("inspect", 1).err
@@ -193,6 +198,8 @@ def test_flags_come_before_the_file_and_the_file_before_defaults(tiny_config, ti
     options = cli.parse("decode", shlex.split(f"--checkpoint {tiny_run} --decode.temperature 0.5 1+1? 2+2?"))
     assert options.prompts == ("1+1?", "2+2?")  # a checkpoint brings its own settings
     assert (options.canvas.block, options.decode.batch_size, options.decode.temperature) == (4, 4, 0.5)
+    assert cli.parse("prepare", ["--data.test", "null"]).data.test is None
+    assert cli.parse("decode", ["--checkpoint", "x", "null"]).prompts == ("null",)
 
 
 def test_flags_that_training_does_not_read_are_named(tiny_config, tmp_path):

@@ -156,7 +156,7 @@ def test_an_export_is_the_run(tiny_run, tmp_path, ran):
     assert shown[0] == shown[1]
     ran(f"export --checkpoint {folder} --out {folder}", 2)
     # An export is replaced by a whole and right one alone, and never where it is read from.
-    run, replaced = jaxblock.load(tiny_run), folder / "of-the-old-one"
+    run, replaced = jaxblock.load(tiny_run), folder / "of_the_old_one.json"
     replaced.touch()
     broken = dataclasses.replace(run, params={**run.params, "final_norm": run.params["final_norm"] * np.nan})
     for place, dtype in ((folder, None), (tmp_path / "made", None), (tmp_path / "made", "bfloat16")):
@@ -167,6 +167,9 @@ def test_an_export_is_the_run(tiny_run, tmp_path, ran):
     with pytest.raises(UserError, match="what the model was loaded from"):
         jaxblock.load(folder).save(folder, overwrite=True)
     assert replaced.exists() and [entry.name for entry in tmp_path.iterdir()] == ["hf"]
+    (folder / "thesis.tex").touch()
+    ran(f"{export} --overwrite", 2)
+    (folder / "thesis.tex").unlink()
     ran(f"{export} --overwrite")
     assert not replaced.exists() and [entry.name for entry in tmp_path.iterdir()] == ["hf"]
     assert 0 < run.save(tmp_path / "half", "bfloat16") < 1

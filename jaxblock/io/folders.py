@@ -19,11 +19,20 @@ from fnmatch import fnmatch
 
 from etils import epath
 
-from jaxblock.errors import UserError
+from jaxblock.errors import UserError, shown
 from jaxblock.io.files import read_bytes
 from jaxblock.io.owners import runs_here
 from jaxblock.io.paths import PathLike, as_path, explained, is_remote, temporary_sibling
 from jaxblock.io.remote import remove_folder, upload_folder
+
+_EXPORT = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.py", "merges.txt", "vocab.txt")
+_HOLDS = {
+    "manifest.json": ("manifest.json", "files.json", "tokenizer", "*.array_record"),
+    "summary.json": ("summary.json", "problems.jsonl"),
+    "config.json": _EXPORT,
+    "adapter_config.json": _EXPORT,
+}
+"""What a folder holds that may be replaced, by its commit marker: a run has a manifest too, and people put files anywhere."""
 
 
 @contextlib.contextmanager
@@ -33,7 +42,7 @@ def new_folder(path: PathLike, *, marker: str, overwrite: bool = False) -> Itera
     Args:
         path: the folder to make.
         marker: the name of the commit marker, a file that the block must write; it is uploaded last. A folder without it is
-            never replaced, so that a mistyped path cannot delete other files.
+            never replaced, and neither is one with other files in it than such a folder has.
         overwrite: whether an existing whole folder is replaced.
 
     Yields:
@@ -90,6 +99,13 @@ def check_vacant(path: PathLike, *, marker: str, overwrite: bool = False) -> Non
     if not overwrite:
         raise UserError(
             f"{name} exists already and is not overwritten: choose another path, or give --overwrite (prepare: --data.overwrite)"
+        )
+    holds = _HOLDS.get(marker, ("*",))
+    other = [entry.name for entry in list_folder(target) if not any(fnmatch(entry.name, one) for one in holds)]
+    if other:
+        raise UserError(
+            f"{name} is not replaced, since that would delete what is no part of it: {shown(other[0])}. Move that away, or choose "
+            "another path"
         )
 
 

@@ -176,13 +176,15 @@ def test_validation_is_set_apart_by_the_seed_alone(tmp_path):
 
 
 def test_settings_that_fit_no_split(tmp_path, monkeypatch):
-    train = pairs_file(tmp_path / "train.jsonl", 8)
+    train, pipe = pairs_file(tmp_path / "train.jsonl", 8), str(tmp_path / "pipe")
+    os.mkfifo(pipe)
     generate = splits.corpus.generate
     for settings, complaint in [
         ({"train": train}, "data.test is `builtin`"),
         ({"train": train, "test": None, "validation": "builtin"}, "data.validation is `builtin`"),
         ({"train": train, "test": None, "validation_records": 8}, "leaves nothing of the 8 records"),
         ({"train": "none.jsonl", "test": None}, "cannot read none.jsonl: there is no such file"),
+        ({"train": pipe, "test": pipe}, "pipe is given for two splits, and a pipe can be read only once"),
         ({"builtin_train": 0}, "leaves nothing to train on"),
         ({"level": "impossible"}, "unknown level 'impossible'"),
         ({"builtin_train": 20, "builtin_test": 5, "validation_records": 2}, "repeat those of another split"),

@@ -123,6 +123,9 @@ def test_what_is_no_tokenizer_is_named(tmp_path):
     ]:
         with pytest.raises(UserError, match=complaint):
             load_tokenizer(tmp_path / name)
+    drops = b'{"model": {"type": "BPE", "dropout": 0.5, "vocab": {"a": 0}, "merges": []}}'
+    with pytest.raises(UserError, match="test: model.dropout in tokenizer.json cuts a text in another way each time"):
+        HuggingFaceTokenizer({"tokenizer.json": drops}, "test")
     for damaged in (b"{", b"[" * 100_000, b'{"model": {"type": "BPE", "vocab": {}, "merges": []}}'):
         with pytest.raises(UserError, match="test: not a Hugging Face tokenizer.json"):
             HuggingFaceTokenizer({"tokenizer.json": damaged}, "test")

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 import zlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -101,6 +102,15 @@ def _decompressed(path: str, content: bytes) -> bytes:
         return gzip.decompress(content)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} is a gzip file that is cut off or damaged ({error})") from error
+
+
+def is_pipe(path: str) -> bool:
+    """Tells whether a path names a pipe or a device, whose bytes can be read only once."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
 def json_type(value: Any) -> str:

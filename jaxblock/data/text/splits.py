@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxblock.data.config import DataConfig
 from jaxblock.data.text import corpus
+from jaxblock.data.text.files import is_pipe
 from jaxblock.data.text.recipes import BUILTIN, with_test_fields
 from jaxblock.data.text.sources import Source, builtin_examples, builtin_source, read_source
 from jaxblock.errors import UserError
@@ -62,7 +63,13 @@ def _from_files(config: DataConfig) -> dict[str, Source]:
             f"data.validation is `builtin` but data.train is {config.train!r}: set it to a file, or to null"
         )
     paths = zip(SPLIT_NAMES, (config.train, config.validation, config.test), strict=True)
-    found = {split: _read_file(split, path, config) for split, path in paths if path is not None}
+    given = {split: path for split, path in paths if path is not None}
+    twice = [path for at, path in enumerate(given.values()) if path in list(given.values())[:at] and is_pipe(path)]
+    if twice:
+        raise UserError(
+            f"{twice[0]} is given for two splits, and a pipe can be read only once: write it to a file first"
+        )
+    found = {split: _read_file(split, path, config) for split, path in given.items()}
     if config.validation is None:
         found["train"], found["validation"] = _set_apart(found["train"], config)
     return found

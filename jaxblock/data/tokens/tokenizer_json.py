@@ -28,6 +28,10 @@ class HuggingFaceTokenizer(Tokenizer):
             vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         if not vocabulary:
             raise UserError(f"{where}: not a Hugging Face tokenizer.json (its vocabulary is empty)")
+        if getattr(self._tokenizer.model, "dropout", None):
+            raise UserError(
+                f"{where}: model.dropout in tokenizer.json cuts a text in another way each time: set it to null there"
+            )
         super().__init__(files, where)
         add_declared(self._tokenizer, declared_tokens(files, where), where)
         self._tokenizer.no_truncation()
