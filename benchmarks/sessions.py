@@ -13,5 +13,5 @@ from jaxblock.training.session import Session
 def loaded_session(config: Config, console: Console) -> Session:
     """Returns a run whose state is on the devices; its step is not compiled."""
     opened = start.open_session(config, console)
-    learner = build.learner(config, opened.arch, opened.prepared.special.stop_ids)
+    learner = build.learner(config, opened.arch, opened.prepared.special.stop_ids, lines=opened.lines)
     return start.load_session(opened, learner, console)

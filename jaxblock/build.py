@@ -21,6 +21,7 @@ from jaxblock.models.linear.lora import lora_from_config
 from jaxblock.models.transformer import Transformer
 from jaxblock.training.optim.make import make_optimizer
 from jaxblock.training.step import Learner, Objective
+from jaxblock.types import Lines
 
 CheckLayer = Callable[[int, Array], None]
 """A function that is called with a layer's number, from 0, and its output."""
@@ -33,6 +34,7 @@ def learner(
     *,
     platform: str | None = None,
     check_layer: CheckLayer | None = None,
+    lines: Lines | None = None,
 ) -> Learner:
     """Builds the static parts of a run's train step: network, objective, optimizer and two settings.
 
@@ -42,6 +44,7 @@ def learner(
         stop_ids: the tokens that end a response.
         platform: the platform that the step will run on; None for the default backend of this process.
         check_layer: a function that is called with every layer's output; None for none.
+        lines: the widths at which rows are computed; None for the canvas's.
 
     Raises:
         UserError: an entry of `lora.targets` matches no matrix.
@@ -50,7 +53,7 @@ def learner(
     train = config.train
     return Learner(
         net=net,
-        objective=objective(config, net, stop_ids),
+        objective=objective(config, net, stop_ids, lines),
         optimizer=make_optimizer(config.optimizer, train.steps, net.trainable, train.seed),
         accumulate=train.accumulate,
         ema=config.optimizer.ema,
@@ -91,13 +94,14 @@ def network(
     )
 
 
-def objective(config: Config, net: Transformer, stop_ids: tuple[int, ...]) -> Objective:
+def objective(config: Config, net: Transformer, stop_ids: tuple[int, ...], lines: Lines | None = None) -> Objective:
     """Builds the loss that the ``canvas`` and ``method`` sections describe.
 
     Args:
         config: the run's settings; the batch size and the seed of the draws are the ``train`` section's.
         net: the network.
         stop_ids: the tokens that end a response.
+        lines: the widths at which rows are computed; None for the canvas's.
     """
     return Objective(
         net=net,
@@ -106,4 +110,5 @@ def objective(config: Config, net: Transformer, stop_ids: tuple[int, ...]) -> Ob
         seed=config.train.seed,
         rows=config.train.batch_size,
         dropout=net.lora is not None and net.lora.dropout > 0,
+        lines=lines,
     )

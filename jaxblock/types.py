@@ -17,6 +17,32 @@ Params = dict[str, Any]
 """A nested dict of arrays; every layer's tensors are stacked on axis 0."""
 
 
+Places = tuple[tuple[int, int], ...]
+"""The places of a line, in which rows of several widths lie side by side: (number of places, width), the widest first."""
+
+
+class Lines(NamedTuple):
+    """Says at which widths a train step computes its rows. Static and hashable.
+
+    Attributes:
+        places: the places of a line.
+        widest: the width of every row where the rows of a batch do not all fit their places; any row fits in it.
+    """
+
+    places: Places
+    widest: int
+
+
+def rows_of_line(places: Places) -> int:
+    """Returns the number of rows that a line has places for."""
+    return sum(count for count, _ in places)
+
+
+def positions_of_line(places: Places) -> int:
+    """Returns the number of positions of a line."""
+    return sum(count * width for count, width in places)
+
+
 class View(NamedTuple):
     """Describes what the network sees of a batch, in training and in decoding alike.
 

@@ -35,7 +35,7 @@ huggingface   types errors io parallel models
 inference     types settings diffusion parallel models
 evaluation    types errors settings io diffusion parallel models data inference
 training      types errors settings io diffusion parallel models config data huggingface evaluation
-build         settings diffusion models config training
+build         types settings diffusion models config training
 fit           errors io diffusion parallel models config data huggingface training build
 model         types errors settings io diffusion parallel models config data huggingface inference training
 loading       errors settings io parallel models data huggingface training build model

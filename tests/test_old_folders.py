@@ -15,6 +15,7 @@ import pytest
 
 import jaxblock
 from jaxblock.cli import main
+from jaxblock.training.checkpoints.reader import CheckpointReader
 
 ARCHIVE = Path(__file__).parent / "fixtures" / "folders_e920755.tar.gz"
 
@@ -55,3 +56,5 @@ def test_old_runs_resume(folders, monkeypatch):
         now, then = losses(f"{name}/metrics.jsonl"), losses(f"{name}_metrics.jsonl")
         assert list(now) == [1, 2, 3, 4, 5, 6]
         np.testing.assert_allclose(list(now.values()), list(then.values()), rtol=1e-4)
+        saved = CheckpointReader(folders / name).meta(6)["config"]
+        assert saved["train"]["widths"] == "full"  # as that version computed, though the default is another

@@ -104,8 +104,11 @@ def train(config: Config, console: Console, notes: Sequence[str] = ()) -> Outcom
             return loop.end_finished(opened, console)
         for note in [*notes, *_unused_sizes(config, opened.arch)]:
             _print(console, note)
+        config = opened.config
         check_layer = None if opened.nans is None else opened.nans.layer
-        learner = build.learner(config, opened.arch, opened.prepared.special.stop_ids, check_layer=check_layer)
+        stop_ids = opened.prepared.special.stop_ids
+        lines = None if config.train.debug else opened.lines
+        learner = build.learner(config, opened.arch, stop_ids, check_layer=check_layer, lines=lines)
         step: Step = learner.update
         plan: MemoryPlan | None = None
         if not config.train.debug:
@@ -154,8 +157,8 @@ def _unused_evaluation(options: Options) -> list[str]:
 
 
 def _for_debugging(config: Config) -> Config:
-    """Returns the same run with unrolled layers, without remat and without worker processes."""
-    model = replace(config.model, scan_layers=False, remat="none")
+    """Returns the same run without remat and without worker processes; its layers are unrolled, since each is checked."""
+    model = replace(config.model, remat="none")
     return replace(config, model=model, train=replace(config.train, loader_workers=0))
 
 

@@ -118,9 +118,17 @@ def pairs_of(records: Sequence[Record], block: int) -> np.ndarray:
         block: The number of response positions of a block.
     """
     if isinstance(records, Records):
-        response_len = records.lengths()[:, 1]
-    else:
-        response_len = np.array([len(record.response_ids) for record in records], np.int32)
+        return list_pairs(records.lengths()[:, 1], block)
+    return list_pairs(np.array([len(record.response_ids) for record in records], np.int32), block)
+
+
+def list_pairs(response_len: np.ndarray, block: int) -> np.ndarray:
+    """Lists the pairs (place, block) for every block that holds a token of the response at that place: int32 [pairs, 2].
+
+    Args:
+        response_len: The numbers of tokens of responses.
+        block: The number of response positions of a block.
+    """
     counts = -(-response_len // block)
     example = np.repeat(np.arange(len(counts)), counts)
     first = np.repeat(np.cumsum(counts) - counts, counts)

@@ -7,16 +7,20 @@ prompt, what comes after the block, how much is visible) is decided here, so tra
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import chex
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Bool, Int
 
 from jaxblock.diffusion.config import Context
 from jaxblock.settings import Alignment
 from jaxblock.types import View
+
+Numbers = TypeVar("Numbers", np.ndarray, Array)
+"""A row's numbers on the host, or on the devices."""
 
 
 class Layout(NamedTuple):
@@ -98,8 +102,7 @@ def from_rows(
     chex.assert_rank([prompt_ids, response_ids], 2)
     chex.assert_shape([prompt_len, text_len, row_id], prompt_ids.shape[:1])
     chex.assert_equal_shape_prefix([prompt_ids, response_ids], 1)
-    room = prompt_ids.shape[1] + layout.response_len
-    width = room if layout.total_len is None else layout.total_len
+    width = canvas_width(layout, prompt_ids.shape[1])
     at = jnp.arange(width, dtype=jnp.int32)[None, :]
     offset = at - prompt_len[:, None]
     n_blocks = -(-text_len // layout.block)
@@ -158,6 +161,28 @@ def supervised_end(layout: Layout, canvas: Canvas) -> Int[Array, " B"]:
     if layout.context == "aligned":
         return canvas.prompt_len + canvas.n_blocks * layout.block
     return canvas.prompt_len + canvas.text_len
+
+
+def canvas_width(layout: Layout, longest_prompt: int) -> int:
+    """Returns T, the canvas positions of rows whose prompts have room for ``longest_prompt`` tokens."""
+    return longest_prompt + layout.response_len if layout.total_len is None else layout.total_len
+
+
+def needed_positions(layout: Layout, width: int, prompt_len: Numbers, block: Numbers | None = None) -> Numbers:
+    """Returns the number of positions that training shows of each row; positions after them need not be computed.
+
+    Args:
+        layout: the canvas's static part.
+        width: the canvas positions T.
+        prompt_len: the tokens of each prompt.
+        block: the active block of each row, where it is known before the draw; None where it is not.
+    """
+    if layout.context == "paper":
+        return prompt_len * 0 + width  # the fill after the response is visible
+    whole = prompt_len + layout.response_len
+    if layout.suffix_window is None or block is None:
+        return whole
+    return whole.clip(max=prompt_len + (block + 1) * layout.block + layout.suffix_window)
 
 
 def block_start(layout: Layout, canvas: Canvas, block: Int[Array, " B"]) -> Int[Array, " B"]:

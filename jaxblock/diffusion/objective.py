@@ -28,11 +28,13 @@ class Losses(NamedTuple):
         loss: the objective; ``total / weight`` is minimised.
         by_block: the unweighted -log p of masked tokens and their number, by the index of the active block [blocks].
         by_count: the same by masked count [A]; entry l - 1 holds the blocks with l masks.
+        positions: the canvas positions that the network computed, over all rows and draws, and how many of them were needed.
     """
 
     loss: Sum
     by_block: Sum
     by_count: Sum
+    positions: Sum = Sum(jnp.float32(0), jnp.float32(0))
 
 
 def token_losses(

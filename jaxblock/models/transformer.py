@@ -27,11 +27,12 @@ from jaxblock.models.layers import Block, KeysValues, param_name, pick, rms_norm
 from jaxblock.models.linear import int8, lora
 from jaxblock.models.linear.fsdp import GatheredWeight, Products, Split, gather_weight, matmul_gathered
 from jaxblock.models.linear.lora import Lora
+from jaxblock.models.lines import lay, lay_positions
 from jaxblock.models.numerics import at_least_float32, look_up
 from jaxblock.models.rotary import Rotation, compute_rotation
 from jaxblock.models.spec import Table
 from jaxblock.parallel.rules import constrain
-from jaxblock.types import Cache, Params, Part, View
+from jaxblock.types import Cache, Params, Part, Places, View
 
 _LAYER_INPUT = "layer_input"
 
@@ -65,6 +66,8 @@ class Transformer:
         mask: whether attention is ``bidirectional`` or ``causal``; ``causal`` is for comparing an autoregressive checkpoint
             with transformers.
         products: ``fsdp`` states the exchanges between devices, ``plain`` leaves them to the compiler (for tests).
+        places: the places of a line, where ``hidden`` lays rows of several widths side by side (see ``models.lines``); () where
+            each row is by itself.
         check_layer: called with (layer, hidden states) after each unrolled layer; finds NaNs in debug mode.
     """
 
@@ -78,6 +81,7 @@ class Transformer:
     quantize: Quantize = "none"
     mask: MaskKind = "bidirectional"
     products: Products = "fsdp"
+    places: Places = ()
     check_layer: Callable[[int, Array], None] | None = None
 
     @cached_property
@@ -120,8 +124,15 @@ class Transformer:
             row_keys: one random key for each row [B], for the adapters' dropout; None for no dropout.
         """
         chex.assert_equal_shape([view.active, view.at, view.valid])
-        x = self.trunk(params, view.ids, view.positions, view.length, view.at, row_keys)
+        x = self._in_lines(params, view, row_keys) if self.places else self.trunk(params, *view[:3], view.at, row_keys)
         return rms_norm(x, params["final_norm"], self.arch.norm_eps)
+
+    def _in_lines(self, params: Params, view: View, row_keys: Array | None) -> Float[Array, "B A D"]:
+        """Computes what ``trunk`` does at ``view.at``, with the rows side by side in lines."""
+        rotation = Rotation(*(lay(part, self.places) for part in self._rotation(view.positions, view.length)))
+        x, mask = self._embedded(params, lay(view.ids, self.places)), Mask(view.length, self.mask, self.places)
+        x, _ = self._run(params, x, rotation, mask, lay_positions(view.at, self.places), row_keys)
+        return x.reshape(*view.at.shape, -1)
 
     def trunk(
         self,
@@ -222,7 +233,7 @@ class Transformer:
         ) -> tuple[Array, Cache | None]:
             x = checkpoint_name(x, _LAYER_INPUT) if self.remat == "offload" else x
             keys = row_keys if drops else None
-            branches = {} if self.lora is None else lora.layer_branches(self.lora, adapters, index, keys)
+            branches = {} if self.lora is None else lora.layer_branches(self.lora, adapters, index, keys, mask.places)
             x, new = self._with_params(own)(x, rotation, mask, branches, at, old, first)
             kept = Cache(*(constrain(leaf, "batch", None, "kv_heads", None) for leaf in new)) if keep else None
             return constrain(x, "batch", None, None), kept

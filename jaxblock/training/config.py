@@ -23,6 +23,9 @@ class TrainConfig(Section, name="train"):
     """The sequences, or (example, block) pairs, per update, over all devices."""
     accumulate: int = may_change(1, AT_LEAST_1, common=("plan",))
     """The number of parts into which a batch is split to save memory; the update is that of the whole batch."""
+    widths: Literal["auto", "full"] = may_change("auto")
+    """Whether rows are computed at a few widths that fit their prompts (`auto`), or all at the canvas's width (`full`); what is
+    learnt is the same, up to rounding."""
     seed: int = setting(0, NOT_NEGATIVE, common=("train",))
     """The seed of data order, draws and random weights."""
     resume: Literal["auto", "never", "must", "restart"] = may_change("auto", common=("train",))

@@ -279,8 +279,8 @@ class _Loop:
         now = self.clock.training()
         seconds = max(now - window.since, 1e-9)
         self.clock.note_step(seconds / count)
-        work = self._work()
-        speed = work.positions / seconds
+        work, needed = self._work(found)
+        speed = needed / seconds
         # This is the learning rate of the window's last step. The schedule counts updates, so earlier skipped steps are
         # subtracted.
         lr = float(self.lr[step - 1 - (self.skipped.total - bool(found[-1].skipped))])
@@ -289,13 +289,11 @@ class _Loop:
         self.progress.train(step, row["loss"], speed)
         window.clear(now)
 
-    def _work(self) -> Work:
-        """Counts the rows and positions that the window's steps computed, over all processes and draws."""
-        window = self.window
-        everywhere = self.session.process_count * self.config.method.draws
-        positions = window.prompt_tokens + window.rows * self.config.canvas.response_len
-        predicted = window.rows * self.session.learner.objective.layout.block
-        return Work(window.rows * everywhere, positions * everywhere, predicted * everywhere)
+    def _work(self, steps: list[StepMetrics]) -> tuple[Work, int]:
+        """Counts what the window's steps computed, and the positions that were needed, over all processes and draws."""
+        rows = self.window.rows * self.session.process_count * self.config.method.draws
+        computed, needed = (sum(int(step.losses.positions[i]) for step in steps) for i in (0, 1))
+        return Work(rows, computed, rows * self.session.learner.objective.layout.block), needed
 
     def _utilisation(self, work: Work, seconds: float) -> dict[str, float]:
         """Returns the entries of a metrics row that compare the work with the devices' peak."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from jaxblock.config.config import Config
@@ -69,6 +71,19 @@ def check_resume(
             "exact. Prepare the same data, or begin a run with model.init_from"
         )
     return saved
+
+
+def keep_automatic(config: Config, before: Mapping[str, Any]) -> Config:
+    """Returns the config with those choices that are left to jaxblock as the run has made them so far, so that it goes on exactly.
+
+    Args:
+        config: the settings to go on with.
+        before: the sections that were saved with the checkpoint. An earlier version computed all rows at one width.
+    """
+    train = {"widths": "full", **before.get("train", {})}
+    if config.train.widths == "auto":
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, widths=train["widths"]))
+    return config
 
 
 def _check_settings(config: Config, folder: PathLike, before: dict[str, Any], step: int | None) -> None:

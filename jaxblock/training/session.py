@@ -21,7 +21,7 @@ from jaxblock.training.checkpoints.writer import CheckpointWriter
 from jaxblock.training.guard.debug import NanFinder
 from jaxblock.training.state import TrainState
 from jaxblock.training.step import Learner
-from jaxblock.types import Params
+from jaxblock.types import Lines, Params
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class OpenedSession:
         resumed: the contents of the run folder, where one of its checkpoints is restored; None for a new run.
         step: the step of the checkpoint to restore; None for a new run.
         saved: the plain values that were saved with the run; {} for a new run.
+        lines: the widths at which a step computes its rows; None for the canvas's.
         nans: locates the first layer that is not finite; None except in debug mode.
         process_index: this process's number in its group.
         process_count: the number of processes in the group.
@@ -45,6 +46,7 @@ class OpenedSession:
     config: Config
     prepared: Prepared
     arch: Architecture
+    lines: Lines | None
     mesh: Mesh
     checkpoints: CheckpointWriter | None
     resumed: Run | None

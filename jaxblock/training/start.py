@@ -33,7 +33,7 @@ from jaxblock.io.locks import FolderLock
 from jaxblock.io.paths import PathLike, as_path, is_remote
 from jaxblock.parallel import processes
 from jaxblock.parallel.mesh import make_mesh
-from jaxblock.training import resume, weights
+from jaxblock.training import places, resume, weights
 from jaxblock.training.checkpoints import run_folder
 from jaxblock.training.checkpoints.retention import Keep
 from jaxblock.training.checkpoints.run_folder import Base
@@ -88,6 +88,7 @@ def open_session(config: Config, console: Console) -> OpenedSession:
     saved: Mapping[str, Any] = {}
     if checkpoints is not None:
         saved = resume.check_resume(config, folder, checkpoints, step, prepared)
+        config = resume.keep_automatic(config, saved["config"])
     elif process_index == 0:
         _check_place(folder)
     mesh = _mesh(config.train)
@@ -98,6 +99,7 @@ def open_session(config: Config, console: Console) -> OpenedSession:
         config=config,
         prepared=prepared,
         arch=arch,
+        lines=places.choose_lines(config, prepared.records("train"), arch, mesh.size // config.train.tensor),
         mesh=mesh,
         checkpoints=checkpoints,
         resumed=resumed,

@@ -6,8 +6,8 @@ All random draws come from the seed and the step, so they do not depend on the n
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +24,11 @@ from jaxblock.diffusion.sampling import Draw
 from jaxblock.models.linear import lora
 from jaxblock.models.transformer import Transformer
 from jaxblock.parallel import rules
+from jaxblock.training.lines import sort_into_lines
 from jaxblock.training.optim.gating import gated, select
 from jaxblock.training.optim.precision import global_norm
 from jaxblock.training.state import TrainState, next_average, state_shardings
-from jaxblock.types import Network, Params
+from jaxblock.types import Lines, Network, Params, Places, Sum, positions_of_line, rows_of_line
 
 if TYPE_CHECKING:
     from jaxblock.data.loader import Batch
@@ -65,6 +66,7 @@ class Objective:
         seed: the seed of the draws.
         rows: the global batch size.
         dropout: whether the network's adapters drop inputs.
+        lines: the widths at which ``gradients`` computes the rows; None for the canvas's.
     """
 
     net: Network
@@ -73,6 +75,22 @@ class Objective:
     seed: int
     rows: int
     dropout: bool = False
+    lines: Lines | None = None
+
+    def at_widths(self, places: Places, **changes: Any) -> Objective:
+        """Returns the objective of rows that are laid side by side in the places of lines.
+
+        Args:
+            places: the places of a line.
+            changes: fields of the network that are changed too.
+        """
+        net = replace(self.net, places=places, **changes)  # type: ignore[type-var]  # a Transformer is a dataclass
+        return replace(self, net=net, lines=None)
+
+    def needed(self, batch: Batch) -> Array:
+        """Returns the positions that each row needs [B], which depend on the row alone."""
+        width = canvases.canvas_width(self.layout, batch.prompt_ids.shape[1])
+        return canvases.needed_positions(self.layout, width, jnp.asarray(batch.prompt_len), self.drawn_blocks(batch))
 
     def canvas(self, batch: Batch) -> Canvas:
         """Makes the canvas of a batch."""
@@ -104,7 +122,7 @@ class Objective:
         """Computes the summed losses of a batch and their weights."""
         canvas = self.canvas(batch)
         draws, noise = self.draw(batch, canvas, step)
-        return losses(
+        found = losses(
             self.net,
             params,
             self.layout,
@@ -115,6 +133,11 @@ class Objective:
             row_keys=self.row_keys(canvas, step),
             drawn_blocks=self.drawn_blocks(batch),
         )
+        rows, width = canvas.ids.shape
+        places: Places = getattr(self.net, "places", ()) or ((1, width),)
+        computed = rows // rows_of_line(places) * positions_of_line(places)
+        found_at = Sum(jnp.float32(computed), self.needed(batch).sum().astype(jnp.float32))
+        return found._replace(positions=jax.tree.map(lambda x: x * self.method.draws, found_at))
 
 
 @dataclass(frozen=True)
@@ -159,6 +182,34 @@ def gradients(
     Returns:
         (losses, gradient of the same structure as ``params``).
     """
+    lines = objective.lines
+    if lines is None:
+        return _gradients(objective, params, batch, step, frozen, accumulate)
+    whole = objective.at_widths(((1, lines.widest),))
+    if all(width == lines.widest for _, width in lines.places):
+        return _gradients(whole, params, batch, step, frozen, accumulate)
+    # Few batches do not fit, so that compiling a single layer for them is worth more than the time of their steps.
+    whole = objective.at_widths(((1, lines.widest),), scan_layers=True)
+    laid = objective.at_widths(lines.places)
+    in_order, fits = sort_into_lines(batch, objective.needed(batch), lines.places)
+    size = rows_of_line(lines.places)
+    return jax.lax.cond(
+        fits,
+        lambda: _gradients(laid, params, in_order, step, frozen, accumulate, size),
+        lambda: _gradients(whole, params, batch, step, frozen, accumulate),
+    )
+
+
+def _gradients(
+    objective: Objective,
+    params: Params,
+    batch: Batch,
+    step: Array,
+    frozen: Params | None,
+    accumulate: int,
+    size: int = 1,
+) -> tuple[Losses, Params]:
+    """Computes losses and gradient at the widths of the objective's network (see ``gradients``); a line has ``size`` rows."""
 
     def total(params: Params, rows: Batch) -> tuple[Array, Losses]:
         found = objective(lora.attach(frozen or {}, params), rows, step)
@@ -170,8 +221,8 @@ def gradients(
     if accumulate == 1:
         found, grads = part(batch)
     else:
-        # Row r goes to part r mod n, so that every device has rows of every part and no row moves between devices.
-        parts: Batch = jax.tree.map(lambda x: _interleaved(jnp.asarray(x), accumulate), batch)
+        # Line l goes to part l mod n, so that every device has lines of every part and no row moves between devices.
+        parts: Batch = jax.tree.map(lambda x: _interleaved(jnp.asarray(x), accumulate, size), batch)
         nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), params)
         first = jax.tree.map(jnp.zeros_like, jax.eval_shape(lambda: part(jax.tree.map(lambda x: x[0], parts))[0]))
         (found, grads), _ = jax.lax.scan(
@@ -181,10 +232,11 @@ def gradients(
     return found, jax.tree.map(lambda grad: grad / weight.astype(grad.dtype), grads)
 
 
-def _interleaved(x: Array, parts: int) -> Array:
-    """Splits rows [B, ...] into parts [parts, B / parts, ...]; row r goes to part r mod ``parts``."""
-    split = x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
-    return rules.constrain(split, None, "batch", *(None,) * (split.ndim - 2))
+def _interleaved(x: Array, parts: int, size: int) -> Array:
+    """Splits rows [B, ...] into parts [parts, B / parts, ...]; line l, of ``size`` rows, goes to part l mod ``parts``."""
+    split = x.reshape(-1, parts, size, *x.shape[1:]).swapaxes(0, 1)
+    split = rules.constrain(split, None, "batch", *(None,) * (split.ndim - 2))
+    return split.reshape(parts, -1, *x.shape[1:])
 
 
 def train_step(

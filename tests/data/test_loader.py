@@ -65,6 +65,7 @@ def test_a_file_is_read_at_random(source, in_memory, monkeypatch):
     assert [record.prompt for record in again] == [f"q{i}" for i in range(23)]
     assert [record.index for record in again[-2:]] == [21, 22] and again[-1].index == 22
     np.testing.assert_array_equal(again.lengths(), [[1 + i % 8, 1 + (5 * i) % 12] for i in range(23)])
+    np.testing.assert_array_equal(again.lengths(every=5), again.lengths()[::5])
     with pytest.raises(IndexError):
         again[23]
 

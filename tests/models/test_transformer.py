@@ -49,6 +49,8 @@ def plain():
         dict(attention="xla", remat="full", loss_chunk=2),
         dict(attention="xla", scan_layers=True, remat="dots"),
         dict(scan_layers=True, remat="offload"),
+        dict(places=((1, 9), (1, 7))),  # the rows side by side in a line, each at its own width
+        dict(places=((1, 9), (1, 7)), attention="xla", scan_layers=True, remat="full"),
     ],
     ids=lambda variant: " ".join(map(str, variant.values())),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from jaxblock.training.optim.config import OptimizerConfig
 from jaxblock.training.optim.make import make_optimizer
 from jaxblock.training.state import create_state, next_average
 from jaxblock.training.step import Learner, Objective, jit_step
+from jaxblock.types import Lines
 
 ROWS = 16
 
@@ -77,14 +79,15 @@ class Case(NamedTuple):
     quantize: str = "none"
     dtype: str = "float32"
     objective: str = "blockwise"
+    lines: Lines | None = None
 
     def on_one_device(self) -> Case:
-        """Returns the same training on one device, all rows at once."""
-        return self._replace(data=1, fsdp=1, tensor=1, slices=1, accumulate=1)
+        """Returns the same training on one device, all rows at once and at the canvas's width."""
+        return self._replace(data=1, fsdp=1, tensor=1, slices=1, accumulate=1, lines=None)
 
 
-USUAL = Case(1, 2, 2, slices=2, accumulate=2, rank=2)
-"""It splits parameters, heads and slices, and the batch into parts, and trains adapters."""
+USUAL = Case(1, 2, 2, slices=2, accumulate=2, rank=2, lines=Lines(((1, 28), (1, 27)), 28))
+"""It splits parameters, heads and slices, and the batch into parts and lines of two rows, and trains adapters."""
 RARER = [Case(2, 2, 2), Case(8), Case(2, 4), Case(1, 1, 8), Case(2, 1, 2, slices=2), Case(accumulate=4)]
 RARER += [Case(2, 2, 2, rank=2), Case(1, 2, 2, slices=2, accumulate=2), Case(1, 4, slices=2, accumulate=2, rank=2)]
 RARER += [Case(1, 4, 2, rank=2, quantize="int8"), Case(2, 4, dtype="bfloat16"), Case(1, 2, 4, objective="classical")]
@@ -123,6 +126,7 @@ def train() -> Callable[[Case], Result]:
     def run(case: Case) -> Result:
         chunk = 4 if case.objective == "classical" else None
         objective = _objective(_method(case), case.rank, quantize=case.quantize, dtype=case.dtype, loss_chunk=chunk)
+        objective = dataclasses.replace(objective, lines=case.lines)
         net = objective.net
         start = jax.device_get(init_params(net.trainable, 0, "float32"))
         optimizer = make_optimizer(config, 9, net.trainable)

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from jaxblock.models.attention import cudnn, reference, xla
 from jaxblock.models.attention.mask import Mask
 from jaxblock.models.config import Backend
+from jaxblock.models.lines import by_width, join_lines, split_lines
 
 
 def backend_of(platform: str) -> Backend:
@@ -31,13 +32,18 @@ def attend(
         q: the queries, rotated.
         k: the keys, rotated; N is a multiple of G.
         v: the values.
-        mask: which keys a query sees.
+        mask: which keys a query sees. Where it has places, each line is split into its rows.
         backend: ``xla`` is JAX's own attention. ``splash`` (TPU) and ``cudnn`` (NVIDIA) are fused kernels, which hold no
             matrix of scores; ``xla`` replaces them where they do not apply. ``reference`` is a plain float32 softmax.
 
     Returns:
         The attended values, in the queries' type.
     """
+    if mask.places:
+        split = [split_lines(x, mask.places) for x in (q, k, v)]
+        lengths = by_width(mask.length, mask.places)
+        rows = zip(*split, lengths, strict=True)
+        return join_lines([attend(q, k, v, Mask(n, mask.kind), backend) for q, k, v, n in rows], mask.places)
     chex.assert_rank([q, k, v], 4)
     chex.assert_equal_shape([k, v])
     chex.assert_is_divisible(q.shape[2], k.shape[2])

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Int
 
+from jaxblock.types import Places
+
 MaskKind = Literal["bidirectional", "causal"]
 """``bidirectional``: every query sees all visible keys of its row. ``causal``: a query does not see keys after its own
 position, as in the training of an autoregressive checkpoint; queries and keys are then the same positions."""
@@ -27,10 +29,12 @@ class Mask:
     Attributes:
         length: the number of visible keys of each row, at least 1; keys at or after it are hidden.
         kind: what else is hidden.
+        places: where rows of several widths lie side by side in lines, the places of a line; () where each row is by itself.
     """
 
     length: Int[Array, " B"]
     kind: MaskKind = field(default="bidirectional", metadata={"static": True})
+    places: Places = field(default=(), metadata={"static": True})
 
     def visible_keys(self, n_keys: int) -> Bool[Array, "B S"]:
         """Returns which keys of each row are visible at all."""

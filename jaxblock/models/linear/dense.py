@@ -10,6 +10,7 @@ from jaxtyping import Float, Shaped
 
 from jaxblock.models.linear.fsdp import Split, matmul, matmul_frozen
 from jaxblock.models.linear.lora import LowRank
+from jaxblock.models.lines import by_width, join_lines, split_lines
 from jaxblock.models.numerics import at_least_float32, rounded_once
 
 
@@ -51,11 +52,19 @@ def _int8_matmul(x: Array, w: Array, scale: Array, split: Split | None) -> Array
 def _low_rank(x: Array, lora: LowRank, split: Split | None) -> Array:
     """Computes the output of a low-rank branch, with dropout on its input."""
     if lora.keys is not None and lora.dropout > 0:
-        keep = 1.0 - lora.dropout
-        # With a key per row, a row's dropout depends neither on other rows nor on how the batch is split over devices.
-        kept = jax.vmap(lambda key: jax.random.bernoulli(key, keep, x.shape[1:]))(lora.keys)
-        x = jnp.where(kept, x / keep, 0).astype(x.dtype)
+        if lora.places:
+            rows = zip(split_lines(x, lora.places), by_width(lora.keys, lora.places), strict=True)
+            x = join_lines([_dropped(*each, lora.dropout) for each in rows], lora.places)
+        else:
+            x = _dropped(x, lora.keys, lora.dropout)
     split_a = None if split is None else Split(("adapter", None), (split.used[0], None))
     split_b = None if split is None else Split((None, "adapter"), (None, split.used[1]))
     inner = matmul(x, lora.a, x.dtype, split_a)
     return matmul(inner, lora.b, x.dtype, split_b) * jnp.asarray(lora.scale, x.dtype)
+
+
+def _dropped(x: Float[Array, "B *rest I"], keys: Shaped[Array, " B"], chance: float) -> Float[Array, "B *rest I"]:
+    """Drops inputs by chance. With a key per row, what a row drops depends neither on other rows nor on the row's width."""
+    keep = 1.0 - chance
+    kept = jax.vmap(lambda key: jax.random.bernoulli(key, keep, x.shape[1:]))(keys)
+    return jnp.where(kept, x / keep, 0).astype(x.dtype)

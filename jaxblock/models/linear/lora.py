@@ -19,7 +19,7 @@ from jaxblock.errors import UserError
 from jaxblock.models.config import LoraConfig, Unmatched
 from jaxblock.models.numerics import at_least_float32
 from jaxblock.models.spec import ParamSpec, Table, flatten, nest
-from jaxblock.types import Params
+from jaxblock.types import Params, Places
 
 KEY = "lora"
 """The key under which the parameters of a network hold its adapters."""
@@ -56,6 +56,7 @@ class LowRank(NamedTuple):
         scale: the factor alpha / rank of the branch's output.
         dropout: the chance that an input of the branch is dropped; used only where there are keys.
         keys: one random key for each row of the batch; None for no dropout.
+        places: where rows lie side by side in lines, the places of a line; () where each row is by itself.
     """
 
     a: Float[Array, "I R"]
@@ -63,6 +64,7 @@ class LowRank(NamedTuple):
     scale: float
     dropout: float = 0.0
     keys: Shaped[Array, " B"] | None = None
+    places: Places = ()
 
 
 def lora_from_config(config: LoraConfig, table: Table) -> Lora | None:
@@ -147,7 +149,7 @@ def adapter_table(base: Table, lora: Lora) -> Table:
 
 
 def layer_branches(
-    lora: Lora, adapters: Params, layer: Array | int, row_keys: Shaped[Array, " B"] | None
+    lora: Lora, adapters: Params, layer: Array | int, row_keys: Shaped[Array, " B"] | None, places: Places = ()
 ) -> dict[str, LowRank]:
     """Returns the low-rank branches of one layer, by the name of their matrix.
 
@@ -157,6 +159,7 @@ def layer_branches(
         layer: the layer's index.
         row_keys: one random key for each row; None for no dropout. The layer and the place in
             ``targets`` are folded into the keys of a branch, so that branches draw independently.
+        places: where rows lie side by side in lines, the places of a line.
     """
     branches = {}
     for place, path in enumerate(lora.targets):
@@ -164,7 +167,7 @@ def layer_branches(
         if row_keys is not None:
             fold = jax.vmap(lambda key, place=place: jax.random.fold_in(jax.random.fold_in(key, layer), place))
             keys = fold(row_keys)
-        branches[name] = LowRank(adapters[name]["a"], adapters[name]["b"], lora.scale, lora.dropout, keys)
+        branches[name] = LowRank(adapters[name]["a"], adapters[name]["b"], lora.scale, lora.dropout, keys, places)
     return branches
 
 

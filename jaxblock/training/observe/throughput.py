@@ -18,7 +18,7 @@ class Work(NamedTuple):
 
     Attributes:
         rows: the number of rows, counted once for each draw.
-        positions: the positions that attention can see, summed over the rows.
+        positions: the positions that were computed, summed over the rows.
         predicted: the positions that need the vocabulary projection, summed over the rows.
     """
 

@@ -22,7 +22,6 @@ class StepWindow:
         records: the numbers of the records in this process's part of each step's batch.
         step: the number of the newest step.
         rows: the number of rows in this process's part of all batches.
-        prompt_tokens: the number of prompt tokens in these rows.
         due: whether the next line of metrics is due.
     """
 
@@ -31,7 +30,6 @@ class StepWindow:
     records: list[np.ndarray] = field(default_factory=list)
     step: int = 0
     rows: int = 0
-    prompt_tokens: int = 0
     due: bool = False
 
     def add(self, step: int, metrics: StepMetrics, batch: Batch) -> None:
@@ -40,12 +38,11 @@ class StepWindow:
         self.metrics.append(metrics)
         self.records.append(batch.index)
         self.rows += len(batch.index)
-        self.prompt_tokens += int(batch.prompt_len.sum())
 
     def clear(self, now: float) -> None:
         """Begins a new window at ``now``, in seconds of training."""
         self.since, self.metrics, self.records = now, [], []
-        self.rows, self.prompt_tokens, self.due = 0, 0, False
+        self.rows, self.due = 0, False
 
     def idle(self) -> bool:
         """Tells, without waiting, whether the device has finished all dispatched steps."""
@@ -59,9 +56,10 @@ def summarise(steps: list[StepMetrics]) -> dict[str, Any]:
         steps: the metrics of each step, copied to the host.
 
     Returns:
-        ``loss``, ``grad_norm`` (of the last step), ``loss_by_block`` and ``loss_by_count`` as [sum, weight] pairs, and
-        ``skipped``, the number of skipped steps. Skipped steps count in nothing else, unless all of them were skipped:
-        then the loss is what they report, NaN or infinity.
+        ``loss``, ``grad_norm`` (of the last step), ``loss_by_block`` and ``loss_by_count`` as [sum, weight] pairs,
+        ``skipped``, the number of skipped steps, and ``computed_per_needed``, the positions that all steps computed for each
+        one that was needed. Skipped steps count in nothing else, unless all of them were skipped: then the loss is what they
+        report, NaN or infinity.
     """
     used = [step for step in steps if not step.skipped]
     counted = used or steps
@@ -73,10 +71,12 @@ def summarise(steps: list[StepMetrics]) -> dict[str, Any]:
     total, weight = added([step.losses.loss for step in counted])
     by_block = added([step.losses.by_block for step in counted])
     by_count = added([step.losses.by_count for step in counted])
+    computed, needed = added([step.losses.positions for step in steps])
     return {
         "loss": float(total / weight),
         "grad_norm": float(counted[-1].grad_norm),
         "loss_by_block": np.stack(by_block, -1).round(4).tolist(),
         "loss_by_count": np.stack(by_count, -1).round(4).tolist(),
         "skipped": len(steps) - len(used),
+        "computed_per_needed": round(float(computed / needed), 4),
     }
