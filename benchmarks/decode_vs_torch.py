@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from benchmarks import torch_decoder
-from benchmarks.small_network import CACHES, network, random_prompts, seconds, sizes_parser
+from benchmarks.small_network import CACHES, VARIED, network, random_prompts, seconds, sizes_parser, token_forwards
 from jaxblock.diffusion.canvas import Layout, for_decoding
 from jaxblock.diffusion.decoding import decoder
 from jaxblock.diffusion.decoding.config import CacheName, DecodeConfig
@@ -45,21 +45,9 @@ class Sides(NamedTuple):
     torch: Any
 
 
-def token_forwards(cache: CacheName, prompt: int, response: int, block: int, steps: int) -> int:
-    """Counts the positions that are fed to the network to decode a row, if every block takes ``steps`` forwards."""
-    width = prompt + response
-    starts = range(prompt, width, block)
-    later = {
-        "none": [width for _ in starts],
-        "prefix": [width - start for start in starts],
-        "dual": [block for _ in starts],
-    }
-    return sum(width + (steps - 1) * fed for fed in later[cache])
-
-
 def checked_decoders(args: Namespace) -> dict[Case, Sides]:
     """Returns both decoders of every case; each has run once, and they did the same job."""
-    arch, net, params = network(args)
+    arch, net, params = network(args, VARIED)
     theirs = torch_decoder.Network(arch, net.param_table, params)
     layout = Layout(args.response, args.block, "same_position", "aligned", None, arch.need_mask_id(), 1, (1,))
     compiled = jax.jit(decoder.decode, static_argnums=(0, 1, 2))

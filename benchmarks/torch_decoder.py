@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.small_network import CACHES, network, random_prompts, seconds, sizes_parser
+from benchmarks.small_network import CACHES, VARIED, network, random_prompts, seconds, sizes_parser
 from jaxblock.diffusion.decoding.config import CacheName, FactorRule
 from jaxblock.models.architecture import Architecture
 from jaxblock.models.spec import Table, flatten
@@ -240,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     parser = sizes_parser(__doc__)
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    arch, ours, params = network(args)
+    arch, ours, params = network(args, VARIED)
     net, found = Network(arch, ours.param_table, params), {}
     for rows in args.batch:
         prompts = torch.from_numpy(random_prompts(args, rows)).long()

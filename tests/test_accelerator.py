@@ -16,6 +16,7 @@ from packaging.utils import canonicalize_name
 from benchmarks.accelerator import __main__ as kit
 from benchmarks.accelerator import report, wheels
 from benchmarks.accelerator.sizes import ITEMS, TINY
+from benchmarks.small_network import CACHES, token_forwards
 
 # Stands in for the process of an item: what it does depends on the item.
 STUB = """
@@ -38,7 +39,7 @@ if item == "lora-long":
     write(end=dict(status="out of memory", reason="RESOURCE_EXHAUSTED"))
 if item == "int8":
     sys.exit("the last | words")
-if item in ("decode", "attention", "checkpoint", "quickstart"):
+if item in ("decode", "decode-caches", "attention", "checkpoint", "quickstart"):
     write(end=dict(status="done"))
 """
 
@@ -62,7 +63,7 @@ def test_whatever_becomes_of_an_item_is_a_result_and_the_next_one_runs(run, tmp_
     found = results(tmp_path / "out")
     assert {name: result["status"] for name, result in found.items()} == {
         "parity": "skipped", "weights": "crashed", "lora": "time limit", "lora-long": "out of memory", "int8": "crashed",
-        "decode": "done", "attention": "done", "checkpoint": "done", "quickstart": "done",
+        "decode": "done", "decode-caches": "done", "attention": "done", "checkpoint": "done", "quickstart": "done",
     }  # fmt: skip
     assert found["weights"]["reason"] == "signal 9; last words: none"
     assert found["int8"]["reason"] == "exit code 1; last words: the last | words"
@@ -164,6 +165,9 @@ def test_rehearsal(tmp_path, monkeypatch, one_device):
     assert step["tokens/s"]["median"] == pytest.approx(TINY.short.rows * TINY.short.length / step["step, s"]["median"])
     forwards = TINY.decoding.response // TINY.decoding.block * TINY.steps_per_block
     assert [row["forwards"] for row in rows["decode"].values()] == [forwards] * len(TINY.batches)
+    sizes = (TINY.decoding.prompt, TINY.decoding.response, TINY.decoding.block, TINY.steps_per_block)
+    fed = [token_forwards(cache, *sizes) for cache in CACHES] * len(TINY.batches)
+    assert [row["token-forwards of a row"] for row in rows["decode-caches"].values()] == fed
     errors = [v for row in rows["attention"].values() for k, v in row.items() if k.startswith("error")]
     assert len(errors) == 8 and max(errors) < 0.02
     assert [row["steps"] for case, row in rows["quickstart"].items() if case.startswith("train")] == [3, 3]

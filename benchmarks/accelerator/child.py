@@ -30,6 +30,7 @@ RUN: dict[str, Callable[[Context], Rows]] = {
     "lora-long": device_items.lora_long,
     "int8": device_items.int8,
     "decode": device_items.decode,
+    "decode-caches": device_items.decode_caches,
     "attention": attention,
     "checkpoint": device_items.checkpoint,
     "quickstart": quickstart,

@@ -6,7 +6,7 @@ import shutil
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import numpy as np
@@ -179,6 +179,33 @@ def _decode(decoding: Decoding, rows: int, sizes: Sizes) -> Row:
         "limit by memory bandwidth, forwards/s": by_memory,
         "limit by arithmetic, forwards/s": by_arithmetic,
         "share of the lower limit": speed["median"] / min(by_memory, by_arithmetic),
+    }
+
+
+def decode_caches(context: Context) -> Rows:
+    """Measures the decoder without a cache and with each of them, at several batch sizes."""
+    decoding = Decoding.of(context.sizes)
+    with jax.set_mesh(decoding.mesh):
+        for rows in context.sizes.batches:
+            for cache in get_args(internals.CacheName):
+                yield attempt(
+                    f"batch {rows}, cache {cache}", partial(_decode_cached, decoding, rows, cache, context.sizes)
+                )
+
+
+def _decode_cached(decoding: Decoding, rows: int, cache: internals.CacheName, sizes: Sizes) -> Row:
+    found, call = decoding.program(rows, cache)
+    first, canvas = call(), sizes.decoding  # this call is the warm-up
+    times = timed(call, sizes.repeats, sizes.seconds, warm_up=0)
+    return {
+        "canvas": f"{canvas.prompt} + {canvas.response}, blocks of {canvas.block}",
+        "forwards": int(np.max(first.nfe)),
+        "token-forwards of a row": int(np.max(first.positions)),
+        "positions computed for a row": int(np.max(first.computed)),
+        **found.plan,
+        "tokens/s": rates(rows * canvas.response, times),
+        "token-forwards/s": rates(float(np.sum(first.positions)), times),
+        "peak memory so far, GiB": internals.peak_gib(),
     }
 
 

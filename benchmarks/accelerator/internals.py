@@ -21,6 +21,7 @@ from jaxblock.config.config import Config
 from jaxblock.config.yaml import load_config
 from jaxblock.data.loader import Batch
 from jaxblock.diffusion.canvas import for_decoding
+from jaxblock.diffusion.decoding.config import CacheName
 from jaxblock.diffusion.decoding.decoder import Responses, decode
 from jaxblock.diffusion.layouts import decoding_layout
 from jaxblock.fit.memory import compile_lowered
@@ -49,7 +50,7 @@ from jaxblock.types import Params
 
 __all__ = [
     "Architecture", "Backend", "CheckpointReader", "CheckpointWriter", "Keep", "Mask", "attend", "backend_of", "chip_of",
-    "count_params",
+    "CacheName", "count_params",
 ]  # fmt: skip
 """What the items take from here as it is."""
 
@@ -299,10 +300,10 @@ class Decoding(NamedTuple):
         check_room(param_shapes(net.param_table, devices, dtype))
         return cls(preset, arch, net, devices, weight_maker(net.param_table, dtype, devices)())
 
-    def program(self, rows: int) -> tuple[Planned, Callable[[], Responses]]:
+    def program(self, rows: int, cache: CacheName = "none") -> tuple[Planned, Callable[[], Responses]]:
         """Compiles the decoder for a number of prompts; returns the program, and a call that decodes random prompts."""
         layout = decoding_layout(self.preset.canvas, self.preset.decode, self.arch, (self.arch.eos_id,))
-        options = self.preset.decode.static(layout.block)
+        options = dataclasses.replace(self.preset.decode, cache=cache).static(layout.block)
         width = self.preset.canvas.prompt_len
         prompts = jnp.asarray(_tokens(np.random.default_rng(0), self.arch, (rows, width)))
         lengths = jnp.full(rows, width, jnp.int32)

@@ -28,6 +28,7 @@ ITEMS = (
     Item("lora-long", 0.25, "LoRA step on long sequences."),
     Item("int8", 0.2, "LoRA step on short sequences over an int8 base."),
     Item("decode", 0.25, "Blockwise decoding, against what the chip's memory and arithmetic allow."),
+    Item("decode-caches", 0.35, "Blockwise decoding without a cache and with each of them."),
     Item("attention", 0.15, "The platform's fused attention against XLA's, and both against the float32 reference."),
     Item("checkpoint", 0.12, "Saving and restoring the state of the LoRA run, checksums included."),
     Item("quickstart", 0.5, "The quickstart's phases, with training cut short where the time is."),
