@@ -1,7 +1,6 @@
 """Makes small networks of every family, with grouped keys and sizes that all differ, so that a wrong transpose shows."""
 
 import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +14,8 @@ from jaxblock.models.families import registry
 from jaxblock.types import Params
 from tests.models.networks import random_params
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 40,
-    "d_model": 16,
-    "n_layers": 3,
-    "n_heads": 4,
-    "n_kv_heads": 2,
-    "head_dim": 4,
-    "mlp_dim": 24,
-    "norm_eps": 1e-5,
-    "rope_theta": 1e4,
-    "max_len": 64,
-    "tie_embeddings": False,
-    "mask_id": 39,
-    "eos_id": 1,
-    "pad_id": 2,
-}
-
-Small = Callable[..., tuple[Architecture, Params]]
-Saved = Callable[..., Path]
+SIZES: dict[str, Any] = dict(vocab_size=40, mask_id=39, eos_id=1, pad_id=2, max_len=64, tie_embeddings=False)
+SIZES |= dict(d_model=16, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=4, mlp_dim=24, norm_eps=1e-5, rope_theta=1e4)
 
 
 @functools.cache
