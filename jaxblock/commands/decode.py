@@ -22,6 +22,8 @@ from jaxblock.io.files import check_absent, read_bytes, write_text
 from jaxblock.models.config import Checkpoint
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from jaxblock.data.tokens.encoding import Encoder
     from jaxblock.model import Model
 
@@ -59,6 +61,8 @@ class Options:
 
 def run(options: Options, config: Config) -> int:
     """Decodes the prompts and prints one line of JSON for each, or shows each canvas while it is filled."""
+    import numpy as np
+
     from jaxblock import loading
     from jaxblock.diffusion.decoding.rules import unused_steps
     from jaxblock.parallel import processes
@@ -85,7 +89,9 @@ def run(options: Options, config: Config) -> int:
     prompts = list(_prompts(options, config.data))
     if not prompts:
         raise UserError("no prompts: give some on the command line, by --file, or on standard input")
-    ids = [model.text_prompt(prompt, where) for where, prompt in prompts]
+    ids = [
+        np.asarray(model.text_prompt(prompt, where), np.int32) for where, prompt in prompts
+    ]  # a tenth of the lists' memory
     layout = model.layout(config.decode)
     for (where, _), row in zip(prompts, ids, strict=True):
         model.check_prompt(row, where, layout)
@@ -165,12 +171,12 @@ def _lines(name: str, content: bytes) -> Iterator[tuple[str, str]]:
             yield where, line
 
 
-def _watch(model: Model, text: str, ids: list[int], index: int, *, shown: bool) -> None:
+def _watch(model: Model, text: str, ids: np.ndarray, index: int, *, shown: bool) -> None:
     """Decodes one prompt and shows its canvas after every step; with ``shown`` False it only decodes."""
     from jaxblock.reporting.watch import Watch
 
     assert model.tokenizer is not None
-    steps = model.stream(ids, index=index)
+    steps = model.stream(ids.tolist(), index=index)
     if not shown:
         for _ in steps:
             pass
@@ -184,7 +190,7 @@ def _watch(model: Model, text: str, ids: list[int], index: int, *, shown: bool) 
             watch.step(response.tolist(), nfe)
 
 
-def _decoded_lines(model: Model, prompts: list[tuple[str, Prompt]], ids: list[list[int]]) -> Iterator[str]:
+def _decoded_lines(model: Model, prompts: list[tuple[str, Prompt]], ids: list[np.ndarray]) -> Iterator[str]:
     """Decodes the prompts and yields a line of JSON for each."""
     for (_, prompt), answer in zip(prompts, model.answers(ids), strict=True):
         line = {"prompt": prompt, "response": answer.text, "tokens": len(answer.ids), "nfe": answer.nfe}

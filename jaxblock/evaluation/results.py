@@ -18,7 +18,7 @@ class Solved(NamedTuple):
     Attributes:
         rows: the rows of the per-problem file (``Evaluator.solve``), one dict for each problem.
         pass_at_1: the share of problems that were solved, with a 95% interval.
-        seconds: the wall time of decoding, without compilation.
+        seconds: the wall time of decoding, without compilation. Grading goes on meanwhile; what it takes longer is included.
         costs: how much was computed, and how much of it was needed.
     """
 

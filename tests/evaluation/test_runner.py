@@ -73,6 +73,9 @@ def test_costs_and_verdicts(evaluator, model, records, solved):
         assert row["expected"] == record.response.split("#### ")[1]
         # Without a stop token the whole canvas is text; with one it counts, what follows does not.
         assert row["stopped"] or row["tokens"] == 16
+    costs = solved.costs
+    assert costs.row_blocks == sum(-(-row["tokens"] // 4) for row in solved.rows) <= costs.row_blocks_computed
+    assert 0 < costs.token_forwards < costs.token_forwards_computed and costs.row_blocks_computed % 4 == 0
     empty = evaluator.solve(model.params, [])
     assert empty.pass_at_1.n == 0 and math.isnan(empty.nfe) and math.isnan(empty.tokens_per_forward)
 
