@@ -41,6 +41,7 @@ def test_both_heads_compute_the_same_loss():
     np.testing.assert_allclose(*both, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_decoder_is_timed_over_every_forward():
     sizes = "--d 16 --layers 1 --batch 2 --prompt 8 --response 8 --block 4 --vocab 32 --repeat 1"
     found = decoder_overhead.main(sizes.split())

@@ -100,13 +100,10 @@ train --checkpoint {run} | train has no --checkpoint: a run goes on from its own
 decode --checkpoint {config} 1+1? | {config} is a file, and a checkpoint is a folder
 decode --checkpoint {prepared} 1+1? | {prepared} holds prepared data, not a checkpoint
 decode --checkpoint tests/typo 1+1? | tests/typo: no such folder
-decode --checkpoint runs/typo 1+1? | runs/typo: no such folder
-train --config=a.yaml --train.steps 3 --config {config} | 2 times (a.yaml, {config})
 decode --checkpoint {run} --checkpoint={new} 1+1? | --checkpoint is given 2 times
 train --config {config} --canvas.block 3 | canvas.block 3 does not divide canvas.response_len 16
 train --config {config} --data.prepared {new} | {new} holds no prepared data
 train --config {config} --train.out {new} --canvas.response_len 8 | prepared with 16
-train --config {config} --train.out {new} --decode.block 3 | decode.block 3 does not divide
 train --config {config} --train.out {new} --decode.response_len 9000 | the model was made for 4096
 train --config {config} --train.out /proc/run | /proc/run
 train --config {config} --train.out {file}/run | a file stands where a folder is needed
@@ -119,17 +116,13 @@ decode --checkpoint {run} --file {new} | cannot read {new}
 decode --checkpoint {run} --file {latin} | {latin}:2: not UTF-8 text
 decode --checkpoint {run} --file {jsonl} | {jsonl}:2: no field 'question' (did you mean 'quest'?); set data.prompt_field to one of 'quest'
 decode --checkpoint {run} 1+1? --out {file} | {file} exists already
-decode --checkpoint {run} 1+1? --out /proc/x/y | /proc/x
 decode --checkpoint {run} 1+1? --watch --out {new} | leave out either
 decode --checkpoint {run} 'a <|mdm_mask|>' | prompt 1: the user's text contains the special token
 decode --checkpoint {run} 1+1? {long} | prompt 2 has
 decode --checkpoint {run} 1+1? --decode.block 5 | set block to 4 or response_len to 20
 evaluate --checkpoint {run} --out {folder} | so it is not replaced
-evaluate --checkpoint {run} --out /proc/x/y | /proc/x
 evaluate --checkpoint {run} --out {new} --evaluate.compare {file} | {file}:1: not JSON
 evaluate --checkpoint {run} --out {new} --canvas.prompt_len 8 | canvas.prompt_len is 8
-evaluate --checkpoint {run} --out {new} --data.prepared {folder} | holds no prepared data
-export --checkpoint {run} --out {folder} | so it is not replaced
 export --checkpoint {run} --out {run} | so it is not replaced
 export --checkpoint {run} --out /proc/x/y | /proc/x
 export --checkpoint {folder} --out {new} | no config.json

@@ -95,11 +95,8 @@ def test_every_config_is_valid():
     assert all(check_config(config) is config for config in LOADED.values())
 
 
-FAST = "quickstart_classical"
-"""The quickstart's first phase: the others run the same in another combination, and the slow tests run them all."""
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name != FAST)) for name in RUN])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUN)
 def test_a_config_runs(name, train, request, work):
     data = LOADED[name].data
     if data.train != "builtin":

@@ -76,13 +76,7 @@ REPORT = re.compile(r"\[(\d)\] jaxblock: process (\d) of 2 does not move: .* in 
 
 
 class Told:
-    """Collects what two processes print.
-
-    Attributes:
-        lines: the lines, in the order they came.
-        pids: the process ids, by process index.
-        reports: the stacks that were reported, by (process, stage, updates done).
-    """
+    """Collects what two processes print: lines, process ids, and the stacks reported by (process, stage, updates done)."""
 
     def __init__(self, group: subprocess.Popen[str]) -> None:
         self._coming = group.stderr

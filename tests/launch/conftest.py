@@ -8,25 +8,7 @@ import pytest
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 
-# Bash alone: a test calls it up to a hundred times, and Python takes twenty times as long to start.
-GCLOUD = """#!/usr/bin/env bash
-printf '%s\\0' "$#" "$@" >>"$GCLOUD_RECORD"
-for argument in "$@"; do
-    if [ "$argument" = "${GCLOUD_FAILS:-nothing}" ]; then echo "${GCLOUD_ERROR:-ERROR: no capacity}" >&2; exit 7; fi
-done
-# Prints (and takes off) the first line of a file of answers; a line that begins with "!" goes to stderr, and fails.
-answer() {
-    local lines line
-    lines="$(<"$1")"$'\\n'
-    line="${lines%%$'\\n'*}"
-    printf '%s' "${lines#*$'\\n'}" >"$1"
-    case "$line" in '!'*) echo "${line#!}" >&2; exit 1 ;; *) printf '%b\\n' "$line" ;; esac
-}
-if [ "$4" = describe ] && [ -n "${GCLOUD_STATES:-}" ]; then answer "$GCLOUD_STATES"; fi
-case "$*" in *'run: none'*) if [ -n "${GCLOUD_RUNS:-}" ]; then answer "$GCLOUD_RUNS"; fi ;; esac
-if [ "$4" = scp ] && [ -n "${GCLOUD_KEEP:-}" ]; then cp "$5" "$GCLOUD_KEEP"; fi
-exit 0
-"""
+GCLOUD = LAUNCH.parent / "tests" / "fixtures" / "gcloud"
 
 
 def put(path: Path, text: str) -> Path:
@@ -42,7 +24,7 @@ class Desk:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.record = folder, folder / "record"
-        path = f"{put(folder / 'bin' / 'gcloud', GCLOUD).parent}:{os.environ['PATH']}"
+        path = f"{put(folder / 'bin' / 'gcloud', GCLOUD.read_text()).parent}:{os.environ['PATH']}"
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("JAXBLOCK_")}
         self.environment = inherited | {"PATH": path, "GCLOUD_RECORD": str(self.record), "TMPDIR": str(folder)}
 

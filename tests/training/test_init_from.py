@@ -1,4 +1,4 @@
-"""A run may start from another run or from a Hugging Face folder: the same weights either way."""
+"""A run may start from another run or from a Hugging Face folder, and debug mode finds what is bad in it and in a step."""
 
 import io
 import json
@@ -10,18 +10,25 @@ from typing import Any
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
 import jaxblock
+from jaxblock import build
 from jaxblock.cli import main
 from jaxblock.config.yaml import config_from_tree, load_config
 from jaxblock.errors import UserError
 from jaxblock.fit import compile as fit_compile
+from jaxblock.fit import shapes
 from jaxblock.huggingface import tensor_files
+from jaxblock.models.config import ModelConfig
+from jaxblock.models.families import registry
+from jaxblock.models.spec import init_params
 from jaxblock.training import weights
+from jaxblock.training.guard.debug import NanFinder, not_finite
 from jaxblock.training.observe import device_memory
 from tests import runs
 
@@ -51,8 +58,9 @@ def test_a_run_and_its_export_give_the_same_start(tiny_config, tiny_run, exporte
     first, last = runs.rows(tmp_path / "first", "eval")[0], runs.rows(tiny_run, "eval")[-1]
     assert first["step"] == 0 and last["step"] == 120
     assert first["nelbo_per_token"] == pytest.approx(last["nelbo_per_token"], rel=1e-5)
-    starts = [_start(tiny_config, tmp_path / source.name, source)[0] for source in (tiny_run, exported)]
-    chex.assert_trees_all_equal(*starts)
+    for source in (tiny_run, exported):
+        start = _start(tiny_config, tmp_path / source.name, source)[0]
+        chex.assert_trees_all_equal(start, jax.device_get(jaxblock.load(tiny_run).params))
 
 
 def test_an_older_checkpoint_is_exported_and_started_from(tiny_config, tiny_run, tmp_path, ran):
@@ -153,3 +161,44 @@ def test_a_run_that_does_not_fit_is_refused_before_weights_are_read(tiny_config,
     monkeypatch.setattr(fit_compile, "TRIES", 0)
     command = f"train --config {tiny_config} --train.out {tmp_path / 'out'} --model.init_from {tiny_run}"
     assert "the train step needs" in ran(command, 2).err and not (tmp_path / "out").exists()
+
+
+def test_nan_finder_names_the_first_bad_layer_under_grad_and_vmap():
+    model = ModelConfig(d_model=8, n_layers=3, n_heads=2, mlp_dim=8)
+    arch = registry.architecture_from_config(model, vocab_size=9, mask_id=8, eos_id=1)
+    finder = NanFinder()
+    net = build.network(arch, model, check_layer=finder.layer)
+    params = jax.device_get(jax.jit(lambda: init_params(net.param_table, 0, "float32"))())
+    params["blocks"]["gate"] = params["blocks"]["gate"].copy()
+    params["blocks"]["gate"][1, 0, 0] = np.nan
+    assert not_finite(params) == ["blocks/gate (layer 1)"]
+
+    def loss(params: dict, ids: jax.Array) -> jax.Array:
+        return net.all_logits(params, ids, jnp.arange(4)[None].repeat(2, 0), jnp.array([4, 4])).sum()
+
+    jax.jit(jax.vmap(jax.grad(loss), in_axes=(None, 0)))(params, np.ones((2, 2, 4), np.int32))
+    jax.effects_barrier()
+    assert min(finder._layers) == 1
+
+
+@pytest.mark.slow
+def test_debug_mode_compiles_no_step_and_shows_the_batch(tiny_config, tmp_path, ran, monkeypatch):
+    command = f"train --config {tiny_config} --train.steps 2 {' '.join(runs.QUIET)} --train.out {tmp_path}"
+    with monkeypatch.context() as patch:
+        patch.setattr(shapes, "jit_step", lambda *arguments: pytest.fail("a step was compiled"))
+        shown = ran(f"{command}/run --train.debug").err
+    assert "block 0" in shown and "masked, weight" in shown
+    ran(f"{command}/jitted")
+    slow, jitted = runs.rows(tmp_path / "run"), runs.rows(tmp_path / "jitted")
+    assert [row["step"] for row in slow] == [1, 2]
+    np.testing.assert_allclose([row["loss"] for row in jitted], [row["loss"] for row in slow], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_one_batch_can_be_learnt_by_heart(tiny_config, tmp_path, ran):
+    flags = (
+        f"--train.overfit_one_batch --train.log_every 20 {' '.join(runs.QUIET)} --method.draws 4 --optimizer.lr 0.01"
+    )
+    ran(f"train --config {tiny_config} --train.out {tmp_path} {flags} --model.d_model 32 --train.steps 300")
+    losses = [row["loss"] for row in runs.rows(tmp_path)]
+    assert losses[0] > 1 and losses[-1] < 0.01, losses

@@ -27,7 +27,6 @@ from jaxblock.training.optim.make import make_optimizer
 from jaxblock.training.optim.moments import dequantise_moment, quantise_moment
 from jaxblock.training.optim.precision import random_bits, stochastic_bfloat16
 from jaxblock.training.state import TrainState, create_state, state_shardings
-from jaxblock.types import Params
 
 
 def _table(vocab_size: int, d_model: int, n_layers: int, n_heads: int, mlp_dim: int) -> Table:
@@ -74,34 +73,17 @@ def test_deepspeeds_schedule(shared):
             np.testing.assert_allclose(found, 0.5 * ratios, rtol=1e-5, atol=1e-7, err_msg=str(case)[:150])
 
 
-def _first_update(config: OptimizerConfig, params: Params, grads: Params) -> dict[str, np.ndarray]:
-    optimizer = make_optimizer(config, 10, TABLE)
-    updates = jax.jit(lambda params, grads: optimizer.update(grads, optimizer.init(params), params)[0])(params, grads)
-    return flatten(jax.device_get(updates))
-
-
 @pytest.mark.parametrize("decay", ["matrices", "all"])
 def test_weight_decay_alone_shrinks_what_it_should(decay):
     """With a gradient of 0 an update is -lr * weight_decay * parameter, and nothing where there is no decay."""
     params = jax.device_get(init_params(TABLE, 0, "float32"))
     norms = {"blocks/attn_norm", "blocks/mlp_norm", "final_norm"}
     assert norms < set(TABLE)
-    found = _first_update(_config(lr=0.1, weight_decay=0.5, decay=decay), params, jax.tree.map(np.zeros_like, params))
-    for path, update in found.items():
+    optimizer = make_optimizer(_config(lr=0.1, weight_decay=0.5, decay=decay), 10, TABLE)
+    first = jax.jit(lambda params, grads: optimizer.update(grads, optimizer.init(params), params)[0])
+    for path, update in flatten(first(params, jax.tree.map(np.zeros_like, params))).items():
         shrinks = decay == "all" or path not in norms
         np.testing.assert_allclose(update, -0.05 * flatten(params)[path] if shrinks else 0, rtol=1e-6, err_msg=path)
-
-
-@pytest.mark.parametrize("clip", [0.0, 1e-9, 1e3])
-def test_clipping_bounds_the_gradient_before_adam(clip):
-    """With a large eps Adam's first update, lr * g / (|g| + eps), is nearly linear in g, so that it shows clipping."""
-    params = jax.device_get(init_params(TABLE, 0, "float32"))
-    norm = sum(leaf.size for leaf in jax.tree.leaves(params)) ** 0.5
-    assert 1e-9 < norm < 1e3
-    expected = 1e-6 * (clip / norm if clip == 1e-9 else 1.0)
-    config = _config(lr=1.0, eps=1e6, clip_norm=clip)
-    for update in _first_update(config, params, jax.tree.map(np.ones_like, params)).values():
-        np.testing.assert_allclose(-update, expected, rtol=1e-5)
 
 
 def test_clipping_is_torchs():
@@ -112,27 +94,6 @@ def test_clipping_is_torchs():
     # Summed in float32: in bfloat16 the sum of 1,000 squares of 1 would stop at 256.
     norm = jax.jit(precision.global_norm)({"a": np.ones((1000,), jnp.bfloat16)})
     assert float(norm) == pytest.approx(1000**0.5)
-
-
-def test_adamw_is_torchs():
-    """Compares five steps with torch.optim.AdamW and torch's clipping, on random gradients."""
-    torch = pytest.importorskip("torch")
-    config = _config(lr=0.05, weight_decay=0.3, decay="all", b2=0.99, eps=1e-3, clip_norm=2.0)
-    params = init_params(TABLE, 0, "float32")
-    theirs = {path: torch.nn.Parameter(torch.tensor(np.asarray(value))) for path, value in flatten(params).items()}
-    adam = torch.optim.AdamW(theirs.values(), lr=0.05, betas=(0.9, 0.99), eps=1e-3, weight_decay=0.3)
-    optimizer = make_optimizer(config, 5, TABLE)
-    update, state = jax.jit(optimizer.update), optimizer.init(params)
-    for seed in range(5):
-        grads = init_params(TABLE, seed + 1, "float32")
-        updates, state = update(grads, state, params)
-        params = optax.apply_updates(params, updates)
-        for path, grad in flatten(grads).items():
-            theirs[path].grad = torch.tensor(np.asarray(grad))
-        torch.nn.utils.clip_grad_norm_(theirs.values(), 2.0)
-        adam.step()
-    for path, value in flatten(params).items():
-        np.testing.assert_allclose(value, theirs[path].detach().numpy(), rtol=0, atol=2e-6, err_msg=path)
 
 
 def _scanned(
@@ -275,23 +236,6 @@ def test_what_is_below_the_range_vanishes_or_does_not():
     assert 0.9 < (first == 0).mean() < 1 and first.mean() == pytest.approx(2.0**-20, rel=0.1)
     _, second = _stored(np.asarray([1.0, 2.0**-60, 0.0]), signed=False)
     np.testing.assert_allclose(second[1:], 2 ** (-255 / 8), rtol=1e-5)
-
-
-@pytest.mark.parametrize("b2", [0.95, 0.999])
-def test_moments_follow_float32(b2):
-    """Compares the root mean square error of Adam's direction over 100 steps with that of the direction itself."""
-
-    def noisy(step: jax.Array) -> dict[str, Any]:  # sizes differ a thousandfold along a row
-        sizes = np.logspace(-3, 0, 64, dtype=np.float32)
-        return {"w": sizes * (0.3 + jax.random.normal(jax.random.key(step), (16, 64)))}
-
-    start = {"w": np.zeros((16, 64), np.float32)}
-    wanted = _scanned(optax.adam(1.0, 0.9, b2), start, noisy, np.arange(100))[0]
-    for storage, bound in {"float32": 1e-5, "bfloat16": 0.01, "int8": 0.12}.items():
-        found = _scanned(make_optimizer(_config(lr=1.0, b2=b2, moments=storage), 1, {}), start, noisy, np.arange(100))[
-            0
-        ]
-        assert np.sqrt(np.mean((found - wanted) ** 2) / np.mean(wanted**2)) < bound, storage
 
 
 @pytest.mark.parametrize("storage, b2", [("bfloat16", 0.95), ("bfloat16", 0.999), ("int8", 0.95), ("int8", 0.999)])

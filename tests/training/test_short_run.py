@@ -6,7 +6,6 @@ from typing import Any
 import chex
 import pytest
 
-from jaxblock import inference
 from jaxblock.diffusion.decoding import decoder
 from jaxblock.evaluation import runner
 from jaxblock.training import step
@@ -18,13 +17,13 @@ PROGRAMS = [(step, "train_step"), (decoder, "decode_block"), (runner, "_nelbo_of
 FLAGS = (
     "--train.steps 12 --train.eval_every 3 --train.save_every 4 --profile 3 4 --train.keep 1 --train.keep_best nelbo"
 )
-# The records of the two evaluations do not fill their last batches.
-FLAGS += " --train.keep_every 4 --train.eval_problems 6 --train.eval_nelbo_rows 5"
+# The records of the two evaluations do not fill their last batches, those of training not even one. No other test decodes five
+# rows at once, so that nothing is traced already.
+FLAGS += " --train.keep_every 4 --train.eval_problems 6 --train.eval_nelbo_rows 7 --train.batch_size 80 --decode.batch_size 5"
 
 
 def test_a_run_traces_once_tells_its_time_and_keeps_its_best(tiny_config, tmp_path, monkeypatch, ran):
     chex.clear_trace_counter()
-    inference._compiled.cache_clear()  # other tests may have used the same decoder
     traced = set()
 
     def noted(function: Any, name: str) -> Any:
@@ -41,6 +40,7 @@ def test_a_run_traces_once_tells_its_time_and_keeps_its_best(tiny_config, tmp_pa
             patch.setattr(module, name, noted(chex.assert_max_traces(getattr(module, name), n=1), name))
         said = ran(f"train --config {tiny_config} --train.out {run} {FLAGS}").err
     assert traced == {name for _, name in PROGRAMS}
+    assert "train.batch_size 80 is more than the 77 training records: every" in said
     assert "goodput" in said and "step " in said and f"the trace is in {run / 'profile'}" in said
     assert list((run / "profile").rglob("*.xplane.pb"))
     told = runs.rows(run, "goodput")
