@@ -124,17 +124,6 @@ def test_what_is_no_exact_resume_is_refused(tiny_config, tiny_run, tmp_path, ran
     assert [entry.name for entry in names["full"].iterdir()] == ["thesis.tex"] and not names["new"].exists()
 
 
-def test_steps_of_a_constant_schedule_can_be_raised(tiny_config, tmp_path, ran):
-    def trained(steps: int, code: int = 0) -> str:
-        flags = f"--optimizer.schedule constant --train.out {tmp_path} --train.steps {steps} {' '.join(runs.QUIET)}"
-        return ran(f"train --config {tiny_config} {flags}", code).err
-
-    trained(2), trained(4)
-    rows = runs.rows(tmp_path)
-    assert [row["step"] for row in rows] == [1, 2, 3, 4] and rows[-1]["lr"] == rows[1]["lr"] == pytest.approx(0.01)
-    assert "train.steps = 4 then, 3 now (the run has done 4 steps already)" in trained(3, 2)
-
-
 def test_a_run_that_lost_its_checkpoints_does_not_begin_again_silently(tiny_config, run_copy, ran):
     folder = run_copy / "checkpoints"
     shutil.rmtree(folder / "100")

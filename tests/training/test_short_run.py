@@ -20,6 +20,7 @@ FLAGS = (
 # The records of the two evaluations do not fill their last batches, those of training not even one. No other test decodes five
 # rows at once, so that nothing is traced already.
 FLAGS += " --train.keep_every 4 --train.eval_problems 6 --train.eval_nelbo_rows 7 --train.batch_size 80 --decode.batch_size 5"
+FLAGS += " --optimizer.schedule constant"
 
 
 def test_a_run_traces_once_tells_its_time_and_keeps_its_best(tiny_config, tmp_path, monkeypatch, ran):
@@ -58,6 +59,12 @@ def test_a_run_traces_once_tells_its_time_and_keeps_its_best(tiny_config, tmp_pa
     assert checkpoints.best() == best and checkpoints.steps() == sorted({4, 8, 12, best})
     ran(f"decode --checkpoint {run} --step best 1+1?")
     assert "no whole checkpoint of step 7; there are 4" in ran(f"decode --checkpoint {run} --step 7 1+1?", 2).err
+
+    # Under a constant schedule the steps can be raised.
+    again = f"train --config {tiny_config} --train.out {run} {FLAGS} {' '.join(runs.QUIET)} --train.keep_best none --train.steps"
+    assert "going on from step 12" in ran(f"{again} 13").err
+    assert [row["step"] for row in runs.rows(run)] == list(range(1, 14))
+    assert "train.steps = 13 then, 12 now (the run has done 13 steps already)" in ran(f"{again} 12", 2).err
 
 
 @pytest.mark.parametrize("window", ["0 3", "5 4", "5 121"])
