@@ -13,11 +13,10 @@ between them. They take turns; the ratio is the median of the pairs' ratios.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -32,7 +31,10 @@ from jaxblock.types import Params
 
 
 class Layer(NamedTuple):
-    """Holds a layer's weights as PyTorch stores them ([out, in]); products of the same input are one matrix."""
+    """Holds a layer's weights, [out, in]; products of the same input are one matrix.
+
+    In memory they are the transposes, as jaxblock has them, with which PyTorch's products of few rows are a little faster.
+    """
 
     attn_norm: Tensor
     qkv: Tensor
@@ -50,7 +52,9 @@ class Network:
     """A bidirectional transformer with RMSNorm, rotary positions and SwiGLU, without biases, with jaxblock's weights."""
 
     def __init__(self, arch: Architecture, table: Table, params: Params):
-        """Copies the weights. ``table`` describes them; a family with other weights than LLaDA's is refused."""
+        """Copies the weights, which ``table`` describes; a family with other weights than LLaDA's is refused."""
+        known = {"embed", "final_norm", "head", *(f"blocks/{name}" for field in FIELDS for name in field.split())}
+        assert set(table) <= known and arch.rope_scaling is None, f"this is no network of LLaDA's kind: {arch.family}"
         flat = {path: np.asarray(leaf, np.float32) for path, leaf in flatten(params).items()}
 
         def part(*names: str, layer: int | None = None) -> Tensor:
@@ -65,8 +69,6 @@ class Network:
             Layer(*(part(*(f"blocks/{name}" for name in field.split()), layer=layer) for field in FIELDS))
             for layer in range(arch.n_layers)
         ]
-        known = {"embed", "final_norm", "head", *(f"blocks/{name}" for field in FIELDS for name in field.split())}
-        assert set(table) <= known and arch.rope_scaling is None, f"this is no network of LLaDA's kind: {arch.family}"
         half = torch.arange(0, arch.head_dim, 2, dtype=torch.float32) / arch.head_dim
         angles = torch.outer(torch.arange(arch.max_len), arch.rope_theta**-half)
         self.cos, self.sin = angles.cos(), angles.sin()
@@ -104,7 +106,7 @@ class Network:
 
     def _attention(self, layer: Layer, x: Tensor, begin: int, keys: Tensor, values: Tensor) -> Tensor:
         rows, count, _ = x.shape
-        arch, here = self.arch, slice(begin, begin + x.shape[1])
+        arch, here = self.arch, slice(begin, begin + count)
         heads = functional.linear(x, layer.qkv).view(rows, count, -1, arch.head_dim).transpose(1, 2)
         q, k, v = heads.split([arch.n_heads, arch.n_kv_heads, arch.n_kv_heads], dim=1)
         keys[:, :, here], values[:, :, here] = self._rotate(k, here), v
@@ -237,8 +239,7 @@ def replay(net: Network, options: Options, decoded: Decoded) -> None:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Prints the decoder's forwards per second and the bare ones, for each cache and batch size; returns the ratios."""
-    parser = sizes_parser(__doc__)
-    args = parser.parse_args(argv)
+    args = sizes_parser(__doc__).parse_args(argv)
     torch.set_num_threads(args.threads)
     arch, ours, params = network(args, VARIED)
     net, found = Network(arch, ours.param_table, params), {}
@@ -246,22 +247,27 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         prompts = torch.from_numpy(random_prompts(args, rows)).long()
         for cache in CACHES:
             options = Options(args.response, args.block, args.steps, cache, head=args.head)
-            found[f"{cache}, batch {rows}"] = _ratio(net, options, prompts, args)
+            found[f"{cache}, batch {rows}"] = _share_of_bare(net, options, prompts, args.repeat)
     return found
 
 
-def _ratio(net: Network, options: Options, prompts: Tensor, args: argparse.Namespace) -> float:
+def _share_of_bare(net: Network, options: Options, prompts: Tensor, repeat: int) -> float:
+    """Returns the decoder's forwards per second over the bare ones, the median of ``repeat`` pairs, and prints all three."""
     decoded = decode(net, options, prompts)
     replay(net, options, decoded)
-    calls: tuple[Any, ...] = (lambda: decode(net, options, prompts), lambda: replay(net, options, decoded))
-    pairs = [tuple(len(decoded.forwards) / seconds(call) for call in calls) for _ in range(args.repeat)]
+    count = len(decoded.forwards)
+    pairs = [
+        (count / seconds(lambda: decode(net, options, prompts)), count / seconds(lambda: replay(net, options, decoded)))
+        for _ in range(repeat)
+    ]
     inside, outside = (statistics.median(column) for column in zip(*pairs, strict=True))
     ratios = sorted(a / b for a, b in pairs)
+    middle = statistics.median(ratios)
     print(
         f"batch {len(prompts)}, cache {options.cache:6}: decoder {inside:8.2f} forwards/s, bare {outside:8.2f}; ratio "
-        f"{statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f}; at least 0.9 wanted)"
+        f"{middle:.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f}; at least 0.9 wanted)"
     )
-    return statistics.median(ratios)
+    return middle
 
 
 if __name__ == "__main__":
