@@ -6,25 +6,27 @@ import dataclasses
 import json
 from typing import NamedTuple
 
+from etils import epath
+
 from jaxblock.config.recorded import FILE, KEY, Recorded, read_block
 from jaxblock.config.yaml import with_fields
 from jaxblock.data.config import DataConfig
 from jaxblock.data.tokens.encoding import Encoder, checkpoint_encoder
 from jaxblock.data.tokens.find_special import TURN_ENDS, ends_in_checkpoint
 from jaxblock.data.tokens.load import has_tokenizer, load_tokenizer
-from jaxblock.data.tokens.special import special_from_json
+from jaxblock.data.tokens.special import SpecialIds, special_from_json
 from jaxblock.data.tokens.templates import Template
 from jaxblock.data.tokens.tokenizer import Tokenizer, token_text
 from jaxblock.diffusion.config import CanvasConfig
 from jaxblock.diffusion.decoding.config import DecodeConfig
-from jaxblock.errors import UserError, warn_of_earlier_version
-from jaxblock.io.files import read_bytes
+from jaxblock.errors import UserError, shown, warn_of_earlier_version
+from jaxblock.io.files import read_bytes, read_json
 from jaxblock.io.paths import PathLike, as_path
 from jaxblock.models.architecture import Architecture
 from jaxblock.models.families.registry import with_end
 from jaxblock.training.checkpoints.run_folder import Run
 
-_TEMPLATE = "template.jinja"
+_TEMPLATE, _TEMPLATE_OF_OTHERS = "template.jinja", "chat_template.jinja"
 
 
 class StoredText(NamedTuple):
@@ -144,10 +146,25 @@ def _recorded_encoder(folder: PathLike, recorded: Recorded, tokenizer: Tokenizer
     again = f"Put the file back, export the run again, or, if this is meant, take {KEY!r} out of {FILE}"
     if tokenizer.main_file() != (file, sha256):
         raise UserError(f"{path / file} is not the tokenizer that the model was trained with ({where}). {again}")
-    own = path / _TEMPLATE
-    if own.exists() and read_bytes(own).decode(errors="replace") != template.source:
-        raise UserError(f"{own} is not the template that the model was trained with ({where}). {again}")
+    encoder = Encoder(tokenizer, template, special, config)
+    for name, written in ((_TEMPLATE, template.source), (_TEMPLATE_OF_OTHERS, template_for_others(encoder))):
+        own = path / name
+        if own.exists() and read_bytes(own).decode(errors="replace") != written:
+            raise UserError(f"{own} is not the template that the model was trained with ({where}). {again}")
     for name, there, here in (("mask", arch.mask_id, special.mask), ("eos", arch.eos_id, special.eos)):
         if there != here:
             raise UserError(f"{path}: config.json calls {there} the {name} token, {FILE} ({KEY}) {here}. {again}")
-    return Encoder(tokenizer, template, special, config)
+    _check_generation(path, special, again)
+    return encoder
+
+
+def _check_generation(path: epath.Path, special: SpecialIds, again: str) -> None:
+    """Raises UserError where generation_config.json names other special ids outside our block than in it."""
+    content = read_json(path / FILE)
+    mask, ends = content.get("mask_token_id", special.mask), content.get("eos_token_id", [*special.stop_ids])
+    listed = ends if isinstance(ends, list) else [ends]
+    if mask != special.mask or any(i not in listed for i in special.stop_ids):
+        raise UserError(
+            f"{path / FILE} has mask_token_id {shown(mask)} and eos_token_id {shown(ends)}, but {KEY} in it {special.mask} and "
+            f"{list(special.stop_ids)}. {again}"
+        )

@@ -111,6 +111,16 @@ def _block(**changes: Any) -> Callable[[Path], object]:
     return change
 
 
+def _generation(**changes: Any) -> Callable[[Path], object]:
+    """Returns a function that changes what generation_config.json says to other libraries."""
+
+    def change(folder: Path) -> None:
+        path = folder / "generation_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return change
+
+
 def _other_tokenizer(folder: Path) -> None:
     shutil.copy(folder.parent / "other" / "tokenizer" / "tokenizer.model", folder)
 
@@ -118,6 +128,12 @@ def _other_tokenizer(folder: Path) -> None:
 DAMAGES = {
     "tokenizer": (_other_tokenizer, r"tokenizer.model is not the tokenizer that .* trained with .*take 'jaxblock' out"),
     "template": (lambda f: (f / "template.jinja").write_text("{{ messages }}"), "template.jinja is not the template"),
+    "template of others": (
+        lambda f: (f / "chat_template.jinja").write_text("x"),
+        "chat_template.jinja is not the template",
+    ),
+    "end of others": (_generation(eos_token_id=[[2]]), r"eos_token_id \[\[2\]\], but jaxblock in it 1 and"),
+    "mask of others": (_generation(mask_token_id=[]), r"mask_token_id \[\] and"),
     "mask": (_block(text__special__mask=5), "config.json calls 1 the mask token"),
     "format": (_block(format=9), "has the format 9, not 1"),
     "canvas": (_block(canvas__block="4"), r"canvas.block must be int, not '4'"),

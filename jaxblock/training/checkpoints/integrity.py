@@ -55,7 +55,10 @@ def read_meta(folder: epath.Path) -> dict[str, Any]:
         OSError: they cannot be read.
         ValueError: they are not JSON.
     """
-    return dict(ocp.JsonCheckpointHandler().restore(folder / META))
+    try:
+        return dict(ocp.JsonCheckpointHandler().restore(folder / META))
+    except RecursionError as error:
+        raise ValueError("lists or objects are nested too deeply") from error
 
 
 def _is_committed(folder: epath.Path) -> bool:
