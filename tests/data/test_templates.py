@@ -33,12 +33,9 @@ def encoder_of(tokenizer: Tokenizer, source: str, **settings: str) -> Encoder:
     return Encoder(tokenizer, template, ids, config)
 
 
-def shown(encoder: Encoder, of: Example) -> tuple[str, str]:
+def shown(encoder: Encoder, of: Example) -> tuple[str, ...]:
     """Returns the prompt and the response that an example becomes."""
-    prompt_ids, response_ids = (
-        encoder.tokenizer.decode(ids, skip_special=False) for ids in encoder.prompt_and_response(of)
-    )
-    return prompt_ids, response_ids
+    return tuple(encoder.tokenizer.decode(ids, skip_special=False) for ids in encoder.prompt_and_response(of))
 
 
 def turn(role: str) -> str:

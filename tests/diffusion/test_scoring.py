@@ -22,15 +22,10 @@ from tests.diffusion.decoding import FIXED, decode_jit, decoding, padded
 VOCAB, MASK, FILL, EOT = 7, 6, 0, 1
 MANY, ALG_TEMP = 20_000, 0.4
 LAYOUT = Layout(4, 4, "same_position", "aligned", None, MASK, FILL, (EOT,))
-LOGITS = np.array(
-    [
-        [1.5, 0.25, 2.5, 3.0, -1.0, 0.0, 1.0],
-        [0.0, 0.5, 0.25, -0.5, 4.0, 3.75, -2.0],
-        [-1.0, 0.125, 1.0, 2.0, 0.75, 0.5, 2.25],  # the mask token leads
-        [2.0, -3.0, 5.0, -1.0, 0.5, 1.0, 4.0],  # and here it is second
-    ],
-    np.float32,
-)
+LOGITS = np.array([
+    [1.5, 0.25, 2.5, 3.0, -1.0, 0.0, 1.0], [0.0, 0.5, 0.25, -0.5, 4.0, 3.75, -2.0],
+    [-1.0, 0.125, 1.0, 2.0, 0.75, 0.5, 2.25], [2.0, -3.0, 5.0, -1.0, 0.5, 1.0, 4.0],  # the mask token leads, and is second
+], np.float32)  # fmt: skip
 
 
 @partial(jax.jit, static_argnums=(0, 1, 3))
