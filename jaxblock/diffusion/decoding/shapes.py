@@ -62,7 +62,10 @@ class BatchShapes(NamedTuple):
         if len(set(_sizes(self.layout, self.options, usual - response))) > 1:
             return usual - response
         step = max(_SMALLEST_STEP, round_up(-(-usual // MOST_WIDTHS), _ROUND))
-        return min(usual, round_up(needed, step)) - response
+        width = round_up(needed, step)
+        if width > usual - step // 2:
+            width = usual  # a little less would save less than batches of their own cost
+        return width - response
 
 
 def round_up(positions: int, step: int) -> int:
