@@ -98,11 +98,6 @@ def test_rows_are_flush_left_padded_and_named():
     assert loader.filled(["a", "b"], 4) == ["a", "b", "a", "a"] and loader.filled(("a", "b"), 2) == ["a", "b"]
 
 
-def test_every_pair_is_listed_once():
-    pairs = loader.pairs_of([record(i, 1, n) for i, n in enumerate([4, 5, 1, 12])], block=4)
-    assert pairs.tolist() == [[0, 0], [1, 0], [1, 1], [2, 0], [3, 0], [3, 1], [3, 2]]
-
-
 @pytest.mark.parametrize("kind", ["per_sequence", "pairs"])
 def test_an_epoch_visits_everything_once_and_each_epoch_is_shuffled_anew(kind):
     expected = [(i, -1) for i in range(23)]

@@ -101,13 +101,3 @@ def test_what_a_recipe_decides_and_what_it_leaves():
     assert (math.exclude_types, math.max_records) == ((), 5)
     assert with_recipe(DataConfig(recipe="metamathqa")).test is None
     assert [with_recipe(config) for config in (plain, meta, math)] == [plain, meta, math]
-
-
-def test_gsm8k_by_recipe(tmp_path, shared):
-    head = tmp_path / "train.jsonl"
-    head.write_bytes(b"".join((shared / "data/gsm8k/train.jsonl").read_bytes().splitlines(keepends=True)[:300]))
-    options = {"recipe": "gsm8k", "tokenizer_type": "bpe", "vocab_size": 2000, "validation_records": 20}
-    splits = prepared(tmp_path, train=str(head), overlong="drop", **options)[0].splits
-    assert sum(splits["train"]["dropped"].values()) + splits["train"]["kept"] == 280
-    assert splits["train"]["dropped"]["longer than data.max_total_len"] > 0
-    assert all(splits[split]["tokens"]["total"]["max"] <= 256 for split in ("train", "validation"))

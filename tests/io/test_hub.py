@@ -4,11 +4,9 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
-import tokenizers
 from huggingface_hub import errors
 from huggingface_hub.utils import filter_repo_objects
 
-from jaxblock.data.tokens.load import load_tokenizer
 from jaxblock.errors import UserError
 from jaxblock.io import hub
 
@@ -78,10 +76,3 @@ def test_what_went_wrong_says_what_to_do(stand_in, kind, message):
     stand_in(error)
     with pytest.raises(UserError, match=f"^org/name@v2 is no local folder, and .*{message}"):
         hub.local_checkpoint("org/name@v2")
-
-
-def test_a_tokenizer_may_be_a_hub_name(stand_in, tmp_path):
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
-    words.save(str(tmp_path / "tokenizer.json"))
-    stand_in(tmp_path)
-    assert load_tokenizer("org/name").encode("b") == [1]
