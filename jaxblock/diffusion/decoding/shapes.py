@@ -9,7 +9,7 @@ from jaxblock.diffusion.canvas import MOST_WIDTHS, Layout
 from jaxblock.diffusion.decoding.config import DecodeConfig
 from jaxblock.diffusion.decoding.passes import Sizes, sizes_by_block
 
-_SMALLEST_STEP = 64  # narrower steps between the widths of a small canvas would save less than their programs cost
+_SMALLEST_STEP = 64  # a small canvas has fewer widths: narrower steps would save less than their programs cost
 _ROUND = 16
 
 
@@ -32,7 +32,8 @@ class BatchShapes(NamedTuple):
     """Says in which batches a row may be decoded. It depends on nothing but the row, and so do the row's tokens.
 
     Prompts of up to the usual length make at most ``MOST_WIDTHS`` shapes. Where the passes of all blocks are alike these are the
-    canvas's quarters, rounded up, else those of the blocks. Longer prompts take canvases of twice the width, four times, and so on.
+    canvas's quarters, rounded up (fewer for a canvas below 256 positions), else those of the blocks. Longer prompts take canvases
+    of twice the width, four times, and so on.
 
     Attributes:
         layout: the layout of the decoder's canvas.
@@ -61,7 +62,8 @@ class BatchShapes(NamedTuple):
             return max(needed, min(usual, self.most)) - response
         if len(set(_sizes(self.layout, self.options, usual - response))) > 1:
             return usual - response
-        step = max(_SMALLEST_STEP, round_up(-(-usual // MOST_WIDTHS), _ROUND))
+        widths = max(1, min(MOST_WIDTHS, usual // _SMALLEST_STEP))
+        step = round_up(-(-usual // widths), _ROUND)
         width = round_up(needed, step)
         if width > usual - step // 2:
             width = usual  # a little less would save less than batches of their own cost
