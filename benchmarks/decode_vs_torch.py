@@ -1,7 +1,7 @@
 """Compares decoding with PyTorch: jaxblock's decoder against ``torch_decoder``, without a cache and with both caches.
 
-Both sides get the same weights (random, float32) and prompts, commit the same quota of tokens at each step, and run on the
-same number of cores. The script first checks that they decode the same tokens without a cache, that both spend the forward
+Both sides get the same weights (random, float32) and prompts, commit the same quota of tokens at each step, and run on all
+cores. The script first checks that they decode the same tokens without a cache, that both spend the forward
 passes and token-forwards (positions fed to the network) of the closed form, and says how many tokens agree with each cache:
 a cached pass adds in another order, so a token that is nearly as probable as another may change. Then all contestants take
 turns; a ratio is the median over the rounds. PyTorch computes logits at the block, as jaxblock does; with ``--head all`` at

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections.abc import Callable
 from typing import Any, get_args
@@ -33,7 +34,6 @@ SIZES = {
     "block": 32,
     "steps": 16,
     "repeat": 5,
-    "threads": 2,
 }
 
 
@@ -43,6 +43,7 @@ def sizes_parser(description: str | None) -> argparse.ArgumentParser:
     for name, default in SIZES.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="PyTorch's; JAX always takes all cores")
     parser.add_argument("--head", choices=("block", "all"), default="block", help="where PyTorch computes logits")
     return parser
 
