@@ -9,6 +9,7 @@ import pytest
 
 import jaxblock
 from benchmarks import (
+    cache_quality,
     decode_queue,
     decoder_overhead,
     gguf_checkpoint,
@@ -124,3 +125,21 @@ def test_the_pytorch_decoder_decodes_as_published(torch, shared):
 def test_a_checkpoint_is_loaded_and_exported_bit_for_bit():
     found = load_checkpoint.main(["--d", "128", "--layers", "3", "--mlp", "200", "--vocab", "500", "--shard-mb", "1"])
     assert found["exact"] and found["bytes"] == 2 * (3 * (4 * 128**2 + 3 * 128 * 200 + 2 * 128) + 128 + 2 * 500 * 128)
+
+
+def test_a_cache_is_compared_with_the_same_rule_without_one(tmp_path):
+    row = dict(interval=[0.1, 0.9], nfe=4.0, token_forwards=100.0, seconds=1.0)
+    right = {"none": [True, True, True, False], "prefix": [True, True, True, True], "dual": [True, False, False, True]}
+    done = {
+        f"{rule}, {cache}": dict(row, rule=rule, cache=cache, correct=correct if rule == "1 a step" else right["none"])
+        for rule in ("1 a step", "threshold 0.9")
+        for cache, correct in right.items()
+    }
+    lines = cache_quality.table(done).splitlines()[2:]
+    assert [line.split(" | ")[-4:] for line in lines[:3]] == [
+        ["75.0%", "10.0% to 90.0%", "", " |"],
+        ["100.0%", "10.0% to 90.0%", "0 / 1", "1 |"],
+        ["50.0%", "10.0% to 90.0%", "2 / 1", "1 |"],
+    ]
+    cache_quality.draw(done, tmp_path / "picture.png", "made up")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
