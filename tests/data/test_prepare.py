@@ -206,7 +206,7 @@ def test_what_stops_it_leaves_nothing(tmp_path, jsonl, monkeypatch):
     assert names_in(tmp_path) == ["train.jsonl"]
 
 
-def test_shared_questions_are_counted(tmp_path, jsonl):
+def test_shared_questions_are_counted_and_another_versions_folder_is_named(tmp_path, jsonl):
     train = jsonl("train.jsonl", [("one", "1"), ("two", "2"), ("three", "3")])
     test = jsonl("test.jsonl", [("Two ", "2"), ("four", "4"), ("two", "2")])
     made = run(config_in(tmp_path, train=train, test=test, validation_records=0))

@@ -43,10 +43,10 @@ def stored(folder: Path) -> dict[str, Any]:
     return {name: (x.dtype, x.shape, x.tobytes()) for file in files for name, x in file.items()}
 
 
-FAMILIES = "llada-bfloat16 llada-float16-tied llada-float32 dream-bfloat16 llama-bfloat16-tied qwen2-float32-tied qwen3-bfloat16"
+CHECKPOINTS = "llada-bfloat16 llada-float16-tied llada-float32 dream-bfloat16 llama-bfloat16-tied qwen2-float32-tied qwen3-bfloat16"
 
 
-@pytest.mark.parametrize("which", FAMILIES.split())
+@pytest.mark.parametrize("which", CHECKPOINTS.split())
 def test_import_export_import_keeps_every_bit(small, tmp_path, which):
     family, dtype, *tied = which.split("-")
     arch, params = small(family, dtype=jnp.dtype(dtype), tie_embeddings=bool(tied))
