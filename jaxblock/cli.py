@@ -203,7 +203,7 @@ def parse(verb: str, arguments: Sequence[str]) -> Any:
         functools.partial(kind, **_sections(config, kind)),
         prog=f"jaxblock {verb}",
         description=f"{kind.__doc__} Precedence: flag > YAML file > default.{more}",
-        args=list(itertools.starmap(_for_tyro, itertools.pairwise(("", *arguments)))),
+        args=list(itertools.starmap(_for_tyro, itertools.pairwise(("", *_with_values(arguments))))),
         config=(tyro.conf.AvoidSubcommands,),
         use_underscores=True,
         registry=_only_common_fields(verb) if short else None,
@@ -233,6 +233,20 @@ def _for_tyro(before: str, argument: str) -> str:
     if argument == "null" and before.startswith("--") and "." in before:
         return "None"
     return "--help" if argument == "--help-all" else argument
+
+
+def _with_values(arguments: Sequence[str]) -> list[str]:
+    """Gives the flag of ``model.scan_layers`` a value where it has none: it may stand alone, as a yes-or-no field's flag does."""
+    flag, negated = "--model.scan_layers", "--model.no_scan_layers"
+    found = []
+    for argument, after in itertools.pairwise((*arguments, "--")):
+        if argument == negated:
+            found += [flag, "False"]
+        elif argument == flag and after not in ("auto", "True", "False"):
+            found += [flag, "True"]
+        else:
+            found.append(argument)
+    return found
 
 
 _NO_CHECKPOINT = {

@@ -57,4 +57,4 @@ def test_old_runs_resume(folders, monkeypatch):
         assert list(now) == [1, 2, 3, 4, 5, 6]
         np.testing.assert_allclose(list(now.values()), list(then.values()), rtol=1e-4)
         saved = CheckpointReader(folders / name).meta(6)["config"]
-        assert saved["train"]["widths"] == "full"  # as that version computed, though the default is another
+        assert saved["train"]["widths"] == "full" and saved["model"]["scan_layers"] is True  # as that version computed

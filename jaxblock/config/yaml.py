@@ -163,9 +163,9 @@ def _convert(hint: Any, value: Any, where: str, name: str) -> Any:
             return _convert(int, value, where, name)
         return _convert(kinds[0], value, where, name)
     if origin is Literal:
-        if value in get_args(hint):
+        if any(value == one and type(value) is type(one) for one in get_args(hint)):  # 1 is not true
             return value
-        choices = get_args(hint)
+        choices = [str(one).lower() if isinstance(one, bool) else one for one in get_args(hint)]
         raise UserError(
             f"{where}: {name} is {shown(value)}{_nearest(shown(value), choices)}; choose from {', '.join(choices)}"
         )

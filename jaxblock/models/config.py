@@ -76,8 +76,9 @@ class ModelConfig(Section, name="model"):
     attention: Literal["auto", Backend] = may_change("auto")
     """The attention backend: `auto` takes the platform's (`splash` on TPU, `cudnn` on NVIDIA GPUs, `xla` on CPU; the first two
     only for bfloat16); `reference` is a plain softmax for tests."""
-    scan_layers: bool = may_change(True)
-    """Whether layers run by lax.scan, which compiles only one; unrolled layers are for debugging, and faster on a CPU if few."""
+    scan_layers: Literal["auto", True, False] = may_change("auto")
+    """Whether layers run by lax.scan, which compiles only one, or are unrolled, which is faster on a CPU; `auto` unrolls there if
+    there are few and compiling takes less time than is won."""
 
     def check(self) -> None:
         """Raises UserError where a size is out of range, or the heads of a network with random weights do not divide its width."""

@@ -80,9 +80,12 @@ def keep_automatic(config: Config, before: Mapping[str, Any]) -> Config:
         config: the settings to go on with.
         before: the sections that were saved with the checkpoint. An earlier version computed all rows at one width.
     """
-    train = {"widths": "full", **before.get("train", {})}
+    train, model = {"widths": "full", **before["train"]}, before["model"]
     if config.train.widths == "auto":
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, widths=train["widths"]))
+    if config.model.scan_layers == "auto":
+        kept = dataclasses.replace(config.model, scan_layers=model["scan_layers"])
+        config = dataclasses.replace(config, model=kept)
     return config
 
 

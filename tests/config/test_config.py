@@ -23,6 +23,7 @@ MERGED = "a: &a {x: 1}\n" + "".join(
         ("train: {lr: 3}", "unknown key train.lr; did you mean optimizer.lr?"),
         ("decode: {block: 3, prompt_len: 3}", "unknown key decode.prompt_len; did you mean canvas.prompt_len?"),
         ("canvas: {zzz: 3}", "unknown key canvas.zzz; known keys: prompt_len, response_len, block"),
+        ("model: {scan_layers: 1}", "choose from auto, true, false"),
         ("method: {law: exact_counts}", "method.law is 'exact_counts'; did you mean exact_count?; choose from exact_"),
         ("train: {resume: no}", "train.resume is False"),  # YAML 1.1's no
         ("train: {steps: many}", "train.steps must be int, not 'many'"),

@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxblock import build
+from jaxblock.cli import config_of, parse
+from jaxblock.models.config import ModelConfig
 from jaxblock.models.families import registry
 from jaxblock.models.layers import Block, param_name
 from jaxblock.models.numerics import look_up
@@ -57,6 +60,17 @@ def plain():
 def test_variants_agree_in_value_and_gradient(plain, variant):
     got = value_and_grad(dataclasses.replace(PLAIN, **variant), PARAMS, SEEN)
     chex.assert_trees_all_close(got, plain, rtol=2e-5, atol=2e-5)
+
+
+def test_layers_are_unrolled_where_that_is_faster():
+    """On a CPU, if there are few and not tiny; flags may choose as those of yes-or-no fields do."""
+    cases = [(8, 512, "cpu", False), (8, 512, "tpu", True), (17, 512, "cpu", True), (8, 16, "cpu", True)]
+    for layers, d, platform, scans in cases:
+        net = build.network(make_arch(n_layers=layers, d_model=d), ModelConfig(), platform=platform)
+        assert net.scan_layers == scans, (layers, d, platform)
+    for flags, scans in ((["--model.scan_layers", "--model.n_layers", "3"], True), (["--model.no_scan_layers"], False)):
+        model = config_of(parse("train", flags)).model
+        assert build.network(ARCH, model, platform="cpu").scan_layers is model.scan_layers is scans
 
 
 def test_tied_embeddings_are_the_untied_network_with_both_uses_summed():
