@@ -59,16 +59,6 @@ def check_any_tree(tree: dict[str, Any]) -> None:
         assert load_config(str(path)) == config
 
 
-def check_any_file(content: str) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "config.yaml"
-        path.write_bytes(content.encode("utf-8", "surrogatepass"))
-        try:
-            check_config(load_config(str(path)))
-        except UserError as error:
-            assert is_refused_clearly(error), str(error)
-
-
 QUICK = settings(max_examples=60, deadline=10_000, suppress_health_check=[HealthCheck.too_slow])
 LONG = settings(QUICK, max_examples=5000)
 
@@ -83,7 +73,13 @@ def test_any_values(tree):
 @QUICK
 @given(TEXTS)
 def test_any_file(content):
-    check_any_file(content)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.yaml"
+        path.write_bytes(content.encode("utf-8", "surrogatepass"))
+        try:
+            check_config(load_config(str(path)))
+        except UserError as error:
+            assert is_refused_clearly(error), str(error)
 
 
 @pytest.mark.slow
