@@ -34,7 +34,7 @@ class Losses(NamedTuple):
     loss: Sum
     by_block: Sum
     by_count: Sum
-    positions: Sum = Sum(jnp.float32(0), jnp.float32(0))
+    positions: Sum
 
 
 def token_losses(
@@ -101,7 +101,8 @@ def losses(
     def tally(hits: Array) -> Sum:
         return Sum(jnp.sum(hits * per_draw[..., None], (0, 1)), jnp.sum(hits * counts[..., None], (0, 1)))
 
-    return Losses(Sum(total, weight), jax.lax.stop_gradient(tally(where)), jax.lax.stop_gradient(tally(how_many)))
+    tallies = jax.lax.stop_gradient((tally(where), tally(how_many)))
+    return Losses(Sum(total, weight), *tallies, Sum(jnp.float32(0), jnp.float32(0)))  # the train step counts positions
 
 
 def normaliser(

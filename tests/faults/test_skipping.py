@@ -59,7 +59,9 @@ def test_a_skipped_update_changes_no_bit(optimizer):
 
 def _metrics(skipped: bool) -> StepMetrics:
     loss, nothing = Sum(jnp.float32("nan" if skipped else 1), jnp.float32(1)), Sum(jnp.zeros(2), jnp.zeros(2))
-    return StepMetrics(Losses(loss, nothing, nothing), jnp.float32("inf" if skipped else 1), jnp.bool_(skipped))
+    return StepMetrics(
+        Losses(loss, nothing, nothing, nothing), jnp.float32("inf" if skipped else 1), jnp.bool_(skipped)
+    )
 
 
 @pytest.mark.parametrize("skipped", [False, True])
