@@ -17,10 +17,10 @@ PROGRAMS = [(step, "train_step"), (decoder, "decode_block"), (runner, "_nelbo_of
 FLAGS = (
     "--train.steps 12 --train.eval_every 3 --train.save_every 4 --profile 3 4 --train.keep 1 --train.keep_best nelbo"
 )
-# The records of the two evaluations do not fill their last batches, those of training not even one. No other test decodes five
-# rows at once, so that nothing is traced already.
-FLAGS += " --train.keep_every 4 --train.eval_problems 6 --train.eval_nelbo_rows 7 --train.batch_size 80 --decode.batch_size 5"
-FLAGS += " --optimizer.schedule constant"
+# The records of the two evaluations do not fill their last batches, those of training not even one. No other test decodes in
+# three steps a block, so that nothing is traced already.
+FLAGS += " --train.keep_every 4 --train.eval_problems 6 --train.eval_nelbo_rows 7 --train.batch_size 80"
+FLAGS += " --decode.steps_per_block 3 --optimizer.schedule constant"
 
 
 def test_a_run_traces_once_tells_its_time_and_keeps_its_best(tiny_config, tmp_path, monkeypatch, ran):
