@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import io
 import itertools
 import logging
 import os
@@ -84,6 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     traces = "--traceback" in given
     if arguments is None:
+        _set_up_output()
         platforms.skip_missing_tpu()
         host_memory.keep_freed_memory()
         warnings.formatwarning = _one_line_warning
@@ -113,7 +115,8 @@ def _run_verb(verb: str, flags: list[str], traces: bool) -> int:
             raise UserError(f"unknown verb {verb!r}{_nearest_verb(verb)}")
         options = parse(verb, flags)
         code = VERBS[verb].run(options, config_of(options))
-        sys.stdout.flush()  # a closed pipe raises here, not while the interpreter exits
+        if sys.stdout is not None:  # it is None where the caller closed it (`>&-`)
+            sys.stdout.flush()  # a closed pipe raises here, not while the interpreter exits
         return code
     except BrokenPipeError:
         # The reader of our output has exited (`| head`): what is still buffered is discarded.
@@ -164,6 +167,15 @@ def _one_line_warning(
     if issubclass(category, EarlierVersionWarning):
         return f"jaxblock: warning: {message}\n"
     return _format_warning(message, category, filename, lineno, line)
+
+
+def _set_up_output() -> None:
+    """Makes output UTF-8, whatever the locale: answers and pictures hold any letter; and boxes at least 20 columns wide."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8")
+    if os.environ.get("COLUMNS", "").strip() in {str(width) for width in range(20)}:  # tyro's help would never end
+        os.environ["COLUMNS"] = "20"
 
 
 def _silence_threads() -> None:

@@ -3,6 +3,7 @@
 import ast
 import errno
 import inspect
+import io
 import os
 import re
 import shlex
@@ -176,6 +177,18 @@ def test_a_traceback_is_shown_on_request_and_of_a_bug(monkeypatch, ran):
     monkeypatch.setitem(cli.VERBS, "inspect", broken)
     told = ran("inspect", 1).err
     assert "ZeroDivisionError" in told and "this is a bug" in told
+
+
+def test_output_is_utf8_whatever_the_locale_and_may_be_closed(monkeypatch):
+    held = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(held, encoding="ascii"))
+    monkeypatch.setenv("COLUMNS", "1")
+    cli._set_up_output()
+    print("\u00e9", flush=True)
+    assert held.getvalue() == b"\xc3\xa9\n" and os.environ["COLUMNS"] == "20"
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setitem(cli.VERBS, "inspect", cli.VERBS["inspect"]._replace(run=lambda options, config: 0))
+    assert main(["inspect"]) == 0
 
 
 def test_flags_come_before_the_file_and_the_file_before_defaults(tiny_config, tiny_run):

@@ -153,6 +153,7 @@ def test_options_that_change_nothing_are_accepted():
         ({"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, "'longrope' is not supported"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}"),
+        ({"pruned_heads": {"0": [1]}}, "pruned_heads is "),
         ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'; it must be true or false"),
         ({"rms_norm_eps": float("inf")}, "rms_norm_eps is inf; it must be a finite number"),
         ({"num_hidden_layers": 2_000_000_000}, "num_hidden_layers is 2000000000"),

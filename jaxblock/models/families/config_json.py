@@ -11,6 +11,7 @@ from jaxblock.errors import UserError, shown
 
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (1,),
+    "pruned_heads": (None, {}),
     "quantization_config": (None,),
 }
 """Fields of any family that change what a network computes, with the only value that each may have."""
