@@ -73,11 +73,11 @@ class Costs:
         return self.row_blocks_computed / self.row_blocks, self.token_forwards_computed / self.token_forwards
 
     def __str__(self) -> str:
-        """Returns both ratios and what they are of."""
+        """Returns what was computed and needed, in one line."""
         blocks, positions = self.ratios()
         return (
-            f"computed over needed {blocks:.2f} of {self.row_blocks:,} blocks of rows, {positions:.2f} of "
-            f"{self.token_forwards:,} token-forwards"
+            f"computed / needed: {self.row_blocks_computed:,} / {self.row_blocks:,} blocks of rows ({blocks:.2f}), "
+            f"{self.token_forwards_computed:,} / {self.token_forwards:,} token-forwards ({positions:.2f})"
         )
 
 
@@ -122,7 +122,8 @@ class DeviceDecoder:
     def compile(self, prompts: Iterable[np.ndarray]) -> None:
         """Compiles the programs that decode these prompts, by running them on batches without rows."""
         lengths = {len(prompt) for prompt in prompts}
-        for shape in {self._shapes.of_block(n, block) for n in lengths for block in range(self._layout.n_blocks)}:
+        shapes = {self._shapes.of_block(n, block) for n in lengths for block in range(self._layout.n_blocks)}
+        for shape in sorted(shapes):  # in the same order in every process
             jax.block_until_ready(self._run(shape, ()))
 
     def start(self, shape: BatchShape, rows: Sequence[Row]) -> Any:
@@ -141,7 +142,7 @@ class DeviceDecoder:
         for at, row in enumerate(rows):
             self.costs.token_forwards += int(found.positions[at]) - row.positions
             row.response[:] = found.ids[at, len(row.prompt) :][: layout.response_len]
-            row.commit_step = found.commit_step[at]
+            row.commit_step = found.commit_step[at].copy()  # a view would keep the whole batch
             row.nfe, row.positions, row.computed = (int(n[at]) for n in (found.nfe, found.positions, found.computed))
             row.block += 1
             row.ended = bool(found.done[at]) or row.block == layout.n_blocks
