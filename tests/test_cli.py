@@ -2,6 +2,7 @@
 
 import ast
 import errno
+import gzip
 import inspect
 import io
 import os
@@ -114,6 +115,7 @@ inspect --config {config} --steps 0 | at least 1 of `steps`
 inspect --config {config} --html {file} | {file} exists already
 decode --checkpoint {new} 1+1? | {new}: no such folder
 decode --checkpoint {run} --file {new} | cannot read {new}
+decode --checkpoint {run} --file {latin}.gz | {latin}.gz:2: not UTF-8 text
 decode --checkpoint {run} --file {latin} | {latin}:2: not UTF-8 text
 decode --checkpoint {run} --file {jsonl} | {jsonl}:2: no field 'question' (did you mean 'quest'?); set data.prompt_field to one of 'quest'
 decode --checkpoint {run} 1+1? --out {file} | {file} exists already
@@ -137,6 +139,7 @@ train --config {config} --train.out '' | train.out is '': it is empty
 def test_mistakes_get_one_clear_line(tiny_config, tiny_run, tmp_path, ran, mistake):
     held = {"file": b"precious", "latin": b"1+1?\ncaf\xe9?\n", "folder/thesis.tex": b"all my work"}
     held["q.jsonl"] = b'{"question": "1+1?"}\n{"quest": "2+2?"}\n'
+    held["latin.gz"] = gzip.compress(held["latin"])
     (tmp_path / "folder").mkdir()
     for name, content in held.items():
         (tmp_path / name).write_bytes(content)
@@ -149,7 +152,7 @@ def test_mistakes_get_one_clear_line(tiny_config, tiny_run, tmp_path, ran, mista
     assert told.err.rstrip().splitlines()[-1].startswith("jaxblock: ")
     # Nothing that was there is touched, nothing half-made is left.
     files = {str(file.relative_to(tmp_path)): file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
-    assert files == held and len(list(tmp_path.iterdir())) == 4
+    assert files == held and len(list(tmp_path.iterdir())) == 5
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from jaxblock.commands import say
 from jaxblock.config.config import Config
 from jaxblock.data.config import DataConfig
 from jaxblock.data.text.examples import Prompt
+from jaxblock.data.text.files import decompressed
 from jaxblock.diffusion.config import CanvasConfig
 from jaxblock.diffusion.decoding.config import DecodeConfig
 from jaxblock.errors import UserError
@@ -155,7 +156,7 @@ def _prompts(options: Options, data: DataConfig) -> Iterator[tuple[str, Prompt]]
 
         yield from read_prompts(options.file, with_recipe(data))
     else:
-        yield from _lines(options.file, read_bytes(options.file))
+        yield from _lines(options.file, decompressed(options.file, read_bytes(options.file)))
 
 
 def _lines(name: str, content: bytes) -> Iterator[tuple[str, str]]:

@@ -48,6 +48,6 @@ def check_grader_name(name: str) -> None:
     close = difflib.get_close_matches(name, names, n=1)
     require(
         False,
-        f"evaluate.grader: there is no grader {name[:100]!r}{f'; did you mean {close[0]}?' if close else ''} Choose one of "
+        f"evaluate.grader: there is no grader {name[:100]!r}{f'; did you mean {close[0]}?' if close else '.'} Choose one of "
         f"{', '.join(names)}, or a function: file.py:function or package.module:function",
     )

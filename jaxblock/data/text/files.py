@@ -76,7 +76,7 @@ def read_rows(path: str, split: str) -> Rows:
     if path.startswith(HUB):
         return Rows(_dataset(path, split), None)
     stored = read_bytes(path)
-    content = _decompressed(path, stored)
+    content = decompressed(path, stored)
     bare = content.removeprefix(_BYTE_ORDER_MARK).lstrip()
     if content.startswith(_PARQUET) or path.endswith(".parquet"):
         rows = _parquet(path, content)
@@ -87,7 +87,7 @@ def read_rows(path: str, split: str) -> Rows:
     return Rows(rows, hashlib.sha256(stored).hexdigest())
 
 
-def _decompressed(path: str, content: bytes) -> bytes:
+def decompressed(path: str, content: bytes) -> bytes:
     """Returns the bytes of a gzip file without the compression, and other bytes as they are.
 
     Raises:
