@@ -136,8 +136,9 @@ class Objective:
         rows, width = canvas.ids.shape
         places: Places = getattr(self.net, "places", ()) or ((1, width),)
         computed = rows // rows_of_line(places) * positions_of_line(places)
-        found_at = Sum(jnp.float32(computed), self.needed(batch).sum().astype(jnp.float32))
-        return found._replace(positions=jax.tree.map(lambda x: x * self.method.draws, found_at))
+        needed = self.needed(batch).sum().astype(jnp.float32)
+        times = self.method.draws
+        return found._replace(positions=Sum(jnp.float32(computed * times), needed * times))
 
 
 @dataclass(frozen=True)
@@ -185,12 +186,11 @@ def gradients(
     lines = objective.lines
     if lines is None:
         return _gradients(objective, params, batch, step, frozen, accumulate)
-    whole = objective.at_widths(((1, lines.widest),))
+    row: Places = ((1, lines.widest),)
     if all(width == lines.widest for _, width in lines.places):
-        return _gradients(whole, params, batch, step, frozen, accumulate)
-    # Few batches do not fit, so that compiling a single layer for them is worth more than the time of their steps.
-    whole = objective.at_widths(((1, lines.widest),), scan_layers=True)
-    laid = objective.at_widths(lines.places)
+        return _gradients(objective.at_widths(row), params, batch, step, frozen, accumulate)
+    # Few batches do not fit: to compile a single layer for them saves more time than their steps would with unrolled ones.
+    whole, laid = objective.at_widths(row, scan_layers=True), objective.at_widths(lines.places)
     in_order, fits = sort_into_lines(batch, objective.needed(batch), lines.places)
     size = rows_of_line(lines.places)
     return jax.lax.cond(

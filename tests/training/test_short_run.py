@@ -51,6 +51,7 @@ def test_a_run_traces_once_tells_its_time_and_keeps_its_best(tiny_config, tmp_pa
         values = [row["seconds"][cause] for row in told]
         assert values == sorted(values) and values[-1] > 0
     assert len(runs.rows(run)) == 12
+    assert all(1 <= row["computed_per_needed"] < 1.3 for row in runs.rows(run))  # at the canvas's width it would be 2
     assert all("mfu" not in row for row in runs.rows(run))  # the peak of a CPU is not known
 
     nelbo = {row["step"]: row["nelbo_per_token"]["mean"] for row in runs.rows(run, "eval") if row["step"]}
