@@ -65,13 +65,13 @@ MUTANTS = [
     # The decoder's caches and windows.
     Mutant("stale-values-not-replaced", "jaxblock/models/layers.py",
            "overlay(cached.k, k, first), overlay(cached.v, v, first)", "overlay(cached.k, k, first), cached.v",
-           "tests/diffusion/test_cache.py::test_one_layer_has_no_stale_keys[dual-same_position-quota]"),
+           "tests/diffusion/test_cache.py::test_caches_serve_every_way_to_decode[dual-same_position-threshold]"),
     Mutant("part-without-the-position-before", "jaxblock/diffusion/decoding/passes.py",
            'return 1 if layout.alignment == "shifted" and options.quirks == "none" else 0', "return 0",
-           "tests/diffusion/test_cache.py::test_one_layer_has_no_stale_keys[dual-shifted-threshold]"),
+           "tests/diffusion/test_cache.py::test_caches_serve_every_way_to_decode[prefix-shifted-drawn]"),
     Mutant("window-cut-off", "jaxblock/diffusion/canvas.py",
            "room + (block + 1) * layout.block + layout.suffix_window)", "room + (block + 1) * layout.block)",
-           "tests/diffusion/test_cache.py::test_positions_past_the_window_are_not_computed[prefix-4]"),
+           "tests/diffusion/test_cache.py::test_positions_past_the_window_are_not_computed"),
     # Data.
     Mutant("prompt-no-prefix", "jaxblock/data/tokens/encoding.py",
            "if ids[: len(prompt_ids)] == prompt_ids:", "if prompt_ids:",

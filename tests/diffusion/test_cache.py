@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from jaxblock.diffusion import likelihood
-from jaxblock.diffusion.canvas import MOST_WIDTHS
+from jaxblock.diffusion.canvas import MOST_WIDTHS, from_rows
+from jaxblock.diffusion.config import CanvasConfig
 from jaxblock.diffusion.decoding import decoder, passes
 from jaxblock.diffusion.decoding.rules import check_options
 from jaxblock.diffusion.layouts import decoding_layout
@@ -22,12 +23,10 @@ from tests.diffusion.decoding import decode_jit, decoding, padded
 
 PROMPTS = [[1], [2, 3], [4, 5, 6], [0, 1]]
 WAYS = {
-    "quota": decoding(2, early_stop=True),
     "threshold": decoding(3, rule="confidence_threshold", threshold=0.3, cfg_scale=0.5),
     "drawn": decoding(3, rule="entropy", quota="dream", temperature=1.2, top_p=0.9, alg_temp=0.3, early_stop=True),
 }
 BOTH = pytest.mark.parametrize("alignment", ["same_position", "shifted"])
-CACHES = pytest.mark.parametrize("cache", ["prefix", "dual"])
 
 
 @pytest.fixture(scope="module")
@@ -50,19 +49,35 @@ def _with(options, **fields):
     return decoder.DecodeConfig(**{**vars(options), **fields})
 
 
+@BOTH
+def test_one_layer_has_no_stale_keys_and_every_position_is_counted(tiny, made, alignment):
+    """Its keys and values depend on their own token alone, so that every cache is exact. 5 blocks of 3, 2 steps each."""
+    layout, shift = tiny[1](alignment=alignment, response_len=15), alignment == "shifted"
+    full, first = np.array([1, 2, 3, 2]) + 15, sum(15 - 3 * k + shift for k in range(5))
+    computed = sum(15 - 3 * k + shift for k in (0, 0, 2, 3, 4))  # the passes of blocks 0 and 1 have one size
+    beside = {"prefix": (first, computed), "dual": (5 * (3 + shift),) * 2}
+    plain = _decode(made[1], layout, decoding(2))
+    assert plain.positions.tolist() == (10 * full).tolist() and plain.computed.tolist() == [10 * 19] * 4
+    for cache, (needed, total) in beside.items():
+        found = _decode(made[1], layout, decoding(2, cache=cache))
+        _same(plain, found)
+        assert found.nfe.tolist() == [10] * 4, "a full pass and one beside the cache for each block"
+        assert found.positions.tolist() == (5 * full + needed).tolist()
+        assert found.computed.tolist() == [5 * 19 + total] * 4
+
+
 @pytest.mark.parametrize(
-    "cache, alignment, way",
-    [
-        *(("prefix", "same_position", "threshold"), ("prefix", "shifted", "drawn")),
-        *(("dual", "same_position", "quota"), ("dual", "shifted", "threshold")),
-    ],
+    "cache, alignment, way", [("prefix", "shifted", "drawn"), ("dual", "same_position", "threshold")]
 )
-def test_one_layer_has_no_stale_keys(tiny, made, cache, alignment, way):
-    """Its keys and values depend on their own token alone, so that every cache is exact."""
+def test_caches_serve_every_way_to_decode(tiny, made, cache, alignment, way):
     layout = tiny[1](alignment=alignment)
-    plain, cached = (_decode(made[1], layout, _with(WAYS[way], cache=name)) for name in ("none", cache))
-    _same(plain, cached)
-    assert cached.positions.sum() < plain.positions.sum() and (cached.positions <= cached.computed).all()
+    _same(*(_decode(made[1], layout, _with(WAYS[way], cache=name)) for name in ("none", cache)))
+
+
+def test_a_block_that_the_first_step_fills_takes_no_second_pass(tiny, made):
+    options = decoding(3, rule="confidence_threshold", threshold=0.001, cache="dual")
+    found = _decode(made[1], tiny[1](), options)
+    assert found.nfe.tolist() == [3] * 4 and found.positions.tolist() == [3 * n for n in (10, 11, 12, 11)]
 
 
 @dataclass(frozen=True)
@@ -90,57 +105,38 @@ def test_a_cache_refreshed_at_every_step_is_no_cache_and_a_stale_one_is_not(tiny
     _same(plain, _decode((Refreshing(net.arch), params), layout, _with(options, cache=cache)))
     stale = _decode((net, params), layout, _with(options, cache=cache))
     assert (stale.response != plain.response).any()
-    once = decoding(1)
-    _same(_decode((net, params), layout, once), _decode((net, params), layout, _with(once, cache=cache)), ())
 
 
-@BOTH
-def test_one_block_without_a_prompt_has_nothing_stale(tiny, made, alignment):
-    layout = tiny[1](alignment=alignment, response_len=3)
+def test_the_first_step_of_a_block_is_exact(tiny, made):
+    plain, cached = (_decode(made[2], tiny[1](), decoding(1, cache=cache)) for cache in ("none", "dual"))
+    _same(plain, cached, ())
+
+
+def test_one_block_without_a_prompt_has_nothing_stale(tiny, made):
+    layout = tiny[1](alignment="shifted", response_len=3)
     plain, dual = (_decode(made[2], layout, decoding(3, cache=cache), [[]], 0) for cache in ("none", "dual"))
     _same(plain, dual)
 
 
-@CACHES
-def test_a_row_alone_is_the_row_in_a_ragged_batch(tiny, made, cache):
-    layout, options = tiny[1](), _with(WAYS["drawn"], cache=cache)
+def test_a_row_alone_is_the_row_in_a_ragged_batch(tiny, made):
+    layout, options = tiny[1](), _with(WAYS["drawn"], cache="prefix")
     together, alone = _decode(made[2], layout, options), _decode(made[2], layout, options, PROMPTS[1:2], first=1)
     _same(jax.tree.map(lambda leaf: leaf[[1]], together), alone, ("computed",))
 
 
-@BOTH
-def test_forward_passes_and_positions_are_counted(tiny, made, alignment):
-    """R 18, B 3, 2 steps a block: a full pass and one beside the cache for each of 6 blocks; 0.001 is met in one step."""
-    layout, shift = tiny[1](alignment=alignment, response_len=18), alignment == "shifted"
-    prompts, full = np.array([1, 2, 3, 2]), np.array([1, 2, 3, 2]) + 18
-    after = sum(18 - 3 * k + shift for k in range(6))
-    group = sum(s + shift for s in (18, 18, 12, 9, 9, 3))  # the blocks 0 and 1, 2, 3 and 4, 5 have passes of one size
-    needed = {"none": 12 * full, "prefix": 6 * full + after, "dual": 6 * full + 6 * (3 + shift)}
-    computed = {"none": 12 * 22, "prefix": 6 * 22 + group, "dual": 6 * 22 + 6 * (3 + shift)}
-    for cache in needed:
-        found = _decode(made[1], layout, decoding(2, cache=cache))
-        assert found.nfe.tolist() == [12] * 4
-        assert found.positions.tolist() == needed[cache].tolist()
-        assert found.computed.tolist() == [computed[cache]] * 4
-        once = _decode(made[1], layout, decoding(3, rule="confidence_threshold", threshold=0.001, cache=cache))
-        assert once.nfe.tolist() == [6] * 4 and once.positions.tolist() == (6 * (prompts + 18)).tolist()
-
-
-@pytest.mark.parametrize("cache, window", [("none", 0), ("prefix", 4)])
-def test_positions_past_the_window_are_not_computed(tiny, made, cache, window, monkeypatch):
+def test_positions_past_the_window_are_not_computed(tiny, made, monkeypatch):
     """The same tokens and NELBO as with all positions computed, the hidden ones as hidden keys."""
-    layout = tiny[1](response_len=24)._replace(suffix_window=window)
-    options = _with(WAYS["quota"], cache=cache)
+    layout, options = tiny[1](response_len=24)._replace(suffix_window=4), decoding(2, cache="prefix")
     sizes = passes.sizes_by_block(layout, options, 4)
-    assert len(set(sizes)) == MOST_WIDTHS and sizes[0].width == 4 + 2 * 3 + window and sizes[-1].width == 28
+    assert len(set(sizes)) == MOST_WIDTHS and sizes[0] == (4 + 2 * 3 + 4, 3 + 4) and sizes[-1] == (28, 6)
     ids, lengths, index = padded(PROMPTS)
     rows = (ids, lengths, np.full((4, 24), 5, np.int32), np.array([24, 7, 3, 12], np.int32), index)
 
     def both():
-        found = _decode(made[2], layout, options)
-        canvas = jax.jit(likelihood_canvas, static_argnums=0)(layout, *rows)
-        score = jax.jit(lambda p, c: likelihood.nelbo(made[2][0], layout, 2, p, c, jax.random.key(0)))
-        return found, score(made[2][1], canvas).per_block
+        found = _decode(made[1], layout, options)
+        canvas = jax.jit(from_rows, static_argnums=0)(layout, *rows)
+        score = jax.jit(lambda p, c: likelihood.nelbo(made[1][0], layout, 2, p, c, jax.random.key(0)))
+        return found, score(made[1][1], canvas).per_block
 
     narrow, scores = both()
     monkeypatch.setattr(likelihood, "widths_by_block", lambda layout, room: (28,) * 8)
@@ -151,12 +147,6 @@ def test_positions_past_the_window_are_not_computed(tiny, made, cache, window, m
     _same(narrow, wide, ("computed",))
     np.testing.assert_allclose(scores, oracle, rtol=2e-5)
     assert (narrow.computed < wide.computed).all() and np.abs(oracle).max() > 1
-
-
-def likelihood_canvas(layout, *rows):
-    from jaxblock.diffusion import canvas
-
-    return canvas.from_rows(layout, *rows)
 
 
 @pytest.mark.parametrize(
@@ -170,8 +160,6 @@ def likelihood_canvas(layout, *rows):
     ],
 )
 def test_quirks_that_cannot_be_had_are_refused(made, fields, says):
-    from jaxblock.diffusion.config import CanvasConfig
-
     options = decoder.DecodeConfig(**fields)
     with pytest.raises(UserError, match=says):
         check_options(options)
