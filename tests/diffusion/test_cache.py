@@ -23,7 +23,7 @@ from tests.diffusion.decoding import decode_jit, decoding, padded
 
 PROMPTS = [[1], [2, 3], [4, 5, 6], [0, 1]]
 WAYS = {
-    "threshold": decoding(3, rule="confidence_threshold", threshold=0.3, cfg_scale=0.5),
+    "threshold": decoding(3, rule="confidence_threshold", threshold=0.9, cfg_scale=0.5),
     "drawn": decoding(3, rule="entropy", quota="dream", temperature=1.2, top_p=0.9, alg_temp=0.3, early_stop=True),
 }
 BOTH = pytest.mark.parametrize("alignment", ["same_position", "shifted"])
