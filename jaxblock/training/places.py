@@ -15,6 +15,9 @@ from jaxblock.models.architecture import Architecture
 from jaxblock.training.lines import widths_of_rows
 from jaxblock.types import Lines, Places, positions_of_line
 
+SMALLEST_CANVAS = 256
+"""The positions of a canvas from which on it has several widths: for a smaller one they would not repay their compilation."""
+
 _MULTIPLE = 8  # widths are multiples of it, as vector units and kernels like them
 _SHARES = (0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 1.0)
 _MOST_READ, _MOST_DRAWN = 1 << 16, 1 << 15  # records, and rows of random batches
@@ -31,12 +34,14 @@ def choose_lines(config: Config, records: Records, arch: Architecture, ways: int
         ways: the number of devices that rows are split over.
 
     Returns:
-        The widths; None where all rows are computed at the canvas's width.
+        The widths; None where all rows are computed at the canvas's width, as they always are on a small canvas.
     """
     if config.train.widths == "full":
         return None
     layout = training_layout(config.canvas, config.method, arch, ())
     width = canvas_width(layout, config.canvas.prompt_len)
+    if width < SMALLEST_CANVAS:
+        return None
     every = -(-len(records) // _MOST_READ)
     lengths = records.lengths(every)
     prompt_len, block = lengths[:, 0], None

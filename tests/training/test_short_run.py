@@ -8,7 +8,7 @@ import pytest
 
 from jaxblock.diffusion.decoding import decoder
 from jaxblock.evaluation import runner
-from jaxblock.training import step
+from jaxblock.training import places, step
 from jaxblock.training.checkpoints.reader import CheckpointReader
 from jaxblock.training.observe.goodput import CAUSES
 from tests import runs
@@ -36,6 +36,7 @@ def test_a_run_traces_once_tells_its_time_and_keeps_its_best(tiny_config, tmp_pa
         return run
 
     run = tmp_path / "run"
+    monkeypatch.setattr(places, "SMALLEST_CANVAS", 0)  # so that this small one has several widths
     with monkeypatch.context() as patch:
         for module, name in PROGRAMS:
             patch.setattr(module, name, noted(chex.assert_max_traces(getattr(module, name), n=1), name))
