@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, get_args
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from jaxblock import loading
 from jaxblock.data.store.prepared_folder import open_prepared
@@ -105,6 +106,9 @@ def draw(done: dict[str, Any], path: Path, title: str) -> None:
             label = f"{cache}, {'threshold rule' if kind == 'threshold' else 'quota'}"
             axes.errorbar(x, y, error, fmt=style, color=COLOURS[cache], label=label, capsize=2, linewidth=1.2)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("token-forwards per problem (log scale)")
     axes.set_ylabel("Pass@1, %, with 95% interval")
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
@@ -126,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     done = json.loads(keep.read_text()) if keep.exists() else {}
     measure(args, done, keep)
     (args.out / "results.md").write_text(table(done))
-    draw(done, args.out / "pass_at_1.png", f"Pass@1 against work, {args.run}")
+    draw(done, args.out / "pass_at_1.png", f"Pass@1 against work: {Path(args.run).name}")
     print(table(done))
 
 
