@@ -24,7 +24,7 @@ from jaxblock.parallel.rows import even_size, on_mesh_of, split_rows, whole_resu
 from jaxblock.types import Params
 
 
-class Batch(NamedTuple):
+class BatchState(NamedTuple):
     """Holds the state of a batch's rows between two blocks, on the host.
 
     Attributes:
@@ -91,7 +91,7 @@ class DeviceDecoder:
     def __init__(
         self, net: Transformer, layout: Layout, options: DecodeConfig, params: Params, *, prompt_len: int, rows: int
     ) -> None:
-        """Compiles nothing yet.
+        """Prepares to decode; a program is compiled when a batch first needs it, or by ``compile``.
 
         Args:
             net: the network.
@@ -135,7 +135,7 @@ class DeviceDecoder:
 
     def finish(self, started: Any, rows: Sequence[Row]) -> None:
         """Waits for the results of a batch, and updates its rows."""
-        layout, found = self._layout, Batch(*jax.device_get(started))
+        layout, found = self._layout, BatchState(*jax.device_get(started))
         self.costs.row_blocks += len(rows)
         self.costs.row_blocks_computed += self.size
         self.costs.token_forwards_computed += int(found.computed.sum()) - sum(row.computed for row in rows)
@@ -159,11 +159,11 @@ class DeviceDecoder:
         batch = split_rows(self._params, self._batch(shape.room, rows))
         return (*self._static, shape.sizes, self._params, self._seed, *batch)
 
-    def _batch(self, room: int, rows: Sequence[Row]) -> Batch:
+    def _batch(self, room: int, rows: Sequence[Row]) -> BatchState:
         """Lays rows out as a batch; the places that are left are done."""
         size, layout = self.size, self._layout
         zeros = np.zeros((6, size), np.int32)
-        batch = Batch(
+        batch = BatchState(
             ids=np.full((size, room + layout.response_len), layout.mask_id, np.int32),
             prompt_len=zeros[0] + 1,
             row_id=zeros[1],
@@ -228,7 +228,7 @@ def _compiled(results: NamedSharding | None) -> Callable[..., tuple[Array, ...]]
 def _decode_block(
     net: Transformer, layout: Layout, options: DecodeConfig, sizes: Sizes, params: Params, seed: Array, *batch: Array
 ) -> tuple[Array, ...]:
-    """Decodes the next block of every row of a ``Batch``, and returns the batch after it."""
+    """Decodes the next block of every row of a ``BatchState``, and returns the batch after it."""
     ids, prompt_len, row_id, block, commit_step, done, nfe, positions, computed = batch
     canvas = decoding_canvas(layout, ids, prompt_len, row_id)
     counts = dict(nfe=nfe, positions=positions, computed=computed)

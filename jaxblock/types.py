@@ -2,8 +2,7 @@
 
 Letters in shapes (also the suffixes of local names): B rows of a batch, T canvas positions, R response positions,
 A positions of the active block, Q positions computed beside a cache, K draws per sequence, N query heads, G key/value heads,
-H head dim, D embed,
-F feed-forward, V vocabulary, L layers.
+H head dim, D embed, F feed-forward, V vocabulary, L layers.
 """
 
 from __future__ import annotations
@@ -79,11 +78,11 @@ class Part(NamedTuple):
     at: Int[Array, "B A"]
 
 
-class Cache(NamedTuple):
-    """Holds the rotated keys and the values of all canvas positions in every layer."""
+class KeysValues(NamedTuple):
+    """Holds the rotated keys and the values of canvas positions, of one layer or of all layers stacked."""
 
-    k: Float[Array, "L B T G H"]
-    v: Float[Array, "L B T G H"]
+    k: Float[Array, "*layers B T G H"]
+    v: Float[Array, "*layers B T G H"]
 
 
 class Sum(NamedTuple):
@@ -114,10 +113,10 @@ class Network(Protocol):
 class CachingNetwork(Network, Protocol):
     """Declares what decoding with a cache needs besides."""
 
-    def refresh(self, params: Params, view: View) -> tuple[Float[Array, "B A D"], Cache]:
+    def refresh(self, params: Params, view: View) -> tuple[Float[Array, "B A D"], KeysValues]:
         """Returns the hidden states at ``view.at`` (as ``hidden`` does), and the keys and values of all positions."""
         ...
 
-    def update(self, params: Params, part: Part, cache: Cache) -> Float[Array, "B A D"]:
+    def update(self, params: Params, part: Part, cache: KeysValues) -> Float[Array, "B A D"]:
         """Returns the hidden states at ``part.at``, computing only the part anew; its keys and values stand in for the cached ones."""
         ...

@@ -70,7 +70,7 @@ MUTANTS = [
            'return 1 if layout.alignment == "shifted" and options.quirks == "none" else 0', "return 0",
            "tests/diffusion/test_cache.py::test_caches_serve_every_way_to_decode[prefix-shifted-drawn]"),
     Mutant("window-cut-off", "jaxblock/diffusion/canvas.py",
-           "room + (block + 1) * layout.block + layout.suffix_window)", "room + (block + 1) * layout.block)",
+           "max(visible[k] for k in group)", "min(visible[k] for k in group)",
            "tests/diffusion/test_cache.py::test_positions_past_the_window_are_not_computed"),
     # Data.
     Mutant("prompt-no-prefix", "jaxblock/data/tokens/encoding.py",
@@ -124,7 +124,7 @@ MUTANTS = [
            "at=jnp.maximum(active - predicts_next, 0),", "at=jnp.maximum(active - 1, 0),",
            "tests/diffusion/test_reachability.py::test_every_masked_set_of_every_block_is_reached[same_position]"),
     Mutant("suffix-window-from-block-start", "jaxblock/diffusion/canvas.py",
-           "start + layout.block + layout.suffix_window)", "start + layout.suffix_window)",
+           "(block + 1) * layout.block + layout.suffix_window)", "block * layout.block + layout.suffix_window)",
            "tests/reporting/test_inspect.py::test_alignment_shift_and_window_are_shown"),
     Mutant("rows-cut-to-their-places", "jaxblock/training/step.py",
            "        fits,\n", "        jnp.bool_(True),\n",

@@ -179,8 +179,19 @@ def needed_positions(layout: Layout, width: int, prompt_len: Numbers, block: Num
     """
     if layout.context == "paper":
         return prompt_len * 0 + width  # the fill after the response is visible
+    return prompt_len + layout.response_len if block is None else visible_positions(layout, prompt_len, block)
+
+
+def visible_positions(layout: Layout, prompt_len: Numbers, block: Numbers) -> Numbers:
+    """Returns the number of positions that an ``aligned`` canvas shows while a block is active: to the end of its window.
+
+    Args:
+        layout: the canvas's static part.
+        prompt_len: the tokens of each prompt.
+        block: the active block of each row.
+    """
     whole = prompt_len + layout.response_len
-    if layout.suffix_window is None or block is None:
+    if layout.suffix_window is None:
         return whole
     return whole.clip(max=prompt_len + (block + 1) * layout.block + layout.suffix_window)
 
@@ -236,7 +247,7 @@ def view(layout: Layout, canvas: Canvas, block: Int[Array, " B"], block_ids: Int
 
     length = canvas.length
     if layout.suffix_window is not None:
-        length = jnp.minimum(length, start + layout.block + layout.suffix_window)
+        length = jnp.minimum(length, visible_positions(layout, canvas.prompt_len, block))
     predicts_next = 1 if layout.alignment == "shifted" else 0
     return View(
         ids=ids.astype(jnp.int32),
@@ -259,12 +270,6 @@ def groups_of_blocks(layout: Layout) -> list[range]:
     return [range(first, end) for first, end in zip(bounds, bounds[1:], strict=False)]
 
 
-def visible_positions(layout: Layout, room: int, block: int) -> int:
-    """Returns the canvas positions that are visible while a block is active, where the response begins at ``room``."""
-    end = room + layout.response_len
-    return end if layout.suffix_window is None else min(end, room + (block + 1) * layout.block + layout.suffix_window)
-
-
 def widths_by_block(layout: Layout, room: int) -> tuple[int, ...]:
     """Returns the canvas positions to compute while each block is active: all that are visible, in a few widths only.
 
@@ -274,8 +279,8 @@ def widths_by_block(layout: Layout, room: int) -> tuple[int, ...]:
     """
     if layout.context == "paper":  # its fill is visible to the end of the canvas
         return (room + layout.response_len,) * layout.n_blocks
-    groups = groups_of_blocks(layout)
-    return tuple(max(visible_positions(layout, room, k) for k in group) for group in groups for _ in group)
+    visible = visible_positions(layout, np.full(layout.n_blocks, room), np.arange(layout.n_blocks)).tolist()
+    return tuple(max(visible[k] for k in group) for group in groups_of_blocks(layout) for _ in group)
 
 
 def narrowed(canvas: Canvas, width: int) -> Canvas:

@@ -67,6 +67,7 @@ def nelbo(net: Network, layout: Layout, samples: int, params: Params, canvas: Ca
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, canvas.row_id)
 
     def one_block(width: int, by_count: Sum, block: Array) -> tuple[Sum, tuple[Array, Array]]:
+        """Estimates one block of every row, on a canvas of ``width`` positions."""
         shown = narrowed(canvas, width)
         blocks = jnp.full_like(canvas.prompt_len, block)
         _, valid = active_positions(layout, canvas, blocks)
@@ -74,6 +75,7 @@ def nelbo(net: Network, layout: Layout, samples: int, params: Params, canvas: Ca
         block_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, block)
 
         def one_set(carry: tuple[Array, Array, Sum], index: Array) -> tuple[tuple[Array, Array, Sum], None]:
+            """Adds the masked set with number ``index`` to the sums."""
             total, squares, seen = carry
             if exact:
                 masked, weight = _enumerated(layout, valid, index)

@@ -7,7 +7,6 @@ The table's names are flat (``blocks/q_bias``), but modules are nested: ``param_
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +24,7 @@ from jaxblock.models.linear.lora import LowRank
 from jaxblock.models.numerics import at_least_float32, rounded_once
 from jaxblock.models.rotary import Rotation, rotate
 from jaxblock.models.spec import ParamSpec
+from jaxblock.types import KeysValues
 
 Specs = Mapping[str, ParamSpec]
 """The specs of a layer's parameters by name: ``q``, ``q_bias``, ``attn_norm``."""
@@ -48,13 +48,6 @@ def rms_norm(x: Float[Array, "*rows D"], scale: Float[Array, " D"], eps: float) 
     wide = x.astype(at_least_float32(x.dtype))
     normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     return rounded_once(jnp.multiply, normed.astype(x.dtype), scale.astype(x.dtype))
-
-
-class KeysValues(NamedTuple):
-    """Holds the rotated keys and the values of one layer."""
-
-    k: Float[Array, "B T G H"]
-    v: Float[Array, "B T G H"]
 
 
 def overlay(

@@ -11,7 +11,12 @@ import numpy as np
 from jax import Array
 from jaxtyping import Int, Shaped
 
-from jaxblock.types import Places, rows_of_line
+from jaxblock.types import Places, positions_of_line, rows_of_line
+
+
+def widths_of_rows(places: Places) -> np.ndarray:
+    """Returns the width of each place of a line, the widest first."""
+    return np.repeat([width for _, width in places], [count for count, _ in places])
 
 
 def by_width(x: Shaped[Array, "rows *rest"], places: Places) -> list[Shaped[Array, "_ *rest"]]:
@@ -26,7 +31,7 @@ def split_lines(x: Shaped[Array, "lines N *rest"], places: Places) -> list[Shape
 
     Lines of which only some positions are left must have kept equally many of each row.
     """
-    whole = x.shape[1] == sum(count * width for count, width in places)
+    whole = x.shape[1] == positions_of_line(places)
     kept = None if whole else x.shape[1] // rows_of_line(places)
     sizes = [count * (kept or width) for count, width in places]
     parts = jnp.split(x, np.cumsum(sizes)[:-1], axis=1)
@@ -48,7 +53,7 @@ def lay(x: Shaped[Array, "rows T *rest"], places: Places) -> Shaped[Array, "line
 
 def lay_positions(at: Int[Array, "rows A"], places: Places) -> Int[Array, "lines _"]:
     """Returns where positions of rows are in their lines, row after row."""
-    widths = np.repeat([width for _, width in places], [count for count, _ in places])
+    widths = widths_of_rows(places)
     starts = np.cumsum(widths) - widths
     of_line = at.reshape(-1, len(widths), at.shape[1]) + starts[:, None]
     return of_line.reshape(of_line.shape[0], -1).astype(at.dtype)

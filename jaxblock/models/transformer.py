@@ -23,7 +23,7 @@ from jaxblock.models.architecture import Architecture
 from jaxblock.models.attention.mask import Mask, MaskKind
 from jaxblock.models.config import Backend, Quantize, Remat
 from jaxblock.models.families import registry
-from jaxblock.models.layers import Block, KeysValues, param_name, pick, rms_norm
+from jaxblock.models.layers import Block, param_name, pick, rms_norm
 from jaxblock.models.linear import int8, lora
 from jaxblock.models.linear.fsdp import GatheredWeight, Products, Split, gather_weight, matmul_gathered
 from jaxblock.models.linear.lora import Lora
@@ -32,7 +32,7 @@ from jaxblock.models.numerics import at_least_float32, look_up
 from jaxblock.models.rotary import Rotation, compute_rotation
 from jaxblock.models.spec import Table
 from jaxblock.parallel.rules import constrain
-from jaxblock.types import Cache, Params, Part, Places, View
+from jaxblock.types import KeysValues, Params, Part, Places, View
 
 _LAYER_INPUT = "layer_input"
 
@@ -156,14 +156,14 @@ class Transformer:
         x = self._embedded(params, ids)
         return self._run(params, x, self._rotation(positions, length), Mask(length, self.mask), at, row_keys)[0]
 
-    def refresh(self, params: Params, view: View) -> tuple[Float[Array, "B A D"], Cache]:
+    def refresh(self, params: Params, view: View) -> tuple[Float[Array, "B A D"], KeysValues]:
         """Computes what ``hidden`` does, and returns the keys and values of all positions beside it."""
         x, rotation = self._embedded(params, view.ids), self._rotation(view.positions, view.length)
         x, cache = self._run(params, x, rotation, Mask(view.length, self.mask), view.at, keep=True)
         assert cache is not None
         return rms_norm(x, params["final_norm"], self.arch.norm_eps), cache
 
-    def update(self, params: Params, part: Part, cache: Cache) -> Float[Array, "B A D"]:
+    def update(self, params: Params, part: Part, cache: KeysValues) -> Float[Array, "B A D"]:
         """Computes the hidden states at ``part.at``, where only the positions of ``part`` are computed anew.
 
         Their queries see all visible positions; the keys and values of the positions that are not in the part are those of
@@ -201,10 +201,10 @@ class Transformer:
         at: Int[Array, "B A"] | None,
         row_keys: Array | None = None,
         *,
-        cached: Cache | None = None,
+        cached: KeysValues | None = None,
         first: Int[Array, " B"] | None = None,
         keep: bool = False,
-    ) -> tuple[Float[Array, "B wanted D"], Cache | None]:
+    ) -> tuple[Float[Array, "B wanted D"], KeysValues | None]:
         """Runs all layers (see ``trunk``).
 
         Args:
@@ -230,26 +230,25 @@ class Transformer:
             index: Array | int,
             old: KeysValues | None,
             at: Array | None = None,
-        ) -> tuple[Array, Cache | None]:
+        ) -> tuple[Array, KeysValues | None]:
             x = checkpoint_name(x, _LAYER_INPUT) if self.remat == "offload" else x
             keys = row_keys if drops else None
             branches = {} if self.lora is None else lora.layer_branches(self.lora, adapters, index, keys, mask.places)
             x, new = self._with_params(own)(x, rotation, mask, branches, at, old, first)
-            kept = Cache(*(constrain(leaf, "batch", None, "kv_heads", None) for leaf in new)) if keep else None
+            kept = KeysValues(*(constrain(leaf, "batch", None, "kv_heads", None) for leaf in new)) if keep else None
             return constrain(x, "batch", None, None), kept
 
         if self.remat != "none":
             layer = jax.checkpoint(layer, policy=_POLICIES[self.remat], prevent_cse=not self.scan_layers)
         stacks = (params["blocks"], params[lora.KEY]["blocks"] if self.lora else {})
-        old = None if cached is None else KeysValues(*cached)
         if self.scan_layers:
-            xs = (*stacks, jnp.arange(self.arch.n_layers), old)
+            xs = (*stacks, jnp.arange(self.arch.n_layers), cached)
             x, kept = jax.lax.scan(lambda x, own: layer(x, *own), x, xs)
             return x if at is None else pick(x, at), kept
         trimmed = None if drops or self.mask == "causal" else at
         layers = []
         for index in range(self.arch.n_layers):
-            own, adapters, of_layer = jax.tree.map(lambda leaf, i=index: leaf[i], (*stacks, old))
+            own, adapters, of_layer = jax.tree.map(lambda leaf, i=index: leaf[i], (*stacks, cached))
             last = index == self.arch.n_layers - 1
             x, kept = layer(x, own, adapters, index, of_layer, trimmed if last else None)
             layers.append(kept)

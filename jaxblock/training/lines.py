@@ -11,20 +11,15 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jaxtyping import Bool, Int
 
+from jaxblock.models.lines import widths_of_rows
 from jaxblock.parallel import rules
 from jaxblock.types import Places, rows_of_line
 
 if TYPE_CHECKING:
     from jaxblock.data.loader import Batch
-
-
-def widths_of_rows(places: Places) -> np.ndarray:
-    """Returns the width of each place of a line, the widest first."""
-    return np.repeat([width for _, width in places], [count for count, _ in places])
 
 
 def sort_into_lines(batch: Batch, needed: Int[Array, " B"], places: Places) -> tuple[Batch, Bool[Array, ""]]:

@@ -12,7 +12,7 @@ from jaxblock.data.store.records import Records
 from jaxblock.diffusion.canvas import MOST_WIDTHS, canvas_width, needed_positions
 from jaxblock.diffusion.layouts import training_layout
 from jaxblock.models.architecture import Architecture
-from jaxblock.training.lines import widths_of_rows
+from jaxblock.models.lines import widths_of_rows
 from jaxblock.types import Lines, Places, positions_of_line
 
 SMALLEST_CANVAS = 256

@@ -18,7 +18,7 @@ from jaxblock.diffusion.decoding.rules import check_options
 from jaxblock.diffusion.layouts import decoding_layout
 from jaxblock.errors import UserError
 from jaxblock.models.transformer import Transformer
-from jaxblock.types import Cache, View
+from jaxblock.types import KeysValues, View
 from tests.diffusion.decoding import decode_jit, decoding, padded
 
 PROMPTS = [[1], [2, 3], [4, 5, 6], [0, 1]]
@@ -40,7 +40,7 @@ def _decode(net, layout, options, prompts=PROMPTS, width=4, first=0):
     return jax.device_get(decode_jit(net[0], layout, options, net[1], 3, ids, lengths, index + first))
 
 
-def _same(one, other, but=("positions", "computed")):
+def _assert_same(one, other, but=("positions", "computed")):
     """Asserts that responses are equal but for the counts named."""
     chex.assert_trees_all_equal(*(found._replace(**dict.fromkeys(but, np.zeros(1))) for found in (one, other)))
 
@@ -60,7 +60,7 @@ def test_one_layer_has_no_stale_keys_and_every_position_is_counted(tiny, made, a
     assert plain.positions.tolist() == (10 * full).tolist() and plain.computed.tolist() == [10 * 19] * 4
     for cache, (needed, total) in beside.items():
         found = _decode(made[1], layout, decoding(2, cache=cache))
-        _same(plain, found)
+        _assert_same(plain, found)
         assert found.nfe.tolist() == [10] * 4, "a full pass and one beside the cache for each block"
         assert found.positions.tolist() == (5 * full + needed).tolist()
         assert found.computed.tolist() == [5 * 19 + total] * 4
@@ -71,7 +71,7 @@ def test_one_layer_has_no_stale_keys_and_every_position_is_counted(tiny, made, a
 )
 def test_caches_serve_every_way_to_decode(tiny, made, cache, alignment, way):
     layout = tiny[1](alignment=alignment)
-    _same(*(_decode(made[1], layout, _with(WAYS[way], cache=name)) for name in ("none", cache)))
+    _assert_same(*(_decode(made[1], layout, _with(WAYS[way], cache=name)) for name in ("none", cache)))
 
 
 def test_a_block_that_the_first_step_fills_takes_no_second_pass(tiny, made):
@@ -86,7 +86,7 @@ class Refreshing(Transformer):
 
     def refresh(self, params, view):
         kept = view.ids.astype("float32")[None, :, :, None, None]
-        return self.hidden(params, view), Cache(kept, kept)
+        return self.hidden(params, view), KeysValues(kept, kept)
 
     def update(self, params, part, cache):
         old = cache.k[0, :, :, 0, 0].astype("int32")
@@ -102,26 +102,26 @@ def test_a_cache_refreshed_at_every_step_is_no_cache_and_a_stale_one_is_not(tiny
     net, params = made[2]
     layout, options = tiny[1](alignment=alignment), decoding(3, temperature=0.7, cfg_scale=0.5)
     plain = _decode((net, params), layout, options)
-    _same(plain, _decode((Refreshing(net.arch), params), layout, _with(options, cache=cache)))
+    _assert_same(plain, _decode((Refreshing(net.arch), params), layout, _with(options, cache=cache)))
     stale = _decode((net, params), layout, _with(options, cache=cache))
     assert (stale.response != plain.response).any()
 
 
 def test_the_first_step_of_a_block_is_exact(tiny, made):
     plain, cached = (_decode(made[2], tiny[1](), decoding(1, cache=cache)) for cache in ("none", "dual"))
-    _same(plain, cached, ())
+    _assert_same(plain, cached, ())
 
 
 def test_one_block_without_a_prompt_has_nothing_stale(tiny, made):
     layout = tiny[1](alignment="shifted", response_len=3)
     plain, dual = (_decode(made[2], layout, decoding(3, cache=cache), [[]], 0) for cache in ("none", "dual"))
-    _same(plain, dual)
+    _assert_same(plain, dual)
 
 
 def test_a_row_alone_is_the_row_in_a_ragged_batch(tiny, made):
     layout, options = tiny[1](), _with(WAYS["drawn"], cache="prefix")
     together, alone = _decode(made[2], layout, options), _decode(made[2], layout, options, PROMPTS[1:2], first=1)
-    _same(jax.tree.map(lambda leaf: leaf[[1]], together), alone, ("computed",))
+    _assert_same(jax.tree.map(lambda leaf: leaf[[1]], together), alone, ("computed",))
 
 
 def test_positions_past_the_window_are_not_computed(tiny, made, monkeypatch):
@@ -144,7 +144,7 @@ def test_positions_past_the_window_are_not_computed(tiny, made, monkeypatch):
     decode_jit.clear_cache()
     wide, oracle = both()
     decode_jit.clear_cache()
-    _same(narrow, wide, ("computed",))
+    _assert_same(narrow, wide, ("computed",))
     np.testing.assert_allclose(scores, oracle, rtol=2e-5)
     assert (narrow.computed < wide.computed).all() and np.abs(oracle).max() > 1
 

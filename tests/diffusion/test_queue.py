@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxblock.cli import main
-from jaxblock.diffusion.canvas import Layout, visible_positions
+from jaxblock.diffusion.canvas import Layout
 from jaxblock.diffusion.decoding.config import DecodeConfig
 from jaxblock.diffusion.decoding.queue import Queue, Row
 from jaxblock.diffusion.decoding.shapes import BatchShapes
@@ -102,7 +102,8 @@ def test_four_shapes_serve_all_usual_prompts_and_blocks(usual, response, block, 
     assert len(set(found.values())) <= (4 if window is not None or cache == "prefix" else plain)
     for (length, k), shape in found.items():
         assert length <= shape.room < usual + 16
-        assert shape.sizes.width >= length + visible_positions(layout, 0, k), "what is visible is computed"
+        seen = response if window is None else min(response, (k + 1) * block + window)
+        assert shape.sizes.width >= length + seen, "what is visible is computed"
     # Longer prompts double the canvas, up to what the network was made for.
     longer = [shapes.room(length) + response for length in range(usual + 16, 3001 - response, 9)]
     assert longer == sorted(longer) and max(longer) <= 3000 and len(set(longer)) <= 8

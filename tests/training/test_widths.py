@@ -21,9 +21,10 @@ from jaxblock.data.store.records import Records
 from jaxblock.diffusion.config import CanvasConfig, MethodConfig
 from jaxblock.models.config import LoraConfig, ModelConfig
 from jaxblock.models.families import registry
+from jaxblock.models.lines import widths_of_rows
 from jaxblock.models.spec import flatten
 from jaxblock.training.config import TrainConfig
-from jaxblock.training.lines import sort_into_lines, widths_of_rows
+from jaxblock.training.lines import sort_into_lines
 from jaxblock.training.places import choose_lines
 from jaxblock.training.step import gradients
 from jaxblock.types import Lines, positions_of_line

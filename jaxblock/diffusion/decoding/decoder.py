@@ -20,7 +20,7 @@ from jaxtyping import Bool, Int
 
 from jaxblock.diffusion.canvas import Canvas, Layout, active_positions, block_tokens, for_decoding, view
 from jaxblock.diffusion.decoding.config import DecodeConfig
-from jaxblock.diffusion.decoding.passes import Cost, Passes, Sizes, sizes_by_block, widest
+from jaxblock.diffusion.decoding.passes import PassCost, Passes, Sizes, sizes_by_block, widest
 from jaxblock.diffusion.decoding.rules import RULES, transfer_of
 from jaxblock.diffusion.decoding.scoring import score
 from jaxblock.diffusion.decoding.transfer import StepInfo
@@ -144,7 +144,7 @@ def decode_block(
     def unfinished(loop: _Loop) -> Array:
         return (loop.step < most_steps) & jnp.any((loop.tokens == layout.mask_id) & live)
 
-    def commit(loop: _Loop, logits: Array, cost: Cost) -> _Loop:
+    def commit(loop: _Loop, logits: Array, cost: PassCost) -> _Loop:
         eligible = (loop.tokens == layout.mask_id) & live
         taken = loop.nfe // options.passes
         keys = jax.vmap(jax.random.fold_in)(carry.row_key, taken)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, cast
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
@@ -26,7 +27,7 @@ from jaxblock.diffusion.canvas import (
     widths_by_block,
 )
 from jaxblock.diffusion.decoding.config import DecodeConfig
-from jaxblock.types import Cache, CachingNetwork, Network, Params, Part, View
+from jaxblock.types import CachingNetwork, KeysValues, Network, Params, Part, View
 
 
 class Sizes(NamedTuple):
@@ -51,11 +52,11 @@ def sizes_by_block(layout: Layout, options: DecodeConfig, room: int) -> tuple[Si
         options: the decoder's settings.
         room: P, the canvas positions before the response of the longest prompt.
     """
-    parts = []
-    for group in groups_of_blocks(layout):
-        after = max(visible_positions(layout, room, k) - room - k * layout.block for k in group)
-        part = {"none": 0, "prefix": after, "dual": layout.block}[options.cache]
-        parts += [part + _before(layout, options) if part else 0] * len(group)
+    starts = np.arange(layout.n_blocks) * layout.block
+    after = visible_positions(layout, np.full(layout.n_blocks, room), np.arange(layout.n_blocks)) - room - starts
+    part = {"none": 0 * after, "prefix": after, "dual": 0 * after + layout.block}[options.cache]
+    part = part + _before(layout, options) * (part > 0)
+    parts = [max(part[group].tolist()) for group in groups_of_blocks(layout) for _ in group]
     return tuple(map(Sizes, widths_by_block(layout, room), parts))
 
 
@@ -69,7 +70,7 @@ def _before(layout: Layout, options: DecodeConfig) -> int:
     return 1 if layout.alignment == "shifted" and options.quirks == "none" else 0
 
 
-class Cost(NamedTuple):
+class PassCost(NamedTuple):
     """Counts the positions of one pass, times the passes that guidance needs.
 
     Attributes:
@@ -107,29 +108,29 @@ class Passes:
         """Computes the logits from the whole canvas."""
         return self._guided([self._logits(self.net.hidden(self.params, seen)) for seen in self._views(tokens)])
 
-    def refresh(self, tokens: Int[Array, "B A"]) -> tuple[Float[Array, "B A V"], list[Cache]]:
+    def refresh(self, tokens: Int[Array, "B A"]) -> tuple[Float[Array, "B A V"], list[KeysValues]]:
         """Computes what ``full`` does, and returns the cache of each view."""
         net = cast(CachingNetwork, self.net)
         found = [net.refresh(self.params, seen) for seen in self._views(tokens)]
         return self._guided([self._logits(hidden) for hidden, _ in found]), [cache for _, cache in found]
 
-    def update(self, tokens: Int[Array, "B A"], caches: list[Cache]) -> Float[Array, "B A V"]:
+    def update(self, tokens: Int[Array, "B A"], caches: list[KeysValues]) -> Float[Array, "B A V"]:
         """Computes the logits from a part of the canvas and the cache of each view."""
         net, pairs = cast(CachingNetwork, self.net), zip(self._views(tokens), caches, strict=True)
         return self._guided([self._logits(net.update(self.params, self._part(seen), cache)) for seen, cache in pairs])
 
     @property
-    def full_cost(self) -> Cost:
+    def full_cost(self) -> PassCost:
         """The positions of a full pass."""
-        return Cost(self.options.passes * self._visible, self.options.passes * self.sizes.width)
+        return PassCost(self.options.passes * self._visible, self.options.passes * self.sizes.width)
 
     @property
-    def update_cost(self) -> Cost:
+    def update_cost(self) -> PassCost:
         """The positions of a pass beside the cache."""
         needed = self._visible - self._first
         if self.options.cache == "dual":
             needed = jnp.minimum(needed, self._start + self.layout.block - self._first)
-        return Cost(self.options.passes * needed, self.options.passes * self.sizes.part)
+        return PassCost(self.options.passes * needed, self.options.passes * self.sizes.part)
 
     @property
     def _start(self) -> Int[Array, " B"]:
@@ -142,8 +143,7 @@ class Passes:
 
     @property
     def _visible(self) -> Int[Array, " B"]:
-        empty = jnp.full((self.blocks.shape[0], self.layout.block), self.layout.mask_id, jnp.int32)
-        return view(self.layout, self.canvas, self.blocks, empty).length
+        return visible_positions(self.layout, self.canvas.prompt_len, self.blocks)
 
     def _views(self, tokens: Int[Array, "B A"]) -> list[View]:
         """Returns what the network sees: the canvas, and with guidance also the canvas with a hidden prompt."""
