@@ -37,6 +37,8 @@ class TrainConfig(Section, name="train"):
     """Steps between evaluations on the validation records; 0 for start and end only."""
     eval_problems: int = may_change(64, NOT_NEGATIVE)
     """Validation problems decoded for Pass@1; 0 for none."""
+    samples: int | None = may_change(None, NOT_NEGATIVE)
+    """Decoded validation problems whose responses are shown and kept in samples.jsonl; 0 for none, None for 2."""
     eval_nelbo_rows: int = may_change(64, NOT_NEGATIVE)
     """Validation rows of the NELBO; 0 for none."""
     save_every: int = may_change(500, AT_LEAST_1, common=("train",))
@@ -78,9 +80,19 @@ class TrainConfig(Section, name="train"):
     on_hang: OnHang = may_change("report")
     """What to do after a report of the watchdog: go on waiting (`report`), or end the process with exit code 124 (`abort`)."""
 
+    @property
+    def sample_count(self) -> int:
+        """The number of samples of an evaluation, unless there are fewer validation records."""
+        return min(2, self.eval_problems) if self.samples is None else self.samples
+
     def check(self) -> None:
         """Raises UserError where a number is out of range, or two fields of the section contradict each other."""
         super().check()
+        require(
+            self.sample_count <= self.eval_problems,
+            f"train.samples is {self.samples}, but evaluations decode {self.eval_problems} problems: samples are taken from "
+            "these, so raise train.eval_problems",
+        )
         require(
             self.keep_every % self.save_every == 0,
             f"train.keep_every {self.keep_every} is no multiple of train.save_every {self.save_every}: nothing is saved there",

@@ -17,8 +17,9 @@ from rich.console import Console
 
 from jaxblock.config.yaml import to_tree
 from jaxblock.data.loader import Batch, BatchAt, batches
-from jaxblock.errors import UserError
+from jaxblock.errors import UserError, printable
 from jaxblock.evaluation.graders import find_grader
+from jaxblock.evaluation.results import Solved
 from jaxblock.evaluation.runner import Evaluator
 from jaxblock.io.locks import FolderLock
 from jaxblock.io.paths import as_path
@@ -34,6 +35,7 @@ from jaxblock.training.observe.goodput import Goodput
 from jaxblock.training.observe.metrics import METRICS_FILE, UNWRITTEN_ROWS, restore_rows
 from jaxblock.training.observe.profiler import Profiler
 from jaxblock.training.observe.progress import TrainProgress
+from jaxblock.training.observe.samples import in_one_line
 from jaxblock.training.observe.throughput import Work
 from jaxblock.training.observe.trackers import Trackers
 from jaxblock.training.observe.window import StepWindow, summarise
@@ -328,6 +330,16 @@ class _Loop:
             nelbo=None if bound is None else float(bound.per_text_token.mean),
             pass_at_1=None if solved is None else (solved.pass_at_1.correct, solved.pass_at_1.n),
         )
+        if solved is not None:
+            self._show_samples(solved, step)
+
+    def _show_samples(self, solved: Solved, step: int) -> None:
+        """Prints and keeps the answers to the first problems, which are the same at every evaluation."""
+        samples = [{"step": step, **row} for row in solved.rows[: self.config.train.sample_count]]
+        for sample in samples:
+            self.progress.say(printable(in_one_line(sample)))
+        if self.trackers is not None:
+            self.trackers.write_samples(samples)
 
     def _write(self, row: dict[str, Any]) -> None:
         """Writes a row of metrics, unless another process has taken the run folder over; precedes every periodic save."""

@@ -15,9 +15,10 @@ import pytest
 from jax.sharding import Mesh
 from rich.console import Console
 
+import jaxblock
 from jaxblock.config.config import Config
 from jaxblock.config.yaml import config_from_tree
-from jaxblock.errors import UserError
+from jaxblock.errors import UserError, printable
 from jaxblock.models.architecture import Architecture
 from jaxblock.models.families import registry
 from jaxblock.models.spec import matmul_flops_per_token
@@ -25,6 +26,7 @@ from jaxblock.parallel.chips import CHIPS
 from jaxblock.training.observe import goodput, metrics, throughput, trackers
 from jaxblock.training.observe.goodput import CAUSES, EarlierTime, Goodput, read_earlier_time
 from jaxblock.training.observe.progress import TrainProgress
+from jaxblock.training.observe.samples import in_one_line
 from jaxblock.training.observe.throughput import Work
 from jaxblock.training.observe.trackers import Trackers
 from tests import runs
@@ -247,6 +249,19 @@ ROWS: list[dict[str, Any]] = [
 ]
 
 
+SAMPLES: list[dict[str, Any]] = [
+    {
+        "step": 2,
+        "index": at,
+        "prompt": "1+1?\n" * 30,
+        "response": "\x1b[31m```\n# 2",
+        "reference": "2",
+        "correct": at == 1,
+    }
+    for at in (0, 1)
+]
+
+
 def _config(out: object, **fields: Any) -> Config:
     return config_from_tree({"train": {"out": str(out), **fields}}, "here")
 
@@ -268,6 +283,7 @@ class _Page:
 def _stand_in(monkeypatch: pytest.MonkeyPatch, init: Any) -> None:
     module = types.ModuleType("wandb")
     module.__spec__, module.init, module.Settings = sys.__spec__, init, dict
+    module.Table = lambda columns, data: {"columns": columns, "data": data}
     monkeypatch.setitem(sys.modules, "wandb", module)
 
 
@@ -279,6 +295,7 @@ def test_a_tracker_that_fails_stops_nothing_and_is_told_of_once(tmp_path, monkey
         log = Trackers(config.train, {"a": 1}, begin, told.append)
         for row in (*ROWS, *ROWS[1:]):
             log.write(row)
+        log.write_samples(SAMPLES)
         log.flush()
         log.close()
     assert told == ["W&B: metrics may be missing from here on (the service has gone); training goes on"] * 2
@@ -293,7 +310,29 @@ def test_a_tracker_that_fails_stops_nothing_and_is_told_of_once(tmp_path, monkey
     # The JSON lines have every row, and the resume has removed the rows that came again.
     assert [row["step"] for row in runs.rows(tmp_path, "eval")] == [2, 2]
     assert [row["grad_norm"] for row in runs.rows(tmp_path, "train")] == ["nan"] * 2
-    assert list((tmp_path / "tensorboard").iterdir())
+    assert first.logged[3]["samples"]["data"][1] == [2, 1, SAMPLES[1]["prompt"], SAMPLES[1]["response"], "2", True]
+    # The resume removed the samples of step 2, which came again.
+    assert list(map(json.loads, (tmp_path / "samples.jsonl").read_text().splitlines())) == SAMPLES
+    events = b"".join(file.read_bytes() for file in (tmp_path / "tensorboard").iterdir())
+    assert b"samples/problem 1" in events and b"    \x1b[31m```\n    # 2" in events  # in a block that it cannot end
+
+
+def test_samples_of_a_run_are_the_first_problems_of_each_evaluation(tiny_run, tiny_config, tmp_path, ran):
+    rows = [json.loads(line) for line in (tiny_run / "samples.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["index"]) for row in rows] == [(step, at) for step in (0, 60, 120) for at in (0, 1)]
+    model = jaxblock.load(tiny_run)
+    assert model.generate([row["prompt"] for row in rows[-2:]]) == [row["response"] for row in rows[-2:]]
+    assert rows[-1].keys() >= {"reference", "correct", "extracted", "expected", "nfe", "stopped"}
+    assert in_one_line({**SAMPLES[0], "response": ""}) == f"  problem 0, wrong: ...{' 1+1?' * 12} => (empty)"
+    shown = printable(in_one_line({**SAMPLES[1], "prompt": "a [b]?", "response": SAMPLES[1]["response"] * 20}))
+    assert (
+        shown.startswith("  problem 1, right: a [b]? => \\x1b[31m``` # 2")
+        and shown.endswith("...")
+        and len(shown) < 180
+    )
+    said = ran(f"train --config {tiny_config} --train.out {tmp_path / 'run'} --train.samples 9", 2).err
+    assert "train.samples is 9, but evaluations decode 8 problems" in said and "raise train.eval_problems" in said
+    assert [_config("x", eval_problems=n).train.sample_count for n in (0, 1, 64)] == [0, 1, 2]
 
 
 def test_a_disk_that_is_full_stops_nothing(tmp_path, monkeypatch):

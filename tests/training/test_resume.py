@@ -59,8 +59,10 @@ def test_interrupted_before_and_after_a_checkpoint_then_resumed_is_the_straight_
     signalled(107)
     ran(command, 130)
     assert [row["step"] for row in runs.rows(run)] == list(range(1, 108))
-    ran(f"{command} --train.resume must")
+    said = ran(f"{command} --train.resume must").err
     runs.check_same(run, tiny_run)
+    assert (run / "samples.jsonl").read_bytes() == (tiny_run / "samples.jsonl").read_bytes()
+    assert said.count("\n  problem ") == 2 and "\n  problem 1, " in said  # beneath the last evaluation
 
 
 @pytest.mark.slow

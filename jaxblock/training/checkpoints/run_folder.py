@@ -8,6 +8,7 @@ manifest.json   the prepared data's manifest
 tokenizer/      the tokenizer and its template
 origin/         model code and generation config of the checkpoint that the run began with (if any), for the export
 metrics.jsonl   one row per log line and evaluation
+samples.jsonl   the answers to a few validation problems at every evaluation
 checkpoints/    one folder per checkpoint, written by Orbax
 plots/          pictures of the metrics
 """

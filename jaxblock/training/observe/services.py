@@ -1,10 +1,11 @@
-"""Sends rows of metrics to TensorBoard and to Weights & Biases. Both libraries are imported only where they are used."""
+"""Sends metrics and samples to TensorBoard and to Weights & Biases. Both libraries are imported only where they are used."""
 
 from __future__ import annotations
 
 import os
 import secrets
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 from jaxblock.errors import UserError, first_line
@@ -12,13 +13,14 @@ from jaxblock.io.files import read_json, write_json
 from jaxblock.io.paths import PathLike, as_path, is_remote
 from jaxblock.training.config import TrainConfig
 from jaxblock.training.observe.rows import Row
+from jaxblock.training.observe.samples import Sample, as_markdown
 
 WANDB_ID = "wandb.json"
 """The file in the run folder with the id of the W&B run, so that a resumed run continues the same page."""
 
 
 class TensorBoard:
-    """Writes event files to ``tensorboard/`` of the run folder; every number of a row becomes a scalar ``kind/name``."""
+    """Writes event files to ``tensorboard/`` of the run folder; every number of a row becomes a scalar ``kind/name``, a sample a text."""
 
     def __init__(self, run: PathLike, step: int) -> None:
         """Opens TensorBoard's event files.
@@ -35,6 +37,11 @@ class TensorBoard:
         """Adds the row's numbers."""
         for name, value in scalars(row):
             self._events.add_scalar(f"{row['kind']}/{name}", value, row["step"])
+
+    def write_samples(self, samples: Sequence[Sample]) -> None:
+        """Adds each sample to the text panel ``samples/problem I``, which shows it step by step."""
+        for sample in samples:
+            self._events.add_text(f"samples/problem {sample['index']}", as_markdown(sample), sample["step"])
 
     def flush(self) -> None:
         """Writes the events that are still in memory."""
@@ -88,6 +95,14 @@ class WeightsAndBiases:
     def write(self, row: Row) -> None:
         """Logs the row's numbers as ``kind/name``."""
         self._run.log({"step": row["step"], **{f"{row['kind']}/{name}": value for name, value in scalars(row)}})
+
+    def write_samples(self, samples: Sequence[Sample]) -> None:
+        """Logs the samples of one evaluation as the table ``samples``."""
+        import wandb
+
+        columns: list[str | int] = ["step", "index", "prompt", "response", "reference", "correct"]
+        table = wandb.Table(columns=columns, data=[[sample[str(name)] for name in columns] for sample in samples])
+        self._run.log({"step": samples[0]["step"], "samples": table})
 
     def flush(self) -> None:
         """Does nothing: W&B's own process writes rows as they arrive."""

@@ -1,4 +1,4 @@
-"""Sends rows of metrics to ``metrics.jsonl``, and to TensorBoard and Weights & Biases where the config asks for them.
+"""Sends metrics and samples to files of the run folder, and to TensorBoard and Weights & Biases where the config asks for it.
 
 A tracker that cannot be opened is an error before the run starts. A tracker that fails later is reported once, and training
 goes on.
@@ -10,28 +10,43 @@ import importlib.util
 import os
 import shlex
 import sys
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 from jaxblock.errors import UserError, first_line
 from jaxblock.io.paths import is_remote
 from jaxblock.training.config import TrainConfig
 from jaxblock.training.observe.metrics import MetricsWriter
 from jaxblock.training.observe.rows import Row
+from jaxblock.training.observe.samples import Sample, SamplesWriter
 from jaxblock.training.observe.services import TensorBoard, WeightsAndBiases
 
 
 class Tracker(Protocol):
-    """Records rows of metrics somewhere."""
+    """Records something of a run somewhere."""
+
+    def flush(self) -> None:
+        """Makes sure, before a checkpoint, that what was recorded is not lost if the process is killed."""
+
+    def close(self) -> None:
+        """Closes the tracker; what was written is kept."""
+
+
+class MetricsTracker(Tracker, Protocol):
+    """Records rows of metrics."""
 
     def write(self, row: Row) -> None:
         """Records one row of metrics."""
 
-    def flush(self) -> None:
-        """Makes sure, before a checkpoint, that the rows so far are not lost if the process is killed."""
 
-    def close(self) -> None:
-        """Closes the tracker; what was written is kept."""
+class SamplesTracker(Tracker, Protocol):
+    """Records the answers to a few problems."""
+
+    def write_samples(self, samples: Sequence[Sample]) -> None:
+        """Records the samples of one evaluation: at least one, all of the same step."""
+
+
+AnyTracker = TypeVar("AnyTracker")
 
 
 def check_trackers(train: TrainConfig) -> None:
@@ -61,10 +76,10 @@ def _install_command(package: str) -> str:
 
 
 class Trackers:
-    """Sends each row to all trackers of a run. Only process 0 has this object."""
+    """Sends each row and each evaluation's samples to all trackers of a run. Only process 0 has this object."""
 
     def __init__(self, train: TrainConfig, tree: dict[str, Any], step: int, say: Callable[[str], None]) -> None:
-        """Opens the trackers. Rows after ``step``, which the run makes again, are removed from ``metrics.jsonl``.
+        """Opens the trackers. What files hold of the steps after ``step``, which the run makes again, is removed.
 
         Args:
             train: the ``train`` section.
@@ -79,16 +94,27 @@ class Trackers:
         self.path = self._lines.path
         self._say = say
         self._failing: set[str] = set()
-        self._trackers: dict[str, Tracker] = {os.fspath(self.path): self._lines}
+        services: dict[str, TensorBoard | WeightsAndBiases] = {}
         if train.tensorboard:
-            self._trackers["TensorBoard"] = TensorBoard(train.out, step)
+            services["TensorBoard"] = TensorBoard(train.out, step)
         if train.wandb != "off":
-            self._trackers["W&B"] = WeightsAndBiases(train, tree)
+            services["W&B"] = WeightsAndBiases(train, tree)
+        self._metrics: dict[str, MetricsTracker] = {os.fspath(self.path): self._lines, **services}
+        self._samples: dict[str, SamplesTracker] = {**services}
+        if train.sample_count:
+            samples = SamplesWriter(train.out, step)
+            self._samples[os.fspath(samples.path)] = samples
+        self._all: dict[str, Tracker] = {**self._metrics, **self._samples}
+        self._files = self._all.keys() - services.keys()
 
     def write(self, row: Row) -> None:
-        """Writes a row to each tracker."""
-        if (name := os.fspath(self.path)) not in self._each(lambda tracker: tracker.write(row)):
-            self._failing.discard(name)  # the file works again, so its next failure is reported too
+        """Writes a row of metrics to each tracker."""
+        self._work_again(self._each(self._metrics, lambda tracker: tracker.write(row)))
+
+    def write_samples(self, samples: Sequence[Sample]) -> None:
+        """Writes the samples of one evaluation to each tracker."""
+        if samples:
+            self._work_again(self._each(self._samples, lambda tracker: tracker.write_samples(samples)))
 
     def flush(self) -> list[str]:
         """Flushes each tracker before a checkpoint.
@@ -96,30 +122,32 @@ class Trackers:
         Returns:
             The rows of ``metrics.jsonl``, as lines, that could not be written: the checkpoint must keep them.
         """
-        self._each(lambda tracker: tracker.flush())
+        self._each(self._all, lambda tracker: tracker.flush())
         return self._lines.unwritten()
 
     def close(self) -> None:
         """Closes each tracker, so that nothing it holds is lost."""
-        self._each(lambda tracker: tracker.close())
+        self._each(self._all, lambda tracker: tracker.close())
 
-    def _each(self, act: Callable[[Tracker], None]) -> set[str]:
-        """Calls ``act`` with every tracker, reports each one that fails once, and returns the names of those that failed."""
-        failed = set()
-        for name, tracker in self._trackers.items():
+    def _each(self, trackers: Mapping[str, AnyTracker], act: Callable[[AnyTracker], None]) -> set[str]:
+        """Calls ``act`` with each of the trackers, reports each one that fails once, and returns the names of those that did not."""
+        fine = set()
+        for name, tracker in trackers.items():
             try:
                 act(tracker)
-            except (
-                UserError
-            ) as error:  # metrics.jsonl raises it: rows are kept, and written when that is possible again
-                failed.add(name)
+            except UserError as error:  # files raise it: lines are kept, and written when that is possible again
                 self._report(name, f"{error}; training goes on, and the rows wait")
             except Exception as error:  # the services' clients raise many kinds: training goes on
-                failed.add(name)
                 self._report(
                     name, f"{name}: metrics may be missing from here on ({first_line(error)}); training goes on"
                 )
-        return failed
+            else:
+                fine.add(name)
+        return fine
+
+    def _work_again(self, written: set[str]) -> None:
+        """Notes files that could be written, so that the next failure of one that had failed is reported too."""
+        self._failing -= self._files & written
 
     def _report(self, name: str, text: str) -> None:
         if name not in self._failing:
