@@ -12,7 +12,7 @@ import pytest
 from jaxblock.config.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FOLDERS = ("jaxblock", "launch", "configs", "tests", "benchmarks", "docs")
 FILES = {"json", "jsonl", "array_record", "safetensors"}  # `train.jsonl` is no setting
 SECTIONS = {

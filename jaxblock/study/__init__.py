@@ -1,0 +1,1 @@
+"""Compares ways of training: pairs their scores, and computes intervals, tests and crossovers."""

@@ -1,0 +1,244 @@
+"""Tests the study's statistics against closed forms, full enumeration, SciPy, and simulated studies whose truth is known."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from benchmarks.study_coverage import WORLDS, coverage, crossover_coverage, found_by_chance, normal
+from jaxblock.errors import UserError
+from jaxblock.study.crossed import crossed_bootstrap, crossed_draws, crossed_variance, resampled_means
+from jaxblock.study.crossover import COURSES, crossover, last_changes
+from jaxblock.study.hypotheses import crossed_p, holm, primary_findings, sign_flip_p, student_p
+from jaxblock.study.scores import Scores, paired_difference
+from jaxblock.study.statistics import PERCENTAGE_POINTS, Interval, ratio_interval, t_interval
+
+SEEDS, PROBLEMS = (1, 2), ("p", "q", "r")
+RIGHT = np.array([[True, False, True], [True, True, True]])
+WRONG = ~RIGHT
+rng = np.random.default_rng(5)
+SOME = rng.standard_normal((4, 8, 30)) + np.array([-1, -0.2, 0.3, 1])[:, None, None]
+
+
+def test_arms_are_paired_by_name():
+    ours = Scores("blockwise", RIGHT, SEEDS, PROBLEMS)
+    theirs = Scores("classical", np.arange(6).reshape(2, 3) / 10, SEEDS[::-1], ("r", "p", "q"))
+    got = paired_difference(ours, theirs)
+    np.testing.assert_allclose(got, RIGHT - np.array([[0.4, 0.5, 0.3], [0.1, 0.2, 0.0]]))
+    curves = Scores("classical", np.stack([RIGHT, WRONG]), SEEDS, PROBLEMS)
+    assert (paired_difference(curves, curves) == 0).all()
+    with pytest.raises(UserError, match=r"same budgets"):
+        paired_difference(curves, ours)
+
+
+@pytest.mark.parametrize(
+    ("values", "seeds", "problems", "message"),
+    [
+        (RIGHT, (1, 3), PROBLEMS, "other has no scores for seed 2 .of 1 such., which blockwise has"),
+        (RIGHT, SEEDS, ("p", "q", "s"), "other has no scores for problem 'r'"),
+        (RIGHT[:, :2], SEEDS, ("p", "q"), "problem 'r'"),
+        (np.vstack([RIGHT, RIGHT[:1]]), (1, 2, 3), PROBLEMS, "blockwise has no scores for seed 3"),
+        (RIGHT, (1, 1), PROBLEMS, "other: seed 1 is listed twice"),
+        (RIGHT.T, SEEDS, PROBLEMS, r"scores of shape \(3, 2\) do not fit 2 seeds and 3 problems"),
+        (np.where(WRONG, np.nan, 1.0), SEEDS, PROBLEMS, "seed 1 on problem 'q' is nan"),
+        (RIGHT.astype(str), SEEDS, PROBLEMS, "must be numbers"),
+    ],
+)
+def test_arms_that_do_not_pair_are_refused(values, seeds, problems, message):
+    with pytest.raises(UserError, match=message):
+        paired_difference(Scores("blockwise", RIGHT, SEEDS, PROBLEMS), Scores("other", values, seeds, problems))
+
+
+def test_the_variance_of_the_mean_is_the_analysis_of_variance():
+    a, b = np.array([-1.0, 0.0, 4.0]), np.array([2.0, -1.0, 0.5, 3.0])
+    found = crossed_variance(7 + a[:, None] + b)
+    se = a.var(ddof=1) / 3 + b.var(ddof=1) / 4
+    df = se**2 / ((a.var(ddof=1) / 3) ** 2 / 2 + (b.var(ddof=1) / 4) ** 2 / 3)
+    assert found[:3] == pytest.approx((7 + 1 + 9 / 8, se, df))
+    assert crossed_variance(a[:, None] + 0 * b)[1:3] == pytest.approx((a.var(ddof=1) / 3, 2))
+    # Where the rest is all there is, neither seeds nor problems take anything from it.
+    checkers = np.array([[1.0, -1.0], [-1.0, 1.0]])
+    assert crossed_variance(checkers)[:3] == pytest.approx((0, 4 / 4, 1))
+    assert crossed_variance(np.zeros((2, 3, 4))).variance.tolist() == [0, 0]
+
+
+def test_resampled_means_are_those_of_full_enumeration():
+    """Two seeds and two problems have nine resamples: each axis doubles the first, takes both, or doubles the second."""
+    difference = np.array([[0.0, 1.0], [3.0, 7.0]])
+    weights = [(np.array(w) / 2, share) for w, share in (((2, 0), 0.25), ((1, 1), 0.5), ((0, 2), 0.25))]
+    exact = {float(w @ difference @ v): p * q for (w, p), (v, q) in itertools.product(weights, weights)}
+    mean = sum(value * share for value, share in exact.items())
+    assert crossed_variance(difference).resampled == pytest.approx(
+        sum(share * (value - mean) ** 2 for value, share in exact.items())
+    )
+    both = resampled_means(np.stack([difference, 10 * difference]), 20_000, 0)
+    np.testing.assert_allclose(both[1], 10 * both[0])  # budgets share their draws
+    values, counts = np.unique(both[0], return_counts=True)
+    assert len(exact) == 9 and dict(zip(values, counts / 20_000, strict=True)) == pytest.approx(exact, abs=0.012)
+
+
+def test_draws_have_students_spread():
+    for difference in (rng.standard_normal((40, 50)), np.ones((40, 50)) * rng.standard_normal((40, 1))):
+        found = crossed_variance(difference)
+        draws = crossed_draws(difference, 20_000, 1)
+        assert draws.mean() == pytest.approx(found.mean, abs=0.03 * math.sqrt(found.variance))
+        assert draws.var() == pytest.approx(found.variance * found.df / (found.df - 2), rel=0.05)
+    interval = crossed_bootstrap(difference)
+    closed = t_interval(difference.mean(-1))
+    assert interval == pytest.approx(closed, abs=0.1 * (closed.high - closed.low))
+    assert crossed_bootstrap(np.ones((3, 4))) == (1, 1, 1, 0.95)
+    assert interval.text("nats").endswith(f"nats (95% interval {interval.low:+.3g} to {interval.high:+.3g})")
+    assert Interval(0.031, -0.004, 0.066, 0.9).text(PERCENTAGE_POINTS) == (
+        "+3.1 percentage points (90% interval -0.4 to +6.6)"
+    )
+
+
+def test_intervals_and_tests_over_seeds_are_scipys():
+    x = np.array([0.3, -0.1, 0.5, 0.9, 0.2])
+    expected = stats.ttest_1samp(x, 0)
+    assert t_interval(x, 0.9)[1:3] == pytest.approx(tuple(expected.confidence_interval(0.9)))
+    assert student_p(x) == pytest.approx(expected.pvalue)
+    assert student_p(np.ones(3)) == 0 and student_p(np.zeros(3)) == 1
+    y = np.exp(x)
+    ratio, inverse = ratio_interval(y, 2 * np.ones(5)), ratio_interval(2 * np.ones(5), y)
+    assert ratio[:3] == pytest.approx(tuple(np.exp(t_interval(x)[:3]) / 2))
+    assert ratio[:3] == pytest.approx((1 / inverse.estimate, 1 / inverse.high, 1 / inverse.low))
+    with pytest.raises(UserError, match="positive"):
+        ratio_interval(x, y)
+    with pytest.raises(UserError, match="5 and 2"):
+        ratio_interval(y, y[:2])
+
+
+def test_sign_flips_are_all_enumerated():
+    x = np.array([0.3, -0.1, 0.5, 0.9, 0.2, 0.0])
+    flips = [abs(np.dot(x, signs)) >= abs(x.sum()) - 1e-9 for signs in itertools.product((1, -1), repeat=6)]
+    assert sign_flip_p(np.stack([x, -x, np.arange(1, 7) / 7, 0 * x])) == pytest.approx(
+        [np.mean(flips), np.mean(flips), 2 / 64, 1]
+    )
+    assert sign_flip_p(np.full(8, 0.1)) == 2 / 256
+    many = rng.standard_normal(40) + 0.3
+    assert sign_flip_p(many) == pytest.approx(stats.ttest_1samp(many, 0).pvalue, rel=0.15)
+    assert sign_flip_p(np.ones(40)) == 1 / 65_537
+
+
+def test_holm_by_hand():
+    table = {
+        (0.01, 0.04, 0.03): (0.03, 0.06, 0.06),
+        (0.5, 0.02, 0.9): (1, 0.06, 1),
+        (0.02, 0.02): (0.04, 0.04),
+        (0.2,): (0.2,),
+    }
+    for p_values, adjusted in table.items():
+        np.testing.assert_allclose(holm(np.array([p_values, p_values[::-1]])), [adjusted, adjusted[::-1]])
+
+
+def test_findings_of_a_whole_study():
+    difference = {"compute": SOME[3], "tokens": SOME[1] - SOME[1].mean() + 0.02, "diagonal": -SOME[2]}
+    found = primary_findings(difference)
+    assert list(found) == ["compute", "tokens", "diagonal"] and [f.found for f in found.values()] == [True, False, True]
+    one = found["compute"]
+    assert one.p_sign_flip == 2 / 256 == one.p and one.p_adjusted == pytest.approx(3 * one.p)
+    assert one.p_crossed == pytest.approx(crossed_p(SOME[3])) and one.p_student == student_p(SOME[3].mean(-1))
+    assert one.interval == crossed_bootstrap(SOME[3]) and one.over_seeds == t_interval(SOME[3].mean(-1))
+    for hypotheses in ({}, dict.fromkeys("abcd", SOME[0])):
+        with pytest.raises(UserError, match="one to 3 primary hypotheses"):
+            primary_findings(hypotheses)
+
+
+def test_too_little_or_broken_data_are_refused():
+    for bad, message in (
+        (SOME[0, :1], "two seeds or more, got 1"),
+        (SOME[0, :, :1], "two problems or more, got 1"),
+        (np.where(SOME[0] > 0, np.nan, SOME[0]), "NaN or infinite"),
+    ):
+        for function in (
+            crossed_bootstrap,
+            crossed_p,
+            lambda d: primary_findings({"a": d}),
+            lambda d: crossover([1, 2], np.stack([d, d])),
+        ):
+            with pytest.raises(UserError, match=message):
+                function(bad)
+    for bad in ([1.0], [1.0, math.nan]):
+        with pytest.raises(UserError, match="two seeds or more, got 1|NaN"):
+            t_interval(np.array(bad))
+    with pytest.raises(UserError, match=r"such as 0.95, got 95.0"):
+        crossed_bootstrap(SOME[0], 95.0)
+
+
+@pytest.mark.parametrize(
+    ("curve", "course", "change"),
+    [
+        ((-1, -1, 1), "overtakes", 1.5),
+        ((-1, 0, 3), "overtakes", 1),
+        ((-1, 0, 0, 1, 0), "overtakes", 2),
+        ((1, -3, 1, 0, 2), "overtakes", 1.75),
+        ((0, -1, 3), "overtakes", 1.25),
+        ((3, 1, -1, 0), "is overtaken", 1.5),
+        ((-1, 1, -3), "is overtaken", 1.25),
+        ((0, 1, 0, 2), "always ahead", math.nan),
+        ((0, -1, 0), "always behind", math.nan),
+        ((0, 0, 0), "equal", math.nan),
+    ],
+)
+def test_the_last_sign_change_by_hand(curve, course, change):
+    course_at, at = last_changes(np.arange(len(curve)) * 1.0, np.array([curve, -np.array(curve)], np.float64))
+    swapped = {"overtakes": "is overtaken", "always ahead": "always behind"}
+    swapped |= {new: old for old, new in swapped.items()} | {"equal": "equal"}
+    assert [COURSES[i] for i in course_at] == [course, swapped[course]]
+    np.testing.assert_allclose(at, change)
+
+
+def test_a_crossover_has_an_interval_and_shares():
+    budgets = [10, 20, 40, 80]
+    found = crossover(budgets, SOME)
+    means = SOME.mean((1, 2))
+    by_hand = 20 * 2 ** (-means[1] / (means[2] - means[1]))
+    assert found.course == "overtakes" and found.budget == pytest.approx(by_hand)
+    assert 10 < found.low < by_hand < found.high < 80 and sum(found.shares.values()) == pytest.approx(1)
+    assert found.none < 0.01 and found.text("steps").startswith(f"overtakes at {by_hand:.3g} steps (95% interval")
+    mirrored = crossover(budgets, -SOME)
+    assert mirrored[1:5] == found[1:5] and mirrored.shares["is overtaken"] == found.shares["overtakes"]
+    for shift, course, budget in ((5.0, "always ahead", 0), (-5.0, "always behind", math.inf)):
+        none = crossover(budgets, SOME + shift)
+        assert none[:4] == (course, budget, budget, budget) and none.none == 1 == none.shares[course]
+    unsure = crossover(budgets, SOME - 1)  # the largest budget may or may not be enough
+    assert (
+        unsure.high == math.inf
+        and 0.2 < unsure.none < 0.8
+        and "to beyond the range); no crossover in" in unsure.text("steps")
+    )
+    for bad in ([1, 2, 3], [1, 2, 2, 3], [0, 1, 2, 3], [1, 2, 3, math.nan], []):
+        with pytest.raises(UserError, match="budgets"):
+            crossover(bad, SOME)
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    """The corrected interval does in every world; each of the others fails in one. Standard error of a share: 1.3%."""
+    shares = {name: coverage(world, 300) for name, world in WORLDS.items()}
+    for world, share in shares.items():
+        assert 0.92 <= share["crossed, corrected"] <= 0.995, (world, share)
+        assert share["crossed, corrected"] == pytest.approx(share["crossed, closed form"], abs=0.02)
+    assert shares["seeds only"]["crossed, percentile"] < 0.91  # few seeds vary too little
+    assert shares["neither (rest only)"]["crossed, percentile"] > 0.99  # the rest counts three times
+    assert shares["problems only"]["t over seeds"] < 0.1  # other problems are another matter
+    assert shares["problems only"]["nested bootstrap"] < 0.9 and shares["all three"]["nested bootstrap"] < 0.95
+    assert 0.92 <= coverage(WORLDS["right or wrong"], 300, mean=0.1)["crossed, corrected"] <= 0.98  # the truth is not 0
+    assert crossover_coverage(150, at=3.0) > 0.9
+
+
+def test_a_planted_effect_is_found_and_a_planted_null_is_not():
+    for name in ("seeds only", "all three", "right or wrong", "problems only"):
+        claimed = found_by_chance(WORLDS[name], 500, problems=64)
+        assert claimed["both (primary)"] <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 500), (name, claimed)
+    assert claimed["sign flip"] > 0.5  # where problems alone differ, seeds agree on what other problems would not show
+    # With seeds alone the crossed test is Student's, whose power is known: the effect is claimed at 5% if both others are,
+    # and at 5% / 3 in any case.
+    effect, spread = 0.04, 0.03
+    noncentral = stats.nct(7, effect / spread * math.sqrt(8))
+    power = [noncentral.sf(stats.t.isf(level / 2, 7)) for level in (0.05 / 3, 0.05)]
+    found = found_by_chance(normal(spread, 0, 1e-6), 1000, problems=4, effect=effect)
+    assert power[0] - 0.03 < found["crossed"] < power[1] and found["both (primary)"] > power[0] - 0.15
+    assert found_by_chance(WORLDS["right or wrong"], 300, effect=0.1)["both (primary)"] > 0.9
