@@ -22,7 +22,7 @@ import tyro
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
 
 import jaxblock
-from jaxblock.commands import decode, evaluate, export, inspect, plan, prepare, train
+from jaxblock.commands import decode, evaluate, export, inspect, plan, prepare, study, train
 from jaxblock.config.checks import check_config
 from jaxblock.config.config import Config
 from jaxblock.config.recorded import read_block
@@ -59,6 +59,7 @@ VERBS: dict[str, Command[Any]] = {
     "evaluate": Command(evaluate.Options, evaluate.run),
     "export": Command(export.Options, export.run),
     "plan": Command(plan.Options, plan.run),
+    "study": Command(study.Options, study.run),
 }
 
 _format_warning = warnings.formatwarning
@@ -277,7 +278,12 @@ def _check_places(verb: str, flags: Collection[str], arguments: Sequence[str]) -
         raise UserError(f"{verb} has no --checkpoint: {_NO_CHECKPOINT[verb]}")
     for before, argument in itertools.pairwise(("", *arguments)):
         alone = not argument.startswith("-") and (not before.startswith("--") or "=" in before)
-        if alone and argument.endswith((".yaml", ".yml")) and ("prompts" not in flags or as_path(argument).is_file()):
+        if (
+            "target" not in flags
+            and alone
+            and argument.endswith((".yaml", ".yml"))
+            and ("prompts" not in flags or as_path(argument).is_file())
+        ):
             raise UserError(f"{argument} has no flag before it: give a file of settings as --config {argument}")
     if arguments and "checkpoint" in flags and checkpoint is None and not arguments[0].startswith("-"):
         raise UserError(f"no --checkpoint: if {arguments[0]!r} is meant, give --checkpoint {arguments[0]}")

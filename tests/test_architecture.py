@@ -40,7 +40,7 @@ fit           errors io diffusion parallel models config data huggingface traini
 model         types errors settings io diffusion parallel models config data huggingface inference training
 loading       errors settings io parallel models data huggingface training build model
 reporting     types errors settings io diffusion training
-study         types errors settings io diffusion config data evaluation training reporting
+study         types errors settings io diffusion models config data evaluation training reporting
 __init__      errors model loading
 cli           errors settings io parallel config __init__ commands
 __main__      cli

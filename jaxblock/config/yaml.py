@@ -21,6 +21,7 @@ import yaml
 from jaxblock.config.config import Config
 from jaxblock.errors import UserError, shown
 from jaxblock.io.files import read_bytes
+from jaxblock.io.paths import PathLike
 from jaxblock.settings import Section
 
 S = TypeVar("S", bound=Section)
@@ -61,6 +62,15 @@ def load_config(path: str | None) -> Config:
     """
     if path is None:
         return Config()
+    return config_from_tree(read_tree(path), path)
+
+
+def read_tree(path: PathLike) -> Any:
+    """Reads a YAML file as nested plain values; an empty file gives {}.
+
+    Raises:
+        UserError: the file cannot be read, is too large to be a file of settings, or is not YAML.
+    """
     content = read_bytes(path)
     if len(content) > _MOST_BYTES:
         raise UserError(f"{path}: {len(content):,} bytes are too many for a file of settings: is it another file?")
@@ -70,7 +80,7 @@ def load_config(path: str | None) -> Config:
         raise UserError(f"{path}: not valid YAML: lists or mappings are nested too deeply") from error
     except (yaml.YAMLError, ValueError, AttributeError) as error:  # the last two: from values such as `!!int x`
         raise UserError(f"{path}: not valid YAML: {error}") from error
-    return config_from_tree({} if tree is None else tree, path)
+    return {} if tree is None else tree
 
 
 def config_from_tree(tree: Any, where: str) -> Config:
@@ -83,7 +93,7 @@ def config_from_tree(tree: Any, where: str) -> Config:
     Raises:
         UserError: a section or key is unknown, or a value has the wrong type.
     """
-    config: Config = _build(Config, tree, where, "")
+    config: Config = build_from_tree(Config, tree, where, "")
     return config
 
 
@@ -98,7 +108,7 @@ def with_fields(section: S, fields: Mapping[str, Any], where: str) -> S:
     Raises:
         UserError: the section does not have a field, or a value has the wrong type.
     """
-    changed: S = _build(type(section), {**to_tree(section), **fields}, where, "")
+    changed: S = build_from_tree(type(section), {**to_tree(section), **fields}, where, "")
     return changed
 
 
@@ -118,8 +128,18 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _build(kind: Any, tree: Any, where: str, prefix: str) -> Any:
-    """Builds ``Config`` or a section of it; ``prefix`` is "" or the section's name with a dot."""
+def build_from_tree(kind: Any, tree: Any, where: str, prefix: str) -> Any:
+    """Builds a dataclass, such as ``Config`` or a section of it, from nested plain values.
+
+    Args:
+        kind: the dataclass; fields that are dataclasses are built from the mappings under their names.
+        tree: the values by field.
+        where: the name of the file or call, for error messages.
+        prefix: the place of the tree in the file, for error messages: "" or a name with a dot at its end.
+
+    Raises:
+        UserError: a key is unknown, or a value has the wrong type.
+    """
     if not isinstance(tree, Mapping):
         raise UserError(f"{where}: {prefix.rstrip('.') or 'the file'} must be a mapping of keys, not {shown(tree)}")
     hints = typing.get_type_hints(kind)
@@ -134,7 +154,7 @@ def _build(kind: Any, tree: Any, where: str, prefix: str) -> Any:
         hint = known[key]
         if dataclasses.is_dataclass(hint):
             # A section's name with nothing under it is an empty section.
-            values[key] = _build(hint, {} if value is None else value, where, f"{prefix}{key}.")
+            values[key] = build_from_tree(hint, {} if value is None else value, where, f"{prefix}{key}.")
         else:
             values[key] = _convert(hint, value, where, prefix + key)
     return kind(**values)

@@ -1,1 +1,1 @@
-"""Compares ways of training: pairs their scores, and computes intervals, tests and crossovers."""
+"""Runs studies: grids of training runs and their evaluations, compared with statistics that hold for few seeds."""

@@ -70,6 +70,8 @@ class TrainConfig(Section, name="train"):
     """The project at Weights & Biases; the run there has the run folder's name."""
     keep_every: int = may_change(0, NOT_NEGATIVE)
     """Steps between checkpoints that are kept for good (a multiple of `save_every`); 0 for none."""
+    keep_steps: tuple[int, ...] = may_change((), AT_LEAST_1)
+    """Single steps after which a checkpoint is saved too, and kept for good, as a curve over the length of training needs."""
     keep_best: BestBy = may_change("none")
     """The metric by which the best checkpoint is saved and kept besides the newest; `none` for no such checkpoint."""
     max_skipped: int = may_change(10, NOT_NEGATIVE)
@@ -96,6 +98,11 @@ class TrainConfig(Section, name="train"):
         require(
             self.keep_every % self.save_every == 0,
             f"train.keep_every {self.keep_every} is no multiple of train.save_every {self.save_every}: nothing is saved there",
+        )
+        require(
+            max(self.keep_steps, default=0) <= self.steps,
+            f"train.keep_steps holds {max(self.keep_steps, default=0)}, after the last step, train.steps {self.steps}: it would "
+            "never be saved",
         )
         for metric, name, count in (
             ("nelbo", "eval_nelbo_rows", self.eval_nelbo_rows),

@@ -251,7 +251,7 @@ class _Loop:
         train = self.config.train
         last = step == train.steps
         evaluate = last or bool(train.eval_every and step % train.eval_every == 0)
-        save = last or step % train.save_every == 0
+        save = last or step % train.save_every == 0 or step in train.keep_steps
         self.window.due = last or step % train.log_every == 0
         if self.window.due and (evaluate or save or train.debug):
             self._report()

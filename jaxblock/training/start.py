@@ -203,7 +203,7 @@ def _existing_checkpoints(train: TrainConfig, console: Console) -> tuple[Checkpo
 
 def _checkpoints(train: TrainConfig, console: Console) -> CheckpointWriter:
     """Opens the checkpoints of the run folder, to be saved and kept as the ``train`` section says."""
-    keep = Keep(train.keep, train.keep_every, train.keep_best)
+    keep = Keep(train.keep, train.keep_every, train.keep_best, train.keep_steps)
     return CheckpointWriter(train.out, keep, lambda text: console.out(text, highlight=False))
 
 

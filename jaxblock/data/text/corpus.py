@@ -40,12 +40,17 @@ class Level:
         max_operand: The largest operand; an operand is at least 2, and a factor at most 9.
         max_total: The largest starting number and running total; a start is at least 2, a running total at least 0.
         operations: The operations used, out of "+", "-" and "*".
+        even: Whether every number of operations is equally likely; else every chain is, and since there are many times more
+            long chains than short ones, nearly all are long.
+        brief: Whether a problem is one line of arithmetic instead of a story, so that little is computed for its prompt.
     """
 
     steps: tuple[int, int]
     max_operand: int
     max_total: int
     operations: str = "+-"
+    even: bool = False
+    brief: bool = False
 
 
 LEVELS: dict[str, Level] = {
@@ -53,6 +58,7 @@ LEVELS: dict[str, Level] = {
     "medium": Level(steps=(2, 3), max_operand=9, max_total=20),
     "hard": Level(steps=(2, 4), max_operand=20, max_total=100),
     "harder": Level(steps=(3, 5), max_operand=50, max_total=500, operations="+-*"),
+    "long": Level(steps=(4, 8), max_operand=6, max_total=15, even=True, brief=True),
 }
 DEFAULT_LEVEL = "easy"
 
@@ -63,7 +69,8 @@ def generate(split: CorpusSplit, n: int, *, level: str = DEFAULT_LEVEL, seed: in
     """Makes `n` problems, no two of which share a chain.
 
     The same arguments give the same problems in every process, and a smaller `n` gives a prefix of what a larger one
-    gives. Chains are drawn uniformly without replacement from all of the level's chains that belong to the split.
+    gives. Chains are drawn without replacement from the level's chains that belong to the split: uniformly from all of them,
+    or, where the level is `even`, uniformly from those of a number of operations that is drawn first.
 
     Args:
         split: "train" or "test"; their chains (and so their questions) are disjoint for any seeds and levels.
@@ -89,10 +96,11 @@ def generate(split: CorpusSplit, n: int, *, level: str = DEFAULT_LEVEL, seed: in
         raise ValueError(
             f"{n:,} problems of level {level!r} asked for; only {total:,} distinct ones exist, train and test together"
         )
-    for index in _shuffled(total, rng) if n else ():
+    for index in _drawn(LEVELS[level], rng) if n else ():
         chain = _unrank(LEVELS[level], index)
         if split_of(chain) == split:
-            records.append({"question": stories.tell(chain, rng), "answer": _worked_answer(chain)})
+            question = stories.tell_briefly(chain) if LEVELS[level].brief else stories.tell(chain, rng)
+            records.append({"question": question, "answer": _worked_answer(chain)})
             if len(records) == n:
                 return records
     if n:
@@ -187,6 +195,25 @@ def _unrank(level: Level, index: int) -> Chain:
         move, total = _moves(level, total)[at]
         chain.append(move)
     return tuple(chain)
+
+
+def _drawn(level: Level, rng: random.Random) -> Iterator[int]:
+    """Yields the index of every chain of a level once, in random order (`Level.even`)."""
+    heads, begins = _heads(level)
+    if not level.even:
+        yield from _shuffled(begins[-1], rng)
+        return
+    first = [next(at for at, (steps, _) in enumerate(heads) if steps == wanted) for wanted in sorted(dict(heads))]
+    edges = [begins[at] for at in first] + [begins[-1]]
+    left = [(low, _shuffled(high - low, rng)) for low, high in itertools.pairwise(edges)]
+    while left:
+        at = rng.randrange(len(left))
+        low, shuffled = left[at]
+        index = next(shuffled, None)
+        if index is None:
+            del left[at]
+        else:
+            yield low + index
 
 
 def _shuffled(total: int, rng: random.Random) -> Iterator[int]:

@@ -1,4 +1,4 @@
-"""Tells the built-in corpus's problems as short stories."""
+"""Tells the built-in corpus's problems, as short stories or in one line of arithmetic."""
 
 import random
 from typing import Any
@@ -64,3 +64,8 @@ def tell(chain: tuple[Any, ...], rng: random.Random) -> str:
     parts = [rng.choice(_OPENINGS).format(n=chain[0], **words)]
     parts += [rng.choice(_SENTENCES[operation]).format(n=operand, **words) for operation, operand in chain[1:]]
     return " ".join([*parts, rng.choice(_QUESTIONS).format(**words)])
+
+
+def tell_briefly(chain: tuple[Any, ...]) -> str:
+    """Tells a chain as one line, like ``4 + 3 - 2 = ?``; its operations are applied from left to right."""
+    return " ".join([str(chain[0]), *(f"{operation} {operand}" for operation, operand in chain[1:]), "= ?"])

@@ -1,4 +1,4 @@
-"""Chooses the checkpoints to keep: the newest few, those at multiples of a number of steps, and the best by a metric."""
+"""Chooses the checkpoints to keep: the newest few, those of chosen steps, and the best by a metric."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ class Keep(NamedTuple):
         last: the number of newest checkpoints to keep.
         every: also keep those whose step is a multiple of this; 0 for none.
         best: also keep the best one by this metric.
+        steps: also keep those of these steps.
     """
 
     last: int
     every: int = 0
     best: BestBy = "none"
+    steps: tuple[int, ...] = ()
 
 
 def comparable_score(metric: BestBy, evaluation: Mapping[str, Any]) -> float | None:
@@ -57,5 +59,8 @@ def superfluous(keep: Keep, steps: Iterable[int], best_step: int | None) -> list
     return [
         step
         for step in ordered
-        if step not in newest and step != best_step and not (keep.every and step % keep.every == 0)
+        if step not in newest
+        and step != best_step
+        and step not in keep.steps
+        and not (keep.every and step % keep.every == 0)
     ]

@@ -1,0 +1,83 @@
+"""Computes what a training step costs and supervises, so that arms can be given the same amount of it."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from jaxblock.config.config import Config
+from jaxblock.errors import UserError
+from jaxblock.models.architecture import Architecture
+from jaxblock.models.families import registry
+from jaxblock.study.spec import Unit
+from jaxblock.training.observe.throughput import Work, model_flops
+
+
+def per_step(config: Config, arch: Architecture, unit: Unit) -> float:
+    """Returns how much of a unit one update takes.
+
+    Args:
+        config: the settings of the run.
+        arch: the sizes of its network.
+        unit: `flops` counts the matrix products of the forward and backward passes over the whole canvas (not those that
+            rematerialisation repeats); `block_positions` the supervised positions of the active blocks; `masked_tokens` the
+            expected number of them that are masked, and so have a loss.
+
+    Raises:
+        UserError: the unit cannot be counted for these settings.
+    """
+    canvas, method = config.canvas, config.method
+    rows = config.train.batch_size * method.draws
+    active = canvas.response_len if method.objective == "classical" else canvas.block
+    if unit == "steps":
+        return 1.0
+    if canvas.context != "aligned":
+        raise UserError(
+            f"an equal amount of {unit} is counted on the aligned canvas only: set canvas.context to aligned"
+        )
+    if unit == "flops":
+        if canvas.suffix_window is not None or config.lora.rank:
+            raise UserError(
+                "FLOPs are counted for whole canvases and all weights: leave out canvas.suffix_window and lora.rank"
+            )
+        work = Work(rows, rows * (canvas.prompt_len + canvas.response_len), rows * active)
+        return model_flops(registry.param_table(arch), arch, work)
+    return float(rows * (active if unit == "block_positions" else expected_masks(method.law, active)))
+
+
+def expected_masks(law: str, positions: int) -> float:
+    """Returns the expected number of masked positions in a block of ``positions`` supervised ones.
+
+    The laws that draw a count make every count from 1 to n equally likely. Under `bernoulli` the rate t is uniform and the set
+    is redrawn until it is not empty, so that the expected count at a rate is n t / (1 - (1 - t)^n). `floored_bernoulli` draws
+    once, at rates from 0.001 up.
+
+    Args:
+        law: the law of the masked set (``MethodConfig.law``).
+        positions: n, the number of supervised positions.
+    """
+    if law in ("exact_count", "stratified_count", "antithetic"):
+        return (positions + 1) / 2
+    if law == "floored_bernoulli":
+        return positions * (1 + 1e-3) / 2
+    at, weight = np.polynomial.legendre.leggauss(200)
+    rate = (at + 1) / 2
+    return float(np.sum(weight / 2 * positions * rate / (1 - (1 - rate) ** positions)))
+
+
+def equal_steps(budget: int, of: float, mine: float) -> int:
+    """Returns the number of steps in which an arm gets as much as the reference arm does in ``budget`` steps.
+
+    Args:
+        budget: the steps of the reference arm.
+        of: what one of its steps takes (``per_step``).
+        mine: what one of the arm's own steps takes.
+
+    Raises:
+        UserError: this is less than half a step.
+    """
+    steps = round(budget * of / mine)
+    if steps < 1:
+        raise UserError(
+            f"a budget of {budget:,} steps of the reference arm is {budget * of / mine:.2g} of a step: raise the budget"
+        )
+    return steps

@@ -1,0 +1,197 @@
+"""Lays a study out in cells: one training run each, with the points at which it is scored."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from jaxblock.config.checks import check_config
+from jaxblock.config.config import Config
+from jaxblock.config.yaml import to_tree
+from jaxblock.errors import UserError
+from jaxblock.models.architecture import Architecture
+from jaxblock.settings import Section
+from jaxblock.study.amounts import equal_steps, per_step
+from jaxblock.study.spec import Experiment, Study, Tree
+
+
+class Point(NamedTuple):
+    """Names a score of a cell: after how many steps, and by which way of decoding."""
+
+    steps: int
+    decoding: str
+
+    def __str__(self) -> str:
+        """Returns the point's name in results, such as ``400/block_8``."""
+        return f"{self.steps}/{self.decoding}"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Describes one training run of a study and its scores.
+
+    Attributes:
+        arm: the arm.
+        seed: the seed.
+        steps: the length of the run.
+        points: the scores that the experiments need, sorted.
+        start: the name of the cell that this one starts from; None where it starts by itself.
+    """
+
+    arm: str
+    seed: int
+    steps: int
+    points: tuple[Point, ...]
+    start: str | None
+
+    @property
+    def name(self) -> str:
+        """Returns the cell's name, which is also that of its files."""
+        return cell_name(self.arm, self.seed)
+
+
+def cell_name(arm: str, seed: int) -> str:
+    """Returns the name of the cell of an arm and a seed."""
+    return f"{arm}-s{seed}"
+
+
+class Plan(NamedTuple):
+    """Lists what a study computes.
+
+    Attributes:
+        cells: the cells: seed after seed, each after the one that it starts from.
+        steps: the steps of each arm at each budget, by experiment and arm.
+    """
+
+    cells: list[Cell]
+    steps: dict[str, dict[str, tuple[int, ...]]]
+
+    def cell(self, name: str) -> Cell:
+        """Returns the cell of a name.
+
+        Raises:
+            UserError: there is none.
+        """
+        found = next((cell for cell in self.cells if cell.name == name), None)
+        if found is None:
+            raise UserError(
+                f"the study has no cell {name}; its cells are {', '.join(cell.name for cell in self.cells)}"
+            )
+        return found
+
+
+ArchitectureOf = Callable[[str], Architecture]
+"""Returns the architecture of an arm's network."""
+
+
+def lay_out(study: Study, architecture_of: ArchitectureOf) -> Plan:
+    """Lists the cells of a study: seed after seed, so that an interrupted study holds whole repetitions.
+
+    Args:
+        study: the study.
+        architecture_of: returns the architecture of an arm's network, for the FLOPs of a step.
+
+    Raises:
+        UserError: a budget cannot be counted, or is less than a step.
+    """
+    steps = {
+        name: {arm: tuple(arm_steps(study, one, arm, architecture_of)) for arm in one.arms}
+        for name, one in study.experiments.items()
+    }
+    needed: dict[tuple[str, int], set[Point]] = {}
+    for name, one in study.experiments.items():
+        for arm in one.arms:
+            for seed in study.seeds[: one.seeds]:
+                points = needed.setdefault((arm, seed), set())
+                points.update(Point(at, decoding) for at in steps[name][arm] for decoding in one.decodings)
+    cells: dict[str, Cell] = {}
+
+    def add(arm: str, seed: int) -> str:
+        name = cell_name(arm, seed)
+        if name not in cells:
+            mine = study.arms[arm]
+            start = None if mine.start is None else add(mine.start, seed)
+            points = tuple(sorted(needed.get((arm, seed), ())))
+            length = max([mine.steps or 1, *(point.steps for point in points)])
+            cells[name] = Cell(arm, seed, length, points, start)
+        return name
+
+    for seed in study.seeds:
+        for arm, its_seed in needed:
+            if its_seed == seed:
+                add(arm, seed)
+    return Plan(list(cells.values()), steps)
+
+
+def arm_steps(study: Study, one: Experiment, arm: str, architecture_of: ArchitectureOf) -> list[int]:
+    """Returns the steps of an arm at which it has had as much as the reference arm has at each budget of an experiment."""
+    reference = one.reference or one.arms[0]
+    of = per_step(study.config(reference), architecture_of(reference), one.unit)
+    mine = per_step(study.config(arm), architecture_of(arm), one.unit)
+    return [equal_steps(budget, of, mine) for budget in one.budgets]
+
+
+def run_config(study: Study, cell: Cell, folder: str) -> Config:
+    """Returns the checked settings of a cell's training run.
+
+    Args:
+        study: the study.
+        cell: the cell.
+        folder: the study's folder, which holds `prepared/` and `runs/`.
+    """
+    config = data_config(study, cell.arm, folder)
+    kept = tuple(sorted({point.steps for point in cell.points}))
+    train = replace(
+        config.train,
+        out=f"{folder}/runs/{cell.name}",
+        seed=cell.seed,
+        steps=cell.steps,
+        keep_steps=kept,
+        save_every=min(config.train.save_every, cell.steps),
+        keep=1,
+        eval_every=0,
+        eval_problems=0,
+        eval_nelbo_rows=0,
+        resume="restart",
+    )
+    model = config.model if cell.start is None else replace(config.model, init_from=f"{folder}/runs/{cell.start}")
+    return check_config(replace(config, train=train, model=model))
+
+
+def data_config(study: Study, arm: str, folder: str) -> Config:
+    """Returns the settings of an arm with the place of its prepared data, which depends on how they are prepared."""
+    config = study.config(arm)
+    lengths = [config.canvas.prompt_len, config.canvas.response_len]
+    how = _hash([_decides(config.data), *lengths])[:8]
+    prepared = f"{folder}/prepared/{study.arms[arm].task}-{how}"
+    return replace(config, data=replace(config.data, prepared=prepared))
+
+
+def fingerprint(study: Study, cell: Cell) -> str:
+    """Returns a hash of what decides the weights of a cell's checkpoints: its settings, its seed, and those of its start.
+
+    Fields that a resumed run may change, such as how often it logs, are left out. So is the length of the run where the
+    learning rate does not depend on it, since a longer run then has the same checkpoints.
+    """
+    config, arm = study.config(cell.arm), study.arms[cell.arm]
+    sections = (config.data, config.canvas, config.method, config.model, config.lora, config.optimizer, config.train)
+    decides = [_decides(section) for section in sections]
+    length = None if config.optimizer.schedule == "constant" else cell.steps
+    begins = None
+    if arm.start is not None:
+        start = Cell(arm.start, cell.seed, study.arms[arm.start].steps or 0, (), study.arms[arm.start].start)
+        begins = [fingerprint(study, start), start.steps]
+    return _hash([decides, length, cell.seed, begins])
+
+
+def _decides(section: Section) -> Tree:
+    """Returns the fields of a section that decide what is learnt, without the length of a run."""
+    free = section.changeable(saved=False) | {"steps"}
+    return {name: value for name, value in to_tree(section).items() if name not in free}
+
+
+def _hash(values: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,98 @@
+"""Draws the pictures of a study's report as SVG: curves over the budgets, differences to the control, and grids."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+from jaxblock.study.statistics import t_interval
+
+if TYPE_CHECKING:
+    from jaxblock.study.analysis import Analysis
+
+_UNITS = {
+    "steps": "training steps",
+    "flops": "training FLOPs, in steps of {0}",
+    "masked_tokens": "masked tokens with loss, in steps of {0}",
+    "block_positions": "positions of active blocks, in steps of {0}",
+}
+_COLOURS = ("#1b6ca8", "#c8553d", "#3a7d44", "#7d5ba6", "#b08900", "#4d4d4d")
+
+
+def draw(analysis: Analysis) -> str:
+    """Returns the picture of an experiment as the text of an SVG element."""
+    import matplotlib as mpl
+
+    with mpl.rc_context({"svg.hashsalt": "jaxblock", "font.size": 9.0}):
+        figure = _grid(analysis) if analysis.experiment.kind == "grid" else _curves(analysis)
+        FigureCanvasSVG(figure)
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    svg = text.getvalue()
+    return svg[svg.index("<svg") :]
+
+
+def _curves(analysis: Analysis) -> Figure:
+    """Draws Pass@1, the NELBO, and the difference in Pass@1 to the control, along the budgets."""
+    one = analysis.experiment
+    several = len(one.budgets) > 1
+    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    axes = figure.subplots(1, 3)
+    for at, arm in enumerate(one.arms):
+        curve = analysis.curves[arm, one.decodings[0]]
+        _with_intervals(axes[0], one.budgets, 100 * curve.solved.mean(-1), arm, _COLOURS[at % len(_COLOURS)])
+        _with_intervals(axes[1], one.budgets, curve.nelbo, arm, _COLOURS[at % len(_COLOURS)])
+    for at, contrast in enumerate(analysis.contrasts):
+        mean = [100 * found.estimate for found in contrast.crossed]
+        bars = np.array([[100 * (f.estimate - f.low), 100 * (f.high - f.estimate)] for f in contrast.crossed]).T
+        colour = _COLOURS[at % len(_COLOURS)]
+        axes[2].errorbar(
+            one.budgets, mean, yerr=bars, color=colour, marker="o", ms=3, capsize=2, lw=1, label=contrast.says
+        )
+    axes[2].axhline(0, color="#888888", lw=0.8)
+    reference = one.reference or one.arms[0]
+    names = ("Pass@1 (%)", "NELBO (nats per text token)", "difference in Pass@1 (points)")
+    for axis, name in zip(axes, names, strict=True):
+        axis.set_ylabel(name)
+        axis.set_xlabel(_UNITS[one.unit].format(reference) + (" (log)" if several else ""))
+        if several:
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(one.budgets, [f"{budget:,}" for budget in one.budgets])
+            axis.minorticks_off()
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(frameon=False, fontsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _with_intervals(axis: Any, budgets: tuple[int, ...], values: np.ndarray, arm: str, colour: str) -> None:
+    """Draws the mean over seeds [budgets, seeds] with its 95% t interval, and every seed as a thin line."""
+    axis.plot(budgets, values, color=colour, lw=0.5, alpha=0.35)
+    axis.plot(budgets, values.mean(-1), color=colour, marker="o", ms=3, lw=1.5, label=arm)
+    if values.shape[-1] > 1 and not np.isnan(values).any():
+        ends = np.array([t_interval(at)[1:3] for at in values]).T
+        axis.fill_between(budgets, *ends, color=colour, alpha=0.15, lw=0)
+
+
+def _grid(analysis: Analysis) -> Figure:
+    """Draws the mean Pass@1 of each arm by each way of decoding; the matching pairs are framed."""
+    one = analysis.experiment
+    rates = np.array([[100 * analysis.curves[arm, d].solved.mean() for d in one.decodings] for arm in one.arms])
+    figure = Figure(figsize=(5, 4), layout="constrained")
+    axis = figure.subplots()
+    image = axis.imshow(rates, cmap="viridis")
+    figure.colorbar(image, label="Pass@1 (%)")
+    for i in range(len(one.arms)):
+        for j in range(len(one.decodings)):
+            dark = rates[i, j] < rates.min() + 0.6 * np.ptp(rates)
+            weight = "bold" if i == j else "normal"
+            axis.text(j, i, f"{rates[i, j]:.1f}", ha="center", va="center", color="w" if dark else "k", weight=weight)
+    axis.set_xticks(range(len(one.decodings)), one.decodings)
+    axis.set_yticks(range(len(one.arms)), one.arms)
+    axis.set_xlabel("decoded with")
+    axis.set_ylabel("trained with")
+    return figure

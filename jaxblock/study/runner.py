@@ -1,0 +1,195 @@
+"""Runs the cells of a study in processes of their own, several at a time, and spread over machines by a shared folder."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from jaxblock.config.checks import check_config
+from jaxblock.data.store.prepared_folder import open_prepared
+from jaxblock.errors import UserError
+from jaxblock.io.files import read_bytes
+from jaxblock.io.locks import only_writer
+from jaxblock.io.paths import as_path
+from jaxblock.models.architecture import Architecture
+from jaxblock.study.cells import Cell, Plan, data_config, fingerprint, lay_out, run_config
+from jaxblock.study.results import Result, is_done, read_results, write_plan
+from jaxblock.study.spec import Study, read_study
+from jaxblock.study.work import Verbs
+from jaxblock.training.weights import architecture
+
+BUSY = 75
+"""The exit code of a process whose cell another process is computing (EX_TEMPFAIL)."""
+
+Say = Callable[[str], object]
+
+
+def prepare_study(spec: str, folder: str, verbs: Verbs, say: Say) -> tuple[Study, Plan]:
+    """Reads a study's file, prepares its data, lays out its cells, and checks them against what the folder holds.
+
+    Args:
+        spec: the study's file.
+        folder: the study's folder, which may be absent.
+        verbs: the verbs.
+        say: prints a line.
+
+    Returns:
+        (the study, what it computes).
+
+    Raises:
+        UserError: the file is wrong, data cannot be prepared, a budget is less than a step, or the folder holds the result
+            of a cell that had other settings.
+    """
+    study = read_study(spec)
+    for arm in study.arms:
+        study.config(arm)
+        for decoding in study.decodings:
+            study.config(arm, decoding)
+    with only_writer(f"{folder}/prepared", say):
+        for config in {
+            one.data.prepared: one for one in (data_config(study, arm, folder) for arm in study.arms)
+        }.values():
+            if not (as_path(config.data.prepared) / "manifest.json").exists():
+                say(f"preparing {config.data.prepared}")
+                verbs.prepare(check_config(config, ("data", "canvas")))
+    plan = lay_out(study, lambda arm: _architecture(study, arm, folder))
+    fingerprints = {cell.name: fingerprint(study, cell) for cell in plan.cells}
+    for cell in plan.cells:
+        run_config(study, cell, folder)  # checks the settings
+    for name, result in read_results(folder).items():
+        if name in fingerprints and result["fingerprint"] != fingerprints[name]:
+            raise UserError(
+                f"{folder}/results/{name}.json is the result of a cell with other settings than {spec} gives it: use another "
+                "--out, or move the results of that arm away"
+            )
+    write_plan(folder, read_bytes(spec).decode(), plan, fingerprints)
+    return study, plan
+
+
+def _architecture(study: Study, arm: str, folder: str) -> Architecture:
+    """Returns the architecture of an arm's network, which is that of the arm with which its chain of starts begins."""
+    first = arm
+    while (start := study.arms[first].start) is not None:
+        first = start
+    config = data_config(study, first, folder)
+    return architecture(config, open_prepared(config.data.prepared), None)
+
+
+@dataclass
+class _Jobs:
+    """Holds the processes that compute cells, by the cell's name."""
+
+    folder: str
+    most: int
+    say: Say
+    running: dict[str, tuple[subprocess.Popen[bytes], int]] = field(default_factory=dict)
+
+    def start(self, cell: Cell) -> None:
+        """Starts the process of a cell; on CPUs every process has its own share of the cores."""
+        logs = Path(self.folder) / "logs"
+        logs.mkdir(parents=True, exist_ok=True)
+        place = next(at for at in range(self.most) if at not in {at for _, at in self.running.values()})
+        command = [sys.executable, "-m", "jaxblock", "study", "cell", self.folder, "--cells", cell.name]
+        environment = {"JAX_COMPILATION_CACHE_DIR": str(Path(self.folder).resolve() / "cache"), **os.environ}
+        with open(logs / f"{cell.name}.log", "ab") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, stdin=subprocess.DEVNULL)
+        _pin(process.pid, place, self.most)
+        self.running[cell.name] = (process, place)
+        self.say(f"{cell.name}: started")
+
+    def ended(self) -> Iterator[tuple[str, int]]:
+        """Yields the cells whose processes have ended, with their exit codes."""
+        for name, (process, _) in list(self.running.items()):
+            code = process.poll()
+            if code is not None:
+                del self.running[name]
+                yield name, code
+
+    def stop(self) -> None:
+        """Tells all processes to save and stop, and waits for them."""
+        for process, _ in self.running.values():
+            process.terminate()
+        for process, _ in self.running.values():
+            process.wait()
+
+
+def _pin(pid: int, place: int, most: int) -> None:
+    """Gives a process the cores that belong to its place, where there are enough of them for all places."""
+    if most < 2 or not hasattr(os, "sched_setaffinity"):
+        return
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) >= most:
+        os.sched_setaffinity(pid, cores[place::most])
+
+
+def run_cells(plan: Plan, folder: str, jobs: int, wanted: Collection[str], say: Say, poll: float = 1.0) -> list[str]:
+    """Computes cells, each in a process of its own, until all are done or have failed.
+
+    Args:
+        plan: what the study computes.
+        folder: the study's folder.
+        jobs: the number of processes at a time.
+        wanted: the names of the cells to compute (with what they start from); empty for all.
+        say: prints a line.
+        poll: seconds between two looks at the processes.
+
+    Returns:
+        The names of the cells that are not done: they failed, or what they start from did.
+    """
+    by_name = {cell.name: cell for cell in plan.cells}
+    left = _with_starts(plan, wanted or by_name)
+    failed: set[str] = set()
+    pool = _Jobs(folder, jobs, say)
+    try:
+        while True:
+            results = read_results(folder)
+            left = [name for name in left if not _complete(by_name[name], results, folder, left, by_name)]
+            open_ = [name for name in left if name not in failed and name not in pool.running]
+            ready = [name for name in open_ if by_name[name].start not in left]
+            for name in ready[: jobs - len(pool.running)]:
+                pool.start(by_name[name])
+            if not pool.running and not ready:
+                return left
+            time.sleep(poll)
+            for name, code in pool.ended():
+                if code == BUSY:
+                    say(f"{name}: another process computes it")
+                    time.sleep(poll)
+                elif code:
+                    failed.add(name)
+                    say(f"{name}: failed with code {code}; see {folder}/logs/{name}.log: {_last_line(folder, name)}")
+                else:
+                    say(f"{name}: done")
+    finally:
+        pool.stop()
+
+
+def _with_starts(plan: Plan, wanted: Collection[str]) -> list[str]:
+    """Returns the wanted cells and those that they start from, in the order of the study."""
+    needed = set()
+    for name in wanted:
+        at: str | None = name
+        while at is not None:
+            needed.add(at)
+            at = plan.cell(at).start
+    return [cell.name for cell in plan.cells if cell.name in needed]
+
+
+def _complete(cell: Cell, results: dict[str, Result], folder: str, left: list[str], by_name: dict[str, Cell]) -> bool:
+    """Tells whether nothing is left to do for a cell: it is scored, and its weights are there if an unfinished cell starts from them."""
+    if not is_done(cell, results.get(cell.name)):
+        return False
+    followers = [
+        name for name in left if by_name[name].start == cell.name and not is_done(by_name[name], results.get(name))
+    ]
+    return not followers or (as_path(folder) / "runs" / cell.name / "metrics.jsonl").exists()
+
+
+def _last_line(folder: str, name: str) -> str:
+    lines = (Path(folder) / "logs" / f"{name}.log").read_text(errors="replace").strip().splitlines()
+    return lines[-1][:300] if lines else "it is empty"

@@ -1,0 +1,256 @@
+"""Reads the file that describes a study: tasks, arms, ways of decoding, and the experiments that compare them."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from jaxblock.config.config import Config
+from jaxblock.config.yaml import build_from_tree, config_from_tree, read_tree
+from jaxblock.errors import UserError, shown
+from jaxblock.io.paths import PathLike
+
+Unit = Literal["steps", "flops", "masked_tokens", "block_positions"]
+"""What two arms are given the same amount of: updates, computing, masked tokens with loss, or positions of active blocks."""
+
+Tree = dict[str, Any]
+"""Sections of settings as nested plain values, as they stand in a YAML file."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Compares arms at one or several lengths of training.
+
+    Attributes:
+        title: one line for the report.
+        arms: the arms that are compared; the last one is the control. A single one is only drawn.
+        decodings: the ways of decoding by which each arm is scored.
+        budgets: the lengths of training, in steps of the arm `reference`.
+        unit: what the other arms get as much of as `reference` does in these steps.
+        reference: the arm whose steps the budgets count; None for the first one.
+        primary: whether the experiment tests a hypothesis of the protocol; others are exploratory.
+        seeds: the number of seeds, from the study's first one on; None for all.
+        kind: `curve` compares each arm with the control along the budgets; `grid` asks at one budget whether an arm is best
+            decoded with its own block size.
+    """
+
+    title: str
+    arms: tuple[str, ...]
+    decodings: tuple[str, ...]
+    budgets: tuple[int, ...]
+    unit: Unit = "steps"
+    reference: str | None = None
+    primary: bool = False
+    seeds: int | None = None
+    kind: Literal["curve", "grid"] = "curve"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Describes a way of training.
+
+    Attributes:
+        task: the name of the task that it is trained on.
+        start: the arm from whose last checkpoint of the same seed it starts; None for the start that its settings name.
+        steps: the length of a run from which other arms start; None where none does.
+        sections: its own settings, which replace those of the study and of the task.
+    """
+
+    task: str
+    start: str | None
+    steps: int | None
+    sections: Tree
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """Says what the checkpoints are scored on.
+
+    Attributes:
+        split: the split whose problems are solved and whose NELBO is estimated; `validation` while settings are chosen.
+        problems: the number of problems, from the first one on.
+        nelbo_rows: the number of records of the NELBO, from the first one on; 0 for no NELBO.
+    """
+
+    split: Literal["validation", "test"] = "test"
+    problems: int = 256
+    nelbo_rows: int = 128
+
+
+@dataclass(frozen=True)
+class Study:
+    """Holds a study as its file describes it.
+
+    Attributes:
+        title: one line for the report.
+        seeds: the seeds; each is a whole repetition, from random weights (or the given start) on.
+        common: settings of all runs.
+        tasks: settings of the data and the canvas of each task.
+        arms: the ways of training.
+        decodings: settings of each way of decoding: of the sections `canvas`, `decode` and `evaluate`.
+        experiments: the comparisons, in the order of the report; what an earlier one needs is computed first.
+        scoring: what the checkpoints are scored on.
+    """
+
+    title: str
+    seeds: tuple[int, ...]
+    common: Tree
+    tasks: dict[str, Tree]
+    arms: dict[str, Arm]
+    decodings: dict[str, Tree]
+    experiments: dict[str, Experiment]
+    scoring: Scoring
+
+    def settings(self, arm: str) -> Tree:
+        """Returns the sections of an arm's runs: the study's, replaced by the task's, replaced by the arm's own."""
+        one = self.arms[arm]
+        return merged(self.common, self.tasks[one.task], one.sections)
+
+    def config(self, arm: str, decoding: str | None = None) -> Config:
+        """Returns the settings of an arm's runs, as they are scored by a way of decoding where one is given."""
+        tree = merged(self.settings(arm), self.decodings[decoding] if decoding else {})
+        return config_from_tree(tree, f"arm {arm}" + (f", decoding {decoding}" if decoding else ""))
+
+
+_KEYS = ("title", "seeds", "common", "tasks", "arms", "decodings", "experiments", "scoring")
+_SCORED_BY = ("canvas", "decode", "evaluate")
+_OURS = {"train.out", "train.seed", "train.steps", "train.keep_steps", "train.resume", "data.prepared"}
+
+
+def merged(*trees: Mapping[str, Any]) -> Tree:
+    """Returns sections put together; a field of a later tree replaces that of an earlier one."""
+    result: Tree = {}
+    for tree in trees:
+        for section, values in tree.items():
+            result[section] = {**result.get(section, {}), **(values or {})}
+    return result
+
+
+def read_study(path: PathLike) -> Study:
+    """Reads and checks a study's file.
+
+    Raises:
+        UserError: the file cannot be read, a key or a name is unknown, a value has the wrong type, or an experiment cannot be run.
+    """
+    return study_from_tree(read_tree(path), str(path))
+
+
+def study_from_tree(tree: Any, where: str) -> Study:
+    """Builds a study from nested plain values, and checks it; raises UserError as ``read_study`` does."""
+    tree = _mapping(tree, where, "the file", _KEYS)
+    missing = [key for key in ("seeds", "tasks", "arms", "decodings", "experiments") if not tree.get(key)]
+    if missing:
+        raise UserError(f"{where}: {missing[0]} is missing or empty")
+    seeds = tree["seeds"]
+    seeds = tuple(range(seeds)) if isinstance(seeds, int) and not isinstance(seeds, bool) else tuple(seeds)
+    if not seeds or len(set(seeds)) < len(seeds) or not all(type(seed) is int and seed >= 0 for seed in seeds):
+        raise UserError(
+            f"{where}: seeds must be a number of seeds, or a list of different whole numbers, not {shown(tree['seeds'])}"
+        )
+    named = {key: _mapping(tree[key], where, key) for key in ("tasks", "arms", "decodings", "experiments")}
+    study = Study(
+        title=str(tree.get("title", where)),
+        seeds=seeds,
+        common=_sections(tree.get("common") or {}, where, "common"),
+        tasks={name: _sections(one, where, f"tasks.{name}") for name, one in named["tasks"].items()},
+        arms={name: _arm(one, where, f"arms.{name}") for name, one in named["arms"].items()},
+        decodings={
+            name: _sections(one or {}, where, f"decodings.{name}", _SCORED_BY)
+            for name, one in named["decodings"].items()
+        },
+        experiments={
+            name: build_from_tree(
+                Experiment, {"title": name, **_mapping(one, where, name)}, where, f"experiments.{name}."
+            )
+            for name, one in named["experiments"].items()
+            if _has_fields(one, where, name)
+        },
+        scoring=build_from_tree(Scoring, tree.get("scoring") or {}, where, "scoring."),
+    )
+    _check(study, where)
+    return study
+
+
+def _mapping(value: Any, where: str, name: str, known: Collection[str] | None = None) -> Tree:
+    """Returns a mapping; raises UserError where the value is none, or has a key that is not known."""
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where}: {name} must be a mapping of keys, not {shown(value)}")
+    for key in value:
+        if known is not None and key not in known:
+            raise UserError(f"{where}: {name} has no key {shown(key)}{_nearest(str(key), known)}")
+    return dict(value)
+
+
+def _has_fields(value: Any, where: str, name: str) -> bool:
+    """Returns True; raises UserError where an experiment lacks a field without a default."""
+    given = _mapping(value, where, f"experiments.{name}")
+    for field in ("arms", "decodings", "budgets"):
+        if not given.get(field):
+            raise UserError(f"{where}: experiments.{name}.{field} is missing or empty")
+    return True
+
+
+def _sections(value: Any, where: str, name: str, known: Collection[str] | None = None) -> Tree:
+    """Returns sections of settings whose names and types were checked; raises UserError where they are wrong."""
+    tree = _mapping(value, where, name, known or [field.name for field in dataclasses.fields(Config)])
+    config_from_tree(tree, f"{where}: {name}")
+    taken = [f"{section}.{field}" for section, values in tree.items() for field in values or {}]
+    for field in _OURS.intersection(taken):
+        raise UserError(f"{where}: {name} sets {field}, which the study sets itself: leave it out")
+    return tree
+
+
+def _arm(value: Any, where: str, name: str) -> Arm:
+    tree = _mapping(value, where, name)
+    task, start, steps = tree.pop("task", None), tree.pop("start", None), tree.pop("steps", None)
+    if steps is not None and (type(steps) is not int or steps < 1):
+        raise UserError(f"{where}: {name}.steps must be a whole number of at least 1, not {shown(steps)}")
+    return Arm(str(task), None if start is None else str(start), steps, _sections(tree, where, name))
+
+
+def _nearest(name: str, known: Collection[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(known)}"
+
+
+def _check(study: Study, where: str) -> None:
+    """Raises UserError where a name is unknown, arms start from each other in a circle, or an experiment cannot be run."""
+
+    def known(name: str | None, names: Collection[str], place: str) -> None:
+        if name not in names:
+            raise UserError(f"{where}: {place} names {shown(name)}, which is not there{_nearest(str(name), names)}")
+
+    for name, arm in study.arms.items():
+        known(arm.task, study.tasks, f"arms.{name}.task")
+        seen = [name]
+        while (start := study.arms[seen[-1]].start) is not None:
+            known(start, study.arms, f"arms.{seen[-1]}.start")
+            if start in seen:
+                raise UserError(f"{where}: arms start from each other in a circle: {' <- '.join([*seen, start])}")
+            seen.append(start)
+        if arm.start is not None and study.arms[arm.start].steps is None:
+            raise UserError(f"{where}: arms.{arm.start}.steps is missing: {name} starts where this arm ends")
+    for task in study.tasks.keys() - {arm.task for arm in study.arms.values()}:
+        raise UserError(f"{where}: no arm is trained on task {task}: leave it out, or name it as the task of an arm")
+    for name, one in study.experiments.items():
+        place = f"experiments.{name}"
+        for of in one.arms:
+            known(of, study.arms, f"{place}.arms")
+        for decoding in one.decodings:
+            known(decoding, study.decodings, f"{place}.decodings")
+        known(one.reference or one.arms[0], one.arms, f"{place}.reference")
+        if min(one.budgets) < 1 or list(one.budgets) != sorted(set(one.budgets)):
+            raise UserError(
+                f"{where}: {place}.budgets must be whole numbers of at least 1 that rise, not {list(one.budgets)}"
+            )
+        if one.seeds is not None and not 1 <= one.seeds <= len(study.seeds):
+            raise UserError(f"{where}: {place}.seeds is {one.seeds}: the study has {len(study.seeds)} seeds")
+        if one.kind == "grid" and (len(one.budgets) != 1 or len(one.arms) != len(one.decodings)):
+            raise UserError(
+                f"{where}: {place} is a grid: give one budget, and for each arm the decoding that belongs to it"
+            )
+        if len(set(one.arms)) < len(one.arms):
+            raise UserError(f"{where}: {place}.arms names an arm twice: {', '.join(one.arms)}")

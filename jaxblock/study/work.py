@@ -1,0 +1,146 @@
+"""Runs one cell of a study: trains it and scores its checkpoints, through the same verbs that people use."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxblock.config.checks import check_config
+from jaxblock.config.config import Config
+from jaxblock.config.yaml import to_tree
+from jaxblock.errors import UserError
+from jaxblock.io.files import read_json
+from jaxblock.io.paths import as_path
+from jaxblock.study.cells import Cell, Point, fingerprint, run_config
+from jaxblock.study.results import RESULTS, Result, missing_points, score_of, write_result
+from jaxblock.study.spec import Study
+
+
+class Verbs(NamedTuple):
+    """Holds the verbs that a study calls; each raises UserError, or returns an exit code.
+
+    Attributes:
+        prepare: prepares the data of a config.
+        train: trains the run of a config.
+        evaluate: scores a run: (config, its folder, the step of the checkpoint, the folder to make).
+    """
+
+    prepare: Callable[[Config], int]
+    train: Callable[[Config], int]
+    evaluate: Callable[[Config, str, int, str], int]
+
+
+def run_cell(study: Study, cell: Cell, folder: str, verbs: Verbs, say: Callable[[str], object]) -> int:
+    """Trains a cell's run and scores it at its points; what is done already is not done again.
+
+    The result is written after each score, so that a cell that is stopped goes on where it was.
+
+    Args:
+        study: the study.
+        cell: the cell; the run of the cell that it starts from must be complete.
+        folder: the study's folder.
+        verbs: the verbs.
+        say: prints a line.
+
+    Returns:
+        The exit code: 0, or that of a run that was told to stop.
+
+    Raises:
+        UserError: a verb failed.
+    """
+    config = run_config(study, cell, folder)
+    begin = time.perf_counter()
+    code = verbs.train(config)
+    if code:
+        return code
+    result = _begun(study, cell, config, folder)
+    result["seconds"]["training"] = round(result["seconds"].get("training", 0.0) + time.perf_counter() - begin, 1)
+    for point in missing_points(cell, result):
+        say(f"{cell.name}: scoring {point}")
+        begin = time.perf_counter()
+        result["scores"][str(point)] = _score(study, cell, config, folder, point, verbs)
+        result["seconds"]["scoring"] = round(result["seconds"].get("scoring", 0.0) + time.perf_counter() - begin, 1)
+        write_result(folder, cell.name, result)
+    result["steps"] = cell.steps
+    write_result(folder, cell.name, result)
+    return 0
+
+
+def _begun(study: Study, cell: Cell, config: Config, folder: str) -> Result:
+    """Returns the result of a cell so far; a new one says how it was computed."""
+    file = as_path(folder) / RESULTS / f"{cell.name}.json"
+    if file.exists():
+        found: Result = read_json(file)
+        return found
+    return {
+        "cell": cell.name,
+        "arm": cell.arm,
+        "seed": cell.seed,
+        "steps": 0,
+        "start": cell.start,
+        "fingerprint": fingerprint(study, cell),
+        "settings": _not_default(config),
+        "versions": versions(),
+        "seconds": {},
+        "scores": {},
+    }
+
+
+def _score(study: Study, cell: Cell, config: Config, folder: str, point: Point, verbs: Verbs) -> Result:
+    """Scores one checkpoint of a cell by one way of decoding, and returns what the result keeps of it."""
+    chosen, scoring = study.config(cell.arm, point.decoding), study.scoring
+    evaluate = replace(
+        chosen.evaluate,
+        split=scoring.split,
+        problems=scoring.problems,
+        nelbo=scoring.nelbo_rows > 0,
+        nelbo_rows=scoring.nelbo_rows or None,
+    )
+    settings = check_config(
+        replace(chosen, data=config.data, evaluate=evaluate), ("data", "canvas", "decode", "evaluate")
+    )
+    out = as_path(folder) / "work" / f"{cell.name}-{point.steps}-{point.decoding}"
+    if out.exists():
+        shutil.rmtree(out)  # of a cell that was stopped
+    code = verbs.evaluate(settings, config.train.out, point.steps, str(out))
+    if code:
+        raise UserError(f"{cell.name}: the evaluation of {point} ended with code {code}")
+    score = score_of(out)
+    shutil.rmtree(out)
+    return score
+
+
+def _not_default(config: Config) -> dict[str, Any]:
+    """Returns the settings that differ from their defaults."""
+    default = to_tree(Config())
+    found = {
+        name: {key: value for key, value in section.items() if value != default[name][key]}
+        for name, section in to_tree(config).items()
+    }
+    return {name: section for name, section in found.items() if section}
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions that numbers depend on: of Python, of the libraries, and the commit where we are a checkout."""
+    import jax
+
+    found = {
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("jaxblock", "jax", "jaxlib", "flax")},
+    }
+    found["device"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    asked = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(asked, capture_output=True, text=True, timeout=10, check=False)
+    except OSError:
+        return found
+    if done.returncode == 0:
+        found["commit"] = done.stdout.strip()[:12]
+    return found

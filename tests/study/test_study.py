@@ -1,0 +1,212 @@
+"""A study: its file, the cells that it is laid out in, what a cell computes, and what a report says of planted results."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+
+from jaxblock.config.yaml import config_from_tree
+from jaxblock.errors import UserError
+from jaxblock.models.families import registry
+from jaxblock.study import amounts, analysis, cells, report, results, work
+from jaxblock.study.spec import study_from_tree
+
+TREE = {
+    "title": "A study",
+    "seeds": 8,
+    "common": {"optimizer": {"schedule": "constant", "warmup_steps": 0}, "train": {"batch_size": 4}},
+    "tasks": {"sums": {"canvas": {"prompt_len": 16, "response_len": 16, "block": 4}}},
+    "arms": {
+        "start": {"task": "sums", "steps": 10, "method": {"objective": "classical"}},
+        "blockwise": {"task": "sums", "start": "start"},
+        "classical": {"task": "sums", "start": "start", "method": {"objective": "classical"}},
+    },
+    "decodings": {"own": {}, "whole": {"canvas": {"block": 16}}},
+    "experiments": {
+        "steps": {"arms": ["blockwise", "classical"], "decodings": ["own"], "budgets": [5, 20], "primary": True},
+        "tokens": {
+            "arms": ["blockwise", "classical"], "decodings": ["own"], "budgets": [40], "unit": "masked_tokens", "seeds": 3
+        },
+        "grid": {"kind": "grid", "arms": ["blockwise", "classical"], "decodings": ["own", "whole"], "budgets": [20]},
+    },
+    "scoring": {"split": "validation", "problems": 64, "nelbo_rows": 0},
+}  # fmt: skip
+
+
+def changed(*path_and_value):
+    """Returns the study's tree with one value replaced."""
+    tree = copy.deepcopy(TREE)
+    *path, last, value = path_and_value
+    at = tree
+    for key in path:
+        at = at[key]
+    at[last] = value
+    return tree
+
+
+def arch(arm="blockwise"):
+    model = config_from_tree({"model": {"d_model": 8, "n_layers": 1, "n_heads": 2, "mlp_dim": 12}}, "a test").model
+    return registry.architecture_from_config(model, vocab_size=32, mask_id=1, eos_id=2, pad_id=2)
+
+
+def laid_out(tree=TREE):
+    study = study_from_tree(tree, "study.yaml")
+    return study, cells.lay_out(study, arch)
+
+
+@pytest.mark.parametrize(
+    "tree, says",
+    [
+        (changed("tasks", {}), "tasks is missing or empty"),
+        (changed("nonsense", 1), "has no key 'nonsense'"),
+        (changed("seeds", [1, 1]), "seeds must be a number of seeds, or a list of different whole numbers"),
+        (changed("arms", "blockwise", "task", "sum"), "arms.blockwise.task names 'sum', which is not there; did you mean sums?"),
+        (changed("arms", "start", "start", "start"), "arms start from each other in a circle: start <- start"),
+        (changed("arms", "start", {"task": "sums"}), "arms.start.steps is missing"),
+        (changed("arms", "start", "steps", 0), "arms.start.steps must be a whole number of at least 1"),
+        (changed("arms", "blockwise", "train", {"seed": 3}), "arms.blockwise sets train.seed, which the study sets itself"),
+        (changed("arms", "blockwise", "method", {"lwa": 3}), "unknown key method.lwa"),
+        (changed("decodings", "own", {"train": {"steps": 1}}), "decodings.own has no key 'train'"),
+        (changed("experiments", "steps", "arms", ["blockwise", "classic"]), "did you mean classical?"),
+        (changed("experiments", "steps", "budgets", [20, 5]), "experiments.steps.budgets must be whole numbers of at least 1 that rise"),
+        (changed("experiments", "steps", "budgets", []), "experiments.steps.budgets is missing or empty"),
+        (changed("experiments", "steps", "reference", "start"), "experiments.steps.reference names 'start'"),
+        (changed("experiments", "steps", "unit", "hours"), "experiments.steps.unit"),
+        (changed("experiments", "tokens", "seeds", 9), "experiments.tokens.seeds is 9: the study has 8 seeds"),
+        (changed("experiments", "grid", "decodings", ["own"]), "experiments.grid is a grid"),
+    ],
+)  # fmt: skip
+def test_a_wrong_file_is_refused_with_the_place_and_what_to_write(tree, says):
+    with pytest.raises(UserError, match=says.replace("(", r"\(")) as error:
+        study_from_tree(tree, "study.yaml")
+    assert str(error.value).startswith("study.yaml")
+
+
+def test_cells_come_seed_by_seed_after_their_start_with_every_point_that_an_experiment_needs():
+    study, plan = laid_out()
+    assert [cell.name for cell in plan.cells[:4]] == ["start-s0", "blockwise-s0", "classical-s0", "start-s1"]
+    assert len(plan.cells) == 24 and plan.cells[1].start == "start-s0" and plan.cells[0].steps == 10
+    # A block of 4 has 2.5 masked tokens on average, a response of 16 has 8.5: 40 steps of blocks are 12 of responses.
+    assert plan.steps["tokens"] == {"blockwise": (40,), "classical": (12,)}
+    assert [str(point) for point in plan.cells[2].points] == ["5/own", "12/own", "20/own", "20/whole"]
+    assert [str(point) for point in plan.cell("classical-s3").points] == ["5/own", "20/own", "20/whole"]
+    config = cells.run_config(study, plan.cell("classical-s3"), "out")
+    assert (config.train.seed, config.train.steps, config.train.keep_steps) == (3, 20, (5, 20))
+    assert config.model.init_from == "out/runs/start-s3" and config.train.out == "out/runs/classical-s3"
+    with pytest.raises(UserError, match="a budget of 1 steps of the reference arm is 0.* of a step"):
+        laid_out(changed("experiments", "tokens", "budgets", [1]))
+
+
+def test_a_cell_is_another_one_where_its_weights_are_and_only_there():
+    study, plan = laid_out()
+    print_of = {cell.name: cells.fingerprint(study, cell) for cell in plan.cells}
+    assert len(set(print_of.values())) == len(print_of)
+    for tree, others in [
+        (changed("common", "train", {"batch_size": 4, "log_every": 7}), set()),
+        (changed("experiments", "steps", "budgets", [5, 99]), set()),  # the learning rate is constant
+        (changed("arms", "classical", "method", {"objective": "classical", "law": "bernoulli"}), {"classical"}),
+        (changed("arms", "start", "steps", 11), {"blockwise", "classical"}),
+        (changed("common", "optimizer", {"warmup_steps": 1}), {"start", "blockwise", "classical"}),
+    ]:
+        study, plan = laid_out(tree)
+        differ = {cell.arm for cell in plan.cells if cells.fingerprint(study, cell) != print_of[cell.name]}
+        assert differ == others
+
+
+@pytest.mark.parametrize("law", ["exact_count", "bernoulli", "floored_bernoulli"])
+def test_expected_masks_are_the_mean_of_what_the_laws_draw(law):
+    import jax
+    import jax.numpy as jnp
+
+    from jaxblock.diffusion import laws
+
+    draws, n = 20_000, 5
+    count, position = jax.random.uniform(jax.random.key(1), (draws,)), jax.random.uniform(jax.random.key(2), (draws, n))
+    masked, _ = getattr(laws, law)(count, position, jnp.ones((draws, n), bool))
+    sizes = np.asarray(masked.sum(-1))
+    assert abs(sizes.mean() - amounts.expected_masks(law, n)) < 4 * sizes.std() / draws**0.5
+    assert amounts.expected_masks("stratified_count", 8) == 4.5
+
+
+def planted(study, plan, advantage):
+    """Returns results in which `blockwise` solves each problem with a chance that is higher by ``advantage``, and its seeds vary."""
+    rng, made = np.random.default_rng(5), {}
+    easy = rng.uniform(0.2, 0.6, study.scoring.problems)
+    for cell in plan.cells:
+        chance = np.clip(easy + rng.normal(0, 0.02) + advantage * (cell.arm == "blockwise"), 0, 1)
+        scores = {}
+        for point in cell.points:
+            bits = rng.uniform(size=easy.size) < chance
+            scores[str(point)] = {"problems": len(bits), "correct": np.packbits(bits).tobytes().hex(), "nfe": 16.0}
+        made[cell.name] = {
+            "scores": scores,
+            "steps": cell.steps,
+            "seconds": {"training": 9.0},
+            "versions": {},
+            "settings": {},
+        }
+    return made
+
+
+def test_a_planted_effect_is_found_and_a_planted_null_is_not(tmp_path):
+    study, plan = laid_out()
+    found = {
+        effect: analysis.primary(analysis.analyse(study, plan, planted(study, plan, effect))) for effect in (0.2, 0.0)
+    }
+    assert found[0.2]["steps"].found and abs(found[0.2]["steps"].interval.estimate - 0.2) < 0.08
+    assert not found[0.0]["steps"].found
+    made = planted(study, plan, 0.2)
+    report.write_report(study, plan, made, tmp_path)
+    text, page = (tmp_path / "report.md").read_text(), (tmp_path / "report.html").read_text()
+    assert "24 of 24 cells are done" in text and "| steps | +" in text and "a difference" in text
+    assert page.count("<svg") == 3 and "http://www.w3.org" in page and "<script" not in page and "src=" not in page
+    del made["classical-s7"]["scores"]["20/own"]  # the seed is then left out of what needs this score
+    analysed = {one.name: one for one in analysis.analyse(study, plan, made)}
+    assert (len(analysed["steps"].seeds), len(analysed["tokens"].seeds)) == (7, 3)
+    assert "23 of 24 cells" in report.status(plan, made, tmp_path) and not results.is_done(
+        plan.cell("classical-s7"), made["classical-s7"]
+    )
+
+
+def test_a_grid_compares_the_matching_block_size_with_the_others_in_each_way_of_decoding():
+    study, plan = laid_out()
+    made = planted(study, plan, 0.0)
+    all_right = {"problems": 64, "correct": "ff" * 8, "nfe": 1.0}
+    none = {"problems": 64, "correct": "00" * 8, "nfe": 1.0}
+    for seed in study.seeds:
+        for arm, own, whole in (("blockwise", all_right, none), ("classical", all_right, all_right)):
+            made[f"{arm}-s{seed}"]["scores"] |= {"20/own": own, "20/whole": whole}
+    grid = analysis.analyse(study, plan, made)[2]
+    np.testing.assert_array_equal(
+        grid.contrasts[0].difference, np.full((1, 8, 64), 0.5)
+    )  # (1 - 1) and (1 - 0), averaged
+
+
+def test_a_cell_that_is_stopped_goes_on_with_the_scores_that_are_missing(tmp_path):
+    study, plan = laid_out()
+    cell, scored = plan.cell("classical-s3"), []
+
+    def evaluate(config, run, step, out):
+        if len(scored) == 2:
+            raise UserError("the machine is gone")
+        scored.append((step, config.canvas.block, config.evaluate.split, config.evaluate.problems))
+        (folder := tmp_path / out).mkdir(parents=True)
+        rows = [{"index": at, "grader": "exact", "correct": at % 3 == 0} for at in range(10)]
+        (folder / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        summary = {"nfe": 1 / 3, "tokens_per_forward": 1.0, "decode_seconds": 2.0, "stopped": 9}
+        (folder / "summary.json").write_text(json.dumps(summary))
+        return 0
+
+    verbs = work.Verbs(prepare=lambda config: 0, train=lambda config: 0, evaluate=evaluate)
+    with pytest.raises(UserError, match="the machine is gone"):
+        work.run_cell(study, cell, str(tmp_path), verbs, print)
+    assert not results.is_done(cell, results.read_results(tmp_path)[cell.name])
+    first, scored[:] = list(scored), []
+    verbs = verbs._replace(evaluate=lambda *given: evaluate(*given))
+    assert work.run_cell(study, cell, str(tmp_path), verbs, print) == 0
+    assert first == [(5, 4, "validation", 64), (20, 4, "validation", 64)] and scored == [(20, 16, "validation", 64)]
+    result = results.read_results(tmp_path)[cell.name]
+    assert results.is_done(cell, result) and result["scores"]["20/whole"]["nfe"] == 0.333333
+    assert results.solved(result["scores"]["5/own"]).tolist() == [at % 3 == 0 for at in range(10)]
+    assert work.run_cell(study, cell, str(tmp_path), verbs, print) == 0 and len(scored) == 1  # nothing is scored twice
