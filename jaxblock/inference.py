@@ -231,7 +231,8 @@ def _decode_block(
     """Decodes the next block of every row of a ``BatchState``, and returns the batch after it."""
     ids, prompt_len, row_id, block, commit_step, done, nfe, positions, computed = batch
     canvas = decoding_canvas(layout, ids, prompt_len, row_id)
-    counts = dict(nfe=nfe, positions=positions, computed=computed)
-    start = decoder.start_decoding(layout, canvas, seed)._replace(commit_step=commit_step, done=done, **counts)
+    start = decoder.start_decoding(layout, canvas, seed)._replace(
+        commit_step=commit_step, done=done, nfe=nfe, positions=positions, computed=computed
+    )
     end = decoder.decode_block(net, layout, options, params, canvas, start, block, sizes)
     return end.ids, prompt_len, row_id, block, end.commit_step, end.done, end.nfe, end.positions, end.computed

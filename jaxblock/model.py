@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
+from jaxblock import streaming
 from jaxblock.config.recorded import KEY, to_block
 from jaxblock.config.yaml import with_fields
 from jaxblock.data.loader import pad_ids
@@ -35,7 +35,7 @@ from jaxblock.diffusion.decoding import decoder
 from jaxblock.diffusion.decoding.config import DecodeConfig
 from jaxblock.diffusion.decoding.queue import Row
 from jaxblock.diffusion.decoding.rules import check_options
-from jaxblock.diffusion.decoding.shapes import BatchShapes, round_up
+from jaxblock.diffusion.decoding.shapes import round_up
 from jaxblock.errors import UserError, shown
 from jaxblock.huggingface import peft
 from jaxblock.huggingface.checks import kept_if_right, old_kept_until_right, only_exporter
@@ -50,16 +50,10 @@ from jaxblock.models.architecture import Architecture
 from jaxblock.models.linear import lora
 from jaxblock.models.transformer import Transformer
 from jaxblock.parallel import processes, rules
-from jaxblock.parallel.rows import even_size, mesh_of, on_mesh_of, spans_processes, split_filled_rows, whole_results
+from jaxblock.parallel.rows import mesh_of, run_on_mesh_of, spans_processes, split_filled_rows
 from jaxblock.training.checkpoints import run_folder
 from jaxblock.training.stored_text import record_text, template_for_others
 from jaxblock.types import Params
-
-
-@functools.cache
-def _compiled(function: Callable[..., Any], static: int, results: NamedSharding | None) -> Callable[..., Any]:
-    """Returns the compiled function, whose first ``static`` arguments are static; ``results`` says where its results go."""
-    return jax.jit(function, static_argnums=tuple(range(static)), out_shardings=results)
 
 
 def _unchanged(params: Params) -> Params:
@@ -324,31 +318,34 @@ class Model:
         Yields:
             (the response so far [R], with the mask id where nothing is committed; the forward passes so far).
         """
-        chosen = self.options(**options)
-        layout = self.layout(chosen)
-        settings = chosen.static(layout.block)
+        yield from streaming.stream(self._blocks(prompt_ids, index, self.options(**options)))
+
+    def trace(
+        self, prompt_ids: Sequence[int], *, index: int = 0, candidates: int = 5, **options: Any
+    ) -> streaming.Trace:
+        """Decodes one prompt as ``decode`` does, and returns the steps with what the network believed in each.
+
+        Args:
+            prompt_ids: the prompt's ids.
+            index: the prompt's index, from which its random key comes.
+            candidates: how many of the most probable tokens of each position are returned, at least 1.
+            **options: fields of ``DecodeConfig``, by name.
+
+        Raises:
+            UserError: the prompt does not fit the model, or ``candidates`` is not from 1 to the size of the vocabulary.
+        """
+        if not 1 <= candidates <= self.arch.vocab_size:
+            raise UserError(f"candidates is {candidates}: it must be from 1 to {self.arch.vocab_size}")
+        return streaming.trace(self._blocks(prompt_ids, index, self.options(**options), candidates))
+
+    def _blocks(
+        self, prompt_ids: Sequence[int], index: int, options: DecodeConfig, candidates: int = 0
+    ) -> streaming.Blocks:
+        """Returns what decodes one checked prompt block by block."""
+        layout = self.layout(options)
         (prompt,) = self.prompts([prompt_ids], None, layout)
-        shapes = BatchShapes(layout, settings, self.canvas.prompt_len, self.arch.max_len)
-        rows, lengths = pad_ids([prompt], shapes.room(len(prompt)))  # the canvas that ``decode`` uses
-        # Every process needs the canvas whole, to rebuild the steps; the devices share out copies of its row.
-        copies = even_size(self.params, 1)
-        parts = (np.repeat(part, copies, axis=0) for part in (rows, lengths, np.array([index], np.int32)))
-        with on_mesh_of(self.params):
-            canvas = _compiled(canvases.for_decoding, 1, None)(layout, *parts)
-        carry = decoder.start_decoding(layout, canvas, chosen.seed)
-        shown = 0
-        for block in range(layout.n_blocks):
-            if bool(carry.done.all()):
-                break
-            static = (self.net, layout, settings)
-            blocks = jnp.full_like(canvas.prompt_len, block)
-            carry = self._run(decoder.decode_block, static, self.params, canvas, carry, blocks)
-            steps = int(carry.nfe[0]) // settings.passes
-            found = self._run(decoder.finish, (layout,), canvas, carry)
-            states = decoder.responses_by_step(layout, found, steps)
-            for step in range(shown + 1, steps + 1):
-                yield states[step, 0], step * settings.passes
-            shown = steps
+        usual = self.canvas.prompt_len
+        return streaming.Blocks(self.net, layout, options, self.params, prompt, index, usual, candidates)
 
     def text_ids(self, response: np.ndarray, **options: Any) -> list[int]:
         """Returns the tokens of a response up to its first stop token; ``options`` as for ``decode``."""
@@ -545,15 +542,8 @@ class Model:
         return dataclasses.replace(self, net=dataclasses.replace(self.net, lora=None), params=params, base=None)
 
     def _run(self, function: Callable[..., Any], static: tuple[Any, ...], *arguments: Any) -> Any:
-        """Runs a function, compiled, on the devices that hold the weights; every device gets all results.
-
-        Args:
-            function: the function.
-            static: its first arguments, for whose values it is compiled.
-            *arguments: its other arguments.
-        """
-        with on_mesh_of(self.params):
-            return _compiled(function, len(static), whole_results(self.params))(*static, *arguments)
+        """Runs a function, compiled, on the devices that hold the weights (``parallel.rows.run_on_mesh_of``)."""
+        return run_on_mesh_of(self.params, function, static, *arguments)
 
     def _weights(self) -> Params:
         """Returns the weights without the adapters."""

@@ -187,3 +187,26 @@ def test_text_ends_at_its_first_stop(model):
     assert model.stop_ids == (3, 2)
     assert model.text_ids(np.array([7, 8, 3, 2, 2])) == [7, 8] == model.text_ids(np.array([7, 8]))
     assert model.text_ids(np.array([7, 8, 3, 2, 2]), stop_ids=[8]) == [7]
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_k": 9, "steps_per_block": 2, "seed": 4}])
+def test_a_trace_holds_what_the_network_believed_when_it_committed(model, prompts, options):
+    """Every probability is computed again from the logits of the canvas before the step."""
+    found = model.trace(prompts[1], index=1, candidates=3, **options)
+    whole = model.decode(prompts, return_steps=True, **options)
+    np.testing.assert_array_equal(found.response, whole.ids[1])
+    assert (found.nfe, found.steps) == (whole.nfe[1], found.commit_step.max() + 1)
+    before = np.concatenate([np.tile(prompts[1], (len(whole.canvases), 1)), whole.canvases[:, 1]], axis=1)
+    logits = model.logits(before)[:, len(prompts[1]) :].astype(np.float64)
+    for at, step in enumerate(found.commit_step):
+        if step < 0:
+            assert found.beliefs.probability[at] == 0 and not found.beliefs.probabilities[at].any()
+            continue
+        p = np.exp(logits[step, at]) / np.exp(logits[step, at]).sum()
+        best = np.argsort(-p, kind="stable")[:3]
+        assert found.beliefs.ids[at].tolist() == best.tolist()
+        np.testing.assert_allclose(found.beliefs.probabilities[at], p[best], rtol=1e-3, atol=1e-6)
+        np.testing.assert_allclose(found.beliefs.probability[at], p[found.response[at]], rtol=1e-3, atol=1e-6)
+    for wrong in (0, model.arch.vocab_size + 1):
+        with pytest.raises(UserError, match="candidates is"):
+            model.trace(prompts[0], candidates=wrong)

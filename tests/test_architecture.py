@@ -37,9 +37,10 @@ evaluation    types errors settings io diffusion parallel models data inference
 training      types errors settings io diffusion parallel models config data huggingface evaluation
 build         types settings diffusion models config training
 fit           errors io diffusion parallel models config data huggingface training build
-model         types errors settings io diffusion parallel models config data huggingface inference training
+streaming     types settings diffusion parallel models data
+model         types errors settings io diffusion parallel models config data huggingface inference streaming training
 loading       errors settings io parallel models data huggingface training build model
-reporting     types errors settings io diffusion training
+reporting     types errors settings io diffusion streaming training
 study         types errors settings io diffusion models config data evaluation training reporting
 __init__      errors model loading
 cli           errors settings io parallel config __init__ commands

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,14 +20,17 @@ from jaxblock.diffusion.config import CanvasConfig
 from jaxblock.diffusion.decoding.config import DecodeConfig
 from jaxblock.errors import UserError
 from jaxblock.io.files import check_absent, read_bytes, write_text
+from jaxblock.io.paths import as_path
 from jaxblock.models.config import Checkpoint
 
 if TYPE_CHECKING:
     import numpy as np
 
     from jaxblock.data.tokens.encoding import Encoder
-    from jaxblock.model import Model
+    from jaxblock.model import Answer, Model
 
+CANDIDATES = 5
+"""How many candidates a page of traces shows for each token."""
 RECORDS = (".jsonl", ".json", ".parquet")
 """The suffixes of files that hold records; any other file has one prompt per line."""
 
@@ -48,9 +51,18 @@ class Options:
     out: str | None = None
     """Write JSON lines here instead of to standard output; an existing file is refused, unless `overwrite` is set."""
     overwrite: bool = False
-    """Whether to replace an existing file, once all prompts are answered."""
+    """Whether to replace existing files, once all prompts are answered."""
     watch: bool = False
     """Show the canvas while it is filled, block by block."""
+    html: str | None = None
+    """Also write one self-contained HTML file here that plays how each canvas was filled, with the candidates for each token; an
+    existing file is refused, unless `overwrite` is set."""
+    beside: str | None = None
+    """With `html`: a second checkpoint, decoded with the same settings and shown side by side."""
+    beside_step: Checkpoint = "latest"
+    """The checkpoint of `beside` where that is a run, as `step` is of `checkpoint`."""
+    candidates: int = CANDIDATES
+    """With `html`: how many of the most probable tokens are shown for each token."""
     base: str | None = None
     """The folder of the weights that adapters belong to; None for the one used in training."""
     step: Checkpoint = "latest"
@@ -62,9 +74,6 @@ class Options:
 
 def run(options: Options, config: Config) -> int:
     """Decodes the prompts and prints one line of JSON for each, or shows each canvas while it is filled."""
-    import numpy as np
-
-    from jaxblock import loading
     from jaxblock.diffusion.decoding.rules import unused_steps
     from jaxblock.parallel import processes
 
@@ -73,34 +82,30 @@ def run(options: Options, config: Config) -> int:
         say(f"note: {note}")
     if count > 1 and not options.prompts and options.file is None:
         raise UserError("several processes cannot share standard input: give the prompts by --file or as arguments")
-    if options.out:
-        if options.watch:
-            raise UserError("watch shows the canvas and writes no file: leave out either --watch or --out")
-        check_absent(options.out, overwrite=options.overwrite)
-    model = dataclasses.replace(
-        loading.load(options.checkpoint, base=options.base, step=options.step, mesh="all"),
-        canvas=config.canvas,
-        decode_defaults=config.decode,
-    )
-    # An autoregressive checkpoint may have neither mask token nor encoder; the error about the mask token is clearer.
-    model.arch.need_mask_id()
-    if model.encoder is not None:
-        encoder = with_prompt_settings(model.encoder, config.data, options.checkpoint, recorded=model.recorded)
-        model = dataclasses.replace(model, encoder=encoder)
+    _check_outputs(options)
+    model = _open_model(options.checkpoint, options.step, options.base, config)
+    beside = _open_model(options.beside, options.beside_step, None, config) if options.beside else None
     prompts = list(_prompts(options, config.data))
     if not prompts:
         raise UserError("no prompts: give some on the command line, by --file, or on standard input")
-    ids = [
-        np.asarray(model.text_prompt(prompt, where), np.int32) for where, prompt in prompts
-    ]  # a tenth of the lists' memory
-    layout = model.layout(config.decode)
-    for (where, _), row in zip(prompts, ids, strict=True):
-        model.check_prompt(row, where, layout)
+    ids = _prompt_ids(model, prompts)
     if options.watch:
         for index, (_, prompt) in enumerate(prompts):
             _watch(model, _as_text(prompt), ids[index], index, shown=process == 0)
         return 0
-    lines = _decoded_lines(model, prompts, ids)
+    if options.html:
+        from jaxblock.commands.decode_page import Page, traced_answers
+
+        models = {options.checkpoint: (model, ids)}
+        if beside is not None:
+            name = _name_beside(options)
+            models[name] = (beside, _prompt_ids(beside, prompts, f" ({name})"))
+        texts = [_as_text(prompt) for _, prompt in prompts]
+        page = Page(options.html, options.candidates, overwrite=options.overwrite, writes=process == 0)
+        answers = traced_answers(models, texts, page)
+    else:
+        answers = model.answers(ids)
+    lines = (_answer_line(prompt, answer) for (_, prompt), answer in zip(prompts, answers, strict=True))
     if process > 0:  # one process speaks for all
         for _ in lines:
             pass
@@ -111,6 +116,64 @@ def run(options: Options, config: Config) -> int:
         for line in lines:
             print(line, end="", flush=True)
     return 0
+
+
+def _check_outputs(options: Options) -> None:
+    """Raises UserError, before the work begins, where flags contradict each other or a file to be written exists."""
+    if options.watch and (options.out or options.html):
+        flag = "--out" if options.out else "--html"
+        raise UserError(f"watch shows the canvas and writes no file: leave out either --watch or {flag}")
+    if options.html and options.out and as_path(options.html) == as_path(options.out):
+        raise UserError(f"--html and --out both name {options.out}: write the page to another file")
+    for path in filter(None, (options.out, options.html)):
+        check_absent(path, overwrite=options.overwrite)
+    plain = {field.name: field.default for field in dataclasses.fields(options)}
+    for name, needs in (("beside", "html"), ("candidates", "html"), ("beside_step", "beside")):
+        if getattr(options, name) != plain[name] and getattr(options, needs) is None:
+            raise UserError(f"--{name} has no effect without --{needs}: leave it out, or give --{needs} too")
+
+
+def _name_beside(options: Options) -> str:
+    """Returns the name of the second checkpoint, with its step where both are of one run."""
+    assert options.beside is not None
+    if options.beside != options.checkpoint:
+        return options.beside
+    if options.beside_step == options.step:
+        raise UserError(
+            f"--beside is the checkpoint itself ({options.checkpoint}): name another one, or another --beside_step"
+        )
+    return f"{options.beside}, step {options.beside_step}"
+
+
+def _open_model(checkpoint: str, step: Checkpoint, base: str | None, config: Config) -> Model:
+    """Loads a checkpoint with the canvas, the decoder's settings and the prompt's settings of the config.
+
+    Raises:
+        UserError: the checkpoint cannot be loaded or has no mask token, or the config does not fit it.
+    """
+    from jaxblock import loading
+
+    model = dataclasses.replace(
+        loading.load(checkpoint, base=base, step=step, mesh="all"), canvas=config.canvas, decode_defaults=config.decode
+    )
+    # An autoregressive checkpoint may have neither mask token nor encoder; the error about the mask token is clearer.
+    model.arch.need_mask_id()
+    if model.encoder is None:
+        return model
+    encoder = with_prompt_settings(model.encoder, config.data, checkpoint, recorded=model.recorded)
+    return dataclasses.replace(model, encoder=encoder)
+
+
+def _prompt_ids(model: Model, prompts: Sequence[tuple[str, Prompt]], of: str = "") -> list[np.ndarray]:
+    """Returns the ids of (origin, prompt) pairs, checked; ``of`` stands after a prompt's origin in messages."""
+    import numpy as np
+
+    layout = model.layout(model.decode_defaults)
+    # Arrays take a tenth of the lists' memory.
+    ids = [np.asarray(model.text_prompt(prompt, f"{where}{of}"), np.int32) for where, prompt in prompts]
+    for (where, _), row in zip(prompts, ids, strict=True):
+        model.check_prompt(row, f"{where}{of}", layout)
+    return ids
 
 
 def with_prompt_settings(encoder: Encoder, data: DataConfig, checkpoint: str, *, recorded: bool) -> Encoder:
@@ -191,11 +254,10 @@ def _watch(model: Model, text: str, ids: np.ndarray, index: int, *, shown: bool)
             watch.step(response.tolist(), nfe)
 
 
-def _decoded_lines(model: Model, prompts: list[tuple[str, Prompt]], ids: list[np.ndarray]) -> Iterator[str]:
-    """Decodes the prompts and yields a line of JSON for each."""
-    for (_, prompt), answer in zip(prompts, model.answers(ids), strict=True):
-        line = {"prompt": prompt, "response": answer.text, "tokens": len(answer.ids), "nfe": answer.nfe}
-        yield json.dumps(line, ensure_ascii=False) + "\n"
+def _answer_line(prompt: Prompt, answer: Answer) -> str:
+    """Returns the line of JSON of one answer."""
+    line = {"prompt": prompt, "response": answer.text, "tokens": len(answer.ids), "nfe": answer.nfe}
+    return json.dumps(line, ensure_ascii=False) + "\n"
 
 
 def _as_text(prompt: Prompt) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -64,3 +66,22 @@ def split_filled_rows(params: Params, arrays: Sequence[np.ndarray]) -> tuple[np.
     """
     missing = even_size(params, len(arrays[0])) - len(arrays[0])
     return split_rows(params, [np.concatenate([rows, rows[:1].repeat(missing, axis=0)]) for rows in arrays])
+
+
+def run_on_mesh_of(params: Params, function: Callable[..., Any], static: tuple[Any, ...], *arguments: Any) -> Any:
+    """Runs a function, compiled, on the devices that hold the weights; every device gets all results.
+
+    Args:
+        params: the weights.
+        function: the function.
+        static: its first arguments, for whose values it is compiled.
+        *arguments: its other arguments.
+    """
+    with on_mesh_of(params):
+        return _compiled(function, len(static), whole_results(params))(*static, *arguments)
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any], static: int, results: NamedSharding | None) -> Callable[..., Any]:
+    """Returns the compiled function, whose first ``static`` arguments are static; ``results`` says where its results go."""
+    return jax.jit(function, static_argnums=tuple(range(static)), out_shardings=results)

@@ -19,6 +19,7 @@ from jax import Array
 from jaxtyping import Bool, Int
 
 from jaxblock.diffusion.canvas import Canvas, Layout, active_positions, block_tokens, for_decoding, view
+from jaxblock.diffusion.decoding.beliefs import Beliefs, moved, no_beliefs, pick, with_committed
 from jaxblock.diffusion.decoding.config import DecodeConfig
 from jaxblock.diffusion.decoding.passes import PassCost, Passes, Sizes, sizes_by_block, widest
 from jaxblock.diffusion.decoding.rules import RULES, transfer_of
@@ -37,6 +38,7 @@ class Carry(NamedTuple):
         nfe: the forward passes spent on each row.
         positions: the canvas positions that those passes needed to compute, summed (token-forwards).
         computed: the positions that were computed for the row, padding and passes after its own last one included.
+        beliefs: what the network believed of each response position when it was committed; None where nobody asks.
         row_key: one random key per row [B], so that a row's result does not depend on its batch.
     """
 
@@ -46,6 +48,7 @@ class Carry(NamedTuple):
     nfe: Int[Array, " B"]
     positions: Int[Array, " B"]
     computed: Int[Array, " B"]
+    beliefs: Beliefs | None
     row_key: Array
 
 
@@ -68,7 +71,7 @@ class Responses(NamedTuple):
 
 
 class _Loop(NamedTuple):
-    """Holds the state between two steps of a block: tokens [B, A], the step that committed each [B, A], and counts per row [B]."""
+    """Holds the state between two steps of a block: tokens, their steps and beliefs [B, A], and counts per row [B]."""
 
     step: Array
     tokens: Array
@@ -76,9 +79,10 @@ class _Loop(NamedTuple):
     nfe: Array
     positions: Array
     computed: Array
+    beliefs: Beliefs | None
 
 
-def start_decoding(layout: Layout, canvas: Canvas, seed: int | Int[Array, ""]) -> Carry:
+def start_decoding(layout: Layout, canvas: Canvas, seed: int | Int[Array, ""], candidates: int = 0) -> Carry:
     """Returns the state before the first block.
 
     Args:
@@ -86,6 +90,7 @@ def start_decoding(layout: Layout, canvas: Canvas, seed: int | Int[Array, ""]) -
         canvas: the prompts, from ``canvas.for_decoding``; a row's random key comes from its ``row_id``, so it does not
             depend on the batch that the row is in.
         seed: the seed of sampling.
+        candidates: how many of the most probable tokens of each position are kept; with 0 no beliefs are.
     """
     rows = canvas.ids.shape[0]
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), canvas.row_id)
@@ -97,6 +102,7 @@ def start_decoding(layout: Layout, canvas: Canvas, seed: int | Int[Array, ""]) -
         nfe=none,
         positions=none,
         computed=none,
+        beliefs=no_beliefs(rows, layout.response_len, candidates) if candidates else None,
         row_key=keys,
     )
 
@@ -128,10 +134,8 @@ def decode_block(
         The state after this block.
     """
     rows = canvas.ids.shape[0]
-    chex.assert_equal_shape([carry.ids, canvas.ids])
-    chex.assert_shape(carry.commit_step, (rows, layout.response_len))
-    chex.assert_shape([blocks, carry.done, carry.nfe, carry.row_key], (rows,))
-    pick = transfer_of(options, layout.block)
+    chex.assert_shape([carry.ids, carry.commit_step, blocks], [canvas.ids.shape, (rows, layout.response_len), (rows,)])
+    choose = transfer_of(options, layout.block)
     most_steps = layout.block if RULES[options.rule].pace == "rule" else options.steps(layout.block)
     canvas = canvas._replace(ids=carry.ids)
     sizes = widest(layout, options, _room(layout, canvas)) if sizes is None else sizes
@@ -149,7 +153,7 @@ def decode_block(
         taken = loop.nfe // options.passes
         keys = jax.vmap(jax.random.fold_in)(carry.row_key, taken)
         scores = score(layout, options, logits, eligible, keys)
-        chosen = pick(scores, StepInfo(loop.step, masks_at_start))
+        chosen = choose(scores, StepInfo(loop.step, masks_at_start))
         busy = jnp.any(eligible, axis=-1)
         return _Loop(
             step=loop.step + 1,
@@ -158,10 +162,12 @@ def decode_block(
             nfe=loop.nfe + options.passes * busy,
             positions=loop.positions + cost.needed * busy,
             computed=loop.computed + cost.computed,
+            beliefs=loop.beliefs and with_committed(loop.beliefs, logits, scores.token, chosen),
         )
 
     none = jnp.full(tokens.shape, -1, jnp.int32)
-    loop = _Loop(jnp.zeros((), jnp.int32), tokens, none, carry.nfe, carry.positions, carry.computed)
+    beliefs = carry.beliefs and no_beliefs(rows, layout.block, carry.beliefs.ids.shape[-1])
+    loop = _Loop(jnp.zeros((), jnp.int32), tokens, none, carry.nfe, carry.positions, carry.computed, beliefs)
     if options.cache == "none":
         full = lambda loop: commit(loop, passes.full(loop.tokens), passes.full_cost)  # noqa: E731
         loop = jax.lax.while_loop(unfinished, full, loop)
@@ -187,13 +193,17 @@ def _write(
     at = jnp.arange(layout.response_len) - blocks[:, None] * layout.block
     here = jnp.clip(at, 0, layout.block - 1)
     inside = (at == here) & jnp.take_along_axis(live, here, axis=1)
-    written = jnp.where(inside, jnp.take_along_axis(loop.commit_step, here, axis=1), carry.commit_step)
+    written, beliefs = jax.tree.map(
+        lambda old, new: pick(inside, moved(new, here), old),
+        (carry.commit_step, carry.beliefs),
+        (loop.commit_step, loop.beliefs),
+    )
     done = carry.done
     if options.early_stop:
         stops = jnp.isin(loop.tokens, jnp.asarray(layout.stop_ids)) & live
         done = done | jnp.any(stops, axis=-1)
     counts = dict(nfe=loop.nfe, positions=loop.positions, computed=loop.computed)
-    return carry._replace(ids=ids, commit_step=written, done=done, **counts)
+    return carry._replace(ids=ids, commit_step=written, done=done, beliefs=beliefs, **counts)
 
 
 def decode(

@@ -1,0 +1,108 @@
+"""Decodes one prompt block by block from the host, so that its steps can be shown as they come, or kept as a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxblock.data.loader import pad_ids
+from jaxblock.diffusion import canvas as canvases
+from jaxblock.diffusion.canvas import Canvas, Layout
+from jaxblock.diffusion.decoding import decoder
+from jaxblock.diffusion.decoding.beliefs import Beliefs
+from jaxblock.diffusion.decoding.config import DecodeConfig
+from jaxblock.diffusion.decoding.decoder import Carry
+from jaxblock.diffusion.decoding.shapes import BatchShapes
+from jaxblock.models.transformer import Transformer
+from jaxblock.parallel.rows import even_size, run_on_mesh_of
+from jaxblock.types import Params
+
+
+class Blocks(NamedTuple):
+    """Holds what decodes one prompt block by block.
+
+    Attributes:
+        net: the network.
+        layout: the layout of the decoder's canvas.
+        options: the decoder's settings.
+        params: the network's weights.
+        prompt: the prompt's ids, checked.
+        row_id: the prompt's index, from which its random key comes.
+        prompt_len: the usual longest prompt (``canvas.prompt_len``); a longer one takes a further program.
+        candidates: how many of the most probable tokens of each position are kept; 0 for no beliefs.
+    """
+
+    net: Transformer
+    layout: Layout
+    options: DecodeConfig
+    params: Params
+    prompt: np.ndarray
+    row_id: int
+    prompt_len: int
+    candidates: int = 0
+
+    def decoded(self) -> Iterator[tuple[Canvas, Carry]]:
+        """Yields the canvas and the decoder's state after every block, until the response has ended."""
+        layout, settings = self.layout, self.options.static(self.layout.block)
+        shapes = BatchShapes(layout, settings, self.prompt_len, self.net.arch.max_len)
+        rows, lengths = pad_ids([self.prompt], shapes.room(len(self.prompt)))  # the canvas that ``decode_many`` uses
+        # Every process needs the canvas whole, to rebuild the steps; the devices share out copies of its row.
+        copies = even_size(self.params, 1)
+        parts = [np.repeat(part, copies, axis=0) for part in (rows, lengths, np.array([self.row_id], np.int32))]
+        canvas = run_on_mesh_of(self.params, canvases.for_decoding, (layout,), *parts)
+        carry = decoder.start_decoding(layout, canvas, self.options.seed, self.candidates)
+        for block in range(layout.n_blocks):
+            if bool(carry.done.all()):
+                return
+            blocks = jnp.full_like(canvas.prompt_len, block)
+            static = (self.net, layout, settings)
+            carry = run_on_mesh_of(self.params, decoder.decode_block, static, self.params, canvas, carry, blocks)
+            yield canvas, carry
+
+    def responses(self, canvas: Canvas, carry: Carry) -> decoder.Responses:
+        """Returns the response so far; positions that are not decoded yet hold the fill token."""
+        return run_on_mesh_of(self.params, decoder.finish, (self.layout,), canvas, carry)
+
+
+class Trace(NamedTuple):
+    """Holds one decoded response, and what happened in which step.
+
+    Attributes:
+        response: the response's tokens [R]; positions that were never decoded (early stop) hold the fill token.
+        commit_step: the step, counted from 0 over the whole response, that committed each position [R]; -1 where none did.
+        nfe: the forward passes spent.
+        steps: the decode steps taken; each took ``nfe / steps`` forward passes.
+        beliefs: what the network believed of each position in the step that committed it, without the row axis: probability of the
+            committed token [R], most probable tokens [R, K] and their probabilities [R, K].
+    """
+
+    response: np.ndarray
+    commit_step: np.ndarray
+    nfe: int
+    steps: int
+    beliefs: Beliefs
+
+
+def stream(blocks: Blocks) -> Iterator[tuple[np.ndarray, int]]:
+    """Yields the response after every step, with the mask id where nothing is committed, and the forward passes so far."""
+    shown, passes = 0, blocks.options.passes
+    for canvas, carry in blocks.decoded():
+        steps = int(carry.nfe[0]) // passes
+        states = decoder.responses_by_step(blocks.layout, blocks.responses(canvas, carry), steps)
+        for step in range(shown + 1, steps + 1):
+            yield states[step, 0], step * passes
+        shown = steps
+
+
+def trace(blocks: Blocks) -> Trace:
+    """Decodes the whole response and returns its trace; ``blocks.candidates`` is at least 1."""
+    for canvas, carry in blocks.decoded():
+        last = blocks.responses(canvas, carry), carry.beliefs
+    found, beliefs = jax.device_get(last)  # a canvas has at least one block
+    nfe = int(found.nfe[0])
+    rows = jax.tree.map(lambda leaf: np.asarray(leaf)[0], beliefs)
+    return Trace(found.response[0], found.commit_step[0], nfe, nfe // blocks.options.passes, rows)
