@@ -120,6 +120,13 @@ decode --checkpoint {run} --file {latin} | {latin}:2: not UTF-8 text
 decode --checkpoint {run} --file {jsonl} | {jsonl}:2: no field 'question' (did you mean 'quest'?); set data.prompt_field to one of 'quest'
 decode --checkpoint {run} 1+1? --out {file} | {file} exists already
 decode --checkpoint {run} 1+1? --watch --out {new} | leave out either
+decode --checkpoint {run} 1+1? --watch --html {new} | leave out either --watch or --html
+decode --checkpoint {run} 1+1? --html {file} | {file} exists already
+decode --checkpoint {run} 1+1? --html {new} --out {new} | write the page to another file
+decode --checkpoint {run} 1+1? --beside {run} | --beside has no effect without --html
+decode --checkpoint {run} 1+1? --html {new} --beside_step 100 | --beside_step has no effect without --beside
+decode --checkpoint {run} 1+1? --html {new} --beside {run} | name another one
+decode --checkpoint {run} 1+1? --html {new} --candidates 0 | candidates is 0
 decode --checkpoint {run} 'a <|mdm_mask|>' | prompt 1: the user's text contains the special token
 decode --checkpoint {run} 1+1? {long} | prompt 2 has
 decode --checkpoint {run} 1+1? --decode.block 5 | set block to 4 or response_len to 20

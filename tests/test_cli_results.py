@@ -60,6 +60,21 @@ def test_watch_shows_blocks_where_there_is_no_terminal(tiny_run, ran):
     assert f"NFE {_rows(ran(f'decode --checkpoint {tiny_run} 1+2? 3+4?').out)[0]['nfe']}" in shown
 
 
+def test_a_page_of_traces_holds_both_checkpoints_and_the_answers_stay_the_same(tiny_run, tmp_path, ran):
+    page, out = tmp_path / "trace.html", tmp_path / "out.jsonl"
+    command = f"decode --checkpoint {tiny_run} 1+2? 3+4? --decode.temperature 0.7 --out {out} --overwrite "
+    ran(command)
+    plain = out.read_text()
+    assert str(page) in ran(command + f"--html {page} --candidates 3 --beside {tiny_run} --beside_step 100").err
+    assert out.read_text() == plain
+    data = json.loads(page.read_text().split('id="data">')[1].split("</script>")[0])
+    assert [column["name"] for column in data["columns"]] == [str(tiny_run), f"{tiny_run}, step 100"]
+    for prompt, answer in zip(data["prompts"], _rows(plain), strict=True):
+        first, second = prompt["traces"]
+        assert (prompt["text"], first["text"]) == (answer["prompt"], answer["response"])
+        assert {len(ids) for ids in first["candidates"]} == {3} and first["shares"] != second["shares"]
+
+
 def test_other_stop_tokens_end_the_text(tiny_run, ran):
     tokenizer = jaxblock.load(tiny_run).tokenizer
     stop = tokenizer.encode("1+2=")[-1]

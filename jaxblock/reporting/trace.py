@@ -18,9 +18,9 @@ from jaxblock.streaming import Trace
 
 _CONTROLS = """
 <div class="bar" role="group" aria-label="Player">
-<button id="before" type="button" aria-label="Prompt before">‹</button>
+<span class="prompts"><button id="before" type="button" aria-label="Prompt before">‹</button>
 <select id="prompt" aria-label="Prompt"></select>
-<button id="next" type="button" aria-label="Next prompt">›</button>
+<button id="next" type="button" aria-label="Next prompt">›</button></span>
 <button id="play" type="button" aria-pressed="false">Play</button>
 <input id="step" type="range" min="0" value="0" step="1" aria-label="Decode step">
 <output id="at" for="step"></output>

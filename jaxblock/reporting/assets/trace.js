@@ -38,7 +38,7 @@
       this.inBlock = this.orderInBlock();
       this.answer = make("p", "answer", trace.text);
       this.panel.append(make("h2", "", column.name), make("p", "", column.settings), this.status, blocks);
-      this.panel.append(make("h3", "", "The answer, when it is complete"), this.answer);
+      this.panel.append(make("h3", "", "Answer"), this.answer);
       this.listen(blocks);
     }
 
