@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 
 from jaxblock.config.checks import check_config
 from jaxblock.config.config import Config
-from jaxblock.config.yaml import to_tree
+from jaxblock.config.yaml import config_from_tree, to_tree
 from jaxblock.errors import UserError
 from jaxblock.models.architecture import Architecture
 from jaxblock.settings import Section
 from jaxblock.study.amounts import equal_steps, per_step
-from jaxblock.study.spec import Experiment, Study, Tree
+from jaxblock.study.spec import Experiment, Study, Tree, merged, tokenizer_of
 
 
 class Point(NamedTuple):
@@ -162,12 +162,19 @@ def run_config(study: Study, cell: Cell, folder: str) -> Config:
 
 
 def data_config(study: Study, arm: str, folder: str) -> Config:
-    """Returns the settings of an arm with the place of its prepared data, which depends on how they are prepared."""
-    config = study.config(arm)
-    lengths = [config.canvas.prompt_len, config.canvas.response_len]
-    how = _hash([_decides(config.data), *lengths])[:8]
-    prepared = f"{folder}/prepared/{study.arms[arm].task}-{how}"
-    return replace(config, data=replace(config.data, prepared=prepared))
+    """Returns the settings of an arm with the places of its prepared data, and of its tokenizer where another task trains that."""
+    config, task = study.config(arm), study.arms[arm].task
+    data = replace(config.data, prepared=f"{folder}/prepared/{task}-{_how_prepared(config)}")
+    other = tokenizer_of(study, task)
+    if other is not None:
+        trained = config_from_tree(merged(study.common, study.tasks[other]), f"task {other}")
+        data = replace(data, tokenizer=f"{folder}/prepared/{other}-{_how_prepared(trained)}/tokenizer/tokenizer.model")
+    return replace(config, data=data)
+
+
+def _how_prepared(config: Config) -> str:
+    """Returns a hash of the settings that decide what is prepared."""
+    return _hash([_decides(config.data), config.canvas.prompt_len, config.canvas.response_len])[:8]
 
 
 def fingerprint(study: Study, cell: Cell) -> str:

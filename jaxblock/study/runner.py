@@ -51,9 +51,9 @@ def prepare_study(spec: str, folder: str, verbs: Verbs, say: Say) -> tuple[Study
         for decoding in study.decodings:
             study.config(arm, decoding)
     with only_writer(f"{folder}/prepared", say):
-        for config in {
-            one.data.prepared: one for one in (data_config(study, arm, folder) for arm in study.arms)
-        }.values():
+        configs = {one.data.prepared: one for one in (data_config(study, arm, folder) for arm in study.arms)}
+        # Tasks that train a tokenizer come before those that use it.
+        for config in sorted(configs.values(), key=lambda one: one.data.tokenizer != "train"):
             if not (as_path(config.data.prepared) / "manifest.json").exists():
                 say(f"preparing {config.data.prepared}")
                 verbs.prepare(check_config(config, ("data", "canvas")))

@@ -88,7 +88,8 @@ class Study:
         title: one line for the report.
         seeds: the seeds; each is a whole repetition, from random weights (or the given start) on.
         common: settings of all runs.
-        tasks: settings of the data and the canvas of each task.
+        tasks: settings of the data and the canvas of each task. `data.tokenizer` may be `task:NAME`, the tokenizer that is
+            trained on the text of another task.
         arms: the ways of training.
         decodings: settings of each way of decoding: of the sections `canvas`, `decode` and `evaluate`.
         experiments: the comparisons, in the order of the report; what an earlier one needs is computed first.
@@ -174,6 +175,12 @@ def study_from_tree(tree: Any, where: str) -> Study:
     return study
 
 
+def tokenizer_of(study: Study, task: str) -> str | None:
+    """Returns the task whose tokenizer another task uses; None where it has its own."""
+    given = study.tasks[task].get("data", {}).get("tokenizer", "")
+    return given.removeprefix("task:") if given.startswith("task:") else None
+
+
 def _mapping(value: Any, where: str, name: str, known: Collection[str] | None = None) -> Tree:
     """Returns a mapping; raises UserError where the value is none, or has a key that is not known."""
     if not isinstance(value, Mapping):
@@ -233,6 +240,14 @@ def _check(study: Study, where: str) -> None:
             seen.append(start)
         if arm.start is not None and study.arms[arm.start].steps is None:
             raise UserError(f"{where}: arms.{arm.start}.steps is missing: {name} starts where this arm ends")
+    for task in study.tasks:
+        other = tokenizer_of(study, task)
+        if other is not None:
+            known(other, study.tasks, f"tasks.{task}.data.tokenizer")
+            if study.tasks[other].get("data", {}).get("tokenizer", "train") != "train":
+                raise UserError(
+                    f"{where}: tasks.{task}.data.tokenizer names task {other}, which trains none: name one that does"
+                )
     for task in study.tasks.keys() - {arm.task for arm in study.arms.values()}:
         raise UserError(f"{where}: no arm is trained on task {task}: leave it out, or name it as the task of an arm")
     for name, one in study.experiments.items():

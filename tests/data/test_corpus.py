@@ -83,7 +83,7 @@ def test_bad_arguments_are_named():
     for arguments, message in [
         ({"split": "valid", "n": 1}, "train"),
         ({"split": "train", "n": -1}, "-1"),
-        ({"split": "train", "n": 1, "level": "trivial"}, "easy, medium, hard, harder, long"),
+        ({"split": "train", "n": 1, "level": "trivial"}, "easy, medium, hard, harder, short, long"),
     ]:
         with pytest.raises((ValueError, TypeError), match=message):  # a TypeError where annotations are checked first
             corpus.generate(**arguments)

@@ -1,0 +1,86 @@
+"""A study as people run it: real processes, one of them killed, and the compiler's count of a step's operations."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import yaml
+
+from jaxblock.fit.process import plan_in_process
+from jaxblock.fit.sizes import planned_architecture
+from jaxblock.study import amounts, results
+from jaxblock.study.spec import read_study
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory):
+    """Returns the file of a cut form of configs/study/tiny.yaml: one seed, two arms, two budgets."""
+    with open("configs/study/tiny.yaml", encoding="utf-8") as file:
+        tree = yaml.safe_load(file)
+    tree["seeds"] = [4]
+    tree["common"]["model"] |= {"d_model": 8, "n_layers": 1, "mlp_dim": 16}
+    tree["tasks"]["chains"]["data"] |= {"builtin_train": 1500, "builtin_test": 8, "validation_records": 8}
+    tree["arms"]["start"]["steps"] = 10
+    kept = tree["experiments"]["equal_compute"]
+    tree["experiments"] = {"equal_compute": {**kept, "arms": ["blockwise"], "budgets": [5, 60]}}
+    tree["scoring"] |= {"problems": 8, "nelbo_rows": 4}
+    path = tmp_path_factory.mktemp("study") / "cut.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def command(spec, out):
+    return [sys.executable, "-m", "jaxblock", "study", "run", str(spec), "--out", str(out), "--jobs", "2"]
+
+
+def known(out):
+    """Returns the results of a study without what a repetition does not repeat: times."""
+    found = results.read_results(out)
+    for result in found.values():
+        result.pop("seconds")
+        result.pop("settings")  # they name the folder
+        for score in result["scores"].values():
+            score.pop("decode_seconds")
+    return found
+
+
+def test_a_study_that_is_killed_and_run_again_gives_the_same_report(spec, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    done = subprocess.run(command(spec, whole), capture_output=True, text=True, check=True)
+    assert "blockwise-s4: done" in done.stderr
+    process = subprocess.Popen(command(spec, cut), stderr=subprocess.PIPE, text=True, start_new_session=True)
+    for line in process.stderr:
+        if "blockwise-s4: started" in line:
+            break
+    while not (cut / "runs" / "blockwise-s4" / "checkpoints").exists() and process.poll() is None:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert "blockwise-s4" not in results.read_results(cut)
+    again = subprocess.run(command(spec, cut), capture_output=True, text=True, check=True)
+    assert "start-s4: started" not in again.stderr and "blockwise-s4: done" in again.stderr
+    assert known(cut) == known(whole)
+    for out in (whole, cut):
+        subprocess.run([sys.executable, "-m", "jaxblock", "study", "report", str(out)], check=True)
+    assert (cut / "report.md").read_text() == (whole / "report.md").read_text()
+    other = spec.with_name("other.yaml")
+    other.write_text(spec.read_text().replace("weight_decay: 0.01", "weight_decay: 0.02"))
+    refused = subprocess.run(command(other, cut), capture_output=True, text=True)
+    assert refused.returncode == 2 and "is the result of a cell with other settings than" in refused.stderr
+
+
+@pytest.mark.parametrize("arm", ["blockwise", "classical"])
+def test_counted_flops_are_those_of_the_compiled_step(arm):
+    study = read_study("configs/study/tiny.yaml")
+    config = study.config(arm)
+    # Unrolled, the last layer would be computed at the active positions only, which the count leaves out on purpose.
+    config = replace(config, model=replace(config.model, scan_layers=True))
+    arch, _ = planned_architecture(config, None)
+    plan = plan_in_process(config, "cpu-1", decoder=False, tries=0, say=lambda text: None)
+    assert plan["train"]["flops"] == amounts.per_step(config, arch, "flops")
