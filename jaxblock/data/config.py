@@ -57,7 +57,8 @@ class DataConfig(Section, name="data"):
     """The number of training records that are kept: the first ones that are not dropped; None for the recipe's, else 0, which
     keeps all."""
     level: str = "easy"
-    """The difficulty of the built-in corpus."""
+    """The kind and difficulty of the built-in problems: easy, medium, hard, harder (stories of arithmetic), short, long (arithmetic
+    in a line), or sudoku (4 x 4; its grader is `exact`)."""
     builtin_train: int = setting(6_000, between(0, 10_000_000))
     """The number of built-in training problems."""
     builtin_test: int = setting(512, between(0, 10_000_000))

@@ -88,7 +88,7 @@ def generate(split: CorpusSplit, n: int, *, level: str = DEFAULT_LEVEL, seed: in
     if split not in ("train", "test"):
         raise ValueError(f'split must be "train" or "test", not {split!r}')
     if level not in LEVELS:
-        raise ValueError(f"unknown level {level!r}; the built-in corpus has {', '.join(LEVELS)}")
+        raise ValueError(f"unknown level {level!r}; the built-in corpus has {', '.join(LEVELS)}, sudoku")
     if n < 0:
         raise ValueError(f"n must be 0 or more, not {n}")
     rng = random.Random(f"jaxblock corpus/{split}/{level}/{seed}")

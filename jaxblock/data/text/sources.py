@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jaxblock.data.config import DataConfig
-from jaxblock.data.text import corpus
+from jaxblock.data.text import corpus, sudoku
 from jaxblock.data.text.examples import Example, checked_text, examples_of, question_and_answer
 from jaxblock.data.text.fields import fields_json
 from jaxblock.data.text.files import Row, read_rows
@@ -81,7 +81,10 @@ def builtin_examples(split: corpus.CorpusSplit, n: int, config: DataConfig) -> l
         UserError: If the level is unknown or has fewer than `n` problems.
     """
     try:
-        records = corpus.generate(split, n, level=config.level, seed=config.seed)
+        if config.level == sudoku.LEVEL:
+            records = sudoku.generate(split, n, seed=config.seed)
+        else:
+            records = corpus.generate(split, n, level=config.level, seed=config.seed)
     except ValueError as error:
         raise UserError(f"the built-in corpus (data.level, data.builtin_train, data.builtin_test): {error}") from error
     names = [f"{BUILTIN}:{split}:{line}" for line in range(1, n + 1)]
