@@ -164,17 +164,20 @@ def run_config(study: Study, cell: Cell, folder: str) -> Config:
 def data_config(study: Study, arm: str, folder: str) -> Config:
     """Returns the settings of an arm with the places of its prepared data, and of its tokenizer where another task trains that."""
     config, task = study.config(arm), study.arms[arm].task
-    data = replace(config.data, prepared=f"{folder}/prepared/{task}-{_how_prepared(config)}")
+    data = replace(config.data, prepared=f"{folder}/prepared/{task}-{_how_prepared(study, task)}")
     other = tokenizer_of(study, task)
     if other is not None:
-        trained = config_from_tree(merged(study.common, study.tasks[other]), f"task {other}")
-        data = replace(data, tokenizer=f"{folder}/prepared/{other}-{_how_prepared(trained)}/tokenizer/tokenizer.model")
+        place = f"{folder}/prepared/{other}-{_how_prepared(study, other)}"
+        data = replace(data, tokenizer=f"{place}/tokenizer/tokenizer.model")
     return replace(config, data=data)
 
 
-def _how_prepared(config: Config) -> str:
-    """Returns a hash of the settings that decide what is prepared."""
-    return _hash([_decides(config.data), config.canvas.prompt_len, config.canvas.response_len])[:8]
+def _how_prepared(study: Study, task: str) -> str:
+    """Returns a hash of the settings that decide what is prepared for a task, those of its tokenizer included."""
+    config = config_from_tree(merged(study.common, study.tasks[task]), f"task {task}")
+    other = tokenizer_of(study, task)
+    tokenizer = None if other is None else _how_prepared(study, other)
+    return _hash([_decides(config.data), config.canvas.prompt_len, config.canvas.response_len, tokenizer])[:8]
 
 
 def fingerprint(study: Study, cell: Cell) -> str:
@@ -184,14 +187,14 @@ def fingerprint(study: Study, cell: Cell) -> str:
     learning rate does not depend on it, since a longer run then has the same checkpoints.
     """
     config, arm = study.config(cell.arm), study.arms[cell.arm]
-    sections = (config.data, config.canvas, config.method, config.model, config.lora, config.optimizer, config.train)
+    sections = (config.canvas, config.method, config.model, config.lora, config.optimizer, config.train)
     decides = [_decides(section) for section in sections]
     length = None if config.optimizer.schedule == "constant" else cell.steps
     begins = None
     if arm.start is not None:
         start = Cell(arm.start, cell.seed, study.arms[arm.start].steps or 0, (), study.arms[arm.start].start)
         begins = [fingerprint(study, start), start.steps]
-    return _hash([decides, length, cell.seed, begins])
+    return _hash([decides, _how_prepared(study, arm.task), length, cell.seed, begins])
 
 
 def _decides(section: Section) -> Tree:

@@ -212,6 +212,8 @@ def _sections(value: Any, where: str, name: str, known: Collection[str] | None =
 
 def _arm(value: Any, where: str, name: str) -> Arm:
     tree = _mapping(value, where, name)
+    if "data" in tree:
+        raise UserError(f"{where}: {name} has settings of data: give them to a task, and name that as the arm's task")
     task, start, steps = tree.pop("task", None), tree.pop("start", None), tree.pop("steps", None)
     if steps is not None and (type(steps) is not int or steps < 1):
         raise UserError(f"{where}: {name}.steps must be a whole number of at least 1, not {shown(steps)}")

@@ -58,8 +58,8 @@ LEVELS: dict[str, Level] = {
     "medium": Level(steps=(2, 3), max_operand=9, max_total=20),
     "hard": Level(steps=(2, 4), max_operand=20, max_total=100),
     "harder": Level(steps=(3, 5), max_operand=50, max_total=500, operations="+-*"),
-    "short": Level(steps=(2, 4), max_operand=6, max_total=15, even=True, brief=True),
-    "long": Level(steps=(4, 8), max_operand=6, max_total=15, even=True, brief=True),
+    "short": Level(steps=(2, 5), max_operand=4, max_total=9, even=True, brief=True),
+    "long": Level(steps=(4, 8), max_operand=4, max_total=9, even=True, brief=True),
 }
 DEFAULT_LEVEL = "easy"
 
