@@ -8,6 +8,7 @@ from jaxblock.config.config import Config
 from jaxblock.errors import UserError
 from jaxblock.models.architecture import Architecture
 from jaxblock.models.families import registry
+from jaxblock.models.linear.lora import adapter_table, lora_from_config
 from jaxblock.study.spec import Unit
 from jaxblock.training.observe.throughput import Work, model_flops
 
@@ -18,9 +19,10 @@ def per_step(config: Config, arch: Architecture, unit: Unit) -> float:
     Args:
         config: the settings of the run.
         arch: the sizes of its network.
-        unit: `flops` counts the matrix products of the forward and backward passes over the whole canvas (not those that
-            rematerialisation repeats); `block_positions` the supervised positions of the active blocks; `masked_tokens` the
-            expected number of them that are masked, and so have a loss.
+        unit: `flops` counts the matrix products of the forward and backward passes over the whole canvas in all layers (not those
+            that rematerialisation repeats; an unrolled last layer computes fewer positions than are counted);
+            `block_positions` the supervised positions of the active blocks; `masked_tokens` the expected number of them that are
+            masked, and so have a loss.
 
     Raises:
         UserError: the unit cannot be counted for these settings.
@@ -30,17 +32,17 @@ def per_step(config: Config, arch: Architecture, unit: Unit) -> float:
     active = canvas.response_len if method.objective == "classical" else canvas.block
     if unit == "steps":
         return 1.0
+    if unit == "flops":
+        if canvas.suffix_window is not None:
+            raise UserError("FLOPs are counted for whole canvases: leave out canvas.suffix_window")
+        table = registry.param_table(arch)
+        lora = lora_from_config(config.lora, table)
+        width = canvas.total_len or canvas.prompt_len + canvas.response_len
+        return model_flops(table, arch, Work(rows, rows * width, rows * active), lora and adapter_table(table, lora))
     if canvas.context != "aligned":
         raise UserError(
             f"an equal amount of {unit} is counted on the aligned canvas only: set canvas.context to aligned"
         )
-    if unit == "flops":
-        if canvas.suffix_window is not None or config.lora.rank:
-            raise UserError(
-                "FLOPs are counted for whole canvases and all weights: leave out canvas.suffix_window and lora.rank"
-            )
-        work = Work(rows, rows * (canvas.prompt_len + canvas.response_len), rows * active)
-        return model_flops(registry.param_table(arch), arch, work)
     return float(rows * (active if unit == "block_positions" else expected_masks(method.law, active)))
 
 

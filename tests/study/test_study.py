@@ -2,15 +2,19 @@
 
 import copy
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from jaxblock.config.checks import check_config
 from jaxblock.config.yaml import config_from_tree
 from jaxblock.errors import UserError
 from jaxblock.models.families import registry
 from jaxblock.study import amounts, analysis, cells, report, results, work
-from jaxblock.study.spec import study_from_tree
+from jaxblock.study.spec import read_study, study_from_tree
+
+ROOT = Path(__file__).parents[2]
 
 TREE = {
     "title": "A study",
@@ -210,3 +214,14 @@ def test_a_cell_that_is_stopped_goes_on_with_the_scores_that_are_missing(tmp_pat
     assert results.is_done(cell, result) and result["scores"]["20/whole"]["nfe"] == 0.333333
     assert results.solved(result["scores"]["5/own"]).tolist() == [at % 3 == 0 for at in range(10)]
     assert work.run_cell(study, cell, str(tmp_path), verbs, print) == 0 and len(scored) == 1  # nothing is scored twice
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configs" / "study").glob("*.yaml")))
+def test_studies_that_ship_are_valid_and_their_cells_can_be_laid_out(name):
+    study = read_study(ROOT / "configs" / "study" / f"{name}.yaml")
+    plan = cells.lay_out(study, arch)
+    assert len(plan.cells) >= len(study.seeds) * len(study.arms)
+    for cell in plan.cells:
+        cells.run_config(study, cell, "out")
+        for decoding in study.decodings:
+            check_config(study.config(cell.arm, decoding))
