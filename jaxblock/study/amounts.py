@@ -38,7 +38,8 @@ def per_step(config: Config, arch: Architecture, unit: Unit) -> float:
         table = registry.param_table(arch)
         lora = lora_from_config(config.lora, table)
         width = canvas.total_len or canvas.prompt_len + canvas.response_len
-        return model_flops(table, arch, Work(rows, rows * width, rows * active), lora and adapter_table(table, lora))
+        adapters = None if lora is None else adapter_table(table, lora)
+        return model_flops(table, arch, Work(rows, rows * width, rows * active), adapters)
     if canvas.context != "aligned":
         raise UserError(
             f"an equal amount of {unit} is counted on the aligned canvas only: set canvas.context to aligned"

@@ -61,7 +61,9 @@ def generate(split: str, n: int, *, seed: int = 0) -> list[dict[str, str]]:
     rng = random.Random(f"jaxblock sudoku/{split}/{seed}")
     every = solutions()
     mine = [solution for solution in every if split_of(solution) == split]
-    records, seen, tries = [], set(), 0
+    records: list[dict[str, str]] = []
+    seen: set[bytes] = set()
+    tries = 0
     while len(records) < n:
         tries += 1
         if tries > 100 * n + 10_000:
