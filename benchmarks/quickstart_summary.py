@@ -1,6 +1,6 @@
 """Prints the quickstart's numbers as markdown tables: phases, scores with intervals, and the paired tests.
 
-It reads the files of ``launch/quickstart.sh``: its record of phases, and the evaluations before, after and of the control.
+It reads the files of ``jaxblock quickstart``: its record of phases, and the evaluations before, after and of the control.
 Parts that are not there are left out.
 
     python -m benchmarks.quickstart_summary runs/quickstart
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxblock.evaluation.comparison import compare_evaluations
+from jaxblock.quickstart.phases import read_phases
 
 SCORES = {
     "before (classical)": "score_before",
@@ -25,19 +26,6 @@ SCORES = {
 
 PAIRS = (("score_before", "score_after"), ("score_control", "score_after"), ("score_before", "score_control"))
 """Evaluations of the same problems to compare."""
-
-
-def phases(record: Path) -> list[dict[str, Any]]:
-    """Returns the longest successful run of each phase, in the order of their first appearance.
-
-    A phase that finds its work done ends within seconds; the run that did the work is the one to show.
-    """
-    best: dict[str, dict[str, Any]] = {}
-    for line in record.read_text(encoding="utf-8").splitlines():
-        entry = json.loads(line)
-        if entry["exit"] == 0 and entry["seconds"] >= best.get(entry["phase"], entry)["seconds"]:
-            best[entry["phase"]] = entry
-    return list(best.values())
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -88,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[list[str]]]:
     record = run / "phases.jsonl"
     there = {name for name in SCORES.values() if (run / name / "summary.json").exists()}
     found = {
-        "phases": phase_rows(phases(record) if record.exists() else []),
+        "phases": phase_rows(read_phases(record)),
         "scores": [
             score_row(label, json.loads((run / name / "summary.json").read_text(encoding="utf-8")))
             for label, name in SCORES.items()

@@ -22,7 +22,7 @@ import tyro
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
 
 import jaxblock
-from jaxblock.commands import decode, evaluate, export, inspect, plan, prepare, study, train
+from jaxblock.commands import decode, evaluate, export, inspect, plan, prepare, presets, quickstart, study, train
 from jaxblock.config.checks import check_config
 from jaxblock.config.config import Config
 from jaxblock.config.recorded import read_block
@@ -60,6 +60,8 @@ VERBS: dict[str, Command[Any]] = {
     "export": Command(export.Options, export.run),
     "plan": Command(plan.Options, plan.run),
     "study": Command(study.Options, study.run),
+    "presets": Command(presets.Options, presets.run),
+    "quickstart": Command(quickstart.Options, quickstart.run),
 }
 
 _format_warning = warnings.formatwarning
@@ -212,10 +214,11 @@ def parse(verb: str, arguments: Sequence[str]) -> Any:
         config = load_config(path)
     short = {"-h", "--help"} & set(arguments)
     more = " Only commonly set fields are shown: --help-all shows all." if short and _sections(config, kind) else ""
+    order = " Precedence: flag > YAML file > default." if _sections(config, kind) else ""
     return tyro.cli(
         functools.partial(kind, **_sections(config, kind)),
         prog=f"jaxblock {verb}",
-        description=f"{kind.__doc__} Precedence: flag > YAML file > default.{more}",
+        description=f"{kind.__doc__}{order}{more}",
         args=list(itertools.starmap(_for_tyro, itertools.pairwise(("", *_with_values(arguments))))),
         config=(tyro.conf.AvoidSubcommands,),
         use_underscores=True,
@@ -358,7 +361,7 @@ def _nearest_verb(verb: str) -> str:
 
 def _overview() -> str:
     """Returns the text of ``jaxblock --help``."""
-    lines = ["usage: jaxblock VERB [--config FILE] [--section.field VALUE ...] [--traceback]", ""]
+    lines = ["usage: jaxblock VERB [--config FILE_OR_PRESET] [--section.field VALUE ...] [--traceback]", ""]
     lines += [f"  {name:10} {(verb.options.__doc__ or '').splitlines()[0]}" for name, verb in VERBS.items()]
     return "\n".join(
         [*lines, "", "jaxblock VERB --help shows the fields that are commonly set, --help-all shows every field."]

@@ -24,7 +24,7 @@ debug and run let JAX take nine tenths of each card, which is what `jaxblock pla
 quarters), unless XLA_CLIENT_MEM_FRACTION or its older name XLA_PYTHON_CLIENT_MEM_FRACTION is set.
 
 example:
-  launch/gpu.sh debug -- jaxblock train --config configs/quickstart_blockwise.yaml --train.debug
+  launch/gpu.sh debug -- jaxblock train --config quickstart_blockwise --train.debug
   launch/gpu.sh run --gpus 0,1 -- jaxblock train --config FILE --train.fsdp 2
 HELP
 }

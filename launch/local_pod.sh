@@ -21,7 +21,7 @@ is returned. SIGINT and SIGTERM are passed on to all.
 Exit codes 130 and 143 mean "told to stop and saved": the others, which are stopping too, are given 10 times the grace.
 
 example:
-  launch/local_pod.sh 2 --devices 4 -- jaxblock train --config configs/quickstart_blockwise.yaml
+  launch/local_pod.sh 2 --devices 4 -- jaxblock train --config quickstart_blockwise
 HELP
 }
 

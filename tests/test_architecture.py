@@ -42,6 +42,7 @@ model         types errors settings io diffusion parallel models config data hug
 loading       errors settings io parallel models data huggingface training build model
 reporting     types errors settings io diffusion streaming training
 study         types errors settings io diffusion models config data evaluation training reporting
+quickstart    errors io config
 __init__      errors model loading
 cli           errors settings io parallel config __init__ commands
 __main__      cli

@@ -46,7 +46,7 @@ def _flags(options: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
             value = field.default_factory()
         if is_dataclass(value):
             yield from _flags(value, f"{prefix}{field.name}.")
-        elif field.name != "prompts":
+        elif field.name not in ("prompts", "preset"):
             yield f"--{prefix}{field.name}", value, said[field.name]
 
 
@@ -75,7 +75,7 @@ def test_short_help_shows_the_common_fields(verb, capsys):
     common = {f"{name}.{field}" for name in sections for field in getattr(Config(), name).common(verb)}
     shown = set(re.findall(r"(?m)^[^-\w]*--(\w+(?:\.\w+)?)", told)) - {"help", "checkpoint"}
     assert common == {name for name in shown if "." in name}
-    assert names - sections - {"checkpoint", "prompts"} <= shown and ("--help-all" in told) == bool(sections)
+    assert names - sections - {"checkpoint", "prompts", "preset"} <= shown and ("--help-all" in told) == bool(sections)
 
 
 def test_overview_names_every_verb_and_does_not_wait_for_jax(ran):

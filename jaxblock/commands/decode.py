@@ -44,7 +44,7 @@ class Options:
     prompts: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """The prompts. Without any, and without `file`, prompts are read from standard input."""
     config: str | None = None
-    """YAML file of sections; without one the run's own config is used. Flags override it."""
+    """YAML file of sections, or the name of a preset; without one the run's own config is used. Flags override it."""
     file: str | None = None
     """File of prompts: records (.jsonl, .json, .parquet), whose `data.prompt_field` or `data.messages_field` is read, or text with
     one prompt per line. A conversation's last answer is left out, as a record's response is."""

@@ -40,7 +40,7 @@ class Options:
     overwrite: bool = False
     """Whether to replace an existing evaluation, once the new one is whole."""
     config: str | None = None
-    """YAML file of sections; without one the run's own config is used. Flags override it."""
+    """YAML file of sections, or the name of a preset; without one the run's own config is used. Flags override it."""
     base: str | None = None
     """The folder of the weights that adapters belong to; None for the one used in training."""
     step: Checkpoint = "latest"

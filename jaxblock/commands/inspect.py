@@ -28,7 +28,7 @@ class Options:
     """Shows what training feeds the model: token kinds, the block grid, masks, and which tokens carry loss."""
 
     config: str | None = None
-    """YAML file of sections; flags override it."""
+    """YAML file of sections, or the name of a preset; flags override it."""
     split: SplitName = "train"
     """The split of the prepared data to show records of."""
     records: tuple[int, ...] = (0, 1)

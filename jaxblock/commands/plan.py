@@ -24,7 +24,7 @@ class Options:
     topology: str
     """The devices, such as `v5e-16`, `v6e-8`, `v5p-8` (4 chips), `2xv5e-256` (two slices), `h200-1`, `h100-8` or `cpu-8`."""
     config: str | None = None
-    """YAML file of sections; flags override it."""
+    """YAML file of sections, or the name of a preset; flags override it."""
     model_config: str | None = None
     """A config.json, Hugging Face folder or run with the network's sizes; None for those of `model.init_from`."""
     decoder: bool = True

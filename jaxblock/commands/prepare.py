@@ -15,7 +15,7 @@ class Options:
     """Turns text records into token records: tokenizer, chat template, length checks, ArrayRecord, manifest."""
 
     config: str | None = None
-    """YAML file of sections; flags override it."""
+    """YAML file of sections, or the name of a preset; flags override it."""
     data: DataConfig = field(default_factory=DataConfig)
     canvas: CanvasConfig = field(default_factory=CanvasConfig)
 

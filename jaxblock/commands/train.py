@@ -35,7 +35,7 @@ class Options:
     """Trains: Blockwise SFT or classical SFT, from random weights, a run or a Hugging Face folder; resumes exactly."""
 
     config: str | None = None
-    """YAML file of sections; flags override it."""
+    """YAML file of sections, or the name of a preset; flags override it."""
     data: DataConfig = field(default_factory=DataConfig)
     canvas: CanvasConfig = field(default_factory=CanvasConfig)
     method: MethodConfig = field(default_factory=MethodConfig)

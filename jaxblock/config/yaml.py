@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 import yaml
 
 from jaxblock.config.config import Config
+from jaxblock.config.presets import find_settings
 from jaxblock.errors import UserError, shown
 from jaxblock.io.files import read_bytes
 from jaxblock.io.paths import PathLike
@@ -55,13 +56,17 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def load_config(path: str | None) -> Config:
-    """Reads a YAML file of sections; None gives the defaults.
+    """Reads a YAML file of sections.
+
+    Args:
+        path: the file, or the name of a preset; None gives the defaults.
 
     Raises:
         UserError: the file cannot be read or is not YAML, a section or key is unknown, or a value has the wrong type.
     """
     if path is None:
         return Config()
+    path = find_settings(path)
     return config_from_tree(read_tree(path), path)
 
 

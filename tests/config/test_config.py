@@ -4,6 +4,7 @@ import pytest
 
 from jaxblock.config.checks import check_config
 from jaxblock.config.config import Config
+from jaxblock.config.presets import presets
 from jaxblock.config.yaml import config_from_tree, load_config, to_yaml, with_fields
 from jaxblock.diffusion.decoding.config import DecodeConfig
 from jaxblock.errors import UserError
@@ -202,3 +203,38 @@ def test_only_the_sections_that_a_verb_uses_are_checked():
     assert check_config(config, ["train", "canvas", "method"]) is config
     with pytest.raises(UserError, match="warmup_steps"):
         check_config(config, ["train", "optimizer"])
+
+
+def test_a_preset_is_found_by_name_and_what_could_mean_two_things_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    preset = presets()["llada_8b_lora"]
+    assert load_config("llada_8b_lora") == load_config(str(preset)) != Config()
+    for file in ("llada_8b_lora.yaml", "mine.yaml", "mine"):
+        (tmp_path / file).write_text("train: {steps: 3}")
+    for file in ("llada_8b_lora.yaml", "./llada_8b_lora.yaml", "mine.yaml", "mine"):
+        assert load_config(file).train.steps == 3
+    with pytest.raises(
+        UserError, match=f"for the file give --config ./llada_8b_lora.yaml, for the preset --config {preset}"
+    ):
+        load_config("llada_8b_lora")
+    (tmp_path / "llada_8b_lora.yaml").unlink()
+    (tmp_path / "llada_8b_lora.yaml").symlink_to(preset)
+    assert load_config("llada_8b_lora") == load_config(str(preset))
+    for given, message in {
+        "configs/dream_7b_lora.yaml": "there is no such file. The preset of that name is --config dream_7b_lora",
+        "lada_8b_lora": "no preset and no file of that name; did you mean llada_8b_lora?",
+        "zzz": "presets: dream_7b_full, dream_7b_lora,",
+        "configs/zzz.yaml": "cannot read configs/zzz.yaml",
+        "configs/dream_7b_lora": "cannot read configs/dream_7b_lora",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            load_config(given)
+
+
+def test_presets_are_listed_and_printed(ran):
+    listed = ran("presets").out
+    assert [line for line in listed.splitlines() if line[0] != " "] == list(presets())
+    assert "    Fine-tunes the classically pre-trained model of the quickstart by Blockwise SFT.\n" in listed
+    assert all(len(line) <= 100 for line in listed.splitlines()) and "docs/benchmarks.md" not in listed
+    assert ran("presets smollm2_lora").out == presets()["smollm2_lora"].read_text()
+    assert "there is no preset 'smollm'; did you mean smollm2_lora?" in ran("presets smollm", 2).err
