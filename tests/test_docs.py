@@ -1,7 +1,9 @@
 """Checks that what the documentation names exists, and that the numbers in docs/method.md can be computed again."""
 
+import ast
 import dataclasses
 import re
+import shlex
 from collections.abc import Iterator
 from fractions import Fraction
 from math import comb, factorial, log
@@ -9,10 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from jaxblock import cli
 from jaxblock.config.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+# What the site's build makes lies in docs/_reference and docs/_build.
+WRITTEN = [page for page in sorted((ROOT / "docs").rglob("*.md")) if page.relative_to(ROOT / "docs").parts[0][0] != "_"]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *WRITTEN]
 FOLDERS = ("jaxblock", "launch", "configs", "tests", "benchmarks", "docs")
 FILES = {"json", "jsonl", "array_record", "safetensors"}  # `train.jsonl` is no setting
 SECTIONS = {
@@ -53,15 +58,21 @@ def _missing_files(text: str) -> list[str]:
     ]
 
 
+def _headings(text: str) -> set[str]:
+    """Returns the names by which links reach the headings of a page."""
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.*)$", text, re.M)}
+
+
 def _dead_links(page: Path, text: str) -> list[str]:
-    headings = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.*)$", text, re.M)}
-    links = re.findall(r"\]\(([^)]+)\)", text)
-    return [
-        link
-        for link in links
-        if not link.startswith("http")
-        and (link[1:] not in headings if link[0] == "#" else not (page.parent / link).exists())
-    ]
+    dead = []
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        name, _, heading = link.partition("#")
+        target = page.parent / name
+        if not link.startswith("http") and (
+            not target.exists() or (heading and heading not in _headings(target.read_text() if name else text))
+        ):
+            dead.append(link)
+    return dead
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -81,8 +92,56 @@ def test_names_that_do_not_exist_are_seen():
     ]
     text = "`jaxblock/io/` (launch/*.sh, optim/adamw.py), `jaxblock/no/` and launch/no_*.sh, no/adamw.py; a.b/launch/x"
     assert _missing_files(text) == ["jaxblock/no/", "launch/no_*.sh", "no/adamw.py"]
-    text = "# Here\n[a](#here) [b](#there) [c](nothing.md) [d](https://x.y)"
-    assert _dead_links(PAGES[0], text) == ["#there", "nothing.md"]
+    text = "# Here\n[a](#here) [b](#there) [c](nothing.md) [d](https://x.y) [e](README.md#your-data) [f](README.md#nothing)"
+    assert _dead_links(PAGES[0], text) == ["#there", "nothing.md", "README.md#nothing"]
+
+
+def _commands(text: str) -> list[list[str]]:
+    """Returns the words of each `jaxblock` command in the shell snippets of a page, without pipes and redirections."""
+    snippets = "\n".join(re.findall(r"^```sh\n(.*?)^```", text, re.M | re.S)).replace("\\\n", " ")
+    lines = (shlex.split(line, comments=True) for line in snippets.splitlines() if re.match(r"\s*jaxblock ", line))
+    return [line[1 : next((at for at, word in enumerate(line) if word in "><|&&"), None)] for line in lines]
+
+
+def _unreadable(words: list[str]) -> str:
+    """Returns what is wrong with a command; files of settings that only an example has are left out."""
+    verb, *flags = words
+    if verb not in cli.VERBS:
+        return f"{verb}: no verb"
+    names_file = [flag == "--config" and value.endswith(".yaml") for flag, value in zip(flags, flags[1:], strict=False)]
+    skipped = {at + more for at, found in enumerate(names_file) if found for more in (0, 1)}
+    flags = [cli.SHORT_FLAGS.get(verb, {}).get(flag, flag) for at, flag in enumerate(flags) if at not in skipped]
+    try:
+        cli.parse(verb, flags)
+    except SystemExit as ended:
+        return "" if ended.code == 0 else f"{shlex.join(words)}: wrong flags"
+    except cli.UserError as error:
+        return f"{shlex.join(words)}: {error}"
+    return ""
+
+
+def test_commands_in_the_pages_have_flags_that_exist():
+    found = [words for page in PAGES for words in _commands(page.read_text(encoding="utf-8"))]
+    assert len(found) > 25 and [wrong for words in found if (wrong := _unreadable(words))] == []
+    wrong = "```sh\njaxblock train --config llada_8b_lora --train.step 3 > x\njaxblock trian\njaxblock train --config lada_8b_lora\n```"
+    assert all(_unreadable(words) for words in _commands(wrong)) and len(_commands(wrong)) == 3
+
+
+def _texts(tree: ast.AST) -> Iterator[str]:
+    """Yields the texts of a program, with … for what is filled in when it runs."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def test_the_messages_of_the_troubleshooting_page_are_ones_that_are_printed():
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `(.+?)` \|", page, re.M)
+    sources = (file.read_text(encoding="utf-8") for file in (ROOT / "jaxblock").rglob("*.py"))
+    printed = "\0".join(text for source in sources for text in _texts(ast.parse(source)))
+    assert len(listed) > 30 and [message for message in listed if message not in printed] == []
 
 
 def _beta(a: int, b: int) -> Fraction:
