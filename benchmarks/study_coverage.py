@@ -9,7 +9,6 @@ Prints the tables of docs/study/statistics.md.
 from __future__ import annotations
 
 import argparse
-import itertools
 from collections.abc import Callable, Iterator
 from statistics import NormalDist
 
@@ -150,19 +149,23 @@ def main() -> None:
     """Prints all tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--replicates", type=int, default=2000, help="studies simulated for each number")
-    count = parser.parse_args().replicates
+    parser.add_argument("--seeds", type=int, default=8, help="seeds of a study, in the table of differences found")
+    parser.add_argument("--problems", type=int, default=256, help="problems of a study, in that table")
+    args = parser.parse_args()
+    power = {}
+    for name in ("all three", "right or wrong"):
+        found = {
+            effect: found_by_chance(WORLDS[name], args.replicates, args.seeds, args.problems, effect)
+            for effect in (0.03, 0.05, 0.08)
+        }
+        power[name] = {f"{effect:.0%}": shares["both (primary)"] for effect, shares in found.items()}
+    _print_table(f"finds a difference of, {args.seeds} seeds and {args.problems:,} problems", power)
     for seeds in (8, 3):
-        rows = {name: coverage(world, count, seeds) for name, world in WORLDS.items()}
+        rows = {name: coverage(world, args.replicates, seeds) for name, world in WORLDS.items()}
         _print_table(f"coverage, {seeds} seeds", rows)
-    chances = {name: found_by_chance(world, 5 * count) for name, world in WORLDS.items()}
+    chances = {name: found_by_chance(world, 2 * args.replicates) for name, world in WORLDS.items()}
     _print_table("claims anything, no effect", chances)
-    effects, power = (0.03, 0.05, 0.08), {}
-    for world, seeds, problems in itertools.product(("all three", "right or wrong"), (8, 16), (256, 1024)):
-        found = [found_by_chance(WORLDS[world], count, seeds, problems, effect)["both (primary)"] for effect in effects]
-        points = [f"{100 * effect:.0f} points" for effect in effects]
-        power[f"{world}, {seeds} seeds, {problems:,} problems"] = dict(zip(points, found, strict=True))
-    _print_table("finds a difference of", power)
-    crossings = {f"{at:g}": {"coverage": crossover_coverage(count // 4, at)} for at in (0.7, 2.0, 5.0, 20.0)}
+    crossings = {f"{at:g}": {"coverage": crossover_coverage(args.replicates // 4, at)} for at in (0.7, 2.0, 5.0, 20.0)}
     _print_table("true crossover (budgets 1 to 16)", crossings)
 
 

@@ -159,6 +159,19 @@ MUTANTS = [
            "canvas._replace(n_blocks=jnp.where(keep, canvas.n_blocks, 0))",
            "canvas._replace(n_blocks=jnp.where(keep, canvas.n_blocks, canvas.n_blocks))",
            "tests/evaluation/test_runner.py::test_bound_agrees_with_the_interface"),
+    # What a study claims.
+    Mutant("few-seeds-vary-too-little", "jaxblock/study/crossed.py",
+           "np.sqrt(ratio * df / chi_squared)", "np.sqrt(df / chi_squared)",
+           "tests/study/test_statistics.py::test_draws_have_students_spread"),
+    Mutant("students-tails-left-out", "jaxblock/study/crossed.py",
+           "np.sqrt(ratio * df / chi_squared)", "np.sqrt(ratio)",
+           "tests/study/test_statistics.py::test_draws_have_students_spread"),
+    Mutant("the-problems-are-taken-as-given", "jaxblock/study/hypotheses.py",
+           "np.maximum(sign_flip_p(difference.mean(-1)), crossed_p(difference))", "sign_flip_p(difference.mean(-1))",
+           "tests/study/test_statistics.py::test_a_planted_effect_is_found_and_a_planted_null_is_not"),
+    Mutant("the-first-sign-change", "jaxblock/study/crossover.py",
+           "np.where(ours < 0, places, -1).max(-1)", "np.where((ours < 0).any(-1), np.argmax(ours < 0, -1), -1)",
+           "tests/study/test_statistics.py::test_the_last_sign_change_by_hand"),
 ]
 # fmt: on
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Float
 
+from jaxblock.errors import UserError
 from jaxblock.study.cells import Plan, Point, cell_name
 from jaxblock.study.crossed import crossed_bootstrap
 from jaxblock.study.crossover import Crossover, crossover
@@ -106,6 +108,7 @@ def _analysed(name: str, one: Experiment, study: Study, plan: Plan, results: dic
             for decoding in one.decodings
         )
     )
+    _check_problems(name, one, steps, seeds, results)
     curves = {
         (arm, decoding): _curve(arm, decoding, steps[arm], seeds, results)
         for arm in one.arms
@@ -116,6 +119,23 @@ def _analysed(name: str, one: Experiment, study: Study, plan: Plan, results: dic
     if len(seeds) > 1 and len(one.arms) > 1:
         contrasts = [_matching(one, curves)] if one.kind == "grid" else _against_control(one, curves)
     return Analysis(name, one, one.budgets, seeds, curves, contrasts)
+
+
+def _check_problems(
+    name: str, one: Experiment, steps: dict[str, tuple[int, ...]], seeds: tuple[int, ...], results: dict[str, Result]
+) -> None:
+    """Raises UserError where cells of an experiment were scored on other numbers of problems, so that they cannot be paired."""
+    cells: dict[int, str] = {}
+    for arm in one.arms:
+        for seed, at, decoding in itertools.product(seeds, steps[arm], one.decodings):
+            cell, point = cell_name(arm, seed), str(Point(at, decoding))
+            cells.setdefault(results[cell]["scores"][point]["problems"], f"results/{cell}.json, point {point}")
+    if len(cells) > 1:
+        (few, here), (more, there) = sorted(cells.items())[:2]
+        raise UserError(
+            f"experiment {name}: {here} has {few} problems but {there} has {more}, and differences are paired by problem: remove "
+            "the file that does not belong to this study, and run the study again"
+        )
 
 
 def _curve(

@@ -117,7 +117,7 @@ def crossed_bootstrap(
     """Computes the interval of the mean difference for new seeds and new problems, by resampling both.
 
     Args:
-        difference: the paired differences (`jaxblock.study.scores.paired_difference`).
+        difference: the paired differences.
         confidence: the coverage of the interval, in (0, 1).
         resamples: the number of draws.
         seed: the seed of the draws.

@@ -171,6 +171,9 @@ def test_a_planted_effect_is_found_and_a_planted_null_is_not(tmp_path):
     assert "23 of 24 cells" in report.status(plan, made, tmp_path) and not results.is_done(
         plan.cell("classical-s7"), made["classical-s7"]
     )
+    made["classical-s1"]["scores"]["5/own"]["problems"] = 32
+    with pytest.raises(UserError, match=r"steps: results/classical-s1.json, point 5/own has 32 problems but .* has 64"):
+        analysis.analyse(study, plan, made)
 
 
 def test_a_grid_compares_the_matching_block_size_with_the_others_in_each_way_of_decoding():
