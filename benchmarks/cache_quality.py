@@ -16,9 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
-import matplotlib
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
 
 from jaxblock import loading
 from jaxblock.data.store.prepared_folder import open_prepared
@@ -28,9 +26,9 @@ from jaxblock.evaluation.runner import Evaluator
 from jaxblock.evaluation.statistics import mcnemar_p
 from jaxblock.parallel.host_memory import keep_freed_memory
 from jaxblock.parallel.rows import on_mesh_of
+from jaxblock.reporting.plot_style import COLOURS, label_axes, save_png, styled
 
 CACHES: tuple[CacheName, ...] = get_args(CacheName)
-COLOURS = {"none": "#1f6f8b", "prefix": "#d98c1f", "dual": "#a23b52"}
 
 
 class Rule(NamedTuple):
@@ -94,26 +92,21 @@ def table(done: dict[str, Any]) -> str:
 
 def draw(done: dict[str, Any], path: Path, title: str) -> None:
     """Draws Pass@1 against token-forwards: a line for each cache and kind of rule."""
-    matplotlib.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True})
-    figure = Figure(figsize=(7.5, 4.5), constrained_layout=True)
-    axes = figure.subplots()
-    for cache in CACHES:
-        for kind, style in (("threshold", "o-"), ("a step", "s--")):
-            rows = [row for row in done.values() if row["cache"] == cache and kind in row["rule"]]
-            x = [row["token_forwards"] for row in rows]
-            y = [100 * sum(row["correct"]) / len(row["correct"]) for row in rows]
-            error = [[abs(y[i] - 100 * row["interval"][side]) for i, row in enumerate(rows)] for side in (0, 1)]
-            label = f"{cache}, {'threshold rule' if kind == 'threshold' else 'quota'}"
-            axes.errorbar(x, y, error, fmt=style, color=COLOURS[cache], label=label, capsize=2, linewidth=1.2)
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel("token-forwards per problem (log scale)")
-    axes.set_ylabel("Pass@1, %, with 95% interval")
-    axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
-    axes.legend(frameon=False, fontsize=9)
-    figure.savefig(path, dpi=150)
+    with styled():
+        figure = Figure(figsize=(7.5, 4.5))
+        axes = figure.subplots()
+        for cache, colour in zip(CACHES, COLOURS, strict=False):
+            for kind, style in (("threshold", "o-"), ("a step", "s--")):
+                rows = [row for row in done.values() if row["cache"] == cache and kind in row["rule"]]
+                x = [row["token_forwards"] for row in rows]
+                y = [100 * sum(row["correct"]) / len(row["correct"]) for row in rows]
+                error = [[abs(y[i] - 100 * row["interval"][side]) for i, row in enumerate(rows)] for side in (0, 1)]
+                label = f"cache {cache}, {'threshold rule' if kind == 'threshold' else 'quota'}"
+                axes.errorbar(x, y, error, fmt=style, color=colour, label=label, capsize=2, linewidth=1.2)
+        label_axes(axes, "token-forwards per problem", "Pass@1 in %, with 95% interval", log_x=True)
+        axes.set_title(title)
+        axes.legend()
+        save_png(figure, path)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

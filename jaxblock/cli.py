@@ -22,7 +22,7 @@ import tyro
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
 
 import jaxblock
-from jaxblock.commands import decode, evaluate, export, inspect, plan, prepare, presets, quickstart, study, train
+from jaxblock.commands import decode, evaluate, export, inspect, plan, prepare, presets, quickstart, report, study, train
 from jaxblock.config.checks import check_config
 from jaxblock.config.config import Config
 from jaxblock.config.recorded import read_block
@@ -59,6 +59,7 @@ VERBS: dict[str, Command[Any]] = {
     "evaluate": Command(evaluate.Options, evaluate.run),
     "export": Command(export.Options, export.run),
     "plan": Command(plan.Options, plan.run),
+    "report": Command(report.Options, report.run),
     "study": Command(study.Options, study.run),
     "presets": Command(presets.Options, presets.run),
     "quickstart": Command(quickstart.Options, quickstart.run),

@@ -29,6 +29,8 @@ from jaxblock.huggingface import companions
 from jaxblock.training.checkpoints import run_folder
 
 ROOT = Path(__file__).parents[1]
+POSITIONAL = ("prompts", "preset", "run")
+"""The fields that are given without a flag."""
 
 
 def _flags(options: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
@@ -46,7 +48,7 @@ def _flags(options: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
             value = field.default_factory()
         if is_dataclass(value):
             yield from _flags(value, f"{prefix}{field.name}.")
-        elif field.name not in ("prompts", "preset"):
+        elif field.name not in POSITIONAL:
             yield f"--{prefix}{field.name}", value, said[field.name]
 
 
@@ -75,7 +77,7 @@ def test_short_help_shows_the_common_fields(verb, capsys):
     common = {f"{name}.{field}" for name in sections for field in getattr(Config(), name).common(verb)}
     shown = set(re.findall(r"(?m)^[^-\w]*--(\w+(?:\.\w+)?)", told)) - {"help", "checkpoint"}
     assert common == {name for name in shown if "." in name}
-    assert names - sections - {"checkpoint", "prompts", "preset"} <= shown and ("--help-all" in told) == bool(sections)
+    assert names - sections - {"checkpoint", *POSITIONAL} <= shown and ("--help-all" in told) == bool(sections)
 
 
 def test_overview_names_every_verb_and_does_not_wait_for_jax(ran):
@@ -130,6 +132,9 @@ decode --checkpoint {run} 1+1? --html {new} --candidates 0 | candidates is 0
 decode --checkpoint {run} 'a <|mdm_mask|>' | prompt 1: the user's text contains the special token
 decode --checkpoint {run} 1+1? {long} | prompt 2 has
 decode --checkpoint {run} 1+1? --decode.block 5 | set block to 4 or response_len to 20
+report {folder} | {folder} is not the folder of a training run
+report {run} --out {file} | {file} exists already
+report {run} --out {new} --evaluations {folder} | {folder} holds no summary.json
 evaluate --checkpoint {run} --out {folder} | so it is not replaced
 evaluate --checkpoint {run} --out {new} --evaluate.compare {file} | {file}:1: not JSON
 evaluate --checkpoint {run} --out {new} --canvas.prompt_len 8 | canvas.prompt_len is 8

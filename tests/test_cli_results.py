@@ -109,6 +109,17 @@ def test_evaluate_writes_summary_and_problems(scored, tiny_run):
     assert all(wanted < set(problem) for problem in problems)
 
 
+def test_a_report_holds_the_run_and_its_evaluation(scored, tiny_run, tmp_path, ran):
+    page = tmp_path / "new" / "report.html"
+    assert str(page) in ran(f"report {tiny_run} --out {page} --evaluations {scored}").err
+    text = page.read_text(encoding="utf-8")
+    score = json.loads((scored / "summary.json").read_text())["pass_at_1"]
+    assert f"({score['correct']} of {score['n']})" in text and 'class="own"' in text
+    assert "120 of 120" in text and '<th scope="row">canvas.block</th><td>4</td>' in text
+    data = json.loads(text.split('id="data">')[1].split("</script>")[0])
+    assert {"loss", "grad_norm", "lr"} <= {panel["key"] for panel in data["panels"]}
+
+
 def test_a_run_compared_with_itself(scored, tiny_run, tmp_path, ran):
     again, file = tmp_path / "again", scored / "problems.jsonl"
     again.mkdir()

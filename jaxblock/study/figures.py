@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from jaxblock.reporting.plot_style import COLOURS, styled
 from jaxblock.study.statistics import t_interval
 
 if TYPE_CHECKING:
@@ -20,14 +21,13 @@ _UNITS = {
     "masked_tokens": "masked tokens with loss, in steps of {0}",
     "block_positions": "positions of active blocks, in steps of {0}",
 }
-_COLOURS = ("#1b6ca8", "#c8553d", "#3a7d44", "#7d5ba6", "#b08900", "#4d4d4d")
 
 
 def draw(analysis: Analysis) -> str:
     """Returns the picture of an experiment as the text of an SVG element."""
     import matplotlib as mpl
 
-    with mpl.rc_context({"svg.hashsalt": "jaxblock", "font.size": 9.0}):
+    with styled(), mpl.rc_context({"svg.hashsalt": "jaxblock", "font.size": 9.0}):
         figure = _grid(analysis) if analysis.experiment.kind == "grid" else _curves(analysis)
         FigureCanvasSVG(figure)
         text = io.StringIO()
@@ -44,12 +44,12 @@ def _curves(analysis: Analysis) -> Figure:
     axes = figure.subplots(1, 3)
     for at, arm in enumerate(one.arms):
         curve = analysis.curves[arm, one.decodings[0]]
-        _with_intervals(axes[0], one.budgets, 100 * curve.solved.mean(-1), arm, _COLOURS[at % len(_COLOURS)])
-        _with_intervals(axes[1], one.budgets, curve.nelbo, arm, _COLOURS[at % len(_COLOURS)])
+        _with_intervals(axes[0], one.budgets, 100 * curve.solved.mean(-1), arm, COLOURS[at % len(COLOURS)])
+        _with_intervals(axes[1], one.budgets, curve.nelbo, arm, COLOURS[at % len(COLOURS)])
     for at, contrast in enumerate(analysis.contrasts):
         mean = [100 * found.estimate for found in contrast.crossed]
         bars = np.array([[100 * (f.estimate - f.low), 100 * (f.high - f.estimate)] for f in contrast.crossed]).T
-        colour = _COLOURS[at % len(_COLOURS)]
+        colour = COLOURS[at % len(COLOURS)]
         axes[2].errorbar(
             one.budgets, mean, yerr=bars, color=colour, marker="o", ms=3, capsize=2, lw=1, label=contrast.says
         )
@@ -64,8 +64,7 @@ def _curves(analysis: Analysis) -> Figure:
             axis.set_xticks(one.budgets, [f"{budget:,}" for budget in one.budgets])
             axis.minorticks_off()
         if axis.get_legend_handles_labels()[0]:
-            axis.legend(frameon=False, fontsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
+            axis.legend(fontsize=8)
     return figure
 
 
@@ -84,6 +83,7 @@ def _grid(analysis: Analysis) -> Figure:
     rates = np.array([[100 * analysis.curves[arm, d].solved.mean() for d in one.decodings] for arm in one.arms])
     figure = Figure(figsize=(5, 4), layout="constrained")
     axis = figure.subplots()
+    axis.grid(False)
     image = axis.imshow(rates, cmap="viridis")
     figure.colorbar(image, label="Pass@1 (%)")
     for i in range(len(one.arms)):

@@ -10,7 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from jaxblock.reporting import curves, plots
+from jaxblock.reporting import curves, panels, plots
 from jaxblock.reporting.describe import visible_text
 from jaxblock.reporting.watch import Watch
 from jaxblock.training.observe import metrics
@@ -78,7 +78,7 @@ def evaluation(step: int, correct: int) -> dict[str, Any]:
 RUNS = {
     "full": [evaluation(0, 1)]
     + [train(s, loss_by_block=[[2.0, 1.0]] * 4, loss_by_count=[[1.0, 2.0]] * 8) for s in range(1, 40)]
-    + [evaluation(40, 7)],
+    + [evaluation(40, 7), evaluation(50, 6)],
     "one step": [train(1, loss_by_block=[[0.0, 0.0]], loss_by_count=[[0.0, 0.0]]), evaluation(1, 0)],
     "diverged": [train(s, loss=float("nan"), grad_norm=float("inf")) for s in (1, 2)],
     "empty": [],
@@ -101,22 +101,26 @@ def test_pictures_of_full_short_and_empty_runs(tmp_path, name):
 def test_what_is_drawn_is_what_was_logged(tmp_path):
     full, one = (metrics.read_metrics(write(tmp_path / "m.jsonl", name)) for name in ("full", "one step"))
     axes = [Figure().subplots() for _ in range(5)]
-    curves.draw_pass_at_1(axes[0], full)
-    assert np.asarray(axes[0].get_lines()[0].get_ydata()).tolist() == [1 / 8, 7 / 8]
+    curves.draw_panel(axes[0], panels.PANELS["pass_at_1"](full))
+    assert np.asarray(axes[0].get_lines()[0].get_ydata()).tolist() == [1 / 8, 7 / 8, 6 / 8]
     bars = axes[0].containers[0].lines[2][0].get_segments()
-    assert np.allclose(np.stack(bars)[:, :, 1], [[0.1, 0.9]] * 2)
-    curves.draw_breakdown(axes[1], full, "loss_by_count")
+    assert np.allclose(np.stack(bars)[:, :, 1], [[0.1, 0.9]] * 3)
+    assert axes[0].get_ylabel() == "share of problems solved, linear scale"
+    curves.draw_panel(axes[1], panels.PANELS["loss_by_count"](full))
     line = np.asarray(axes[1].get_lines()[0].get_xydata())
     assert line.tolist() == [[count, 0.5] for count in range(1, 9)]  # masked counts start at 1
-    for at, run, drawn, words in ((2, one, 0, "there is only one block index"), (3, full, 2, "")):
-        curves.draw_breakdown(axes[at], run, "loss_by_block")
-        assert len(axes[at].get_lines()) == drawn and all(words in text.get_text() for text in axes[at].texts)
+    # Of fewer points than make a curve, the values are written.
+    curves.draw_panel(axes[2], panels.PANELS["loss_by_block"](one))
+    curves.draw_panel(axes[3], panels.PANELS["pass_at_1"](one))
+    assert not axes[2].get_lines() and not axes[3].get_lines()
+    assert axes[2].texts[0].get_text().startswith("there is only one block index")
+    assert axes[3].texts[0].get_text() == "step 1: 0.0% [10.0%, 90.0%]"
     wide = [train(step, loss=10.0 ** (3 - step)) for step in range(5)]
-    curves.draw_loss(axes[4], metrics.Metrics(wide, []))
-    assert axes[4].get_yscale() == "log" and axes[4].get_ylabel().endswith(", logarithmic")
+    curves.draw_panel(axes[4], panels.PANELS["loss"](metrics.Metrics(wide, [])))
+    assert axes[4].get_yscale() == "log" and axes[4].get_ylabel().endswith("nats, log scale")
 
 
 def test_smoothing_keeps_constants_and_means():
-    assert curves.smoothed(np.full(7, 3.0), 5).tolist() == [3.0] * 7
-    assert curves.smoothed(np.array([0.0, 3.0, 6.0]), 3).tolist() == [0.0, 3.0, 6.0]
-    assert curves.smoothed(np.array([0.0, 9.0, 0.0]), 3)[1] == 3.0
+    assert panels.smoothed(np.full(7, 3.0), 5).tolist() == [3.0] * 7
+    assert panels.smoothed(np.array([0.0, 3.0, 6.0]), 3).tolist() == [0.0, 3.0, 6.0]
+    assert panels.smoothed(np.array([0.0, 9.0, 0.0]), 3)[1] == 3.0
