@@ -72,6 +72,14 @@ MUTANTS = [
     Mutant("window-cut-off", "jaxblock/diffusion/canvas.py",
            "max(visible[k] for k in group)", "min(visible[k] for k in group)",
            "tests/diffusion/test_cache.py::test_positions_past_the_window_are_not_computed"),
+    # Pages.
+    Mutant("beliefs-of-the-last-step", "jaxblock/diffusion/decoding/beliefs.py",
+           "lambda old, new: pick(chosen, new.astype(old.dtype), old), beliefs, found)",
+           "lambda old, new: new.astype(old.dtype), beliefs, found)",
+           "tests/test_api.py::test_a_trace_holds_what_the_network_believed_when_it_committed[options0]"),
+    Mutant("text-ends-the-script", "jaxblock/reporting/page.py",
+           r'text.replace("<", "\\u003c")', "text",
+           "tests/reporting/test_trace_page.py::test_the_page_is_whole_and_needs_nothing_else"),
     # Data.
     Mutant("prompt-no-prefix", "jaxblock/data/tokens/encoding.py",
            "if ids[: len(prompt_ids)] == prompt_ids:", "if prompt_ids:",

@@ -88,6 +88,7 @@ def test_long_lines_are_thinned_to_means_with_their_range(runs):
     assert (thin.low[1], thin.high[1]) == (line.y[5], line.y[3]) and thin.y[-1] == line.y[-1]
 
 
+@pytest.mark.slow
 def test_a_browser_reads_the_curves(runs, tmp_path):
     (tmp_path / "report.html").write_text(page_of(runs), encoding="utf-8")
     with started() as browser:

@@ -52,6 +52,7 @@ def test_the_page_is_whole_and_needs_nothing_else(page):
     assert data["columns"][1]["settings"] == "rule low_confidence, 8 positions in blocks of 4, temperature 0.5"
 
 
+@pytest.mark.slow
 def test_a_browser_plays_it(page, tmp_path):
     (tmp_path / "trace.html").write_text(page, encoding="utf-8")
     with started() as browser:
