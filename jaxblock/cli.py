@@ -22,7 +22,19 @@ import tyro
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
 
 import jaxblock
-from jaxblock.commands import decode, evaluate, export, inspect, plan, prepare, presets, quickstart, report, study, train
+from jaxblock.commands import (
+    decode,
+    evaluate,
+    export,
+    inspect,
+    plan,
+    prepare,
+    presets,
+    quickstart,
+    report,
+    study,
+    train,
+)
 from jaxblock.config.checks import check_config
 from jaxblock.config.config import Config
 from jaxblock.config.recorded import read_block
