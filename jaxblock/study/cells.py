@@ -142,7 +142,8 @@ def run_config(study: Study, cell: Cell, folder: str) -> Config:
         cell: the cell.
         folder: the study's folder, which holds `prepared/` and `runs/`.
     """
-    config = data_config(study, cell.arm, folder)
+    config = study.config(cell.arm)
+    data = data_config(study, study.arms[cell.arm].task, folder).data
     kept = tuple(sorted({point.steps for point in cell.points}))
     train = replace(
         config.train,
@@ -158,12 +159,12 @@ def run_config(study: Study, cell: Cell, folder: str) -> Config:
         resume="restart",
     )
     model = config.model if cell.start is None else replace(config.model, init_from=f"{folder}/runs/{cell.start}")
-    return check_config(replace(config, train=train, model=model))
+    return check_config(replace(config, data=data, train=train, model=model))
 
 
-def data_config(study: Study, arm: str, folder: str) -> Config:
-    """Returns the settings of an arm with the places of its prepared data, and of its tokenizer where another task trains that."""
-    config, task = study.config(arm), study.arms[arm].task
+def data_config(study: Study, task: str, folder: str) -> Config:
+    """Returns the settings of a task with the places of its prepared data, and of its tokenizer where another task trains that."""
+    config = config_from_tree(merged(study.common, study.tasks[task]), f"task {task}")
     data = replace(config.data, prepared=f"{folder}/prepared/{task}-{_how_prepared(study, task)}")
     other = tokenizer_of(study, task)
     if other is not None:

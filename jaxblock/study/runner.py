@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from jaxblock.config.checks import check_config
@@ -51,9 +51,9 @@ def prepare_study(spec: str, folder: str, verbs: Verbs, say: Say) -> tuple[Study
         for decoding in study.decodings:
             study.config(arm, decoding)
     with only_writer(f"{folder}/prepared", say):
-        configs = {one.data.prepared: one for one in (data_config(study, arm, folder) for arm in study.arms)}
+        configs = [data_config(study, task, folder) for task in study.tasks]
         # Tasks that train a tokenizer come before those that use it.
-        for config in sorted(configs.values(), key=lambda one: one.data.tokenizer != "train"):
+        for config in sorted(configs, key=lambda one: one.data.tokenizer != "train"):
             if not (as_path(config.data.prepared) / "manifest.json").exists():
                 say(f"preparing {config.data.prepared}")
                 verbs.prepare(check_config(config, ("data", "canvas")))
@@ -76,7 +76,7 @@ def _architecture(study: Study, arm: str, folder: str) -> Architecture:
     first = arm
     while (start := study.arms[first].start) is not None:
         first = start
-    config = data_config(study, first, folder)
+    config = replace(study.config(first), data=data_config(study, study.arms[first].task, folder).data)
     return architecture(config, open_prepared(config.data.prepared), None)
 
 

@@ -66,6 +66,19 @@ class Arm:
 
 
 @dataclass(frozen=True)
+class Decoding:
+    """Describes a way of scoring a checkpoint.
+
+    Attributes:
+        task: the task whose problems are solved; None for the one that the arm was trained on.
+        sections: settings of the sections `canvas`, `decode` and `evaluate`, which replace those of the arm.
+    """
+
+    task: str | None
+    sections: Tree
+
+
+@dataclass(frozen=True)
 class Scoring:
     """Says what the checkpoints are scored on.
 
@@ -91,7 +104,7 @@ class Study:
         tasks: settings of the data and the canvas of each task. `data.tokenizer` may be `task:NAME`, the tokenizer that is
             trained on the text of another task.
         arms: the ways of training.
-        decodings: settings of each way of decoding: of the sections `canvas`, `decode` and `evaluate`.
+        decodings: the ways of decoding.
         experiments: the comparisons, in the order of the report; what an earlier one needs is computed first.
         scoring: what the checkpoints are scored on.
     """
@@ -101,7 +114,7 @@ class Study:
     common: Tree
     tasks: dict[str, Tree]
     arms: dict[str, Arm]
-    decodings: dict[str, Tree]
+    decodings: dict[str, Decoding]
     experiments: dict[str, Experiment]
     scoring: Scoring
 
@@ -112,7 +125,7 @@ class Study:
 
     def config(self, arm: str, decoding: str | None = None) -> Config:
         """Returns the settings of an arm's runs, as they are scored by a way of decoding where one is given."""
-        tree = merged(self.settings(arm), self.decodings[decoding] if decoding else {})
+        tree = merged(self.settings(arm), self.decodings[decoding].sections if decoding else {})
         return config_from_tree(tree, f"arm {arm}" + (f", decoding {decoding}" if decoding else ""))
 
 
@@ -158,10 +171,7 @@ def study_from_tree(tree: Any, where: str) -> Study:
         common=_sections(tree.get("common") or {}, where, "common"),
         tasks={name: _sections(one, where, f"tasks.{name}") for name, one in named["tasks"].items()},
         arms={name: _arm(one, where, f"arms.{name}") for name, one in named["arms"].items()},
-        decodings={
-            name: _sections(one or {}, where, f"decodings.{name}", _SCORED_BY)
-            for name, one in named["decodings"].items()
-        },
+        decodings={name: _decoding(one or {}, where, f"decodings.{name}") for name, one in named["decodings"].items()},
         experiments={
             name: build_from_tree(
                 Experiment, {"title": name, **_mapping(one, where, name)}, where, f"experiments.{name}."
@@ -220,6 +230,12 @@ def _arm(value: Any, where: str, name: str) -> Arm:
     return Arm(str(task), None if start is None else str(start), steps, _sections(tree, where, name))
 
 
+def _decoding(value: Any, where: str, name: str) -> Decoding:
+    tree = _mapping(value, where, name)
+    task = tree.pop("task", None)
+    return Decoding(None if task is None else str(task), _sections(tree, where, name, _SCORED_BY))
+
+
 def _nearest(name: str, known: Collection[str]) -> str:
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(known)}"
@@ -242,6 +258,9 @@ def _check(study: Study, where: str) -> None:
             seen.append(start)
         if arm.start is not None and study.arms[arm.start].steps is None:
             raise UserError(f"{where}: arms.{arm.start}.steps is missing: {name} starts where this arm ends")
+    for name, decoding in study.decodings.items():
+        if decoding.task is not None:
+            known(decoding.task, study.tasks, f"decodings.{name}.task")
     for task in study.tasks:
         other = tokenizer_of(study, task)
         if other is not None:
@@ -250,14 +269,17 @@ def _check(study: Study, where: str) -> None:
                 raise UserError(
                     f"{where}: tasks.{task}.data.tokenizer names task {other}, which trains none: name one that does"
                 )
-    for task in study.tasks.keys() - {arm.task for arm in study.arms.values()}:
-        raise UserError(f"{where}: no arm is trained on task {task}: leave it out, or name it as the task of an arm")
+    used = {arm.task for arm in study.arms.values()} | {decoding.task for decoding in study.decodings.values()}
+    for task in study.tasks.keys() - used:
+        raise UserError(
+            f"{where}: no arm is trained or scored on task {task}: leave it out, or name it as the task of an arm"
+        )
     for name, one in study.experiments.items():
         place = f"experiments.{name}"
         for of in one.arms:
             known(of, study.arms, f"{place}.arms")
-        for decoding in one.decodings:
-            known(decoding, study.decodings, f"{place}.decodings")
+        for way in one.decodings:
+            known(way, study.decodings, f"{place}.decodings")
         known(one.reference or one.arms[0], one.arms, f"{place}.reference")
         if min(one.budgets) < 1 or list(one.budgets) != sorted(set(one.budgets)):
             raise UserError(

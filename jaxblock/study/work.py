@@ -18,7 +18,7 @@ from jaxblock.config.yaml import to_tree
 from jaxblock.errors import UserError
 from jaxblock.io.files import read_json
 from jaxblock.io.paths import as_path
-from jaxblock.study.cells import Cell, Point, fingerprint, run_config
+from jaxblock.study.cells import Cell, Point, data_config, fingerprint, run_config
 from jaxblock.study.results import RESULTS, Result, missing_points, score_of, write_result
 from jaxblock.study.spec import Study
 
@@ -103,9 +103,9 @@ def _score(study: Study, cell: Cell, config: Config, folder: str, point: Point, 
         nelbo=scoring.nelbo_rows > 0,
         nelbo_rows=scoring.nelbo_rows or None,
     )
-    settings = check_config(
-        replace(chosen, data=config.data, evaluate=evaluate), ("data", "canvas", "decode", "evaluate")
-    )
+    other = study.decodings[point.decoding].task
+    data = config.data if other is None else data_config(study, other, folder).data
+    settings = check_config(replace(chosen, data=data, evaluate=evaluate), ("data", "canvas", "decode", "evaluate"))
     out = as_path(folder) / "work" / f"{cell.name}-{point.steps}-{point.decoding}"
     if out.exists():
         shutil.rmtree(out)  # of a cell that was stopped
