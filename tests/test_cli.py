@@ -29,7 +29,7 @@ from jaxblock.huggingface import companions
 from jaxblock.training.checkpoints import run_folder
 
 ROOT = Path(__file__).parents[1]
-POSITIONAL = ("prompts", "preset", "run")
+POSITIONAL = ("prompts", "preset", "run", "action", "target")
 """The fields that are given without a flag."""
 
 
