@@ -222,7 +222,7 @@ def _load_run(
         raise UserError(f"{folder} holds no adapters: leave out base and quantize")
     quantize = "none" if run.base is None else quantize or model.quantize
     devices = _all_devices(run.arch, run.config.train) if mesh == "all" else mesh
-    params, _ = load_run_params(
+    params, found = load_run_params(
         run, devices, dtype, step=step, base=None if base is None else str(base), quantize=quantize
     )
     net = dataclasses.replace(build.network(run.arch, model, run.config.lora), quantize=quantize)
@@ -232,4 +232,5 @@ def _load_run(
         **_fields(text_of_run(run)),
         origin=str(folder),
         base=None if run.base is None else str(base or model.init_from),
+        step=found,
     )

@@ -9,6 +9,8 @@ import contextlib
 import dataclasses
 import functools
 import os
+import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -19,6 +21,8 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from jaxblock import streaming
+from jaxblock.cards.make import Export, card_text, default_name
+from jaxblock.cards.use import Form
 from jaxblock.config.recorded import KEY, to_block
 from jaxblock.config.yaml import with_fields
 from jaxblock.data.loader import pad_ids
@@ -43,6 +47,7 @@ from jaxblock.huggingface.companions import Trained
 from jaxblock.huggingface.load import read_architecture
 from jaxblock.huggingface.save import MARKER, save_checkpoint, verify_checkpoint
 from jaxblock.inference import decode_many
+from jaxblock.io import hub_upload
 from jaxblock.io.hub import local_checkpoint
 from jaxblock.io.paths import PathLike, as_path
 from jaxblock.io.remote import local_folder
@@ -51,6 +56,7 @@ from jaxblock.models.linear import lora
 from jaxblock.models.transformer import Transformer
 from jaxblock.parallel import processes, rules
 from jaxblock.parallel.rows import mesh_of, run_on_mesh_of, spans_processes, split_filled_rows
+from jaxblock.training.base_identity import weights_fingerprint
 from jaxblock.training.checkpoints import run_folder
 from jaxblock.training.stored_text import record_text, template_for_others
 from jaxblock.types import Params
@@ -113,6 +119,7 @@ class Model:
         encoder: the tokenizer with its chat template; None where the folder lacks one of them.
         origin: the folder that the model was loaded from; None where it was not loaded.
         base: the folder of the frozen weights that adapters belong to; None without adapters.
+        step: the step of the run's checkpoint that the weights are of; None where they are from no run.
         recorded: whether canvas, decoder's options and encoder are those that the network was trained for; a saved copy then
             records them.
     """
@@ -127,6 +134,7 @@ class Model:
     origin: str | None = None
     base: str | None = None
     recorded: bool = False
+    step: int | None = None
 
     def __repr__(self) -> str:
         """Returns three lines: the network and its weights, the canvas and how it decodes, and where it is from."""
@@ -443,34 +451,54 @@ class Model:
         value, error = jax.device_get(self._run(_nelbo_per_row, static, self.params, jax.random.key(seed), *parts))
         return value[: len(rows)], error[: len(rows)]
 
-    def save(self, folder: PathLike, dtype: DTypeLike | None = None, *, overwrite: bool = False) -> float:
+    def save(
+        self,
+        folder: PathLike,
+        dtype: DTypeLike | None = None,
+        *,
+        overwrite: bool = False,
+        name: str | None = None,
+        scores: Sequence[PathLike] = (),
+    ) -> float:
         """Writes a Hugging Face folder, reads it back and compares logits; adapters are merged into their base.
 
         Args:
             folder: the folder to make.
             dtype: the type of the tensors; None keeps each tensor's own.
             overwrite: whether an existing export is replaced, once the new one is whole and right.
+            name: the name that the model card gives to the model, such as that of its repository on the hub; None for the folder's.
+            scores: the folders of evaluations whose scores the model card has; with none, those beside the run are looked for.
 
         Returns:
             The largest difference between any logit before saving and after (0 where the type is kept).
 
         Raises:
-            UserError: the base is int8, the folder exists, cannot be written or is written by another process, or the logits
-                differ; nothing is left then.
+            UserError: the base is int8, the folder exists, cannot be written or is written by another process, an evaluation
+                is of other weights, or the logits differ; nothing is left then.
         """
         merged = self.merged()
+        card = self._card(folder, "merged", merged.params, name, scores, dtype)
         together = spans_processes(merged.params)
         with self._place(folder, MARKER, overwrite=overwrite, together=together) as place:
-            save_checkpoint(place, self.arch, merged.params, **self._companions(), dtype=dtype)
+            save_checkpoint(place, self.arch, merged.params, **self._companions(), card=card, dtype=dtype)
             with kept_if_right(place, MARKER, together=together):
                 return verify_checkpoint(place, merged.net, merged.params, self._probe())
 
-    def save_adapter(self, folder: PathLike, *, overwrite: bool = False) -> float:
+    def save_adapter(
+        self,
+        folder: PathLike,
+        *,
+        overwrite: bool = False,
+        name: str | None = None,
+        scores: Sequence[PathLike] = (),
+    ) -> float:
         """Writes only the adapters, in PEFT's format, reads them back and compares logits.
 
         Args:
             folder: the folder to make.
             overwrite: whether an existing export of adapters is replaced, once the new one is whole and right.
+            name: the name that the model card gives to the model; None for the folder's.
+            scores: the folders of evaluations whose scores the model card has; with none, those beside the run are looked for.
 
         Returns:
             The largest difference of any logit: 0.
@@ -482,6 +510,7 @@ class Model:
         if self.net.lora is None:
             raise UserError(f"{self.origin} holds no adapters: save it whole")
         adapters, base = self.params[lora.KEY], self.base
+        card = self._card(folder, "adapter", adapters, name, scores)
         if base is not None and run_folder.is_run(base):
             base = None  # PEFT cannot load a run: the user must export the base and name that export
         elif base is not None:
@@ -492,11 +521,87 @@ class Model:
         with self._place(folder, peft.CONFIG, overwrite=overwrite, together=together) as place:
             if not together or jax.process_index() == 0:
                 kept = {name: value for name, value in self._companions().items() if name != "origin"}
-                peft.save_adapter(place, self.arch, self.net.lora, adapters, base=base, **kept)
+                peft.save_adapter(place, self.arch, self.net.lora, adapters, base=base, card=card, **kept)
             if together:
                 processes.wait(f"{folder} is written")
             with kept_if_right(place, peft.CONFIG, together=together):
                 return self._verify_adapter(place)
+
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        private: bool = True,
+        adapter: bool = False,
+        dtype: DTypeLike | None = None,
+        overwrite: bool = False,
+        scores: Sequence[PathLike] = (),
+    ) -> str:
+        """Exports to a temporary folder, reads that back, and uploads it to the Hugging Face hub.
+
+        Where an upload was interrupted, the same call goes on: what has arrived is not sent again.
+
+        Args:
+            repository: the name on the hub, ``org/name``; the repository is made where it does not exist.
+            private: whether it is made as a private one; a public one is refused then.
+            adapter: whether the adapters alone are exported, in PEFT's format, and not the whole network.
+            dtype: the type of the whole network's tensors; None keeps each tensor's own.
+            overwrite: whether an earlier export in the repository is replaced.
+            scores: the folders of evaluations whose scores the model card has; with none, those beside the run are looked for.
+
+        Returns:
+            The address of the repository's page.
+
+        Raises:
+            UserError: as ``save`` and ``save_adapter``; or the name is no ``org/name``, there is no token or no network, or the
+                repository holds other files.
+        """
+        if adapter and dtype is not None:
+            raise UserError("adapters alone keep float32: leave out dtype")
+        if spans_processes(self.params):
+            raise UserError(
+                "several processes hold the weights: save them to a shared folder, and push that by `jaxblock export`"
+            )
+        hub_upload.find_repository(repository, private=private, overwrite=overwrite)
+        with tempfile.TemporaryDirectory(prefix="jaxblock-") as place:
+            folder = os.path.join(place, "export")
+            if adapter:
+                self.save_adapter(folder, name=repository, scores=scores)
+            else:
+                self.save(folder, dtype, name=repository, scores=scores)
+            return hub_upload.push_folder(folder, repository, private=private, overwrite=overwrite, say=warnings.warn)
+
+    def weights_fingerprint(self) -> str | None:
+        """Returns a hash by which an evaluation of these weights is known again; None where they cannot be told from others."""
+        if self.origin is None or self.origin == self.base:  # the latter: adapters without a tokenizer beside them
+            return None
+        return weights_fingerprint(self.origin, self.step)
+
+    def _card(
+        self,
+        folder: PathLike,
+        form: Form,
+        params: Params,
+        name: str | None,
+        scores: Sequence[PathLike],
+        dtype: DTypeLike | None = None,
+    ) -> str:
+        """Returns the text of the model card of an export of these parameters."""
+        leaves = jax.tree.leaves(params)
+        kinds = {str(leaf.dtype) for leaf in leaves} if dtype is None else {str(jnp.dtype(dtype))}
+        export = Export(
+            name=name or default_name(folder),
+            form=form,
+            arch=self.arch,
+            numbers=sum(leaf.size for leaf in leaves),
+            dtype=" and ".join(sorted(kinds)),
+            origin=self.origin,
+            step=self.step,
+            base=self.base,
+            weights=self.weights_fingerprint(),
+            tokenizer=None if self.tokenizer is None else self.tokenizer.main_file()[0],
+        )
+        return card_text(export, scores)
 
     @contextlib.contextmanager
     def _place(self, folder: PathLike, marker: str, *, overwrite: bool, together: bool) -> Iterator[PathLike]:

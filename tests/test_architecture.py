@@ -38,7 +38,8 @@ training      types errors settings io diffusion parallel models config data hug
 build         types settings diffusion models config training
 fit           errors io diffusion parallel models config data huggingface training build
 streaming     types settings diffusion parallel models data
-model         types errors settings io diffusion parallel models config data huggingface inference streaming training
+cards         errors io models config data training
+model         types errors settings io diffusion parallel models config data huggingface inference streaming training cards
 loading       errors settings io parallel models data huggingface training build model
 reporting     types errors settings io diffusion streaming training
 study         types errors settings io diffusion models config data evaluation training reporting
@@ -55,7 +56,7 @@ room may read it, since it imports nothing but the vocabulary."""
 JOINERS = {"commands": "a verb brings together whatever it needs; nothing but cli.py imports it"}
 """The rooms and modules that may join any others, and why. Even they make no circle."""
 
-NO_FILES = {"io", "data", "huggingface", "evaluation", "reporting", "model", "loading", "cli", "commands"}
+NO_FILES = {"io", "data", "huggingface", "evaluation", "reporting", "cards", "model", "loading", "cli", "commands"}
 """Rooms that the method, the network and the train step must not reach, however indirectly."""
 
 PURE = ("diffusion", "models", "parallel", "training.step")

@@ -96,6 +96,8 @@ def test_evaluate_writes_summary_and_problems(scored, tiny_run):
         _rows((scored / "problems.jsonl").read_text()),
     )
     assert summary["checkpoint"] == str(tiny_run) and summary["grader"] == "gsm8k_strict"
+    assert (summary["step"], summary["weights"]) == (120, jaxblock.load(tiny_run).weights_fingerprint())
+    assert summary["source"].endswith("test.jsonl")
     assert [problem["index"] for problem in problems] == list(range(15))
     right, spent = (sum(problem[name] for problem in problems) for name in ("correct", "nfe"))
     assert (summary["pass_at_1"]["correct"], summary["pass_at_1"]["n"]) == (right, 15)

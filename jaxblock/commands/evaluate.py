@@ -90,8 +90,7 @@ def run(options: Options, config: Config) -> int:
         bound = evaluator.estimate_nelbo(model.params, records[: settings.nelbo_rows]) if settings.nelbo else None
     if process > 0:  # one process speaks for all
         return 0
-    dropped = sum(prepared.manifest.splits[settings.split]["dropped"].values())
-    result = summarise_evaluation(solved, bound, _about(options, config, grader, count, dropped))
+    result = summarise_evaluation(solved, bound, _about(options, config, model, prepared, grader, count))
     with new_folder(options.out, marker="summary.json", overwrite=options.overwrite) as folder:
         (folder / "problems.jsonl").write_text(format_problems(solved.rows), encoding="utf-8")
         if settings.compare:
@@ -99,7 +98,7 @@ def run(options: Options, config: Config) -> int:
             result["compared_with"] = {"file": settings.compare, **test._asdict()}
         (folder / "summary.json").write_text(json.dumps(result, indent=1) + "\n")
     _print_summary(options, solved, bound, settings.grader, time.perf_counter() - begin)
-    if dropped:
+    if dropped := result["dropped_in_preparation"]:
         print(
             f"  note: {dropped:,} {settings.split} records were dropped in preparation and are not among the problems"
         )
@@ -147,15 +146,21 @@ def _check_comparable(path: str, records: Sequence[Record], grader: Grader) -> N
             raise UserError(f"evaluate.compare: {problem.where} asks another question than this data's problem {at}")
 
 
-def _about(options: Options, config: Config, grader: Grader, count: int, dropped: int) -> dict[str, object]:
+def _about(
+    options: Options, config: Config, model: Model, prepared: Prepared, grader: Grader, count: int
+) -> dict[str, object]:
     """Describes what was evaluated and how, for summary.json."""
     import jax
 
+    split = config.evaluate.split
     return {
         "checkpoint": options.checkpoint,
-        "split": config.evaluate.split,
+        "step": model.step,
+        "weights": model.weights_fingerprint(),
+        "split": split,
+        "source": prepared.manifest.inputs.get(split, {}).get("path"),
         "problems": count,
-        "dropped_in_preparation": dropped,
+        "dropped_in_preparation": sum(prepared.manifest.splits[split]["dropped"].values()),
         "grader": grader.name,
         "grader_version": grader.version,
         "decode": dataclasses.asdict(config.decode),

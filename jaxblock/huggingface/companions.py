@@ -14,6 +14,8 @@ from jaxblock.io.folders import copy_files
 from jaxblock.io.paths import PathLike, as_path
 from jaxblock.models.architecture import Architecture
 
+CARD = "README.md"
+"""The model card."""
 GENERATION = "generation_config.json"
 TEMPLATE, CHAT_TEMPLATE = "template.jinja", "chat_template.jinja"
 """The chat template as we render it, and the name under which other readers look for it."""
@@ -81,13 +83,13 @@ def point_auto_map_at(config: dict[str, Any], folder: Path, repository: str | No
 
 
 def copy_origin(source: PathLike, target: Path) -> None:
-    """Copies the model code and generation config of the checkpoint that a run starts from, which an export will need.
+    """Copies the model code, generation config and model card of the checkpoint that a run starts from, which an export will need.
 
     Args:
         source: a Hugging Face folder, or the folder of such copies in an earlier run.
         target: the folder to make.
     """
-    copy_files(source, target, (*_CODE, GENERATION))
+    copy_files(source, target, (*_CODE, GENERATION, CARD))
 
 
 def copy_tokenizer(source: PathLike | None, target: Path, trained: Trained | None) -> None:

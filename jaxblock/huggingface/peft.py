@@ -15,12 +15,12 @@ from jax.typing import DTypeLike
 
 from jaxblock.errors import UserError
 from jaxblock.huggingface.checks import check_export, check_no_problems, summary_line, tensor_problems
-from jaxblock.huggingface.companions import GENERATION, Trained, copy_tokenizer, merged_generation_config
+from jaxblock.huggingface.companions import CARD, GENERATION, Trained, copy_tokenizer, merged_generation_config
 from jaxblock.huggingface.peft_config import AdapterConfig, read_adapter_config
 from jaxblock.huggingface.placement import stored_shape, stored_shapes, tensor_names
 from jaxblock.huggingface.tensor_files import FolderContents, read_tensor, scan_file
 from jaxblock.huggingface.tensor_writer import pending_tensors, write_tensors
-from jaxblock.io.files import read_json, write_json
+from jaxblock.io.files import read_json, write_json, write_text
 from jaxblock.io.folders import new_folder
 from jaxblock.io.paths import PathLike, is_remote
 from jaxblock.models.architecture import Architecture
@@ -52,6 +52,7 @@ def save_adapter(
     dtype: DTypeLike | None = None,
     tokenizer: PathLike | None = None,
     trained: Trained | None = None,
+    card: str | None = None,
 ) -> None:
     """Writes adapters so that ``peft`` loads them onto their base. The folder appears whole or not at all.
 
@@ -64,6 +65,7 @@ def save_adapter(
         dtype: the type to cast to; None keeps float32.
         tokenizer: a folder whose tokenizer files are copied; None copies none.
         trained: what is recorded in generation_config.json and chat_template.jinja; None for nothing.
+        card: the text of README.md; None writes none.
 
     Raises:
         UserError: the folder exists or cannot be written, or the adapters do not fit the architecture.
@@ -73,6 +75,8 @@ def save_adapter(
     pending = pending_tensors(table, flatten(adapters), dtype)
     with new_folder(folder, marker=CONFIG) as scratch:
         copy_tokenizer(tokenizer, scratch, trained)
+        if card is not None:
+            write_text(scratch / CARD, card)
         if trained is not None:
             write_json(scratch / GENERATION, merged_generation_config(None, arch, trained))
         write_tensors(scratch / WEIGHTS, pending, pending)

@@ -20,7 +20,7 @@ from jaxblock.huggingface.checks import check_export
 from jaxblock.huggingface.load import load_checkpoint
 from jaxblock.huggingface.tensor_files import INDEX
 from jaxblock.huggingface.tensor_writer import PendingTensor, pending_tensors, split_into_files, write_tensors
-from jaxblock.io.files import check_writable, write_json
+from jaxblock.io.files import check_writable, write_json, write_text
 from jaxblock.io.folders import check_vacant, new_folder
 from jaxblock.io.paths import PathLike, is_remote
 from jaxblock.io.remote import local_folder
@@ -45,6 +45,7 @@ def save_checkpoint(
     tokenizer: PathLike | None = None,
     origin: PathLike | None = None,
     trained: companions.Trained | None = None,
+    card: str | None = None,
     dtype: DTypeLike | None = None,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
@@ -61,6 +62,7 @@ def save_checkpoint(
         origin: a folder whose generation config and model code, if any, are copied; None for those of ``tokenizer``.
         trained: what is recorded in generation_config.json and chat_template.jinja of a network that jaxblock trained; None
             for nothing.
+        card: the text of README.md; None writes none.
         dtype: the type to cast to; None keeps each tensor's own.
         max_shard_bytes: the size of weights, in bytes, above which they are split over several files with an index.
 
@@ -81,7 +83,7 @@ def save_checkpoint(
         for tensor in pending.values():
             tensor.fetch()  # this process's part in gathering the tensor
     else:
-        _write_folder(folder, arch, pending, files, tokenizer, tokenizer if origin is None else origin, trained)
+        _write_folder(folder, arch, pending, files, tokenizer, tokenizer if origin is None else origin, trained, card)
     if together:
         processes.wait(f"{folder} is written")
 
@@ -94,6 +96,7 @@ def _write_folder(
     tokenizer: PathLike | None,
     origin: PathLike | None,
     trained: companions.Trained | None,
+    card: str | None,
 ) -> None:
     """Writes the tensors and everything beside them.
 
@@ -105,6 +108,7 @@ def _write_folder(
         tokenizer: a folder whose tokenizer files are copied; None copies none.
         origin: a folder whose generation config and model code, if any, are copied; None copies none.
         trained: what is recorded of a network that jaxblock trained; None for nothing.
+        card: the text of README.md; None writes none.
     """
     size = sum(t.n_bytes for t in pending.values())
     if not is_remote(folder):
@@ -112,6 +116,8 @@ def _write_folder(
     with new_folder(folder, marker=MARKER) as scratch:
         companions.copy_tokenizer(tokenizer, scratch, trained)
         companions.copy_code(origin, scratch)
+        if card is not None:
+            write_text(scratch / companions.CARD, card)
         for name, tensors in files.items():
             write_tensors(scratch / name, tensors, pending)
         if len(files) > 1:

@@ -24,13 +24,15 @@ from jaxblock.io.files import read_bytes
 from jaxblock.io.owners import runs_here
 from jaxblock.io.paths import PathLike, as_path, explained, is_remote, temporary_sibling
 from jaxblock.io.remote import remove_folder, upload_folder
+from jaxblock.io.signed_text import is_unedited
 
-_EXPORT = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.py", "merges.txt", "vocab.txt")
+EXPORT_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.py", "merges.txt", "vocab.txt", "README.md")
+"""Globs of the files of an export. A README.md is one only as long as it is as we wrote it."""
 _HOLDS = {
     "manifest.json": ("manifest.json", "files.json", "tokenizer", "*.array_record"),
     "summary.json": ("summary.json", "problems.jsonl"),
-    "config.json": _EXPORT,
-    "adapter_config.json": _EXPORT,
+    "config.json": EXPORT_FILES,
+    "adapter_config.json": EXPORT_FILES,
 }
 """What a folder holds that may be replaced, by its commit marker: a run has a manifest too, and people put files anywhere."""
 
@@ -101,7 +103,9 @@ def check_vacant(path: PathLike, *, marker: str, overwrite: bool = False) -> Non
             f"{name} exists already and is not overwritten: choose another path, or give --overwrite (prepare: --data.overwrite)"
         )
     holds = _HOLDS.get(marker, ("*",))
-    other = [entry.name for entry in list_folder(target) if not any(fnmatch(entry.name, one) for one in holds)]
+    entries = list_folder(target)
+    other = [entry.name for entry in entries if not any(fnmatch(entry.name, one) for one in holds)]
+    other += [entry.name for entry in entries if entry.name == "README.md" and not is_unedited(read_bytes(entry))]
     if other:
         raise UserError(
             f"{name} is not replaced, since that would delete what is no part of it: {shown(other[0])}. Move that away, or choose "

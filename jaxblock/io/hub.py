@@ -15,9 +15,9 @@ from jaxblock.io.remote import local_folder
 
 _NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
 
-# Only weights, configs, tokenizers and chat templates are downloaded from the hub: no code and no pickles.
+# Only weights, configs, tokenizers, chat templates and the model card are downloaded from the hub: no code and no pickles.
 _WEIGHTS = ["*.safetensors"]
-_BESIDE = ["*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt"]
+_BESIDE = ["*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt", "README.md"]
 _UNWANTED = ["*/*", "*.py", "*.bin", "*.pt", "*.pth"]  # subfolders hold the same weights in other formats
 _FILES = (
     ".json",
@@ -70,6 +70,15 @@ def is_downloaded(name: str) -> bool:
     return isinstance(
         huggingface_hub.try_to_load_from_cache(match["repo"], "config.json", revision=match["revision"]), str
     )
+
+
+def hub_repository(name: PathLike) -> str | None:
+    """Returns the hub repository (``org/name``) that a checkpoint's name means, or that its folder was downloaded from; else None."""
+    text = os.fspath(name)
+    if (match := _hub_name(text)) is not None:
+        return match["repo"]
+    place = re.search(r"(?:^|/)models--([^/]+)--([^/]+)/snapshots/[^/]+/?$", text)
+    return f"{place[1]}/{place[2]}" if place else None
 
 
 def _hub_name(text: str) -> re.Match[str] | None:

@@ -1,12 +1,14 @@
-"""Identifies the frozen base of adapters by its content, since adapters work only with the base they were trained on."""
+"""Identifies weights by their content: the frozen base of adapters, which fit no other, and what an evaluation is of."""
 
 from __future__ import annotations
 
 import hashlib
 
+from etils import epath
+
 from jaxblock.errors import UserError
 from jaxblock.io.files import read_bytes
-from jaxblock.io.paths import as_path
+from jaxblock.io.paths import PathLike, as_path
 from jaxblock.models.config import Checkpoint
 from jaxblock.training.checkpoints import run_folder
 from jaxblock.training.checkpoints.checksums import read_lists
@@ -42,14 +44,37 @@ def identify_base(source: str, wanted: Checkpoint = "latest", form: int = FINGER
             read_bytes(path / run_folder.MODEL) + (sums or read_bytes(path / run_folder.CONFIG)) + str(step).encode()
         )
         return Base(source, hashlib.sha256(content).hexdigest(), step, form)
+    return Base(source, _hash_of_files(path), None, form)
+
+
+def weights_fingerprint(source: PathLike, step: int | None = None) -> str:
+    """Returns a hash by which weights are known again: those of a run with their base's, or those of the files of a folder.
+
+    Args:
+        source: a run, or a local Hugging Face folder.
+        step: the step of the run's checkpoint; None where the source is no run.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    if step is None:
+        return _hash_of_files(as_path(source))
+    run = run_folder.open_run(source)
+    lists = read_lists(run.folder / CHECKPOINTS_FOLDER / str(step)) or read_bytes(run.folder / run_folder.CONFIG)
+    base = "" if run.base is None else run.base.fingerprint
+    return hashlib.sha256(read_bytes(run.folder / run_folder.MODEL) + lists + f"{step}{base}".encode()).hexdigest()
+
+
+def _hash_of_files(folder: epath.Path) -> str:
+    """Returns a hash of the names, the sizes and the first and last bytes of a folder's weights."""
     digest = hashlib.sha256()
-    for file in sorted(path.glob("*.safetensors")):
+    for file in sorted(folder.glob("*.safetensors")):
         size = file.stat().length
         with file.open("rb") as handle:
             digest.update(f"{file.name}:{size}".encode() + handle.read(_SAMPLE))
             handle.seek(max(size - _SAMPLE, 0))
             digest.update(handle.read(_SAMPLE))
-    return Base(source, digest.hexdigest(), None, form)
+    return digest.hexdigest()
 
 
 def check_base(source: str, remembered: Base | None) -> Base:

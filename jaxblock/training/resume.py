@@ -17,10 +17,11 @@ from jaxblock.models.families import registry
 from jaxblock.training.checkpoints import run_folder
 from jaxblock.training.checkpoints.reader import CheckpointReader
 from jaxblock.training.checkpoints.run_folder import Base
+from jaxblock.training.versions import running_versions
 
 
 def saved_values(config: Config, prepared: Prepared, arch: Architecture, base: Base | None) -> dict[str, Any]:
-    """Returns the plain values that are saved with every checkpoint, for a resumed run to be compared with.
+    """Returns the plain values that are saved with every checkpoint: a resumed run is compared with them, an export tells them.
 
     Args:
         config: the run's settings.
@@ -33,6 +34,7 @@ def saved_values(config: Config, prepared: Prepared, arch: Architecture, base: B
         "data": prepared.manifest.fingerprint,
         "config": to_tree(config),
         "model": registry.to_hf(arch, config.model.param_dtype),
+        "versions": running_versions(),
     }
 
 

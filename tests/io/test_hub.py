@@ -42,8 +42,15 @@ def test_neither_code_nor_pickles_are_asked_for(stand_in, tmp_path):
     hub.local_checkpoint("org/name")
     options = download.call_args.kwargs
     wanted = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json"]
-    wanted += ["tokenizer.model", "chat_template.jinja", "merges.txt", "generation_config.json", "adapter_config.json"]
-    others = ["modeling_llada.py", "pytorch_model.bin", "model.pt", "original/consolidated.00.pth", "README.md"]
+    wanted += [
+        "tokenizer.model",
+        "chat_template.jinja",
+        "merges.txt",
+        "generation_config.json",
+        "adapter_config.json",
+        "README.md",
+    ]
+    others = ["modeling_llada.py", "pytorch_model.bin", "model.pt", "original/consolidated.00.pth"]
     others += ["onnx/model.safetensors", "original/params.json"]
     patterns = {name: options[name] for name in ("allow_patterns", "ignore_patterns")}
     assert list(filter_repo_objects([*wanted, *others], **patterns)) == wanted

@@ -67,7 +67,9 @@ def in_one_line(sample: Sample) -> str:
     """Returns a line for the terminal: the verdict, the end of the prompt and the beginning of the response."""
     prompt, response = (" ".join(sample[name].split()) for name in ("prompt", "response"))
     if len(prompt) > _SHOWN_PROMPT:
-        prompt = f"...{prompt[-_SHOWN_PROMPT:]}"
+        prompt = (
+            f"... {prompt[-_SHOWN_PROMPT:].partition(' ')[2] or prompt[-_SHOWN_PROMPT:]}"  # from the start of a word
+        )
     if len(response) > _SHOWN_RESPONSE:
         response = f"{response[:_SHOWN_RESPONSE]}..."
     verdict = "right" if sample["correct"] else "wrong"

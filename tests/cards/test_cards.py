@@ -1,0 +1,172 @@
+"""Model cards say where weights come from, how they were made and scored; the hub's own client reads their headers."""
+
+import ast
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+
+from jaxblock.cards.card import read_own_card
+from jaxblock.cards.make import Export, card_text
+from jaxblock.cards.run import described
+from jaxblock.errors import UserError
+from jaxblock.io.folders import check_vacant
+from jaxblock.io.signed_text import is_unedited
+from jaxblock.training.base_identity import weights_fingerprint
+from jaxblock.training.checkpoints import run_folder
+from jaxblock.training.versions import running_versions
+
+SECTIONS = ["How to load it", "Base", "Data", "Training", "Scores", "Licence", "Versions"]
+
+
+def _export(run: Path, **fields: Any) -> Export:
+    arch = run_folder.open_run(run).arch
+    weights = weights_fingerprint(run, 120)
+    export = Export("org/mine", "merged", arch, 9_824, "float32", str(run), 120, None, weights, "tokenizer.model")
+    return dataclasses.replace(export, **fields)
+
+
+def _evaluated(folder: Path, **fields: Any) -> Path:
+    """Writes an evaluation's summary.json."""
+    summary = {
+        "checkpoint": "runs/one", "split": "test", "source": "/home/me/test.jsonl", "grader": "exact", "decode": {"rule": "quota"},
+        "pass_at_1": {"rate": 0.828125, "correct": 424, "n": 512, "low": 0.793, "high": 0.858}, "nfe": 23.96,
+        "nelbo_per_token": {"mean": 0.0892, "se": 0.0024, "n": 256}, "nelbo_exact": False,
+    }  # fmt: skip
+    folder.mkdir(parents=True)
+    (folder / "summary.json").write_text(json.dumps({**summary, **fields}))
+    return folder
+
+
+def _sections(text: str) -> dict[str, str]:
+    _, *parts = re.split(r"^## (.+)\n", text, flags=re.MULTILINE)
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def test_the_card_of_a_run(run_copy, tmp_path):
+    weights = weights_fingerprint(run_copy, 120)
+    assert weights != weights_fingerprint(run_copy, 100)
+    _evaluated(tmp_path / "score", weights=weights)  # beside the run
+    _evaluated(run_copy / "of_step_100", weights=weights_fingerprint(run_copy, 100))
+    _evaluated(tmp_path / "damaged", weights=weights, pass_at_1={"rate": "high"})
+    text = card_text(_export(run_copy))
+    card, sections = huggingface_hub.ModelCard(text), _sections(text)
+    assert is_unedited(text.encode()) and list(sections) == SECTIONS
+    assert card.data.tags == ["jaxblock", "masked-diffusion", "llada", "blockwise-sft"] and card.data.license is None
+    assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "text-generation")
+    (result,) = card.data.eval_results
+    assert (result.metric_type, result.metric_value, result.dataset_split) == ("pass@1", 0.828125, "test")
+    assert result.metric_args == {"problems": 512, "interval_95": [0.793, 0.858]}
+    rows = [line for line in sections["Scores"].splitlines() if line.startswith("|")][2:]
+    assert rows[0] == (
+        "| `test.jsonl`, test | Pass@1, grader `exact` | 82.8% [79.3%, 85.8%] (424 of 512) | rule `quota`, 24.0 forward passes a "
+        "problem |"
+    )
+    assert rows[1].startswith("| `test.jsonl`, test | NELBO per text token | 0.0892 ± 0.0024 nats | Monte Carlo")
+    assert (
+        len(rows) == 4
+        and rows[2].startswith("| validation | Pass@1, grader `gsm8k_strict` | ")
+        and " of 8) | " in rows[2]
+    )
+    assert "run began from random weights (seed 0)" in sections["Base"] and "None is stated" in sections["Licence"]
+    assert (
+        "| train | `train.jsonl` | 77 | 0 | `" in sections["Data"]
+        and "| test | `test.jsonl` | 15 | 0 |" in sections["Data"]
+    )
+    assert "Blockwise SFT of every weight: step 120 of 120, 8 sequences a step, blocks of 4" in sections["Training"]
+    assert "seed: 0" in sections["Training"] and "log_every" not in sections["Training"]
+    for name, version in running_versions().items():
+        assert f"| {name} | `{version}` | `{version}` |" in sections["Versions"]
+    assert str(tmp_path) not in text and "/home/me" not in text
+
+
+def test_evaluations_that_are_named(run_copy, tmp_path):
+    export = _export(run_copy)
+    right = _evaluated(tmp_path / "far" / "right", weights=export.weights)
+    other = _evaluated(tmp_path / "far" / "other", weights="other")
+    old, broken = (
+        _evaluated(tmp_path / "far" / "old"),
+        _evaluated(tmp_path / "far" / "broken", weights=export.weights, grader=3),
+    )
+    assert "82.8%" not in card_text(export) and "82.8%" in card_text(export, [right])
+    for folder, message in [
+        (other, r"summary.json is of other weights \(runs/one\): evaluate the checkpoint that is exported"),
+        (old, "summary.json does not say of which weights it is"),
+        (broken, "is no summary of `jaxblock evaluate`"),
+        (run_copy, "holds no summary.json: give the folder"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            card_text(export, [folder])
+    with pytest.raises(UserError, match="of other weights"):  # weights that were put together in memory
+        card_text(dataclasses.replace(export, origin=None, step=None, weights=None), [right])
+
+
+@pytest.mark.parametrize(
+    ("init", "base_card", "header", "says"),
+    [
+        ("org/base@v1", "---\nlicense: other\nlicense_name: mine\nlicense_link: L\n---\n",
+         {"base_model": "org/base", "license": "other", "license_name": "mine", "license_link": "L"}, "`mine`. It binds"),
+        ("org/base", "# no header", {"base_model": "org/base", "license": "unknown"}, "licence of the base is not known"),
+        ("org/base", "---\nlicense: unknown\n---\n", {"base_model": "org/base", "license": "unknown"}, "is not known"),
+        ("org/base", "---\n{[\n---\n", {"base_model": "org/base", "license": "unknown"}, "is not known"),
+        ("/secret/base", "---\nlicense: mit\nbase_model: org/root\n---\n", {"base_model": "org/root", "license": "mit"}, "`mit`"),
+        ("{run}", None, {}, "None is stated"),
+    ],
+)  # fmt: skip
+def test_the_licence_is_that_of_the_base_and_never_invented(run_copy, tiny_run, init, base_card, header, says):
+    run = run_folder.open_run(run_copy)
+    config = dataclasses.replace(run.config.model, init_from=init.format(run=tiny_run))
+    run = dataclasses.replace(run, config=dataclasses.replace(run.config, model=config))
+    if base_card is not None:
+        (run_copy / "origin").mkdir()
+        (run_copy / "origin" / "README.md").write_text(base_card)
+    card = described(run, 120)
+    assert {name: value for name, value in card.header.items() if name != "tags"} == header
+    assert says in card.sections["Licence"] and "secret" not in str(card.sections)
+    assert ("random weights" in card.sections["Base"]) == (base_card is None)
+
+
+def test_an_export_of_an_export_keeps_what_its_card_says(tiny_run, tmp_path):
+    text = card_text(_export(tiny_run))
+    folder = tmp_path / "first"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).touch()
+    (folder / "README.md").write_text(text)
+    check_vacant(folder, marker="config.json", overwrite=True)
+    edited = text.replace("None is stated", "MIT, say I. None was stated")
+    (folder / "README.md").write_text(edited)
+    with pytest.raises(UserError, match="would delete what is no part of it: 'README.md'. Move that away"):
+        check_vacant(folder, marker="config.json", overwrite=True)
+    again = card_text(_export(tiny_run, origin=str(folder), step=None, name="second", dtype="bfloat16"))
+    first, second = _sections(edited), _sections(again)
+    assert is_unedited(again.encode()) and list(second) == SECTIONS
+    for name in ("Base", "Data", "Training", "Scores", "Licence"):
+        assert second[name] == first[name]
+    assert "From this export another was made" in second["Versions"] and "9,824 numbers in bfloat16" in again
+    # A checkpoint that we did not write, and one whose header was broken by an edit.
+    for content in ("---\nlicense: mit\n---\n# theirs\n", edited.replace("---\n", "---\n[", 1)):
+        (folder / "README.md").write_text(content)
+        assert read_own_card(folder) is None
+        assert "Nothing was trained" in card_text(_export(tiny_run, origin=str(folder), step=None))
+
+
+@pytest.mark.parametrize("family", ["llada", "dream", "llama", "qwen3"])
+@pytest.mark.parametrize("form", ["merged", "adapter"])
+def test_how_it_is_loaded_is_python(tiny_run, family, form):
+    arch = dataclasses.replace(run_folder.open_run(tiny_run).arch, family=family, alignment="shifted")
+    for base in (None, "org/base", "/secret/base"):
+        text = card_text(_export(tiny_run, arch=arch, form=form, base=base))
+        blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+        assert len(blocks) == 2 and "org/mine" in blocks[0] and "org/mine" in blocks[1] and "secret" not in text
+        for block in blocks:
+            ast.parse(block)
+        assert ("trust_remote_code=True" in text) == (family in ("llada", "dream"))
+        assert ("autoregressive network. It is a masked" in text) == (family in ("llama", "qwen3"))
+        assert ("PeftModel" in text) == (form == "adapter") and ("`BASE` is the folder" in text) == (
+            form == "adapter" and base != "org/base"
+        )
