@@ -23,6 +23,7 @@ from tyro.constructors import ConstructorRegistry, StructConstructorSpec, Struct
 
 import jaxblock
 from jaxblock.commands import (
+    chat,
     decode,
     evaluate,
     export,
@@ -68,6 +69,7 @@ VERBS: dict[str, Command[Any]] = {
     "inspect": Command(inspect.Options, inspect.run),
     "train": Command(train.Options, train.run),
     "decode": Command(decode.Options, decode.run),
+    "chat": Command(chat.Options, chat.run),
     "evaluate": Command(evaluate.Options, evaluate.run),
     "export": Command(export.Options, export.run),
     "plan": Command(plan.Options, plan.run),

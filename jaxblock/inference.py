@@ -30,9 +30,10 @@ class BatchState(NamedTuple):
     Attributes:
         ids: the tokens of the canvas [B, T]; what is not committed yet is a mask.
         prompt_len: the tokens of each prompt [B].
+        length: the visible positions of each row [B].
         row_id: the index of each prompt [B].
         block: the next block of each row [B].
-        commit_step: the step that committed each response position [B, R]; -1 for a mask.
+        commit_step: the step that committed each response position [B, R]; -1 for a mask, ``decoder.GIVEN`` for a given token.
         done: which places hold no row [B].
         nfe: the forward passes spent on each row [B].
         positions: the canvas positions that those passes needed to compute [B].
@@ -41,6 +42,7 @@ class BatchState(NamedTuple):
 
     ids: np.ndarray
     prompt_len: np.ndarray
+    length: np.ndarray
     row_id: np.ndarray
     block: np.ndarray
     commit_step: np.ndarray
@@ -109,11 +111,21 @@ class DeviceDecoder:
         # The low 32 bits, of which JAX makes the key.
         self._seed = np.array(options.seed % 2**32, np.uint32).view(np.int32)
 
-    def row(self, prompt: np.ndarray | Sequence[int], index: int) -> Row:
-        """Returns a prompt's row, of which nothing is decoded; its random key comes from the index."""
-        size = self._layout.response_len
-        masks, never = np.full(size, self._layout.mask_id, np.int32), np.full(size, -1, np.int32)
-        return Row(np.asarray(prompt, np.int32), index, masks, never)
+    def row(
+        self, prompt: np.ndarray | Sequence[int], index: int, response: np.ndarray | Sequence[int] | None = None
+    ) -> Row:
+        """Returns a prompt's row, of which nothing is decoded.
+
+        Args:
+            prompt: the prompt's tokens.
+            index: the row's index, from which its random key comes.
+            response: the tokens of a text after the prompt, with masks from its first one on where it is to be filled, at most R
+                (the layout then says ``infill``); None for R masks.
+        """
+        masks = np.full(self._layout.response_len, self._layout.mask_id, np.int32)
+        tokens = masks if response is None else np.array(response, np.int32)
+        given = np.where(tokens == self._layout.mask_id, -1, decoder.GIVEN).astype(np.int32)
+        return Row(np.asarray(prompt, np.int32), index, tokens, given)
 
     def shape(self, row: Row) -> BatchShape:
         """Returns the shape of the batches that the row's next block is decoded in."""
@@ -141,13 +153,16 @@ class DeviceDecoder:
         self.costs.token_forwards_computed += int(found.computed.sum()) - sum(row.computed for row in rows)
         for at, row in enumerate(rows):
             self.costs.token_forwards += int(found.positions[at]) - row.positions
-            row.response[:] = found.ids[at, len(row.prompt) :][: layout.response_len]
-            row.commit_step = found.commit_step[at].copy()  # a view would keep the whole batch
+            size = len(row.response)
+            row.response[:] = found.ids[at, len(row.prompt) :][:size]
+            row.commit_step = found.commit_step[at, :size].copy()  # a view would keep the whole batch
             row.nfe, row.positions, row.computed = (int(n[at]) for n in (found.nfe, found.positions, found.computed))
-            row.block += 1
-            row.ended = bool(found.done[at]) or row.block == layout.n_blocks
+            masks = np.flatnonzero(row.response == layout.mask_id)
+            row.ended = bool(found.done[at]) or not masks.size
             if row.ended:
-                row.response[row.commit_step < 0] = layout.fill_id
+                row.response[masks] = layout.fill_id
+            else:
+                row.block = int(masks[0]) // layout.stride
 
     def _run(self, shape: BatchShape, rows: Sequence[Row]) -> tuple[Array, ...]:
         """Starts the program of a shape; every process of a group must call it with the same rows."""
@@ -162,7 +177,7 @@ class DeviceDecoder:
     def _batch(self, room: int, rows: Sequence[Row]) -> BatchState:
         """Lays rows out as a batch; the places that are left are done."""
         size, layout = self.size, self._layout
-        zeros = np.zeros((6, size), np.int32)
+        zeros = np.zeros((7, size), np.int32)
         batch = BatchState(
             ids=np.full((size, room + layout.response_len), layout.mask_id, np.int32),
             prompt_len=zeros[0] + 1,
@@ -173,11 +188,13 @@ class DeviceDecoder:
             nfe=zeros[3],
             positions=zeros[4],
             computed=zeros[5],
+            length=zeros[6] + 1,
         )
         for at, row in enumerate(rows):
-            batch.ids[at, : len(row.prompt) + layout.response_len] = np.concatenate([row.prompt, row.response])
+            tokens = np.concatenate([row.prompt, row.response])
+            batch.ids[at, : len(tokens)], batch.length[at] = tokens, len(tokens)
             batch.prompt_len[at], batch.row_id[at], batch.block[at] = len(row.prompt), row.index, row.block
-            batch.commit_step[at] = row.commit_step
+            batch.commit_step[at, : len(row.response)] = row.commit_step
             batch.nfe[at], batch.positions[at], batch.computed[at] = row.nfe, row.positions, row.computed
         return batch
 
@@ -229,10 +246,11 @@ def _decode_block(
     net: Transformer, layout: Layout, options: DecodeConfig, sizes: Sizes, params: Params, seed: Array, *batch: Array
 ) -> tuple[Array, ...]:
     """Decodes the next block of every row of a ``BatchState``, and returns the batch after it."""
-    ids, prompt_len, row_id, block, commit_step, done, nfe, positions, computed = batch
-    canvas = decoding_canvas(layout, ids, prompt_len, row_id)
+    ids, prompt_len, length, row_id, block, commit_step, done, nfe, positions, computed = batch
+    canvas = decoding_canvas(layout, ids, prompt_len, row_id, length)
     start = decoder.start_decoding(layout, canvas, seed)._replace(
         commit_step=commit_step, done=done, nfe=nfe, positions=positions, computed=computed
     )
     end = decoder.decode_block(net, layout, options, params, canvas, start, block, sizes)
-    return end.ids, prompt_len, row_id, block, end.commit_step, end.done, end.nfe, end.positions, end.computed
+    counts = end.nfe, end.positions, end.computed
+    return end.ids, prompt_len, length, row_id, block, end.commit_step, end.done, *counts

@@ -28,8 +28,10 @@ from jaxblock.config.yaml import with_fields
 from jaxblock.data.loader import pad_ids
 from jaxblock.data.prompts import Ids, as_array, flush_left, split_prompts
 from jaxblock.data.text.examples import Message, checked_messages
+from jaxblock.data.text.marked import MarkedText, Parts, SpannedText, parts_of
 from jaxblock.data.tokens.encoding import Encoder
-from jaxblock.data.tokens.special import first_stop
+from jaxblock.data.tokens.spans import encode_spans, plain_encoder
+from jaxblock.data.tokens.special import SpecialIds, first_stop
 from jaxblock.data.tokens.tokenizer import Tokenizer
 from jaxblock.diffusion import canvas as canvases
 from jaxblock.diffusion import layouts, likelihood
@@ -37,7 +39,7 @@ from jaxblock.diffusion.canvas import Layout
 from jaxblock.diffusion.config import CanvasConfig
 from jaxblock.diffusion.decoding import decoder
 from jaxblock.diffusion.decoding.config import DecodeConfig
-from jaxblock.diffusion.decoding.queue import Row
+from jaxblock.diffusion.decoding.queue import Queue, Row
 from jaxblock.diffusion.decoding.rules import check_options
 from jaxblock.diffusion.decoding.shapes import round_up
 from jaxblock.errors import UserError, shown
@@ -46,7 +48,8 @@ from jaxblock.huggingface.checks import kept_if_right, old_kept_until_right, onl
 from jaxblock.huggingface.companions import Trained
 from jaxblock.huggingface.load import read_architecture
 from jaxblock.huggingface.save import MARKER, save_checkpoint, verify_checkpoint
-from jaxblock.inference import decode_many
+from jaxblock.inference import DeviceDecoder, decode_many
+from jaxblock.infilling import Infilled, check_span_room, infilled
 from jaxblock.io import hub_upload
 from jaxblock.io.hub import local_checkpoint
 from jaxblock.io.paths import PathLike, as_path
@@ -73,6 +76,21 @@ def _nelbo_per_row(
     """Returns the NELBO of each row (``canvas.from_rows``), and its standard error over the masks drawn."""
     canvas = canvases.from_rows(layout, *rows)
     return likelihood.per_row(likelihood.nelbo(net, layout, samples, params, canvas, key))
+
+
+def _checked_prompt(prompt: str | Sequence[Message], where: str) -> str | list[Message]:
+    """Returns a text as it is, or the checked turns of a conversation.
+
+    Raises:
+        UserError: a conversation's messages are none, or it does not end with the user's turn.
+    """
+    if isinstance(prompt, str):
+        return prompt
+    conversation = list(prompt) if isinstance(prompt, tuple) else prompt
+    messages = checked_messages(conversation, "the conversation", "message", where)
+    if messages[-1]["role"] != "user":
+        raise UserError(f"{where}: the last message must be the user's, not the {messages[-1]['role']}'s")
+    return messages
 
 
 class Decoded(NamedTuple):
@@ -181,9 +199,26 @@ class Model:
             result[row, source] = out[row, :length]
         return result
 
-    def layout(self, options: DecodeConfig) -> Layout:
-        """Returns the layout of the decoder's canvas for these options."""
-        return layouts.decoding_layout(self.canvas, options, self.arch, self.stop_ids)
+    def layout(self, options: DecodeConfig, *, infill: bool = False) -> Layout:
+        """Returns the layout of the decoder's canvas for these options; with ``infill`` that of texts whose spans are filled."""
+        make = layouts.infilling_layout if infill else layouts.decoding_layout
+        return make(self.canvas, options, self.arch, self.stop_ids)
+
+    @functools.cached_property
+    def plain_encoder(self) -> Encoder:
+        """The encoder of texts that no chat template is applied to.
+
+        Raises:
+            UserError: there is no tokenizer, or the checkpoint has no mask token.
+        """
+        mask, eos = self.arch.need_mask_id(), self.arch.eos_id
+        return plain_encoder(self._need_tokenizer(), SpecialIds(mask, eos, eos, eos, self.stop_ids))
+
+    def _need_tokenizer(self) -> Tokenizer:
+        """Returns the tokenizer; raises UserError where there is none."""
+        if self.tokenizer is None:
+            raise UserError(f"{self.origin or 'this model'} has no tokenizer, so tokens cannot become text: use decode")
+        return self.tokenizer
 
     def options(self, **fields: Any) -> DecodeConfig:
         """Returns the decoder's options: the model's defaults, with these fields of ``DecodeConfig`` replaced.
@@ -236,18 +271,17 @@ class Model:
                 f"{self.origin or 'this model'} has no tokenizer with a chat template, so text cannot become tokens; give ids "
                 "to jaxblock.load(folder).decode(ids) in Python"
             )
-        if not isinstance(prompt, str):
-            conversation = list(prompt) if isinstance(prompt, tuple) else prompt
-            prompt = checked_messages(conversation, "the conversation", "message", where)
-            if prompt[-1]["role"] != "user":
-                raise UserError(f"{where}: the last message must be the user's, not the {prompt[-1]['role']}'s")
-        ids = self.encoder.prompt(prompt, where=where)
-        if self.recorded and len(ids) > self.canvas.prompt_len:
+        ids = self.encoder.prompt(_checked_prompt(prompt, where), where=where)
+        self._check_prompt_len(len(ids), where)
+        return ids
+
+    def _check_prompt_len(self, length: int, where: str) -> None:
+        """Raises UserError where a prompt is longer than those that the network was trained on, as far as that is recorded."""
+        if self.recorded and length > self.canvas.prompt_len:
             raise UserError(
-                f"{where} has {len(ids)} tokens, more than canvas.prompt_len {self.canvas.prompt_len}: the network was trained "
+                f"{where} has {length} tokens, more than canvas.prompt_len {self.canvas.prompt_len}: the network was trained "
                 "on no longer prompts. Shorten it, or set canvas.prompt_len if you mean it"
             )
-        return ids
 
     def answers(self, prompt_ids: Iterable[Sequence[int] | np.ndarray], **options: Any) -> Iterator[Answer]:
         """Decodes prompts, ``decode.batch_size`` at a time, and yields the answers in their order.
@@ -261,8 +295,7 @@ class Model:
         Raises:
             UserError: there is no tokenizer, or a prompt does not fit the model (where they are a sequence, before any is decoded).
         """
-        if self.tokenizer is None:
-            raise UserError(f"{self.origin or 'this model'} has no tokenizer, so tokens cannot become text: use decode")
+        tokenizer = self._need_tokenizer()
         chosen = self.options(**options)
         layout = self.layout(chosen)
 
@@ -274,7 +307,7 @@ class Model:
 
         for row in self._rows(chosen, list(checked()) if isinstance(prompt_ids, Sequence) else checked()):
             ids = self.text_ids(row.response, **options)
-            yield Answer(self.tokenizer.decode(ids), ids, row.nfe)
+            yield Answer(tokenizer.decode(ids), ids, row.nfe)
 
     def decode(
         self,
@@ -323,8 +356,8 @@ class Model:
             index: the prompt's index, from which its random key comes.
             **options: fields of ``DecodeConfig``, by name.
 
-        Yields:
-            (the response so far [R], with the mask id where nothing is committed; the forward passes so far).
+        Returns:
+            An iterator of (the response so far [R], with the mask id where nothing is committed; the forward passes so far).
         """
         yield from streaming.stream(self._blocks(prompt_ids, index, self.options(**options)))
 
@@ -342,9 +375,13 @@ class Model:
         Raises:
             UserError: the prompt does not fit the model, or ``candidates`` is not from 1 to the size of the vocabulary.
         """
+        self._check_candidates(candidates)
+        return streaming.trace(self._blocks(prompt_ids, index, self.options(**options), candidates))
+
+    def _check_candidates(self, candidates: int) -> None:
+        """Raises UserError where so many most probable tokens cannot be returned."""
         if not 1 <= candidates <= self.arch.vocab_size:
             raise UserError(f"candidates is {candidates}: it must be from 1 to {self.arch.vocab_size}")
-        return streaming.trace(self._blocks(prompt_ids, index, self.options(**options), candidates))
 
     def _blocks(
         self, prompt_ids: Sequence[int], index: int, options: DecodeConfig, candidates: int = 0
@@ -354,6 +391,129 @@ class Model:
         (prompt,) = self.prompts([prompt_ids], None, layout)
         usual = self.canvas.prompt_len
         return streaming.Blocks(self.net, layout, options, self.params, prompt, index, usual, candidates)
+
+    def _span_blocks(
+        self, text: SpannedText, index: int, options: Mapping[str, Any], candidates: int = 0
+    ) -> streaming.Blocks:
+        """Returns what fills one checked text block by block."""
+        chosen = self._infill_options(options)
+        layout = self.layout(chosen, infill=True)
+        self.check_spans(text, "the text", layout)
+        prompt, rest = np.split(np.array(text.ids, np.int32), [text.first])
+        usual = self.canvas.prompt_len
+        return streaming.Blocks(self.net, layout, chosen, self.params, prompt, index, usual, candidates, rest)
+
+    def infill(
+        self,
+        text: str | Parts | Sequence[str | Parts],
+        prompt: str | Sequence[Message] | Sequence[str | Sequence[Message] | None] | None = None,
+        *,
+        return_steps: bool = False,
+        **options: Any,
+    ) -> Infilled | list[Infilled]:
+        """Fills the marked spans of a text, or of each of a list of texts; the network sees what is given on both sides.
+
+        Args:
+            text: a text with markers, as in "one [[8]] three", where [[8]] is a span of 8 tokens; or its pieces,
+                ["one ", 8, " three"]; or a list of texts.
+            prompt: the user's text, or the conversation, that the text is the answer to, in the chat template; for a list of texts a
+                list of them. None for a text that stands alone, which is taken as it is.
+            return_steps: whether to return the text after every step (``Infilled.canvases``).
+            **options: fields of ``DecodeConfig``, by name. ``early_stop`` has no effect, since the end is given.
+
+        Raises:
+            UserError: a text has no span or does not fit the canvas, or ``text_prompt`` refuses a prompt.
+        """
+        one = not isinstance(text, list | tuple) or any(isinstance(part, int) for part in text)
+        texts = cast("list[str | Parts]", [text] if one else list(text))
+        prompts: list[Any] = [prompt] if one or prompt is None else list(prompt)
+        prompts = prompts * len(texts) if prompt is None else prompts
+        if len(prompts) != len(texts) or isinstance(prompt, str) and not one:
+            raise UserError(f"{len(texts)} texts need as many prompts, or None")
+        spanned = []
+        for at, (each, asked) in enumerate(zip(texts, prompts, strict=True)):
+            where = "the text" if one else f"text {at}"
+            spanned.append(self.spanned_text(MarkedText(parts_of(each, where), asked), where))
+        found = list(self.fillings(spanned, return_steps=return_steps, **options))
+        return found[0] if one else found
+
+    def spanned_text(self, text: MarkedText, where: str) -> SpannedText:
+        """Returns the ids of a text with spans.
+
+        Args:
+            text: the text's pieces, and what it answers.
+            where: the text's name in messages.
+
+        Raises:
+            UserError: there is no tokenizer, or no chat template for a prompt; a text holds a special token; or the prompt is longer
+                than those that the network was trained on.
+        """
+        if text.prompt is not None:
+            if self.encoder is None:
+                raise UserError(
+                    f"{where}: {self.origin or 'this model'} has no chat template for the prompt: leave it out"
+                )
+            text = text._replace(prompt=_checked_prompt(text.prompt, where))
+        found = encode_spans(self.encoder or self.plain_encoder, self.plain_encoder, text, where)
+        self._check_prompt_len(found.prompt_len, f"{where}: the prompt")
+        return found
+
+    def fillings(
+        self, texts: Sequence[SpannedText], *, return_steps: bool = False, **options: Any
+    ) -> Iterator[Infilled]:
+        """Fills texts, ``decode.batch_size`` at a time, and yields the results in their order; arguments as for ``infill``."""
+        tokenizer, chosen = self._need_tokenizer(), self._infill_options(options)
+        layout = self.layout(chosen, infill=True)
+        for at, text in enumerate(texts):
+            self.check_spans(text, f"text {at}", layout)
+        usual = self.canvas.prompt_len
+        device = DeviceDecoder(self.net, layout, chosen, self.params, prompt_len=usual, rows=len(texts))
+        rows = (device.row(text.ids[: text.first], at, text.ids[text.first :]) for at, text in enumerate(texts))
+        for text, row in zip(texts, Queue(rows, device), strict=True):
+            yield infilled(tokenizer, layout, text, row, return_steps=return_steps)
+
+    def stream_infill(self, text: SpannedText, *, index: int = 0, **options: Any) -> Iterator[tuple[np.ndarray, int]]:
+        """Fills one text block by block and yields it after every step, from its first span on.
+
+        Args:
+            text: the text.
+            index: the text's index, from which its random key comes.
+            **options: fields of ``DecodeConfig``, by name.
+
+        Returns:
+            An iterator of (the ids so far from the first span on, with the mask id where nothing is filled in; the forward passes
+            so far).
+        """
+        return streaming.stream(self._span_blocks(text, index, options))
+
+    def trace_infill(
+        self, text: SpannedText, *, index: int = 0, candidates: int = 5, **options: Any
+    ) -> streaming.Trace:
+        """Fills one text and returns the steps with what the network believed in each, as ``trace`` does; arguments as there."""
+        self._check_candidates(candidates)
+        return streaming.trace(self._span_blocks(text, index, options, candidates))
+
+    def _infill_options(self, options: Mapping[str, Any]) -> DecodeConfig:
+        """Returns the decoder's options for infilling: no stop token ends a text whose end is given."""
+        return dataclasses.replace(self.options(**options), early_stop=False)
+
+    def check_spans(self, text: SpannedText, name: str, layout: Layout) -> None:
+        """Raises UserError where a text with spans does not fit the canvas, or ``check_prompt`` refuses what is before them.
+
+        Args:
+            text: the text.
+            name: the text's name in the message.
+            layout: the layout of the decoder's canvas.
+        """
+        check_span_room(text, name, layout)
+        trained = self.canvas.prompt_len + layout.response_len
+        if self.recorded and len(text.ids) > trained:
+            raise UserError(
+                f"{name} has {len(text.ids)} tokens, its prompt included; the network was trained on canvas.prompt_len "
+                f"{self.canvas.prompt_len} and decodes {layout.response_len} more. Shorten it, or set canvas.prompt_len if you mean it"
+            )
+        if text.first:
+            self.check_prompt(text.ids[: text.first], f"{name}, up to its first span,", layout)
 
     def text_ids(self, response: np.ndarray, **options: Any) -> list[int]:
         """Returns the tokens of a response up to its first stop token; ``options`` as for ``decode``."""

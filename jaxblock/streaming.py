@@ -1,4 +1,4 @@
-"""Decodes one prompt block by block from the host, so that its steps can be shown as they come, or kept as a trace."""
+"""Decodes one prompt, or fills one text, block by block from the host, so that its steps can be shown as they come, or kept as a trace."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxblock.data.loader import pad_ids
 from jaxblock.diffusion import canvas as canvases
 from jaxblock.diffusion.canvas import Canvas, Layout
 from jaxblock.diffusion.decoding import decoder
@@ -23,17 +22,18 @@ from jaxblock.types import Params
 
 
 class Blocks(NamedTuple):
-    """Holds what decodes one prompt block by block.
+    """Holds what decodes one prompt, or fills one text, block by block.
 
     Attributes:
         net: the network.
         layout: the layout of the decoder's canvas.
         options: the decoder's settings.
         params: the network's weights.
-        prompt: the prompt's ids, checked.
+        prompt: the ids of the prompt, or of a text up to its first span, checked.
         row_id: the prompt's index, from which its random key comes.
         prompt_len: the usual longest prompt (``canvas.prompt_len``); a longer one takes a further program.
         candidates: how many of the most probable tokens of each position are kept; 0 for no beliefs.
+        rest: the ids of a text from its first span on (the layout then says ``infill``); None for R masks.
     """
 
     net: Transformer
@@ -44,24 +44,34 @@ class Blocks(NamedTuple):
     row_id: int
     prompt_len: int
     candidates: int = 0
+    rest: np.ndarray | None = None
+
+    @property
+    def size(self) -> int:
+        """The positions of the response."""
+        return self.layout.response_len if self.rest is None else len(self.rest)
 
     def decoded(self) -> Iterator[tuple[Canvas, Carry]]:
         """Yields the canvas and the decoder's state after every block, until the response has ended."""
         layout, settings = self.layout, self.options.static(self.layout.block)
         shapes = BatchShapes(layout, settings, self.prompt_len, self.net.arch.max_len)
-        rows, lengths = pad_ids([self.prompt], shapes.room(len(self.prompt)))  # the canvas that ``decode_many`` uses
+        room = shapes.room(len(self.prompt))  # the canvas that ``decode_many`` uses
+        rest = np.full(self.size, layout.mask_id, np.int32) if self.rest is None else self.rest
+        row = np.full(room + layout.response_len, layout.mask_id, np.int32)
+        first, end = len(self.prompt), len(self.prompt) + self.size
+        row[:end] = np.concatenate([self.prompt, rest])
         # Every process needs the canvas whole, to rebuild the steps; the devices share out copies of its row.
         copies = even_size(self.params, 1)
-        parts = [np.repeat(part, copies, axis=0) for part in (rows, lengths, np.array([self.row_id], np.int32))]
-        canvas = run_on_mesh_of(self.params, canvases.for_decoding, (layout,), *parts)
+        parts = [np.repeat(np.array([part], np.int32), copies, axis=0) for part in (row, first, self.row_id, end)]
+        canvas = run_on_mesh_of(self.params, canvases.decoding_canvas, (layout,), *parts)
         carry = decoder.start_decoding(layout, canvas, self.options.seed, self.candidates)
-        for block in range(layout.n_blocks):
-            if bool(carry.done.all()):
-                return
-            blocks = jnp.full_like(canvas.prompt_len, block)
+        masks = np.flatnonzero(rest == layout.mask_id)
+        while masks.size and not bool(carry.done.all()):
+            blocks = jnp.full_like(canvas.prompt_len, masks[0] // layout.stride)
             static = (self.net, layout, settings)
             carry = run_on_mesh_of(self.params, decoder.decode_block, static, self.params, canvas, carry, blocks)
             yield canvas, carry
+            masks = np.flatnonzero(np.asarray(carry.ids)[0, first:end] == layout.mask_id)
 
     def responses(self, canvas: Canvas, carry: Carry) -> decoder.Responses:
         """Returns the response so far; positions that are not decoded yet hold the fill token."""
@@ -72,9 +82,12 @@ class Trace(NamedTuple):
     """Holds one decoded response, and what happened in which step.
 
     Attributes:
-        response: the response's tokens [R]; positions that were never decoded (early stop) hold the fill token.
-        commit_step: the step, counted from 0 over the whole response, that committed each position [R]; -1 where none did.
+        response: the response's tokens [R], or those of a text from its first span on; positions that were never decoded (early
+            stop) hold the fill token.
+        commit_step: the step, counted from 0 over the whole response, that committed each position [R]; -1 where none did,
+            ``decoder.GIVEN`` for a given token.
         nfe: the forward passes spent.
+        positions: the canvas positions that those passes needed to compute, summed (token-forwards).
         steps: the decode steps taken; each took ``nfe / steps`` forward passes.
         beliefs: what the network believed of each position in the step that committed it, without the row axis: probability of the
             committed token [R], most probable tokens [R, K] and their probabilities [R, K].
@@ -83,6 +96,7 @@ class Trace(NamedTuple):
     response: np.ndarray
     commit_step: np.ndarray
     nfe: int
+    positions: int
     steps: int
     beliefs: Beliefs
 
@@ -94,7 +108,7 @@ def stream(blocks: Blocks) -> Iterator[tuple[np.ndarray, int]]:
         steps = int(carry.nfe[0]) // passes
         states = decoder.responses_by_step(blocks.layout, blocks.responses(canvas, carry), steps)
         for step in range(shown + 1, steps + 1):
-            yield states[step, 0], step * passes
+            yield states[step, 0, : blocks.size], step * passes
         shown = steps
 
 
@@ -104,5 +118,7 @@ def trace(blocks: Blocks) -> Trace:
         last = blocks.responses(canvas, carry), carry.beliefs
     found, beliefs = jax.device_get(last)  # a canvas has at least one block
     nfe = int(found.nfe[0])
-    rows = jax.tree.map(lambda leaf: np.asarray(leaf)[0], beliefs)
-    return Trace(found.response[0], found.commit_step[0], nfe, nfe // blocks.options.passes, rows)
+    size = blocks.size
+    rows = jax.tree.map(lambda leaf: np.asarray(leaf)[0, :size], beliefs)
+    response, commit_step = found.response[0, :size], found.commit_step[0, :size]
+    return Trace(response, commit_step, nfe, int(found.positions[0]), nfe // blocks.options.passes, rows)

@@ -92,6 +92,17 @@ MUTANTS = [
     Mutant("text-ends-the-script", "jaxblock/reporting/page.py",
            r'text.replace("<", "\\u003c")', "text",
            "tests/reporting/test_trace_page.py::test_the_page_is_whole_and_needs_nothing_else"),
+    # Infilling.
+    Mutant("block-beyond-its-span", "jaxblock/diffusion/canvas.py",
+           "valid = jnp.cumprod(masked, axis=1).astype(bool)", "valid = masked",
+           "tests/diffusion/test_infill.py::test_every_view_and_commit_is_that_of_a_decoder_in_numpy[same_position]"),
+    Mutant("right-side-hidden", "jaxblock/diffusion/canvas.py",
+           "    if not layout.infill:\n", "    if True:\n",
+           "tests/diffusion/test_infill.py::test_every_view_and_commit_is_that_of_a_decoder_in_numpy[same_position]"),
+    Mutant("guidance-sees-what-is-given", "jaxblock/diffusion/decoding/passes.py",
+           "jnp.where(given | (in_response < 0),", "jnp.where(in_response < 0,",
+           "tests/diffusion/test_infill.py"
+           "::test_every_rule_fills_the_spans_alone_and_guidance_hides_what_is_given[low_confidence]"),
     # Data.
     Mutant("prompt-no-prefix", "jaxblock/data/tokens/encoding.py",
            "if ids[: len(prompt_ids)] == prompt_ids:", "if prompt_ids:",

@@ -37,9 +37,11 @@ evaluation    types errors settings io diffusion parallel models data inference
 training      types errors settings io diffusion parallel models config data huggingface evaluation
 build         types settings diffusion models config training
 fit           errors io diffusion parallel models config data huggingface training build
-streaming     types settings diffusion parallel models data
+streaming     types settings diffusion parallel models
+infilling     errors diffusion data streaming
 cards         errors io models config data training
-model         types errors settings io diffusion parallel models config data huggingface inference streaming training cards
+model         types errors settings io diffusion parallel models config data huggingface inference streaming infilling training cards
+chat          errors config data diffusion model
 loading       errors settings io parallel models data huggingface training build model
 reporting     types errors settings io diffusion streaming training
 study         types errors settings io diffusion models config data evaluation training reporting

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import tyro
 
 from jaxblock.commands import say
+from jaxblock.commands.prompts import read_prompts, read_texts
 from jaxblock.config.config import Config
 from jaxblock.data.config import DataConfig
 from jaxblock.data.text.examples import Prompt
-from jaxblock.data.text.files import decompressed
+from jaxblock.data.text.marked import MarkedText, SpannedText
 from jaxblock.diffusion.config import CanvasConfig
 from jaxblock.diffusion.decoding.config import DecodeConfig
 from jaxblock.errors import UserError
-from jaxblock.io.files import check_absent, read_bytes, write_text
+from jaxblock.io.files import check_absent, write_text
 from jaxblock.io.paths import as_path
 from jaxblock.models.config import Checkpoint
 
@@ -27,12 +27,13 @@ if TYPE_CHECKING:
     import numpy as np
 
     from jaxblock.data.tokens.encoding import Encoder
+    from jaxblock.infilling import Infilled
     from jaxblock.model import Answer, Model
+
+    Given = np.ndarray | SpannedText
 
 CANDIDATES = 5
 """How many candidates a page of traces shows for each token."""
-RECORDS = (".jsonl", ".json", ".parquet")
-"""The suffixes of files that hold records; any other file has one prompt per line."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class Options:
     """Write JSON lines here instead of to standard output; an existing file is refused, unless `overwrite` is set."""
     overwrite: bool = False
     """Whether to replace existing files, once all prompts are answered."""
+    infill: bool = False
+    """Fill spans inside texts: [[8]] is one of 8 tokens."""
     watch: bool = False
     """Show the canvas while it is filled, block by block."""
     html: str | None = None
@@ -85,27 +88,30 @@ def run(options: Options, config: Config) -> int:
     _check_outputs(options)
     model = _open_model(options.checkpoint, options.step, options.base, config)
     beside = _open_model(options.beside, options.beside_step, None, config) if options.beside else None
-    prompts = list(_prompts(options, config.data))
+    read = read_texts if options.infill else read_prompts
+    prompts: list[tuple[str, Prompt | MarkedText]] = list(read(options.prompts, options.file, config.data))
     if not prompts:
-        raise UserError("no prompts: give some on the command line, by --file, or on standard input")
-    ids = _prompt_ids(model, prompts)
+        kind = "texts" if options.infill else "prompts"
+        raise UserError(f"no {kind}: give some on the command line, by --file, or on standard input")
+    given = _encoded(model, prompts)
     if options.watch:
         for index, (_, prompt) in enumerate(prompts):
-            _watch(model, _as_text(prompt), ids[index], index, shown=process == 0)
+            _watch(model, _as_text(prompt), given[index], index, shown=process == 0)
         return 0
+    results: Iterator[Answer | Infilled]
     if options.html:
-        from jaxblock.commands.decode_page import Page, traced_answers
+        from jaxblock.commands.decode_page import Page, traced_results
 
-        models = {options.checkpoint: (model, ids)}
+        models = {options.checkpoint: (model, given)}
         if beside is not None:
             name = _name_beside(options)
-            models[name] = (beside, _prompt_ids(beside, prompts, f" ({name})"))
+            models[name] = (beside, _encoded(beside, prompts, f" ({name})"))
         texts = [_as_text(prompt) for _, prompt in prompts]
         page = Page(options.html, options.candidates, overwrite=options.overwrite, writes=process == 0)
-        answers = traced_answers(models, texts, page)
+        results = traced_results(models, texts, page)
     else:
-        answers = model.answers(ids)
-    lines = (_answer_line(prompt, answer) for (_, prompt), answer in zip(prompts, answers, strict=True))
+        results = _results(model, given)
+    lines = (_line(prompt, result) for (_, prompt), result in zip(prompts, results, strict=True))
     if process > 0:  # one process speaks for all
         for _ in lines:
             pass
@@ -164,16 +170,23 @@ def _open_model(checkpoint: str, step: Checkpoint, base: str | None, config: Con
     return dataclasses.replace(model, encoder=encoder)
 
 
-def _prompt_ids(model: Model, prompts: Sequence[tuple[str, Prompt]], of: str = "") -> list[np.ndarray]:
+def _encoded(model: Model, prompts: Sequence[tuple[str, Prompt | MarkedText]], of: str = "") -> list[Given]:
     """Returns the ids of (origin, prompt) pairs, checked; ``of`` stands after a prompt's origin in messages."""
     import numpy as np
 
-    layout = model.layout(model.decode_defaults)
-    # Arrays take a tenth of the lists' memory.
-    ids = [np.asarray(model.text_prompt(prompt, f"{where}{of}"), np.int32) for where, prompt in prompts]
-    for (where, _), row in zip(prompts, ids, strict=True):
-        model.check_prompt(row, f"{where}{of}", layout)
-    return ids
+    found: list[Given] = []
+    for where, prompt in prompts:
+        if isinstance(prompt, MarkedText):
+            found.append(model.spanned_text(prompt, f"{where}{of}"))
+        else:  # an array takes a tenth of a list's memory
+            found.append(np.asarray(model.text_prompt(prompt, f"{where}{of}"), np.int32))
+    layout = model.layout(model.decode_defaults, infill=isinstance(found[0], SpannedText))
+    for (where, _), given in zip(prompts, found, strict=True):
+        if isinstance(given, SpannedText):
+            model.check_spans(given, f"{where}{of}", layout)
+        else:
+            model.check_prompt(given, f"{where}{of}", layout)
+    return found
 
 
 def with_prompt_settings(encoder: Encoder, data: DataConfig, checkpoint: str, *, recorded: bool) -> Encoder:
@@ -205,61 +218,55 @@ def with_prompt_settings(encoder: Encoder, data: DataConfig, checkpoint: str, *,
     return Encoder(encoder.tokenizer, encoder.template, encoder.special, settings)
 
 
-def _prompts(options: Options, data: DataConfig) -> Iterator[tuple[str, Prompt]]:
-    """Yields (origin, prompt) of every prompt, from the command line, a file or standard input."""
-    if options.prompts:
-        yield from ((f"prompt {at}", text) for at, text in enumerate(options.prompts, 1))
-    elif options.file is None:
-        if sys.stdin.isatty():
-            say("reading prompts from standard input, one a line; end with Ctrl-D")
-        yield from _lines("standard input", sys.stdin.buffer.read())
-    elif options.file.removesuffix(".gz").endswith(RECORDS):
-        from jaxblock.data.text.examples import read_prompts
-        from jaxblock.data.text.recipes import with_recipe
-
-        yield from read_prompts(options.file, with_recipe(data))
-    else:
-        yield from _lines(options.file, decompressed(options.file, read_bytes(options.file)))
+def _results(model: Model, given: Sequence[Given]) -> Iterator[Answer | Infilled]:
+    """Answers the prompts, or fills the texts, and yields the results in their order."""
+    texts = [one for one in given if isinstance(one, SpannedText)]
+    yield from model.fillings(texts) if texts else model.answers(cast("list[np.ndarray]", given))
 
 
-def _lines(name: str, content: bytes) -> Iterator[tuple[str, str]]:
-    """Yields (file:line, text) of every line that is not blank."""
-    # splitlines would also split at other separators (U+2028, form feed), which a prompt may contain.
-    for number, raw in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-        where = f"{name}:{number}"
-        try:
-            line = raw.decode().removesuffix("\r")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{where}: not UTF-8 text ({error}); convert the file to UTF-8") from error
-        if line.strip():
-            yield where, line
-
-
-def _watch(model: Model, text: str, ids: np.ndarray, index: int, *, shown: bool) -> None:
-    """Decodes one prompt and shows its canvas after every step; with ``shown`` False it only decodes."""
+def _watch(model: Model, text: str, given: Given, index: int, *, shown: bool) -> None:
+    """Decodes one prompt, or fills one text, and shows its canvas after every step; with ``shown`` False it only decodes."""
     from jaxblock.reporting.watch import Watch
 
     assert model.tokenizer is not None
-    steps = model.stream(ids.tolist(), index=index)
+    layout, start, stops = model.layout(model.decode_defaults), list[int](), tuple[int, ...]()
+    if isinstance(given, SpannedText):
+        steps, start = model.stream_infill(given, index=index), given.ids[given.first :]
+    else:
+        steps, stops = model.stream(given.tolist(), index=index), layout.stop_ids
     if not shown:
         for _ in steps:
             pass
         return
-    layout = model.layout(model.decode_defaults)
     watch = Watch(
-        text, model.tokenizer.piece, mask_id=layout.mask_id, block=layout.block, stop_ids=layout.stop_ids, pause=0.05
+        text,
+        model.tokenizer.piece,
+        mask_id=layout.mask_id,
+        block=layout.block,
+        stop_ids=stops,
+        start=start,
+        pause=0.05,
     )
     with watch:
         for response, nfe in steps:
             watch.step(response.tolist(), nfe)
 
 
-def _answer_line(prompt: Prompt, answer: Answer) -> str:
-    """Returns the line of JSON of one answer."""
-    line = {"prompt": prompt, "response": answer.text, "tokens": len(answer.ids), "nfe": answer.nfe}
+def _line(prompt: Prompt | MarkedText, result: Answer | Infilled) -> str:
+    """Returns the line of JSON of one result."""
+    if isinstance(prompt, MarkedText):
+        found = cast("Infilled", result)
+        tokens = sum(end - first for first, end in found.spans)
+        line = {"prompt": prompt.prompt, "text": found.text, "fills": found.fills, "tokens": tokens, "nfe": found.nfe}
+    else:
+        answer = cast("Answer", result)
+        line = {"prompt": prompt, "response": answer.text, "tokens": len(answer.ids), "nfe": answer.nfe}
     return json.dumps(line, ensure_ascii=False) + "\n"
 
 
-def _as_text(prompt: Prompt) -> str:
-    """Returns a prompt as it is shown: a conversation with a line for each turn."""
+def _as_text(prompt: Prompt | MarkedText) -> str:
+    """Returns a prompt as it is shown: a conversation with a line for each turn; of a text with spans what is before the first."""
+    if isinstance(prompt, MarkedText):
+        before = prompt.parts[0] if isinstance(prompt.parts[0], str) else ""
+        return before if prompt.prompt is None else f"{_as_text(prompt.prompt)}\n{before}"
     return prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)

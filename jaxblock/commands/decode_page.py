@@ -6,13 +6,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from jaxblock.commands import say
+from jaxblock.data.text.marked import SpannedText
 from jaxblock.io.files import write_text
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from jaxblock.infilling import Infilled
     from jaxblock.model import Answer, Model
     from jaxblock.streaming import Trace
+
+    Given = np.ndarray | SpannedText
 
 
 class Page(NamedTuple):
@@ -31,47 +35,53 @@ class Page(NamedTuple):
     writes: bool
 
 
-def traced_answers(
-    models: Mapping[str, tuple[Model, list[np.ndarray]]], texts: Sequence[str], page: Page
-) -> Iterator[Answer]:
-    """Decodes prompts one at a time, yields the answers of the first model, and writes the page after the last one.
+def traced_results(
+    models: Mapping[str, tuple[Model, Sequence[Given]]], texts: Sequence[str], page: Page
+) -> Iterator[Answer | Infilled]:
+    """Decodes prompts or fills texts one at a time, yields the results of the first model, and writes the page after the last one.
 
     Args:
-        models: for each checkpoint's name, the model and the prompts' ids.
+        models: for each checkpoint's name, the model and the prompts' ids, or the texts with spans.
         texts: the prompts as they are shown.
         page: the page to write.
     """
     from jaxblock.reporting.trace import TracedModel, trace_page
 
     traces: dict[str, list[Trace]] = {name: [] for name in models}
-    answers: dict[str, list[Answer]] = {name: [] for name in models}
+    results: dict[str, list[Answer | Infilled]] = {name: [] for name in models}
     for at in range(len(texts)):
-        for name, (model, ids) in models.items():
-            traces[name].append(model.trace(ids[at].tolist(), index=at, candidates=page.candidates))
-            answers[name].append(_answer(model, traces[name][-1]))
-        yield next(iter(answers.values()))[-1]
+        for name, (model, given) in models.items():
+            trace, result = _traced(model, given[at], at, page.candidates)
+            traces[name].append(trace)
+            results[name].append(result)
+        yield next(iter(results.values()))[-1]
     if not page.writes:
         return
     columns = [
         TracedModel(
             name,
-            model.layout(model.decode_defaults),
+            model.layout(model.decode_defaults, infill=isinstance(given[0], SpannedText)),
             model.decode_defaults,
             model.tokenizer.piece,
             traces[name],
-            [answer.text for answer in answers[name]],
+            [result.text for result in results[name]],
         )
-        for name, (model, _) in models.items()
+        for name, (model, given) in models.items()
         if model.tokenizer is not None  # it was needed to make the prompts' ids
     ]
     write_text(page.path, trace_page(texts, columns), overwrite=page.overwrite)
     say(f"wrote {page.path}")
 
 
-def _answer(model: Model, trace: Trace) -> Answer:
-    """Returns the answer of a trace, as ``Model.answers`` does."""
+def _traced(model: Model, given: Given, index: int, candidates: int) -> tuple[Trace, Answer | Infilled]:
+    """Decodes one prompt, or fills one text, and returns its trace and what ``Model.answers`` or ``Model.fillings`` gives."""
+    from jaxblock.infilling import infilled
     from jaxblock.model import Answer
 
     assert model.tokenizer is not None
+    if isinstance(given, SpannedText):
+        trace = model.trace_infill(given, index=index, candidates=candidates)
+        return trace, infilled(model.tokenizer, model.layout(model.decode_defaults, infill=True), given, trace)
+    trace = model.trace(given.tolist(), index=index, candidates=candidates)
     ids = model.text_ids(trace.response)
-    return Answer(model.tokenizer.decode(ids), ids, trace.nfe)
+    return trace, Answer(model.tokenizer.decode(ids), ids, trace.nfe)

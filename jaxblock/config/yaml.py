@@ -102,6 +102,14 @@ def config_from_tree(tree: Any, where: str) -> Config:
     return config
 
 
+def value_of(text: str) -> Any:
+    """Returns the value that a text would have in a YAML file; a text that is not YAML stands for itself."""
+    try:
+        return yaml.load(text, _UniqueKeys)  # noqa: S506 (a SafeLoader)
+    except (yaml.YAMLError, ValueError, AttributeError, RecursionError):
+        return text
+
+
 def with_fields(section: S, fields: Mapping[str, Any], where: str) -> S:
     """Returns a section with some of its fields replaced; the new values are type-checked as those of a file are.
 

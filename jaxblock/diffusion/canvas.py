@@ -36,6 +36,8 @@ class Layout(NamedTuple):
         fill_id: the token that fills the rest of the terminator's block (the end-of-sequence token).
         stop_ids: the tokens that end a response.
         total_len: ``paper`` only: T, the canvas positions of prompt and response together; None for the sum of both.
+        infill: whether the response is a text with masked spans in it, whose other tokens are given (decoding only, and
+            without a ``suffix_window``): a block may then begin at any response position, and all that is given is visible.
     """
 
     response_len: int
@@ -47,11 +49,17 @@ class Layout(NamedTuple):
     fill_id: int
     stop_ids: tuple[int, ...]
     total_len: int | None = None
+    infill: bool = False
+
+    @property
+    def stride(self) -> int:
+        """The response positions from the beginning of a block to the beginning of the next: 1 where it may begin anywhere."""
+        return 1 if self.infill else self.block
 
     @property
     def n_blocks(self) -> int:
-        """The number of blocks in R response positions (the last may be short under ``paper``)."""
-        return -(-self.response_len // self.block)
+        """The number of blocks that R response positions may have (the last may be short under ``paper``)."""
+        return -(-self.response_len // self.stride)
 
 
 class Canvas(NamedTuple):
@@ -142,22 +150,30 @@ def for_decoding(
 
 
 def decoding_canvas(
-    layout: Layout, ids: Int[Array, "B T"], prompt_len: Int[Array, " B"], row_id: Int[Array, " B"]
+    layout: Layout,
+    ids: Int[Array, "B T"],
+    prompt_len: Int[Array, " B"],
+    row_id: Int[Array, " B"],
+    length: Int[Array, " B"] | None = None,
 ) -> Canvas:
-    """Returns the canvas of tokens of which some are decoded already; T may be less than P + R, where no more is visible.
+    """Returns the canvas of tokens of which some are decoded or given already; T may be less than P + R, where no more is visible.
 
     Args:
         layout: the canvas's static part.
-        ids: the prompts and what is committed of the responses, then masks.
+        ids: the prompts and what is there of the responses, with masks for the rest.
         prompt_len: the tokens of each prompt.
         row_id: the index of each prompt.
+        length: the visible positions of each row; None for prompt and R response positions. (A text with spans ends earlier.)
     """
     all_of = jnp.full_like(prompt_len, layout.response_len)
-    return Canvas(ids, prompt_len, prompt_len + layout.response_len, all_of, -(-all_of // layout.block), row_id)
+    length = prompt_len + layout.response_len if length is None else length
+    return Canvas(ids, prompt_len, length, all_of, -(-all_of // layout.block), row_id)
 
 
 def supervised_end(layout: Layout, canvas: Canvas) -> Int[Array, " B"]:
     """Returns the canvas position after each row's last supervised token; the fill is supervised only under ``aligned``."""
+    if layout.infill:
+        return canvas.length
     if layout.context == "aligned":
         return canvas.prompt_len + canvas.n_blocks * layout.block
     return canvas.prompt_len + canvas.text_len
@@ -198,16 +214,23 @@ def visible_positions(layout: Layout, prompt_len: Numbers, block: Numbers) -> Nu
 
 def block_start(layout: Layout, canvas: Canvas, block: Int[Array, " B"]) -> Int[Array, " B"]:
     """Returns the canvas position at which each row's block begins."""
-    return canvas.prompt_len + block * layout.block
+    return canvas.prompt_len + block * layout.stride
 
 
 def active_positions(
     layout: Layout, canvas: Canvas, block: Int[Array, " B"]
 ) -> tuple[Int[Array, "B A"], Bool[Array, "B A"]]:
-    """Returns the canvas positions of each row's block (clipped to the canvas), and which of them may be supervised."""
+    """Returns the canvas positions of each row's block (clipped to the canvas), and which of them may be supervised.
+
+    A block of a masked span ends with the span: what is given after it is neither supervised nor decoded, nor is the next span.
+    """
     active = block_start(layout, canvas, block)[:, None] + jnp.arange(layout.block, dtype=jnp.int32)
     valid = (block >= 0)[:, None] & (active < supervised_end(layout, canvas)[:, None])
-    return jnp.clip(active, 0, canvas.ids.shape[1] - 1), valid
+    active = jnp.clip(active, 0, canvas.ids.shape[1] - 1)
+    if layout.infill:
+        masked = valid & (block_tokens(canvas, active) == layout.mask_id)
+        valid = jnp.cumprod(masked, axis=1).astype(bool)  # up to the first given token
+    return active, valid
 
 
 def block_tokens(canvas: Canvas, active: Int[Array, "B A"]) -> Int[Array, "B A"]:
@@ -219,7 +242,8 @@ def view(layout: Layout, canvas: Canvas, block: Int[Array, " B"], block_ids: Int
     """Builds what the model sees when ``block`` is active and holds ``block_ids``.
 
     Before the block: the canvas as it is. After it: masks to the end of the R positions (``aligned``), or to the
-    end of the text with the visible fill after it (``paper``).
+    end of the text with the visible fill after it (``paper``). In infilling the canvas as it is: what is given, and the masks of
+    later spans.
 
     Args:
         layout: the canvas's static part.
@@ -236,9 +260,11 @@ def view(layout: Layout, canvas: Canvas, block: Int[Array, " B"], block_ids: Int
     start = block_start(layout, canvas, block)
     active, valid = active_positions(layout, canvas, block)
     at = jnp.arange(canvas.ids.shape[1], dtype=jnp.int32)[None, :]
-    masks_end = canvas.length if layout.context == "aligned" else canvas.prompt_len + canvas.text_len
-    suffix = (block >= 0)[:, None] & (at >= (start + layout.block)[:, None]) & (at < masks_end[:, None])
-    ids = jnp.where(suffix, layout.mask_id, canvas.ids)
+    ids = canvas.ids
+    if not layout.infill:
+        masks_end = canvas.length if layout.context == "aligned" else canvas.prompt_len + canvas.text_len
+        suffix = (block >= 0)[:, None] & (at >= (start + layout.block)[:, None]) & (at < masks_end[:, None])
+        ids = jnp.where(suffix, layout.mask_id, ids)
 
     inside = at - start[:, None]
     here = jnp.clip(inside, 0, layout.block - 1)

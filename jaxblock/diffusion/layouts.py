@@ -117,6 +117,28 @@ def decoding_layout(
     return layout
 
 
+def infilling_layout(
+    canvas: CanvasConfig, decode: DecodeConfig, network: NetworkTraits, stop_ids: tuple[int, ...]
+) -> Layout:
+    """Returns the layout of texts with masked spans: the decoder's, in which the response's other tokens are given and visible.
+
+    Args:
+        canvas: the ``canvas`` section.
+        decode: the ``decode`` section.
+        network: the network's traits.
+        stop_ids: the tokens that end a response, where ``decode`` names none.
+
+    Raises:
+        UserError: ``decoding_layout`` raises it, or a window would hide what is given.
+    """
+    if canvas.suffix_window is not None:
+        raise UserError(
+            f"canvas.suffix_window {canvas.suffix_window} hides what comes after a block, and infilling is to see it: set "
+            "canvas.suffix_window to null (the model was then trained with less of a suffix than it is shown)"
+        )
+    return decoding_layout(canvas, decode, network, stop_ids)._replace(infill=True)
+
+
 def check_decoding(canvas: CanvasConfig, decode: DecodeConfig, network: NetworkTraits) -> None:
     """Raises UserError where decoding on this canvas cannot work. Called first, so that the error does not come hours later."""
     layout = decoding_layout(canvas, decode, network, ())

@@ -32,6 +32,7 @@ _CONTROLS = """
 <div class="legend"><span><span id="low">0%</span> <span class="ramp" aria-hidden="true"></span>
 <span id="high">100%: probability of the token</span></span>
 <span><span class="t fresh">x</span> committed in this step</span><span><span class="t mask">░░</span> mask</span>
+<span><span class="t given">x</span> given, in a text whose spans are filled</span>
 <span><span class="t never">·</span> never decoded</span></div>
 <p>Keys: <kbd>←</kbd> <kbd>→</kbd> step, <kbd>Home</kbd> <kbd>End</kbd> first and last, <kbd>Space</kbd> play,
 <kbd>n</kbd> <kbd>p</kbd> next prompt and the one before, <kbd>c</kbd> colour; <kbd>Tab</kbd> to a response, then arrows for its
@@ -111,7 +112,8 @@ def _column(model: TracedModel) -> dict[str, Any]:
         "block": model.layout.block,
         "passes": model.options.passes,
         "mask": model.layout.mask_id,
-        "stops": list(model.layout.stop_ids),
+        "stops": [] if model.layout.infill else list(model.layout.stop_ids),  # a text's end is given
+        "unit": "line" if model.layout.infill else "block",  # in a text with spans, a block is a part of a span
         "pieces": _pieces(model, used),
     }
 

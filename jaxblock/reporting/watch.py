@@ -29,6 +29,7 @@ class Watch:
         mask_id: int,
         block: int,
         stop_ids: Sequence[int] = (),
+        start: Sequence[int] = (),
         console: Console | None = None,
         pause: float = 0.0,
     ) -> None:
@@ -40,13 +41,16 @@ class Watch:
             mask_id: the id of the mask token.
             block: the number of positions in a block.
             stop_ids: the ids that end the response; tokens after the first of them are shown dim.
+            start: the canvas before the first step, where some of it is given; empty for masks alone.
             console: the console to draw on; None for standard output.
             pause: the time to wait after each redraw on a terminal, in seconds, to slow down the replay of a finished decode.
         """
         self._prompt, self._piece, self._mask = prompt, piece, mask_id
         self._block, self._stops, self._pause = block, frozenset(stop_ids), pause
         self._console = console or Console()
-        self._ids: list[int] = []
+        self._ids: list[int] = list(start)
+        self._given = sum(i != mask_id for i in start)
+        self._unit = "line" if start else "block"  # in a text with spans, a block is a part of a span
         self._fresh: set[int] = set()
         self._steps = 0
         self._nfe = 0
@@ -119,18 +123,19 @@ class Watch:
                 return
             text = self._line(self._printed, ids).plain
             count = f"{self._block_steps} step{'' if self._block_steps == 1 else 's'}"
-            self._console.print(Text(f"block {self._printed + 1}/{len(blocks)}  {count}  {text}"), soft_wrap=True)
+            line = f"{self._unit} {self._printed + 1}/{len(blocks)}  {count}  {text}"
+            self._console.print(Text(line), soft_wrap=True)
             self._printed += 1
             self._block_steps = 0
 
     def _status(self) -> Text:
-        if not self._ids:
+        if not self._steps:
             return Text("compiling the decoder", style="bold")
-        committed = sum(i != self._mask for i in self._ids)
+        committed = sum(i != self._mask for i in self._ids) - self._given
         per_forward = f"  {committed / self._nfe:.2f} tokens per forward" if self._nfe else ""
         stopped = self._over and self._mask in self._ids and any(i in self._stops for i in self._ids)
         return Text.assemble(
-            (f"step {self._steps}  NFE {self._nfe}  {committed}/{len(self._ids)} tokens", "bold"),
+            (f"step {self._steps}  NFE {self._nfe}  {committed}/{len(self._ids) - self._given} tokens", "bold"),
             per_forward,
             "  stopped early" if stopped else "",
         )

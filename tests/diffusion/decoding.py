@@ -1,10 +1,15 @@
-"""What tests of the decoder share: the compiled decoder, its settings, and a network that knows nothing."""
+"""What tests of the decoder share: the compiled decoder, its settings, and networks that know nothing or tell what they see."""
+
+from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxblock.diffusion.decoding import decoder
 from jaxblock.diffusion.decoding.config import DecodeConfig
+from jaxblock.models.transformer import Transformer
+from jaxblock.types import KeysValues, View
 
 decode_jit = jax.jit(decoder.decode_prompts, static_argnums=(0, 1, 2))
 
@@ -35,3 +40,39 @@ class Fixed:
 
 
 FIXED = Fixed()
+
+
+class Recorder(Fixed):
+    """A network of random logits that writes down every view it is fed, inside the jitted decoder."""
+
+    def __init__(self):
+        self.views = []
+
+    def hidden(self, params, view, row_keys=None):
+        jax.debug.callback(lambda *fields: self.views.append(type(view)(*map(np.asarray, fields))), *view, ordered=True)
+        noise = jnp.sin(params["scale"] * (1.0 + view.ids[:, :, None] * jnp.arange(1, 6)))
+        return jnp.take_along_axis(noise.cumsum(1), view.at[..., None], axis=1)
+
+    def logits(self, params, hidden):
+        return hidden @ params["head"]
+
+
+RECORDED = {"scale": np.float32(3.7), "head": np.random.default_rng(0).normal(size=(5, 11)).astype(np.float32)}
+"""The parameters of a ``Recorder`` with 11 tokens."""
+
+
+@dataclass(frozen=True)
+class Refreshing(Transformer):
+    """A network whose cache is the view: it computes the whole canvas at every step."""
+
+    def refresh(self, params, view):
+        kept = view.ids.astype("float32")[None, :, :, None, None]
+        return self.hidden(params, view), KeysValues(kept, kept)
+
+    def update(self, params, part, cache):
+        old = cache.k[0, :, :, 0, 0].astype("int32")
+        at = np.arange(old.shape[1]) - part.first[:, None]
+        here = jnp.clip(at, 0, part.ids.shape[1] - 1)
+        ids = jnp.where(at == here, jnp.take_along_axis(part.ids, here, axis=1), old)
+        positions, reads = jnp.broadcast_to(np.arange(old.shape[1]), old.shape), part.first[:, None] + part.at
+        return self.hidden(params, View(ids, positions, part.length, reads, reads, reads >= 0))

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -17,9 +14,7 @@ from jaxblock.diffusion.decoding import decoder, passes
 from jaxblock.diffusion.decoding.rules import check_options
 from jaxblock.diffusion.layouts import decoding_layout
 from jaxblock.errors import UserError
-from jaxblock.models.transformer import Transformer
-from jaxblock.types import KeysValues, View
-from tests.diffusion.decoding import decode_jit, decoding, padded
+from tests.diffusion.decoding import Refreshing, decode_jit, decoding, padded
 
 PROMPTS = [[1], [2, 3], [4, 5, 6], [0, 1]]
 WAYS = {
@@ -78,23 +73,6 @@ def test_a_block_that_the_first_step_fills_takes_no_second_pass(tiny, made):
     options = decoding(3, rule="confidence_threshold", threshold=0.001, cache="dual")
     found = _decode(made[1], tiny[1](), options)
     assert found.nfe.tolist() == [3] * 4 and found.positions.tolist() == [3 * n for n in (10, 11, 12, 11)]
-
-
-@dataclass(frozen=True)
-class Refreshing(Transformer):
-    """A network whose cache is the view: it computes the whole canvas at every step."""
-
-    def refresh(self, params, view):
-        kept = view.ids.astype("float32")[None, :, :, None, None]
-        return self.hidden(params, view), KeysValues(kept, kept)
-
-    def update(self, params, part, cache):
-        old = cache.k[0, :, :, 0, 0].astype("int32")
-        at = np.arange(old.shape[1]) - part.first[:, None]
-        here = jnp.clip(at, 0, part.ids.shape[1] - 1)
-        ids = jnp.where(at == here, jnp.take_along_axis(part.ids, here, axis=1), old)
-        positions, reads = jnp.broadcast_to(np.arange(old.shape[1]), old.shape), part.first[:, None] + part.at
-        return self.hidden(params, View(ids, positions, part.length, reads, reads, reads >= 0))
 
 
 @pytest.mark.parametrize("cache, alignment", [("prefix", "shifted"), ("dual", "same_position")])

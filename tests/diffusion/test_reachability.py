@@ -19,7 +19,7 @@ from jaxblock.diffusion.canvas import Layout
 from jaxblock.diffusion.config import MethodConfig
 from jaxblock.diffusion.corruption import corrupt
 from jaxblock.diffusion.decoding import decoder
-from tests.diffusion.decoding import Fixed, decode_jit, decoding, padded
+from tests.diffusion.decoding import RECORDED, Recorder, decode_jit, decoding, padded
 
 VOCAB, EOT, FILL, MASK = 11, 7, 8, 9
 P = 4
@@ -164,30 +164,13 @@ def test_the_replay_refuses_what_no_decoder_shows(name):
     assert not all(verdicts)
 
 
-class Recorder(Fixed):
-    """A network of random logits that writes down every view it is fed, inside the jitted decoder."""
-
-    def __init__(self):
-        self.views = []
-
-    def hidden(self, params, view, row_keys=None):
-        jax.debug.callback(lambda *fields: self.views.append(type(view)(*map(np.asarray, fields))), *view, ordered=True)
-        noise = jnp.sin(params["scale"] * (1.0 + view.ids[:, :, None] * jnp.arange(1, 6)))
-        return jnp.take_along_axis(noise.cumsum(1), view.at[..., None], axis=1)
-
-    def logits(self, params, hidden):
-        return hidden @ params["head"]
-
-
 @pytest.mark.parametrize("alignment", [pytest.param("same_position", marks=pytest.mark.slow), "shifted"])
 def test_the_real_decoder_passes_through_the_replays_states(alignment):
     """Views recorded inside the jitted decoder, and canvases rebuilt from commit_step, against the replay's log."""
     layout, net = _layout(alignment), Recorder()
-    head = np.random.default_rng(0).normal(size=(5, VOCAB))
-    params = {"scale": np.float32(3.7), "head": head.astype(np.float32)}
     prompts = [[1], [2, 3], [4, 5, 6, 0]]
     options = decoding(None, rule="random", temperature=1.0)
-    out = jax.device_get(decode_jit(net, layout, options, params, 5, *padded(prompts)))
+    out = jax.device_get(decode_jit(net, layout, options, RECORDED, 5, *padded(prompts)))
     jax.effects_barrier()
     rebuilt = decoder.responses_by_step(layout, out, layout.response_len)
     assert len(net.views) == layout.response_len and out.nfe.tolist() == [layout.response_len] * ROWS

@@ -29,7 +29,7 @@ def trace(steps: list[int], tokens: list[int]) -> Trace:
     probability = np.where(committed, 0.5, 0)
     ids[1, 0], probability[1] = 6, 0.0001  # a token that was drawn although others were more probable
     count = max(steps) + 1
-    return Trace(np.array(tokens), np.array(steps), count, count, Beliefs(probability, ids, shares))
+    return Trace(np.array(tokens), np.array(steps), count, 9 * count, count, Beliefs(probability, ids, shares))
 
 
 @pytest.fixture(scope="module")

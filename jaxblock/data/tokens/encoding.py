@@ -37,14 +37,24 @@ class Encoder:
             UserError: If a text is empty or no valid text, a text holds or becomes a special token, or the template fails
                 on the conversation or leaves out the user's text.
         """
-        if isinstance(prompt, str):
-            prompt = [{"role": "user", "content": in_template(checked_text(prompt, "the text", where), self.config)}]
-        ids = self._encode(prompt, True, where)
+        ids = self._encode(self.conversation(prompt, where=where), True, where)
         if self.special.mask in ids:
             raise UserError(
                 f"{where}: the prompt's tokens contain the mask token; take it out of the text or the template"
             )
         return ids
+
+    def conversation(self, prompt: str | Sequence[Message], *, where: str = "the prompt") -> list[Message]:
+        """Returns the turns of a prompt, with `data.system` in front of them; a text is put into `data.prompt_template`.
+
+        Raises:
+            UserError: If a text is empty or no valid text.
+        """
+        if isinstance(prompt, str):
+            prompt = [{"role": "user", "content": in_template(checked_text(prompt, "the text", where), self.config)}]
+        if self.config.system is not None and prompt[0]["role"] != "system":
+            prompt = [{"role": "system", "content": self.config.system}, *prompt]
+        return list(prompt)
 
     def prompt_and_response(self, example: Example) -> tuple[list[int], list[int]]:
         """Returns the ids of an example's prompt and of its response, the terminator included.
@@ -93,8 +103,7 @@ class Encoder:
 
     def _encode(self, messages: Sequence[Message], add_generation_prompt: bool, where: str) -> list[int]:
         """Returns the ids of a conversation, with `data.system` in front of it, after checking its texts."""
-        if self.config.system is not None and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": self.config.system}, *messages]
+        messages = self.conversation(messages, where=where)
         for message in messages:
             checked_text(message["content"], f"the {message['role']}'s text", where)
         self._control.check_texts(messages, where)

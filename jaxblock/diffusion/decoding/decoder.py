@@ -27,13 +27,17 @@ from jaxblock.diffusion.decoding.scoring import score
 from jaxblock.diffusion.decoding.transfer import StepInfo
 from jaxblock.types import Network, Params
 
+GIVEN = -2
+"""What stands in place of a commit step for the tokens of a text whose spans are filled."""
+
 
 class Carry(NamedTuple):
     """Holds the decoder's state between blocks.
 
     Attributes:
         ids: the tokens of the canvas; what is not committed yet is a mask.
-        commit_step: the step, counted over the whole response, that committed each response position; -1 for a mask.
+        commit_step: the step, counted over the whole response, that committed each response position; -1 for a mask, ``GIVEN``
+            for a token that was there before.
         done: the rows that stopped early.
         nfe: the forward passes spent on each row.
         positions: the canvas positions that those passes needed to compute, summed (token-forwards).
@@ -57,7 +61,7 @@ class Responses(NamedTuple):
 
     Attributes:
         response: the response tokens; positions that were never decoded (early stop) hold the fill token.
-        commit_step: the decode step of the row that committed each position; -1 where none did.
+        commit_step: the decode step of the row that committed each position; -1 where none did, ``GIVEN`` for a given token.
         nfe: the forward passes spent on each row.
         positions: the canvas positions that those passes needed to compute, summed (token-forwards).
         computed: the positions that were computed for the row, padding and passes after its own last one included.
@@ -87,8 +91,8 @@ def start_decoding(layout: Layout, canvas: Canvas, seed: int | Int[Array, ""], c
 
     Args:
         layout: the canvas's static part.
-        canvas: the prompts, from ``canvas.for_decoding``; a row's random key comes from its ``row_id``, so it does not
-            depend on the batch that the row is in.
+        canvas: the prompts, from ``canvas.for_decoding``, or texts with spans; a row's random key comes from its ``row_id``, so
+            it does not depend on the batch that the row is in.
         seed: the seed of sampling.
         candidates: how many of the most probable tokens of each position are kept; with 0 no beliefs are.
     """
@@ -97,7 +101,7 @@ def start_decoding(layout: Layout, canvas: Canvas, seed: int | Int[Array, ""], c
     none = jnp.zeros(rows, jnp.int32)
     return Carry(
         ids=canvas.ids,
-        commit_step=jnp.full((rows, layout.response_len), -1, jnp.int32),
+        commit_step=jnp.where(_response(layout, canvas) == layout.mask_id, -1, GIVEN),
         done=jnp.zeros(rows, bool),
         nfe=none,
         positions=none,
@@ -126,7 +130,7 @@ def decode_block(
         params: the network's parameters.
         canvas: the lengths of the rows; its tokens are not read.
         carry: the state after the blocks before this one.
-        blocks: the index of each row's block.
+        blocks: the index of each row's block; in infilling, the response position of the first mask, where the block begins.
         sizes: how many positions the passes compute (static), from ``sizes_by_block``: those of every row's block must be
             equal; None for sizes that serve all blocks.
 
@@ -139,10 +143,8 @@ def decode_block(
     most_steps = layout.block if RULES[options.rule].pace == "rule" else options.steps(layout.block)
     canvas = canvas._replace(ids=carry.ids)
     sizes = widest(layout, options, _room(layout, canvas)) if sizes is None else sizes
-    passes = Passes(net, layout, options, params, canvas, blocks, sizes)
-    active, valid = active_positions(layout, canvas, blocks)
-    tokens = block_tokens(canvas, active)
-    live = valid & ~carry.done[:, None]
+    passes = Passes(net, layout, options, params, canvas, carry.commit_step == GIVEN, blocks, sizes)
+    tokens, live = _open_block(layout, canvas, carry, blocks)
     masks_at_start = jnp.sum((tokens == layout.mask_id) & live, axis=-1)
 
     def unfinished(loop: _Loop) -> Array:
@@ -179,6 +181,20 @@ def decode_block(
     return _write(layout, options, canvas, carry, blocks, live, loop)
 
 
+def _open_block(layout: Layout, canvas: Canvas, carry: Carry, blocks: Array) -> tuple[Array, Array]:
+    """Returns the tokens of each row's block [B, A], and which of its positions the decoder may write [B, A]."""
+    canvas = canvas._replace(ids=carry.ids)
+    active, valid = active_positions(layout, canvas, blocks)
+    live = valid & ~carry.done[:, None]
+    return block_tokens(canvas, active), live
+
+
+def _response(layout: Layout, canvas: Canvas) -> Array:
+    """Returns the tokens at the R response positions [B, R]."""
+    at = canvas.prompt_len[:, None] + jnp.arange(layout.response_len)
+    return jnp.take_along_axis(canvas.ids, at, axis=1)
+
+
 def _room(layout: Layout, canvas: Canvas) -> int:
     """Returns the canvas positions of the longest prompt."""
     return canvas.ids.shape[1] - layout.response_len
@@ -190,7 +206,7 @@ def _write(
     """Writes a finished block back into the canvas and stops the rows whose text has ended."""
     seen = view(layout, canvas, blocks, loop.tokens)
     ids = jnp.where(carry.done[:, None], carry.ids, seen.ids)
-    at = jnp.arange(layout.response_len) - blocks[:, None] * layout.block
+    at = jnp.arange(layout.response_len) - blocks[:, None] * layout.stride
     here = jnp.clip(at, 0, layout.block - 1)
     inside = (at == here) & jnp.take_along_axis(live, here, axis=1)
     written, beliefs = jax.tree.map(
@@ -214,14 +230,14 @@ def decode(
     canvas: Canvas,
     seed: int | Int[Array, ""],
 ) -> Responses:
-    """Decodes every block, left to right, by ``lax.scan``; blocks after which every row is done are skipped.
+    """Decodes every block, left to right, by ``lax.scan``; blocks in which no row has anything to decode are skipped.
 
     Args:
         net: the network (static).
         layout: the canvas's static part.
         options: the decoder's settings (static).
         params: the network's parameters.
-        canvas: the prompts, from ``canvas.for_decoding``; a row's random key comes from its ``row_id``.
+        canvas: the prompts, from ``canvas.for_decoding``, or texts with spans; a row's random key comes from its ``row_id``.
         seed: the seed of sampling.
 
     Returns:
@@ -233,13 +249,15 @@ def decode(
     kind_of_block = jnp.array([kinds.index(sizes) for sizes in by_block])
 
     def body(carry: Carry, block: Array) -> tuple[Carry, None]:
+        blocks = jnp.full_like(canvas.prompt_len, block)
+
         def go(carry: Carry) -> Carry:
-            blocks = jnp.full_like(canvas.prompt_len, block)
             one = partial(decode_block, net, layout, options, params, canvas)
             runs = [lambda carry, sizes=sizes: one(carry, blocks, sizes) for sizes in kinds]
             return jax.lax.switch(kind_of_block[block], runs, carry)
 
-        return jax.lax.cond(jnp.all(carry.done), lambda c: c, go, carry), None
+        _, live = _open_block(layout, canvas, carry, blocks)
+        return jax.lax.cond(jnp.any(live), go, lambda c: c, carry), None
 
     first = start_decoding(layout, canvas, seed)
     carry, _ = jax.lax.scan(body, first, jnp.arange(layout.n_blocks, dtype=jnp.int32))
@@ -255,9 +273,8 @@ def decode_prompts(
 
 def finish(layout: Layout, canvas: Canvas, carry: Carry) -> Responses:
     """Returns the responses of a canvas whose blocks are decoded."""
-    at = canvas.prompt_len[:, None] + jnp.arange(layout.response_len)
-    response = jnp.take_along_axis(carry.ids, at, axis=1)
-    response = jnp.where(carry.commit_step < 0, layout.fill_id, response)
+    response = _response(layout, canvas._replace(ids=carry.ids))
+    response = jnp.where(carry.commit_step == -1, layout.fill_id, response)
     return Responses(response, carry.commit_step, carry.nfe, carry.positions, carry.computed)
 
 
@@ -274,4 +291,4 @@ def responses_by_step(layout: Layout, responses: Responses, steps: int) -> np.nd
     """
     committed, tokens = np.asarray(responses.commit_step), np.asarray(responses.response)
     when = np.arange(-1, steps)[:, None, None]
-    return np.where((committed >= 0) & (committed <= when), tokens, np.int32(layout.mask_id))
+    return np.where((committed != -1) & (committed <= when), tokens, np.int32(layout.mask_id))

@@ -14,7 +14,7 @@ from typing import NamedTuple, cast
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from jaxblock.diffusion.canvas import (
     Canvas,
@@ -52,7 +52,7 @@ def sizes_by_block(layout: Layout, options: DecodeConfig, room: int) -> tuple[Si
         options: the decoder's settings.
         room: P, the canvas positions before the response of the longest prompt.
     """
-    starts = np.arange(layout.n_blocks) * layout.block
+    starts = np.arange(layout.n_blocks) * layout.stride
     after = visible_positions(layout, np.full(layout.n_blocks, room), np.arange(layout.n_blocks)) - room - starts
     part = {"none": 0 * after, "prefix": after, "dual": 0 * after + layout.block}[options.cache]
     part = part + _before(layout, options) * (part > 0)
@@ -92,6 +92,7 @@ class Passes:
         options: the decoder's settings.
         params: the network's parameters.
         canvas: the committed tokens.
+        given: the response positions that hold given text [B, R], which guidance hides as it hides the prompt; none but in infilling.
         blocks: the block of each row.
         sizes: the sizes of the passes.
     """
@@ -101,6 +102,7 @@ class Passes:
     options: DecodeConfig
     params: Params
     canvas: Canvas
+    given: Bool[Array, "B R"]
     blocks: Int[Array, " B"]
     sizes: Sizes
 
@@ -143,16 +145,17 @@ class Passes:
 
     @property
     def _visible(self) -> Int[Array, " B"]:
-        return visible_positions(self.layout, self.canvas.prompt_len, self.blocks)
+        return jnp.minimum(self.canvas.length, visible_positions(self.layout, self.canvas.prompt_len, self.blocks))
 
     def _views(self, tokens: Int[Array, "B A"]) -> list[View]:
-        """Returns what the network sees: the canvas, and with guidance also the canvas with a hidden prompt."""
+        """Returns what the network sees: the canvas, and with guidance also the canvas with the prompt and all given text hidden."""
         canvas = narrowed(self.canvas, self.sizes.width)
         seen = view(self.layout, canvas, self.blocks, tokens)
         if not self.options.cfg_scale:
             return [seen]
-        in_prompt = jnp.arange(seen.ids.shape[1]) < canvas.prompt_len[:, None]
-        return [seen, seen._replace(ids=jnp.where(in_prompt, self.layout.mask_id, seen.ids))]
+        in_response = jnp.arange(seen.ids.shape[1]) - canvas.prompt_len[:, None]
+        given = jnp.take_along_axis(self.given, jnp.clip(in_response, 0, self.layout.response_len - 1), axis=1)
+        return [seen, seen._replace(ids=jnp.where(given | (in_response < 0), self.layout.mask_id, seen.ids))]
 
     def _part(self, seen: View) -> Part:
         """Returns the part of a view that is computed anew."""

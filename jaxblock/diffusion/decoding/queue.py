@@ -17,17 +17,17 @@ import numpy as np
 
 @dataclass(eq=False)
 class Row:
-    """Holds a prompt, and what is decoded of its response.
+    """Holds a prompt, and what is decoded of its response; or a text with masked spans, which begin after the prompt.
 
     Attributes:
         prompt: the prompt's tokens [P].
         index: what its random key comes from, the index of its prompt.
-        response: the response's tokens [R]; masks where none is committed.
-        commit_step: the step that committed each of them [R]; -1 for a mask.
+        response: the response's tokens [R], or those of a text from its first span on; masks where none is committed.
+        commit_step: the step that committed each of them; -1 for a mask, ``decoder.GIVEN`` for a given token.
         nfe: the forward passes spent.
         positions: the canvas positions that those passes needed to compute, summed (token-forwards).
         computed: the positions that were computed for the row.
-        block: the number of blocks decoded.
+        block: the index of its block; in a text with spans, the response position where the block begins.
         ended: whether the response is complete.
         place: its place in the order of the rows, which the queue fills in.
     """

@@ -23,7 +23,7 @@
       this.tokens = trace.ids.map((id, at) => {
         if (at % column.block === 0) {
           const block = make("div", "block");
-          block.append(make("b", "", `block ${at / column.block + 1}`));
+          block.append(make("b", "", `${column.unit} ${at / column.block + 1}`));
           blocks.append(block);
           this.blocks.push(block);
         }
@@ -81,6 +81,9 @@
 
     isSet(at) { return this.trace.step[at] >= 0 && this.trace.step[at] < this.step; }
 
+    // A token of a text whose spans were filled; the decoder names it so in place of a step.
+    isGiven(at) { return this.trace.step[at] === -2; }
+
     // The first stop token with no mask before it ends the text.
     end() {
       for (let at = 0; at < this.tokens.length && this.isSet(at); at++) if (this.column.stops.includes(this.trace.ids[at])) return at;
@@ -90,29 +93,33 @@
     show(step, coloured) {
       this.step = Math.min(step, this.trace.steps);
       const over = this.step === this.trace.steps, end = this.end();
-      let count = 0, fresh = -1;
+      let count = 0, total = 0, fresh = -1;
       this.tokens.forEach((token, at) => {
         const { step: own, ids, probability } = this.trace, set = this.isSet(at), now = set && own[at] === this.step - 1;
-        const never = !set && over, text = set ? this.piece(ids[at]) : never ? "·" : "░░";
+        const given = this.isGiven(at), never = !set && !given && over;
+        const text = set || given ? this.piece(ids[at]) : never ? "·" : "░░";
         count += set;
+        total += !given;
         if (now && fresh < 0) fresh = Math.floor(at / this.column.block);
         token.textContent = text;
-        token.className = `t ${set ? "set" : never ? "never" : "mask"}${now ? " fresh" : ""}${set && at > end ? " after" : ""}`;
+        token.className = `t ${set ? "set" : given ? "given" : never ? "never" : "mask"}${now ? " fresh" : ""}${set && at > end ? " after" : ""}`;
         token.style.setProperty("--value", coloured === "step" ? this.inBlock[at] : probability[at]);
-        const what = set ? `${text}, probability ${percent(probability[at])}, step ${own[at] + 1}` : never ? "never decoded" : "mask";
+        const what = set ? `${text}, probability ${percent(probability[at])}, step ${own[at] + 1}`
+          : given ? `${text}, given` : never ? "never decoded" : "mask";
         token.setAttribute("aria-label", `position ${at + 1}: ${what}`);
       });
       this.blocks.forEach((block, at) => block.classList.toggle("active", at === fresh));
       const passes = this.step * this.column.passes;
       const rate = passes ? `, ${(count / passes).toFixed(2)} per forward pass` : "";
       const stopped = over && this.trace.step.includes(-1) ? ", stopped early" : "";
-      this.status.textContent = `${plural(passes, "forward pass", "es")}, ${count} of ${plural(this.tokens.length, "token")}${rate}${stopped}`;
+      this.status.textContent = `${plural(passes, "forward pass", "es")}, ${count} of ${plural(total, "token")}${rate}${stopped}`;
       this.answer.hidden = this.answer.previousSibling.hidden = !over;
     }
 
     describe(at, box) {
       const { trace, column } = this, [id, own] = [trace.ids[at], trace.step[at]];
-      const where = `position ${at + 1}, block ${Math.floor(at / column.block) + 1}`;
+      const where = `position ${at + 1}, ${column.unit} ${Math.floor(at / column.block) + 1}`;
+      if (this.isGiven(at)) return box.append(make("b", "", this.piece(id)), ` id ${id}`, make("div", "", `${where}, given`));
       if (!this.isSet(at)) {
         const why = own < 0 && this.step === trace.steps ? "never decoded: the response had ended" : "a mask at this step";
         return box.append(make("b", "", why), make("div", "", where));

@@ -1,0 +1,69 @@
+"""Reads what `decode` is given: prompts, or texts whose spans are to be filled."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+
+from jaxblock.commands import say
+from jaxblock.data.config import DataConfig
+from jaxblock.data.text.examples import Prompt
+from jaxblock.data.text.files import decompressed
+from jaxblock.data.text.marked import MarkedText, parts_of
+from jaxblock.errors import UserError
+from jaxblock.io.files import read_bytes
+
+RECORDS = (".jsonl", ".json", ".parquet")
+"""The suffixes of files that hold records; any other file has one prompt or text per line."""
+
+
+def read_prompts(given: Sequence[str], file: str | None, data: DataConfig) -> Iterator[tuple[str, Prompt]]:
+    """Yields (origin, prompt) of every prompt, from the command line, a file or standard input."""
+    if not given and file is not None and _has_records(file):
+        from jaxblock.data.text.examples import read_prompts as of_records
+        from jaxblock.data.text.recipes import with_recipe
+
+        yield from of_records(file, with_recipe(data))
+    else:
+        yield from _texts(given, file, "prompt")
+
+
+def read_texts(given: Sequence[str], file: str | None, data: DataConfig) -> Iterator[tuple[str, MarkedText]]:
+    """Yields (origin, text) of every text with spans, from the command line, a file or standard input."""
+    if not given and file is not None and _has_records(file):
+        from jaxblock.data.text.marked import read_marked
+        from jaxblock.data.text.recipes import with_recipe
+
+        yield from read_marked(file, with_recipe(data))
+    else:
+        for where, text in _texts(given, file, "text"):
+            yield where, MarkedText(parts_of(text, where), None)
+
+
+def _has_records(file: str) -> bool:
+    return file.removesuffix(".gz").endswith(RECORDS)
+
+
+def _texts(given: Sequence[str], file: str | None, kind: str) -> Iterator[tuple[str, str]]:
+    """Yields (origin, text) of the arguments, or of the lines of a file or of standard input."""
+    if given:
+        yield from ((f"{kind} {at}", text) for at, text in enumerate(given, 1))
+    elif file is None:
+        if sys.stdin.isatty():
+            say(f"reading {kind}s from standard input, one a line; end with Ctrl-D")
+        yield from _lines("standard input", sys.stdin.buffer.read())
+    else:
+        yield from _lines(file, decompressed(file, read_bytes(file)))
+
+
+def _lines(name: str, content: bytes) -> Iterator[tuple[str, str]]:
+    """Yields (file:line, text) of every line that is not blank."""
+    # splitlines would also split at other separators (U+2028, form feed), which a prompt may contain.
+    for number, raw in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        where = f"{name}:{number}"
+        try:
+            line = raw.decode().removesuffix("\r")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{where}: not UTF-8 text ({error}); convert the file to UTF-8") from error
+        if line.strip():
+            yield where, line

@@ -1,0 +1,125 @@
+"""Tests infilling as users have it: `Model.infill` and `decode --infill`."""
+
+import dataclasses
+import io
+import json
+import re
+import sys
+
+import numpy as np
+import pytest
+
+import jaxblock
+from jaxblock.data.text.marked import MarkedText
+from jaxblock.diffusion.decoding import decoder
+from jaxblock.errors import UserError
+
+ANSWER = "1+2=[[1]]\n#### [[2]]."
+
+
+@pytest.fixture(scope="module")
+def model(tiny_run):
+    return jaxblock.load(tiny_run)
+
+
+def test_a_text_is_filled_between_what_is_given(model):
+    """Alone, as the answer to a prompt, as pieces, in a list; with every step, which `stream_infill` shows as well."""
+    options = {"temperature": 0.7, "seed": 3, "steps_per_block": 2}
+    texts, prompts = [ANSWER, ["[[1]] ", 5, "="], "1[[3]]"], ["1+2?", None, None]
+    whole = model.infill(texts, prompts, return_steps=True, **options)
+    mask = model.arch.mask_id
+    for found, text in zip(whole, (ANSWER, "[[1]] [[5]]=", "1[[3]]"), strict=True):
+        given = re.split(r"\[\[[0-9]\]\]", text) if found is not whole[1] else ["[[1]] ", "="]
+        assert found.text == "".join(part + fill for part, fill in zip(given, [*found.fills, ""], strict=True))
+        assert found.canvases.shape == (found.nfe + 1, len(found.ids)) and mask not in found.ids
+        assert found.canvases[-1].tolist() == found.ids
+        holes = [at for first, end in found.spans for at in range(first, end)]
+        assert np.flatnonzero(found.canvases[0] == mask).tolist() == holes
+    prompt = model.encoder.prompt("1+2?")
+    assert whole[0].ids[: len(prompt)] == prompt and whole[0].ids[-2:] == [*model.tokenizer.encode("."), 3]
+    assert [found.nfe for found in whole] == [3, 3, 2]  # blocks of 1 and 2, of 4 and 1, of 3 positions
+    text = model.spanned_text(MarkedText(["1+2=", 1, "\n#### ", 2, "."], "1+2?"), "x")
+    states = list(model.stream_infill(text, **options))
+    for step, (state, nfe) in enumerate(states, 1):
+        assert nfe == step and [*whole[0].ids[: text.first], *state] == whole[0].canvases[step].tolist()
+    trace = model.trace_infill(text, candidates=2, **options)
+    assert trace.response.tolist() == whole[0].ids[text.first :] and (trace.nfe, trace.positions) == whole[0][4:6]
+    given = [at for at, i in enumerate(text.ids[text.first :]) if i != mask]
+    assert np.flatnonzero(trace.commit_step == decoder.GIVEN).tolist() == given and trace.commit_step.max() == 2
+    assert trace.beliefs.ids.shape == (len(trace.response), 2) and not trace.beliefs.probability[given].any()
+    alone = model.infill(ANSWER, "1+2?", **options)
+    assert alone._replace(canvases=None) == whole[0]._replace(canvases=None) and alone.canvases is None
+    assert model.infill([]) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        (("no span",), {}, "the text has no span to fill"),
+        ((["a", "b [[0]]"],), {}, "text 0 has no span"),
+        (("[[4]]",), {}, "gives nothing but spans"),
+        (
+            ("1[[9]]" + "2" * 9,),
+            {},
+            "text 0 has 18 tokens from its first span to its end, more than the canvas's 16 response",
+        ),
+        (
+            ("1" * 39 + "[[2]]",),
+            {},
+            "text 0 has 41 tokens, its prompt included; the network was trained on canvas.prompt_len 24",
+        ),
+        (("1[[2]]", "1+2? " * 9), {}, "the text: the prompt has"),
+        (("1[[2]]", "a <|eot_id|>"), {}, "contains the special token"),
+        (("1[[2]]", [{"role": "assistant", "content": "1"}]), {}, "the last message must be the user's"),
+        ((["1[[2]]", "2[[2]]"], ["a"]), {}, "2 texts need as many prompts"),
+        ((["1[[2]]"], "a"), {}, "1 texts need as many prompts"),
+        (("1[[2]]",), {"temprature": 1.0}, "did you mean temperature?"),
+    ],
+)
+def test_texts_that_cannot_be_filled(model, arguments, options, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        model.infill(*arguments, **options)
+
+
+def test_models_that_cannot_fill_every_text(model):
+    bare = dataclasses.replace(model, encoder=None)
+    assert bare.infill("1+2=[[1]]").ids == model.infill("1+2=[[1]]").ids, "a text that stands alone needs no template"
+    with pytest.raises(UserError, match="no chat template for the prompt: leave it out"):
+        bare.infill(ANSWER, "1+2?")
+    with pytest.raises(UserError, match="has no tokenizer"):
+        dataclasses.replace(bare, tokenizer=None).infill("1+2=[[1]]")
+    windowed = dataclasses.replace(model, canvas=dataclasses.replace(model.canvas, suffix_window=4))
+    with pytest.raises(UserError, match="set canvas.suffix_window to null"):
+        windowed.infill("1+2=[[1]]")
+    shifted = dataclasses.replace(model.net, arch=dataclasses.replace(model.arch, alignment="shifted"))
+    with pytest.raises(UserError, match="begins with a span, and this network predicts a token from the one before it"):
+        dataclasses.replace(model, net=shifted).infill("[[1]]+2")
+
+
+def test_decode_fills_texts_from_everywhere(tiny_run, tmp_path, monkeypatch, ran):
+    command = f"decode --infill --checkpoint {tiny_run} "
+    texts = ["1+2=[[1]]", "[[2]]=3"]
+    expected = [json.loads(line) for line in ran(command + "'1+2=[[1]]' '[[2]]=3'").out.splitlines()]
+    assert [set(line) for line in expected] == [{"prompt", "text", "fills", "tokens", "nfe"}] * 2
+    for line, given in zip(expected, texts, strict=True):
+        assert line["text"] == re.sub(r"\[\[[0-9]\]\]", lambda _, line=line: line["fills"][0], given)
+        assert line["prompt"] is None and line["tokens"] == int(re.search("[0-9](?=]])", given)[0])
+    (tmp_path / "t.txt").write_text("\n".join(texts))
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"answer": text}) + "\n" for text in texts))
+    out = tmp_path / "out.jsonl"
+    for flags in (f"--file {tmp_path}/t.txt", f"--file {tmp_path}/t.jsonl --decode.batch_size 1"):
+        ran(f"{command}{flags} --out {out} --overwrite")
+        assert [json.loads(line) for line in out.read_text().splitlines()] == expected
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n\n".join(texts).encode())))
+    assert [json.loads(line) for line in ran(command).out.splitlines()] == expected
+    (tmp_path / "q.jsonl").write_text(json.dumps({"question": "1+2?", "answer": ANSWER}))
+    (line,) = ran(f"{command}--file {tmp_path}/q.jsonl").out.splitlines()
+    assert json.loads(line)["prompt"] == "1+2?" and json.loads(line)["text"].startswith("1+2=")
+    shown = ran(f"{command}--file {tmp_path}/q.jsonl --watch").out
+    assert "prompt: 1+2?\n1+2=" in shown and "line 1/" in shown and "NFE 3  3/3 tokens" in shown
+    (tmp_path / "t.txt").write_text("\n")
+    page = ran(f"{command}'1+2=[[1]]' --html {tmp_path}/t.html")
+    assert json.loads(page.out) == expected[0] and '"unit":"line"' in (tmp_path / "t.html").read_text()
+    assert "no texts: give some" in ran(f"{command}--file {tmp_path}/t.txt", 2).err
+    for mistake, says in (("1+2", "text 1 has no span"), ("'1[[40]]'", "text 1 has 40 tokens from its first span")):
+        assert says in ran(command + mistake, 2).err
