@@ -17,12 +17,11 @@ from generated_pages import write_pages  # noqa: E402
 import jaxblock  # noqa: E402
 
 project = "jaxblock"
-author = "The jaxblock authors"
+author = copyright = "The jaxblock authors"
 release = jaxblock.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
 exclude_patterns = ["_build"]
-suppress_warnings = ["myst.xref_missing_heading_level"]
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 4  # links to headings work as they do where the repository is read

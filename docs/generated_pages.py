@@ -1,8 +1,9 @@
-"""Writes the pages of the site that follow from other files: the list of all settings, and README and CONTRIBUTING."""
+"""Writes the pages of the site that follow from other files: all settings, the notebook, README and CONTRIBUTING."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,11 @@ def write_pages(docs: Path) -> None:
     folder.mkdir(exist_ok=True)
     settings = "\n".join([HEAD, *(line for section in Config().sections() for line in _section(section))]) + "\n"
     _write(folder / "settings.md", settings)
+    notebook = json.loads((docs / "notebooks" / "start.ipynb").read_text(encoding="utf-8"))
+    _write(folder / "notebook.md", "\n\n".join(_cell(cell) for cell in notebook["cells"]) + "\n")
     for name in ("README", "CONTRIBUTING"):
         text = (docs.parent / f"{name}.md").read_text(encoding="utf-8")
-        _write(folder / f"{name.lower()}.md", _moved(text))
+        _write(folder / f"{name.lower()}.md", _moved(text, docs.parent))
 
 
 def _write(page: Path, text: str) -> None:
@@ -40,8 +43,24 @@ def _write(page: Path, text: str) -> None:
         page.write_text(text, encoding="utf-8")
 
 
-def _moved(text: str) -> str:
-    """Returns the text of a page at the repository's root with its links as they are in ``docs/_reference``."""
+def _cell(cell: dict[str, Any]) -> str:
+    """Returns a cell of a notebook as Markdown; lines that begin with ! are for a shell."""
+    text = "".join(cell["source"])
+    if cell["cell_type"] == "markdown":
+        return text
+    if all(line.startswith("!") for line in text.splitlines()):
+        return "```sh\n" + text.replace("!", "") + "\n```"
+    return f"```python\n{text}\n```"
+
+
+def _moved(text: str, root: Path) -> str:
+    """Returns the text of a page at the repository's root with its links as they are in ``docs/_reference``.
+
+    A site cannot link to a folder of the repository: of such a link the text stays.
+    """
+    text = re.sub(
+        r"\[([^\]]+)\]\(([\w./-]+)\)", lambda found: found[1] if (root / found[2]).is_dir() else found[0], text
+    )
     text = re.sub(r"\]\((README|CONTRIBUTING)\.md", lambda found: f"]({found[1].lower()}.md", text)
     text = re.sub(r"\]\(docs/", "](../", text)
     return re.sub(r"\]\((?!\w+:|\.\./|#|readme\.md|contributing\.md)", "](../../", text)

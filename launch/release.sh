@@ -49,6 +49,7 @@ else
     "$venv_python" -m twine check --strict "$out"/*
     wheel="$(echo "$out"/*.whl)"
 fi
+execute cd "$root"
 execute "$venv_python" -m pytest --quiet -n 0 "$root/tests/test_wheel.py"
 
 say "" "== try"

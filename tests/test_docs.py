@@ -127,6 +127,18 @@ def test_commands_in_the_pages_have_flags_that_exist():
     assert all(_unreadable(words) for words in _commands(wrong)) and len(_commands(wrong)) == 3
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["README.md", "docs/python.md"])
+def test_python_snippets_run(page, tiny_run, tmp_path):
+    """They run on a smaller model, which knows other questions."""
+    (snippet,) = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.M | re.S)
+    for said, here in {"runs/quickstart/blockwise": tiny_run, "exports/mine": tmp_path / "export"}.items():
+        assert f'"{said}"' in snippet
+        snippet = snippet.replace(said, str(here))
+    exec(compile(re.sub(r'"Zoe .*?"', '"1+2?"', snippet), page, "exec"), {})
+    assert (tmp_path / "export" / "config.json").is_file()
+
+
 def _texts(tree: ast.AST) -> Iterator[str]:
     """Yields the texts of a program, with … for what is filled in when it runs."""
     for node in ast.walk(tree):
