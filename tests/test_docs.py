@@ -84,6 +84,13 @@ def test_what_a_page_names_exists(page):
     assert _dead_links(page, text) == []
 
 
+def test_every_page_is_in_the_index():
+    """The site's build fails at a page that no other leads to; this says so sooner."""
+    index = set((ROOT / "docs" / "index.md").read_text(encoding="utf-8").splitlines())
+    pages = {str(page.relative_to(ROOT / "docs").with_suffix("")) for page in WRITTEN} - {"index"}
+    assert pages <= index, f"add to docs/index.md: {pages - index}"
+
+
 def test_names_that_do_not_exist_are_seen():
     assert _unknown_fields("`canvas.block` `--canvas.blok 3` `train.step`") == ["canvas.blok", "train.step"]
     assert _missing_tests("`test_docs.py::test_no_such_thing` `nowhere/test_x.py`") == [
