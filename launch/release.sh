@@ -60,4 +60,5 @@ execute "$trial/venv/bin/jaxblock" --version
 execute "$trial/venv/bin/jaxblock" presets
 execute "$trial/venv/bin/jaxblock" quickstart --short --out "$trial/quickstart"
 
-say "" "== done: tag the commit (git tag v\$VERSION), then publish:" "  $(quote "$venv_python") -m twine upload $(quote "$out")/*"
+version="${wheel##*/jaxblock-}"
+say "" "== done: tag the commit (git tag v${version%%-*}), then publish:" "  $(quote "$venv_python") -m twine upload $(quote "$out")/*"
