@@ -26,7 +26,7 @@ OnResume = Literal["must_match", "may_change", "may_change_once_saved"]
 `may_change_once_saved`: once the run has a checkpoint, because the field is used only to begin a new run.
 """
 
-Verb = Literal["prepare", "inspect", "train", "decode", "chat", "evaluate", "export", "plan"]
+Verb = Literal["prepare", "inspect", "train", "decode", "chat", "evaluate", "harness", "export", "plan"]
 """The commands of the command line."""
 
 T = TypeVar("T")

@@ -31,6 +31,7 @@ EXPORT_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.py", "merges
 _HOLDS = {
     "manifest.json": ("manifest.json", "files.json", "tokenizer", "*.array_record"),
     "summary.json": ("summary.json", "problems.jsonl"),
+    "results.json": ("results.json", "samples_*.jsonl"),
     "config.json": EXPORT_FILES,
     "adapter_config.json": EXPORT_FILES,
 }

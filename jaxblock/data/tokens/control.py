@@ -9,7 +9,7 @@ or a template that edits texts makes of a text that looks harmless.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from jaxblock.data.text.examples import Message
 from jaxblock.data.tokens.special import SpecialIds
@@ -19,6 +19,18 @@ from jaxblock.errors import UserError
 
 _HARMLESS, _OTHER = "Zq7Probe", "Kx4Other"  # two texts that no tokenizer or template has a special meaning for
 _UNKNOWN = ("<unk>", "[UNK]")
+
+
+def control_ids(tokenizer: Tokenizer, named: Iterable[int]) -> frozenset[int]:
+    """Returns the ids that no text of a user's may become: those that the tokenizer's files mark as special, and some more.
+
+    Args:
+        tokenizer: the tokenizer. Its token for unknown letters is not among the ids, since a vocabulary may lack letters.
+        named: the special ids of the network, such as the mask; those outside the vocabulary are left out.
+    """
+    unknown = {*_UNKNOWN, token_text(tokenizer.settings.get("unk_token"))}
+    ids = {tokenizer.id_of(text) for text in tokenizer.special_texts - unknown}
+    return frozenset({i for i in ids if i is not None}.union(i for i in named if i < tokenizer.vocab_size))
 
 
 class ControlTokens:
@@ -33,9 +45,7 @@ class ControlTokens:
         named = [i for i in (special.mask, *special.stop_ids) if i < tokenizer.vocab_size]
         texts = tokenizer.special_texts | {tokenizer.piece(i) for i in named}
         self._texts = re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))))
-        unknown = {*_UNKNOWN, token_text(tokenizer.settings.get("unk_token"))}
-        ids = {tokenizer.id_of(text) for text in tokenizer.special_texts - unknown}
-        self._ids = frozenset({i for i in ids if i is not None}.union(named))
+        self._ids = control_ids(tokenizer, named)
         self._of_template: dict[tuple[tuple[str, ...], bool], list[int]] = {}
 
     def check_texts(self, messages: Sequence[Message], where: str) -> None:

@@ -56,6 +56,19 @@ class Encoder:
             prompt = [{"role": "system", "content": self.config.system}, *prompt]
         return list(prompt)
 
+    def rendered(self, messages: Sequence[Message], *, where: str = "the prompt") -> str:
+        """Returns the text of a conversation, up to where the response begins; ``tokenizer.encode`` makes it the ids of ``prompt``.
+
+        Args:
+            messages: A conversation that ends with a user's turn.
+            where: The place that error messages name.
+
+        Raises:
+            UserError: As for ``prompt``.
+        """
+        self.prompt(messages, where=where)
+        return self.template.render(self.conversation(messages, where=where), True, where=where)
+
     def prompt_and_response(self, example: Example) -> tuple[list[int], list[int]]:
         """Returns the ids of an example's prompt and of its response, the terminator included.
 

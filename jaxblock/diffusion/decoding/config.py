@@ -37,10 +37,10 @@ class DecodeConfig(Section, name="decode", on_resume="may_change"):
     """R: response positions of a row; None for `canvas.response_len`."""
     block: int | None = setting(None, TOKENS)
     """B: response positions of a block; None for `canvas.block`."""
-    steps_per_block: int | None = setting(None, AT_LEAST_1, common=("decode", "chat", "evaluate"))
+    steps_per_block: int | None = setting(None, AT_LEAST_1, common=("decode", "chat", "evaluate", "harness"))
     """Decode steps of a block, at most its positions; None for one token per step. The rules `confidence_threshold` and `factor`
     take as many as they need."""
-    rule: RuleName = setting("low_confidence", common=("decode", "chat", "evaluate"))
+    rule: RuleName = setting("low_confidence", common=("decode", "chat", "evaluate", "harness"))
     """Which positions a step commits. A quota of them: the most confident by LLaDA's `low_confidence` or Dream's `maskgit_plus`,
     `topk_margin` or `entropy`, or `random` ones. Without a quota: `confidence_threshold`, `factor`, or Dream's `origin` (each
     position by chance)."""
@@ -48,13 +48,13 @@ class DecodeConfig(Section, name="decode", on_resume="may_change"):
     """How a block's masks are split over its steps: LLaDA's `even`, dllm's linear rounding, or Dream's time grid."""
     eps: float = setting(1e-3, BETWEEN_0_AND_1)
     """The end of Dream's time grid, for `quota` dream and `rule` origin."""
-    threshold: float = setting(0.9, ABOVE_0_TO_1, common=("decode", "chat", "evaluate"))
+    threshold: float = setting(0.9, ABOVE_0_TO_1, common=("decode", "chat", "evaluate", "harness"))
     """`confidence_threshold`: commit every token of at least this confidence, and always the best one."""
     factor: float = setting(1.0, ABOVE_0)
     """`factor`: accept rank n while (n + 1)(1 - confidence) <= factor."""
     factor_rule: FactorRule = "strict"
     """`factor`: `strict` stops at the first failure; `v1` (Fast-dLLM's later code) accepts it where it is the last rank."""
-    temperature: float = setting(0.0, between(0, 1000), common=("decode", "chat", "evaluate"))
+    temperature: float = setting(0.0, between(0, 1000), common=("decode", "chat", "evaluate", "harness"))
     """The sampling temperature (Gumbel noise); 0 takes the most probable token."""
     top_p: float | None = setting(None, ABOVE_0_TO_1)
     """Draw from the most probable tokens up to the one with which their probabilities sum to more than this; None for all.
@@ -65,7 +65,7 @@ class DecodeConfig(Section, name="decode", on_resume="may_change"):
     """Draw the quota's positions without replacement from softmax(confidence / alg_temp); 0 takes the most confident."""
     cfg_scale: float = setting(0.0, between(0, 1000), common=("decode", "chat"))
     """Classifier-free guidance: un + (scale + 1)(cond - un); 0 for none."""
-    cache: CacheName = setting("none", common=("decode", "chat", "evaluate"))
+    cache: CacheName = setting("none", common=("decode", "chat", "evaluate", "harness"))
     """What a block's steps after the first compute: everything (`none`); the block and all after it (`prefix`) or the block
     alone (`dual`), with the keys and values of everything else as they were at the block's start (Fast-dLLM). Only `none` is
     exact."""
@@ -82,7 +82,7 @@ class DecodeConfig(Section, name="decode", on_resume="may_change"):
     """The token after a response's end; None for the checkpoint's end of sequence."""
     seed: int = setting(0, NOT_NEGATIVE, common=("decode", "chat"))
     """The seed of sampling; each prompt's random key also depends on its index."""
-    batch_size: int = setting(64, ROWS, common=("decode", "evaluate", "plan"))
+    batch_size: int = setting(64, ROWS, common=("decode", "evaluate", "harness", "plan"))
     """The number of prompts that are decoded together, and of responses whose NELBO is estimated together."""
 
     @property

@@ -1,0 +1,1 @@
+"""Runs the tasks of EleutherAI's lm-evaluation-harness (the package ``lm-eval``) on a ``Model``."""

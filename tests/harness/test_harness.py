@@ -1,0 +1,380 @@
+"""Runs tasks of lm-evaluation-harness on a tiny model: the verb agrees with ``evaluate``, and likelihoods with an enumeration."""
+
+import dataclasses
+import itertools
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+
+import jaxblock
+from jaxblock.errors import UserError
+from jaxblock.parallel.mesh import make_mesh
+
+pytest.importorskip("lm_eval", reason="the extra `harness` is not installed")
+import datasets
+from lm_eval.api.instance import Instance
+
+from jaxblock.harness import bounds
+from jaxblock.harness.gen_kwargs import read_gen_kwargs
+from jaxblock.harness.language_model import HarnessModel
+
+DATA = (
+    "dataset_path: json\ndataset_kwargs: {{data_files: {{train: {folder}/train.jsonl, test: {folder}/test.jsonl}}}}\n"
+)
+SPLITS = "training_split: train\nfewshot_split: train\ntest_split: test\nmetadata: {{version: 1}}\n"
+TASKS = {
+    "sums": """\
+output_type: generate_until
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer.split('#### ')[-1]}}}}"
+generation_kwargs: {{until: ["Question:"], do_sample: false}}
+filter_list:
+  - name: strict-match
+    filter: [{{function: regex, regex_pattern: "#### (\\\\-?[0-9\\\\.\\\\,]+)"}}, {{function: take_first}}]
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true, regexes_to_ignore: [",", "\\\\$"]}}]
+""",
+    "choose": """\
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{ [question[:3] + '=1', '=+###?=', question[:3] + '=1'] }}}}"
+doc_to_target: 0
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+""",
+}
+
+
+@pytest.fixture(scope="module")
+def tasks(tiny_config, tmp_path_factory):
+    """Returns a folder of task files on the records of the tiny experiment."""
+    folder = tmp_path_factory.mktemp("tasks")
+    for name, text in TASKS.items():
+        whole = f"task: {name}\n{DATA}{SPLITS}{text}".format(folder=tiny_config.parent)
+        (folder / f"{name}.yaml").write_text(whole)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tiny_run):
+    return jaxblock.load(tiny_run)
+
+
+@pytest.fixture(scope="module")
+def lm(model):
+    return HarnessModel(model, nelbo_samples=15)
+
+
+def _asked(kind, *requests, task="t", repeats=1):
+    """Returns requests of one kind, each given as (document, index, arguments)."""
+    return [Instance(kind, {}, arguments, index, (task, document, repeats)) for document, index, arguments in requests]
+
+
+def _enumerated(model, prompt, response):
+    """Returns the NELBO of the first tokens of a response, set by set, from the logits of the whole canvas."""
+    total, mask, size = 0.0, model.arch.mask_id, model.canvas.block
+    for first in range(0, len(response), size):
+        block = response[first : first + size]
+        sets = [s for n in range(1, len(block) + 1) for s in itertools.combinations(range(len(block)), n)]
+        rows = np.full((len(sets), len(prompt) + model.canvas.response_len), mask)
+        rows[:, : len(prompt)], rows[:, len(prompt) :][:, :first] = prompt, response[:first]
+        for row, hidden in zip(rows, sets, strict=True):
+            row[len(prompt) + first :][: len(block)] = [mask if i in hidden else t for i, t in enumerate(block)]
+        logits = model.logits(rows).astype(np.float64)
+        log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        for row, hidden in zip(log_p, sets, strict=True):
+            nll = -sum(row[len(prompt) + first + i, block[i]] for i in hidden)
+            total += nll / len(hidden) / math.comb(len(block), len(hidden))
+    return total
+
+
+def test_the_verb_agrees_with_evaluate_and_keeps_the_errors_of_likelihoods(tiny_run, tasks, ran, tmp_path, model):
+    flags = f"--checkpoint {tiny_run} --include_path {tasks} --apply_chat_template --out {tmp_path}/found"
+    said = ran(f"harness {flags} --tasks sums,choose --limit 6 --nelbo_samples 3")
+    assert "|sums" in said.out and "|Tasks|" in said.out.replace(" ", "") and "exact_match" in said.out
+    assert "18 texts scored, 0 exactly, 18 by random masks" in said.out and "6 answers" in said.out
+    results = json.loads((tmp_path / "found" / "results.json").read_text())
+    assert results["results"]["choose"]["acc,none"] == 1.0 and results["config"]["checkpoint"] == str(tiny_run)
+    ran(f"evaluate --checkpoint {tiny_run} --out {tmp_path}/scores --evaluate.problems 6 --no-evaluate.nelbo")
+    problems = (tmp_path / "scores" / "problems.jsonl").read_text().splitlines()
+    samples = {
+        task: list(map(json.loads, (tmp_path / "found" / f"samples_{task}.jsonl").read_text().splitlines()))
+        for task in TASKS
+    }
+    for problem, sample in zip(map(json.loads, problems), samples["sums"], strict=True):
+        assert (problem["response"], problem["correct"]) == (sample["resps"][0][0], sample["exact_match"] == 1)
+        assert problem["nfe"] == sample["jaxblock"][0]["nfe"] and problem["prompt"] == sample["doc"]["question"]
+    for sample in samples["choose"]:
+        same, other, again = sample["jaxblock"]
+        assert sample["resps"][0][0] == [-same["nelbo"], None] and same["is_greedy"] is None  # no metric asks for it
+        assert same["standard_error"] > 0 and other["standard_error"] > 0 and not same["exact"]
+        # The first and the last choice are the same text: under the same masks their difference is known exactly.
+        assert (again["nelbo"], again["above_best_standard_error"]) == (same["nelbo"], 0.0)
+    assert len({sample["jaxblock"][1]["nelbo"] for sample in samples["choose"]}) == 6
+    ran(f"harness {flags} --tasks sums --limit 2", 2)  # the folder exists
+    assert (
+        "the network was trained on prompts in its chat template"
+        in ran(f"harness --checkpoint {tiny_run} --tasks {tasks}/sums.yaml --num_fewshot 0 --limit 1").err
+    )
+
+
+def test_likelihoods_are_the_enumeration_of_masked_sets(lm, model):
+    prompt = "1+2?"
+    texts = ["1", "1+2=3", "no", "1+2=3\n#### 3"]
+    found = lm.loglikelihood(_asked("loglikelihood", *((7, at, (prompt, text)) for at, text in enumerate(texts))))
+    ids = model.tokenizer.encode(prompt)
+    for (value, _), text in zip(found, texts, strict=True):
+        whole = model.tokenizer.encode(prompt + text)
+        assert value == pytest.approx(-_enumerated(model, whole[: len(ids)], whole[len(ids) :]), rel=1e-5)
+    about = lm.details.of(("t", 7))
+    assert [one["exact"] for one in about] == [True] * 4 and not any(one["standard_error"] for one in about)
+    # Whole blocks are what Model.nelbo scores, and a text of one token takes one forward pass.
+    block = model.tokenizer.encode("1+2=")
+    assert lm.loglikelihood(_asked("loglikelihood", (1, 0, (prompt, "1+2="))))[0][0] == pytest.approx(
+        -model.nelbo([ids], [block], samples=15)[0][0], rel=1e-5
+    )
+    told = []
+    HarnessModel(model, say=told.append, not_greedy=["t"]).loglikelihood(_asked("loglikelihood", (1, 0, (prompt, "1"))))
+    assert told == ["scored 1 of 1 masked sets"]
+
+
+def test_drawn_masks_are_unbiased_and_belong_to_the_question(model):
+    asked = [(document, 0, ("1+2?", "1+2=3\n##")) for document in range(400)]
+    lm = HarnessModel(model, nelbo_samples=4, not_greedy=["t"])
+    values = np.array([value for value, _ in lm.loglikelihood(_asked("loglikelihood", *asked))])
+    ids, whole = model.tokenizer.encode("1+2?"), model.tokenizer.encode("1+2?1+2=3\n##")
+    exact = -_enumerated(model, whole[: len(ids)], whole[len(ids) :])
+    spread = values.std() / math.sqrt(len(values))
+    assert abs(values.mean() - exact) < 4 * spread
+    # The error that is told is at least the spread: the draws are stratified, which it does not count on.
+    told = np.mean([lm.details.of(("t", document))[0]["standard_error"] for document in range(400)])
+    assert values.std() < 1.1 * told < 20 * values.std()
+    two = _asked("loglikelihood", (5, 0, ("1+2?", "1+2=3")), (5, 1, ("1+2?", "1+2=4")))
+    lm.loglikelihood(two[::-1])
+    first, second = lm.details.of(("t", 5))
+    apart = math.hypot(first["standard_error"], second["standard_error"])
+    worse = max(first, second, key=lambda one: one["above_best"])
+    assert 0 <= worse["above_best_standard_error"] < apart / 2
+
+
+def test_whether_a_text_is_the_greedy_answer(lm, model):
+    prompts = ["1+2?", "9?"]
+    ids = [model.tokenizer.encode(prompt) for prompt in prompts]
+    answers = [model.tokenizer.decode(row[:6]) for row in model.decode(ids)]
+    asked = [
+        (at, 0, (prompt, text[:n]))
+        for at, (prompt, text) in enumerate(zip(prompts, answers, strict=True))
+        for n in (1, 6)
+    ]
+    asked += [(at, 1, (prompt, text[:3] + "?")) for at, (prompt, text) in enumerate(zip(prompts, answers, strict=True))]
+    assert all(len(model.tokenizer.encode(text)) == 6 for text in answers) and not any("?" in text for text in answers)
+    greedy = [is_greedy for _, is_greedy in lm.loglikelihood(_asked("loglikelihood", *asked))]
+    assert greedy == [True] * 4 + [False] * 2
+    hot = HarnessModel(dataclasses.replace(model, decode_defaults=model.options(temperature=5.0)), nelbo_samples=15)
+    assert [is_greedy for _, is_greedy in hot.loglikelihood(_asked("loglikelihood", *asked))] == greedy
+
+
+def test_whole_texts_are_scored_in_windows(lm, model):
+    text = "1+2=3\n#### 3"
+    (rolled,) = lm.loglikelihood_rolling(_asked("loglikelihood_rolling", (0, 0, (text,))))
+    ((after_nothing, _),) = lm.loglikelihood(_asked("loglikelihood", (0, 0, ("", text))))
+    assert rolled == pytest.approx(after_nothing, rel=1e-6)
+    assert lm.loglikelihood_rolling(_asked("loglikelihood_rolling", (0, 0, ("",)))) == [0.0]
+    layout, ids = model.layout(model.options()), list(range(100, 140))
+    parts = list(bounds.windows(ids, 9, layout, 10, 3))
+    assert [token for part in parts for token in part.response] == ids
+    assert [len(part.response) for part in parts] == [16, 16, 8] and [part.first_block for part in parts] == [0, 4, 8]
+    assert [part.prompt for part in parts] == [[9], ids[6:16], ids[22:32]]
+    (long,) = lm.loglikelihood_rolling(_asked("loglikelihood_rolling", (0, 0, (text * 2,))))
+    ids, prefix = model.tokenizer.encode(text * 2), lm._texts.prefix
+    first, rest = ids[:16], ids[16:]
+    expected = _enumerated(model, [prefix], first) + _enumerated(model, ([prefix] + first)[-24:], rest)
+    assert long == pytest.approx(-expected, rel=1e-5) and lm.details.of(("t", 0))[-1]["tokens"] == len(ids)
+
+
+def test_answers_end_as_the_task_says(lm, model):
+    ids = model.tokenizer.encode("1+2?")
+    whole = model.tokenizer.decode(model.text_ids(model.decode([ids])[0]))
+    assert len(whole) >= 6
+    letter = next(letter for letter in whole[2:] if letter not in whole[:2])
+    asked = [
+        (0, {"until": ["Question:"]}, whole),
+        (1, {"until": [letter, "no such text"], "do_sample": False}, whole[: whole.index(letter)]),
+        (2, {"until": letter, "max_new_tokens": 16, "num_beams": 1}, whole[: whole.index(letter)]),
+        (3, {"max_gen_toks": 3}, whole[:3]),
+        (4, {"until": [], "temperature": 0.0, "do_sample": True}, whole),
+    ]
+    requests = _asked("generate_until", *((document, 0, ("1+2?", kwargs)) for document, kwargs, _ in asked))
+    assert lm.generate_until(requests) == [text for *_, text in asked]
+    costs = [lm.details.of(("t", document))[-1] for document, *_ in asked]
+    assert costs[3] | {"nfe": 4, "tokens": 3, "ended": "length"} == costs[3]  # one block of four
+    assert costs[1]["nfe"] <= costs[0]["nfe"] and costs[1]["ended"] == "until"
+    # Repeats of a request are drawn anew, and do not depend on what else is asked.
+    hot = {"do_sample": True, "temperature": 3.0, "until": []}
+    several = _asked("generate_until", (8, 0, ("1+2?", hot)), (9, 0, ("9?", hot)), repeats=3)
+    drawn = lm.generate_until([several[0]] * 3 + [several[1]] * 3)
+    assert len(set(drawn)) == 6 and lm.generate_until([several[1]] * 3) == drawn[3:]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"num_beams": 4}, "task t: generation_kwargs: num_beams = 4 cannot be honoured by a blockwise decoder"),
+        ({"min_length": 3}, "min_length = 3 cannot be honoured"),
+        ({"max_gen_toks": 17}, "allows answers of 17 tokens (max_gen_toks), and the canvas has 16 response positions"),
+        ({"max_gen_toks": 0}, "must be a number of tokens, not 0"),
+        ({"until": [3]}, "until must be texts, not [3]"),
+        ({"until": [""]}, "until must be texts"),
+        ({"do_sample": "yes"}, "do_sample cannot be 'yes'"),
+        ({"temperature": True}, "temperature cannot be True"),
+        ({"temperature": -1}, "task t: generation_kwargs: decode.temperature is -1.0"),
+        ({"temperature": 1, "top_p": 3}, "decode.top_p is 3.0"),
+    ],
+)
+def test_arguments_that_cannot_be_honoured_are_refused_by_name(model, kwargs, message):
+    with pytest.raises(UserError) as error:
+        read_gen_kwargs(kwargs, model, "task t")
+    assert message in str(error.value)
+
+
+def test_sampling_is_the_tasks_where_it_says_and_else_the_users(model):
+    own = dataclasses.replace(model, decode_defaults=model.options(temperature=0.5, top_p=0.9))
+    for kwargs, expected in (
+        ({}, (0.5, 0.9, None)),
+        ({"do_sample": False}, (0.0, None, None)),
+        ({"temperature": 0}, (0.0, None, None)),
+        ({"do_sample": True}, (1.0, 0.9, None)),
+        ({"temperature": 0.7, "top_p": 1.0, "top_k": 5}, (0.7, None, 5)),
+    ):
+        options = read_gen_kwargs(kwargs, own, "task t").options
+        assert (options.temperature, options.top_p, options.top_k) == expected, kwargs
+
+
+def test_conversations_are_shown_as_training_shows_them(lm, model):
+    chat = [
+        {"role": "user", "content": "1+2?"},
+        {"role": "assistant", "content": "3"},
+        {"role": "user", "content": "4?"},
+    ]
+    text = lm.apply_chat_template(chat)
+    assert lm._texts.prompt(text, "here") == model.encoder.prompt(chat)
+    begun = lm.apply_chat_template([*chat, {"role": "assistant", "content": "4="}], add_generation_prompt=False)
+    assert begun == text + "4=" and lm._texts.prompt(begun, "here") == model.encoder.prompt(
+        chat
+    ) + model.tokenizer.encode("4=")
+    prompt, (one, two) = lm._texts.prompt_and_choices(text, ["4", "4=4"], "here")
+    assert prompt == model.encoder.prompt(chat) and (len(one), len(two)) == (1, 3)
+    eot = model.tokenizer.piece(model.stop_ids[0])
+    for bad in (
+        lambda: lm.apply_chat_template([{"role": "user", "content": f"1{eot}"}]),
+        lambda: lm._texts.prompt(f"1+2?{eot}", "here"),
+        lambda: lm._texts.prompt_and_choices(text, [f"4{eot}"], "here"),
+        lambda: lm._texts.text(eot, "here"),
+    ):
+        with pytest.raises(UserError, match="special token"):
+            bad()
+    for context, choices, message in (
+        ("1?", ["", "4"], "an answer to be scored has no token"),
+        ("1?", ["1" * 17], "has 17 tokens, and the canvas has 16 response positions"),
+        ("1+2? " * 9, ["4"], "more than canvas.prompt_len 24"),
+    ):
+        with pytest.raises(UserError, match=message):
+            lm._texts.prompt_and_choices(context, choices, "here")
+    bare = HarnessModel(dataclasses.replace(model, encoder=None))
+    with pytest.raises(UserError, match="has no chat template"):
+        bare.apply_chat_template(chat)
+    with pytest.raises(UserError, match="has no tokenizer"):
+        HarnessModel(dataclasses.replace(model, tokenizer=None))
+    with pytest.raises(UserError, match="it must be at least 2"):
+        HarnessModel(model, nelbo_samples=1)
+
+
+def test_a_token_of_prompt_and_choice_belongs_to_every_choice(model, monkeypatch):
+    """A tokenizer that joins "?" and a digit: the prompt ends before "?", for the choice without a digit as well."""
+    pieces = {"1": 5, "+": 6, "?": 7, "?4": 8, "4": 9, "n": 10}
+
+    def encode(self, text):
+        ids = []
+        while text:
+            piece = max((p for p in pieces if text.startswith(p)), key=len)
+            ids, text = [*ids, pieces[piece]], text[len(piece) :]
+        return ids
+
+    lm = HarnessModel(model)
+    monkeypatch.setattr(type(model.tokenizer), "encode", encode)
+    assert lm._texts.prompt_and_choices("1+1?", ["4", "n"], "here") == ([5, 6, 5], [[8], [7, 10]])
+
+
+def test_many_devices_answer_as_one_does(tiny_run, model, lm):
+    many = HarnessModel(jaxblock.load(tiny_run, mesh=make_mesh(2, 4)), nelbo_samples=15)
+    asked = _asked("loglikelihood", *((at, 0, ("1+2?", text)) for at, text in enumerate(("1+2=3", "7", "no"))))
+    (ours, theirs) = (one.loglikelihood(asked) for one in (many, lm))
+    np.testing.assert_allclose([v for v, _ in ours], [v for v, _ in theirs], rtol=1e-5)
+    assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
+    answers = _asked("generate_until", *((at, 0, (text, {"until": ["#"]})) for at, text in enumerate(("1+2?", "9?"))))
+    assert many.generate_until(answers) == lm.generate_until(answers)
+
+
+BAD_TASKS = {
+    "unsafe": "output_type: generate_until\nunsafe_code: true\ndoc_to_text: question\ndoc_to_target: answer\n",
+    "failing": "output_type: generate_until\ndoc_to_text: '{{question}}'\ndoc_to_target: '{{answer}}'\n"
+    "generation_kwargs: {until: []}\nprocess_results: !function steps.fail\n",
+    "no_function": "output_type: generate_until\ndoc_to_text: !function steps.nothing\ndoc_to_target: answer\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--tasks summs", "there is no task 'summs' in"),
+        ("--tasks nowhere.yaml", "--tasks nowhere.yaml: there is no such file"),
+        ("--tasks sums --include_path nowhere", "--include_path nowhere is no folder"),
+        ("--tasks hub", "task hub: its data are not on this machine, and the hub cannot be reached (no network)"),
+        ("--tasks unsafe", "task unsafe runs the code that the network writes"),
+        ("--tasks failing --limit 1", "a task's file, its functions or its metrics fail: ZeroDivisionError"),
+        ("--tasks no_function", "task no_function cannot be loaded: AttributeError"),
+        ("--tasks sums --limit 0", "--limit is 0: it must be a number of documents"),
+        ("--tasks sums --num_fewshot -1", "--num_fewshot is -1"),
+        ("--tasks sums --gen_kwargs temperature", "--gen_kwargs 'temperature' cannot be read"),
+        ("--tasks sums --gen_kwargs num_beams=3 --limit 1", "task sums: generation_kwargs: num_beams = 3"),
+        ("--tasks sums --nelbo_samples 1", "nelbo_samples is 1: it must be at least 2"),
+        ("--tasks sums --no-fewshot_as_multiturn", "has no effect without --apply_chat_template"),
+        ("--tasks sums --num_fewshot 3 --limit 1", "more than canvas.prompt_len 24"),
+    ],
+)
+def test_what_cannot_be_run_is_told_in_a_line(flags, message, tiny_run, tasks, tiny_config, ran, monkeypatch):
+    for name, text in BAD_TASKS.items():
+        whole = f"task: {name}\n{(DATA + SPLITS).format(folder=tiny_config.parent)}{text}"
+        (tasks / f"{name}.yaml").write_text(whole)
+    (tasks / "steps.py").write_text("def fail(doc, results):\n    return {'x': 1 // 0}\n")
+    (tasks / "hub.yaml").write_text(
+        (tasks / "sums.yaml").read_text().replace("task: sums", "task: hub").replace("path: json", "path: a/b")
+    )
+    load = datasets.load_dataset
+
+    def offline(path, *args, **kwargs):
+        if path == "a/b":
+            raise ConnectionError("no network")
+        return load(path, *args, **kwargs)
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    monkeypatch.setattr("jaxblock.harness.tasks.TaskManager", _only_local())
+    place = "" if "--include_path" in flags else f" --include_path {tasks}"
+    lines = ran(f"harness --checkpoint {tiny_run} {flags}{place}", 2).err.splitlines()
+    assert message in lines[-1] and lines[-1].startswith("jaxblock: ")
+
+
+def _only_local():
+    """Returns the class that knows tasks without lm-eval's own, which take long to read."""
+    from lm_eval.tasks import TaskManager
+
+    return lambda include_path=None, include_defaults=True: TaskManager(
+        include_path=include_path, include_defaults=False
+    )
+
+
+def test_without_the_extra_a_line_says_what_to_install(tiny_run, ran, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    said = ran(f"harness --checkpoint {tiny_run} --tasks sums", 2).err
+    assert "pip install 'jaxblock[harness]'" in said and len(said.splitlines()) == 1
