@@ -299,7 +299,7 @@ def _check_places(verb: str, flags: Collection[str], arguments: Sequence[str]) -
     for before, argument in itertools.pairwise(("", *arguments)):
         alone = not argument.startswith("-") and (not before.startswith("--") or "=" in before)
         if (
-            "target" not in flags
+            not {"target", "tasks"} & set(flags)  # these take YAML files
             and alone
             and argument.endswith((".yaml", ".yml"))
             and ("prompts" not in flags or as_path(argument).is_file())

@@ -43,7 +43,7 @@ cards         errors io models config data training
 model         types errors settings io diffusion parallel models config data huggingface inference streaming infilling training cards
 chat          errors config data diffusion model
 loading       errors settings io parallel models data huggingface training build model
-harness       types errors diffusion parallel models data inference model
+harness       types errors settings diffusion parallel models data inference model
 reporting     types errors settings io diffusion streaming training
 study         types errors settings io diffusion models config data evaluation training reporting
 quickstart    errors io config

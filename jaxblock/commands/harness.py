@@ -157,7 +157,7 @@ def _checked_gen_kwargs(options: Options) -> dict[str, Any] | None:
         raise UserError(f"--limit is {options.limit:g}: it must be a number of documents, or a share below 1")
     if not options.fewshot_as_multiturn and not options.apply_chat_template:
         raise UserError(
-            "--no-fewshot_as_multiturn has no effect without --apply_chat_template: leave it out, or give both"
+            "--no_fewshot_as_multiturn has no effect without --apply_chat_template: leave it out, or give both"
         )
     if options.apply_chat_template and options.add_bos_token is not None:
         raise UserError(

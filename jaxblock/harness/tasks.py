@@ -109,8 +109,9 @@ def _explained(spec: str) -> Iterator[None]:
         raise
     except (ConnectionError, TimeoutError) as error:
         raise UserError(
-            f"task {spec}: its data are not on this machine, and the hub cannot be reached ({first_line(error)}). Run it once where "
-            "it can, which keeps them in the cache, or name local files in the task's YAML file (dataset_kwargs: data_files)"
+            f"task {spec}: its data (or a metric) are not on this machine, and the hub cannot be reached ({first_line(error)}). Run "
+            "it once where it can, which keeps them in the cache, or name local files in the task's YAML file (dataset_kwargs: "
+            "data_files)"
         ) from error
     except FileNotFoundError as error:
         raise UserError(f"task {spec}: its data or files cannot be found: {first_line(error)}") from error

@@ -1,16 +1,27 @@
 """The NELBO bounds the decoder's own likelihood under the random rule, and equals it where the order cannot matter."""
 
 import itertools
+import math
+from functools import partial
 
 import jax
 import numpy as np
 import pytest
 
 from jaxblock.diffusion import likelihood
+from jaxblock.diffusion.canvas import decoding_canvas
 from tests.diffusion.decoding import decode_jit, decoding, padded
 
 _nelbo = jax.jit(likelihood.nelbo, static_argnums=(0, 1, 2))
 _many = jax.jit(jax.vmap(likelihood.nelbo, (None, None, None, None, None, 0)), static_argnums=(0, 1, 2))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _terms(net, layout, params, ids, prompt_len, row_id, *sets):
+    canvas = decoding_canvas(layout, ids, prompt_len, row_id)
+    return likelihood.set_terms(net, layout, params, canvas, likelihood.MaskedSets(*sets), jax.random.key(0))
+
+
 pytestmark = pytest.mark.usefixtures("x64")
 
 
@@ -103,3 +114,38 @@ def test_the_decoder_samples_from_that_likelihood(tiny):
     early = np.asarray(out.commit_step)
     assert set(map(tuple, early)) == {(0, 1), (1, 0)}
     assert abs((early[:, 0] == 0).mean() - 0.5) < 4 * 0.5 / np.sqrt(draws)
+
+
+def test_single_sets_of_first_tokens_stand_side_by_side(truths):
+    """Every set of the first m tokens of every block is a row of one batch; what comes after them is masked."""
+    net, params, made = truths
+    truth = made["aligned"]
+    ids, numbers, expected = [], [], []
+    for i, sizes in enumerate(truth.n):
+        for k, m in ((k, m) for k, n in enumerate(sizes) for m in range(1, n + 1)):
+            rest = (1 << sizes[k]) - (1 << m)
+            for s in range(1, 2**m):
+                nll = sum(truth.nll[i, k, s | rest, j] for j in range(m) if s >> j & 1)
+                expected.append(nll / s.bit_count() / math.comb(m, s.bit_count()))
+                row, end = np.array(truth.canvas.ids[i]), truth.canvas.prompt_len[i] + k * truth.layout.block + m
+                row[end:] = truth.layout.mask_id
+                ids.append(row)
+                numbers.append((i, k, m, s - 1))
+    i, block, size, index = np.array(numbers, np.int32).T
+
+    def terms(rows, row_id, index, draws):
+        sets = block[rows], size[rows], index, np.full_like(row_id, draws), block[rows]
+        return np.asarray(
+            _terms(net, truth.layout, params, np.array(ids)[rows], truth.canvas.prompt_len[i[rows]], row_id, *sets)
+        )
+
+    every = np.arange(len(ids))
+    np.testing.assert_allclose(terms(every, i, index, 0), expected, rtol=1e-10)
+    # Drawn sets: rows of one question have the same masks, and their mean is the sum over all sets.
+    whole = next(at for at, number in enumerate(numbers) if number[2] == 3)
+    exact = sum(value for value, number in zip(expected, numbers, strict=True) if number[:3] == numbers[whole][:3])
+    rows, question = np.full(len(every), whole), (every // 4).astype(np.int32)
+    drawn = np.concatenate([terms(rows, question + 100 * more, (every % 4).astype(np.int32), 4) for more in range(20)])
+    np.testing.assert_array_equal(terms(rows, question * 0, index * 0, 4), np.full(len(every), drawn[0]))
+    spread = drawn.std() / np.sqrt(len(drawn))
+    assert abs(drawn.mean() - exact) < 4 * spread < exact / 5 and len(set(drawn.tolist())) >= 5
