@@ -46,7 +46,7 @@ class Bound:
     @property
     def nelbo(self) -> float:
         """The estimate."""
-        return sum(
+        return math.fsum(
             float(terms.sum() if exact else terms.mean()) for terms, exact in zip(self.terms, self.exact, strict=True)
         )
 

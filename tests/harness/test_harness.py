@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import jaxblock
+from jaxblock import loading
 from jaxblock.errors import UserError
 from jaxblock.parallel.mesh import make_mesh
 
@@ -46,6 +47,14 @@ doc_to_target: 0
 metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """,
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+    """Lets the verbs use one device, for which the other tests compile the same programs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loading, "_all_devices", lambda arch, train: None)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -204,9 +213,9 @@ def test_answers_end_as_the_task_says(lm, model):
         (3, {"max_gen_toks": 3}, whole[:3]),
         (4, {"until": [], "temperature": 0.0, "do_sample": True}, whole),
     ]
-    requests = _asked("generate_until", *((document, 0, ("1+2?", kwargs)) for document, kwargs, _ in asked))
+    requests = _asked("generate_until", *((document, 0, ("1+2?", kwargs)) for document, kwargs, _ in asked), task="u")
     assert lm.generate_until(requests) == [text for *_, text in asked]
-    costs = [lm.details.of(("t", document))[-1] for document, *_ in asked]
+    costs = [lm.details.of(("u", document))[0] for document, *_ in asked]
     assert costs[3] | {"nfe": 4, "tokens": 3, "ended": "length"} == costs[3]  # one block of four
     assert costs[1]["nfe"] <= costs[0]["nfe"] and costs[1]["ended"] == "until"
     # Repeats of a request are drawn anew, and do not depend on what else is asked.
@@ -256,19 +265,19 @@ def test_conversations_are_shown_as_training_shows_them(lm, model):
         {"role": "assistant", "content": "3"},
         {"role": "user", "content": "4?"},
     ]
-    text = lm.apply_chat_template(chat)
-    assert lm._texts.prompt(text, "here") == model.encoder.prompt(chat)
-    begun = lm.apply_chat_template([*chat, {"role": "assistant", "content": "4="}], add_generation_prompt=False)
-    assert begun == text + "4=" and lm._texts.prompt(begun, "here") == model.encoder.prompt(
-        chat
-    ) + model.tokenizer.encode("4=")
-    prompt, (one, two) = lm._texts.prompt_and_choices(text, ["4", "4=4"], "here")
-    assert prompt == model.encoder.prompt(chat) and (len(one), len(two)) == (1, 3)
+    wide = HarnessModel(dataclasses.replace(model, canvas=dataclasses.replace(model.canvas, prompt_len=64)))
+    text, shown = wide.apply_chat_template(chat), model.encoder.prompt(chat)
+    assert wide._texts.prompt(text, "here") == shown
+    begun = wide.apply_chat_template([*chat, {"role": "assistant", "content": "4="}], add_generation_prompt=False)
+    assert begun == text + "4="
+    assert wide._texts.prompt(begun, "here") == [*shown, *model.tokenizer.encode("4=")]
+    prompt, (one, two) = wide._texts.prompt_and_choices(text, ["4", "4=4"], "here")
+    assert prompt == shown and (len(one), len(two)) == (1, 3)
     eot = model.tokenizer.piece(model.stop_ids[0])
     for bad in (
         lambda: lm.apply_chat_template([{"role": "user", "content": f"1{eot}"}]),
         lambda: lm._texts.prompt(f"1+2?{eot}", "here"),
-        lambda: lm._texts.prompt_and_choices(text, [f"4{eot}"], "here"),
+        lambda: wide._texts.prompt_and_choices(text, [f"4{eot}"], "here"),
         lambda: lm._texts.text(eot, "here"),
     ):
         with pytest.raises(UserError, match="special token"):
