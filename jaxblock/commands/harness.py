@@ -95,7 +95,7 @@ def run(options: Options, config: Config) -> int:
         check_vacant(options.out, marker=harness_results.MARKER, overwrite=options.overwrite)
         if process == 0:
             check_writable(as_path(options.out).parent)
-    loaded = load_tasks(options.tasks, options.include_path, allow_code=options.confirm_run_unsafe_code)
+    loaded = load_tasks(options.tasks, options.include_path, allow_code=options.confirm_run_unsafe_code, say=tell)
     tasks = all_tasks(loaded)
     model = _model(options, config)
     fixed = [task.task_name for task in tasks if task.get_config("num_fewshot") == 0]

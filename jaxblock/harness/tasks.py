@@ -6,7 +6,7 @@ import contextlib
 import difflib
 import logging
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import yaml
@@ -17,13 +17,16 @@ from lm_eval.tasks import TaskManager
 from jaxblock.errors import UserError, first_line
 
 
-def load_tasks(names: Sequence[str], include_path: str | None, *, allow_code: bool) -> list[Task | Group]:
+def load_tasks(
+    names: Sequence[str], include_path: str | None, *, allow_code: bool, say: Callable[[str], None] = lambda line: None
+) -> list[Task | Group]:
     """Loads tasks, groups and tags, with their data.
 
     Args:
         names: names, patterns such as ``mmlu_*``, or paths of YAML files; several may be joined by commas.
         include_path: a folder of task files; they come before lm-eval's own tasks of the same names.
         allow_code: whether tasks may run the code that the network writes.
+        say: called with a line before what takes long.
 
     Returns:
         The tasks and groups to evaluate, each once.
@@ -36,7 +39,7 @@ def load_tasks(names: Sequence[str], include_path: str | None, *, allow_code: bo
         raise UserError("no tasks: name some with --tasks")
     if include_path is not None and not Path(include_path).is_dir():
         raise UserError(f"--include_path {include_path} is no folder: give the folder of the tasks' YAML files")
-    manager = _manager(wanted, include_path)
+    manager = _manager(wanted, include_path, say)
     specs: list[str] = []
     for name in wanted:
         matches = [name] if _is_file(name) else manager.match_tasks([name])
@@ -70,11 +73,12 @@ def asks_for_greedy(task: Task) -> bool:
     return any(entry.get("metric") == "exact_match" for entry in config.metric_list or ())
 
 
-def _manager(wanted: Sequence[str], include_path: str | None) -> TaskManager:
+def _manager(wanted: Sequence[str], include_path: str | None, say: Callable[[str], None]) -> TaskManager:
     """Returns what knows the tasks: those of a folder alone where they suffice, since lm-eval's own take a minute to read."""
     local = TaskManager(include_path=include_path, include_defaults=False)
     if all(_is_file(name) or name in local.all_subtasks for name in wanted):
         return local
+    say("reading the list of lm-eval's own tasks")
     return TaskManager(include_path=include_path)
 
 
