@@ -55,6 +55,11 @@ class Prompt(NamedTuple):
     how: Generation
 
 
+def _decoded_tokens(row: Row) -> int:
+    """Returns how many tokens of a row's response are decoded; they are its first ones."""
+    return int(np.count_nonzero(row.commit_step >= 0))
+
+
 @dataclass(frozen=True)
 class _Answers:
     """Reads the answers out of the rows of prompts that are decoded together.
@@ -73,7 +78,7 @@ class _Answers:
         """Returns the answer that a row holds, as far as it is decoded."""
         tokenizer, how = self.model.tokenizer, self.prompts[row.place].how
         assert tokenizer is not None
-        ids = row.response[: min(row.block * self.layout.block, how.most)].tolist()
+        ids = row.response[: min(_decoded_tokens(row), how.most)].tolist()
         # The texts of special tokens are not in an answer's text.
         special = (tokenizer.id_of(text) for text in how.until if text in tokenizer.special_texts)
         end = first_stop(ids, {*self.layout.stop_ids, *(i for i in special if i is not None)})
@@ -85,7 +90,7 @@ class _Answers:
     def enough(self, row: Row) -> bool:
         """Tells whether a row needs no more blocks, although it has no stop token."""
         how = self.prompts[row.place].how
-        return row.block * self.layout.block >= how.most or (bool(how.until) and self.read(row).ended != "length")
+        return _decoded_tokens(row) >= how.most or (bool(how.until) and self.read(row).ended != "length")
 
 
 def generate_all(model: Model, prompts: Sequence[Prompt], progress: Callable[[int, int], None]) -> list[Generated]:
@@ -115,10 +120,9 @@ def first_tokens(model: Model, prompts: Sequence[Prompt]) -> list[list[int]]:
 
     All prompts have the decoder's settings of the first one.
     """
-    layout = model.layout(prompts[0].how.options)
 
     def enough(row: Row) -> bool:
-        return row.block * layout.block >= prompts[row.place].how.most
+        return _decoded_tokens(row) >= prompts[row.place].how.most
 
     rows = _decoded(model, prompts[0].how.options, prompts, enough)
     return [row.response[: prompt.how.most].tolist() for prompt, row in zip(prompts, rows, strict=True)]
