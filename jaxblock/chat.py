@@ -8,7 +8,8 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxblock.config.yaml import with_fields
-from jaxblock.data.text.examples import Message, in_template
+from jaxblock.data.text.examples import in_template
+from jaxblock.data.text.messages import Message
 from jaxblock.data.tokens.encoding import Encoder
 from jaxblock.data.tokens.special import first_stop
 from jaxblock.diffusion.decoding.rules import check_options

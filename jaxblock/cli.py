@@ -39,6 +39,7 @@ from jaxblock.commands import (
 )
 from jaxblock.config.checks import check_config
 from jaxblock.config.config import Config
+from jaxblock.config.not_offered import why_not_offered
 from jaxblock.config.recorded import read_block
 from jaxblock.config.yaml import load_config
 from jaxblock.errors import EarlierVersionWarning, UserError
@@ -292,7 +293,12 @@ _NO_CHECKPOINT = {
 
 
 def _check_places(verb: str, flags: Collection[str], arguments: Sequence[str]) -> None:
-    """Raises UserError where a config file or a checkpoint is given in the wrong place; says where it belongs."""
+    """Raises UserError where a config file or a checkpoint is given in the wrong place, or a flag of another trainer is given."""
+    for argument in arguments:
+        flag = argument.split("=", 1)[0]
+        why = why_not_offered(flag.removeprefix("--").rpartition(".")[2].replace("-", "_"))
+        if flag.startswith("--") and why is not None:
+            raise UserError(f"{flag}: {why}")
     checkpoint = _value_of("--checkpoint", arguments)
     if checkpoint is not None and verb in _NO_CHECKPOINT:
         raise UserError(f"{verb} has no --checkpoint: {_NO_CHECKPOINT[verb]}")

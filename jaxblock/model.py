@@ -27,8 +27,8 @@ from jaxblock.config.recorded import KEY, to_block
 from jaxblock.config.yaml import with_fields
 from jaxblock.data.loader import pad_ids
 from jaxblock.data.prompts import Ids, as_array, flush_left, split_prompts
-from jaxblock.data.text.examples import Message, checked_messages
 from jaxblock.data.text.marked import MarkedText, Parts, SpannedText, parts_of
+from jaxblock.data.text.messages import ASKING, Message, checked_messages
 from jaxblock.data.tokens.encoding import Encoder
 from jaxblock.data.tokens.spans import encode_spans, plain_encoder
 from jaxblock.data.tokens.special import SpecialIds, first_stop
@@ -88,7 +88,7 @@ def _checked_prompt(prompt: str | Sequence[Message], where: str) -> str | list[M
         return prompt
     conversation = list(prompt) if isinstance(prompt, tuple) else prompt
     messages = checked_messages(conversation, "the conversation", "message", where)
-    if messages[-1]["role"] != "user":
+    if messages[-1]["role"] not in ASKING:
         raise UserError(f"{where}: the last message must be the user's, not the {messages[-1]['role']}'s")
     return messages
 
@@ -259,12 +259,12 @@ class Model:
         """Returns the ids of a text or conversation, as ``prepare`` makes them.
 
         Args:
-            prompt: a user's text, or a conversation that ends with the user's turn.
+            prompt: a user's text, or a conversation that ends with the turn of the user or of a tool.
             where: the prompt's name in messages.
 
         Raises:
             UserError: there is no tokenizer with a chat template; the prompt is empty, holds a special token or is longer than
-                the prompts that the network was trained on; or the conversation does not end with the user's turn.
+                the prompts that the network was trained on; or the conversation does not end so.
         """
         if self.encoder is None:
             raise UserError(

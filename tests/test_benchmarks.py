@@ -16,6 +16,7 @@ from benchmarks import (
     host_time,
     load_checkpoint,
     logits_memory,
+    prepare_speed,
     quickstart_summary,
 )
 
@@ -30,6 +31,12 @@ def test_rows_that_rotate_together_are_taken_apart():
     head, width, first = np.meshgrid(np.arange(2), np.arange(3), np.arange(2), indexing="ij")
     found = gguf_checkpoint.halves(np.stack([head, width, first], -1).reshape(12, 3), heads=2)
     assert found.tolist() == [[h, w, f] for h in range(2) for f in range(2) for w in range(3)]
+
+
+@pytest.mark.slow
+def test_preparing_is_timed_and_its_memory_seen():
+    (row,) = prepare_speed.main(["--megabytes", "0.1", "--repeat", "1", "--workers", "1", "--sides", "prepare"])
+    assert row["records"] > 50 and row["processor_s"] > 0 and row["peak_MiB"] > 100
 
 
 def test_both_heads_compute_the_same_loss():

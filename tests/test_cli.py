@@ -255,7 +255,7 @@ def _full(*arguments: Any, **options: Any) -> Any:
 
 # Where each verb first writes into the folder or file that it makes.
 FIRST_WRITES = [
-    ("prepare --config {config} --data.prepared {out}", prepare, "write_records"),
+    ("prepare --config {config} --data.prepared {out}", prepare, "write_splits"),
     ("train --config {config} --train.out {out}", run_folder, "copy_files"),
     ("decode --checkpoint {run} 1+1? --out {out}", os, "fsync"),
     ("evaluate --checkpoint {run} --out {out} --evaluate.problems 1 --evaluate.no_nelbo", Path, "write_text"),

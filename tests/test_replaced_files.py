@@ -9,7 +9,7 @@ import pytest
 
 import jaxblock
 from jaxblock.data.store.prepared_folder import open_prepared
-from jaxblock.data.store.records import Records, write_records
+from jaxblock.data.store.records import Records, encode_record, record_writer
 from jaxblock.errors import UserError
 from jaxblock.io import inventory
 
@@ -17,7 +17,10 @@ from jaxblock.io import inventory
 def _reverse(file: Path) -> None:
     """Writes the same records in the other order, which gives a file of the same size here."""
     size = file.stat().st_size
-    write_records(file.parent, "train", list(Records(file.parent, file.stem.split(".")[0]))[::-1])
+    records = list(Records(file.parent, file.stem.split(".")[0]))
+    with record_writer(file.parent, "train") as write:
+        for record in reversed(records):
+            write(encode_record(record))
     assert file.stat().st_size == size
 
 

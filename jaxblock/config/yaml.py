@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 import yaml
 
 from jaxblock.config.config import Config
+from jaxblock.config.not_offered import why_not_offered
 from jaxblock.config.presets import find_settings
 from jaxblock.errors import UserError, shown
 from jaxblock.io.files import read_bytes
@@ -161,6 +162,8 @@ def build_from_tree(kind: Any, tree: Any, where: str, prefix: str) -> Any:
     for key, value in tree.items():
         if key not in known:
             name = key[:80] if isinstance(key, str) else shown(key)
+            if (why := why_not_offered(name)) is not None:
+                raise UserError(f"{where}: {prefix}{name}: {why}")
             elsewhere = [f"{room}.{name}" for room, section in _sections() if prefix and name in section]
             hint = f"; did you mean {' or '.join(elsewhere)}?" if elsewhere else _nearest(name, known)
             raise UserError(f"{where}: unknown key {prefix}{name}{hint}")
@@ -194,6 +197,8 @@ def _convert(hint: Any, value: Any, where: str, name: str) -> Any:
         kinds = [kind for kind in get_args(hint) if kind is not type(None)]
         if int in kinds and isinstance(value, int):  # a field that accepts a word or a number
             return _convert(int, value, where, name)
+        if isinstance(value, list | tuple):  # a field that accepts a word or a list of words
+            kinds = [kind for kind in kinds if getattr(kind, "__origin__", None) is tuple] or kinds
         return _convert(kinds[0], value, where, name)
     if origin is Literal:
         if any(value == one and type(value) is type(one) for one in get_args(hint)):  # 1 is not true

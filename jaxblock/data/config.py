@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
+from math import lcm
 from typing import Literal
 
-from jaxblock.settings import NOT_NEGATIVE, Section, between, may_change, require, setting
+from jaxblock.errors import shown
+from jaxblock.settings import ABOVE_0, NOT_NEGATIVE, Section, between, may_change, require, setting
 
 RecipeName = Literal["metamathqa", "gsm8k", "math"]
 """The names of the data sets that `prepare` has recipes for (jaxblock/data/text/recipes.py)."""
+
+
+_LONGEST_CYCLE = 100_000
 
 
 @dataclass(frozen=True)
@@ -20,9 +26,12 @@ class DataConfig(Section, name="data"):
     verify: bool = may_change(False)
     """Whether every byte of the prepared folder is compared with its list of hashes (also `--verify`); else only small files and
     sizes are."""
-    train: str = setting("builtin", common=("prepare",))
+    train: str | tuple[str, ...] = setting("builtin", common=("prepare",))
     """The training records: a .jsonl, .json or .parquet file, `hf:NAME[@REVISION][:CONFIG][#SPLIT]` (the `datasets` library),
-    or `builtin`: the recipe's own source, else generated arithmetic word problems."""
+    several of these, or `builtin`: the recipe's own source, else generated arithmetic word problems."""
+    weights: tuple[float, ...] | None = setting(None, ABOVE_0, common=("prepare", "train"))
+    """The share of each training file in the rows that `train` reads, in the order of `train`, adding up to 1; None reads every
+    record once an epoch. Prepared data need not be prepared again for other weights."""
     validation: str | None = setting(None, common=("prepare",))
     """The records scored during training; None takes `validation_records` records out of the training file (for the built-in
     corpus: that many held-out problems)."""
@@ -93,13 +102,17 @@ class DataConfig(Section, name="data"):
     `truncate` cuts the response, which then has no terminator (a record with an over-long prompt is dropped)."""
     allow_other_template: bool = may_change(False)
     """Whether `train` and `evaluate` accept a checkpoint whose chat template is another than that of the prepared data."""
+    prepare_workers: int | None = may_change(None, between(0, 1024))
+    """The number of processes that read and tokenise for `prepare`: 0 for none but the main one; None for as many as the
+    processors that it may use, where the inputs are large. The prepared bytes are the same."""
     overwrite: bool = may_change(False, common=("prepare",))
     """Whether to replace an existing prepared folder."""
 
     def check(self) -> None:
-        """Raises UserError for a number out of range, a `prompt_template` without {prompt}, an empty text in `exclude_types`, or
-        `add_mask_token` with a tokenizer that is trained here."""
+        """Raises UserError for a number out of range, a `prompt_template` without {prompt}, an empty text in `exclude_types`,
+        `add_mask_token` with a tokenizer that is trained here, or files and weights that do not fit together."""
         super().check()
+        self._check_train()
         require(
             self.prompt_template is None or "{prompt}" in self.prompt_template,
             f"data.prompt_template {self.prompt_template!r} has no {{prompt}}: every record would ask the same",
@@ -111,4 +124,34 @@ class DataConfig(Section, name="data"):
         require(
             not self.add_mask_token or self.tokenizer != "train",
             "data.add_mask_token is for a given tokenizer; one that is trained here has the mask token: leave it false",
+        )
+
+    def _check_train(self) -> None:
+        """Raises UserError where the training files or their weights are wrong."""
+        files = (self.train,) if isinstance(self.train, str) else self.train
+        require(
+            bool(files) and all(path.strip() for path in files),
+            f"data.train is {shown(self.train)}: a file is missing; give one or more",
+        )
+        require(
+            len(files) == 1 or "builtin" not in files,
+            "data.train names `builtin` among other files: the built-in corpus cannot be one of several; take it out",
+        )
+        if self.weights is None:
+            return
+        require(
+            isinstance(self.train, str) or len(self.weights) == len(files),
+            f"data.weights has {len(self.weights)} shares, but data.train has {len(files)} files: give one share for each",
+        )
+        total = sum(Fraction(str(weight)) for weight in self.weights)
+        require(
+            total == 1,
+            f"data.weights add up to {float(total):g}, not to 1: give shares such as "
+            f"{', '.join(f'{float(Fraction(str(weight)) / total):.4g}' for weight in self.weights)}",
+        )
+        cycle = lcm(*(Fraction(str(weight)).denominator for weight in self.weights))
+        require(
+            cycle <= _LONGEST_CYCLE,
+            f"data.weights are shares of {cycle:,} rows, after which they repeat, and at most {_LONGEST_CYCLE:,} can be: round them "
+            "to five digits",
         )

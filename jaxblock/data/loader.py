@@ -1,8 +1,9 @@
 """Makes batches: pads rows, and orders them by a pure function of (seed, step).
 
 The batch of step s holds rows s * batch_size to (s + 1) * batch_size of an endless shuffled list, in which every epoch is a
-new permutation. The rows of step s are computed from s, so that a run that resumes there reads no earlier rows and a
-checkpoint stores no data state but the step. Process i of n makes the i-th of n equal slices of each batch.
+new permutation (with weights for several files, each file has epochs of its own: mixture.py). The rows of step s are computed
+from s, so that a run that resumes there reads no earlier rows and a checkpoint stores no data state but the step. Process i of
+n makes the i-th of n equal slices of each batch.
 
 No other module pads rows or fills up a short batch.
 """
@@ -11,10 +12,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from jaxblock.data.mixture import MixedOrder, Mixture
 from jaxblock.data.store.records import Record, Records
 from jaxblock.diffusion.config import Blocks, CanvasConfig
 from jaxblock.errors import UserError
@@ -146,6 +148,7 @@ class BatchAt:
         seed: int,
         batch_size: int,
         kind: Blocks = "per_sequence",
+        mixture: Mixture | None = None,
         process_index: int = 0,
         process_count: int = 1,
     ) -> None:
@@ -157,6 +160,7 @@ class BatchAt:
             seed: The seed of the order of the rows, 0 or more.
             batch_size: The number of rows of the global batch, a multiple of `process_count`.
             kind: `per_sequence`: a row is a record; `pairs`: a row is a (record, block), each of which is used once per epoch.
+            mixture: How several training files are mixed; None where every row is used once per epoch.
             process_index: The index of this process, which is that of its slice of each batch.
             process_count: The number of processes, and so of the slices of each batch.
 
@@ -168,19 +172,24 @@ class BatchAt:
                 f"train.batch_size = {batch_size} does not split over {process_count} processes: use a multiple of it"
             )
         self._records, self._canvas, self._batch_size = records, canvas, batch_size
+        rows = batch_size // process_count
+        self._rows = np.arange(process_index * rows, (process_index + 1) * rows)
         self._pairs = pairs_of(records, canvas.block) if kind == "pairs" else None
         n = len(records) if self._pairs is None else len(self._pairs)
         if not n:
             raise UserError("there are no records to make batches of")
         self.epoch = n
         """The number of rows, records or pairs, after which the order begins again."""
+        if mixture is not None:
+            places = np.arange(n) if self._pairs is None else self._pairs[:, 0]
+            sizes = np.bincount(mixture.files_of(places), minlength=len(mixture.sizes)).tolist()
+            self._order: Any = MixedOrder(tuple(sizes), mixture.weights, seed)
+            return
         # Grain adds the epoch to the seed. The seed is hashed first, so that epoch 1 of seed 0 differs from epoch 0 of seed 1.
         hashed = int(np.random.SeedSequence([seed, 0xDA7A]).generate_state(1)[0])
         import grain  # here, since loading a model does not wait for it
 
         self._order = grain.MapDataset.range(n).shuffle(seed=hashed).repeat()
-        rows = batch_size // process_count
-        self._rows = np.arange(process_index * rows, (process_index + 1) * rows)
 
     def __call__(self, step: int) -> Batch:
         """Returns this process's slice of the batch of a step."""

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from jaxblock.config.yaml import to_tree
 from jaxblock.data.loader import Batch, BatchAt, batches
+from jaxblock.data.mixture import mixture_of
 from jaxblock.errors import UserError, printable
 from jaxblock.evaluation.graders import find_grader
 from jaxblock.evaluation.results import Solved
@@ -197,13 +198,15 @@ class _Loop:
 
     def _data(self) -> Generator[Batch]:
         """Yields batches from the run's step on. Closing the generator ends the loader and waits for its workers."""
-        train, method = self.config.train, self.config.method
+        train, method, prepared = self.config.train, self.config.method, self.session.prepared
+        mixture = mixture_of(prepared.manifest.splits["train"], prepared.folder, self.config.data)
         at = BatchAt(
-            self.session.prepared.records("train"),
+            prepared.records("train"),
             canvas=self.config.canvas,
             seed=train.seed,
             batch_size=train.batch_size,
             kind="pairs" if method.pairs else "per_sequence",
+            mixture=mixture,
             process_index=self.session.process_index,
             process_count=self.session.process_count,
         )
@@ -211,6 +214,11 @@ class _Loop:
             what = "(record, block) pairs" if method.pairs else "training records"
             self._say(
                 f"train.batch_size {train.batch_size:,} is more than the {at.epoch:,} {what}: every batch repeats some"
+            )
+        if mixture is not None and self.session.process_index == 0:
+            files = zip(mixture.weights, mixture.paths, mixture.sizes, strict=True)
+            self._say(
+                "rows: " + ", ".join(f"{weight:g} from {path} ({size:,} records)" for weight, path, size in files)
             )
         start_step = 0 if train.overfit_one_batch else self.session.step
         stream = batches(at, start_step=start_step, workers=train.loader_workers)

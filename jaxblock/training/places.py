@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxblock.config.config import Config
 from jaxblock.data.loader import list_pairs
+from jaxblock.data.mixture import Mixture
 from jaxblock.data.store.records import Records
 from jaxblock.diffusion.canvas import MOST_WIDTHS, canvas_width, needed_positions
 from jaxblock.diffusion.layouts import training_layout
@@ -24,7 +25,9 @@ _MOST_READ, _MOST_DRAWN = 1 << 16, 1 << 15  # records, and rows of random batche
 _LEAST_SAVED = 0.1  # of the positions: for less, sorting and a second way to compute a step are not worth it
 
 
-def choose_lines(config: Config, records: Records, arch: Architecture, ways: int) -> Lines | None:
+def choose_lines(
+    config: Config, records: Records, arch: Architecture, ways: int, mixture: Mixture | None = None
+) -> Lines | None:
     """Chooses the widths at which a run computes its rows; the same settings, data and devices give the same widths.
 
     Args:
@@ -32,6 +35,7 @@ def choose_lines(config: Config, records: Records, arch: Architecture, ways: int
         records: the training records.
         arch: the network's traits.
         ways: the number of devices that rows are split over.
+        mixture: how several training files are mixed; None where every record is read equally often.
 
     Returns:
         The widths; None where all rows are computed at the canvas's width, as they always are on a small canvas.
@@ -44,16 +48,17 @@ def choose_lines(config: Config, records: Records, arch: Architecture, ways: int
         return None
     every = -(-len(records) // _MOST_READ)
     lengths = records.lengths(every)
-    prompt_len, block = lengths[:, 0], None
+    prompt_len, block, at = lengths[:, 0], None, np.arange(len(records))[::every]
     if config.method.pairs:
         pairs = list_pairs(lengths[:, 1], layout.block)
-        prompt_len, block = prompt_len[pairs[:, 0]], pairs[:, 1]
+        prompt_len, block, at = prompt_len[pairs[:, 0]], pairs[:, 1], at[pairs[:, 0]]
     needed = needed_positions(layout, width, prompt_len, block)
     widest = width if every > 1 else min(int(round_up(needed).max()), width)
     lines = ways * config.train.accumulate
     shape = lines, config.train.batch_size // lines
     batches = min(max(_MOST_DRAWN // config.train.batch_size, 100), 4000)
-    places = choose_places(np.random.default_rng(0).choice(needed, (batches, *shape)), widest)
+    chances = None if mixture is None else mixture.chances(at)
+    places = choose_places(np.random.default_rng(0).choice(needed, (batches, *shape), p=chances), widest)
     return None if all(each == width for _, each in places) else Lines(places, widest)
 
 

@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from jaxblock.config.config import Config
+from jaxblock.data.mixture import mixture_of
 from jaxblock.data.store.prepared_folder import Prepared, open_prepared
 from jaxblock.data.store.records import Record
 from jaxblock.diffusion import layouts
@@ -83,6 +84,7 @@ def open_session(config: Config, console: Console) -> OpenedSession:
     trackers.check_trackers(config.train)
     prepared = open_prepared(config.data.prepared, verify=config.data.verify)
     prepared.check_canvas(config.canvas)
+    mixture = mixture_of(prepared.manifest.splits["train"], prepared.folder, config.data)
     folder = as_path(config.train.out)
     checkpoints, step = _existing_checkpoints(config.train, console)
     saved: Mapping[str, Any] = {}
@@ -99,7 +101,7 @@ def open_session(config: Config, console: Console) -> OpenedSession:
         config=config,
         prepared=prepared,
         arch=arch,
-        lines=places.choose_lines(config, prepared.records("train"), arch, mesh.size // config.train.tensor),
+        lines=places.choose_lines(config, prepared.records("train"), arch, mesh.size // config.train.tensor, mixture),
         mesh=mesh,
         checkpoints=checkpoints,
         resumed=resumed,

@@ -14,9 +14,11 @@ import pytest
 
 from jaxblock.config.config import Config
 from jaxblock.data.config import DataConfig
+from jaxblock.data.mixture import Mixture, mixture_of
 from jaxblock.data.store.manifest import Manifest, read_manifest
 from jaxblock.data.store.prepare import Progress, prepare
 from jaxblock.data.store.prepared_folder import open_prepared
+from jaxblock.data.text import inputs
 from jaxblock.data.text.recipes import with_recipe
 from jaxblock.diffusion.config import CanvasConfig
 from jaxblock.errors import UserError
@@ -218,3 +220,61 @@ def test_shared_questions_are_counted_and_another_versions_folder_is_named(tmp_p
         path.write_text(json.dumps({**content, **changed}))
         with pytest.raises(UserError, match=complaint):
             open_prepared(tmp_path / "out")
+
+
+def test_several_files_are_prepared_alike_by_one_process_and_by_two(tmp_path, jsonl, tokenizer_folder, monkeypatch):
+    """The bytes are the same, and so is the error that stops it; each record keeps the name of its file."""
+    monkeypatch.setattr(inputs, "CHUNK", 4000)
+    paths = []
+    for name, n, more in (("a", 150, []), ("b", 90, []), ("bad", 90, [("<|eot_id|>", "a"), ("q", "<|mdm_mask|>")])):
+        (tmp_path / name).mkdir()
+        rows = [(f"What is {i} plus {name}?", f"It is {i}.") for i in range(n)]
+        paths.append(jsonl(f"{name}/train.jsonl", [*rows, *more]))
+    settings = {"test": None, "tokenizer": tokenizer_folder(), "validation_records": 9, "template": "tokenizer"}
+    made, errors = {}, {}
+    for workers in (0, 2):
+        options = {**settings, "prepared": str(tmp_path / f"out{workers}"), "prepare_workers": workers}
+        config = config_in(tmp_path, train=tuple(paths[:2]), max_records=100, weights=(0.7, 0.3), **options)
+        made[workers] = run(config)
+        with pytest.raises(
+            UserError, match=r"bad/train.jsonl:91: the user's text contains the special token"
+        ) as caught:
+            run(config, prepared=str(tmp_path / "none"), train=(paths[0], paths[2]), max_records=0)
+        errors[workers] = str(caught.value)
+    assert made[0] == made[2] and errors[0] == errors[2] and not (tmp_path / "none").exists()
+    for file in (path for path in (tmp_path / "out0").rglob("*") if path.is_file()):
+        assert file.read_bytes() == (tmp_path / "out2" / file.relative_to(tmp_path / "out0")).read_bytes(), file
+    assert run(dataclasses.replace(config, data=dataclasses.replace(config.data, weights=None))) == made[2]
+
+    train, entry = made[2].splits["train"], made[2].inputs["train"]
+    kept = [each["kept"] for each in train["files"]]
+    assert kept[0] == 100 and kept[1] == entry["files"][1]["records"]
+    assert entry["records"] == 231 == sum(kept) + train["dropped"]["beyond data.max_records"]
+    sources = [record.source.split(":")[0] for record in open_prepared(tmp_path / "out2").records("train")]
+    assert sources == ["a/train.jsonl"] * kept[0] + ["b/train.jsonl"] * kept[1]
+    assert mixture_of(train, "x", config.data) == Mixture(tuple(paths[:2]), tuple(kept), (0.7, 0.3))
+
+
+def test_training_files_that_do_not_go_together(tmp_path, jsonl):
+    one, other = (jsonl(name, [(f"q{name}{i}", "a") for i in range(9)]) for name in ("one.jsonl", "other.jsonl"))
+    empty, same = jsonl("empty.jsonl", []), str(tmp_path / "same.jsonl")
+    Path(same).write_bytes(Path(one).read_bytes())
+    os.symlink(one, tmp_path / "link.jsonl")
+    long = jsonl("long.jsonl", [("q " * 300, "a")] * 3)
+    for train, options, complaint in [
+        ((one, one), {}, "data.train gives .*one.jsonl twice"),
+        ((one, str(tmp_path / "link.jsonl")), {}, r"link.jsonl twice .*one.jsonl"),
+        ((one, same), {}, "one.jsonl and .*same.jsonl hold the same bytes"),
+        ((one, empty, other), {}, "empty.jsonl: the file is empty"),
+        ((one, str(tmp_path / "none.jsonl")), {}, "cannot read .*none.jsonl"),
+        ((one, other), {"test": "builtin"}, "data.test is `builtin` but data.train is '.*one.jsonl', '.*other.jsonl'"),
+        (
+            (one, long),
+            {"weights": (0.5, 0.5), "overlong": "drop"},
+            "a share to .*long.jsonl, of which no record is left",
+        ),
+        (one, {"weights": (1.0,)}, "data.weights has no effect on one training file"),
+    ]:
+        with pytest.raises(UserError, match=complaint):
+            run(config_in(tmp_path, **{"train": train, "test": None, "validation_records": 2, **options}))
+    assert "out" not in names_in(tmp_path)

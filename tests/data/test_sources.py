@@ -14,10 +14,10 @@ import pytest
 from jaxblock.data.config import DataConfig
 from jaxblock.data.text import splits
 from jaxblock.data.text.examples import Example
-from jaxblock.data.text.files import read_rows
+from jaxblock.data.text.inputs import open_input, read_rows
 from jaxblock.data.text.recipes import with_recipe
-from jaxblock.data.text.sources import read_source
-from jaxblock.data.text.splits import read_splits
+from jaxblock.data.text.sources import Source, read_source
+from jaxblock.data.text.splits import hash_inputs, open_inputs, read_splits
 from jaxblock.errors import UserError
 
 PAIR = '{"question": "q", "answer": "a"}'
@@ -34,7 +34,22 @@ def config_of(**settings: Any) -> DataConfig:
 
 def read(folder: Path, content: bytes, name: str = "some.jsonl", **settings: Any) -> list[Example]:
     (folder / name).write_bytes(content)
-    return read_source(str(folder / name), config_of(**settings), "train").examples
+    return source_of(str(folder / name), "train", **settings)[0]
+
+
+def source_of(path: str, split: str, **settings: Any) -> tuple[list[Example], Source]:
+    """Returns the examples of one input, and their source."""
+    opened = open_input(path, split)
+    found = read_source([opened], config_of(train=path, **settings), split, [str(opened.sha256)])
+    return list(found.examples()), found
+
+
+def splits_of(**settings: Any) -> tuple[dict[str, list[Example]], dict[str, Any]]:
+    """Returns the examples of every split, and the manifest's entry on each."""
+    config = config_of(**settings)
+    inputs = open_inputs(config)
+    found = read_splits(inputs, hash_inputs(inputs, config), config)
+    return {split: list(some.examples()) for split, some in found.items()}, {k: v.described() for k, v in found.items()}
 
 
 TWICE = b'{"question": "q", "answer": "a", "question": "p"}'
@@ -63,7 +78,7 @@ TWICE = b'{"question": "q", "answer": "a", "question": "p"}'
         (b'{"messages": []}', "field 'messages' must be a list .* not an empty list"),
         (b'{"messages": "hello"}', "field 'messages' must be a list .* not a string"),
         (b'{"messages": [{"role": "user"}]}', r"messages\[0\] must be an object with"),
-        (chat(("user", "q"), ("assistant", ["a"])), r"messages\[1\].content must be a string, not a list"),
+        (chat(("user", "q"), ("assistant", 1)), r"messages\[1\].content must be a string, not a number"),
         (chat(("user", ""), ("assistant", "a")), r"messages\[0\].content is empty"),
         (chat(("human", "q"), ("assistant", "a")), r"messages\[0\] has the role 'human'; known are"),
         (chat(("user", "q"), ("system", "s"), ("assistant", "a")), r"messages\[1\] is a system message"),
@@ -107,9 +122,9 @@ def test_what_is_hashed_is_what_was_read_once(tmp_path):
         os.write(ends[1], content)
         os.close(ends[1])
         for path in (str(tmp_path / "other"), f"/dev/fd/{ends[0]}"):
-            found = read_source(path, config_of(), "train")
-            assert [example.response for example in found.examples] == ["a"]
-            assert found.sha256 == hashlib.sha256(content).hexdigest()
+            found, source = source_of(path, "train")
+            assert [example.response for example in found] == ["a"]
+            assert source.sha256 == (hashlib.sha256(content).hexdigest(),)
         os.close(ends[0])
     assert [example.source for example in read(tmp_path, GOOD, "lines.json")] == ["lines.json:1"]
 
@@ -147,14 +162,13 @@ def test_a_conversation_is_never_split(tmp_path):
     path.write_bytes(b"".join(talk(n) for n in range(30)))
     for seed in range(3):
         settings = {"train": str(path), "test": None, "validation_records": 7, "seed": seed}
-        every, last = (read_splits(config_of(**settings, turns=turns)) for turns in ("all", "last"))
-        sides = [{e.conversation for e in every[split].examples} for split in ("train", "validation")]
+        (every, entries), (last, _) = (splits_of(**settings, turns=turns) for turns in ("all", "last"))
+        sides = [{e.conversation for e in every[split]} for split in ("train", "validation")]
         assert len(sides[1]) == 7 and len(sides[0]) == 23 and not sides[0] & sides[1]
-        assert sum(len(some.examples) for some in every.values()) == 60
+        assert sum(map(len, every.values())) == 60
         for split, side in zip(("train", "validation"), sides, strict=True):
-            entry = every[split].described()
-            assert (entry["conversations"], entry["records"]) == (len(side), len(every[split].examples))
-            assert {e.conversation for e in last[split].examples} == side
+            assert (entries[split]["conversations"], entries[split]["records"]) == (len(side), len(every[split]))
+            assert {e.conversation for e in last[split]} == side
 
 
 def pairs_file(path: Path, n: int) -> str:
@@ -166,9 +180,9 @@ def test_validation_is_set_apart_by_the_seed_alone(tmp_path):
     train = pairs_file(tmp_path / "train.jsonl", 50)
 
     def split(seed: int) -> dict[str, list[str]]:
-        loaded = read_splits(config_of(train=train, test=None, validation_records=8, seed=seed))
-        assert {name: some.described()["records"] for name, some in loaded.items()} == {"train": 42, "validation": 8}
-        return {name: [example.prompt for example in some.examples] for name, some in loaded.items()}
+        loaded, entries = splits_of(train=train, test=None, validation_records=8, seed=seed)
+        assert {name: entry["records"] for name, entry in entries.items()} == {"train": 42, "validation": 8}
+        return {name: [example.prompt for example in some] for name, some in loaded.items()}
 
     first = split(0)
     assert sorted(first["train"] + first["validation"]) == sorted(f"q{i}" for i in range(50))
@@ -192,15 +206,15 @@ def test_settings_that_fit_no_split(tmp_path, monkeypatch):
         if "repeat" in complaint:  # a corpus that leaks
             monkeypatch.setattr(splits.corpus, "generate", lambda split, n, **options: generate("test", n, **options))
         with pytest.raises(UserError, match=complaint):
-            read_splits(config_of(**settings))
+            splits_of(**settings)
 
 
 def test_the_builtin_corpus_holds_validation_beyond_test():
-    loaded = read_splits(config_of(builtin_train=200, builtin_test=10, validation_records=4))
-    assert {name: len(some.examples) for name, some in loaded.items()} == {"train": 200, "validation": 4, "test": 10}
-    assert loaded["test"].examples[9].source == "builtin:test:10"
-    assert loaded["validation"].examples[0].source == "builtin:test:11"
-    prompts = [example.prompt for some in loaded.values() for example in some.examples]
+    loaded, _ = splits_of(builtin_train=200, builtin_test=10, validation_records=4)
+    assert {name: len(some) for name, some in loaded.items()} == {"train": 200, "validation": 4, "test": 10}
+    assert loaded["test"][9].source == "builtin:test:10"
+    assert loaded["validation"][0].source == "builtin:test:11"
+    prompts = [example.prompt for some in loaded.values() for example in some]
     assert len(set(prompts)) == len(prompts)
 
 
@@ -223,19 +237,19 @@ def datasets(monkeypatch):
 
 def test_data_sets_are_loaded_by_name(datasets):
     options = {"recipe": "gsm8k", "test": "builtin", "validation": "hf:openai/gsm8k@abc:main#train"}
-    loaded = read_splits(config_of(**options))
+    loaded, entries = splits_of(**options)
     assert sorted(datasets, key=str) == [
         ("openai/gsm8k", "main", "test", None),
         ("openai/gsm8k", "main", "train", "abc"),
         ("openai/gsm8k", "main", "train", None),
     ]
-    named = {split: some.described()["path"] for split, some in loaded.items()}
+    named = {split: entry["path"] for split, entry in entries.items()}
     assert named == {
         "train": "hf:openai/gsm8k:main",
         "validation": options["validation"],
         "test": "hf:openai/gsm8k:main",
     }
-    assert [example.source for example in loaded["test"].examples] == [f"gsm8k/test[{n}]" for n in range(4)]
+    assert [example.source for example in loaded["test"]] == [f"gsm8k/test[{n}]" for n in range(4)]
 
 
 def test_data_sets_that_cannot_be_loaded(tmp_path, datasets, monkeypatch):
@@ -252,7 +266,7 @@ def test_data_sets_that_cannot_be_loaded(tmp_path, datasets, monkeypatch):
             for name in ("datasets", "pyarrow", "pyarrow.parquet"):
                 monkeypatch.setitem(sys.modules, name, None)
         with pytest.raises(UserError, match=complaint):
-            read_splits(config_of(train=path, test=None))
+            splits_of(train=path, test=None)
 
 
 def test_the_real_datasets_library_reads_a_local_folder(tmp_path):
@@ -262,11 +276,11 @@ def test_the_real_datasets_library_reads_a_local_folder(tmp_path):
     rows = [{"problem": f"{n}?", "solution": f"\\boxed{{{n}}}", "type": "Algebra"} for n in range(3)]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = config_of(recipe="math", train=f"hf:{folder}")
-    found = read_source(config.train, config, "train").examples
+    found, _ = source_of(config.train, "train", recipe="math")
     assert [example.response for example in found] == ["\\boxed{0}", "\\boxed{1}", "\\boxed{2}"]
     assert found[1].source == "math/train[1]"
     with pytest.raises(UserError, match="cannot load .* .split 'validation'."):
-        read_source(config.train, config, "validation")
+        open_input(config.train, "validation")
 
 
 def test_parquet(tmp_path):
@@ -274,12 +288,12 @@ def test_parquet(tmp_path):
     path = tmp_path / "train.parquet"
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     parquet.write_table(pyarrow.Table.from_pylist([{"messages": turns}, {"messages": None}]), path)
-    rows = [(row.record["messages"], row.source) for row in read_rows(str(path), "train").rows]
+    rows = [(row.record["messages"], row.source) for row in read_rows(str(path), "train")]
     assert rows == [(turns, "train.parquet[0]"), (None, "train.parquet[1]")]
     with pytest.raises(UserError, match=r"train.parquet\[1\]: field 'messages' must be a list .* not null"):
-        read_source(str(path), config_of(), "train")
+        source_of(str(path), "train")
     path.write_bytes(b"PAR1 no more")
     with pytest.raises(UserError, match="not readable as Parquet"):
-        list(read_rows(str(path), "train").rows)
+        list(read_rows(str(path), "train"))
     with pytest.raises(UserError, match="cannot read none.parquet"):
         read_rows("none.parquet", "train")

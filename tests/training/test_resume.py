@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from jaxblock.cli import main
+from jaxblock.data.store.prepared_folder import open_prepared
 from jaxblock.io.locks import only_writer
 from jaxblock.training import start
 from jaxblock.training.observe.window import StepWindow
@@ -162,3 +163,26 @@ def test_other_data_are_refused_and_a_run_without_a_checkpoint_is_no_model(tiny_
     assert "was trained on other data" in ran(f"train {command}", 2).err
     run = _begun(tiny_run, tmp_path / "run")
     assert "has no whole checkpoint yet" in ran(f"decode --checkpoint {run} 1+1?", 2).err
+
+
+def test_a_run_reads_files_by_weights_and_keeps_them(tiny_config, tmp_path, ran):
+    """The first file, a tenth of the problems, gives nine rows of ten; weights need no other prepared folder."""
+    lines = (tiny_config.parent / "train.jsonl").read_text().splitlines(keepends=True)
+    files = [tmp_path / "few.jsonl", tmp_path / "many.jsonl"]
+    for file, some in zip(files, (lines[::10], [line for at, line in enumerate(lines) if at % 10]), strict=True):
+        file.write_text("".join(some))
+    data = f"--config {tiny_config} --data.prepared {tmp_path / 'prepared'} --data.train {files[0]} {files[1]}"
+    ran(f"prepare {data} --data.validation_records 4")
+    flags = (
+        f"{data} --data.validation_records 4 --train.out {tmp_path / 'run'} --train.eval_every 0 --train.save_every 2"
+    )
+    kept = [entry["kept"] for entry in open_prepared(tmp_path / "prepared").manifest.splits["train"]["files"]]
+    told = ran(f"train {flags} --train.steps 2 --optimizer.schedule constant --data.weights 0.9 0.1")
+    assert (
+        f"rows: 0.9 from {files[0]} ({kept[0]} records), 0.1 from {files[1]} ({kept[1]} records)" in told.out + told.err
+    )
+    again = f"train {flags} --train.steps 4 --optimizer.schedule constant"
+    assert "data.weights = [0.9, 0.1] then, [0.5, 0.5] now" in ran(f"{again} --data.weights 0.5 0.5", 2).err
+    ran(f"{again} --data.weights 0.9 0.1")
+    swapped = flags.replace(f"{files[0]} {files[1]}", f"{files[1]} {files[0]}")
+    assert "others or in another order" in ran(f"train {swapped} --data.weights 0.9 0.1", 2).err

@@ -22,8 +22,9 @@ MANIFEST_FORMAT = 3
 """The version of a prepared folder. Version 1 did not record all ids that end a response; versions 1 and 2 kept no other fields
 of the records than prompt and response."""
 
-# Settings that do not change the records: they say where the folder is, or how much of a record training shows the model.
-_NOT_RECORDED_DATA = ("prepared", "overwrite", "verify", "allow_other_template")
+# Settings that do not change the records: they say where the folder is, how it is made, or how often or how much of a record
+# training shows the model.
+_NOT_RECORDED_DATA = ("prepared", "overwrite", "verify", "allow_other_template", "weights", "prepare_workers")
 _NOT_RECORDED_CANVAS = ("context", "suffix_window", "total_len")
 
 
@@ -36,13 +37,15 @@ class Manifest:
         fingerprint: The SHA-256 of everything that decides the content: settings, inputs, tokenizer, template.
         data: The data settings, including the values that a recipe gave.
         canvas: The canvas settings.
-        inputs: For each split its source: {"path", "sha256", "records", "conversations"}.
+        inputs: For each split its source: {"path", "sha256", "records", "conversations"}, and "files", a list of the same, where
+            there are several.
         tokenizer: The tokenizer's class and files: {"kind", "files": {name: sha256}}.
         template: The chat template: {"name", "source", "tokens"}.
         special: The ids of the special tokens.
         vocab_size: The number of embedding rows that are needed: the largest id + 1.
         splits: For each split {"kept", "dropped" and "cut" by reason, "tokens", "blocks"} (see
-            `statistics.length_statistics`), and "fields" where records have other fields (see `length_rules.LengthRules`).
+            `statistics.LengthStatistics`), "fields" where records have other fields (see `length_rules.SplitCount`), and "files"
+            where several files were given: for each {"path", "kept"}, whose records follow each other in this order.
         overlaps: How many prompts two splits share, by the splits' names ("train and test").
     """
 
@@ -133,7 +136,7 @@ def recorded_settings(data: DataConfig, canvas: CanvasConfig) -> dict[str, dict[
 
 def compute_fingerprint(
     settings: Mapping[str, Mapping[str, Any]],
-    inputs: Mapping[str, Mapping[str, Any]],
+    hashes: Mapping[str, str],
     tokenizer: Mapping[str, Any],
     template: str,
 ) -> str:
@@ -141,14 +144,13 @@ def compute_fingerprint(
 
     Args:
         settings: The settings, as `recorded_settings` returns them.
-        inputs: The source of each split, as in the manifest.
+        hashes: The hash of the inputs of each split, as in the manifest.
         tokenizer: The SHA-256 of each file of a tokenizer that is not trained here, by name, and the special ids of its
             checkpoint (`ends` where there are several); empty for a tokenizer that is trained here.
         template: The chat template's Jinja source.
     """
-    hashes = {split: entry["sha256"] for split, entry in inputs.items()}
     # The number is of this content, not of the manifest: runs compare their data by the fingerprint.
-    content = [1, settings, hashes, dict(tokenizer), template]
+    content = [1, settings, dict(hashes), dict(tokenizer), template]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import pathlib
-from collections.abc import Callable
+import tempfile
 from typing import Any, NamedTuple
 
 from jaxblock.data.config import DataConfig
-from jaxblock.data.store.length_rules import LengthRules
 from jaxblock.data.store.manifest import (
     MANIFEST_FILE,
     MANIFEST_FORMAT,
@@ -20,12 +20,13 @@ from jaxblock.data.store.manifest import (
     recorded_settings,
     write_manifest,
 )
-from jaxblock.data.store.records import Record, records_file, write_records
-from jaxblock.data.store.statistics import count_overlaps, length_statistics
-from jaxblock.data.text.examples import Example
+from jaxblock.data.store.records import records_file
+from jaxblock.data.store.worker_pool import count_processes, worker_pool
+from jaxblock.data.store.write_splits import Progress, WritingTools, write_splits
+from jaxblock.data.text.hashes import joint_sha256
 from jaxblock.data.text.recipes import with_recipe
 from jaxblock.data.text.sources import Source
-from jaxblock.data.text.splits import read_splits
+from jaxblock.data.text.splits import hash_inputs, open_inputs, read_splits
 from jaxblock.data.tokens.encoding import Encoder
 from jaxblock.data.tokens.find_special import add_mask, ends_in_checkpoint, find_special, ids_in_checkpoint
 from jaxblock.data.tokens.load import load_tokenizer
@@ -40,7 +41,8 @@ from jaxblock.io.inventory import check_inventory, write_inventory
 from jaxblock.io.locks import only_writer
 from jaxblock.io.paths import as_path
 
-Progress = Callable[[str], None]
+# A tokenizer is trained on at most about this much text, all of which the library holds in memory.
+_MOST_LETTERS = 1 << 26
 
 
 def _silent(message: str) -> None:
@@ -73,42 +75,59 @@ def _prepare(data: DataConfig, canvas: CanvasConfig, progress: Progress) -> Mani
     data.check()
     canvas.check()
     data = with_recipe(data)
-    sources = read_splits(data)
+    inputs = open_inputs(data)
     given = None if data.tokenizer == "train" else _given_tokenizer(data)
     own_template = given.tokenizer.settings.get("chat_template") if given else None
     template = template_source(data.template, tokenizer_template=own_template)
     settings = recorded_settings(data, canvas)
-    inputs = {split: source.described() for split, source in sources.items()}
+    hashes = hash_inputs(inputs, data)
+    joint = {split: joint_sha256(some) for split, some in hashes.items()}
     origin: dict[str, Any] = {**_sha256_of_files(given.tokenizer), **given.ids} if given else {}
-    before = compute_fingerprint(settings, inputs, origin, template)
+    before = compute_fingerprint(settings, joint, origin, template)
     if given and len(given.ends) > 1:
         origin["ends"] = given.ends
-    fingerprint = compute_fingerprint(settings, inputs, origin, template)
+    fingerprint = compute_fingerprint(settings, joint, origin, template)
     there = _prepared_before(data, settings, {1: before, 2: fingerprint, MANIFEST_FORMAT: fingerprint})
-    lacks_fields = there is not None and there.format < MANIFEST_FORMAT and _have_fields(sources)
-    if there is not None and not (lacks_fields and data.overwrite):
-        without = ", but not the records' other fields, which graders get (data.overwrite adds them)" * lacks_fields
-        progress(f"already prepared: {data.prepared} holds the same settings and inputs{without}")
+    if there is not None and there.format == MANIFEST_FORMAT:
+        progress(f"already prepared: {data.prepared} holds the same settings and inputs")
         return there
 
-    encoder = _make_encoder(data, sources["train"].examples, given, template, progress)
+    size = sum(each.size for some in inputs.values() for each in some)
+    with worker_pool(count_processes(data.prepare_workers, size)) as in_order:
+        sources = read_splits(inputs, hashes, data, in_order)
+        lacks_fields = any(source.has_fields for source in sources.values())
+        if there is not None and not (lacks_fields and data.overwrite):
+            without = ", but not the records' other fields, which graders get (data.overwrite adds them)" * lacks_fields
+            progress(f"already prepared: {data.prepared} holds the same settings and inputs{without}")
+            return there
+        encoder = _make_encoder(data, sources["train"], given, template, progress)
+        with (
+            new_folder(data.prepared, marker=MANIFEST_FILE, overwrite=data.overwrite) as folder,
+            tempfile.TemporaryDirectory(prefix="jaxblock-") as scratch,
+        ):
+            tools = WritingTools(data, canvas, encoder, in_order, pathlib.Path(scratch), progress)
+            splits, overlaps = write_splits(folder, sources, tools)
+            manifest = _manifest(fingerprint, settings, sources, encoder, splits=splits, overlaps=overlaps)
+            _write_text(folder, encoder, manifest)
+    return manifest
+
+
+def _manifest(
+    fingerprint: str, settings: dict[str, dict[str, Any]], sources: dict[str, Source], encoder: Encoder, **counts: Any
+) -> Manifest:
+    """Makes the manifest of a folder that was just written; `counts` are what `write_splits` returned."""
     special = encoder.special
-    records, report = _make_records(data, canvas, sources, encoder, progress)
-    manifest = Manifest(
+    return Manifest(
         format=MANIFEST_FORMAT,
         fingerprint=fingerprint,
         **settings,
-        inputs=inputs,
+        inputs={split: source.described() for split, source in sources.items()},
         tokenizer={"kind": type(encoder.tokenizer).__name__, "files": _sha256_of_files(encoder.tokenizer)},
         template=dataclasses.asdict(encoder.template),
         special=special,
         vocab_size=max(encoder.tokenizer.vocab_size, 1 + max(special.mask, special.pad, *special.stop_ids)),
-        splits=report,
-        overlaps=count_overlaps({split: [record.prompt for record in some] for split, some in records.items()}),
+        **counts,
     )
-    with new_folder(data.prepared, marker=MANIFEST_FILE, overwrite=data.overwrite) as folder:
-        _write(folder, records, encoder, manifest)
-    return manifest
 
 
 def _prepared_before(
@@ -162,51 +181,29 @@ def _given_tokenizer(data: DataConfig) -> _GivenTokenizer:
 
 
 def _make_encoder(
-    data: DataConfig, train: list[Example], given: _GivenTokenizer | None, source: str, progress: Progress
+    data: DataConfig, train: Source, given: _GivenTokenizer | None, source: str, progress: Progress
 ) -> Encoder:
     """Makes the encoder from tokenizer, template and special ids; trains a tokenizer where none is given."""
     if given is None:
-        progress(f"training a {data.tokenizer_type} tokenizer on {len(train):,} records")
+        every = max(1, -(-train.letters // _MOST_LETTERS))
+        some = "" if every == 1 else f"one of {every} of the "
+        progress(f"training a {data.tokenizer_type} tokenizer on {some}{len(train):,} records")
         tokens = {"bos_token": BOS, "eos_token": data.eos_token or EOS, "eot_token": data.eot_token or EOT}
         template = Template(data.template, source, tokens)
-        texts = (template.render(example.messages, False, where=example.where) for example in train)
+        read = itertools.islice(train.examples(), 0, None, every)
+        texts = (template.render(example.messages, False, where=example.where) for example in read)
         given = _GivenTokenizer(train_tokenizer(texts, data, template.control_tokens()), {}, ())
     progress(f"tokenizer: {given.tokenizer.vocab_size:,} tokens")
     template, special = find_special(given.tokenizer, data.template, source, data, given.ids, given.ends)
     return Encoder(given.tokenizer, template, special, data)
 
 
-def _make_records(
-    data: DataConfig, canvas: CanvasConfig, sources: dict[str, Source], encoder: Encoder, progress: Progress
-) -> tuple[dict[str, list[Record]], dict[str, dict[str, Any]]]:
-    """Makes each split's records, and the report on them that the manifest's `splits` holds."""
-    records: dict[str, list[Record]] = {}
-    report: dict[str, dict[str, Any]] = {}
-    rules = LengthRules(data, canvas)
-    for split, source in sources.items():
-        progress(f"{split}: {len(source.examples):,} records")
-        pairs = map(encoder.prompt_and_response, source.examples)
-        records[split], report[split] = rules.apply(split, pairs, source.examples)
-        report[split]["dropped"] |= source.dropped
-    rules.check()
-    for split, some in records.items():
-        report[split] |= length_statistics(some, canvas.block)
-    return records, report
-
-
-def _have_fields(sources: dict[str, Source]) -> bool:
-    """Tells whether any record has other fields than prompt and response."""
-    return any(example.fields for source in sources.values() for example in source.examples)
-
-
 def _sha256_of_files(tokenizer: Tokenizer) -> dict[str, str]:
     return {name: hashlib.sha256(content).hexdigest() for name, content in tokenizer.files.items()}
 
 
-def _write(folder: pathlib.Path, records: dict[str, list[Record]], encoder: Encoder, manifest: Manifest) -> None:
-    """Writes the files of a prepared folder, the manifest last."""
-    for split, some in records.items():
-        write_records(folder, split, some)
+def _write_text(folder: pathlib.Path, encoder: Encoder, manifest: Manifest) -> None:
+    """Writes the files of a prepared folder that stand beside the records, the manifest and the list of files last."""
     encoder.tokenizer.save(folder / "tokenizer")
     write_text(folder / "tokenizer" / "template.jinja", encoder.template.source)
     write_manifest(folder, manifest)

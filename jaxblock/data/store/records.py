@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, SupportsIndex, overload
 
@@ -19,6 +20,7 @@ from jaxblock.io.paths import PathLike, as_path
 from jaxblock.io.remote import local_file
 
 _HEADER = struct.Struct("<6I")  # index, numbers of prompt and response ids, numbers of bytes of the three texts
+_INDEX = struct.Struct("<I")  # the first of them
 # Files up to this many bytes are kept in memory: a random read takes 0.1 ms, longer than all other work on a row.
 _KEEP_IN_MEMORY = 64 << 20
 
@@ -86,8 +88,14 @@ def records_file(folder: PathLike, split: str) -> str:
     return str(as_path(folder) / f"{split}.array_record")
 
 
-def write_records(folder: pathlib.Path, split: str, records: Iterable[Record]) -> None:
-    """Writes a split's file into a local folder.
+def with_index(content: bytes, index: int) -> bytes:
+    """Returns the bytes of a record with another place in its split."""
+    return _INDEX.pack(index) + content[_INDEX.size :]
+
+
+@contextlib.contextmanager
+def record_writer(folder: pathlib.Path, split: str) -> Iterator[Callable[[bytes], None]]:
+    """Yields a function that appends the bytes of a record to a split's file, which is made in a local folder.
 
     Raises:
         UserError: If the file cannot be written; it may then hold a part of the records.
@@ -95,8 +103,7 @@ def write_records(folder: pathlib.Path, split: str, records: Iterable[Record]) -
     path = records_file(folder, split)
     try:
         writer = ArrayRecordWriter(path, "group_size:1")  # so that a random read decompresses one record only
-        for record in records:
-            writer.write(encode_record(record))
+        yield writer.write
         writer.close()
     except RuntimeError as error:
         raise UserError(f"cannot write {path}: {error}") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from jaxblock.data.store.prepared_folder import Prepared
-from jaxblock.data.text.examples import Message
+from jaxblock.data.text.messages import Message
 from jaxblock.data.tokens.encoding import Encoder
 from jaxblock.data.tokens.templates import Template
 from jaxblock.data.tokens.tokenizer import Tokenizer

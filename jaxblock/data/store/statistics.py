@@ -1,58 +1,59 @@
-"""Counts the tokens and blocks of prepared records, and the prompts that two splits share."""
+"""Counts the tokens and blocks of prepared records, without holding the records."""
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from jaxblock.data.store.records import Record
+
+class LengthStatistics:
+    """Counts how many records have which numbers of tokens."""
+
+    def __init__(self, block: int) -> None:
+        """Starts with nothing; a block has `block` response positions."""
+        self._block = block
+        self._counts: dict[str, Counter[int]] = {name: Counter() for name in ("prompt", "response", "total")}
+
+    def add(self, prompt: int, response: int) -> None:
+        """Counts a record with these numbers of tokens."""
+        for name, length in (("prompt", prompt), ("response", response), ("total", prompt + response)):
+            self._counts[name][length] += 1
+
+    def report(self) -> dict[str, Any]:
+        """Returns statistics of the token counts, and the numbers of responses of 1, 2, ... blocks, of at least one record.
+
+        Returns:
+            {"tokens": {"prompt": {"min", "mean", "median", "p95", "max"}, ...}, "blocks": {"1": number of responses, ...}}
+        """
+        blocks: Counter[int] = Counter()
+        for length, count in self._counts["response"].items():
+            blocks[-(-length // self._block)] += count
+        return {
+            "tokens": {name: _spread(counts) for name, counts in self._counts.items()},
+            "blocks": {str(n): blocks[n] for n in sorted(blocks)},
+        }
 
 
-def length_statistics(records: Sequence[Record], block: int) -> dict[str, Any]:
-    """Computes statistics of the token counts (prompt, response, total), and counts the responses of 1, 2, ... blocks.
+def _spread(counts: Counter[int]) -> dict[str, int | float]:
+    lengths = np.array(sorted(counts))
+    ends = np.cumsum([counts[length] for length in lengths.tolist()])  # how many records are no longer than each length
+    total = int(ends[-1])
 
-    Args:
-        records: The records of a split, at least one.
-        block: The number of response positions of a block.
+    def quantile(share: float) -> float:
+        """Returns the value at a share of the sorted lengths, between two of them where it falls there, as NumPy does."""
+        at = share * (total - 1)
+        low, high = (
+            int(lengths[np.searchsorted(ends, place, "right")]) for place in (int(at), min(int(at) + 1, total - 1))
+        )
+        return low + (high - low) * (at - int(at))
 
-    Returns:
-        {"tokens": {"prompt": {"min", "mean", "median", "p95", "max"}, ...}, "blocks": {"1": number of responses, ...}}
-    """
-    prompt = np.array([len(record.prompt_ids) for record in records])
-    response = np.array([len(record.response_ids) for record in records])
-    blocks = Counter((-(-response // block)).tolist())
+    mean = sum(length * count for length, count in counts.items()) / total
     return {
-        "tokens": {"prompt": _spread(prompt), "response": _spread(response), "total": _spread(prompt + response)},
-        "blocks": {str(n): blocks[n] for n in sorted(blocks)},
-    }
-
-
-def count_overlaps(prompts: Mapping[str, Iterable[str]]) -> dict[str, int]:
-    """Counts for each pair of splits how many prompts of the second are in the first too; blanks and case are ignored.
-
-    Args:
-        prompts: The prompts of each split, by the split's name.
-
-    Returns:
-        {"train and test": n, ...}
-    """
-    normal = {split: [" ".join(text.split()).casefold() for text in texts] for split, texts in prompts.items()}
-    counts = {}
-    for first, second in itertools.combinations(normal, 2):
-        seen = set(normal[first])
-        counts[f"{first} and {second}"] = sum(text in seen for text in normal[second])
-    return counts
-
-
-def _spread(lengths: np.ndarray) -> dict[str, int | float]:
-    return {
-        "min": int(lengths.min()),
-        "mean": round(float(lengths.mean()), 2),
-        "median": float(np.median(lengths)),
-        "p95": round(float(np.percentile(lengths, 95)), 2),
-        "max": int(lengths.max()),
+        "min": int(lengths[0]),
+        "mean": round(mean, 2),
+        "median": float(quantile(0.5)),
+        "p95": round(float(quantile(0.95)), 2),
+        "max": int(lengths[-1]),
     }

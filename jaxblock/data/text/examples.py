@@ -8,16 +8,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jaxblock.data.config import DataConfig
-from jaxblock.data.text.files import Row, json_type, read_rows
+from jaxblock.data.text.inputs import read_rows
+from jaxblock.data.text.messages import ASKING, INSTRUCTIONS, Message, checked_messages, checked_text
+from jaxblock.data.text.rows import Row
 from jaxblock.errors import UserError
 
-Message = Mapping[str, str]
-"""{"role": "system" | "user" | "assistant", "content": ...}"""
-
 Prompt = str | list[Message]
-"""A user's text, or a conversation that ends with the user's turn."""
+"""A user's text, or a conversation that ends with the turn of the user or of a tool."""
 
-ROLES = ("system", "user", "assistant")
+SHAREGPT_FIELD = "conversations"
+"""The field of the messages in ShareGPT's form, which is looked at in records without prompt and `data.messages_field`."""
+
+_PICTURES = ("image", "images")  # the fields that hold what `<image>` in a message stands for
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,9 @@ def examples_of(row: Row, config: DataConfig) -> list[Example]:
     Raises:
         UserError: If a field is missing, empty or not text, or the messages are not a conversation.
     """
-    if config.messages_field in row.record:
-        return _turns(row, _conversation(row, config.messages_field), _others(row, config.messages_field), config)
+    field = _messages_field(row, config)
+    if field is not None:
+        return _turns(row, _conversation(row, field), _others(row, field), config)
     otherwise = f", or give {config.messages_field!r}"
     prompt = _field(row, "prompt_field", config.prompt_field, otherwise)
     response = _field(row, "response_field", config.response_field, otherwise)
@@ -68,7 +71,7 @@ def read_prompts(path: str, config: DataConfig) -> Iterator[tuple[str, Prompt]]:
     """Reads only the prompts of a file of records, which may lack responses.
 
     Args:
-        path: A file, as `files.read_rows` accepts it.
+        path: A file, as `inputs.open_input` accepts it.
         config: Resolved settings (see `recipes.with_recipe`), which name the fields of the prompt and of the messages.
 
     Yields:
@@ -76,17 +79,20 @@ def read_prompts(path: str, config: DataConfig) -> Iterator[tuple[str, Prompt]]:
 
     Raises:
         UserError: If the file cannot be read, a record is not an object, its prompt is missing, empty or not text, or its
-            messages are not a conversation with a turn of the user at its end (before the last answer).
+            messages are not a conversation with a turn of the user, or of a tool, at its end (before the last answer).
     """
-    for row in read_rows(path, "test").rows:
-        field = config.messages_field
-        if field not in row.record:
-            yield row.where, _field(row, "prompt_field", config.prompt_field, f", or give {field!r}")
+    for row in read_rows(path, "test"):
+        field = _messages_field(row, config)
+        if field is None:
+            yield (
+                row.where,
+                _field(row, "prompt_field", config.prompt_field, f", or give {config.messages_field!r}"),
+            )
             continue
-        messages = checked_messages(row.record[field], f"field {field!r}", field, row.where)
+        messages = _messages(row, field)
         if messages[-1]["role"] == "assistant":
             del messages[-1]
-        if not messages or messages[-1]["role"] != "user":
+        if not messages or messages[-1]["role"] not in ASKING:
             raise UserError(f"{row.where}: {field!r} holds no turn of the user that is to be answered")
         yield row.where, messages
 
@@ -107,58 +113,6 @@ def _others(row: Row, *used: str | None) -> dict[str, Any]:
 def in_template(prompt: str, config: DataConfig) -> str:
     """Puts a prompt into `data.prompt_template`, where one is set."""
     return prompt if config.prompt_template is None else config.prompt_template.replace("{prompt}", prompt)
-
-
-def checked_text(value: Any, name: str, where: str) -> str:
-    """Checks that a value is text and not empty, and returns it.
-
-    Args:
-        value: The value to check.
-        name: What the value is, for the error message.
-        where: The record that the value is from, for the error message.
-
-    Raises:
-        UserError: If the value is not a string, is blank, or cannot be written as UTF-8.
-    """
-    if not isinstance(value, str):
-        raise UserError(f"{where}: {name} must be a string, not {json_type(value)}")
-    if not value.strip():
-        raise UserError(f"{where}: {name} is empty")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"{where}: {name} holds half of a surrogate pair at character {error.start}, which is not valid text"
-        ) from error
-    return value
-
-
-def checked_messages(value: Any, name: str, short_name: str, where: str) -> list[Message]:
-    """Checks that a value is a list of messages, and returns them.
-
-    Args:
-        value: The value to check.
-        name: What the value is, for the error message, as in "field 'messages'".
-        short_name: The name that an index is put behind, as in "messages", for "messages[2]".
-        where: The record that the value is from, for the error message.
-
-    Raises:
-        UserError: If it is not a list, a message has no role or text, a role is unknown, or a system message is not first.
-    """
-    if not isinstance(value, list) or not value:
-        raise UserError(f"{where}: {name} must be a list of messages with one or more in it, not {json_type(value)}")
-    messages: list[Message] = []
-    for number, message in enumerate(value):
-        at = f"{short_name}[{number}]"
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise UserError(f'{where}: {at} must be an object with "role" and "content"')
-        role = message["role"]
-        if role not in ROLES:
-            raise UserError(f"{where}: {at} has the role {role!r}; known are {', '.join(ROLES)}")
-        if role == "system" and number:
-            raise UserError(f"{where}: {at} is a system message, which must come first")
-        messages.append({"role": role, "content": checked_text(message["content"], f"{at}.content", where)})
-    return messages
 
 
 def _field(row: Row, setting: str, name: str | None, otherwise: str = "") -> str:
@@ -183,7 +137,7 @@ def _turns(row: Row, messages: list[Message], fields: Mapping[str, Any], config:
     examples = []
     for number in supervised if every_turn else supervised[-1:]:
         turn = spoken.index(number) + 1
-        asked = [message for message in messages[:number] if message["role"] != "system"]
+        asked = [message for message in messages[:number] if message["role"] not in INSTRUCTIONS]
         prompt = asked[0]["content"] if len(asked) == 1 else "\n".join(f"{m['role']}: {m['content']}" for m in asked)
         examples.append(
             Example(
@@ -199,19 +153,41 @@ def _turns(row: Row, messages: list[Message], fields: Mapping[str, Any], config:
     return examples
 
 
+def _messages_field(row: Row, config: DataConfig) -> str | None:
+    """Returns the name of the field that holds the record's messages; None where the record is a prompt and its response."""
+    if config.messages_field in row.record:
+        return config.messages_field
+    return SHAREGPT_FIELD if SHAREGPT_FIELD in row.record and config.prompt_field not in row.record else None
+
+
+def _messages(row: Row, field: str) -> list[Message]:
+    """Returns the messages of a record after checking them.
+
+    Raises:
+        UserError: If they are not messages, or stand for pictures that the record holds.
+    """
+    messages = checked_messages(row.record[field], f"field {field!r}", field, row.where)
+    pictures = next((name for name in _PICTURES if row.record.get(name)), None)
+    if pictures is not None and any("<image>" in message["content"] for message in messages):
+        raise UserError(
+            f"{row.where}: the messages show an image (<image>, field {pictures!r}): the models read only text, so take such "
+            "records out"
+        )
+    return messages
+
+
 def _conversation(row: Row, field: str) -> list[Message]:
     """Returns the messages of a record after checking that they are a conversation.
 
     Raises:
         UserError: If they are not a list of messages, do not end with the assistant's turn, or have no turn of the user.
     """
-    where = row.where
-    messages = checked_messages(row.record[field], f"field {field!r}", field, where)
+    messages = _messages(row, field)
     if messages[-1]["role"] != "assistant":
         raise UserError(
-            f"{where}: the last message must be the assistant's (it is what is learnt), not the "
+            f"{row.where}: the last message must be the assistant's (it is what is learnt), not the "
             f"{messages[-1]['role']}'s"
         )
     if not any(message["role"] == "user" for message in messages):
-        raise UserError(f"{where}: no user message comes before the assistant's last one")
+        raise UserError(f"{row.where}: no user message comes before the assistant's last one")
     return messages

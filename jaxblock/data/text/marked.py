@@ -8,8 +8,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from jaxblock.data.config import DataConfig
-from jaxblock.data.text.examples import Prompt, checked_messages, checked_text
-from jaxblock.data.text.files import Row, read_rows
+from jaxblock.data.text.examples import Prompt
+from jaxblock.data.text.inputs import read_rows
+from jaxblock.data.text.messages import checked_messages, checked_text
+from jaxblock.data.text.rows import Row
 from jaxblock.errors import UserError, shown
 
 Parts = Sequence[str | int]
@@ -100,7 +102,7 @@ def read_marked(path: str, config: DataConfig) -> Iterator[tuple[str, MarkedText
     assistant's and has the markers.
 
     Args:
-        path: A file, as `files.read_rows` accepts it.
+        path: A file, as `inputs.open_input` accepts it.
         config: Resolved settings (see `recipes.with_recipe`), which name the fields.
 
     Yields:
@@ -109,7 +111,7 @@ def read_marked(path: str, config: DataConfig) -> Iterator[tuple[str, MarkedText
     Raises:
         UserError: The file cannot be read, or a record is not as described.
     """
-    for row in read_rows(path, "test").rows:
+    for row in read_rows(path, "test"):
         yield row.where, _conversation(row, config) if config.messages_field in row.record else _answer(row, config)
 
 

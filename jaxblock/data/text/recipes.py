@@ -56,6 +56,7 @@ def with_recipe(config: DataConfig) -> DataConfig:
     """Fills in the settings that a recipe decides; a setting that is given stays as it is.
 
     Where `train` is `builtin` it is replaced by the recipe's source, and then a `test` that is `builtin` by the recipe's too.
+    A list of one training file becomes that file.
 
     Args:
         config: The data settings.
@@ -64,6 +65,8 @@ def with_recipe(config: DataConfig) -> DataConfig:
         Settings without None in `prompt_field`, `response_field`, `prompt_template`, `exclude_types`, `max_total_len`
         and `max_records`. Filling them in again changes nothing.
     """
+    if isinstance(config.train, tuple) and len(config.train) == 1:
+        config = dataclasses.replace(config, train=config.train[0])
     recipe = _NO_RECIPE if config.recipe is None else RECIPES[config.recipe]
     names = ("prompt_field", "response_field", "prompt_template", "exclude_types", "max_total_len", "max_records")
     values = {name: getattr(recipe, name) for name in names if getattr(config, name) is None}

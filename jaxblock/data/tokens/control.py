@@ -11,7 +11,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from jaxblock.data.text.examples import Message
+from jaxblock.data.text.messages import Message
+from jaxblock.data.tokens.roles import check_roles
 from jaxblock.data.tokens.special import SpecialIds
 from jaxblock.data.tokens.templates import Template
 from jaxblock.data.tokens.tokenizer import Tokenizer, token_text
@@ -66,6 +67,19 @@ class ControlTokens:
                     f"{found.start()}; take it out, or the model would be shown it as a control token"
                 )
 
+    def check_template(self, messages: Sequence[Message], add_generation_prompt: bool, where: str) -> None:
+        """Checks, once for each order of roles, that the template has the roles and shows the user's text.
+
+        Args:
+            messages: the turns of a conversation.
+            add_generation_prompt: whether the header of the assistant's next turn follows.
+            where: the place that an error names.
+
+        Raises:
+            UserError: it does not.
+        """
+        self._written_by_template([message["role"] for message in messages], add_generation_prompt, where)
+
     def check_ids(
         self, ids: Sequence[int], messages: Sequence[Message], add_generation_prompt: bool, where: str
     ) -> None:
@@ -78,7 +92,7 @@ class ControlTokens:
             where: the place that an error names.
 
         Raises:
-            UserError: a control token is there, or absent, because of a text; or the template leaves out the user's text.
+            UserError: a control token is there, or absent, because of a text.
         """
         expected = self._written_by_template([message["role"] for message in messages], add_generation_prompt, where)
         if self._only_control(ids) == expected:
@@ -102,6 +116,7 @@ class ControlTokens:
         key = (tuple(roles), add_generation_prompt)
         if key not in self._of_template:
             messages: list[Message] = [{"role": role, "content": _HARMLESS} for role in roles]
+            check_roles(self._template, roles, add_generation_prompt, where)
             self._check_user_is_shown(messages, add_generation_prompt, where)
             self._of_template[key] = self._render(messages, add_generation_prompt, where)
         return self._of_template[key]

@@ -6,7 +6,8 @@ import os
 from collections.abc import Sequence
 
 from jaxblock.data.config import DataConfig
-from jaxblock.data.text.examples import Example, Message, checked_text, in_template
+from jaxblock.data.text.examples import Example, in_template
+from jaxblock.data.text.messages import INSTRUCTIONS, Message, checked_text
 from jaxblock.data.tokens.control import ControlTokens
 from jaxblock.data.tokens.find_special import ends_in_checkpoint, find_special
 from jaxblock.data.tokens.special import SpecialIds, first_stop
@@ -30,7 +31,7 @@ class Encoder:
 
         Args:
             prompt: A user's text, which is put into `data.prompt_template` as a record's prompt is; or a conversation
-                that ends with a user's turn, to which no prompt template is applied.
+                that ends with the turn of a user or a tool, to which no prompt template is applied.
             where: The place that error messages name, as in "train.jsonl:17".
 
         Raises:
@@ -52,7 +53,7 @@ class Encoder:
         """
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": in_template(checked_text(prompt, "the text", where), self.config)}]
-        if self.config.system is not None and prompt[0]["role"] != "system":
+        if self.config.system is not None and prompt[0]["role"] not in INSTRUCTIONS:
             prompt = [{"role": "system", "content": self.config.system}, *prompt]
         return list(prompt)
 
@@ -120,6 +121,7 @@ class Encoder:
         for message in messages:
             checked_text(message["content"], f"the {message['role']}'s text", where)
         self._control.check_texts(messages, where)
+        self._control.check_template(messages, add_generation_prompt, where)
         text = self.template.render(messages, add_generation_prompt, where=where)
         try:
             ids = self.tokenizer.encode(text)

@@ -20,7 +20,7 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
-from jaxblock.data.text.examples import Message
+from jaxblock.data.text.messages import Message
 from jaxblock.data.tokens.bounded_jinja import BoundedEnvironment
 from jaxblock.errors import UserError, first_line
 from jaxblock.io.files import read_bytes
@@ -164,10 +164,18 @@ def _to_json(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-@functools.cache
-def _clock() -> datetime.datetime:
-    """Returns the time of the process's first call, so that a prompt and its whole conversation show the same date."""
-    return datetime.datetime.now()
+_FIRST_CALL: list[datetime.datetime] = []
+
+
+def clock(moment: datetime.datetime | None = None) -> datetime.datetime:
+    """Returns the time of the first call, so that a prompt and its whole conversation show the same date.
+
+    Args:
+        moment: The time to return from now on, where this is the first call: that of another process.
+    """
+    if not _FIRST_CALL:
+        _FIRST_CALL.append(moment or datetime.datetime.now())
+    return _FIRST_CALL[0]
 
 
 @functools.cache
@@ -178,5 +186,5 @@ def _compiled(source: str) -> jinja2.Template:
     environment.filters["tojson"] = _to_json
     # Templates of Hugging Face models call the first to refuse unknown roles, and the second to write today's date.
     environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = lambda form: _clock().strftime(form)
+    environment.globals["strftime_now"] = lambda form: clock().strftime(form)
     return environment.from_string(source)

@@ -39,6 +39,10 @@ class Tokenizer(abc.ABC):
         self.files: Mapping[str, bytes] = dict(files)
         self.settings: Mapping[str, Any] = read_settings(files, where)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles the files: another process makes the tokenizer of them again."""
+        return type(self), (self.files, "the tokenizer")
+
     @abc.abstractmethod
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text; a special token's text becomes its id, and nothing is added at either end."""
