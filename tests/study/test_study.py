@@ -232,3 +232,19 @@ def test_studies_that_ship_are_valid_and_their_cells_can_be_laid_out(name):
         cells.run_config(study, cell, "out")
         for decoding in study.decodings:
             check_config(study.config(cell.arm, decoding))
+
+
+@pytest.mark.parametrize(
+    "folder", sorted(path.parent for path in (ROOT / "docs" / "study").glob("*/cells.json")), ids=lambda p: p.name
+)
+def test_committed_results_are_of_the_studies_that_ship_and_their_report_can_be_made_again(folder, tmp_path):
+    study, plan = results.read_plan(folder)
+    found = results.read_results(folder)
+    assert found and study == read_study(next((ROOT / "configs" / "study").glob(f"{folder.name}.yaml")))
+    for name, result in found.items():
+        assert result["fingerprint"] == cells.fingerprint(study, plan.cell(name))
+    report.write_report(study, plan, found, tmp_path)
+    assert (
+        f"{sum(results.is_done(cell, found.get(cell.name)) for cell in plan.cells)} of"
+        in (tmp_path / "report.md").read_text()
+    )
