@@ -9,9 +9,10 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxblock.errors import UserError
-from jaxblock.study.cells import Plan, Point, cell_name
+from jaxblock.study.cells import Plan, Point, cell_name, ways_to_score
 from jaxblock.study.crossed import crossed_bootstrap
 from jaxblock.study.crossover import Crossover, crossover
+from jaxblock.study.gradients.sizes import GRADIENTS
 from jaxblock.study.hypotheses import Finding, primary_findings
 from jaxblock.study.results import Result, solved
 from jaxblock.study.spec import Experiment, Study
@@ -71,6 +72,7 @@ class Analysis:
         seeds: the seeds whose cells are all done.
         curves: what each arm scored by each way of decoding, by (arm, decoding).
         contrasts: the differences of the other arms to the control, or the one contrast of a grid; empty with fewer than two seeds.
+        measured: the measurements of gradients of each seed, by (arm, steps); empty in other experiments.
     """
 
     name: str
@@ -79,6 +81,7 @@ class Analysis:
     seeds: tuple[int, ...]
     curves: dict[tuple[str, str], Curve]
     contrasts: list[Contrast]
+    measured: dict[tuple[str, int], list[Result]] = field(default_factory=dict)
 
 
 def analyse(study: Study, plan: Plan, results: dict[str, Result]) -> list[Analysis]:
@@ -105,7 +108,7 @@ def _analysed(name: str, one: Experiment, study: Study, plan: Plan, results: dic
             str(Point(at, decoding)) in results.get(cell_name(arm, seed), {"scores": {}})["scores"]
             for arm in one.arms
             for at in steps[arm]
-            for decoding in one.decodings
+            for decoding in ways_to_score(one)
         )
     )
     _check_problems(name, one, steps, seeds, results)
@@ -115,10 +118,16 @@ def _analysed(name: str, one: Experiment, study: Study, plan: Plan, results: dic
         for decoding in one.decodings
         if seeds
     }
+    measured = {
+        (arm, at): [results[cell_name(arm, seed)]["scores"][str(Point(at, GRADIENTS))] for seed in seeds]
+        for arm in one.arms
+        for at in steps[arm]
+        if one.kind == GRADIENTS and seeds
+    }
     contrasts = []
-    if len(seeds) > 1 and len(one.arms) > 1:
+    if len(seeds) > 1 and len(one.arms) > 1 and one.decodings:
         contrasts = [_matching(one, curves)] if one.kind == "grid" else _against_control(one, curves)
-    return Analysis(name, one, one.budgets, seeds, curves, contrasts)
+    return Analysis(name, one, one.budgets, seeds, curves, contrasts, measured)
 
 
 def _check_problems(

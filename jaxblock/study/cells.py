@@ -15,11 +15,12 @@ from jaxblock.errors import UserError
 from jaxblock.models.architecture import Architecture
 from jaxblock.settings import Section
 from jaxblock.study.amounts import equal_steps, per_step
+from jaxblock.study.gradients.sizes import GRADIENTS
 from jaxblock.study.spec import Experiment, Study, Tree, merged, tokenizer_of
 
 
 class Point(NamedTuple):
-    """Names a score of a cell: after how many steps, and by which way of decoding."""
+    """Names a score of a cell: after how many steps, and by which way of decoding; ``gradients`` are measured instead."""
 
     steps: int
     decoding: str
@@ -106,7 +107,7 @@ def lay_out(study: Study, architecture_of: ArchitectureOf) -> Plan:
         for arm in one.arms:
             for seed in study.seeds[: one.seeds]:
                 points = needed.setdefault((arm, seed), set())
-                points.update(Point(at, decoding) for at in steps[name][arm] for decoding in one.decodings)
+                points.update(Point(at, way) for at in steps[name][arm] for way in ways_to_score(one))
     cells: dict[str, Cell] = {}
 
     def add(arm: str, seed: int) -> str:
@@ -124,6 +125,11 @@ def lay_out(study: Study, architecture_of: ArchitectureOf) -> Plan:
             if its_seed == seed:
                 add(arm, seed)
     return Plan(list(cells.values()), steps)
+
+
+def ways_to_score(one: Experiment) -> tuple[str, ...]:
+    """Returns the names of the ways in which an experiment scores each checkpoint: its decodings, or ``gradients``."""
+    return (GRADIENTS,) if one.kind == GRADIENTS else one.decodings
 
 
 def arm_steps(study: Study, one: Experiment, arm: str, architecture_of: ArchitectureOf) -> list[int]:

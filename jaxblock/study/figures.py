@@ -1,4 +1,4 @@
-"""Draws the pictures of a study's report as SVG: curves over the budgets, differences to the control, and grids."""
+"""Draws the pictures of a study's report as SVG: curves over the budgets, differences to the control, grids, and gradients."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from jaxblock.reporting.plot_style import COLOURS, styled
+from jaxblock.study.gradients.panels import draw_gradients
 from jaxblock.study.statistics import t_interval
 
 if TYPE_CHECKING:
@@ -28,12 +29,19 @@ def draw(analysis: Analysis) -> str:
     import matplotlib as mpl
 
     with styled(), mpl.rc_context({"svg.hashsalt": "jaxblock", "font.size": 9.0}):
-        figure = _grid(analysis) if analysis.experiment.kind == "grid" else _curves(analysis)
+        figure = _figure(analysis)
         FigureCanvasSVG(figure)
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     svg = text.getvalue()
     return svg[svg.index("<svg") :]
+
+
+def _figure(analysis: Analysis) -> Figure:
+    """Draws what the kind of the experiment shows."""
+    if analysis.experiment.kind == "gradients":
+        return draw_gradients(analysis.measured)
+    return _grid(analysis) if analysis.experiment.kind == "grid" else _curves(analysis)
 
 
 def _curves(analysis: Analysis) -> Figure:

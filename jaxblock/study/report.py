@@ -16,6 +16,7 @@ from jaxblock.io.paths import PathLike, as_path
 from jaxblock.study.analysis import Analysis, Contrast, Curve, analyse, primary
 from jaxblock.study.cells import Plan
 from jaxblock.study.figures import draw
+from jaxblock.study.gradients.tables import tables as gradients_tables
 from jaxblock.study.hypotheses import Finding
 from jaxblock.study.results import Result, is_done
 from jaxblock.study.spec import Study
@@ -90,7 +91,9 @@ def write_report(study: Study, plan: Plan, results: Mapping[str, Result], out: P
 
 
 def _tables(one: Analysis) -> list[Table]:
-    """Returns the tables of an experiment: what each arm scored, and the differences."""
+    """Returns the tables of an experiment: what each arm scored, and the differences; or what was measured of gradients."""
+    if one.measured:
+        return gradients_tables(one.measured)
     scores: list[Row] = []
     for curve in one.curves.values():
         for at, budget in enumerate(one.budgets):

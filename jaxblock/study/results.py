@@ -98,22 +98,22 @@ def score_of(evaluation: PathLike) -> Result:
     score: Result = {
         "problems": len(bits),
         "correct": np.packbits(bits).tobytes().hex(),
-        **{key: _short(summary[key]) for key in ("nfe", "tokens_per_forward", "decode_seconds", "stopped")},
+        **{key: shortened(summary[key]) for key in ("nfe", "tokens_per_forward", "decode_seconds", "stopped")},
     }
     for key in ("nelbo_per_token", "nelbo_per_sequence", "nelbo_by_block"):
         if key in summary:
-            score[key] = _short(summary[key])
+            score[key] = shortened(summary[key])
     return score
 
 
-def _short(value: Any) -> Any:
+def shortened(value: Any) -> Any:
     """Returns a number with 6 significant digits, and what is made of numbers likewise."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, Mapping):
-        return {key: _short(item) for key, item in value.items()}
+        return {key: shortened(item) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_short(item) for item in value]
+        return [shortened(item) for item in value]
     return value
 
 

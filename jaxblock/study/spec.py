@@ -12,6 +12,7 @@ from jaxblock.config.config import Config
 from jaxblock.config.yaml import build_from_tree, config_from_tree, read_tree
 from jaxblock.errors import UserError, shown
 from jaxblock.io.paths import PathLike
+from jaxblock.study.gradients.sizes import GRADIENTS, GradientSizes
 
 Unit = Literal["steps", "flops", "masked_tokens", "block_positions"]
 """What two arms are given the same amount of: updates, computing, masked tokens with loss, or positions of active blocks."""
@@ -27,25 +28,26 @@ class Experiment:
     Attributes:
         title: one line for the report.
         arms: the arms that are compared; the last one is the control. A single one is only drawn.
-        decodings: the ways of decoding by which each arm is scored.
+        decodings: the ways of decoding by which each arm is scored; none where gradients are measured.
         budgets: the lengths of training, in steps of the arm `reference`.
         unit: what the other arms get as much of as `reference` does in these steps.
         reference: the arm whose steps the budgets count; None for the first one.
         primary: whether the experiment tests a hypothesis of the protocol; others are exploratory.
         seeds: the number of seeds, from the study's first one on; None for all.
         kind: `curve` compares each arm with the control along the budgets; `grid` asks at one budget whether an arm is best
-            decoded with its own block size.
+            decoded with its own block size; `gradients` measures the gradients of each arm's checkpoints at the budgets
+            (docs/study/gradients.md).
     """
 
     title: str
     arms: tuple[str, ...]
-    decodings: tuple[str, ...]
     budgets: tuple[int, ...]
+    decodings: tuple[str, ...] = ()
     unit: Unit = "steps"
     reference: str | None = None
     primary: bool = False
     seeds: int | None = None
-    kind: Literal["curve", "grid"] = "curve"
+    kind: Literal["curve", "grid", "gradients"] = "curve"
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,7 @@ class Study:
         decodings: the ways of decoding.
         experiments: the comparisons, in the order of the report; what an earlier one needs is computed first.
         scoring: what the checkpoints are scored on.
+        gradients: how much is drawn where gradients are measured.
     """
 
     title: str
@@ -117,6 +120,7 @@ class Study:
     decodings: dict[str, Decoding]
     experiments: dict[str, Experiment]
     scoring: Scoring
+    gradients: GradientSizes
 
     def settings(self, arm: str) -> Tree:
         """Returns the sections of an arm's runs: the study's, replaced by the task's, replaced by the arm's own."""
@@ -129,7 +133,7 @@ class Study:
         return config_from_tree(tree, f"arm {arm}" + (f", decoding {decoding}" if decoding else ""))
 
 
-_KEYS = ("title", "seeds", "common", "tasks", "arms", "decodings", "experiments", "scoring")
+_KEYS = ("title", "seeds", "common", "tasks", "arms", "decodings", "experiments", "scoring", "gradients")
 _SCORED_BY = ("canvas", "decode", "evaluate")
 _OURS = {"train.out", "train.seed", "train.steps", "train.keep_steps", "train.resume", "data.prepared"}
 
@@ -155,7 +159,7 @@ def read_study(path: PathLike) -> Study:
 def study_from_tree(tree: Any, where: str) -> Study:
     """Builds a study from nested plain values, and checks it; raises UserError as ``read_study`` does."""
     tree = _mapping(tree, where, "the file", _KEYS)
-    missing = [key for key in ("seeds", "tasks", "arms", "decodings", "experiments") if not tree.get(key)]
+    missing = [key for key in ("seeds", "tasks", "arms", "experiments") if not tree.get(key)]
     if missing:
         raise UserError(f"{where}: {missing[0]} is missing or empty")
     seeds = tree["seeds"]
@@ -164,7 +168,7 @@ def study_from_tree(tree: Any, where: str) -> Study:
         raise UserError(
             f"{where}: seeds must be a number of seeds, or a list of different whole numbers, not {shown(tree['seeds'])}"
         )
-    named = {key: _mapping(tree[key], where, key) for key in ("tasks", "arms", "decodings", "experiments")}
+    named = {key: _mapping(tree.get(key) or {}, where, key) for key in ("tasks", "arms", "decodings", "experiments")}
     study = Study(
         title=str(tree.get("title", where)),
         seeds=seeds,
@@ -180,8 +184,10 @@ def study_from_tree(tree: Any, where: str) -> Study:
             if _has_fields(one, where, name)
         },
         scoring=build_from_tree(Scoring, tree.get("scoring") or {}, where, "scoring."),
+        gradients=build_from_tree(GradientSizes, tree.get("gradients") or {}, where, "gradients."),
     )
     _check(study, where)
+    _check_gradients(study, where, "gradients" in tree)
     return study
 
 
@@ -204,7 +210,10 @@ def _mapping(value: Any, where: str, name: str, known: Collection[str] | None = 
 def _has_fields(value: Any, where: str, name: str) -> bool:
     """Returns True; raises UserError where an experiment lacks a field without a default."""
     given = _mapping(value, where, f"experiments.{name}")
-    for field in ("arms", "decodings", "budgets"):
+    measured = given.get("kind") == GRADIENTS
+    if measured and given.get("decodings"):
+        raise UserError(f"{where}: experiments.{name} measures gradients, which need no decodings: leave them out")
+    for field in ("arms", "budgets") if measured else ("arms", "decodings", "budgets"):
         if not given.get(field):
             raise UserError(f"{where}: experiments.{name}.{field} is missing or empty")
     return True
@@ -293,3 +302,17 @@ def _check(study: Study, where: str) -> None:
             )
         if len(set(one.arms)) < len(one.arms):
             raise UserError(f"{where}: {place}.arms names an arm twice: {', '.join(one.arms)}")
+
+
+def _check_gradients(study: Study, where: str, has_sizes: bool) -> None:
+    """Raises UserError where gradients cannot be measured, or what belongs to their measurement has no effect."""
+    measured = {name: one for name, one in study.experiments.items() if one.kind == GRADIENTS}
+    if GRADIENTS in study.decodings:
+        raise UserError(f"{where}: decodings.{GRADIENTS} has the name of a kind of experiment: give it another")
+    if has_sizes and not measured:
+        raise UserError(f"{where}: gradients has no effect, since no experiment is of the kind gradients: leave it out")
+    for name, one in measured.items():
+        if one.primary:
+            raise UserError(f"{where}: experiments.{name} measures gradients, which tests nothing: leave out primary")
+        for arm in one.arms:
+            study.gradients.check(study.config(arm), f"{where}: arms.{arm}", where)
