@@ -38,7 +38,7 @@ def test_sections_have_the_names_of_their_fields_and_say_what_a_resumed_run_may_
     everything = {name: {field.name for field in dataclasses.fields(section)} for name, section in sections.items()}
     found = {name: section.changeable(saved=True) for name, section in sections.items()}
     assert found == {
-        "data": {"prepared", "overwrite", "allow_other_template", "verify"},
+        "data": {"prepared", "overwrite", "allow_other_template", "verify", "prepare_workers"},
         "canvas": set(),
         "method": set(),
         "model": {"remat", "attention", "scan_layers", "init_from", "init_step", "loss_chunk"},

@@ -29,7 +29,7 @@ class DataConfig(Section, name="data"):
     train: str | tuple[str, ...] = setting("builtin", common=("prepare",))
     """The training records: a .jsonl, .json or .parquet file, `hf:NAME[@REVISION][:CONFIG][#SPLIT]` (the `datasets` library),
     several of these, or `builtin`: the recipe's own source, else generated arithmetic word problems."""
-    weights: tuple[float, ...] | None = setting(None, ABOVE_0, common=("prepare", "train"))
+    weights: tuple[float, ...] | None = setting(None, ABOVE_0, common=("prepare",))
     """The share of each training file in the rows that `train` reads, in the order of `train`, adding up to 1; None reads every
     record once an epoch. Prepared data need not be prepared again for other weights."""
     validation: str | None = setting(None, common=("prepare",))

@@ -205,9 +205,12 @@ def fingerprint(study: Study, cell: Cell) -> str:
 
 
 def _decides(section: Section) -> Tree:
-    """Returns the fields of a section that decide what is learnt, without the length of a run."""
-    free = section.changeable(saved=False) | {"steps"}
-    return {name: value for name, value in to_tree(section).items() if name not in free}
+    """Returns the fields of a section that decide what is learnt, without the length of a run and without those at their defaults.
+
+    So a field that a later version adds does not make other cells of those that were computed before.
+    """
+    free, default = section.changeable(saved=False) | {"steps"}, to_tree(type(section)())
+    return {name: value for name, value in to_tree(section).items() if name not in free and value != default[name]}
 
 
 def _hash(values: list[Any]) -> str:

@@ -101,7 +101,7 @@ def start_decoding(layout: Layout, canvas: Canvas, seed: int | Int[Array, ""], c
     none = jnp.zeros(rows, jnp.int32)
     return Carry(
         ids=canvas.ids,
-        commit_step=jnp.where(_response(layout, canvas) == layout.mask_id, -1, GIVEN),
+        commit_step=jnp.where(_response(layout, canvas) == layout.mask_id, jnp.int32(-1), jnp.int32(GIVEN)),
         done=jnp.zeros(rows, bool),
         nfe=none,
         positions=none,
