@@ -29,7 +29,7 @@ class Chat:
     """
 
     def __init__(self, model: Model, tell: Callable[[str], None], system: str | None = None) -> None:
-        """Begins a conversation.
+        """Begins a conversation in which nothing has been said yet.
 
         Args:
             model: the model; its tokenizer's chat template lays out the turns. Without one, texts are joined by line breaks.

@@ -176,7 +176,7 @@ def _system(chat: Chat, rest: str) -> None:
 
 
 def _reset(chat: Chat, rest: str) -> None:
-    """Forgets the conversation."""
+    """Removes all earlier turns, so that the next message begins a new conversation."""
     if rest:
         raise UserError(f"/reset takes nothing after it, not {rest[:80]!r}")
     chat.reset()

@@ -95,7 +95,7 @@ class MixedOrder:
     """Gives the record of every row of the endless list. What it remembers saves time and changes nothing."""
 
     def __init__(self, sizes: tuple[int, ...], weights: tuple[float, ...], seed: int) -> None:
-        """Computes the cycle.
+        """Computes the sequence of files that one cycle of the mixture takes its records from.
 
         Args:
             sizes: The number of rows (records, or pairs of record and block) of each file; those of a file follow each other.

@@ -45,7 +45,7 @@ class Bound:
 
     @property
     def nelbo(self) -> float:
-        """The estimate."""
+        """Returns the estimated NELBO of the text, in nats."""
         return math.fsum(
             float(terms.sum() if exact else terms.mean()) for terms, exact in zip(self.terms, self.exact, strict=True)
         )

@@ -30,7 +30,7 @@ class Details:
     """Keeps plain values about requests, by question."""
 
     def __init__(self) -> None:
-        """Begins without any."""
+        """Begins with no values about any request."""
         self._by_question: defaultdict[Question, dict[tuple[str, int, int], dict[str, Any]]] = defaultdict(dict)
 
     def of(self, question: Question) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ class Texts:
     """Turns the texts of tasks into tokens, and refuses what the network would take for a control token."""
 
     def __init__(self, model: Model, add_bos_token: bool | None = None) -> None:
-        """Keeps the tokenizer.
+        """Takes the tokenizer and the chat template of a model.
 
         Args:
             model: the model.

@@ -52,7 +52,7 @@ class Quickstart:
         return self.out / "phases.jsonl"
 
     def run(self, control: bool) -> None:
-        """Runs all phases.
+        """Runs all phases of the quickstart that have not ended yet.
 
         Args:
             control: whether the control, as much more classical training, is trained and scored too.

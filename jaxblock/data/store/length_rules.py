@@ -64,13 +64,13 @@ class LengthCheck:
     """Remembers which examples of all splits were too long, for one error about all of them."""
 
     def __init__(self, rules: LengthRules) -> None:
-        """Starts with nothing."""
+        """Begins with no example seen."""
         self._rules, self._counts, self._first = rules, Counter[str](), ""
         self.longest = [0, 0]
         """The numbers of tokens of the longest prompt and the longest response, of those within `data.max_total_len`."""
 
     def add(self, verdict: Verdict) -> None:
-        """Counts an example."""
+        """Adds an example to the counts of those that are too long."""
         if verdict.dropped == _OVER_TOTAL:
             return
         self.longest = [max(pair) for pair in zip(self.longest, verdict.lengths, strict=True)]
@@ -105,7 +105,7 @@ class SplitCount:
     """Counts what is kept, dropped and cut of one split."""
 
     def __init__(self, split: str, rules: LengthRules, check: LengthCheck, most_records: int) -> None:
-        """Starts with nothing.
+        """Begins with no record seen.
 
         Args:
             split: "train", "validation" or "test".

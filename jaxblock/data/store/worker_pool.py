@@ -81,7 +81,7 @@ class FileFunction:
         path.write_bytes(pickle.dumps(function))
 
     def __call__(self, *arguments: Any) -> Any:
-        """Calls the function."""
+        """Calls the function that was written to the file, with these arguments."""
         return _unpickled(self._path)(*arguments)
 
 

@@ -20,7 +20,7 @@ class CorpusInput(Input):
     def __init__(
         self, split: corpus.CorpusSplit, problems: list[dict[str, str]], first: int, config: DataConfig
     ) -> None:
-        """Keeps the problems.
+        """Describes a run of problems that were generated already.
 
         Args:
             split: The part of the corpus that they are from.

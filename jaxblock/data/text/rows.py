@@ -78,7 +78,7 @@ class ElementChunk(NamedTuple):
     index: int  # type: ignore[assignment]  # hides tuple.index, which no chunk needs
 
     def rows(self) -> Iterator[Row]:
-        """Parses the elements.
+        """Parses the elements of the array as JSON objects, one after the other.
 
         Raises:
             UserError: If an element cannot be used or is not an object; the message names its line.
