@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -204,13 +205,28 @@ def fingerprint(study: Study, cell: Cell) -> str:
     return _hash([decides, _how_prepared(study, arm.task), length, cell.seed, begins])
 
 
+def how_scored(study: Study, arm: str, decoding: str) -> str:
+    """Returns a hash of how an arm's checkpoints are scored by a way of decoding: on which problems, and with which settings."""
+    if decoding == GRADIENTS:
+        return _hash([dataclasses.asdict(study.gradients)])
+    chosen, config = study.decodings[decoding], study.config(arm, decoding)
+    sections = [not_default(section, {"batch_size"}) for section in (config.canvas, config.decode, config.evaluate)]
+    task = _how_prepared(study, chosen.task or study.arms[arm].task)
+    return _hash([sections, task, dataclasses.asdict(study.scoring)])
+
+
 def _decides(section: Section) -> Tree:
     """Returns the fields of a section that decide what is learnt, without the length of a run and without those at their defaults.
 
     So a field that a later version adds does not make other cells of those that were computed before.
     """
-    free, default = section.changeable(saved=False) | {"steps"}, to_tree(type(section)())
-    return {name: value for name, value in to_tree(section).items() if name not in free and value != default[name]}
+    return not_default(section, section.changeable(saved=False) | {"steps"})
+
+
+def not_default(section: Section, without: Collection[str] = ()) -> Tree:
+    """Returns the fields of a section that differ from their defaults, but for those named."""
+    default = to_tree(type(section)())
+    return {name: value for name, value in to_tree(section).items() if name not in without and value != default[name]}
 
 
 def _hash(values: list[Any]) -> str:

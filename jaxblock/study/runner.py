@@ -15,9 +15,9 @@ from jaxblock.data.store.prepared_folder import open_prepared
 from jaxblock.errors import UserError
 from jaxblock.io.files import read_bytes
 from jaxblock.io.locks import only_writer
-from jaxblock.io.paths import as_path
+from jaxblock.io.paths import as_path, is_remote
 from jaxblock.models.architecture import Architecture
-from jaxblock.study.cells import Cell, Plan, data_config, fingerprint, lay_out, run_config
+from jaxblock.study.cells import Cell, Plan, data_config, fingerprint, how_scored, lay_out, run_config
 from jaxblock.study.results import Result, is_done, read_results, write_plan
 from jaxblock.study.spec import Study, read_study
 from jaxblock.study.work import Verbs
@@ -25,6 +25,9 @@ from jaxblock.training.weights import architecture
 
 BUSY = 75
 """The exit code of a process whose cell another process is computing (EX_TEMPFAIL)."""
+
+AGAIN = 60.0
+"""Seconds after which a cell that another process computes is tried again, since that process may have ended before it was done."""
 
 Say = Callable[[str], object]
 
@@ -45,6 +48,10 @@ def prepare_study(spec: str, folder: str, verbs: Verbs, say: Say) -> tuple[Study
         UserError: the file is wrong, data cannot be prepared, a budget is less than a step, or the folder holds the result
             of a cell that had other settings.
     """
+    if is_remote(folder):
+        raise UserError(
+            f"{folder}: a study's folder is local, or on a disk that its machines share: give another --out"
+        )
     study = read_study(spec)
     for arm in study.arms:
         study.config(arm)
@@ -67,6 +74,13 @@ def prepare_study(spec: str, folder: str, verbs: Verbs, say: Say) -> tuple[Study
                 f"{folder}/results/{name}.json is the result of a cell with other settings than {spec} gives it: use another "
                 "--out, or move the results of that arm away"
             )
+        for point in plan.cell(name).points if name in fingerprints else ():
+            score = result["scores"].get(str(point))
+            if score is not None and score["how"] != how_scored(study, result["arm"], point.decoding):
+                raise UserError(
+                    f"{folder}/results/{name}.json has a score {point} on other problems or with other settings than {spec} "
+                    "gives it: use another --out, or another name for that way of decoding"
+                )
     write_plan(folder, read_bytes(spec).decode(), plan, fingerprints)
     return study, plan
 
@@ -144,6 +158,7 @@ def run_cells(plan: Plan, folder: str, jobs: int, wanted: Collection[str], say: 
     by_name = {cell.name: cell for cell in plan.cells}
     left = _with_starts(plan, wanted or by_name)
     failed: set[str] = set()
+    elsewhere: dict[str, float] = {}  # cells of other processes, and when to look at them again
     pool = _Jobs(folder, jobs, say)
     try:
         while True:
@@ -151,7 +166,8 @@ def run_cells(plan: Plan, folder: str, jobs: int, wanted: Collection[str], say: 
             left = [name for name in left if not _complete(by_name[name], results, folder, left, by_name)]
             open_ = [name for name in left if name not in failed and name not in pool.running]
             ready = [name for name in open_ if by_name[name].start not in left]
-            for name in ready[: jobs - len(pool.running)]:
+            free = [name for name in ready if elsewhere.get(name, 0.0) <= time.monotonic()]
+            for name in free[: jobs - len(pool.running)]:
                 pool.start(by_name[name])
             if not pool.running and not ready:
                 return left
@@ -159,7 +175,7 @@ def run_cells(plan: Plan, folder: str, jobs: int, wanted: Collection[str], say: 
             for name, code in pool.ended():
                 if code == BUSY:
                     say(f"{name}: another process computes it")
-                    time.sleep(poll)
+                    elsewhere[name] = time.monotonic() + AGAIN
                 elif code:
                     failed.add(name)
                     say(f"{name}: failed with code {code}; see {folder}/logs/{name}.log: {_last_line(folder, name)}")

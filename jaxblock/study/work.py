@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import platform
 import shutil
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.metadata import version
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jaxblock.config.checks import check_config
 from jaxblock.config.config import Config
-from jaxblock.config.yaml import to_tree
 from jaxblock.errors import UserError
 from jaxblock.io.files import read_json
 from jaxblock.io.paths import as_path
-from jaxblock.study.cells import Cell, Point, data_config, fingerprint, run_config
+from jaxblock.study.cells import Cell, Point, data_config, fingerprint, how_scored, not_default, run_config
 from jaxblock.study.gradients.measure import measure_checkpoint
 from jaxblock.study.gradients.sizes import GRADIENTS
 from jaxblock.study.results import RESULTS, Result, missing_points, score_of, shortened, write_result
 from jaxblock.study.spec import Study
+from jaxblock.training.versions import running_versions
 
 
 class Verbs(NamedTuple):
@@ -72,6 +68,7 @@ def run_cell(study: Study, cell: Cell, folder: str, verbs: Verbs, say: Callable[
             result["scores"][str(point)] = shortened(found)
         else:
             result["scores"][str(point)] = _score(study, cell, config, folder, point, verbs)
+        result["scores"][str(point)]["how"] = how_scored(study, cell.arm, point.decoding)
         result["seconds"]["scoring"] = round(result["seconds"].get("scoring", 0.0) + time.perf_counter() - begin, 1)
         write_result(folder, cell.name, result)
     result["steps"] = cell.steps
@@ -85,6 +82,8 @@ def _begun(study: Study, cell: Cell, config: Config, folder: str) -> Result:
     if file.exists():
         found: Result = read_json(file)
         return found
+    import jax
+
     return {
         "cell": cell.name,
         "arm": cell.arm,
@@ -92,8 +91,8 @@ def _begun(study: Study, cell: Cell, config: Config, folder: str) -> Result:
         "steps": 0,
         "start": cell.start,
         "fingerprint": fingerprint(study, cell),
-        "settings": _not_default(config),
-        "versions": versions(),
+        "settings": {one.section_name: found for one in config.sections() if (found := not_default(one))},
+        "versions": {**running_versions(), "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}"},
         "seconds": {},
         "scores": {},
     }
@@ -121,32 +120,3 @@ def _score(study: Study, cell: Cell, config: Config, folder: str, point: Point, 
     score = score_of(out)
     shutil.rmtree(out)
     return score
-
-
-def _not_default(config: Config) -> dict[str, Any]:
-    """Returns the settings that differ from their defaults."""
-    default = to_tree(Config())
-    found = {
-        name: {key: value for key, value in section.items() if value != default[name][key]}
-        for name, section in to_tree(config).items()
-    }
-    return {name: section for name, section in found.items() if section}
-
-
-def versions() -> dict[str, str]:
-    """Returns the versions that numbers depend on: of Python, of the libraries, and the commit where we are a checkout."""
-    import jax
-
-    found = {
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("jaxblock", "jax", "jaxlib", "flax")},
-    }
-    found["device"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-    asked = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        done = subprocess.run(asked, capture_output=True, text=True, timeout=10, check=False)
-    except OSError:
-        return found
-    if done.returncode == 0:
-        found["commit"] = done.stdout.strip()[:12]
-    return found

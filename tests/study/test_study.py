@@ -11,7 +11,7 @@ from jaxblock.config.checks import check_config
 from jaxblock.config.yaml import config_from_tree
 from jaxblock.errors import UserError
 from jaxblock.models.families import registry
-from jaxblock.study import amounts, analysis, cells, report, results, work
+from jaxblock.study import amounts, analysis, cells, report, results, runner, work
 from jaxblock.study.spec import read_study, study_from_tree
 
 ROOT = Path(__file__).parents[2]
@@ -122,6 +122,20 @@ def test_a_cell_is_another_one_where_its_weights_are_and_only_there():
         assert differ == others
 
 
+def test_a_score_is_another_one_where_the_problems_or_the_decoder_are_and_only_there():
+    study = study_from_tree(TREE, "study.yaml")
+    ways = [(arm, way) for arm in ("blockwise", "classical") for way in ("own", "whole")]
+    before = {one: cells.how_scored(study, *one) for one in ways}
+    for tree, others in [
+        (changed("scoring", {"split": "test", "problems": 64, "nelbo_rows": 0}), set(ways)),
+        (changed("decodings", "own", {"decode": {"cache": "dual"}}), {one for one in ways if one[1] == "own"}),
+        (changed("common", "decode", {"batch_size": 3}), set()),
+        (changed("arms", "classical", "optimizer", {"lr": 0.5}), set()),
+    ]:
+        study = study_from_tree(tree, "study.yaml")
+        assert {one for one in ways if cells.how_scored(study, *one) != before[one]} == others
+
+
 @pytest.mark.parametrize("law", ["exact_count", "bernoulli", "floored_bernoulli"])
 def test_expected_masks_are_the_mean_of_what_the_laws_draw(law):
     import jax
@@ -194,6 +208,43 @@ def test_a_grid_compares_the_matching_block_size_with_the_others_in_each_way_of_
     )  # (1 - 1) and (1 - 0), averaged
 
 
+def test_a_study_in_a_bucket_is_refused():
+    with pytest.raises(UserError, match="gs://bucket/study: a study's folder is local"):
+        runner.prepare_study("study.yaml", "gs://bucket/study", work.Verbs(None, None, None), print)
+
+
+def test_a_cell_that_another_process_computes_does_not_hold_up_the_others(tmp_path, monkeypatch):
+    study, plan = laid_out()
+    started, made = (
+        [],
+        {cell.name: {"steps": cell.steps, "scores": dict.fromkeys(map(str, cell.points))} for cell in plan.cells},
+    )
+    results.write_result(tmp_path, "start-s0", made["start-s0"])
+
+    class Pool(runner._Jobs):
+        def start(self, cell):
+            started.append(cell.name)
+            self.running[cell.name] = (None, 0)
+
+        def ended(self):
+            for name in list(self.running):
+                del self.running[name]
+                busy = name == "blockwise-s0" and started.count(name) == 1
+                if not busy:
+                    results.write_result(tmp_path, name, made[name])
+                yield name, runner.BUSY if busy else 0
+
+        def stop(self):
+            pass
+
+    monkeypatch.setattr(runner, "_Jobs", Pool)
+    monkeypatch.setattr(runner, "AGAIN", 0.05)
+    monkeypatch.setattr(runner, "_complete", lambda cell, found, *_: results.is_done(cell, found.get(cell.name)))
+    wanted = ["blockwise-s0", "classical-s0"]
+    assert runner.run_cells(plan, str(tmp_path), 1, wanted, print, poll=0.001) == []
+    assert started == ["blockwise-s0", "classical-s0", "blockwise-s0"]
+
+
 def test_a_cell_that_is_stopped_goes_on_with_the_scores_that_are_missing(tmp_path):
     study, plan = laid_out()
     cell, scored = plan.cell("classical-s3"), []
@@ -243,6 +294,8 @@ def test_committed_results_are_of_the_studies_that_ship_and_their_report_can_be_
     assert found and study == read_study(next((ROOT / "configs" / "study").glob(f"{folder.name}.yaml")))
     for name, result in found.items():
         assert result["fingerprint"] == cells.fingerprint(study, plan.cell(name))
+        for point in plan.cell(name).points:
+            assert result["scores"][str(point)]["how"] == cells.how_scored(study, result["arm"], point.decoding)
     report.write_report(study, plan, found, tmp_path)
     assert (
         f"{sum(results.is_done(cell, found.get(cell.name)) for cell in plan.cells)} of"
