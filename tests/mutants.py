@@ -46,7 +46,7 @@ MUTANTS = [
     Mutant("export-with-nan-passes", "jaxblock/huggingface/save.py",
            "if not np.isfinite(difference) or (same_types and difference > 0):", "if same_types and difference > 0:",
            "tests/huggingface/test_roundtrip.py::test_verify_sees_a_changed_weight_and_a_changed_config"),
-    Mutant("export-not-read-back", "jaxblock/model.py",
+    Mutant("export-not-read-back", "jaxblock/model/exporting.py",
            "return verify_checkpoint(place, merged.net, merged.params, self._probe())", "return 0.0",
            "tests/huggingface/test_through_load.py::test_an_autoregressive_start_decodes_once_it_has_a_mask"),
     Mutant("scores-of-other-weights-in-the-card", "jaxblock/cards/scores.py",
