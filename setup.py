@@ -3,10 +3,18 @@
 All else about the package is in pyproject.toml, where a folder outside of the package cannot be added to those that are found.
 """
 
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, setup
 
 setup(
-    packages=[*find_packages(include=["jaxblock", "jaxblock.*"]), "jaxblock.presets"],
-    package_dir={"jaxblock.presets": "configs"},
-    package_data={"jaxblock": ["reporting/assets/*"], "jaxblock.presets": ["*.yaml", "study/*.yaml"]},
+    packages=[
+        *find_namespace_packages(include=["jaxblock", "jaxblock.*"], exclude=["*.__pycache__"]),
+        "jaxblock.presets",
+        "jaxblock.presets.study",
+    ],
+    package_dir={"jaxblock.presets": "configs", "jaxblock.presets.study": "configs/study"},
+    package_data={
+        "jaxblock.reporting.assets": ["*"],
+        "jaxblock.presets": ["*.yaml"],
+        "jaxblock.presets.study": ["*.yaml"],
+    },
 )

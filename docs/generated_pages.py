@@ -44,12 +44,13 @@ def _write(page: Path, text: str) -> None:
 
 
 def _cell(cell: dict[str, Any]) -> str:
-    """Returns a cell of a notebook as Markdown; lines that begin with ! are for a shell."""
+    """Returns a cell of a notebook as Markdown; a cell that begins with %%sh is for a shell."""
     text = "".join(cell["source"])
     if cell["cell_type"] == "markdown":
         return text
-    if all(line.startswith("!") for line in text.splitlines()):
-        return "```sh\n" + text.replace("!", "") + "\n```"
+    if text.startswith("%%sh\n"):
+        shown = re.sub(r"^#.*\n| \$JAXBLOCK_NOTEBOOK_FLAGS", "", text.removeprefix("%%sh\n"), flags=re.M)
+        return f"```sh\n{shown}\n```"
     return f"```python\n{text}\n```"
 
 

@@ -41,7 +41,7 @@ def format_score(summary: dict[str, Any]) -> str:
         text += f", NELBO {bound['mean']:.4f} (standard error {bound['se']:.4f}) nats per text token"
     if test := summary.get("compared_with"):
         name = pathlib.Path(test["file"]).parent.name
-        text += f"\n  against {name}: {test['only_b']} problems right here alone, {test['only_a']} right there alone"
+        text += f"\n  against {name}: right here alone {test['only_b']}, right there alone {test['only_a']}"
         text += f" (McNemar, exact: p = {test['p_value']:.2g})"
     return text
 
