@@ -42,6 +42,23 @@ class Fixed:
 FIXED = Fixed()
 
 
+class Blind(Fixed):
+    """A network that sees the first token of the prompt alone, and whose cache is that token: ``table[token]`` are its logits."""
+
+    def hidden(self, params, view, row_keys=None):
+        return jnp.broadcast_to(params["table"][view.ids[:, :1]], (*view.at.shape, params["table"].shape[-1]))
+
+    def refresh(self, params, view):
+        kept = view.ids.astype("float32")[None, :, :, None, None]
+        return self.hidden(params, view), KeysValues(kept, kept)
+
+    def update(self, params, part, cache):
+        return self.hidden(params, part._replace(ids=cache.k[0, :, :, 0, 0].astype("int32")))
+
+
+BLIND = Blind()
+
+
 class Recorder(Fixed):
     """A network of random logits that writes down every view it is fed, inside the jitted decoder."""
 

@@ -14,14 +14,13 @@ from jaxblock.diffusion.decoding import decoder, passes
 from jaxblock.diffusion.decoding.rules import check_options
 from jaxblock.diffusion.layouts import decoding_layout
 from jaxblock.errors import UserError
-from tests.diffusion.decoding import Refreshing, decode_jit, decoding, padded
+from tests.diffusion.decoding import BLIND, Refreshing, decode_jit, decoding, padded
 
 PROMPTS = [[1], [2, 3], [4, 5, 6], [0, 1]]
 WAYS = {
     "threshold": decoding(3, rule="confidence_threshold", threshold=0.9, cfg_scale=0.5),
     "drawn": decoding(3, rule="entropy", quota="dream", temperature=1.2, top_p=0.9, alg_temp=0.3, early_stop=True),
 }
-BOTH = pytest.mark.parametrize("alignment", ["same_position", "shifted"])
 
 
 @pytest.fixture(scope="module")
@@ -44,19 +43,20 @@ def _with(options, **fields):
     return decoder.DecodeConfig(**{**vars(options), **fields})
 
 
-@BOTH
-def test_one_layer_has_no_stale_keys_and_every_position_is_counted(tiny, made, alignment):
-    """Its keys and values depend on their own token alone, so that every cache is exact. 5 blocks of 3, 2 steps each."""
+@pytest.mark.parametrize("alignment", ["same_position", "shifted"])
+def test_every_position_of_every_pass_is_counted(tiny, alignment):
+    """5 blocks of 3, 2 steps each: a full pass, and one beside the cache."""
     layout, shift = tiny[1](alignment=alignment, response_len=15), alignment == "shifted"
     full, first = np.array([1, 2, 3, 2]) + 15, sum(15 - 3 * k + shift for k in range(5))
     computed = sum(15 - 3 * k + shift for k in (0, 0, 2, 3, 4))  # the passes of blocks 0 and 1 have one size
     beside = {"prefix": (first, computed), "dual": (5 * (3 + shift),) * 2}
-    plain = _decode(made[1], layout, decoding(2))
+    net = BLIND, {"table": np.eye(11, dtype=np.float32)}
+    plain = _decode(net, layout, decoding(2))
     assert plain.positions.tolist() == (10 * full).tolist() and plain.computed.tolist() == [10 * 19] * 4
     for cache, (needed, total) in beside.items():
-        found = _decode(made[1], layout, decoding(2, cache=cache))
+        found = _decode(net, layout, decoding(2, cache=cache))
         _assert_same(plain, found)
-        assert found.nfe.tolist() == [10] * 4, "a full pass and one beside the cache for each block"
+        assert found.nfe.tolist() == [10] * 4
         assert found.positions.tolist() == (5 * full + needed).tolist()
         assert found.computed.tolist() == [5 * 19 + total] * 4
 
@@ -65,20 +65,29 @@ def test_one_layer_has_no_stale_keys_and_every_position_is_counted(tiny, made, a
     "cache, alignment, way", [("prefix", "shifted", "drawn"), ("dual", "same_position", "threshold")]
 )
 def test_caches_serve_every_way_to_decode(tiny, made, cache, alignment, way):
-    layout = tiny[1](alignment=alignment)
-    _assert_same(*(_decode(made[1], layout, _with(WAYS[way], cache=name)) for name in ("none", cache)))
+    """The keys and values of a single layer depend on their own token alone, so that its caches are exact."""
+    layout, options = tiny[1](alignment=alignment), _with(WAYS[way], cache=cache)
+    cached = _decode(made[1], layout, options)
+    _assert_same(_decode(made[1], layout, WAYS[way]), cached)
+    beside_others = _decode(made[1], layout, options, PROMPTS[1:2] * 4, first=1)
+    _assert_same(
+        *(jax.tree.map(lambda leaf, at=at: leaf[at], found) for found, at in ((cached, 1), (beside_others, 0)))
+    )
 
 
 def test_a_block_that_the_first_step_fills_takes_no_second_pass(tiny, made):
-    options = decoding(3, rule="confidence_threshold", threshold=0.001, cache="dual")
-    found = _decode(made[1], tiny[1](), options)
-    assert found.nfe.tolist() == [3] * 4 and found.positions.tolist() == [3 * n for n in (10, 11, 12, 11)]
+    """A network that is sure of every token; guidance takes two passes a step."""
+    net, params = made[1]
+    sure = net, params | {"head": 1e4 * params["head"]}
+    found = _decode(sure, tiny[1](), _with(WAYS["threshold"], cache="dual"))
+    assert found.nfe.tolist() == [6] * 4 and found.positions.tolist() == [6 * n for n in (10, 11, 12, 11)]
 
 
 @pytest.mark.parametrize("cache, alignment", [("prefix", "shifted"), ("dual", "same_position")])
 def test_a_cache_refreshed_at_every_step_is_no_cache_and_a_stale_one_is_not(tiny, made, cache, alignment):
     net, params = made[2]
-    layout, options = tiny[1](alignment=alignment), decoding(3, temperature=0.7, cfg_scale=0.5)
+    guidance = {"prefix": 0.0, "dual": 0.5}[cache]
+    layout, options = tiny[1](alignment=alignment, response_len=6), decoding(3, temperature=0.7, cfg_scale=guidance)
     plain = _decode((net, params), layout, options)
     _assert_same(plain, _decode((Refreshing(net.arch), params), layout, _with(options, cache=cache)))
     stale = _decode((net, params), layout, _with(options, cache=cache))
@@ -96,19 +105,14 @@ def test_one_block_without_a_prompt_has_nothing_stale(tiny, made):
     _assert_same(plain, dual)
 
 
-def test_a_row_alone_is_the_row_in_a_ragged_batch(tiny, made):
-    layout, options = tiny[1](), _with(WAYS["drawn"], cache="prefix")
-    together, alone = _decode(made[2], layout, options), _decode(made[2], layout, options, PROMPTS[1:2], first=1)
-    _assert_same(jax.tree.map(lambda leaf: leaf[[1]], together), alone, ("computed",))
-
-
 def test_positions_past_the_window_are_not_computed(tiny, made, monkeypatch):
     """The same tokens and NELBO as with all positions computed, the hidden ones as hidden keys."""
-    layout, options = tiny[1](response_len=24)._replace(suffix_window=4), decoding(2, cache="prefix")
-    sizes = passes.sizes_by_block(layout, options, 4)
+    options, long = decoding(2, cache="prefix"), tiny[1](response_len=24)._replace(suffix_window=4)
+    sizes = passes.sizes_by_block(long, options, 4)
     assert len(set(sizes)) == MOST_WIDTHS and sizes[0] == (4 + 2 * 3 + 4, 3 + 4) and sizes[-1] == (28, 6)
+    layout = tiny[1](response_len=12, block=6)._replace(suffix_window=2)
     ids, lengths, index = padded(PROMPTS)
-    rows = (ids, lengths, np.full((4, 24), 5, np.int32), np.array([24, 7, 3, 12], np.int32), index)
+    rows = (ids, lengths, np.full((4, 12), 5, np.int32), np.array([12, 7, 3, 9], np.int32), index)
 
     def both():
         found = _decode(made[1], layout, options)
@@ -117,8 +121,8 @@ def test_positions_past_the_window_are_not_computed(tiny, made, monkeypatch):
         return found, score(made[1][1], canvas).per_block
 
     narrow, scores = both()
-    monkeypatch.setattr(likelihood, "widths_by_block", lambda layout, room: (28,) * 8)
-    monkeypatch.setattr(passes, "widths_by_block", lambda layout, room: (28,) * 8)
+    monkeypatch.setattr(likelihood, "widths_by_block", lambda layout, room: (16,) * 2)
+    monkeypatch.setattr(passes, "widths_by_block", lambda layout, room: (16,) * 2)
     decode_jit.clear_cache()
     wide, oracle = both()
     decode_jit.clear_cache()

@@ -71,7 +71,8 @@ def _scanned(net, layout, options, texts=TEXTS, first=0):
 
 
 def _filled(net, layout, options, texts=TEXTS, first=0):
-    device = DeviceDecoder(net[0], layout, options, net[1], prompt_len=3, rows=len(texts))
+    """The rows that the queue makes of texts, in batches of one size however few they are: one program serves all calls."""
+    device = DeviceDecoder(net[0], layout, options, net[1], prompt_len=3, rows=len(TEXTS))
     rows = [device.row(prompt, at, rest) for at, (prompt, rest) in enumerate(texts, first)]
     return list(Queue(rows, device)), device.costs
 
@@ -131,29 +132,31 @@ def test_every_view_and_commit_is_that_of_a_decoder_in_numpy(tiny, alignment):
 )
 def test_without_a_right_side_it_is_ordinary_decoding(tiny, made, way, alignment, cache):
     options, prompts = _options(**WAYS[way], cache=cache), [text[0] for text in TEXTS]
-    plain = decode_many(
-        *made[:1], _layout(tiny, alignment, infill=False), options, made[1], map(np.array, prompts), prompt_len=3
-    )
-    filled, costs = _filled(made, _layout(tiny, alignment), options, [(prompt, [M] * 9) for prompt in prompts])
+    layout = _layout(tiny, alignment)._replace(response_len=6)
+    ordinary = layout._replace(infill=False)
+    plain = decode_many(made[0], ordinary, options, made[1], map(np.array, prompts), prompt_len=3)
+    filled, costs = _filled(made, layout, options, [(prompt, [M] * 6) for prompt in prompts])
     _same(filled, list(plain))
-    assert costs.row_blocks == 3 * len(prompts)
+    assert costs.row_blocks == 2 * len(prompts)
 
 
 @pytest.mark.parametrize("cache, alignment", [("prefix", "shifted"), ("dual", "same_position")])
 def test_a_cache_refreshed_at_every_step_is_no_cache_and_rows_alone_are_rows_in_a_batch(tiny, made, cache, alignment):
-    layout, (net, params) = _layout(tiny, alignment), made
-    options = _options(temperature=0.7, cfg_scale=0.5)
-    plain, _ = _filled(made, layout, options)
+    """Guided where the passes beside the cache have one size; with ``prefix`` there is a program for each of their sizes."""
+    layout, (net, params) = _layout(tiny, alignment)._replace(response_len=6), made
+    texts = [TEXTS[0], ([4, 5, 6], [M] * 6)]
+    options = _options(temperature=1.5, seed=4, cfg_scale=0.5 if cache == "dual" else 0.0)
+    plain, _ = _filled(made, layout, options, texts)
     cached = dataclasses.replace(options, cache=cache)
-    _same(plain, _filled((Refreshing(net.arch), params), layout, cached)[0], ("response", "commit_step", "nfe"))
-    stale, _ = _filled(made, layout, cached)
+    _same(plain, _filled((Refreshing(net.arch), params), layout, cached, texts)[0], ("response", "commit_step", "nfe"))
+    stale, _ = _filled(made, layout, cached, texts)
     assert any((a.response != b.response).any() for a, b in zip(plain, stale, strict=True))
     for index in (0, 1):
-        _same(_filled(made, layout, cached, TEXTS[index : index + 1], first=index)[0], stale[index : index + 1])
-    # Two passes a step. After a block's first step, the block or all after it: from the position before, where that predicts.
-    length, shift = 7, alignment == "shifted"
+        _same(_filled(made, layout, cached, texts[index : index + 1], first=index)[0], stale[index : index + 1])
+    # After a block's first step, the block or all after it: from the position before, where that predicts.
+    length, shift, passes = 7, alignment == "shifted", options.passes
     beside = [2 * (6 + shift), 0] if cache == "prefix" else [2 * 3, 0]
-    assert stale[0].positions == 2 * (2 * length + sum(beside)) and plain[0].positions == 2 * 4 * length
+    assert stale[0].positions == passes * (2 * length + sum(beside)) and plain[0].positions == passes * 4 * length
 
 
 def test_the_queue_fills_a_batch_of_texts_as_the_scan_does(tiny, made):
@@ -174,11 +177,11 @@ SEES_THE_END = SeesTheEnd()
 
 @pytest.mark.parametrize("rule", get_args(RuleName))
 def test_every_rule_fills_the_spans_alone_and_guidance_hides_what_is_given(tiny, rule):
-    """After token 2 the logits favour 1, after masks 1 even more: guidance of scale 1 makes them favour 0."""
+    """After token 2 the logits favour 1, after masks 1 even more: guidance of scale 1, which no rule sees, makes them favour 0."""
     table = np.full((11, 11), -30, np.float32)
     table[[2, M], 1], table[[2, M], 0] = [2.0, 4.0], [1.5, 1.0]
     texts, drawn = [([5], [M, M, M, M, 3, M, 2]), ([6, 6], [M, 2])], rule in ("random", "origin")
-    for scale, token in ((0.0, 1), (1.0, 0)):
+    for scale, token in ((0.0, 1), (1.0, 0))[: 2 if rule == "low_confidence" else 1]:
         options = _options(rule=rule, cfg_scale=scale, temperature=0.01 if drawn else 0.0, steps_per_block=2)
         rows = _scanned((SEES_THE_END, {"table": table}), _layout(tiny), options, texts)
         for row, (_, rest) in zip(rows, texts, strict=True):

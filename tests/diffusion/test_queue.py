@@ -111,7 +111,7 @@ def test_four_shapes_serve_all_usual_prompts_and_blocks(usual, response, block, 
 
 
 RULES = {
-    "low_confidence": {"steps_per_block": 2, "temperature": 1.5, "cache": "prefix"},
+    "low_confidence": {"steps_per_block": 2, "temperature": 1.5},
     "dream": {
         "rule": "entropy",
         "quota": "dream",
