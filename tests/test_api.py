@@ -12,6 +12,9 @@ from jaxblock.data.prompts import refuse_text
 from jaxblock.diffusion.decoding.config import DecodeConfig
 from jaxblock.errors import UserError
 
+DRAWN = {"temperature": 0.7, "top_k": 9, "steps_per_block": 2, "seed": 4}
+"""How several tests decode, which share the compiled program."""
+
 
 @pytest.fixture(scope="module")
 def model(tiny_run):
@@ -52,17 +55,16 @@ def test_padding_on_either_side_changes_nothing(model, prompts):
 
 
 def test_stream_ends_as_decode_does(model, prompts):
-    options = {"temperature": 0.7, "seed": 4, "steps_per_block": 2}
-    whole = model.decode(prompts, return_steps=True, **options)
+    whole = model.decode(prompts, return_steps=True, **DRAWN)
     for row, prompt in enumerate(prompts[:2]):
-        states = list(model.stream(prompt, index=row, **options))
+        states = list(model.stream(prompt, index=row, **DRAWN))
         assert [nfe for _, nfe in states] == list(range(1, int(whole.nfe[row]) + 1))
         for step, (state, _) in enumerate(states, 1):
             np.testing.assert_array_equal(state, whole.canvases[step, row])
         stop = int(whole.nfe[row]) // 2 * 4
         np.testing.assert_array_equal(states[-1][0][:stop], whole.ids[row, :stop])
     # A prompt's result comes from its index, not from its place in a batch.
-    np.testing.assert_array_equal(model.decode(prompts[1:], first_index=1, **options), whole.ids[1:])
+    np.testing.assert_array_equal(model.decode(prompts[1:], first_index=1, **DRAWN), whole.ids[1:])
 
 
 def test_steps_canvases_and_options_by_name(model, prompts):
@@ -189,7 +191,7 @@ def test_text_ends_at_its_first_stop(model):
     assert model.text_ids(np.array([7, 8, 3, 2, 2]), stop_ids=[8]) == [7]
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_k": 9, "steps_per_block": 2, "seed": 4}])
+@pytest.mark.parametrize("options", [{}, DRAWN])
 def test_a_trace_holds_what_the_network_believed_when_it_committed(model, prompts, options):
     """Every probability is computed again from the logits of the canvas before the step."""
     found = model.trace(prompts[1], index=1, candidates=3, **options)
