@@ -24,6 +24,7 @@ from jaxblock.harness.gen_kwargs import read_gen_kwargs
 from jaxblock.harness.language_model import HarnessModel
 from jaxblock.harness.tasks import all_tasks, asks_for_greedy, load_tasks
 
+pytestmark = pytest.mark.slow  # the fast tests' environment lacks the extra
 DATA = (
     "dataset_path: json\ndataset_kwargs: {{data_files: {{train: {folder}/train.jsonl, test: {folder}/test.jsonl}}}}\n"
 )
