@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 from math import comb, factorial, log
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -140,18 +141,38 @@ def test_commands_in_the_pages_have_flags_that_exist():
     assert all(_unreadable(words) for words in _commands(wrong)) and len(_commands(wrong)) == 3
 
 
+HERE = {
+    r"^model\.push_to_hub.*": "",  # tests/io/test_hub_upload.py pushes to a stand-in
+    r'"Zoe [^"\n]*\[\[.*?"': '"1+[[1]]?"',
+    r'"Zoe .*?"': '"1+2?"',
+    r'"9 \+ \[\[1\]\] = 14': '"9+[[1]]=14',
+    r'"a = ': '"1 = ',
+}
+"""What stands in a snippet, and what for it here: the tests' model knows other, shorter questions, and no letters."""
+
+
+def _snippet(page: str) -> str:
+    """Returns the Python snippet of a page of the documentation, in the tests' words."""
+    (snippet,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.M | re.S)
+    for said, here in HERE.items():
+        snippet = re.sub(said, here, snippet, flags=re.M)
+    return str(snippet)
+
+
 @pytest.mark.slow
-def test_the_python_snippet_runs(tiny_run, tmp_path):
-    """It runs on a smaller model, which knows other questions."""
-    page = ROOT / "docs" / "python.md"
-    (snippet,) = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+def test_the_snippets_of_python_run(tiny_run, tmp_path):
+    """tests/models/test_add_a_model.py and tests/harness run those of two other pages."""
+    names: dict[str, Any] = {}
+    snippet = _snippet("python.md")
     for said, here in {"runs/quickstart/blockwise": tiny_run, "exports/mine": tmp_path / "export"}.items():
         assert f'"{said}"' in snippet
         snippet = snippet.replace(said, str(here))
-    asked = re.sub(r'"Zoe [^"\n]*\[\[.*?"', '"1+[[1]]?"', snippet)
-    local = re.sub(r"^model\.push_to_hub.*", "", asked, flags=re.M)  # tests/io/test_hub_upload.py pushes to a stand-in
-    exec(compile(re.sub(r'"Zoe .*?"', '"1+2?"', local), str(page), "exec"), {})
-    assert (tmp_path / "export" / "config.json").is_file()
+    exec(compile(snippet, "python.md", "exec"), names)
+    assert (tmp_path / "export" / "config.json").is_file() and names["out"].nfe.shape == (1,)
+    exec(compile(_snippet("decoding.md"), "decoding.md", "exec"), names)
+    assert len(names["found"].fills) == 2 and "[[" not in names["found"].text
+    written = [page.name for page in PAGES if "\n```python\n" in page.read_text(encoding="utf-8")]
+    assert sorted(written) == ["add-a-model.md", "decoding.md", "harness.md", "python.md"]
 
 
 def _texts(tree: ast.AST) -> Iterator[str]:

@@ -4,8 +4,10 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from jaxblock.parallel.mesh import make_mesh
 pytest.importorskip("lm_eval", reason="the extra `harness` is not installed")
 import datasets
 from lm_eval.api.instance import Instance
+from lm_eval.tasks import TaskManager
 
 from jaxblock.harness import bounds
 from jaxblock.harness.gen_kwargs import read_gen_kwargs
@@ -130,6 +133,22 @@ def test_the_verb_agrees_with_evaluate_and_keeps_the_errors_of_likelihoods(tiny_
         "the network was trained on prompts in its chat template"
         in ran(f"harness --checkpoint {tiny_run} --tasks {tasks}/sums.yaml --num_fewshot 0 --limit 1").err
     )
+
+
+def test_the_snippet_of_the_page_runs(tiny_run, tasks):
+    page = (Path(__file__).parents[2] / "docs" / "harness.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    names = {"manager": TaskManager(include_path=str(tasks))}
+    for said, here in {
+        '"runs/mine", mesh="all"': repr(str(tiny_run)),
+        'tasks=["arc_easy"], limit=100': 'tasks=["choose"], limit=2, task_manager=manager',
+        "nelbo_samples=64": "nelbo_samples=3",
+        '("arc_easy", 0)': '("choose", 0)',
+    }.items():
+        assert said in snippet
+        snippet = snippet.replace(said, here)
+    exec(compile(snippet, "harness.md", "exec"), names)
+    assert names["results"]["results"]["choose"]["acc,none"] == 1.0 and len(names["lm"].details.of(("choose", 0))) == 3
 
 
 def test_likelihoods_are_the_enumeration_of_masked_sets(lm, model):
