@@ -122,6 +122,25 @@ def tiny_run(tiny_config: Path, made_once: Made) -> Path:
 
 
 @pytest.fixture(scope="session")
+def model(tiny_run: Path) -> Any:
+    """Returns that run as a `jaxblock.Model`, for tests that have no model of their own."""
+    import jaxblock
+
+    return jaxblock.load(tiny_run)
+
+
+@pytest.fixture(scope="session")
+def tiny_export(tiny_run: Path, made_once: Made) -> Path:
+    """Returns that run's export, a Hugging Face folder. Tests must not change it."""
+    from jaxblock.cli import main
+
+    def make(folder: Path) -> None:
+        assert main(["export", "--checkpoint", str(tiny_run), "--out", str(folder)]) == 0
+
+    return made_once("tiny/export", make)
+
+
+@pytest.fixture(scope="session")
 def tiny_pod_run(tiny_config: Path, made_once: Made) -> Path:
     """Returns the run folder of two undisturbed processes (`tests.pod`). Tests must not change it."""
     from tests import pod, runs

@@ -19,7 +19,6 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-import jaxblock
 from jaxblock.cli import VERBS, main
 from jaxblock.config.config import Config
 from jaxblock.config.recorded import read_block
@@ -64,13 +63,12 @@ FILES = {
 
 
 @pytest.fixture(scope="module")
-def folders(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folders(tiny_run: Path, tiny_export: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns a folder of small folders of each kind."""
     root = tmp_path_factory.mktemp("kinds")
-    model = jaxblock.load(tiny_run)
-    model.save(root / "export")
-    ARCH[:] = [model.arch]
-    shutil.copytree(root / "export", root / "indexed")
+    for name in ("export", "indexed"):
+        shutil.copytree(tiny_export, root / name)
+    ARCH[:] = [read_architecture(tiny_export)]
     (root / "indexed/model.safetensors").rename(root / "indexed/part.safetensors")
     index = {"weight_map": dict.fromkeys(scan_folder(root / "export").stored, "part.safetensors")}
     (root / "indexed/model.safetensors.index.json").write_text(json.dumps(index))

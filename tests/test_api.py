@@ -17,11 +17,6 @@ DRAWN = {"temperature": 0.7, "top_k": 9, "steps_per_block": 2, "seed": 4}
 
 
 @pytest.fixture(scope="module")
-def model(tiny_run):
-    return jaxblock.load(tiny_run)
-
-
-@pytest.fixture(scope="module")
 def prompts(model):
     return [model.encoder.prompt(text) for text in ("1+2?", "12+7?", "9?")]
 

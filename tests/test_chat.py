@@ -9,14 +9,8 @@ import sys
 import numpy as np
 import pytest
 
-import jaxblock
 from jaxblock.chat import Chat
 from jaxblock.errors import UserError
-
-
-@pytest.fixture(scope="module")
-def model(tiny_run):
-    return jaxblock.load(tiny_run)
 
 
 @pytest.fixture

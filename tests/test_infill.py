@@ -9,17 +9,11 @@ import sys
 import numpy as np
 import pytest
 
-import jaxblock
 from jaxblock.data.text.marked import MarkedText
 from jaxblock.diffusion.decoding import decoder
 from jaxblock.errors import UserError
 
 ANSWER = "1+2=[[1]]\n#### [[2]]."
-
-
-@pytest.fixture(scope="module")
-def model(tiny_run):
-    return jaxblock.load(tiny_run)
 
 
 def test_a_text_is_filled_between_what_is_given(model):

@@ -9,7 +9,6 @@ import jax
 import numpy as np
 import pytest
 
-import jaxblock
 from jaxblock import inference
 from jaxblock.data.store.prepared_folder import open_prepared
 from jaxblock.diffusion.decoding import decoder
@@ -21,11 +20,6 @@ from jaxblock.inference import DeviceDecoder
 from jaxblock.parallel import rules
 from jaxblock.parallel.mesh import make_mesh
 from jaxblock.parallel.rows import split_rows, whole_results
-
-
-@pytest.fixture(scope="module")
-def model(tiny_run):
-    return jaxblock.load(tiny_run)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,6 @@ from safetensors.numpy import load_file, save_file
 
 import jaxblock
 from jaxblock import build
-from jaxblock.cli import main
 from jaxblock.config.yaml import config_from_tree, load_config
 from jaxblock.errors import UserError
 from jaxblock.fit import compile as fit_compile
@@ -33,13 +32,6 @@ from jaxblock.training.observe import device_memory
 from tests import runs
 
 
-@pytest.fixture(scope="module")
-def exported(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("exported") / "hf"
-    assert main(["export", "--checkpoint", str(tiny_run), "--out", str(folder)]) == 0
-    return folder
-
-
 def _start(tiny_config: Path, out: Path, source: Path, step: str = "latest") -> tuple[Any, str]:
     """Returns the parameters of a run before its first step, and what was printed."""
     said = io.StringIO()
@@ -47,18 +39,18 @@ def _start(tiny_config: Path, out: Path, source: Path, step: str = "latest") -> 
     return jax.device_get(runs.session(config, Console(file=said, width=500)).state.params), said.getvalue()
 
 
-def test_a_run_and_its_export_give_the_same_start(tiny_config, tiny_run, exported, tmp_path, ran):
+def test_a_run_and_its_export_give_the_same_start(tiny_config, tiny_run, tiny_export, tmp_path, ran):
     # The sizes of a random start have no effect: the checkpoint's own count. The config has others, which agree.
     flags = f"{' '.join(runs.QUIET)} --train.steps 2 --train.eval_nelbo_rows 8 --model.d_model 20 --evaluate.problems 5"
     said = ran(
-        f"train --config {tiny_config} {flags} --train.out {tmp_path / 'first'} --model.init_from {exported}"
+        f"train --config {tiny_config} {flags} --train.out {tmp_path / 'first'} --model.init_from {tiny_export}"
     ).err
     assert "model.d_model is 20 (the checkpoint's is 16): the sizes" in said and said.count("(the checkpoint's") == 1
     assert said.count("--evaluate.problems does not change how training evaluates") == 1
     first, last = runs.rows(tmp_path / "first", "eval")[0], runs.rows(tiny_run, "eval")[-1]
     assert first["step"] == 0 and last["step"] == 120
     assert first["nelbo_per_token"] == pytest.approx(last["nelbo_per_token"], rel=1e-5)
-    for source in (tiny_run, exported):
+    for source in (tiny_run, tiny_export):
         start = _start(tiny_config, tmp_path / source.name, source)[0]
         chex.assert_trees_all_equal(start, jax.device_get(jaxblock.load(tiny_run).params))
 
@@ -89,8 +81,8 @@ def test_an_older_checkpoint_is_exported_and_started_from(tiny_config, tiny_run,
         ({"d_model": 32}, "wte"),
     ],
 )
-def test_a_checkpoint_with_other_ids_or_sizes_is_refused(tiny_config, exported, tmp_path, changed, said):
-    folder = shutil.copytree(exported, tmp_path / "changed")
+def test_a_checkpoint_with_other_ids_or_sizes_is_refused(tiny_config, tiny_export, tmp_path, changed, said):
+    folder = shutil.copytree(tiny_export, tmp_path / "changed")
     (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | changed))
     with pytest.raises(UserError, match=said):
         _start(tiny_config, tmp_path / "out", folder)
@@ -109,7 +101,9 @@ def test_a_smaller_vocabulary_is_refused(tiny_config, tiny_run, tmp_path, ran):
 
 
 @pytest.fixture
-def poisoned(tiny_config: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+def poisoned(
+    tiny_config: Path, tiny_export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., str]:
     """Returns a command that starts from the exported weights with one weight of layer 1 replaced.
 
     Reading a Hugging Face folder refuses numbers that are not finite. Here it does not, as reading a run's weights does not.
@@ -117,7 +111,7 @@ def poisoned(tiny_config: Path, exported: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(tensor_files, "_all_finite", lambda values: True)
 
     def command(name: str, value: float, flags: str) -> str:
-        folder = shutil.copytree(exported, tmp_path / "hf")
+        folder = shutil.copytree(tiny_export, tmp_path / "hf")
         (file,) = folder.glob("*.safetensors")
         tensors = load_file(file)
         (changed,) = (found for found in tensors if f"blocks.1.{name}." in found)

@@ -66,14 +66,13 @@ def model(tiny_run: Path) -> jaxblock.Model:
     )
 
 
-def test_an_export_is_loaded_as_what_was_trained(model, tiny_run, tmp_path):
+def test_an_export_is_loaded_as_what_was_trained(model, tiny_export, tmp_path):
     model.save(tmp_path / "merged")
     model.save_adapter(tmp_path / "alone")
     jaxblock.load(tmp_path / "merged").save(tmp_path / "again")
-    jaxblock.load(tiny_run).save(tmp_path / "plain")
     want = model.decode([[5, 6, 7]])
     for name in ("merged", "alone", "again"):
-        found = jaxblock.load(tmp_path / name, **({"base": tmp_path / "plain"} if name == "alone" else {}))
+        found = jaxblock.load(tmp_path / name, **({"base": tiny_export} if name == "alone" else {}))
         for field in ("canvas", "decode_defaults", "stop_ids"):
             assert getattr(found, field) == getattr(model, field)
         assert (found.encoder.special, found.encoder.template) == (model.encoder.special, model.encoder.template)
@@ -147,13 +146,6 @@ DAMAGES = {
 
 
 @pytest.fixture(scope="module")
-def exported(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("exported") / "hf"
-    jaxblock.load(tiny_run).save(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def others(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Prepares the same records with another tokenizer of the same size (`tokens`), and with another template (`template`)."""
     folder, config = tmp_path_factory.mktemp("others"), load_config(str(tiny_config))
@@ -170,10 +162,10 @@ def others(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("case", DAMAGES)
-def test_an_export_whose_files_were_replaced_is_refused(exported, others, tmp_path, case):
+def test_an_export_whose_files_were_replaced_is_refused(tiny_export, others, tmp_path, case):
     change, message = DAMAGES[case]
     (tmp_path / "other").symlink_to(others / "tokens")
-    change(shutil.copytree(exported, tmp_path / "hf"))
+    change(shutil.copytree(tiny_export, tmp_path / "hf"))
     with pytest.raises(UserError, match=message):
         jaxblock.load(tmp_path / "hf")
 
@@ -181,10 +173,10 @@ def test_an_export_whose_files_were_replaced_is_refused(exported, others, tmp_pa
 @pytest.mark.parametrize("made", ["run", "export"])
 @pytest.mark.parametrize("name", ["tokens", "template"])
 def test_other_tokens_than_the_checkpoint_s_are_refused(
-    tiny_config, tiny_run, exported, others, tmp_path, ran, made, name
+    tiny_config, tiny_run, tiny_export, others, tmp_path, ran, made, name
 ):
     """By train and by evaluate, which name both folders; another template may be asked for, another tokenizer may not."""
-    source, data, out = {"run": tiny_run, "export": exported}[made], others / name, tmp_path / "out"
+    source, data, out = {"run": tiny_run, "export": tiny_export}[made], others / name, tmp_path / "out"
     common = f"--config {tiny_config} --data.prepared {data}"
     different = "different tokenizers" if name == "tokens" else "different chat templates ('plain' and "
     for verb in (f"train --model.init_from {source} --train.out {out}", f"evaluate --checkpoint {source} --out {out}"):
