@@ -30,7 +30,16 @@ Wait = Callable[[float], object]
 
 
 class Refused(UserError):
-    """Reports that another process holds a lease."""
+    """Reports that another process holds a lease.
+
+    Attributes:
+        held: what is written by whom, such as "runs/one is being written by process 12 on host".
+    """
+
+    def __init__(self, held: str) -> None:
+        """Makes the error of something that is held."""
+        super().__init__(f"{held}: wait until it ends, or choose another folder")
+        self.held = held
 
 
 class Lease:
@@ -77,10 +86,7 @@ class Lease:
             number, owner = self._newest()
             alive = False if number == 0 else None if owner is None else is_alive(owner)
             if alive or (alive is None and watched not in (None, number)):
-                raise Refused(
-                    f"{self._what} is being written by {owner or 'another process'}: wait until it ends, or choose "
-                    "another folder"
-                )
+                raise Refused(f"{self._what} is being written by {owner or 'another process'}")
             if alive is False or waited >= PATIENCE:
                 return number
             if watched is None:

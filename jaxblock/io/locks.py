@@ -7,6 +7,7 @@ import errno
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 from etils import epath
@@ -16,6 +17,9 @@ from jaxblock.io.leases import BEAT, Lease, Refused
 from jaxblock.io.paths import PathLike, as_path, is_remote
 
 _LOG = logging.getLogger(__name__)
+
+POLL = 1.0
+"""The time, in seconds, between two looks at a lock that another process holds, where its end is waited for."""
 
 
 class FolderLock:
@@ -42,15 +46,22 @@ class FolderLock:
                     "nothing more is written here"
                 )
 
-    def add(self, place: epath.Path) -> None:
+    def add(self, place: epath.Path, *, wait: bool = False) -> None:
         """Takes a lease. Nothing is taken on a local disk that cannot be written: either nothing will be, or it is full.
 
+        Args:
+            place: the lease's folder.
+            wait: whether to wait while another process holds it.
+
         Raises:
-            UserError: another process holds it, or the object store cannot be written.
+            UserError: another process holds it and `wait` is off, or the object store cannot be written.
         """
         lease = Lease(place, self._folder)
         try:
-            lease.take(self._say)
+            if wait:
+                self._take_when_free(lease)
+            else:
+                lease.take(self._say)
         except Refused:
             raise
         except UserError as error:
@@ -65,6 +76,18 @@ class FolderLock:
         if not self._leases:
             self._thread.start()
         self._leases.append(lease)
+
+    def _take_when_free(self, lease: Lease) -> None:
+        """Takes a lease as soon as nobody holds it, and says once that it waits."""
+        say = self._say
+        while True:
+            try:
+                lease.take(say)
+                return
+            except Refused as error:
+                say(f"{error.held}: waiting until it ends")
+                say = lambda text: None  # noqa: E731
+                time.sleep(POLL)
 
     def release(self) -> None:
         """Gives the leases back."""
@@ -85,7 +108,7 @@ class FolderLock:
 
 @contextlib.contextmanager
 def only_writer(
-    folder: PathLike, say: Callable[[str], object] = _LOG.warning, *, inside: bool = False
+    folder: PathLike, say: Callable[[str], object] = _LOG.warning, *, inside: bool = False, wait: bool = False
 ) -> Iterator[FolderLock]:
     """Keeps other processes from writing a folder until the block ends. Only one process of a group may call it.
 
@@ -96,17 +119,18 @@ def only_writer(
         say: prints a line for the user: before a wait, or where there can be no lock.
         inside: whether a local folder gets a second lock, ``runs/one/.lock``, for processes that see it under another path,
             as in a container; it must exist, and may not be moved or replaced in the block.
+        wait: whether to wait while another process holds the lock, instead of raising. For work that the other process does as well.
 
     Raises:
-        UserError: another process holds the lock; says which, and since when.
+        UserError: another process holds the lock and `wait` is off; says which, and since when.
     """
     name = os.fspath(folder).rstrip("/")
     target = as_path(name if is_remote(folder) else os.path.realpath(name))
     lock = FolderLock(name, say)
     try:
-        lock.add(target.parent / f".{target.name}.lock")
+        lock.add(target.parent / f".{target.name}.lock", wait=wait)
         if inside and not is_remote(folder):
-            lock.add(target / ".lock")
+            lock.add(target / ".lock", wait=wait)
         yield lock
     finally:
         lock.release()

@@ -56,6 +56,24 @@ def test_one_writer_at_a_time_and_a_killed_one_is_succeeded(folder):
     assert _locks(folder) == []
 
 
+def test_a_lock_that_is_waited_for_is_taken_when_its_holder_ends(tmp_path, monkeypatch):
+    """The waiting process says once for whom it waits; the holder, a real process, is told to end when it has said so."""
+    monkeypatch.setattr(locks, "POLL", 0.01)
+    folder = str(tmp_path / "data")
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert holder.stdout is not None and holder.stdout.readline() == b"held\n" and holder.stdin is not None
+    said: list[str] = []
+
+    def say(text: str) -> None:
+        said.append(text)
+        holder.stdin.close()
+
+    with only_writer(folder, say, wait=True):
+        assert holder.wait() == 0
+    [line] = said
+    assert f"data is being written by process {holder.pid} " in line and line.endswith(": waiting until it ends")
+
+
 @pytest.mark.parametrize("beats", [False, True])
 def test_an_owner_on_another_machine_is_watched(folder, beats):
     """It is refused when the owner gives a sign of life while we wait, and is taken over when it gives none."""
