@@ -75,6 +75,9 @@ def _cell(options: Options) -> int:
     if len(options.cells) != 1:
         raise UserError("study cell computes one cell: name it by --cells")
     cell = plan.cell(options.cells[0])
+    found = results.read_results(options.target)
+    mine = {name: one for name, one in found.items() if name in (cell.name, cell.start)}
+    results.check_results(study, plan, mine, options.target)
     try:
         with only_writer(f"{options.target}/claims/{cell.name}", say):
             return work.run_cell(study, cell, options.target, _verbs(), say)
@@ -96,8 +99,9 @@ def _report(options: Options) -> int:
     from jaxblock.study import report, results
 
     study, plan = results.read_plan(options.target)
-    out = options.out or options.target
-    report.write_report(study, plan, results.read_results(options.target), out)
+    out, found = options.out or options.target, results.read_results(options.target)
+    results.check_results(study, plan, found, options.target)
+    report.write_report(study, plan, found, out)
     say(f"wrote {os.path.join(out, 'report.md')} and {os.path.join(out, 'report.html')}")
     return 0
 

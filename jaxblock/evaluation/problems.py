@@ -7,6 +7,7 @@ also checks ``grader_version``, which some graders have, and ``prompt`` where bo
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ class Problem(NamedTuple):
         grader: the name of the grader.
         version: the grader's version; None for a grader without versions.
         prompt: the problem's text; None if the file does not hold it.
+        reference: the response that the problem's record gives; None if the file does not hold it.
         where: the row's ``file:line``, for error messages.
     """
 
@@ -31,6 +33,7 @@ class Problem(NamedTuple):
     grader: str
     version: str | None
     prompt: str | None
+    reference: str | None
     where: str
 
     @property
@@ -73,11 +76,17 @@ def read_problems(path: PathLike) -> dict[int, Problem]:
         if row["index"] in problems:
             raise UserError(f"{where}: problem {row['index']} occurs twice (first at {problems[row['index']].where})")
         problems[row["index"]] = Problem(
-            row["correct"], row["grader"], row.get("grader_version"), row.get("prompt"), where
+            row["correct"], row["grader"], row.get("grader_version"), row.get("prompt"), row.get("reference"), where
         )
     if not problems:
         raise UserError(f"{path}: holds no problems; was the evaluation that wrote it interrupted?")
     return problems
+
+
+def texts_hash(problems: Iterable[Problem]) -> str:
+    """Returns a hash of the prompts and references of problems, in their order, by which other problems are noticed."""
+    texts = [[problem.prompt, problem.reference] for problem in problems]
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
 
 
 def _check(row: Any, where: str) -> None:

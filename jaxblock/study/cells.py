@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
@@ -16,8 +17,9 @@ from jaxblock.errors import UserError
 from jaxblock.models.architecture import Architecture
 from jaxblock.settings import Section
 from jaxblock.study.amounts import equal_steps, per_step
+from jaxblock.study.experiments import RELATION, Experiment
 from jaxblock.study.gradients.sizes import GRADIENTS
-from jaxblock.study.spec import Experiment, Study, Tree, merged, tokenizer_of
+from jaxblock.study.spec import Study, Tree, merged, tokenizer_of
 
 
 class Point(NamedTuple):
@@ -65,7 +67,7 @@ class Plan(NamedTuple):
 
     Attributes:
         cells: the cells: seed after seed, each after the one that it starts from.
-        steps: the steps of each arm at each budget, by experiment and arm.
+        steps: the steps of each arm at each budget, by experiment and arm; without those that relate the scores of others.
     """
 
     cells: list[Cell]
@@ -102,13 +104,14 @@ def lay_out(study: Study, architecture_of: ArchitectureOf) -> Plan:
     steps = {
         name: {arm: tuple(arm_steps(study, one, arm, architecture_of)) for arm in one.arms}
         for name, one in study.experiments.items()
+        if one.kind != RELATION
     }
     needed: dict[tuple[str, int], set[Point]] = {}
-    for name, one in study.experiments.items():
-        for arm in one.arms:
-            for seed in study.seeds[: one.seeds]:
-                points = needed.setdefault((arm, seed), set())
-                points.update(Point(at, way) for at in steps[name][arm] for way in ways_to_score(one))
+    for name, of_arms in steps.items():
+        one = study.experiments[name]
+        for arm, seed in itertools.product(of_arms, study.seeds[: one.seeds]):
+            points = needed.setdefault((arm, seed), set())
+            points.update(Point(at, way) for at in of_arms[arm] for way in ways_to_score(one))
     cells: dict[str, Cell] = {}
 
     def add(arm: str, seed: int) -> str:
@@ -167,6 +170,27 @@ def run_config(study: Study, cell: Cell, folder: str) -> Config:
     )
     model = config.model if cell.start is None else replace(config.model, init_from=f"{folder}/runs/{cell.start}")
     return check_config(replace(config, data=data, train=train, model=model))
+
+
+def scored_config(study: Study, arm: str, decoding: str, folder: str) -> Config:
+    """Returns the checked settings by which the checkpoints of an arm are scored by a way of decoding.
+
+    Args:
+        study: the study.
+        arm: the arm.
+        decoding: the way of decoding.
+        folder: the study's folder, which holds `prepared/`.
+    """
+    config, scoring = study.config(arm, decoding), study.scoring
+    evaluate = replace(
+        config.evaluate,
+        split=scoring.split,
+        problems=scoring.problems,
+        nelbo=scoring.nelbo_rows > 0,
+        nelbo_rows=scoring.nelbo_rows or None,
+    )
+    data = data_config(study, study.decodings[decoding].task or study.arms[arm].task, folder).data
+    return check_config(replace(config, data=data, evaluate=evaluate), ("data", "canvas", "decode", "evaluate"))
 
 
 def data_config(study: Study, task: str, folder: str) -> Config:

@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from jaxblock.errors import UserError
-from jaxblock.evaluation.problems import read_problems
+from jaxblock.evaluation.problems import read_problems, texts_hash
 from jaxblock.io.files import read_json, write_json, write_text
 from jaxblock.io.folders import list_folder
 from jaxblock.io.paths import PathLike, as_path
-from jaxblock.study.cells import Cell, Plan, Point
+from jaxblock.study.cells import Cell, Plan, Point, fingerprint, how_scored
 from jaxblock.study.spec import Study, read_study
 
 Result = dict[str, Any]
@@ -74,6 +75,61 @@ def read_results(folder: PathLike) -> dict[str, Result]:
     return {file.name.removesuffix(".json"): read_json(file) for file in files}
 
 
+def check_results(
+    study: Study, plan: Plan, results: Mapping[str, Result], folder: PathLike, spec: PathLike | None = None
+) -> None:
+    """Checks that results are those of a study's cells; those of cells that it does not have are left alone.
+
+    Args:
+        study: the study.
+        plan: what it computes.
+        results: the results in its folder.
+        folder: the folder, for messages.
+        spec: the file that describes the study; None for the copy in its folder.
+
+    Raises:
+        UserError: a cell was trained or scored with other settings, as by a process that runs another version of the file; or cells
+            of one task were trained or scored on other texts, as by another version of what generates them.
+    """
+    root, file = as_path(folder), spec or as_path(folder) / SPEC
+    cells = {cell.name: cell for cell in plan.cells}
+    for name in results.keys() & cells.keys():
+        result, cell = results[name], cells[name]
+        if result["fingerprint"] != fingerprint(study, cell):
+            raise UserError(
+                f"{root / RESULTS / name}.json is the result of a cell with other settings than {file} gives it: use another "
+                "--out, or move the results of that arm away"
+            )
+        for point in cell.points:
+            score = result["scores"].get(str(point))
+            if score is not None and score["how"] != how_scored(study, cell.arm, point.decoding):
+                raise UserError(
+                    f"{root / RESULTS / name}.json has a score {point} on other problems or with other settings than {file} "
+                    "gives it: use another --out, or another name for that way of decoding"
+                )
+
+    _check_texts(study, {name: results[name] for name in cells if name in results}, root / RESULTS)
+
+
+def _check_texts(study: Study, results: Mapping[str, Result], folder: epath.Path) -> None:
+    """Raises UserError where results of one task come from other texts; results of earlier versions do not say from which."""
+    seen: dict[tuple[str, str], tuple[str, str]] = {}
+    for name, result in results.items():
+        mine = study.arms[result["arm"]].task
+        texts = [(f"was trained on records of task {mine}", "train", mine, result.get("records"))]
+        for point, score in result["scores"].items():
+            decoding = study.decodings.get(point.partition("/")[2])
+            task = (decoding.task if decoding else None) or mine
+            texts.append((f"has a score {point} on problems of task {task}", "score", task, score.get("texts")))
+        for says, kind, task, found in texts:
+            first, of = seen.setdefault((kind, task), (found, name)) if found else ("", "")
+            if found and found != first:
+                raise UserError(
+                    f"{folder / name}.json {says} that are not those of {of}.json: what generates or reads them has changed in "
+                    "between. Move the older results away, or use another --out"
+                )
+
+
 def write_result(folder: PathLike, name: str, result: Result) -> None:
     """Writes the result of a cell, replacing what was known of it before."""
     write_json(as_path(folder) / RESULTS / f"{name}.json", result, overwrite=True)
@@ -91,12 +147,16 @@ def is_done(cell: Cell, result: Result | None) -> bool:
 
 
 def score_of(evaluation: PathLike) -> Result:
-    """Returns what a result keeps of an evaluation's folder: who solved what as a hexadecimal number, costs, and the NELBO."""
+    """Returns what a result keeps of an evaluation's folder.
+
+    Which problems were solved (``correct``, a hexadecimal number) and a hash of their texts, costs, and the NELBO.
+    """
     root = as_path(evaluation)
     summary, problems = read_json(root / "summary.json"), read_problems(root / "problems.jsonl")
     bits = np.array([problem.correct for problem in problems.values()], np.uint8)
     score: Result = {
         "problems": len(bits),
+        "texts": texts_hash(problems.values()),
         "correct": np.packbits(bits).tobytes().hex(),
         **{key: shortened(summary[key]) for key in ("nfe", "tokens_per_forward", "decode_seconds", "stopped")},
     }

@@ -17,8 +17,8 @@ from jaxblock.io.files import read_bytes
 from jaxblock.io.locks import only_writer
 from jaxblock.io.paths import as_path, is_remote
 from jaxblock.models.architecture import Architecture
-from jaxblock.study.cells import Cell, Plan, data_config, fingerprint, how_scored, lay_out, run_config
-from jaxblock.study.results import Result, is_done, read_results, write_plan
+from jaxblock.study.cells import Cell, Plan, data_config, fingerprint, lay_out, run_config, scored_config
+from jaxblock.study.results import Result, check_results, is_done, read_results, write_plan
 from jaxblock.study.spec import Study, read_study
 from jaxblock.study.work import Verbs
 from jaxblock.training.weights import architecture
@@ -57,7 +57,7 @@ def prepare_study(spec: str, folder: str, verbs: Verbs, say: Say) -> tuple[Study
         study.config(arm)
         for decoding in study.decodings:
             study.config(arm, decoding)
-    with only_writer(f"{folder}/prepared", say):
+    with only_writer(f"{folder}/prepared", say, wait=True):  # another process of the study prepares the same data
         configs = [data_config(study, task, folder) for task in study.tasks]
         # Tasks that train a tokenizer come before those that use it.
         for config in sorted(configs, key=lambda one: one.data.tokenizer != "train"):
@@ -67,20 +67,10 @@ def prepare_study(spec: str, folder: str, verbs: Verbs, say: Say) -> tuple[Study
     plan = lay_out(study, lambda arm: _architecture(study, arm, folder))
     fingerprints = {cell.name: fingerprint(study, cell) for cell in plan.cells}
     for cell in plan.cells:
-        run_config(study, cell, folder)  # checks the settings
-    for name, result in read_results(folder).items():
-        if name in fingerprints and result["fingerprint"] != fingerprints[name]:
-            raise UserError(
-                f"{folder}/results/{name}.json is the result of a cell with other settings than {spec} gives it: use another "
-                "--out, or move the results of that arm away"
-            )
-        for point in plan.cell(name).points if name in fingerprints else ():
-            score = result["scores"].get(str(point))
-            if score is not None and score["how"] != how_scored(study, result["arm"], point.decoding):
-                raise UserError(
-                    f"{folder}/results/{name}.json has a score {point} on other problems or with other settings than {spec} "
-                    "gives it: use another --out, or another name for that way of decoding"
-                )
+        run_config(study, cell, folder)  # checks the settings, as the next line does
+        for decoding in {point.decoding for point in cell.points} & study.decodings.keys():
+            scored_config(study, cell.arm, decoding, folder)
+    check_results(study, plan, read_results(folder), folder, spec)
     write_plan(folder, read_bytes(spec).decode(), plan, fingerprints)
     return study, plan
 

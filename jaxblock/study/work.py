@@ -8,12 +8,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
-from jaxblock.config.checks import check_config
 from jaxblock.config.config import Config
+from jaxblock.data.store.manifest import read_manifest
 from jaxblock.errors import UserError
 from jaxblock.io.files import read_json
 from jaxblock.io.paths import as_path
-from jaxblock.study.cells import Cell, Point, data_config, fingerprint, how_scored, not_default, run_config
+from jaxblock.study.cells import Cell, Point, fingerprint, how_scored, not_default, run_config, scored_config
 from jaxblock.study.gradients.measure import measure_checkpoint
 from jaxblock.study.gradients.sizes import GRADIENTS
 from jaxblock.study.results import RESULTS, Result, missing_points, score_of, shortened, write_result
@@ -53,12 +53,14 @@ def run_cell(study: Study, cell: Cell, folder: str, verbs: Verbs, say: Callable[
     Raises:
         UserError: a verb failed.
     """
-    config = run_config(study, cell, folder)
+    known = _known(folder, cell)
+    # Where the run is longer already, as another version of the study's file wanted it, its checkpoints are the same.
+    config = run_config(study, replace(cell, steps=max(cell.steps, known["steps"] if known else 0)), folder)
     begin = time.perf_counter()
     code = verbs.train(config)
     if code:
         return code
-    result = _begun(study, cell, config, folder)
+    result = known or _new_result(study, cell, config)
     result["seconds"]["training"] = round(result["seconds"].get("training", 0.0) + time.perf_counter() - begin, 1)
     for point in missing_points(cell, result):
         say(f"{cell.name}: scoring {point}")
@@ -71,17 +73,20 @@ def run_cell(study: Study, cell: Cell, folder: str, verbs: Verbs, say: Callable[
         result["scores"][str(point)]["how"] = how_scored(study, cell.arm, point.decoding)
         result["seconds"]["scoring"] = round(result["seconds"].get("scoring", 0.0) + time.perf_counter() - begin, 1)
         write_result(folder, cell.name, result)
-    result["steps"] = cell.steps
+    result["steps"] = config.train.steps
     write_result(folder, cell.name, result)
     return 0
 
 
-def _begun(study: Study, cell: Cell, config: Config, folder: str) -> Result:
-    """Returns the result of a cell so far; a new one says how it was computed."""
+def _known(folder: str, cell: Cell) -> Result | None:
+    """Returns the result of a cell so far; None where there is none."""
     file = as_path(folder) / RESULTS / f"{cell.name}.json"
-    if file.exists():
-        found: Result = read_json(file)
-        return found
+    found: Result | None = read_json(file) if file.exists() else None
+    return found
+
+
+def _new_result(study: Study, cell: Cell, config: Config) -> Result:
+    """Returns the result of a cell without scores, which says how it is computed."""
     import jax
 
     return {
@@ -91,6 +96,7 @@ def _begun(study: Study, cell: Cell, config: Config, folder: str) -> Result:
         "steps": 0,
         "start": cell.start,
         "fingerprint": fingerprint(study, cell),
+        "records": read_manifest(config.data.prepared).inputs["train"]["sha256"][:16],
         "settings": {one.section_name: found for one in config.sections() if (found := not_default(one))},
         "versions": {**running_versions(), "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}"},
         "seconds": {},
@@ -100,17 +106,7 @@ def _begun(study: Study, cell: Cell, config: Config, folder: str) -> Result:
 
 def _score(study: Study, cell: Cell, config: Config, folder: str, point: Point, verbs: Verbs) -> Result:
     """Scores one checkpoint of a cell by one way of decoding, and returns what the result keeps of it."""
-    chosen, scoring = study.config(cell.arm, point.decoding), study.scoring
-    evaluate = replace(
-        chosen.evaluate,
-        split=scoring.split,
-        problems=scoring.problems,
-        nelbo=scoring.nelbo_rows > 0,
-        nelbo_rows=scoring.nelbo_rows or None,
-    )
-    other = study.decodings[point.decoding].task
-    data = config.data if other is None else data_config(study, other, folder).data
-    settings = check_config(replace(chosen, data=data, evaluate=evaluate), ("data", "canvas", "decode", "evaluate"))
+    settings = scored_config(study, cell.arm, point.decoding, folder)
     out = as_path(folder) / "work" / f"{cell.name}-{point.steps}-{point.decoding}"
     if out.exists():
         shutil.rmtree(out)  # of a cell that was stopped

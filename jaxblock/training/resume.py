@@ -103,11 +103,13 @@ def _check_settings(config: Config, folder: PathLike, before: dict[str, Any], st
     schedule, steps = config.optimizer.schedule, config.train.steps
     constant = schedule == "constant" and steps >= (step or 0)  # then no learning rate depends on the number of steps
     changed = [
-        f"{section.section_name}.{name} = {then.get(name)!r} then, {value!r} now"
+        f"{section.section_name}.{name} = {then[name]!r} then, {value!r} now"
         for section in config.sections()
-        for then in [before.get(section.section_name, {})]
+        for then in [
+            {**to_tree(type(section)()), **before.get(section.section_name, {})}
+        ]  # without later versions' fields
         for name, value in to_tree(section).items()
-        if name not in section.changeable(saved=step is not None) and then.get(name) != value
+        if name not in section.changeable(saved=step is not None) and then[name] != value
         if not (constant and section is config.train and name == "steps")
     ]
     if changed:

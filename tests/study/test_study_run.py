@@ -12,6 +12,7 @@ import yaml
 
 from jaxblock.fit.process import plan_in_process
 from jaxblock.fit.sizes import planned_architecture
+from jaxblock.io.locks import only_writer
 from jaxblock.study import amounts, results
 from jaxblock.study.spec import read_study
 
@@ -20,15 +21,22 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def spec(tmp_path_factory):
-    """Returns the file of a cut form of configs/study/tiny.yaml: one seed, two arms, two budgets."""
+    """Returns the file of a cut form of configs/study/tiny.yaml: one seed, two arms, two budgets, and what else can be had of them."""
     with open("configs/study/tiny.yaml", encoding="utf-8") as file:
         tree = yaml.safe_load(file)
     tree["seeds"] = [4]
     tree["common"]["model"] |= {"d_model": 8, "n_layers": 1, "mlp_dim": 16}
     tree["tasks"]["chains"]["data"] |= {"builtin_train": 1500, "builtin_test": 8, "validation_records": 8}
+    tree["tasks"]["short"]["data"] |= {"builtin_train": 500, "builtin_test": 8, "validation_records": 8}
+    del tree["tasks"]["sudoku"], tree["arms"]["blockwise_sudoku"], tree["arms"]["classical_sudoku"]
     tree["arms"]["start"]["steps"] = 10
-    kept = tree["experiments"]["equal_compute"]
-    tree["experiments"] = {"equal_compute": {**kept, "arms": ["blockwise"], "budgets": [5, 60]}}
+    tree["arms"]["blockwise"]["method"] = {"prompt_mask_rate": 0.15, "rate_floor": 0.2}
+    kept = tree["experiments"]
+    tree["experiments"] = {
+        "equal_compute": {**kept["equal_compute"], "arms": ["blockwise"], "budgets": [5, 60]},
+        "pace": {**kept["pace"], "arms": ["blockwise"], "budgets": [60], "seeds": 1},
+        "bound": {**kept["bound"], "arms": ["blockwise"]},
+    }
     del tree["gradients"]  # of an experiment that is left out
     tree["scoring"] |= {"problems": 8, "nelbo_rows": 4}
     path = tmp_path_factory.mktemp("study") / "cut.yaml"
@@ -51,10 +59,16 @@ def known(out):
     return found
 
 
-def test_a_study_that_is_killed_and_run_again_gives_the_same_report(spec, tmp_path):
+def test_a_study_of_two_processes_and_one_that_is_killed_and_run_again_give_the_same_report(spec, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    done = subprocess.run(command(spec, whole), capture_output=True, text=True, check=True)
-    assert "blockwise-s4: done" in done.stderr
+    with only_writer(whole / "prepared"):
+        both = [subprocess.Popen(command(spec, whole), stderr=subprocess.PIPE, text=True) for _ in range(2)]
+        assert all(process.stderr.readline().endswith(": waiting until it ends\n") for process in both)
+    said = [process.communicate()[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    # One of them prepares, and computes each cell.
+    assert sum(text.count("preparing") for text in said) == 2
+    assert sum(text.count("blockwise-s4: done") for text in said) == 1
     process = subprocess.Popen(command(spec, cut), stderr=subprocess.PIPE, text=True, start_new_session=True)
     for line in process.stderr:
         if "blockwise-s4: started" in line:
@@ -69,7 +83,10 @@ def test_a_study_that_is_killed_and_run_again_gives_the_same_report(spec, tmp_pa
     assert known(cut) == known(whole)
     for out in (whole, cut):
         subprocess.run([sys.executable, "-m", "jaxblock", "study", "report", str(out)], check=True)
-    assert (cut / "report.md").read_text() == (whole / "report.md").read_text()
+    text = (cut / "report.md").read_text()
+    assert (
+        text == (whole / "report.md").read_text() and "| blockwise | at_50 | 60 | 60 |" in text and "| same arm" in text
+    )
     other = spec.with_name("other.yaml")
     other.write_text(spec.read_text().replace("weight_decay: 0.01", "weight_decay: 0.02"))
     refused = subprocess.run(command(other, cut), capture_output=True, text=True)
