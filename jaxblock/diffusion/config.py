@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jaxblock.errors import UserError
-from jaxblock.settings import NOT_NEGATIVE, PROBABILITY, TOKENS, Section, between, require, setting
+from jaxblock.settings import BELOW_1, NOT_NEGATIVE, PROBABILITY, TOKENS, Section, between, require, setting
 
 Context = Literal["aligned", "paper"]
 Law = Literal["exact_count", "bernoulli", "stratified_count", "antithetic", "floored_bernoulli"]
@@ -87,9 +87,13 @@ class MethodConfig(Section, name="method"):
     draws: int = setting(1, between(1, 1 << 16))
     """K: draws per sequence and step, by jax.vmap (`per_sequence`: distinct blocks; `pairs`: masks of one block)."""
     prefix_mask_rate: float = setting(0.0, PROBABILITY)
-    """Ablation: chance that a response token before the active block is masked (prompt tokens never are)."""
+    """Ablation: chance that a response token before the active block is masked (prompt tokens: `prompt_mask_rate`)."""
     suffix_mask_prob: float = setting(1.0, PROBABILITY)
     """Ablation: chance that a response token after the active block is masked."""
+    prompt_mask_rate: float = setting(0.0, PROBABILITY)
+    """Ablation: chance that a prompt token is masked in training, anew for each draw; it never has a loss (SPG: 0.15)."""
+    rate_floor: float = setting(0.0, BELOW_1)
+    """Ablation: the least mask rate, t ~ U(rate_floor, 1); a law that draws a count draws none below this share of the positions."""
 
     @property
     def pairs(self) -> bool:
@@ -106,11 +110,25 @@ class MethodConfig(Section, name="method"):
     @property
     def needs_noise(self) -> bool:
         """Whether the ablations mask tokens outside the active block by chance."""
-        return self.prefix_mask_rate > 0 or self.suffix_mask_prob < 1
+        return self.prefix_mask_rate > 0 or self.suffix_mask_prob < 1 or self.prompt_mask_rate > 0
 
     def check(self) -> None:
-        """Raises UserError where a rate is no probability, or the number of antithetic draws is odd."""
+        """Raises UserError where a rate is no probability, the number of antithetic draws is odd, or an ablation has no effect."""
         super().check()
+        require(
+            self.objective == "blockwise" or (self.prefix_mask_rate == 0 and self.suffix_mask_prob == 1),
+            "method.prefix_mask_rate and method.suffix_mask_prob have no effect on classical SFT, whose one block is the whole response: "
+            "leave them out",
+        )
+        require(
+            self.rate_floor == 0 or self.law not in ("antithetic", "floored_bernoulli"),
+            f"method.rate_floor has no place in law {self.law}: "
+            + (
+                "its draws come in pairs of a small and a large count; choose exact_count or stratified_count"
+                if self.law == "antithetic"
+                else "it has the floor of the published scripts, 0.001; choose bernoulli, which draws t ~ U(rate_floor, 1)"
+            ),
+        )
         require(
             self.law != "antithetic" or self.draws % 2 == 0,
             f"method.law antithetic draws in pairs: set method.draws to {self.draws + 1}",

@@ -44,7 +44,7 @@ def token_losses(
     canvas: Canvas,
     draw: Draw,
     method: MethodConfig = CLEAN,
-    noise: Float[Array, "B R"] | None = None,
+    noise: Float[Array, "B N"] | None = None,
     row_keys: Array | None = None,
 ) -> Float[Array, "B A"]:
     """Returns the unweighted -log p of the masked tokens of one draw per row, in nats; 0 where nothing is masked."""
@@ -60,7 +60,7 @@ def losses(
     canvas: Canvas,
     draws: Draw,
     method: MethodConfig,
-    noise: Float[Array, "K B R"] | None = None,
+    noise: Float[Array, "K B N"] | None = None,
     *,
     row_keys: Array | None = None,
     drawn_blocks: Int[Array, " B"] | None = None,
@@ -74,7 +74,7 @@ def losses(
         canvas: the prompts and responses.
         draws: the draws, with a leading K axis (``sampling.draw``).
         method: what the sum is divided by (``normaliser``), and the ablations outside the block.
-        noise: the ablations' uniforms by response position; read where ``method.needs_noise``.
+        noise: the ablations' uniforms (``Uniforms.noise``); read where ``method.needs_noise``.
         row_keys: the random keys [K, B] of the network's dropout; None for no dropout.
         drawn_blocks: the active block of each row, where the loader chooses it (``method.pairs``); None where each row is
             its whole sequence.

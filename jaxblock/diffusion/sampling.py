@@ -34,17 +34,18 @@ class Uniforms(NamedTuple):
         count: numbers that decide the masked count or the mask rate.
         stratum: numbers that order the draws of the global batch (the permutation of ``stratified_count``).
         position: numbers that decide which positions of the block are masked.
-        noise: numbers that decide the ablations' masks, by response position; R is 0 without ablations.
+        noise: numbers that decide the ablations' masks: by response position, and where prompt tokens may be masked by prompt
+            position after that; none without ablations.
     """
 
     block: Float[Array, "B blocks"]
     count: Float[Array, "B K"]  # type: ignore[assignment]  # tuple.count is never meant
     stratum: Float[Array, "B K"]
     position: Float[Array, "B K A"]
-    noise: Float[Array, "B K R"]
+    noise: Float[Array, "B K N"]
 
 
-def draw_uniforms(method: MethodConfig, layout: Layout, key: Array, rows: int) -> Uniforms:
+def draw_uniforms(method: MethodConfig, layout: Layout, key: Array, rows: int, prompt_room: int = 0) -> Uniforms:
     """Draws the uniform numbers of one step.
 
     Args:
@@ -52,18 +53,26 @@ def draw_uniforms(method: MethodConfig, layout: Layout, key: Array, rows: int) -
         layout: the canvas's static part.
         key: the random key of the step, ``fold_in(key(seed), step)``.
         rows: the global batch size; the draws depend on it.
+        prompt_room: P, the tokens of the longest prompt; read where ``method.prompt_mask_rate`` is above 0.
 
     Returns:
         Values in [0, 1).
     """
-    draws, noise = method.draws, layout.response_len if method.needs_noise else 0
+    if method.prompt_mask_rate > 0 and prompt_room < 1:
+        raise ValueError("method.prompt_mask_rate needs numbers for the prompt: pass prompt_room")
+    draws = method.draws
     b, c, s, p, n = jax.random.split(key, 5)
+    noise = jax.random.uniform(n, (rows, draws, layout.response_len if method.needs_noise else 0))
+    if method.prompt_mask_rate > 0:
+        # From a key of their own, so that the numbers of the response are those of a method that masks no prompt token.
+        of_prompt = jax.random.uniform(jax.random.fold_in(n, 1), (rows, draws, prompt_room))
+        noise = jnp.concatenate([noise, of_prompt], axis=2)
     return Uniforms(
         block=jax.random.uniform(b, (rows, layout.n_blocks)),
         count=jax.random.uniform(c, (rows, draws)),
         stratum=jax.random.uniform(s, (rows, draws)),
         position=jax.random.uniform(p, (rows, draws, layout.block)),
-        noise=jax.random.uniform(n, (rows, draws, noise)),
+        noise=noise,
     )
 
 
@@ -120,6 +129,8 @@ def draw(
     chex.assert_shape(uniforms.position, (None, method.draws, layout.block))
     each = method.masks_per_block
     count = _stratify(uniforms) if method.law == "stratified_count" else uniforms.count
+    if method.rate_floor > 0:
+        count = method.rate_floor + (1 - method.rate_floor) * count
     count, position = count[canvas.row_id], uniforms.position[canvas.row_id]
     if method.pairs:
         if block is None:

@@ -130,7 +130,7 @@ def draws_of_steps(draw_of: Callable[[Array], tuple[Draw, Array]], steps: Sequen
     """Makes the draws of several training steps, one after the other along the K axis.
 
     Args:
-        draw_of: the function that training draws with: step -> (draws [K, B, ...], noise [K, B, R or 0]).
+        draw_of: the function that training draws with: step -> (draws [K, B, ...], noise [K, B, N]).
         steps: the numbers of the training steps.
 
     Returns:
@@ -161,7 +161,7 @@ def examine(
         canvas: the prompts and responses, B rows.
         draws: the draws with a leading K axis, as training gets them from ``sampling.draw``.
         method: the ``method`` section, which gives the normaliser and the ablations outside the active block.
-        noise: the uniforms [K, B, R] for the ablations; None without ablations.
+        noise: the uniforms [K, B, N] for the ablations; None without ablations.
         drawn_blocks: the blocks [B] that the data draws under ``pairs``; None otherwise.
         labels: the names of the rows; None numbers them.
 
@@ -260,8 +260,12 @@ def _findings(
     """Checks the arrays that the network is fed for bugs of the masking, and describes those that it finds."""
     shift = 1 if layout.alignment == "shifted" else 0
     block_end = int(canvas.prompt_len + (one.block + 1) * layout.block)
+    may_be_masked = method.prompt_mask_rate > 0
     checks = [
-        ("the model is not fed the prompt as it is", lambda p, at: at < canvas.prompt_len and p.id != canvas.ids[at]),
+        (
+            "the model is not fed the prompt as it is",
+            lambda p, at: at < canvas.prompt_len and p.id != canvas.ids[at] and not (may_be_masked and p.masked),
+        ),
         ("carries loss but its token is shown", lambda p, at: p.loss and not p.masked),
         ("carries loss but is hidden", lambda p, at: p.loss and not p.visible),
         ("carries loss but is in the prompt", lambda p, at: p.loss and at < canvas.prompt_len),

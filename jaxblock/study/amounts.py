@@ -9,7 +9,7 @@ from jaxblock.errors import UserError
 from jaxblock.models.architecture import Architecture
 from jaxblock.models.families import registry
 from jaxblock.models.linear.lora import adapter_table, lora_from_config
-from jaxblock.study.spec import Unit
+from jaxblock.study.experiments import Unit
 from jaxblock.training.observe.throughput import Work, model_flops
 
 
@@ -44,26 +44,31 @@ def per_step(config: Config, arch: Architecture, unit: Unit) -> float:
         raise UserError(
             f"an equal amount of {unit} is counted on the aligned canvas only: set canvas.context to aligned"
         )
-    return float(rows * (active if unit == "block_positions" else expected_masks(method.law, active)))
+    return float(
+        rows * (active if unit == "block_positions" else expected_masks(method.law, active, method.rate_floor))
+    )
 
 
-def expected_masks(law: str, positions: int) -> float:
+def expected_masks(law: str, positions: int, rate_floor: float = 0.0) -> float:
     """Returns the expected number of masked positions in a block of ``positions`` supervised ones.
 
-    The laws that draw a count make every count from 1 to n equally likely. Under `bernoulli` the rate t is uniform and the set
-    is redrawn until it is not empty, so that the expected count at a rate is n t / (1 - (1 - t)^n). `floored_bernoulli` draws
-    once, at rates from 0.001 up.
+    The laws that draw a count make it 1 + floor(n u), with u uniform from the floor to 1: without a floor every count from 1 to n is
+    equally likely. Under `bernoulli` the rate t is uniform and the set is redrawn until it is not empty, so that the expected
+    count at a rate is n t / (1 - (1 - t)^n). `floored_bernoulli` draws once, at rates from 0.001 up.
 
     Args:
         law: the law of the masked set (``MethodConfig.law``).
         positions: n, the number of supervised positions.
+        rate_floor: the least mask rate (``MethodConfig.rate_floor``).
     """
     if law in ("exact_count", "stratified_count", "antithetic"):
-        return (positions + 1) / 2
+        count = np.arange(1, positions + 1)
+        chance = np.maximum(count / positions - np.maximum((count - 1) / positions, rate_floor), 0) / (1 - rate_floor)
+        return float(count @ chance)
     if law == "floored_bernoulli":
         return positions * (1 + 1e-3) / 2
     at, weight = np.polynomial.legendre.leggauss(200)
-    rate = (at + 1) / 2
+    rate = rate_floor + (1 - rate_floor) * (at + 1) / 2
     return float(np.sum(weight / 2 * positions * rate / (1 - (1 - rate) ** positions)))
 
 

@@ -98,8 +98,9 @@ class Objective:
         return canvases.from_rows(self.layout, *map(jnp.asarray, rows))
 
     def draw(self, batch: Batch, canvas: Canvas, step: Array | int) -> tuple[Draw, Array]:
-        """Returns the step's draws [K, B, ...] and the ablations' noise [K, B, R], which depend on seed, step and row alone."""
-        uniforms = sampling.draw_uniforms(self.method, self.layout, self._key(step), self.rows)
+        """Returns the step's draws [K, B, ...] and the ablations' noise [K, B, N], which depend on seed, step and row alone."""
+        room = batch.prompt_ids.shape[1]
+        uniforms = sampling.draw_uniforms(self.method, self.layout, self._key(step), self.rows, room)
         draws = sampling.draw(self.method, self.layout, canvas, uniforms, self.drawn_blocks(batch))
         return draws, jnp.moveaxis(uniforms.noise[canvas.row_id], 1, 0)
 

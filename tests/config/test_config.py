@@ -118,6 +118,23 @@ def test_fields_can_be_replaced_by_name():
         ({"method": {"law": "antithetic"}}, "set method.draws to 2"),
         ({"method": {"draws": 0}}, "method.draws is 0"),
         ({"method": {"prefix_mask_rate": 1.5}}, "method.prefix_mask_rate is 1.5: it is a probability"),
+        (
+            {"method": {"objective": "classical", "prefix_mask_rate": 0.5}},
+            "method.prefix_mask_rate and .* no effect on classical",
+        ),
+        (
+            {"method": {"objective": "classical", "suffix_mask_prob": 0.5}},
+            "method.suffix_mask_prob have no effect on classical",
+        ),
+        (
+            {"method": {"law": "antithetic", "draws": 2, "rate_floor": 0.5}},
+            "method.rate_floor has no place in law antithetic",
+        ),
+        (
+            {"method": {"law": "floored_bernoulli", "rate_floor": 0.5}},
+            "rate_floor .* floored_bernoulli: it has the floor of",
+        ),
+        ({"method": {"rate_floor": 1.0}}, "method.rate_floor is 1.0: it must be at least 0 and below 1"),
         ({"model": {"d_model": 30}}, "model.d_model 30 must split into model.n_heads 4 heads of an even size"),
         ({"model": {"n_heads": 0}}, "model.n_heads is 0"),
         ({"model": {"n_kv_heads": 3}}, "must be a multiple of model.n_kv_heads 3"),

@@ -31,27 +31,27 @@ def _orders(n):
     return (np.array(list(itertools.permutations(range(n)))) + 0.5) / n
 
 
-def _atoms(law):
-    """One draw's uniforms, and how likely they are: (chance, count, position) of all that a law tells apart."""
+def _atoms(law, floor):
+    """One draw's uniforms, and how likely they are: (chance, count, position) of all that a law with a floor tells apart."""
     if law not in ("bernoulli", "floored_bernoulli"):
         return [(1 / 36, count, tuple(order)) for count in COUNTS for order in _orders(SIZE)]
     # Quadrature over the rate; given it, one atom per cell between the thresholds of each position's uniform.
     atoms = []
-    for t, w in zip(NODES, NODE_WEIGHTS, strict=True):
-        cells = []
+    for u, w in zip(NODES, NODE_WEIGHTS, strict=True):
+        t, cells = floor + (1 - floor) * u, []
         for j in range(SIZE):
             # Position j's rate, under bernoulli before and after the first mask in blocks of 1, 2 and 3 positions.
             rates = [t, *(t / (1 - (1 - t) ** left) for left in range(1, SIZE - j + 1))]
             rates = rates if law == "bernoulli" else [laws.RATE_FLOOR + (1 - laws.RATE_FLOOR) * t]
             edges = np.unique([0.0, 1.0, *rates])
             cells.append([((a + b) / 2, b - a) for a, b in itertools.pairwise(edges)])
-        atoms += [(w * np.prod([c for _, c in cell]), t, [u for u, _ in cell]) for cell in itertools.product(*cells)]
+        atoms += [(w * np.prod([c for _, c in cell]), u, [at for at, _ in cell]) for cell in itertools.product(*cells)]
     return atoms
 
 
-def _uniforms(law, rows, draws, pairs):
+def _uniforms(law, rows, draws, pairs, floor=0.0):
     """(chances [E], uniforms with a leading axis E)."""
-    atoms = _atoms(law)
+    atoms = _atoms(law, floor)
     chance, count, position = (np.array(x) for x in zip(*atoms, strict=True))
     orders = _orders(BLOCKS)[:1] if pairs else _orders(BLOCKS)
     strata = _orders(rows * draws) if law == "stratified_count" else np.zeros((1, rows * draws))
@@ -90,7 +90,7 @@ def expected_gradient(truth, how):
     """E over uniforms of the summed gradient of each row [row, parameter]."""
     canvas, block, origin = _rows(truth, how.pairs)
     rows = len(origin)
-    chance, uniforms = _uniforms(how.law, rows, how.draws, how.pairs)
+    chance, uniforms = _uniforms(how.law, rows, how.draws, how.pairs, how.rate_floor)
     assert abs(chance.sum() - 1) < 1e-12
     draw = _draws(truth, how, uniforms, canvas, block)
     sets = draw.masked @ (1 << np.arange(SIZE))
@@ -141,6 +141,30 @@ def _paper_coefficient(n, size, eps):
         power = size + j + 1
         total += comb(n - size, j) * Fraction(-1) ** j * (1 - eps**power) / power
     return float(comb(n, size) * total / (1 - eps))
+
+
+@pytest.mark.parametrize("law", ["exact_count", "stratified_count", "bernoulli"])
+def test_a_floor_leaves_out_small_counts_and_rates(truths, law):
+    """Coefficients of the counts are those of the page, computed in rationals; at n = 3 a count of 2 is cut at the floor of 1/2."""
+    truth, floor = truths[2]["aligned"], Fraction(1, 2)
+    weights = truth.nelbo_weights()
+    for i, k, s in np.argwhere(weights):
+        n, size = truth.n[i][k], int(s).bit_count()
+        if law == "bernoulli":
+            # A set of l has the weight times its chance t^l (1 - t)^(n - l) / t on average, in the NELBO 1 / (l C(n, l)).
+            share = size * comb(n, size) * 2 * _power_integral(n, size - 1, floor)
+        else:
+            share = n * 2 * max(Fraction(size, n) - max(Fraction(size - 1, n), floor), 0)
+        weights[i, k, s] *= float(share)
+    want = np.stack([_combine(w, g) for w, g in zip(weights, truth.grad, strict=True)])
+    assert error(expected_gradient(truth, MethodConfig(law=law, rate_floor=float(floor))), want) < 1e-8
+
+
+def _power_integral(n, power, floor):
+    """The integral from ``floor`` to 1 of t^power (1 - t)^(n - 1 - power), in rationals."""
+    rest = n - 1 - power
+    terms = ((power + j + 1, Fraction(-1) ** j * comb(rest, j)) for j in range(rest + 1))
+    return sum((1 - floor**k) / k * c for k, c in terms)
 
 
 @pytest.mark.parametrize("eps", [Fraction(1, 1000), Fraction(0)])

@@ -87,7 +87,7 @@ def test_alignment_shift_and_window_are_shown():
 @pytest.mark.parametrize(
     ("context", "method"),
     [
-        ("aligned", MethodConfig(law="bernoulli", draws=4, prefix_mask_rate=0.9, suffix_mask_prob=0.2)),
+        ("aligned", MethodConfig(draws=4, prefix_mask_rate=0.9, suffix_mask_prob=0.2, prompt_mask_rate=0.6)),
         ("paper", MethodConfig(draws=4, prefix_mask_rate=0.3, suffix_mask_prob=0.5)),
         ("aligned", MethodConfig(law="antithetic", blocks="pairs", draws=4)),
     ],
@@ -98,7 +98,7 @@ def test_sound_masking_has_no_findings_and_shows_what_training_feeds(context, me
     block = jax.device_put(np.array([1, 0], np.int32)) if method.pairs else None
 
     def draw_of(step: jax.Array) -> tuple[Draw, jax.Array]:
-        uniforms = draw_uniforms(method, form, jax.random.key(step), 2)
+        uniforms = draw_uniforms(method, form, jax.random.key(step), 2, prompt_room=3)
         return draw(method, form, canvas, uniforms, block), jnp.moveaxis(uniforms.noise, 1, 0)
 
     draws, noise = draws_of_steps(draw_of, [5, 6])

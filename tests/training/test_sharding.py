@@ -100,7 +100,9 @@ EMITTERS = "xla_cpu_use_fusion_emitters"
 def _method(case: Case) -> MethodConfig:
     if case.objective == "classical":
         return MethodConfig(objective="classical", draws=2)
-    return MethodConfig(law="stratified_count", draws=2, prefix_mask_rate=0.2, suffix_mask_prob=0.8)
+    return MethodConfig(
+        law="stratified_count", draws=2, prefix_mask_rate=0.2, suffix_mask_prob=0.8, prompt_mask_rate=0.3
+    )
 
 
 def _base(net: Transformer) -> Any:
