@@ -6,59 +6,17 @@ import itertools
 from dataclasses import dataclass, field
 
 import numpy as np
-from jaxtyping import Float
 
 from jaxblock.errors import UserError
 from jaxblock.study.cells import Plan, Point, cell_name, ways_to_score
-from jaxblock.study.crossed import crossed_bootstrap
-from jaxblock.study.crossover import Crossover, crossover
+from jaxblock.study.contrasts import Contrast, Curve, compare
+from jaxblock.study.experiments import RELATION, Experiment
 from jaxblock.study.gradients.sizes import GRADIENTS
 from jaxblock.study.hypotheses import Finding, primary_findings
+from jaxblock.study.pace import PaceRatio, pace_ratios
+from jaxblock.study.relation import Relation, relate
 from jaxblock.study.results import Result, solved
-from jaxblock.study.spec import Experiment, Study
-from jaxblock.study.statistics import Interval, t_interval
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Holds what an arm scored at each budget, by one way of decoding.
-
-    Attributes:
-        arm: the arm.
-        decoding: the way of decoding.
-        steps: the steps of the arm at each budget.
-        solved: the problems solved, 0 or 1: [budgets, seeds, problems].
-        nelbo: the NELBO per text token in nats: [budgets, seeds]; NaN where it was not estimated.
-        nfe: the forward passes spent on a problem: [budgets, seeds].
-    """
-
-    arm: str
-    decoding: str
-    steps: tuple[int, ...]
-    solved: Float[np.ndarray, "b S P"]
-    nelbo: Float[np.ndarray, "b S"]
-    nfe: Float[np.ndarray, "b S"]
-
-
-@dataclass(frozen=True)
-class Contrast:
-    """Holds the difference between two arms, or between matching and other block sizes, along the budgets.
-
-    Attributes:
-        says: what is subtracted from what.
-        difference: the differences, paired by seed and problem: [budgets, seeds, problems].
-        crossed: the interval of the mean difference for new seeds and new problems, at each budget.
-        over_seeds: the interval for new seeds on the same problems, at each budget.
-        crossing: the last sign change along the budgets; None with fewer than two budgets.
-        nelbo: the interval of the difference of NELBOs over seeds, at each budget; empty where there is none.
-    """
-
-    says: str
-    difference: Float[np.ndarray, "b S P"]
-    crossed: list[Interval]
-    over_seeds: list[Interval]
-    crossing: Crossover | None
-    nelbo: list[Interval] = field(default_factory=list)
+from jaxblock.study.spec import Study
 
 
 @dataclass(frozen=True)
@@ -71,8 +29,10 @@ class Analysis:
         budgets: the budgets, in steps of the reference arm.
         seeds: the seeds whose cells are all done.
         curves: what each arm scored by each way of decoding, by (arm, decoding).
-        contrasts: the differences of the other arms to the control, or the one contrast of a grid; empty with fewer than two seeds.
+        contrasts: the differences (``contrasts.compare``) of a curve or a grid; empty with fewer than two seeds.
         measured: the measurements of gradients of each seed, by (arm, steps); empty in other experiments.
+        paces: the comparisons with the control of an experiment about pace; empty with fewer than two seeds.
+        relation: how the NELBO and Pass@1 are related; None in other experiments.
     """
 
     name: str
@@ -82,6 +42,8 @@ class Analysis:
     curves: dict[tuple[str, str], Curve]
     contrasts: list[Contrast]
     measured: dict[tuple[str, int], list[Result]] = field(default_factory=dict)
+    paces: list[PaceRatio] = field(default_factory=list)
+    relation: Relation | None = None
 
 
 def analyse(study: Study, plan: Plan, results: dict[str, Result]) -> list[Analysis]:
@@ -100,6 +62,9 @@ def primary(analyses: list[Analysis]) -> dict[str, Finding]:
 
 def _analysed(name: str, one: Experiment, study: Study, plan: Plan, results: dict[str, Result]) -> Analysis:
     """Gathers the scores of an experiment and compares them."""
+    if one.kind == RELATION:
+        relation = relate(one, plan, results, study.seeds)
+        return Analysis(name, one, (), relation.seeds, {}, [], relation=relation)
     steps = plan.steps[name]
     seeds = tuple(
         seed
@@ -124,10 +89,12 @@ def _analysed(name: str, one: Experiment, study: Study, plan: Plan, results: dic
         for at in steps[arm]
         if one.kind == GRADIENTS and seeds
     }
-    contrasts = []
-    if len(seeds) > 1 and len(one.arms) > 1 and one.decodings:
-        contrasts = [_matching(one, curves)] if one.kind == "grid" else _against_control(one, curves)
-    return Analysis(name, one, one.budgets, seeds, curves, contrasts, measured)
+    contrasts, paces = [], []
+    if len(seeds) > 1 and one.kind in ("curve", "grid"):
+        contrasts = compare(one, curves, len({study.decodings[way].task for way in one.decodings}) == 1)
+    if len(seeds) > 1 and one.kind == "pace":
+        paces = pace_ratios(one, curves)
+    return Analysis(name, one, one.budgets, seeds, curves, contrasts, measured, paces)
 
 
 def _check_problems(
@@ -159,41 +126,5 @@ def _curve(
         np.array([[solved(score) for score in row] for row in found], np.float64),
         np.array([[score.get("nelbo_per_token", nan)["mean"] for score in row] for row in found]),
         np.array([[score["nfe"] for score in row] for row in found]),
-    )
-
-
-def _against_control(one: Experiment, curves: dict[tuple[str, str], Curve]) -> list[Contrast]:
-    """Compares each arm with the control, by the first way of decoding."""
-    *arms, control = one.arms
-    base = curves[control, one.decodings[0]]
-    return [_contrast(f"{arm} - {control}", curves[arm, one.decodings[0]], base, one.budgets) for arm in arms]
-
-
-def _contrast(says: str, ours: Curve, theirs: Curve, budgets: tuple[int, ...]) -> Contrast:
-    difference = ours.solved - theirs.solved
-    nelbo = ours.nelbo - theirs.nelbo
-    return Contrast(
-        says,
-        difference,
-        [crossed_bootstrap(at) for at in difference],
-        [t_interval(at.mean(-1)) for at in difference],
-        crossover(budgets, difference) if len(budgets) > 1 else None,
-        [] if np.isnan(nelbo).any() else [t_interval(at) for at in nelbo],
-    )
-
-
-def _matching(one: Experiment, curves: dict[tuple[str, str], Curve]) -> Contrast:
-    """Compares, in each way of decoding, the arm that was trained for it with the mean of the other arms; averaged over decodings.
-
-    So a way of decoding that suits every arm does not count for the diagonal, and neither does an arm that is good everywhere, since
-    each arm is once the matching one and otherwise one of the others.
-    """
-    parts = []
-    for arm, decoding in zip(one.arms, one.decodings, strict=True):
-        others = [curves[other, decoding].solved for other in one.arms if other != arm]
-        parts.append(curves[arm, decoding].solved - np.mean(others, axis=0))
-    difference = np.mean(parts, axis=0)
-    intervals = [crossed_bootstrap(at) for at in difference]
-    return Contrast(
-        "matching - other training blocks", difference, intervals, [t_interval(at.mean(-1)) for at in difference], None
+        np.array([[score["tokens_per_forward"] for score in row] for row in found]),
     )

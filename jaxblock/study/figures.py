@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from jaxblock.reporting.plot_style import COLOURS, styled
 from jaxblock.study.gradients.panels import draw_gradients
+from jaxblock.study.panels import draw_bars, draw_pace, draw_relation
 from jaxblock.study.statistics import t_interval
 
 if TYPE_CHECKING:
@@ -41,20 +42,28 @@ def _figure(analysis: Analysis) -> Figure:
     """Draws what the kind of the experiment shows."""
     if analysis.experiment.kind == "gradients":
         return draw_gradients(analysis.measured)
-    return _grid(analysis) if analysis.experiment.kind == "grid" else _curves(analysis)
+    if analysis.relation is not None:
+        return draw_relation(analysis.relation)
+    curves = list(analysis.curves.values())
+    if analysis.experiment.kind == "pace":
+        return draw_pace(curves, analysis.experiment.arms)
+    if analysis.experiment.kind == "grid":
+        return _grid(analysis)
+    if len(analysis.budgets) == 1:
+        return draw_bars(curves, analysis.contrasts, with_decoding=len(analysis.experiment.decodings) > 1)
+    return _curves(analysis)
 
 
 def _curves(analysis: Analysis) -> Figure:
     """Draws Pass@1, the NELBO, and the difference in Pass@1 to the control, along the budgets."""
     one = analysis.experiment
-    several = len(one.budgets) > 1
     figure = Figure(figsize=(10, 3.2), layout="constrained")
     axes = figure.subplots(1, 3)
     for at, arm in enumerate(one.arms):
         curve = analysis.curves[arm, one.decodings[0]]
         _with_intervals(axes[0], one.budgets, 100 * curve.solved.mean(-1), arm, COLOURS[at % len(COLOURS)])
         _with_intervals(axes[1], one.budgets, curve.nelbo, arm, COLOURS[at % len(COLOURS)])
-    for at, contrast in enumerate(analysis.contrasts):
+    for at, contrast in enumerate(analysis.contrasts[: len(one.arms) - 1]):  # those by the first way of decoding
         mean = [100 * found.estimate for found in contrast.crossed]
         bars = np.array([[100 * (f.estimate - f.low), 100 * (f.high - f.estimate)] for f in contrast.crossed]).T
         colour = COLOURS[at % len(COLOURS)]
@@ -66,11 +75,10 @@ def _curves(analysis: Analysis) -> Figure:
     names = ("Pass@1 (%)", "NELBO (nats per text token)", "difference in Pass@1 (points)")
     for axis, name in zip(axes, names, strict=True):
         axis.set_ylabel(name)
-        axis.set_xlabel(_UNITS[one.unit].format(reference) + (" (log)" if several else ""))
-        if several:
-            axis.set_xscale("log", base=2)
-            axis.set_xticks(one.budgets, [f"{budget:,}" for budget in one.budgets])
-            axis.minorticks_off()
+        axis.set_xlabel(_UNITS[one.unit].format(reference) + " (log)")
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(one.budgets, [f"{budget:,}" for budget in one.budgets])
+        axis.minorticks_off()
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8)
     return figure

@@ -13,11 +13,14 @@ from jaxblock.evaluation.statistics import mean_se
 from jaxblock.io.files import write_text
 from jaxblock.io.folders import list_folder
 from jaxblock.io.paths import PathLike, as_path
-from jaxblock.study.analysis import Analysis, Contrast, Curve, analyse, primary
+from jaxblock.study.analysis import Analysis, analyse, primary
 from jaxblock.study.cells import Plan
+from jaxblock.study.contrasts import Contrast, Curve
 from jaxblock.study.figures import draw
 from jaxblock.study.gradients.tables import tables as gradients_tables
 from jaxblock.study.hypotheses import Finding
+from jaxblock.study.pace import pace_table
+from jaxblock.study.relation import relation_table
 from jaxblock.study.results import Result, is_done
 from jaxblock.study.spec import Study
 from jaxblock.study.statistics import PERCENTAGE_POINTS, Interval
@@ -91,16 +94,21 @@ def write_report(study: Study, plan: Plan, results: Mapping[str, Result], out: P
 
 
 def _tables(one: Analysis) -> list[Table]:
-    """Returns the tables of an experiment: what each arm scored, and the differences; or what was measured of gradients."""
+    """Returns the tables of an experiment: what each arm scored, and the comparisons; or what its kind has instead."""
     if one.measured:
         return gradients_tables(one.measured)
+    if one.relation is not None:
+        return [relation_table(one.relation)]
+    pace = one.experiment.kind == "pace"
     scores: list[Row] = []
     for curve in one.curves.values():
         for at, budget in enumerate(one.budgets):
-            scores.append([curve.arm, curve.decoding, f"{budget:,}", f"{curve.steps[at]:,}", *_scored(curve, at)])
-    tables: list[Table] = [
-        (["arm", "decoding", "budget", "steps", "Pass@1, mean of seeds", "NELBO per token", "forward passes"], scores)
-    ]
+            row = [curve.arm, curve.decoding, f"{budget:,}", f"{curve.steps[at]:,}", *_scored(curve, at)]
+            scores.append([*row, f"{curve.pace[at].mean():.2f}"] if pace else row)
+    header = ["arm", "decoding", "budget", "steps", "Pass@1, mean of seeds", "NELBO per token", "forward passes"]
+    tables: list[Table] = [([*header, "tokens per forward"] if pace else header, scores)]
+    if one.paces:
+        tables.append(pace_table(one.paces))
     rows: list[Row] = []
     for contrast in one.contrasts:
         for at, budget in enumerate(one.budgets):

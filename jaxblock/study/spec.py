@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,42 +11,11 @@ from jaxblock.config.config import Config
 from jaxblock.config.yaml import build_from_tree, config_from_tree, read_tree
 from jaxblock.errors import UserError, shown
 from jaxblock.io.paths import PathLike
+from jaxblock.study.experiments import RELATION, Experiment, check_experiment, check_name, experiment_from_tree, nearest
 from jaxblock.study.gradients.sizes import GRADIENTS, GradientSizes
-
-Unit = Literal["steps", "flops", "masked_tokens", "block_positions"]
-"""What two arms are given the same amount of: updates, computing, masked tokens with loss, or positions of active blocks."""
 
 Tree = dict[str, Any]
 """Sections of settings as nested plain values, as they stand in a YAML file."""
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """Compares arms at one or several lengths of training.
-
-    Attributes:
-        title: one line for the report.
-        arms: the arms that are compared; the last one is the control. A single one is only drawn.
-        decodings: the ways of decoding by which each arm is scored; none where gradients are measured.
-        budgets: the lengths of training, in steps of the arm `reference`.
-        unit: what the other arms get as much of as `reference` does in these steps.
-        reference: the arm whose steps the budgets count; None for the first one.
-        primary: whether the experiment tests a hypothesis of the protocol; others are exploratory.
-        seeds: the number of seeds, from the study's first one on; None for all.
-        kind: `curve` compares each arm with the control along the budgets; `grid` asks at one budget whether an arm is best
-            decoded with its own block size; `gradients` measures the gradients of each arm's checkpoints at the budgets
-            (docs/study/gradients.md).
-    """
-
-    title: str
-    arms: tuple[str, ...]
-    budgets: tuple[int, ...]
-    decodings: tuple[str, ...] = ()
-    unit: Unit = "steps"
-    reference: str | None = None
-    primary: bool = False
-    seeds: int | None = None
-    kind: Literal["curve", "grid", "gradients"] = "curve"
 
 
 @dataclass(frozen=True)
@@ -176,13 +144,7 @@ def study_from_tree(tree: Any, where: str) -> Study:
         tasks={name: _sections(one, where, f"tasks.{name}") for name, one in named["tasks"].items()},
         arms={name: _arm(one, where, f"arms.{name}") for name, one in named["arms"].items()},
         decodings={name: _decoding(one or {}, where, f"decodings.{name}") for name, one in named["decodings"].items()},
-        experiments={
-            name: build_from_tree(
-                Experiment, {"title": name, **_mapping(one, where, name)}, where, f"experiments.{name}."
-            )
-            for name, one in named["experiments"].items()
-            if _has_fields(one, where, name)
-        },
+        experiments={name: experiment_from_tree(one, where, name) for name, one in named["experiments"].items()},
         scoring=build_from_tree(Scoring, tree.get("scoring") or {}, where, "scoring."),
         gradients=build_from_tree(GradientSizes, tree.get("gradients") or {}, where, "gradients."),
     )
@@ -203,20 +165,8 @@ def _mapping(value: Any, where: str, name: str, known: Collection[str] | None = 
         raise UserError(f"{where}: {name} must be a mapping of keys, not {shown(value)}")
     for key in value:
         if known is not None and key not in known:
-            raise UserError(f"{where}: {name} has no key {shown(key)}{_nearest(str(key), known)}")
+            raise UserError(f"{where}: {name} has no key {shown(key)}{nearest(str(key), known)}")
     return dict(value)
-
-
-def _has_fields(value: Any, where: str, name: str) -> bool:
-    """Returns True; raises UserError where an experiment lacks a field without a default."""
-    given = _mapping(value, where, f"experiments.{name}")
-    measured = given.get("kind") == GRADIENTS
-    if measured and given.get("decodings"):
-        raise UserError(f"{where}: experiments.{name} measures gradients, which need no decodings: leave them out")
-    for field in ("arms", "budgets") if measured else ("arms", "decodings", "budgets"):
-        if not given.get(field):
-            raise UserError(f"{where}: experiments.{name}.{field} is missing or empty")
-    return True
 
 
 def _sections(value: Any, where: str, name: str, known: Collection[str] | None = None) -> Tree:
@@ -245,23 +195,14 @@ def _decoding(value: Any, where: str, name: str) -> Decoding:
     return Decoding(None if task is None else str(task), _sections(tree, where, name, _SCORED_BY))
 
 
-def _nearest(name: str, known: Collection[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(known)}"
-
-
 def _check(study: Study, where: str) -> None:
     """Raises UserError where a name is unknown, arms start from each other in a circle, or an experiment cannot be run."""
 
-    def known(name: str | None, names: Collection[str], place: str) -> None:
-        if name not in names:
-            raise UserError(f"{where}: {place} names {shown(name)}, which is not there{_nearest(str(name), names)}")
-
     for name, arm in study.arms.items():
-        known(arm.task, study.tasks, f"arms.{name}.task")
+        check_name(arm.task, study.tasks, where, f"arms.{name}.task")
         seen = [name]
         while (start := study.arms[seen[-1]].start) is not None:
-            known(start, study.arms, f"arms.{seen[-1]}.start")
+            check_name(start, study.arms, where, f"arms.{seen[-1]}.start")
             if start in seen:
                 raise UserError(f"{where}: arms start from each other in a circle: {' <- '.join([*seen, start])}")
             seen.append(start)
@@ -269,11 +210,11 @@ def _check(study: Study, where: str) -> None:
             raise UserError(f"{where}: arms.{arm.start}.steps is missing: {name} starts where this arm ends")
     for name, decoding in study.decodings.items():
         if decoding.task is not None:
-            known(decoding.task, study.tasks, f"decodings.{name}.task")
+            check_name(decoding.task, study.tasks, where, f"decodings.{name}.task")
     for task in study.tasks:
         other = tokenizer_of(study, task)
         if other is not None:
-            known(other, study.tasks, f"tasks.{task}.data.tokenizer")
+            check_name(other, study.tasks, where, f"tasks.{task}.data.tokenizer")
             if study.tasks[other].get("data", {}).get("tokenizer", "train") != "train":
                 raise UserError(
                     f"{where}: tasks.{task}.data.tokenizer names task {other}, which trains none: name one that does"
@@ -283,25 +224,25 @@ def _check(study: Study, where: str) -> None:
         raise UserError(
             f"{where}: no arm is trained or scored on task {task}: leave it out, or name it as the task of an arm"
         )
+    of_arms = {name: arm.task for name, arm in study.arms.items()}
+    of_decodings = {name: decoding.task for name, decoding in study.decodings.items()}
     for name, one in study.experiments.items():
-        place = f"experiments.{name}"
-        for of in one.arms:
-            known(of, study.arms, f"{place}.arms")
-        for way in one.decodings:
-            known(way, study.decodings, f"{place}.decodings")
-        known(one.reference or one.arms[0], one.arms, f"{place}.reference")
-        if min(one.budgets) < 1 or list(one.budgets) != sorted(set(one.budgets)):
-            raise UserError(
-                f"{where}: {place}.budgets must be whole numbers of at least 1 that rise, not {list(one.budgets)}"
-            )
-        if one.seeds is not None and not 1 <= one.seeds <= len(study.seeds):
-            raise UserError(f"{where}: {place}.seeds is {one.seeds}: the study has {len(study.seeds)} seeds")
-        if one.kind == "grid" and (len(one.budgets) != 1 or len(one.arms) != len(one.decodings)):
-            raise UserError(
-                f"{where}: {place} is a grid: give one budget, and for each arm the decoding that belongs to it"
-            )
-        if len(set(one.arms)) < len(one.arms):
-            raise UserError(f"{where}: {place}.arms names an arm twice: {', '.join(one.arms)}")
+        check_experiment(one, f"experiments.{name}", where, of_arms, of_decodings, len(study.seeds))
+        if one.kind == RELATION and not study.scoring.nelbo_rows:
+            raise UserError(f"{where}: experiments.{name} needs the NELBO: set scoring.nelbo_rows to 1 or more")
+    scored = {
+        (of, way)
+        for one in study.experiments.values()
+        if one.kind != RELATION
+        for of in one.arms
+        for way in one.decodings
+    }
+    for name, one in study.experiments.items():
+        for of in one.arms if one.kind == RELATION else ():
+            if (of, one.decodings[0]) not in scored:
+                raise UserError(
+                    f"{where}: experiments.{name} has arm {of}, which no other experiment scores by {one.decodings[0]}: leave it out"
+                )
 
 
 def _check_gradients(study: Study, where: str, has_sizes: bool) -> None:
@@ -311,8 +252,6 @@ def _check_gradients(study: Study, where: str, has_sizes: bool) -> None:
         raise UserError(f"{where}: decodings.{GRADIENTS} has the name of a kind of experiment: give it another")
     if has_sizes and not measured:
         raise UserError(f"{where}: gradients has no effect, since no experiment is of the kind gradients: leave it out")
-    for name, one in measured.items():
-        if one.primary:
-            raise UserError(f"{where}: experiments.{name} measures gradients, which tests nothing: leave out primary")
+    for one in measured.values():
         for arm in one.arms:
             study.gradients.check(study.config(arm), f"{where}: arms.{arm}", where)

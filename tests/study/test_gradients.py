@@ -325,7 +325,7 @@ def with_gradients(**fields):
     "tree, says",
     [
         (with_gradients(decodings=["own"]), "experiments.grid measures gradients, which need no decodings"),
-        (with_gradients(primary=True), "experiments.grid measures gradients, which tests nothing"),
+        (with_gradients(primary=True), "experiments.grid is of the kind gradients, which tests nothing"),
         (with_gradients() | {"gradients": {"forwards": 6}}, "gradients.forwards is 6: it must be a multiple of 4"),
         (with_gradients() | {"gradients": {"examples": 2}}, "gradients.examples is 2: it must be at least 3"),
         (with_gradients() | {"gradients": {"bound_blocks": [5]}}, "divide canvas.response_len 16, not"),

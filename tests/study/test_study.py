@@ -1,14 +1,14 @@
 """A study: its file, the cells that it is laid out in, what a cell computes, and what a report says of planted results."""
 
 import copy
-import itertools
+import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from jaxblock.config.checks import check_config
 from jaxblock.config.yaml import config_from_tree
 from jaxblock.errors import UserError
 from jaxblock.models.families import registry
@@ -37,6 +37,9 @@ TREE = {
     },
     "scoring": {"split": "validation", "problems": 64, "nelbo_rows": 0},
 }  # fmt: skip
+
+
+RELATED = {"kind": "relation", "arms": ["blockwise", "classical"], "decodings": ["own"]}
 
 
 def changed(*path_and_value):
@@ -84,6 +87,13 @@ def laid_out(tree=TREE):
         (changed("experiments", "steps", "unit", "hours"), "experiments.steps.unit"),
         (changed("experiments", "tokens", "seeds", 9), "experiments.tokens.seeds is 9: the study has 8 seeds"),
         (changed("experiments", "grid", "decodings", ["own"]), "experiments.grid is a grid"),
+        (changed("experiments", "steps", "decodings", ["own", "own"]), "experiments.steps.decodings names one of them twice"),
+        (changed("experiments", "steps", "kind", "pace"), "experiments.steps is of the kind pace, which tests nothing"),
+        (changed("experiments", "tokens", "kind", "pace"), "tokens compares the pace of decoding: give one budget, and two"),
+        (changed("experiments", "tokens", "kind", "relation"), "experiments.tokens.budgets has no effect, since a relation"),
+        (changed("experiments", "all", {"kind": "relation", "arms": ["blockwise"]}), "experiments.all.decodings is missing"),
+        (changed("experiments", "all", {**RELATED, "decodings": ["own", "whole"]}), "by one way of decoding: give one, not 2"),
+        (changed("experiments", "all", RELATED), "experiments.all needs the NELBO: set scoring.nelbo_rows to 1 or more"),
     ],
 )  # fmt: skip
 def test_a_wrong_file_is_refused_with_the_place_and_what_to_write(tree, says):
@@ -137,17 +147,21 @@ def test_a_score_is_another_one_where_the_problems_or_the_decoder_are_and_only_t
         assert {one for one in ways if cells.how_scored(study, *one) != before[one]} == others
 
 
-@pytest.mark.parametrize("law", ["exact_count", "bernoulli", "floored_bernoulli"])
-def test_expected_masks_are_the_mean_of_what_the_laws_draw(law):
+@pytest.mark.parametrize(
+    "law, floor",
+    [("exact_count", 0.0), ("exact_count", 0.3), ("bernoulli", 0.0), ("bernoulli", 0.3), ("floored_bernoulli", 0.0)],
+)
+def test_expected_masks_are_the_mean_of_what_the_laws_draw(law, floor):
     import jax
 
     from jaxblock.diffusion import laws
 
     draws, n, rng = 20_000, 5, np.random.default_rng(1)
     count, position = rng.random(draws, np.float32), rng.random((draws, n), np.float32)
+    count = np.float32(floor) + np.float32(1 - floor) * count
     masked, _ = jax.jit(getattr(laws, law))(count, position, np.ones((draws, n), bool))
     sizes = np.asarray(masked.sum(-1))
-    assert abs(sizes.mean() - amounts.expected_masks(law, n)) < 4 * sizes.std() / draws**0.5
+    assert abs(sizes.mean() - amounts.expected_masks(law, n, floor)) < 4 * sizes.std() / draws**0.5
     assert amounts.expected_masks("stratified_count", 8) == 4.5
 
 
@@ -160,7 +174,8 @@ def planted(study, plan, advantage):
         scores = {}
         for point in cell.points:
             bits = rng.uniform(size=easy.size) < chance
-            scores[str(point)] = {"problems": len(bits), "correct": np.packbits(bits).tobytes().hex(), "nfe": 16.0}
+            correct = np.packbits(bits).tobytes().hex()
+            scores[str(point)] = {"problems": len(bits), "correct": correct, "nfe": 16.0, "tokens_per_forward": 1.0}
         made[cell.name] = {
             "scores": scores,
             "steps": cell.steps,
@@ -197,8 +212,9 @@ def test_a_planted_effect_is_found_and_a_planted_null_is_not(tmp_path):
 def test_a_grid_compares_the_matching_block_size_with_the_others_in_each_way_of_decoding():
     study, plan = laid_out()
     made = planted(study, plan, 0.0)
-    all_right = {"problems": 64, "correct": "ff" * 8, "nfe": 1.0}
-    none = {"problems": 64, "correct": "00" * 8, "nfe": 1.0}
+    costs = {"nfe": 1.0, "tokens_per_forward": 1.0}
+    all_right = {"problems": 64, "correct": "ff" * 8, **costs}
+    none = {"problems": 64, "correct": "00" * 8, **costs}
     for seed in study.seeds:
         for arm, own, whole in (("blockwise", all_right, none), ("classical", all_right, all_right)):
             made[f"{arm}-s{seed}"]["scores"] |= {"20/own": own, "20/whole": whole}
@@ -245,8 +261,41 @@ def test_a_cell_that_another_process_computes_does_not_hold_up_the_others(tmp_pa
     assert started == ["blockwise-s0", "classical-s0", "blockwise-s0"]
 
 
-def test_a_cell_that_is_stopped_goes_on_with_the_scores_that_are_missing(tmp_path):
+def test_results_of_other_settings_or_other_texts_are_not_put_together(tmp_path):
     study, plan = laid_out()
+
+    def result(name, texts, records):
+        cell = plan.cell(name)
+        how = {str(point): cells.how_scored(study, cell.arm, point.decoding) for point in cell.points}
+        scores = {point: {"how": hashed} | ({"texts": texts} if texts else {}) for point, hashed in how.items()}
+        found = {"arm": cell.arm, "fingerprint": cells.fingerprint(study, cell), "scores": scores}
+        return found | ({"records": records} if records else {})
+
+    def check(**made):
+        results.check_results(study, plan, {name.replace("_", "-"): one for name, one in made.items()}, tmp_path)
+
+    first = result("blockwise-s0", "a", "b")
+    check(blockwise_s0=first, classical_s0=result("classical-s0", "a", "b"), removed_s0={"arm": "removed"})
+    check(blockwise_s0=first, classical_s0=result("classical-s0", None, None))  # of an earlier version
+    for other, says in (
+        (result("classical-s0", "c", "b"), "classical-s0.json has a score 5/own on problems of task sums that are not"),
+        (result("classical-s0", "a", "c"), "classical-s0.json was trained on records of task sums that are not those"),
+        (
+            result("classical-s0", "a", "b") | {"fingerprint": "0"},
+            "classical-s0.json is the result of a cell with other",
+        ),
+        (
+            result("classical-s0", "a", "b") | {"scores": {"5/own": {"how": "0"}}},
+            "has a score 5/own on other problems or",
+        ),
+    ):
+        with pytest.raises(UserError, match=says):
+            check(blockwise_s0=first, classical_s0=other)
+
+
+def test_a_cell_that_is_stopped_goes_on_with_the_scores_that_are_missing(tmp_path, monkeypatch):
+    study, plan = laid_out()
+    monkeypatch.setattr(work, "read_manifest", lambda folder: SimpleNamespace(inputs={"train": {"sha256": "5" * 64}}))
     cell, scored = plan.cell("classical-s3"), []
 
     def evaluate(config, run, step, out):
@@ -254,7 +303,8 @@ def test_a_cell_that_is_stopped_goes_on_with_the_scores_that_are_missing(tmp_pat
             raise UserError("the machine is gone")
         scored.append((step, config.canvas.block, config.evaluate.split, config.evaluate.problems))
         (folder := tmp_path / out).mkdir(parents=True)
-        rows = [{"index": at, "grader": "exact", "correct": at % 3 == 0} for at in range(10)]
+        rows = [{"index": at, "grader": "exact", "correct": at % 3 == 0, "prompt": f"{at}?"} for at in range(10)]
+        rows[3]["reference"] = "other" if config.canvas.block == 16 else "4"
         (folder / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         summary = {"nfe": 1 / 3, "tokens_per_forward": 1.0, "decode_seconds": 2.0, "stopped": 9}
         (folder / "summary.json").write_text(json.dumps(summary))
@@ -270,19 +320,43 @@ def test_a_cell_that_is_stopped_goes_on_with_the_scores_that_are_missing(tmp_pat
     assert first == [(5, 4, "validation", 64), (20, 4, "validation", 64)] and scored == [(20, 16, "validation", 64)]
     result = results.read_results(tmp_path)[cell.name]
     assert results.is_done(cell, result) and result["scores"]["20/whole"]["nfe"] == 0.333333
+    texts = [result["scores"][point]["texts"] for point in ("5/own", "20/own", "20/whole")]
+    assert texts[0] == texts[1] != texts[2] and result["records"] == "5" * 16
     assert results.solved(result["scores"]["5/own"]).tolist() == [at % 3 == 0 for at in range(10)]
     assert work.run_cell(study, cell, str(tmp_path), verbs, print) == 0 and len(scored) == 1  # nothing is scored twice
+    # A shorter form of the study finds the longer run, and does not ask for fewer steps than it has.
+    trained = []
+    verbs = verbs._replace(train=lambda config: trained.append(config.train.steps) or 0)
+    shorter = dataclasses.replace(cell, steps=5, points=(cells.Point(5, "whole"),))
+    assert work.run_cell(study, shorter, str(tmp_path), verbs, print) == 0
+    assert trained == [20] and scored[1:] == [(5, 16, "validation", 64)]
+    assert results.read_results(tmp_path)[cell.name]["steps"] == 20
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configs" / "study").glob("*.yaml")))
 def test_studies_that_ship_are_valid_and_their_cells_can_be_laid_out(name):
     study = read_study(ROOT / "configs" / "study" / f"{name}.yaml")
     plan = cells.lay_out(study, arch)
-    assert len(plan.cells) >= len(study.seeds) * len(study.arms)
+    assert {cell.arm for cell in plan.cells} == study.arms.keys()
+    assert {cell.seed for cell in plan.cells} == set(study.seeds)
     for cell in plan.cells:
         cells.run_config(study, cell, "out")
-    for arm, decoding in itertools.product(study.arms, study.decodings):
-        check_config(study.config(arm, decoding))
+    scored = {(cell.arm, point.decoding) for cell in plan.cells for point in cell.points}
+    for arm, decoding in scored:
+        if decoding in study.decodings:
+            cells.scored_config(study, arm, decoding, "out")
+
+
+def test_the_secondary_study_has_the_cells_of_the_primary_one_in_common():
+    small, second = (read_study(ROOT / "configs" / "study" / f"{name}.yaml") for name in ("small", "small_secondary"))
+    plans = {study.title: cells.lay_out(study, arch) for study in (small, second)}
+    common = {"start", "blockwise", "classical"}
+    assert set(second.seeds) < set(small.seeds) and small.arms.keys() & second.arms.keys() == common
+    for arm in common:
+        ours, theirs = plans[small.title].cell(f"{arm}-s1"), plans[second.title].cell(f"{arm}-s1")
+        assert cells.fingerprint(small, ours) == cells.fingerprint(second, theirs)
+        assert cells.how_scored(small, arm, "by_8") == cells.how_scored(second, arm, "by_8")
+        assert {point for point in theirs.points if point.decoding == "by_8"} <= set(ours.points)
 
 
 @pytest.mark.parametrize(
