@@ -66,9 +66,10 @@ def test_a_study_of_two_processes_and_one_that_is_killed_and_run_again_give_the_
         assert all(process.stderr.readline().endswith(": waiting until it ends\n") for process in both)
     said = [process.communicate()[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
-    # One of them prepares, and computes each cell.
+    # One of them prepares both tasks, and one computes each score.
     assert sum(text.count("preparing") for text in said) == 2
-    assert sum(text.count("blockwise-s4: done") for text in said) == 1
+    log = (whole / "logs" / "blockwise-s4.log").read_text()
+    assert [log.count(f"scoring {point}\n") for point in ("5/by_8", "60/by_8", "60/at_50")] == [1, 1, 1]
     process = subprocess.Popen(command(spec, cut), stderr=subprocess.PIPE, text=True, start_new_session=True)
     for line in process.stderr:
         if "blockwise-s4: started" in line:
