@@ -1,6 +1,7 @@
 """Runs the studies that need a GPU or a pod with tiny models and few steps: everything else is as their files say."""
 
 import json
+import os
 from pathlib import Path
 
 import jax
@@ -84,7 +85,10 @@ def cut(tree, start, files):
 
 
 @pytest.mark.parametrize("name", ["gpu", "full"])
-def test_a_study_for_larger_machines_runs_small(name, tmp_path):
+def test_a_study_for_larger_machines_runs_small(name, tmp_path, monkeypatch):
+    # A cell's process has one device, since compiling for the eight of the tests takes most of a minute.
+    flags = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")
+    monkeypatch.setenv("XLA_FLAGS", flags)
     start = tmp_path / "start"
     checkpoint(start, FAMILY[name])
     tree = yaml.safe_load((Path(__file__).parents[2] / "configs" / "study" / f"{name}.yaml").read_text())
