@@ -79,10 +79,17 @@ class Part(NamedTuple):
 
 
 class KeysValues(NamedTuple):
-    """Holds the rotated keys and the values of canvas positions, of one layer or of all layers stacked."""
+    """Holds the rotated keys and the values of canvas positions, of one layer or of all layers stacked.
 
-    k: Float[Array, "*layers B T G H"]
-    v: Float[Array, "*layers B T G H"]
+    They are [B, T, G, H] where they are computed. Those of a cache lie as the attention backend reads them (``beside.keep``).
+    """
+
+    k: Float[Array, "*layers B _ _ _"]
+    v: Float[Array, "*layers B _ _ _"]
+
+
+Cache = KeysValues | tuple[KeysValues, ...]
+"""The keys and values of all layers: stacked where layers are scanned, else one by one."""
 
 
 class Sum(NamedTuple):
@@ -95,6 +102,10 @@ class Sum(NamedTuple):
 @runtime_checkable
 class Network(Protocol):
     """Declares what the method needs of a network: hidden states at chosen positions, and the head applied only to those."""
+
+    def unstacked(self, params: Params) -> Params:
+        """Returns the parameters in the form that a loop over passes should hold: what a pass would copy is copied here."""
+        ...
 
     def hidden(self, params: Params, view: View, row_keys: Array | None = None) -> Float[Array, "B A D"]:
         """Returns the hidden states at ``view.at`` after the last norm; dropout uses the keys ``row_keys`` [B], None turns it off."""
@@ -113,10 +124,10 @@ class Network(Protocol):
 class CachingNetwork(Network, Protocol):
     """Declares what decoding with a cache needs besides."""
 
-    def refresh(self, params: Params, view: View) -> tuple[Float[Array, "B A D"], KeysValues]:
+    def refresh(self, params: Params, view: View) -> tuple[Float[Array, "B A D"], Cache]:
         """Returns the hidden states at ``view.at`` (as ``hidden`` does), and the keys and values of all positions."""
         ...
 
-    def update(self, params: Params, part: Part, cache: KeysValues) -> Float[Array, "B A D"]:
+    def update(self, params: Params, part: Part, cache: Cache) -> Float[Array, "B A D"]:
         """Returns the hidden states at ``part.at``, computing only the part anew; its keys and values stand in for the cached ones."""
         ...

@@ -75,8 +75,8 @@ MUTANTS = [
            'devices = _all_devices(arch, None) if mesh == "all" else mesh', "devices = None",
            "tests/test_many_devices.py::test_the_verbs_use_all_devices_and_write_what_one_device_writes"),
     # The decoder's caches and windows.
-    Mutant("stale-values-not-replaced", "jaxblock/models/layers.py",
-           "overlay(cached.k, k, first), overlay(cached.v, v, first)", "overlay(cached.k, k, first), cached.v",
+    Mutant("stale-keys-not-hidden", "jaxblock/models/attention/xla.py",
+           "mask.visible_keys(keys) & ((after_first < 0) | (after_first >= width))", "mask.visible_keys(keys)",
            "tests/diffusion/test_cache.py::test_caches_serve_every_way_to_decode[dual-same_position-threshold]"),
     Mutant("part-without-the-position-before", "jaxblock/diffusion/decoding/passes.py",
            'return 1 if layout.alignment == "shifted" and options.quirks == "none" else 0', "return 0",

@@ -11,6 +11,7 @@ import jaxblock
 from benchmarks import (
     cache_quality,
     decode_queue,
+    decode_traffic,
     decoder_overhead,
     gguf_checkpoint,
     host_time,
@@ -59,6 +60,13 @@ def test_the_decoder_is_timed_over_every_forward():
 def test_the_queue_finds_the_answers_of_batches_in_order():
     sizes = "--d 16 --layers 1 --vocab 32 --prompt 4 --block 2 --steps 1 --problems 32 --batch 4 --repeat 1"
     assert decode_queue.main(sizes.split())["computed"] < 1.15
+
+
+@pytest.mark.slow
+def test_a_step_beside_a_cache_writes_less():
+    sizes = "--d 16 --layers 2 --vocab 32 --prompt 16 --response 16 --block 4 --steps 2 --batch 1"
+    found = decode_traffic.main(sizes.split())
+    assert found["dual, batch 1"] < found["prefix, batch 1"] < found["none, batch 1"]
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 
 from jaxblock.models.architecture import Architecture
 from jaxblock.models.attention.backends import attend
+from jaxblock.models.attention.beside import attend_beside
 from jaxblock.models.attention.mask import Mask
 from jaxblock.models.config import Backend
 from jaxblock.models.linear.dense import dense
@@ -48,15 +49,6 @@ def rms_norm(x: Float[Array, "*rows D"], scale: Float[Array, " D"], eps: float) 
     wide = x.astype(at_least_float32(x.dtype))
     normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     return rounded_once(jnp.multiply, normed.astype(x.dtype), scale.astype(x.dtype))
-
-
-def overlay(
-    cached: Float[Array, "B T G H"], new: Float[Array, "B Q G H"], first: Int[Array, " B"]
-) -> Float[Array, "B T G H"]:
-    """Replaces each row's positions from ``first`` on by new ones; those that would lie past the end are dropped."""
-    at = jnp.arange(cached.shape[1]) - first[:, None]
-    here = jnp.clip(at, 0, new.shape[1] - 1)
-    return jnp.where((at == here)[..., None, None], pick(new, here), cached)
 
 
 def pick(x: Float[Array, "B T *rest"], at: Int[Array, "B A"]) -> Float[Array, "B A *rest"]:
@@ -115,17 +107,19 @@ class Attention(nnx.Module):
         cached: KeysValues | None,
         first: Int[Array, " B"] | None,
     ) -> tuple[Float[Array, "B wanted D"], KeysValues]:
-        """Attends from all positions, or from those at ``at``, to all positions (see ``Block``)."""
+        """Attends from all positions, or from those at ``at``, to all positions and to what is cached (see ``Block``)."""
         k = rotate(self._heads(self.k(h, adapters.get("k")), self.k_norm), rotation)
         v = self._heads(self.v(h, adapters.get("v")))
-        if cached is not None:
-            assert first is not None
-            k, v = overlay(cached.k, k, first), overlay(cached.v, v, first)
         if at is not None:
             h, rotation = pick(h, at), Rotation(pick(rotation.cos, at), pick(rotation.sin, at))
         q = rotate(self._heads(self.q(h, adapters.get("q")), self.q_norm), rotation)
-        attended = attend(q, k, v, mask, self.backend)
-        return self.o(attended.reshape(*h.shape[:2], -1), adapters.get("o")), KeysValues(k, v)
+        new = KeysValues(k, v)
+        if cached is None:
+            attended = attend(q, k, v, mask, self.backend)
+        else:
+            assert first is not None
+            attended = attend_beside(q, new, cached, first, mask, self.backend)
+        return self.o(attended.reshape(*h.shape[:2], -1), adapters.get("o")), new
 
     def _heads(self, x: Float[Array, "B T _"], norm: RMSNorm | None = None) -> Float[Array, "B T N H"]:
         """Splits projected rows into heads, and normalises each head if there is a norm."""
@@ -182,11 +176,12 @@ class Block(nnx.Module):
             mask: which keys a query sees.
             adapters: the low-rank branches of this layer's matrices.
             at: the positions whose output is wanted; None for all.
-            cached: the keys and values of all canvas positions, where ``x`` is only a part of them; None where it is all.
+            cached: the keys and values of all canvas positions (see ``beside.keep``), where ``x`` is only a part of them; None
+                where it is all.
             first: the canvas position of each row's first position in ``x``, where ``cached`` is given.
 
         Returns:
-            (the residual stream at the wanted positions, the keys and values of all canvas positions).
+            (the residual stream at the wanted positions, the keys and values of the positions of ``x``).
         """
         attended, keys_values = self.attention(self.attn_norm(x), rotation, mask, at, adapters, cached, first)
         x = (x if at is None else pick(x, at)) + attended

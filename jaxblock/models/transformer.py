@@ -20,6 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
 from jaxblock.models.architecture import Architecture
+from jaxblock.models.attention import beside
 from jaxblock.models.attention.mask import Mask, MaskKind
 from jaxblock.models.config import Backend, Quantize, Remat
 from jaxblock.models.families import registry
@@ -32,7 +33,7 @@ from jaxblock.models.numerics import at_least_float32, look_up
 from jaxblock.models.rotary import Rotation, compute_rotation
 from jaxblock.models.spec import Table
 from jaxblock.parallel.rules import constrain
-from jaxblock.types import KeysValues, Params, Part, Places, View
+from jaxblock.types import Cache, KeysValues, Params, Part, Places, View
 
 _LAYER_INPUT = "layer_input"
 
@@ -115,6 +116,20 @@ class Transformer:
             raise ValueError(f"a layer's parameters are {sorted(paths)}; missing or unknown: {sorted(wrong)}")
         return nnx.merge(graph, traverse_util.unflatten_dict({paths[name]: leaf for name, leaf in own.items()}))  # noqa: TID251
 
+    def unstacked(self, params: Params) -> Params:
+        """Returns the parameters with those of each layer by themselves, in a tuple, where layers are unrolled.
+
+        Otherwise every pass copies every layer's matrices out of their stack, which in a loop XLA does again and again: for
+        passes of few positions that takes as long as a quarter of the products.
+        """
+        if self.scan_layers or isinstance(params["blocks"], tuple):
+            return params
+        found = {**params, "blocks": _by_layer(params["blocks"], self.arch.n_layers)}
+        if self.lora is not None:
+            adapters = params[lora.KEY]
+            found[lora.KEY] = {**adapters, "blocks": _by_layer(adapters["blocks"], self.arch.n_layers)}
+        return found
+
     def hidden(self, params: Params, view: View, row_keys: Array | None = None) -> Float[Array, "B A D"]:
         """Computes the hidden states at ``view.at``, after the last norm.
 
@@ -156,14 +171,14 @@ class Transformer:
         x = self._embedded(params, ids)
         return self._run(params, x, self._rotation(positions, length), Mask(length, self.mask), at, row_keys)[0]
 
-    def refresh(self, params: Params, view: View) -> tuple[Float[Array, "B A D"], KeysValues]:
+    def refresh(self, params: Params, view: View) -> tuple[Float[Array, "B A D"], Cache]:
         """Computes what ``hidden`` does, and returns the keys and values of all positions beside it."""
         x, rotation = self._embedded(params, view.ids), self._rotation(view.positions, view.length)
         x, cache = self._run(params, x, rotation, Mask(view.length, self.mask), view.at, keep=True)
         assert cache is not None
         return rms_norm(x, params["final_norm"], self.arch.norm_eps), cache
 
-    def update(self, params: Params, part: Part, cache: KeysValues) -> Float[Array, "B A D"]:
+    def update(self, params: Params, part: Part, cache: Cache) -> Float[Array, "B A D"]:
         """Computes the hidden states at ``part.at``, where only the positions of ``part`` are computed anew.
 
         Their queries see all visible positions; the keys and values of the positions that are not in the part are those of
@@ -178,11 +193,10 @@ class Transformer:
             raise ValueError(
                 "a cache needs a bidirectional network: a causal mask would take the part's first query for the canvas's"
             )
-        (rows, width), canvas = part.ids.shape, cache.k.shape[2]
-        everywhere = jnp.broadcast_to(jnp.arange(canvas, dtype=jnp.int32), (rows, canvas))
-        whole = self._rotation(everywhere, part.length)
-        at = jnp.minimum(part.first[:, None] + jnp.arange(width, dtype=jnp.int32), canvas - 1)
-        rotation = Rotation(pick(whole.cos, at), pick(whole.sin, at))
+        at = part.first[:, None] + jnp.arange(part.ids.shape[1], dtype=jnp.int32)
+        last = part.length[:, None] - 1  # the last visible position, since ``dynamic`` scaling counts positions
+        whole = compute_rotation(jnp.concatenate([jnp.minimum(at, last), last], axis=1), self.arch, self.dtype)
+        rotation = Rotation(whole.cos[:, :-1], whole.sin[:, :-1])
         x = self._embedded(params, part.ids)
         x, _ = self._run(params, x, rotation, Mask(part.length, self.mask), part.at, cached=cache, first=part.first)
         return rms_norm(x, params["final_norm"], self.arch.norm_eps)
@@ -201,10 +215,10 @@ class Transformer:
         at: Int[Array, "B A"] | None,
         row_keys: Array | None = None,
         *,
-        cached: KeysValues | None = None,
+        cached: Cache | None = None,
         first: Int[Array, " B"] | None = None,
         keep: bool = False,
-    ) -> tuple[Float[Array, "B wanted D"], KeysValues | None]:
+    ) -> tuple[Float[Array, "B wanted D"], Cache | None]:
         """Runs all layers (see ``trunk``).
 
         Args:
@@ -235,27 +249,25 @@ class Transformer:
             keys = row_keys if drops else None
             branches = {} if self.lora is None else lora.layer_branches(self.lora, adapters, index, keys, mask.places)
             x, new = self._with_params(own)(x, rotation, mask, branches, at, old, first)
-            kept = KeysValues(*(constrain(leaf, "batch", None, "kv_heads", None) for leaf in new)) if keep else None
-            return constrain(x, "batch", None, None), kept
+            return constrain(x, "batch", None, None), beside.keep(*new, self.attention) if keep else None
 
         if self.remat != "none":
             layer = jax.checkpoint(layer, policy=_POLICIES[self.remat], prevent_cse=not self.scan_layers)
         stacks = (params["blocks"], params[lora.KEY]["blocks"] if self.lora else {})
         if self.scan_layers:
-            xs = (*stacks, jnp.arange(self.arch.n_layers), cached)
+            xs: tuple[Any, ...] = (*stacks, jnp.arange(self.arch.n_layers), cached)
             x, kept = jax.lax.scan(lambda x, own: layer(x, *own), x, xs)
             return x if at is None else pick(x, at), kept
         trimmed = None if drops or self.mask == "causal" else at
-        layers = []
-        for index in range(self.arch.n_layers):
-            own, adapters, of_layer = jax.tree.map(lambda leaf, i=index: leaf[i], (*stacks, cached))
-            last = index == self.arch.n_layers - 1
-            x, kept = layer(x, own, adapters, index, of_layer, trimmed if last else None)
+        count, layers = self.arch.n_layers, list[Any]()
+        by_layer = zip(*(_by_layer(stack, count) for stack in stacks), cached or [None] * count, strict=True)
+        for index, (own, adapters, old) in enumerate(by_layer):
+            x, kept = layer(x, own, adapters, index, old, trimmed if index == count - 1 else None)
             layers.append(kept)
             if self.check_layer is not None:
                 self.check_layer(index, x)
         x = x if at is None or trimmed is not None else pick(x, at)
-        return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers) if keep else None
+        return x, tuple(layers) if keep else None
 
     def _embedded(self, params: Params, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Looks up the embeddings of tokens.
@@ -319,3 +331,16 @@ class Transformer:
         here = jnp.arange(logits.shape[-1]) == targets[..., None]
         chosen = jnp.sum(jnp.where(here, logits, 0), axis=-1)
         return jax.nn.logsumexp(logits, axis=-1) - chosen
+
+
+def _by_layer(stack: Params | tuple[Params, ...], layers: int) -> tuple[Params, ...]:
+    """Returns each layer's parameters from stacked ones; those that are one by one already (``Transformer.unstacked``) as they are.
+
+    The gradient of a split is one concatenation. That of picking layer after layer would add up as many arrays of the size of the
+    stack, zero but for one layer, which XLA for CPUs does element by element: a twentieth of a train step.
+    """
+    if isinstance(stack, tuple):
+        return stack
+    leaves, tree = jax.tree.flatten(stack)
+    split = [[part.reshape(part.shape[1:]) for part in jax.lax.split(leaf, (1,) * layers)] for leaf in leaves]
+    return tuple(jax.tree.unflatten(tree, [parts[index] for parts in split]) for index in range(layers))

@@ -28,6 +28,9 @@ def padded(prompts, width=4):
 class Fixed:
     """A network that sees the first token of the prompt alone: ``table[first token, response position]`` are its logits."""
 
+    def unstacked(self, params):
+        return params
+
     def hidden(self, params, view, row_keys=None):
         at = view.active - (view.length - params["table"].shape[1])[:, None]
         return params["table"][view.ids[:, :1], at]

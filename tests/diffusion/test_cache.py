@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import chex
 import jax
 import numpy as np
@@ -37,6 +39,15 @@ def _decode(net, layout, options, prompts=PROMPTS, width=4, first=0):
 def _assert_same(one, other, but=("positions", "computed")):
     """Asserts that responses are equal but for the counts named."""
     chex.assert_trees_all_equal(*(found._replace(**dict.fromkeys(but, np.zeros(1))) for found in (one, other)))
+
+
+def _equations(jaxpr):
+    """Yields every operation of a traced function, and of those that it calls."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for leaf in jax.tree.leaves(eqn.params):
+            inner = getattr(leaf, "jaxpr", leaf)
+            yield from _equations(inner) if hasattr(inner, "eqns") else ()
 
 
 def _with(options, **fields):
@@ -129,6 +140,23 @@ def test_positions_past_the_window_are_not_computed(tiny, made, monkeypatch):
     _assert_same(narrow, wide, ("computed",))
     np.testing.assert_allclose(scores, oracle, rtol=2e-5)
     assert (narrow.computed < wide.computed).all() and np.abs(oracle).max() > 1
+
+
+@pytest.mark.parametrize("cache", ["none", "dual"])
+def test_a_loop_over_passes_holds_the_matrices_of_each_unrolled_layer(tiny, made, cache):
+    """It would copy them out of their stacks at every pass. The tokens are those of scanned layers, whose loop holds the stacks."""
+    (net, params), layout, options = made[2], tiny[1](), decoding(3, cache=cache)
+    unrolled = dataclasses.replace(net, scan_layers=False)
+    stacks = {leaf.shape for leaf in params["blocks"].values() if leaf.ndim == 3}
+
+    def held(net):
+        """The shapes of what the innermost loop of the decoder is given."""
+        run = jax.make_jaxpr(lambda params, *given: decoder.decode_prompts(net, layout, options, params, 3, *given))
+        found = [eqn for eqn in _equations(run(params, *padded(PROMPTS)).jaxpr) if eqn.primitive.name == "while"]
+        return {var.aval.shape for eqn in found for var in eqn.invars}
+
+    assert held(net) >= stacks and not held(unrolled) & stacks
+    _assert_same(*(_decode((each, params), layout, options) for each in (net, unrolled)), ())
 
 
 @pytest.mark.parametrize(

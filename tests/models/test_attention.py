@@ -6,11 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxblock.models.attention import splash
+from jaxblock.models.attention import beside, splash
 from jaxblock.models.attention.backends import attend, backend_of
 from jaxblock.models.attention.mask import Mask
 from jaxblock.parallel import rules
 from jaxblock.parallel.mesh import make_mesh
+from jaxblock.types import KeysValues
 
 B, T = 2, 9
 
@@ -32,6 +33,35 @@ def test_attention_backends_agree():
             want[b, :, n] = score / score.sum(-1, keepdims=True) @ v[b, :seen, g]
         for got in found:
             np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_new_keys_take_the_places_of_kept_ones():
+    """Against plain attention to one array, for every grouping: inside it, across its end, and beyond what is visible."""
+    draw, (length, first) = np.random.default_rng(0), np.array([[9, 4, 9], [7, 3, 2]], np.int32)
+    arrays = [[draw.normal(size=(3, t, n, 8)).astype("f4") for t, n in ((2, 4), (T, g), (3, g))] for g in (4, 2, 1)]
+    cases = []
+    for q, kept, new in arrays:
+        whole = np.concatenate([kept, kept[:, :3]], axis=1)
+        for row, at in enumerate(first):
+            whole[row, at : at + 3] = new[row]
+        cases.append((q, *((leaf, leaf + 1) for leaf in (whole[:, :T], kept, new))))
+
+    @jax.jit
+    def every(cases, first, length):
+        mask = Mask(length)
+        want = [attend(q, *whole, mask, "reference") for q, whole, _, _ in cases]
+        got = [
+            [
+                beside.attend_beside(q, KeysValues(*new), beside.keep(*kept, name), first, mask, name)
+                for q, _, kept, new in cases
+            ]
+            for name in ("xla", "reference")
+        ]
+        return want, got
+
+    want, got = every(cases, first, length)
+    for found in got:
+        chex.assert_trees_all_close(found, want, rtol=1e-5, atol=1e-5)
 
 
 def test_splash_attention_is_the_oracles():

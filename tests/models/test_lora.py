@@ -42,6 +42,8 @@ def test_a_branch_is_what_the_merged_matrix_does():
     assert merged.keys() == params.keys() - {"lora"}
     want = hidden(NET, merged, SEEN)
     np.testing.assert_allclose(hidden(ADAPTED, params, SEEN), want, atol=2e-5)
+    unrolled = dataclasses.replace(ADAPTED, scan_layers=False)
+    np.testing.assert_allclose(hidden(unrolled, unrolled.unstacked(params), SEEN), want, atol=2e-5)
     assert np.abs(want - hidden(NET, BASE, SEEN)).max() > 0.05
 
 

@@ -143,6 +143,7 @@ def decode_block(
     most_steps = layout.block if RULES[options.rule].pace == "rule" else options.steps(layout.block)
     canvas = canvas._replace(ids=carry.ids)
     sizes = widest(layout, options, _room(layout, canvas)) if sizes is None else sizes
+    params = net.unstacked(params)
     passes = Passes(net, layout, options, params, canvas, carry.commit_step == GIVEN, blocks, sizes)
     tokens, live = _open_block(layout, canvas, carry, blocks)
     masks_at_start = jnp.sum((tokens == layout.mask_id) & live, axis=-1)
@@ -247,6 +248,7 @@ def decode(
     by_block = sizes_by_block(layout, options, _room(layout, canvas))
     kinds = list(dict.fromkeys(by_block))
     kind_of_block = jnp.array([kinds.index(sizes) for sizes in by_block])
+    params = net.unstacked(params)
 
     def body(carry: Carry, block: Array) -> tuple[Carry, None]:
         blocks = jnp.full_like(canvas.prompt_len, block)

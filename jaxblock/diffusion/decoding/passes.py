@@ -27,7 +27,7 @@ from jaxblock.diffusion.canvas import (
     widths_by_block,
 )
 from jaxblock.diffusion.decoding.config import DecodeConfig
-from jaxblock.types import CachingNetwork, KeysValues, Network, Params, Part, View
+from jaxblock.types import Cache, CachingNetwork, Network, Params, Part, View
 
 
 class Sizes(NamedTuple):
@@ -90,7 +90,7 @@ class Passes:
         net: the network; a ``types.CachingNetwork`` where the options have a cache.
         layout: the canvas's static part.
         options: the decoder's settings.
-        params: the network's parameters.
+        params: the network's parameters, as ``net.unstacked`` returns them.
         canvas: the committed tokens.
         given: the response positions that hold given text [B, R], which guidance hides as it hides the prompt; none but in infilling.
         blocks: the block of each row.
@@ -110,13 +110,13 @@ class Passes:
         """Computes the logits from the whole canvas."""
         return self._guided([self._logits(self.net.hidden(self.params, seen)) for seen in self._views(tokens)])
 
-    def refresh(self, tokens: Int[Array, "B A"]) -> tuple[Float[Array, "B A V"], list[KeysValues]]:
+    def refresh(self, tokens: Int[Array, "B A"]) -> tuple[Float[Array, "B A V"], list[Cache]]:
         """Computes what ``full`` does, and returns the cache of each view."""
         net = cast(CachingNetwork, self.net)
         found = [net.refresh(self.params, seen) for seen in self._views(tokens)]
         return self._guided([self._logits(hidden) for hidden, _ in found]), [cache for _, cache in found]
 
-    def update(self, tokens: Int[Array, "B A"], caches: list[KeysValues]) -> Float[Array, "B A V"]:
+    def update(self, tokens: Int[Array, "B A"], caches: list[Cache]) -> Float[Array, "B A V"]:
         """Computes the logits from a part of the canvas and the cache of each view."""
         net, pairs = cast(CachingNetwork, self.net), zip(self._views(tokens), caches, strict=True)
         return self._guided([self._logits(net.update(self.params, self._part(seen), cache)) for seen, cache in pairs])

@@ -5,10 +5,11 @@ from __future__ import annotations
 import chex
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from jaxblock.models.attention import cudnn, reference, xla
-from jaxblock.models.attention.mask import Mask
+from jaxblock.models.attention.mask import Mask, MaskKind
 from jaxblock.models.config import Backend
 from jaxblock.models.lines import by_width, join_lines, split_lines
 
@@ -17,6 +18,15 @@ def backend_of(platform: str) -> Backend:
     """Returns the fastest backend for a platform (``cpu``, ``gpu``, ``cuda``, ``tpu``)."""
     by_platform: dict[str, Backend] = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}
     return by_platform.get(platform, "xla")
+
+
+def serving(backend: Backend, dtype: DTypeLike, kind: MaskKind) -> Backend:
+    """Returns the backend that is used for a type and a kind of mask: this one, or the one that replaces it there."""
+    # The other backends compute the softmax in float32 for every type, so float64 (for proofs) needs the reference.
+    if backend == "reference" or dtype == jnp.float64:
+        return "reference"
+    # The kernels multiply in 16 bits for every type, but we promise float32 products for float32.
+    return backend if jnp.dtype(dtype).itemsize == 2 and kind == "bidirectional" else "xla"
 
 
 def attend(
@@ -48,11 +58,10 @@ def attend(
     chex.assert_equal_shape([k, v])
     chex.assert_is_divisible(q.shape[2], k.shape[2])
     chex.assert_shape(mask.length, q.shape[:1])
-    # The other backends compute the softmax in float32 for every type, so float64 (for proofs) needs the reference.
-    if backend == "reference" or q.dtype == jnp.float64:
+    backend = serving(backend, q.dtype, mask.kind)
+    if backend == "reference":
         return reference.attend(q, k, v, mask)
-    # The kernels multiply in 16 bits for every type, but we promise float32 products for float32.
-    if backend == "xla" or q.dtype.itemsize != 2 or mask.kind != "bidirectional":
+    if backend == "xla":
         return xla.attend(q, k, v, mask)
     if backend == "cudnn":
         return cudnn.attend(q, k, v, mask)
