@@ -31,12 +31,13 @@ PROMPTS = [[5, 6, 7], [8, 9, 10, 11], [12, 13], [7, 7, 5], [6, 14, 9]]
 
 
 @pytest.fixture(scope="module")
-def folders(tiny_config: Path, tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def folders(
+    tiny_config: Path, tiny_run: Path, tiny_export: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
     """Returns folders of full weights, of a run of adapters that splits weights over 8 devices, and of its adapters alone."""
     home = tmp_path_factory.mktemp("many")
-    full, adapted, int8, alone = (home / name for name in ("full", "lora", "int8", "adapter"))
-    jaxblock.load(tiny_run).save(full)
-    flags = f"--model.init_from {full} --train.out {adapted} --train.steps 2 --train.fsdp 8 --lora.rank 2"
+    adapted, int8, alone = (home / name for name in ("lora", "int8", "adapter"))
+    flags = f"--model.init_from {tiny_export} --train.out {adapted} --train.steps 2 --train.fsdp 8 --lora.rank 2"
     assert main(["train", "--config", str(tiny_config), *flags.split(), *runs.QUIET]) == 0
     shutil.copytree(adapted, int8)
     text = (int8 / "config.yaml").read_text()
@@ -44,7 +45,7 @@ def folders(tiny_config: Path, tiny_run: Path, tmp_path_factory: pytest.TempPath
     (int8 / "files.json").unlink()  # lists the file that is changed here
     (int8 / "config.yaml").write_text(text.replace("quantize: none", "quantize: int8"))
     jaxblock.load(adapted).save_adapter(alone)
-    return {"run": tiny_run, "full": full, "lora": adapted, "int8": int8, "adapter": alone}
+    return {"run": tiny_run, "full": tiny_export, "lora": adapted, "int8": int8, "adapter": alone}
 
 
 def _check_places(model: Model) -> None:
