@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from jaxblock.config.checks import check_config
 from jaxblock.data.store.prepared_folder import open_prepared
+from jaxblock.diffusion import layouts
 from jaxblock.errors import UserError
 from jaxblock.io.files import read_bytes
 from jaxblock.io.locks import only_writer
@@ -64,15 +66,36 @@ def prepare_study(spec: str, folder: str, verbs: Verbs, say: Say) -> tuple[Study
             if not (as_path(config.data.prepared) / "manifest.json").exists():
                 say(f"preparing {config.data.prepared}")
                 verbs.prepare(check_config(config, ("data", "canvas")))
-    plan = lay_out(study, lambda arm: _architecture(study, arm, folder))
+    architecture_of = functools.cache(lambda arm: _architecture(study, arm, folder))
+    plan = lay_out(study, architecture_of)
     fingerprints = {cell.name: fingerprint(study, cell) for cell in plan.cells}
     for cell in plan.cells:
-        run_config(study, cell, folder)  # checks the settings, as the next line does
-        for decoding in {point.decoding for point in cell.points} & study.decodings.keys():
-            scored_config(study, cell.arm, decoding, folder)
+        check_cell(study, cell, folder, architecture_of(cell.arm))
     check_results(study, plan, read_results(folder), folder, spec)
     write_plan(folder, read_bytes(spec).decode(), plan, fingerprints)
     return study, plan
+
+
+def check_cell(study: Study, cell: Cell, folder: str, arch: Architecture) -> None:
+    """Checks the settings by which a cell is trained and scored.
+
+    Args:
+        study: the study.
+        cell: the cell.
+        folder: the study's folder.
+        arch: the architecture of the cell's network.
+
+    Raises:
+        UserError: a setting is wrong, or a network cannot be decoded with it.
+    """
+    try:
+        decodings = {point.decoding for point in cell.points} & study.decodings.keys()
+        configs = [run_config(study, cell, folder)]
+        configs += [scored_config(study, cell.arm, decoding, folder) for decoding in sorted(decodings)]
+        for config in configs:
+            layouts.check_decoding(config.canvas, config.decode, arch)
+    except UserError as error:
+        raise UserError(f"{cell.name}: {error}") from error
 
 
 def _architecture(study: Study, arm: str, folder: str) -> Architecture:

@@ -117,6 +117,16 @@ def test_cells_come_seed_by_seed_after_their_start_with_every_point_that_an_expe
         laid_out(changed("experiments", "tokens", "budgets", [1]))
 
 
+def test_a_cell_that_cannot_be_decoded_is_refused_before_anything_runs():
+    for tree, arm, says in (
+        (changed("common", "decode", {"steps_per_block": 8}), "blockwise", "blockwise-s0: decode.steps_per_block 8 is more than the 4"),
+        (changed("decodings", "whole", {"decode": {"threshold": 0.5}}), "classical", "classical-s0: decode.threshold 0.5 has no effect"),
+    ):  # fmt: skip
+        study, plan = laid_out(tree)
+        with pytest.raises(UserError, match=says):
+            runner.check_cell(study, plan.cell(f"{arm}-s0"), "out", arch())
+
+
 def test_a_cell_is_another_one_where_its_weights_are_and_only_there():
     study, plan = laid_out()
     print_of = {cell.name: cells.fingerprint(study, cell) for cell in plan.cells}
