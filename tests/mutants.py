@@ -77,7 +77,7 @@ MUTANTS = [
     # The decoder's caches and windows.
     Mutant("stale-keys-not-hidden", "jaxblock/models/attention/xla.py",
            "mask.visible_keys(keys) & ((after_first < 0) | (after_first >= width))", "mask.visible_keys(keys)",
-           "tests/diffusion/test_cache.py::test_caches_serve_every_way_to_decode[dual-same_position-threshold]"),
+           "tests/models/test_attention.py::test_new_keys_take_the_places_of_kept_ones"),
     Mutant("part-without-the-position-before", "jaxblock/diffusion/decoding/passes.py",
            'return 1 if layout.alignment == "shifted" and options.quirks == "none" else 0', "return 0",
            "tests/diffusion/test_cache.py::test_caches_serve_every_way_to_decode[prefix-shifted-drawn]"),
