@@ -259,7 +259,7 @@ def test_losses_are_the_tables_combination(truths, name):
     def unshifted(params, view, row_keys):
         return net.hidden(params, view._replace(at=view.active), row_keys)
 
-    wrong = SimpleNamespace(hidden=unshifted, logits=net.logits, nll=net.nll)
+    wrong = SimpleNamespace(unstacked=net.unstacked, hidden=unshifted, logits=net.logits, nll=net.nll)
     off_by_one = jax.jit(lambda *given: total(wrong, *given)[0])
     compiled = jax.jit(jax.value_and_grad(total, argnums=1, has_aux=True), static_argnums=0)
     supervised = [sum(sizes) for sizes in truth.n]
