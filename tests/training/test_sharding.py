@@ -100,8 +100,10 @@ EMITTERS = "xla_cpu_use_fusion_emitters"
 def _method(case: Case) -> MethodConfig:
     if case.objective == "classical":
         return MethodConfig(objective="classical", draws=2)
+    # With adapters, whose comparison allows for what rounding does to tiny gradients.
+    prompt = 0.3 if case.rank else 0.0
     return MethodConfig(
-        law="stratified_count", draws=2, prefix_mask_rate=0.2, suffix_mask_prob=0.8, prompt_mask_rate=0.3
+        law="stratified_count", draws=2, prefix_mask_rate=0.2, suffix_mask_prob=0.8, prompt_mask_rate=prompt
     )
 
 
