@@ -38,9 +38,8 @@ training      types errors settings io diffusion parallel models config data hug
 build         types settings diffusion models config training
 fit           errors io diffusion parallel models config data huggingface training build
 streaming     types settings diffusion parallel models
-infilling     errors diffusion data streaming
 cards         errors io models config data training
-model         types errors settings io diffusion parallel models config data huggingface inference streaming infilling training cards
+model         types errors settings io diffusion parallel models config data huggingface inference streaming training cards
 chat          errors config data diffusion model
 loading       errors settings io parallel models data huggingface training build model
 harness       types errors settings diffusion parallel models data inference model

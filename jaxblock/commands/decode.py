@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from jaxblock.data.tokens.encoding import Encoder
-    from jaxblock.infilling import Infilled
     from jaxblock.model import Answer, Model
+    from jaxblock.model.infilled import Infilled
 
     Given = np.ndarray | SpannedText
 

@@ -12,8 +12,8 @@ from jaxblock.io.files import write_text
 if TYPE_CHECKING:
     import numpy as np
 
-    from jaxblock.infilling import Infilled
     from jaxblock.model import Answer, Model
+    from jaxblock.model.infilled import Infilled
     from jaxblock.streaming import Trace
 
     Given = np.ndarray | SpannedText
@@ -75,8 +75,8 @@ def traced_results(
 
 def _traced(model: Model, given: Given, index: int, candidates: int) -> tuple[Trace, Answer | Infilled]:
     """Decodes one prompt, or fills one text, and returns its trace and what ``Model.answers`` or ``Model.fillings`` gives."""
-    from jaxblock.infilling import infilled
     from jaxblock.model import Answer
+    from jaxblock.model.infilled import infilled
 
     assert model.tokenizer is not None
     if isinstance(given, SpannedText):

@@ -20,8 +20,8 @@ from jaxblock.diffusion.decoding.config import DecodeConfig
 from jaxblock.diffusion.decoding.queue import Queue
 from jaxblock.errors import UserError
 from jaxblock.inference import DeviceDecoder
-from jaxblock.infilling import Infilled, check_span_room, infilled
 from jaxblock.model.answering import Answering, checked_prompt
+from jaxblock.model.infilled import Infilled, check_span_room, infilled
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

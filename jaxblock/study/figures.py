@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from jaxblock.reporting.plot_style import COLOURS, styled
 from jaxblock.study.gradients.panels import draw_gradients
+from jaxblock.study.gradients.sizes import GRADIENTS
 from jaxblock.study.panels import draw_bars, draw_pace, draw_relation
 from jaxblock.study.statistics import t_interval
 
@@ -40,7 +41,7 @@ def draw(analysis: Analysis) -> str:
 
 def _figure(analysis: Analysis) -> Figure:
     """Draws what the kind of the experiment shows."""
-    if analysis.experiment.kind == "gradients":
+    if analysis.experiment.kind == GRADIENTS:
         return draw_gradients(analysis.measured)
     if analysis.relation is not None:
         return draw_relation(analysis.relation)
