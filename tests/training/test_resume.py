@@ -16,6 +16,7 @@ from jaxblock.cli import main
 from jaxblock.data.store.prepared_folder import open_prepared
 from jaxblock.io.locks import only_writer
 from jaxblock.training import start
+from jaxblock.training.checkpoints.reader import CheckpointReader
 from jaxblock.training.observe.window import StepWindow
 from tests import runs
 
@@ -125,6 +126,18 @@ def test_what_is_no_exact_resume_is_refused(tiny_config, tiny_run, tmp_path, ran
     names["begun"] = _begun(tiny_run, tmp_path / "begun")
     assert message.format(**names) in ran(f"train --config {tiny_config} {flags.format(**names)}", 2).err
     assert [entry.name for entry in names["full"].iterdir()] == ["thesis.tex"] and not names["new"].exists()
+
+
+def test_a_checkpoint_of_an_earlier_version_has_later_fields_at_their_defaults(tiny_config, tiny_run, ran, monkeypatch):
+    def earlier(self, step, read=CheckpointReader.meta):
+        saved = read(self, step)
+        del saved["config"]["method"]["rate_floor"]
+        return saved
+
+    monkeypatch.setattr(CheckpointReader, "meta", earlier)
+    assert "nothing to do" in ran(f"train --config {tiny_config}").err
+    said = ran(f"train --config {tiny_config} --method.rate_floor 0.3", 2).err
+    assert "method.rate_floor = 0.0 then, 0.3 now" in said
 
 
 def test_a_run_that_lost_its_checkpoints_does_not_begin_again_silently(tiny_config, run_copy, ran):
