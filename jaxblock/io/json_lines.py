@@ -58,7 +58,7 @@ class JsonlWriter:
                 return
             if kept != there:
                 write_bytes(self.path, b"".join(kept), overwrite=True)
-            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (unwritten lines wait in this object)
+            self._write_out()  # makes the file
 
     def append(self, line: str) -> None:
         """Adds one line. It is written at once to a local disk, and with the next part to an object store.
@@ -90,13 +90,13 @@ class JsonlWriter:
         return [line.decode().removesuffix("\n") for line in self._waiting]
 
     def close(self) -> None:
-        """Writes the waiting lines, and joins the parts in an object store.
+        """Writes the waiting lines, and joins the parts in an object store; no file is open between two calls.
 
         Raises:
             UserError: the lines cannot be written.
         """
         if not self._remote:
-            with explained("write", self.path), self._file:
+            with explained("write", self.path):
                 self._write_out()
             return
         self._write_part()
@@ -105,11 +105,12 @@ class JsonlWriter:
 
     def _write_out(self) -> None:
         """Writes the waiting lines to a local disk; where a full disk accepts only part of a line, the rest of it waits."""
-        while self._waiting:
-            self._begun += self._file.write(self._waiting[0][self._begun :])
-            if self._begun == len(self._waiting[0]):
-                del self._waiting[0]
-                self._begun = 0
+        with open(self.path, "ab", buffering=0) as file:
+            while self._waiting:
+                self._begun += file.write(self._waiting[0][self._begun :])
+                if self._begun == len(self._waiting[0]):
+                    del self._waiting[0]
+                    self._begun = 0
 
     def _write_part(self) -> None:
         self._since = time.monotonic()

@@ -46,6 +46,10 @@ class FolderLock:
                     "nothing more is written here"
                 )
 
+    def held(self) -> bool:
+        """Tells whether no other process has taken the folder over."""
+        return all(lease.lost is None for lease in self._leases)
+
     def add(self, place: epath.Path, *, wait: bool = False) -> None:
         """Takes a lease. Nothing is taken on a local disk that cannot be written: either nothing will be, or it is full.
 

@@ -113,11 +113,10 @@ def run(
         UserError: too many steps in a row were not finite, the last state could not be saved, or another process has taken
             the run folder over.
     """
-    with jax.set_mesh(session.mesh):
-        try:
-            return _Loop(session, step, plan, console, clock, watchdog, lock).run()
-        finally:
-            session.checkpoints.close()
+    with jax.set_mesh(session.mesh), contextlib.closing(session.checkpoints):
+        loop = _Loop(session, step, plan, console, clock, watchdog, lock)
+        with contextlib.closing(loop):
+            return loop.run()
 
 
 class _Loop:
@@ -195,6 +194,11 @@ class _Loop:
         with self.clock.during("save"):
             session.checkpoints.close()
         return self._end(step, code)
+
+    def close(self) -> None:
+        """Closes the trackers, also of a run that failed, unless another process has taken the run folder over."""
+        if self.trackers is not None and (self.lock is None or self.lock.held()):
+            self.trackers.close()
 
     def _data(self) -> Generator[Batch]:
         """Yields batches from the run's step on. Closing the generator ends the loader and waits for its workers."""

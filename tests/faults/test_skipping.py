@@ -22,6 +22,7 @@ from jaxblock.training import loop
 from jaxblock.training import step as steps
 from jaxblock.training.checkpoints.writer import CheckpointWriter
 from jaxblock.training.guard.steps import SkippedSteps
+from jaxblock.training.observe.metrics import MetricsWriter
 from jaxblock.training.optim import gating
 from jaxblock.training.optim.config import OptimizerConfig
 from jaxblock.training.optim.make import make_optimizer
@@ -154,10 +155,13 @@ def test_one_poisoned_batch_of_a_run_is_skipped(tiny_config, tmp_path, monkeypat
     assert all(again[step][key] == rows[step][key] for step in rows for key in ("loss", "lr", "grad_norm"))
 
 
-def test_a_run_whose_batches_are_all_poisoned_stops_and_names_them(tiny_config, tmp_path, ran, poison):
+def test_a_run_whose_batches_are_all_poisoned_stops_and_names_them(tiny_config, tmp_path, ran, poison, monkeypatch):
     seen, run = poison(4, 10**6), tmp_path / "run"
+    closed = []
+    monkeypatch.setattr(MetricsWriter, "close", lambda writer: closed.append(writer.path.name))
     said = ran(f"train --config {tiny_config} --train.out {run} {' '.join(runs.QUIET)} --train.max_skipped 3", 2).err
     assert "3 steps in a row (train.max_skipped)" in said
+    assert closed == ["metrics.jsonl"]  # a run that fails closes its trackers too: what they hold in memory is written
     # Steps 4 and 5 both tried the fourth update: its learning rate is logged, not that of the update after it.
     rates = learning_rates(load_config(str(tiny_config)).optimizer, 120)
     assert [row["lr"] for row in _rows(run).values()] == pytest.approx([*rates[:4], rates[3]])
