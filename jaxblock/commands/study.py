@@ -22,8 +22,8 @@ class Options:
     """Runs a study, a grid of training runs and evaluations: `run FILE --out DIR`, `status DIR`, `report DIR`."""
 
     action: Annotated[Literal["run", "status", "report", "cell"], tyro.conf.Positional]
-    """`run` computes what is missing, `status` says what is done and left, `report` writes report.md and report.html; `cell`
-    computes the one cell that `cells` names, as `run` does in processes of its own."""
+    """`run` computes what is missing, `status` says what is done and left, `report` writes report.md (with its pictures) and
+    report.html; `cell` computes the one cell that `cells` names, as `run` does in processes of its own."""
     target: Annotated[str, tyro.conf.Positional]
     """`run`: the study's file (configs/study/NAME.yaml); else its folder."""
     out: str | None = None

@@ -6,6 +6,7 @@ import html
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -28,6 +29,28 @@ from jaxblock.study.statistics import PERCENTAGE_POINTS, Interval
 Row = list[str]
 Table = tuple[Row, list[Row]]
 """The header and the rows of a table."""
+
+PICTURES = "pictures"
+"""The folder, beside report.md, of the pictures that it shows, one SVG file for each experiment."""
+
+
+class Part(NamedTuple):
+    """Holds what a report shows of one experiment.
+
+    Attributes:
+        found: what was computed from the results.
+        picture: the text of an SVG element.
+        tables: the tables below the picture.
+    """
+
+    found: Analysis
+    picture: str
+    tables: list[Table]
+
+    @property
+    def picture_file(self) -> str:
+        """The picture's file, relative to the report."""
+        return f"{PICTURES}/{self.found.name}.svg"
 
 
 def status(plan: Plan, results: Mapping[str, Result], folder: PathLike) -> str:
@@ -70,13 +93,13 @@ def status(plan: Plan, results: Mapping[str, Result], folder: PathLike) -> str:
 
 
 def write_report(study: Study, plan: Plan, results: Mapping[str, Result], out: PathLike) -> None:
-    """Writes report.md and report.html, with everything that the results so far say about the experiments.
+    """Writes report.md, its pictures and report.html, with everything that the results so far say about the experiments.
 
     Args:
         study: the study.
         plan: what it computes.
         results: the results of its cells.
-        out: the folder of the two files, which are replaced.
+        out: the folder of report.md, report.html and ``PICTURES``; files of an earlier report are replaced.
     """
     analyses = analyse(study, plan, dict(results))
     findings = primary(analyses)
@@ -85,10 +108,12 @@ def write_report(study: Study, plan: Plan, results: Mapping[str, Result], out: P
         f"{done} of {len(plan.cells)} cells are done. Scored on {study.scoring.problems} problems of the {study.scoring.split} split. "
         "Intervals are of 95%; those of a difference are for new seeds and new problems unless they are said to be over seeds.",
     ]
-    parts = [(one, _tables(one)) for one in analyses if one.seeds]
+    parts = [Part(one, draw(one), _tables(one)) for one in analyses if one.seeds]
     waiting = [one.name for one in analyses if not one.seeds]
     if waiting:
         intro.append(f"No seed is complete yet for: {', '.join(waiting)}.")
+    for one in parts:
+        write_text(as_path(out) / one.picture_file, one.picture, overwrite=True)
     write_text(as_path(out) / "report.md", _markdown(study, intro, findings, parts), overwrite=True)
     write_text(as_path(out) / "report.html", _page(study, intro, findings, parts, results), overwrite=True)
 
@@ -163,15 +188,13 @@ def _findings(findings: Mapping[str, Finding]) -> Table:
     return ["hypothesis", "effect", "over seeds alone", "p", "p, corrected (Holm)", "says"], rows
 
 
-Part = tuple[Analysis, list[Table]]
-
-
 def _markdown(study: Study, intro: list[str], findings: Mapping[str, Finding], parts: list[Part]) -> str:
     lines = [f"# {study.title}", "", *_apart(intro)]
     if findings:
         lines += ["## Primary hypotheses", "", _markdown_table(_findings(findings)), ""]
-    for one, tables in parts:
-        lines += [f"## {one.experiment.title}", "", *_apart(_said(one)), *_apart(map(_markdown_table, tables))]
+    for one in parts:
+        lines += [f"## {one.found.experiment.title}", "", *_apart(_said(one.found))]
+        lines += [f"![{one.found.experiment.title}]({one.picture_file})", "", *_apart(map(_markdown_table, one.tables))]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -217,11 +240,11 @@ def _page(
     body = [f"<h1>{escape(study.title)}</h1>", *(f"<p>{escape(text)}</p>" for text in intro)]
     if findings:
         body += ["<h2>Primary hypotheses</h2>", _html_table(_findings(findings))]
-    for one, tables in parts:
-        body.append(f"<h2>{escape(one.experiment.title)}</h2>")
-        body += [f"<p>{escape(text)}</p>" for text in _said(one)]
-        body.append(f"<figure>{draw(one)}</figure>")
-        body += map(_html_table, tables)
+    for one in parts:
+        body.append(f"<h2>{escape(one.found.experiment.title)}</h2>")
+        body += [f"<p>{escape(text)}</p>" for text in _said(one.found)]
+        body.append(f"<figure>{one.picture}</figure>")
+        body += map(_html_table, one.tables)
     body.append("<h2>Cells</h2>")
     for name, result in results.items():
         about = {key: result[key] for key in ("seconds", "versions", "settings")}

@@ -1,6 +1,8 @@
 """What a study compares besides arms along budgets: ways of decoding, pace at equal Pass@1, and NELBO against Pass@1."""
 
 import copy
+import re
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -107,6 +109,9 @@ def test_the_report_has_a_table_and_a_picture_of_each_kind(tmp_path):
     report.write_report(study, plan, results_of(study, plan), tmp_path)
     text, page = (tmp_path / "report.md").read_text(), (tmp_path / "report.html").read_text()
     assert page.count("<svg") == 4
+    shown = [tmp_path / name for name in re.findall(r"!\[.*\]\((.*)\)", text)]
+    assert sorted(shown) == sorted((tmp_path / report.PICTURES).iterdir()) and len(shown) == 4
+    assert all(ElementTree.parse(picture).getroot().tag.endswith("}svg") for picture in shown)
     for row in (
         "| fast - own, of classical | 20 | -6.2 [",
         "| blockwise / classical | 24.0% | 5.81 | 1.16 | 5.00 [5.00, 5.00] |",
