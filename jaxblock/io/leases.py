@@ -96,6 +96,15 @@ class Lease:
             wait(BEAT / 10)
             waited += BEAT / 10
 
+    def is_held(self) -> bool:
+        """Tells, without waiting, whether a process holds the lease: one that cannot be seen from here counts as living.
+
+        Raises:
+            UserError: the lease cannot be read.
+        """
+        number, owner = self._newest()
+        return number > 0 and (owner is None or is_alive(owner) is not False)
+
     def renew(self) -> None:
         """Shows that the owner lives; sets ``lost`` where another process has taken the lease over.
 

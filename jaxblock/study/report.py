@@ -13,6 +13,7 @@ import numpy as np
 from jaxblock.evaluation.statistics import mean_se
 from jaxblock.io.files import write_text
 from jaxblock.io.folders import list_folder
+from jaxblock.io.leases import Lease
 from jaxblock.io.paths import PathLike, as_path
 from jaxblock.study.analysis import Analysis, analyse, primary
 from jaxblock.study.cells import Plan
@@ -61,7 +62,8 @@ def status(plan: Plan, results: Mapping[str, Result], folder: PathLike) -> str:
         results: what is known of its cells.
         folder: the study's folder, where the locks of running cells are.
     """
-    locked = {entry.name.removeprefix(".").removesuffix(".lock") for entry in list_folder(as_path(folder) / "claims")}
+    locks = list_folder(as_path(folder) / "claims")
+    locked = {lock.name.removeprefix(".").removesuffix(".lock") for lock in locks if Lease(lock, "a cell").is_held()}
     arms = list(dict.fromkeys(cell.arm for cell in plan.cells))
     counts: dict[str, Counter[str]] = {arm: Counter() for arm in arms}
     seconds: dict[str, list[float]] = {arm: [] for arm in arms}

@@ -48,9 +48,11 @@ def test_one_writer_at_a_time_and_a_killed_one_is_succeeded(folder):
     refusal = pytest.raises(UserError, match=rf"run is being written by process {holder.pid} on \S+, since 20")
     with refusal, only_writer(folder):
         pass
+    lease = Lease(as_path(folder).parent / ".run.lock", "run")
+    assert lease.is_held()
     holder.send_signal(signal.SIGKILL)
     holder.communicate()
-    assert _locks(folder)
+    assert _locks(folder) and not lease.is_held()
     with only_writer(folder), pytest.raises(UserError, match=f"process {os.getpid()} "), only_writer(folder):
         pass
     assert _locks(folder) == []
@@ -80,7 +82,7 @@ def test_an_owner_on_another_machine_is_watched(folder, beats):
     path = as_path(folder).parent / ".run.lock"
     theirs = Lease(path, "run")
     theirs._content = changed(machine="another", host="far")().as_json()
-    assert theirs._claim(7)
+    assert not theirs.is_held() and theirs._claim(7) and theirs.is_held()
     said: list[str] = []
     waited: list[float] = []
 

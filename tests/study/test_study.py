@@ -11,6 +11,8 @@ import pytest
 
 from jaxblock.config.yaml import config_from_tree
 from jaxblock.errors import UserError
+from jaxblock.io.files import write_bytes
+from jaxblock.io.owners import this_process
 from jaxblock.models.families import registry
 from jaxblock.study import amounts, analysis, cells, report, results, runner, work
 from jaxblock.study.spec import read_study, study_from_tree
@@ -211,9 +213,11 @@ def test_a_planted_effect_is_found_and_a_planted_null_is_not(tmp_path):
     del made["classical-s7"]["scores"]["20/own"]  # the seed is then left out of what needs this score
     analysed = {one.name: one for one in analysis.analyse(study, plan, made)}
     assert (len(analysed["steps"].seeds), len(analysed["tokens"].seeds)) == (7, 3)
-    assert "23 of 24 cells" in report.status(plan, made, tmp_path) and not results.is_done(
-        plan.cell("classical-s7"), made["classical-s7"]
-    )
+    killed = dataclasses.replace(this_process(), pid=2**22)  # Linux gives no process this number
+    write_bytes(tmp_path / "claims" / ".classical-s7.lock" / "000001", killed.as_json())
+    said = report.status(plan, made, tmp_path)
+    assert [line.split()[2] for line in said.splitlines()[1:-1]] == ["0"] * len(study.arms)
+    assert "23 of 24 cells" in said and not results.is_done(plan.cell("classical-s7"), made["classical-s7"])
     made["classical-s1"]["scores"]["5/own"]["problems"] = 32
     with pytest.raises(UserError, match=r"steps: results/classical-s1.json, point 5/own has 32 problems but .* has 64"):
         analysis.analyse(study, plan, made)
