@@ -52,15 +52,19 @@ class Details:
     def keep_choices(
         self, requests: Sequence[Instance], bounds: Sequence[Bound], greedy: Sequence[bool | None]
     ) -> None:
-        """Keeps the estimates of requests, and by how much each is above the likeliest of its question, with the error of that."""
+        """Keeps the estimates of requests, and by how much each is above the likeliest of its question, with the error of that.
+
+        Some metrics (``acc_mutual_info``) also ask for the choices without their context: these are compared with nothing.
+        """
         questions: defaultdict[Question, list[int]] = defaultdict(list)
         for number, request in enumerate(requests):
             questions[question_of(request, number)].append(number)
         for numbers in questions.values():
-            best = min((bounds[number] for number in numbers), key=lambda bound: bound.nelbo)
+            choices = [number for number in numbers if requests[number].args[0]] or numbers
+            best = min((bounds[number] for number in choices), key=lambda bound: bound.nelbo)
             for number in numbers:
                 values = _about(bounds[number]) | {"is_greedy": greedy[number]}
-                if len(numbers) > 1:
+                if len(choices) > 1 and number in choices:
                     values["above_best"] = bounds[number].nelbo - best.nelbo
                     values["above_best_standard_error"] = bounds[number].error_of_difference(best)
                 self._keep(requests[number], number, values)

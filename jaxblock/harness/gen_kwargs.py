@@ -92,6 +92,8 @@ def _sampling(given: Mapping[str, Any], model: Model, where: str) -> DecodeConfi
             raise UserError(f"{where}: generation_kwargs: {name} cannot be {shown(value)}")
     if sample is None and temperature is None:
         return model.options()
+    if sample is False:
+        _check_greedy(given, where)
     if sample is False or temperature == 0:
         return greedy(model.options())
     fields: dict[str, Any] = {"temperature": 1.0 if temperature is None else float(temperature)}
@@ -103,6 +105,17 @@ def _sampling(given: Mapping[str, Any], model: Model, where: str) -> DecodeConfi
         return model.options(**fields)
     except UserError as error:
         raise UserError(f"{where}: generation_kwargs: {error}") from error
+
+
+def _check_greedy(given: Mapping[str, Any], where: str) -> None:
+    """Raises UserError where something asks for samples beside ``do_sample: false``, as ``--gen_kwargs`` beside a task's own."""
+    plain = {"temperature": (0, 1), "top_p": (1,), "top_k": (0,)}
+    for name, without_effect in plain.items():
+        if name in given and given[name] not in without_effect:
+            raise UserError(
+                f"{where}: generation_kwargs: {name} {shown(given[name])} has no effect beside do_sample: false, which the task's file "
+                f"may say: give do_sample=true too, or leave {name} out"
+            )
 
 
 def greedy(options: DecodeConfig) -> DecodeConfig:

@@ -120,6 +120,11 @@ def _explained(spec: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise UserError(f"task {spec}: its data or files cannot be found: {first_line(error)}") from error
     except Exception as error:  # whatever a task's file and its functions raise
+        # datasets says so where another split has records; else lm-eval looks for a first one in vain.
+        if isinstance(error, StopIteration) or "corresponds to no data" in str(error):
+            raise UserError(
+                f"task {spec}: a split of its data has no records: give it some, or leave the task out"
+            ) from error
         raise UserError(f"task {spec} cannot be loaded: {type(error).__name__}: {first_line(error)}") from error
     finally:
         loud.setLevel(level)
@@ -145,6 +150,10 @@ def explained_run() -> Iterator[None]:
         raise
     except Exception as error:
         places = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+        if isinstance(error, ValueError) and places[-1] == "random" and str(error).startswith("Sample larger"):
+            raise UserError(
+                "a task's split of examples has fewer of them than --num_fewshot (or the task's file) asks for: give a lower number"
+            ) from error
         outside = next((at for at, name in enumerate(places) if name.startswith("lm_eval")), len(places))
         if any(name.startswith("jaxblock") for name in places[outside:]) or outside == len(places):
             raise

@@ -184,6 +184,11 @@ def test_drawn_masks_are_unbiased_and_belong_to_the_question(model):
     apart = math.hypot(first["standard_error"], second["standard_error"])
     worse = max(first, second, key=lambda one: one["above_best"])
     assert 0 <= worse["above_best_standard_error"] < apart / 2
+    # Choices without their context, which acc_mutual_info asks for, are not among those that are compared.
+    lm.loglikelihood([*_asked("loglikelihood", (6, 0, ("1+2?", "77")), (6, 1, ("1+2?", "88"))),
+                      *_asked("loglikelihood", (6, 2, ("", "7")), (6, 3, ("", "8")))])  # fmt: skip
+    choices, bare = lm.details.of(("t", 6))[:2], lm.details.of(("t", 6))[2:]
+    assert min(one["above_best"] for one in choices) == 0 and not any("above_best" in one for one in bare)
 
 
 def test_whether_a_text_is_the_greedy_answer(lm, model):
@@ -258,6 +263,7 @@ def test_answers_end_as_the_task_says(lm, model):
         ({"temperature": True}, "temperature cannot be True"),
         ({"temperature": -1}, "task t: generation_kwargs: decode.temperature is -1.0"),
         ({"temperature": 1, "top_p": 3}, "decode.top_p is 3.0"),
+        ({"do_sample": False, "temperature": 0.7}, "temperature 0.7 has no effect beside do_sample: false"),
     ],
 )
 def test_arguments_that_cannot_be_honoured_are_refused_by_name(model, kwargs, message):
@@ -366,6 +372,8 @@ BAD_TASKS = {
         ("--tasks unsafe", "task unsafe runs the code that the network writes"),
         ("--tasks failing --limit 4", "a task's file, its functions or its metrics fail: ZeroDivisionError"),
         ("--tasks no_function", "task no_function cannot be loaded: AttributeError"),
+        ("--tasks empty", "task empty: a split of its data has no records"),
+        ("--tasks sums --num_fewshot 500", "a task's split of examples has fewer of them than --num_fewshot"),
         ("--tasks sums --limit 0", "--limit is 0: it must be a number of documents"),
         ("--tasks sums --num_fewshot -1", "--num_fewshot is -1"),
         ("--tasks sums --gen_kwargs temperature", "--gen_kwargs 'temperature' cannot be read"),
@@ -383,6 +391,11 @@ def test_what_cannot_be_run_is_told_in_a_line(flags, message, tiny_run, tasks, t
     (tasks / "hub.yaml").write_text(
         (tasks / "sums.yaml").read_text().replace("task: sums", "task: hub").replace("path: json", "path: a/b")
     )
+    (tasks / "none.jsonl").write_text("")
+    (tasks / "empty.yaml").write_text(
+        re.sub("task: sums|test: [^}]*", lambda m: "task: empty" if "task" in m[0] else f"test: {tasks}/none.jsonl",
+               (tasks / "sums.yaml").read_text(), count=2)
+    )  # fmt: skip
     load = datasets.load_dataset
 
     def offline(path, *args, **kwargs):
