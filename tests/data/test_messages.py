@@ -27,6 +27,9 @@ TOOL = [
 ]
 
 
+TALK = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good day"}]
+
+
 def test_every_form_gives_the_same_conversation(tmp_path):
     path = tmp_path / "some.jsonl"
     openai = [
@@ -66,6 +69,8 @@ def test_every_form_gives_the_same_conversation(tmp_path):
         ({"content": []}, "content must be a string, not an empty list"),
         ({"content": [{"type": "text", "text": " "}]}, "content is empty"),
         ({"content": "x", "tool_calls": [{"id": 1}]}, "holds 'tool_calls', which would be left out"),
+        ({"content": "x", "reasoning_content": "why"}, "holds 'reasoning_content', .*: write the reasoning into"),
+        ({"role": "assistant", "content": "x", "train": False}, "has 'train': False, and which answers are learnt"),
         ({"content": "x", "weight": 0}, "has the weight 0, and messages have none here"),
         ({"content": "x", "role": "function"}, "role 'function'; known are system, developer, user, assistant, tool"),
         ({"from": "function_call", "value": "x", "role": None}, "role 'function_call'; known are human, gpt,"),
@@ -88,6 +93,43 @@ def test_a_picture_that_a_record_shows_is_refused(tmp_path):
             continue
         with pytest.raises(UserError, match=r"some.jsonl:1: the messages show an image .*field 'image'"):
             list(read_prompts(str(path), CONFIG))
+
+
+@pytest.mark.parametrize(
+    "record, complaint, fine",
+    [
+        (
+            {"messages": TALK, "system": "be kind"},
+            "the field 'system' is a system message beside",
+            {"system": "be kind"},
+        ),
+        ({"messages": [{"role": "system", "content": "be kind"}, *TALK], "system": "be kind", "tools": [1]}, None, {}),
+        (
+            {"conversations": TALK, "tools": '[{"name": "f"}]'},
+            "the field 'tools' describes tools",
+            {"system": "f is a"},
+        ),
+        (
+            {"question": "q", "answer": "a", "system_prompt": "be kind"},
+            "the field 'system_prompt'",
+            {"system": "be kind"},
+        ),
+        (
+            {"instruction": "Add.", "input": "1, 2", "output": "3"},
+            "the field 'input' belongs to the instruction",
+            {"prompt_field": "input"},
+        ),
+        ({"instruction": "Add.", "input": "", "output": "3", "history": []}, None, {}),
+    ],
+)
+def test_what_stands_beside_the_prompt_is_not_left_out(tmp_path, record, complaint, fine):
+    path = tmp_path / "some.jsonl"
+    path.write_text(json.dumps(record))
+    config = dataclasses.replace(CONFIG, **({"prompt_field": "instruction"} if "input" in record else {}))
+    if complaint is not None:
+        with pytest.raises(UserError, match=f"some.jsonl:1: {complaint}"):
+            list(read_prompts(str(path), config))
+    assert len(list(read_prompts(str(path), dataclasses.replace(config, **fine)))) == 1
 
 
 CHATML = "{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>' + m.content + '<|eot_id|>' }}{% endfor %}"

@@ -9,6 +9,7 @@ from typing import Any
 
 from jaxblock.data.config import DataConfig
 from jaxblock.data.text.inputs import read_rows
+from jaxblock.data.text.left_out import check_conversation, check_question
 from jaxblock.data.text.messages import ASKING, INSTRUCTIONS, Message, checked_messages, checked_text
 from jaxblock.data.text.rows import Row
 from jaxblock.errors import UserError
@@ -18,8 +19,6 @@ Prompt = str | list[Message]
 
 SHAREGPT_FIELD = "conversations"
 """The field of the messages in ShareGPT's form, which is looked at in records without prompt and `data.messages_field`."""
-
-_PICTURES = ("image", "images")  # the fields that hold what `<image>` in a message stands for
 
 
 @dataclass(frozen=True)
@@ -57,12 +56,13 @@ def examples_of(row: Row, config: DataConfig) -> list[Example]:
     Raises:
         UserError: If a field is missing, empty or not text, or the messages are not a conversation.
     """
-    field = _messages_field(row, config)
+    field = messages_field(row, config)
     if field is not None:
-        return _turns(row, _conversation(row, field), _others(row, field), config)
+        return _turns(row, _conversation(row, field, config), _others(row, field), config)
     otherwise = f", or give {config.messages_field!r}"
     prompt = _field(row, "prompt_field", config.prompt_field, otherwise)
     response = _field(row, "response_field", config.response_field, otherwise)
+    check_question(row.record, config, row.where)
     fields = _others(row, config.prompt_field, config.response_field)
     return [question_and_answer(prompt, response, config, row.where, row.source, fields)]
 
@@ -82,14 +82,15 @@ def read_prompts(path: str, config: DataConfig) -> Iterator[tuple[str, Prompt]]:
             messages are not a conversation with a turn of the user, or of a tool, at its end (before the last answer).
     """
     for row in read_rows(path, "test"):
-        field = _messages_field(row, config)
+        field = messages_field(row, config)
         if field is None:
+            check_question(row.record, config, row.where)
             yield (
                 row.where,
                 _field(row, "prompt_field", config.prompt_field, f", or give {config.messages_field!r}"),
             )
             continue
-        messages = _messages(row, field)
+        messages = messages_of(row, field, config)
         if messages[-1]["role"] == "assistant":
             del messages[-1]
         if not messages or messages[-1]["role"] not in ASKING:
@@ -153,36 +154,31 @@ def _turns(row: Row, messages: list[Message], fields: Mapping[str, Any], config:
     return examples
 
 
-def _messages_field(row: Row, config: DataConfig) -> str | None:
+def messages_field(row: Row, config: DataConfig) -> str | None:
     """Returns the name of the field that holds the record's messages; None where the record is a prompt and its response."""
     if config.messages_field in row.record:
         return config.messages_field
     return SHAREGPT_FIELD if SHAREGPT_FIELD in row.record and config.prompt_field not in row.record else None
 
 
-def _messages(row: Row, field: str) -> list[Message]:
+def messages_of(row: Row, field: str, config: DataConfig) -> list[Message]:
     """Returns the messages of a record after checking them.
 
     Raises:
-        UserError: If they are not messages, or stand for pictures that the record holds.
+        UserError: If they are not messages, or not all that the model is to be shown of the record.
     """
     messages = checked_messages(row.record[field], f"field {field!r}", field, row.where)
-    pictures = next((name for name in _PICTURES if row.record.get(name)), None)
-    if pictures is not None and any("<image>" in message["content"] for message in messages):
-        raise UserError(
-            f"{row.where}: the messages show an image (<image>, field {pictures!r}): the models read only text, so take such "
-            "records out"
-        )
+    check_conversation(row.record, messages, config, row.where)
     return messages
 
 
-def _conversation(row: Row, field: str) -> list[Message]:
+def _conversation(row: Row, field: str, config: DataConfig) -> list[Message]:
     """Returns the messages of a record after checking that they are a conversation.
 
     Raises:
         UserError: If they are not a list of messages, do not end with the assistant's turn, or have no turn of the user.
     """
-    messages = _messages(row, field)
+    messages = messages_of(row, field, config)
     if messages[-1]["role"] != "assistant":
         raise UserError(
             f"{row.where}: the last message must be the assistant's (it is what is learnt), not the "

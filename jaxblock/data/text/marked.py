@@ -8,9 +8,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from jaxblock.data.config import DataConfig
-from jaxblock.data.text.examples import Prompt
+from jaxblock.data.text.examples import Prompt, messages_field, messages_of
 from jaxblock.data.text.inputs import read_rows
-from jaxblock.data.text.messages import checked_messages, checked_text
+from jaxblock.data.text.left_out import check_question
+from jaxblock.data.text.messages import checked_text
 from jaxblock.data.text.rows import Row
 from jaxblock.errors import UserError, shown
 
@@ -112,12 +113,12 @@ def read_marked(path: str, config: DataConfig) -> Iterator[tuple[str, MarkedText
         UserError: The file cannot be read, or a record is not as described.
     """
     for row in read_rows(path, "test"):
-        yield row.where, _conversation(row, config) if config.messages_field in row.record else _answer(row, config)
+        field = messages_field(row, config)
+        yield row.where, _answer(row, config) if field is None else _conversation(row, field, config)
 
 
-def _conversation(row: Row, config: DataConfig) -> MarkedText:
-    field = config.messages_field
-    messages = checked_messages(row.record[field], f"field {field!r}", field, row.where)
+def _conversation(row: Row, field: str, config: DataConfig) -> MarkedText:
+    messages = messages_of(row, field, config)
     if messages[-1]["role"] != "assistant" or len(messages) < 2 or messages[-2]["role"] != "user":
         raise UserError(
             f"{row.where}: {field!r} must end with a turn of the user and one of the assistant, whose spans are to be filled"
@@ -133,6 +134,7 @@ def _answer(row: Row, config: DataConfig) -> MarkedText:
             f"{row.where}: no field {name!r} with the text to fill; set data.response_field to one of {known}"
         )
     if asked in row.record:
+        check_question(row.record, config, row.where)
         return MarkedText(
             parts_of(row.record[name], row.where), checked_text(row.record[asked], f"field {asked!r}", row.where)
         )

@@ -25,7 +25,13 @@ ASKING = ("user", "tool")
 
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool"}
 _TEXT_PARTS = ("text", "input_text", "output_text")
-_CALLS = ("tool_calls", "function_call")
+_BESIDE_TEXT = {
+    "tool_calls": "call",
+    "function_call": "call",
+    **dict.fromkeys(("reasoning_content", "reasoning", "thinking"), "reasoning"),
+}
+"""What a message's keys hold that some templates write beside its content."""
+_LEARNT = ("train", "loss")  # how other programs say, message by message, which answers are learnt
 
 
 def checked_text(value: Any, name: str, where: str) -> str:
@@ -66,7 +72,7 @@ def checked_messages(value: Any, name: str, short_name: str, where: str) -> list
 
     Raises:
         UserError: If it is not a list, a message has no role or text, a role is unknown, a system message is not first, or a
-            message holds what would be lost: an image, a call of a tool, or a weight.
+            message holds what would be lost: an image, a call of a tool, reasoning beside its text, or a weight.
     """
     if not isinstance(value, list) or not value:
         raise UserError(f"{where}: {name} must be a list of messages with one or more in it, not {json_type(value)}")
@@ -76,7 +82,7 @@ def checked_messages(value: Any, name: str, short_name: str, where: str) -> list
         role, content, key = _role_and_content(message, at, where)
         if role == "system" and number:
             raise UserError(f"{where}: {at} is a system message, which must come first")
-        _check_nothing_is_lost(message, at, where)
+        _check_nothing_is_lost(message, role, at, where)
         text = _joined(content, f"{at}.{key}", where) if isinstance(content, list) and content else content
         messages.append({"role": role, "content": checked_text(text, f"{at}.{key}", where)})
     return messages
@@ -98,13 +104,19 @@ def _role_and_content(message: Any, at: str, where: str) -> tuple[str, Any, str]
     return found, message[key], key
 
 
-def _check_nothing_is_lost(message: Mapping[str, Any], at: str, where: str) -> None:
-    """Raises UserError where a message holds calls of tools, which templates here do not write, or a weight."""
-    for call in _CALLS:
-        if message.get(call):
+def _check_nothing_is_lost(message: Mapping[str, Any], role: str, at: str, where: str) -> None:
+    """Raises UserError where a message holds calls of tools or reasoning beside its text, or says whether it is learnt."""
+    for key, what in _BESIDE_TEXT.items():
+        if message.get(key):
             raise UserError(
-                f"{where}: {at} holds {call!r}, which would be left out: write the call into the message's text, as the "
-                "model is to write it"
+                f"{where}: {at} holds {key!r}, which would be left out: write the {what} into the message's text, as the "
+                "model is to write it, or take the key out"
+            )
+    for key in _LEARNT if role == "assistant" else ():
+        if message.get(key) not in (None, True):
+            raise UserError(
+                f"{where}: {at} has {key!r}: {shown(message[key])}, and which answers are learnt is not said message by message here: "
+                "take the key out; data.turns says which they are"
             )
     weight = message.get("weight")
     if weight not in (None, 1):
