@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
@@ -54,7 +54,8 @@ def described(run: Run, step: int) -> Card:
         header["base_model"] = start.repository
     if datasets := _hub_datasets(run.manifest):
         header["datasets"] = datasets
-    sections = {"Base": "\n".join(start.chain), "Data": _data(run.manifest), "Training": _training(run, step)}
+    data = _data(run.manifest, run.config.data.weights)
+    sections = {"Base": "\n".join(start.chain), "Data": data, "Training": _training(run, step)}
     licence, text = _licence(start)
     return Card({**header, **licence}, {**sections, "Licence": text})
 
@@ -124,26 +125,51 @@ def shown_path(path: os.PathLike[str] | str) -> str:
     return PurePath(text).name if os.path.isabs(text) else text
 
 
+def shown_source(source: Any) -> str:
+    """Returns the paths of a split's source, one or a list of several, as strangers may see them."""
+    paths = [source] if isinstance(source, str) else source if isinstance(source, list) else []
+    return ", ".join(shown_path(path) for path in paths if isinstance(path, str)) or "not recorded"
+
+
 def _hub_datasets(manifest: Manifest) -> list[str]:
     """Returns the hub names of the data sets that the training and validation records came from."""
-    paths = [str(manifest.inputs.get(split, {}).get("path", "")) for split in ("train", "validation")]
+    sources = [source for split in ("train", "validation") for source in _sources(manifest, split)]
+    paths = [str(source.get("path", "")) for source in sources]
     names = [found[1] for path in paths if (found := re.match(r"hf:([\w.-]+/[\w.-]+)", path))]
     return [name for name in dict.fromkeys(names) if not as_path(name).exists()]
 
 
-def _data(manifest: Manifest) -> str:
+def _sources(manifest: Manifest, split: str) -> list[Mapping[str, Any]]:
+    """Returns what the manifest says of each file, or other source, of a split."""
+    whole = manifest.inputs.get(split, {})
+    return whole.get("files") or [whole]
+
+
+def _data(manifest: Manifest, weights: Sequence[float] | None) -> str:
+    """Returns the section Data; ``weights`` are the shares of the training files in the rows of training."""
     lines = ["| split | source | records | dropped | SHA-256 |", "|---|---|---|---|---|"]
     for split, found in manifest.splits.items():
-        source = manifest.inputs.get(split, {})
-        path, digest = shown_path(str(source.get("path", "not recorded"))), str(source.get("sha256", ""))[:16]
-        dropped = sum(found.get("dropped", {}).values())
-        lines.append(f"| {split} | `{path}` | {found.get('kept', 0):,} | {dropped:,} | `{digest}` |")
+        sources = _sources(manifest, split)
+        kept, dropped = f"{found.get('kept', 0):,}", f"{sum(found.get('dropped', {}).values()):,}"
+        if len(sources) == 1:
+            lines.append(f"| {split} | {_named(sources[0], kept, dropped)}")
+            continue
+        lines.append(f"| {split} | {len(sources)} files | {kept} | {dropped} | |")
+        for at, (source, part) in enumerate(zip(sources, found["files"], strict=True)):
+            share = f" ({weights[at]:g} of the rows)" if weights is not None and split == "train" else ""
+            lines.append(f"| {split}{share} | {_named(source, format(part['kept'], ','), '')}")
     data = manifest.data
     more = [f"recipe `{data['recipe']}`"] if data.get("recipe") else []
     more += [f"chat template `{shown_path(manifest.template['name'])}`"]
     if data.get("prompt_template") not in (None, "{prompt}"):
         more.append("prompts put into a template of text")
     return "\n".join([*lines, "", f"Prepared with {', '.join(more)}; fingerprint `{manifest.fingerprint[:16]}`."])
+
+
+def _named(source: Mapping[str, Any], kept: str, dropped: str) -> str:
+    """Returns the cells of a source, and of the numbers of its records."""
+    path, digest = shown_path(str(source.get("path", "not recorded"))), str(source.get("sha256", ""))[:16]
+    return f"`{path}` | {kept} | {dropped} | `{digest}` |"
 
 
 def _training(run: Run, step: int) -> str:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from huggingface_hub import EvalResult
 
-from jaxblock.cards.run import shown_path
+from jaxblock.cards.run import shown_source
 from jaxblock.errors import UserError, first_line
 from jaxblock.io.files import read_json
 from jaxblock.io.folders import list_folder
@@ -113,7 +113,7 @@ def scores_text(evaluations: Sequence[Evaluation], run: Run | None, step: int | 
 
 
 def _lines(summary: Mapping[str, Any]) -> Iterable[str]:
-    source = f"`{shown_path(summary['source'])}`, " if isinstance(summary.get("source"), str) else ""
+    source = f"`{shown_source(summary['source'])}`, " if summary.get("source") else ""
     records = f"{source}{summary['split']}"
     decode = summary.get("decode")
     how = f"rule `{decode['rule']}`" if isinstance(decode, Mapping) and isinstance(decode.get("rule"), str) else ""
@@ -163,7 +163,7 @@ def results(evaluations: Sequence[Evaluation]) -> list[EvalResult]:
         if "pass_at_1" not in summary:
             continue
         score = summary["pass_at_1"]
-        source = shown_path(summary["source"]) if isinstance(summary.get("source"), str) else "not recorded"
+        source = shown_source(summary.get("source"))
         found.append(
             EvalResult(
                 task_type="text-generation",

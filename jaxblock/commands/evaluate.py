@@ -153,12 +153,14 @@ def _about(
     import jax
 
     split = config.evaluate.split
+    source = prepared.manifest.inputs.get(split, {})
+    files = [file["path"] for file in source.get("files", [])]
     return {
         "checkpoint": options.checkpoint,
         "step": model.step,
         "weights": model.weights_fingerprint(),
         "split": split,
-        "source": prepared.manifest.inputs.get(split, {}).get("path"),
+        "source": files or source.get("path"),
         "problems": count,
         "dropped_in_preparation": sum(prepared.manifest.splits[split]["dropped"].values()),
         "grader": grader.name,

@@ -84,6 +84,29 @@ def test_the_card_of_a_run(run_copy, tmp_path):
     assert str(tmp_path) not in text and "/home/me" not in text
 
 
+def test_the_card_of_a_mixture_names_each_file_and_its_share_and_no_folder(run_copy, tmp_path):
+    run = run_folder.open_run(run_copy)
+    paths, shares = ("here/a.jsonl", "/home/me/b.jsonl", "hf:org/c"), (0.5, 0.3, 0.2)
+    files = [{"path": path, "sha256": "0123", "kept": 1_000 + at} for at, path in enumerate(paths)]
+    inputs = {**run.manifest.inputs, "train": {"path": ", ".join(paths), "sha256": "4567", "files": files}}
+    splits = {**run.manifest.splits, "train": {"kept": 3_003, "dropped": {"too long": 7}, "files": files}}
+    config = dataclasses.replace(run.config, data=dataclasses.replace(run.config.data, train=paths, weights=shares))
+    manifest = dataclasses.replace(run.manifest, inputs=inputs, splits=splits)
+    mixed = dataclasses.replace(run, config=config, prepared=dataclasses.replace(run.prepared, manifest=manifest))
+    card = described(mixed, 120)
+    lines = [line for line in card.sections["Data"].splitlines() if line.startswith("| train")]
+    assert lines == [
+        "| train | 3 files | 3,003 | 7 | |",
+        "| train (0.5 of the rows) | `here/a.jsonl` | 1,000 |  | `0123` |",
+        "| train (0.3 of the rows) | `b.jsonl` | 1,001 |  | `0123` |",
+        "| train (0.2 of the rows) | `hf:org/c` | 1,002 |  | `0123` |",
+    ]
+    assert card.header["datasets"] == ["org/c"] and "/home/me" not in str(card)
+    _evaluated(tmp_path / "score", weights=weights_fingerprint(run_copy, 120), source=list(paths[:2]))
+    text = card_text(_export(run_copy))
+    assert "| `here/a.jsonl, b.jsonl`, test | Pass@1" in text and "/home/me" not in text
+
+
 def test_evaluations_that_are_named(run_copy, tmp_path):
     export = _export(run_copy)
     right = _evaluated(tmp_path / "far" / "right", weights=export.weights)
