@@ -121,6 +121,7 @@ decode --checkpoint {run} --file {latin}.gz | {latin}.gz:2: not UTF-8 text
 decode --checkpoint {run} --file {latin} | {latin}:2: not UTF-8 text
 decode --checkpoint {run} --file {jsonl} | {jsonl}:2: no field 'question' (did you mean 'quest'?); set data.prompt_field to one of 'quest'
 decode --checkpoint {run} 1+1? --out {file} | {file} exists already
+decode --checkpoint {run} 1+1? --file {jsonl} | leave out one of the two
 decode --checkpoint {run} 1+1? --watch --out {new} | leave out either
 decode --checkpoint {run} 1+1? --watch --html {new} | leave out either --watch or --html
 decode --checkpoint {run} 1+1? --html {file} | {file} exists already

@@ -85,7 +85,7 @@ def run(options: Options, config: Config) -> int:
         say(f"note: {note}")
     if count > 1 and not options.prompts and options.file is None:
         raise UserError("several processes cannot share standard input: give the prompts by --file or as arguments")
-    _check_outputs(options)
+    _check_flags(options)
     model = _open_model(options.checkpoint, options.step, options.base, config)
     beside = _open_model(options.beside, options.beside_step, None, config) if options.beside else None
     read = read_texts if options.infill else read_prompts
@@ -124,8 +124,10 @@ def run(options: Options, config: Config) -> int:
     return 0
 
 
-def _check_outputs(options: Options) -> None:
+def _check_flags(options: Options) -> None:
     """Raises UserError, before the work begins, where flags contradict each other or a file to be written exists."""
+    if options.prompts and options.file is not None:
+        raise UserError(f"prompts are given on the command line and by --file {options.file}: leave out one of the two")
     if options.watch and (options.out or options.html):
         flag = "--out" if options.out else "--html"
         raise UserError(f"watch shows the canvas and writes no file: leave out either --watch or {flag}")
