@@ -106,6 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     traces = "--traceback" in given
     if arguments is None:
+        _open_closed_streams()
         _set_up_output()
         platforms.skip_missing_tpu()
         host_memory.keep_freed_memory()
@@ -188,6 +189,20 @@ def _one_line_warning(
     if issubclass(category, EarlierVersionWarning):
         return f"jaxblock: warning: {message}\n"
     return _format_warning(message, category, filename, lineno, line)
+
+
+def _open_closed_streams() -> None:
+    """Connects output that the caller closed (`>&-`) to nothing.
+
+    Else messages for a closed standard error would be printed among the results, and a file that is opened later could get its
+    number, and then whatever libraries print. Standard input stays None, so that verbs that read it say so.
+    """
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is not None:
+            continue
+        number = os.open(os.devnull, os.O_RDWR)  # the lowest that is free, so the stream's own; it stays open
+        if name != "stdin":
+            setattr(sys, name, open(number, "w", encoding="utf-8", closefd=False))  # noqa: SIM115
 
 
 def _set_up_output() -> None:

@@ -205,6 +205,11 @@ def test_output_is_utf8_whatever_the_locale_and_may_be_closed(monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
     monkeypatch.setitem(cli.VERBS, "inspect", cli.VERBS["inspect"]._replace(run=lambda options, config: 0))
     assert main(["inspect"]) == 0
+    # Messages for a standard error that is closed are not printed among the results, nor is closed output an error.
+    command = f"{shlex.quote(sys.executable)} -m jaxblock presets"
+    for line, code, said in ((f"{command} nothing 2>&-", 2, b""), (f"{command} <&- >&-", 0, b"")):
+        done = subprocess.run(["sh", "-c", line], capture_output=True, cwd=ROOT, check=False)
+        assert (done.returncode, done.stdout + done.stderr) == (code, said)
 
 
 def test_flags_come_before_the_file_and_the_file_before_defaults(tiny_config, tiny_run):

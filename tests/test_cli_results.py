@@ -52,6 +52,8 @@ def test_decode_takes_prompts_from_everywhere_and_its_batches_do_not_matter(tiny
     assert _rows(ran(command).out) == expected
     _typed(monkeypatch, "\n  \n")
     assert "no prompts" in ran(command, 2).err
+    monkeypatch.setattr(sys, "stdin", None)
+    assert "standard input is closed, so there are no prompts" in ran(command, 2).err
 
 
 def test_watch_shows_blocks_where_there_is_no_terminal(tiny_run, ran):

@@ -49,6 +49,10 @@ def _texts(given: Sequence[str], file: str | None, kind: str) -> Iterator[tuple[
     if given:
         yield from ((f"{kind} {at}", text) for at, text in enumerate(given, 1))
     elif file is None:
+        if sys.stdin is None:  # the caller closed it (`<&-`)
+            raise UserError(
+                f"standard input is closed, so there are no {kind}s: leave it open, or give some on the command line or by --file"
+            )
         if sys.stdin.isatty():
             say(f"reading {kind}s from standard input, one a line; end with Ctrl-D")
         yield from _lines("standard input", sys.stdin.buffer.read())
