@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from shlex import quote
 from typing import Literal
 
 from jaxblock.commands import say
 from jaxblock.config.config import Config
 from jaxblock.errors import UserError
+from jaxblock.io.files import read_json
 from jaxblock.io.folders import EXPORT_FILES, folder_bytes
+from jaxblock.io.paths import as_path
 from jaxblock.models.config import Checkpoint
 
 
@@ -100,7 +103,11 @@ def _push(options: Options, folder: str) -> None:
 
     name = str(options.push)
     public, replace = " --public" if options.public else "", " --overwrite" if options.overwrite else ""
-    say(f"pushing to {name}; if that stops: jaxblock export --checkpoint {folder} --push {name}{public}{replace}")
+    say(
+        f"pushing to {name}; if that stops: jaxblock export --checkpoint {quote(folder)} --push {name}{public}{replace}"
+    )
     local = str(local_folder(folder, EXPORT_FILES))
     address = hub_upload.push_folder(local, name, private=not options.public, overwrite=options.overwrite, say=say)
-    print(f'pushed to {address}; to load it: jaxblock.load("{name}")')
+    config = as_path(local) / "adapter_config.json"
+    nameless = config.exists() and not read_json(config).get("base_model_name_or_path")  # the base is no hub repository
+    print(f'pushed to {address}; to load it: jaxblock.load("{name}"{", base=..." if nameless else ""})')

@@ -86,6 +86,12 @@ def test_a_run_is_pushed_and_loaded_from_the_hub_and_an_interrupted_push_goes_on
     assert 'jaxblock.load("org/tiny")' in card.text
 
 
+def test_what_is_printed_of_adapters_whose_base_is_a_folder_can_be_typed(hub, tmp_path, ran):
+    folder = _filled(tmp_path / "my adapters", {"adapter_config.json": '{"base_model_name_or_path": null}'})
+    said = ran(f"export --checkpoint '{folder}' --push org/adapters")
+    assert f"export --checkpoint '{folder}' --push" in said.err and 'load("org/adapters", base=...)' in said.out
+
+
 def test_large_files_go_through_xet_as_the_client_does_by_itself(export, tmp_path):
     """In a process of its own, which reads HF_ENDPOINT, with nothing of the client changed."""
     code = "import sys; from jaxblock.io.hub_upload import push_folder; print(push_folder(*sys.argv[1:]))"
