@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from fractions import Fraction
 from math import lcm
@@ -47,6 +48,12 @@ class DataConfig(Section, name="data"):
     records' recipe."""
     prompt_field: str | None = setting(None, common=("prepare", "decode"))
     """The field that holds the prompt; None for the recipe's, else `question`."""
+    input_field: str | None = None
+    """The field with what the prompt is about, such as Alpaca's `input`; where it holds text, this follows the prompt on a new line.
+    None for none."""
+    system_field: str | None = None
+    """The field with a record's system message, such as `system_prompt`, for records without one among their messages; where it holds
+    no text, `system` is used. None for none."""
     response_field: str | None = setting(None, common=("prepare",))
     """The field that holds the response; None for the recipe's, else `answer`."""
     messages_field: str = "messages"
@@ -110,9 +117,18 @@ class DataConfig(Section, name="data"):
 
     def check(self) -> None:
         """Raises UserError for a number out of range, a `prompt_template` without {prompt}, an empty text in `exclude_types`,
-        `add_mask_token` with a tokenizer that is trained here, or files and weights that do not fit together."""
+        `add_mask_token` with a tokenizer that is trained here, one field that is named twice, or files and weights that do not fit
+        together."""
         super().check()
         self._check_train()
+        fields = {
+            name: getattr(self, name) for name in ("prompt_field", "input_field", "system_field", "response_field")
+        }
+        named = [(name, field) for name, field in fields.items() if field is not None]
+        for (name, field), (other, again) in itertools.combinations(named, 2):
+            require(
+                field != again, f"data.{name} and data.{other} are both {shown(field)}: each needs a field of its own"
+            )
         require(
             self.prompt_template is None or "{prompt}" in self.prompt_template,
             f"data.prompt_template {self.prompt_template!r} has no {{prompt}}: every record would ask the same",

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from jaxblock.data.config import DataConfig
-from jaxblock.data.text.examples import read_prompts
-from jaxblock.data.text.inputs import open_input
+from jaxblock.data.text.examples import examples_of, read_prompts
+from jaxblock.data.text.inputs import open_input, read_rows
 from jaxblock.data.text.messages import checked_messages
 from jaxblock.data.text.recipes import with_recipe
 from jaxblock.data.text.sources import read_source
@@ -130,6 +130,57 @@ def test_what_stands_beside_the_prompt_is_not_left_out(tmp_path, record, complai
         with pytest.raises(UserError, match=f"some.jsonl:1: {complaint}"):
             list(read_prompts(str(path), config))
     assert len(list(read_prompts(str(path), dataclasses.replace(config, **fine)))) == 1
+
+
+@pytest.mark.parametrize(
+    "record, fields, system, asked",
+    [
+        ({"question": "Add.", "input": "1, 2"}, {"input_field": "input"}, None, "Add.\n1, 2"),
+        ({"question": "Add.", "input": ""}, {"input_field": "input"}, None, "Add."),
+        ({"question": "Add."}, {"input_field": "input", "system_field": "system_prompt"}, None, "Add."),
+        ({"question": "q", "system_prompt": "be kind"}, {"system_field": "system_prompt"}, "be kind", "q"),
+        ({"question": "q", "system_prompt": None}, {"system_field": "system_prompt", "system": "all"}, None, "q"),
+        ({"conversations": TALK, "system": "be kind"}, {"system_field": "system", "system": "all"}, "be kind", "hello"),
+    ],
+)
+def test_a_system_message_and_an_input_in_fields_of_their_own(tmp_path, record, fields, system, asked):
+    """What is learnt and what is decoded have the same prompt."""
+    config = dataclasses.replace(CONFIG, prompt_template="<{prompt}>", **fields)
+    config.check()
+    path = tmp_path / "some.jsonl"
+    path.write_text(json.dumps({**record, "answer": "a"}))
+    ((_, prompt),) = read_prompts(str(path), config)
+    (example,) = examples_of(next(iter(read_rows(str(path), "train"))), config)
+    said = [] if system is None else [{"role": "system", "content": system}]
+    expected = asked if "conversations" in record else f"<{asked}>"
+    assert list(example.messages[:-1]) == [*said, {"role": "user", "content": expected}] and example.prompt == asked
+    assert prompt == (list(example.messages[:-1]) if said or "conversations" in record else asked)
+    assert not {"input", "system_prompt", "system"} & example.fields.keys()
+
+
+@pytest.mark.parametrize(
+    "record, fields, complaint",
+    [
+        (
+            {"question": "q", "inptu": "1"},
+            {"input_field": "input"},
+            r"no field 'input' \(did you mean 'inptu'\?\); set data.input_field",
+        ),
+        ({"question": "q", "input": 3}, {"input_field": "input"}, "field 'input'"),
+        (
+            {"messages": [{"role": "system", "content": "be brief"}, *TALK], "persona": "be kind"},
+            {"system_field": "persona"},
+            "the field 'persona' is a system message beside",
+        ),
+    ],
+)
+def test_fields_of_a_prompt_that_cannot_be_read(tmp_path, record, fields, complaint):
+    path = tmp_path / "some.jsonl"
+    path.write_text(json.dumps(record))
+    with pytest.raises(UserError, match=f"some.jsonl:1: {complaint}"):
+        list(read_prompts(str(path), dataclasses.replace(CONFIG, **fields)))
+    with pytest.raises(UserError, match="data.prompt_field and data.input_field are both 'question'"):
+        dataclasses.replace(CONFIG, input_field="question").check()
 
 
 CHATML = "{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>' + m.content + '<|eot_id|>' }}{% endfor %}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jaxblock.data.config import DataConfig
@@ -58,13 +58,12 @@ def examples_of(row: Row, config: DataConfig) -> list[Example]:
     """
     field = messages_field(row, config)
     if field is not None:
-        return _turns(row, _conversation(row, field, config), _others(row, field), config)
-    otherwise = f", or give {config.messages_field!r}"
-    prompt = _field(row, "prompt_field", config.prompt_field, otherwise)
-    response = _field(row, "response_field", config.response_field, otherwise)
-    check_question(row.record, config, row.where)
-    fields = _others(row, config.prompt_field, config.response_field)
-    return [question_and_answer(prompt, response, config, row.where, row.source, fields)]
+        return _turns(row, _conversation(row, field, config), _others(row, field, config.system_field), config)
+    prompt = question_of(row, config)
+    response = _field(row, "response_field", config.response_field, _or_messages(config))
+    fields = _others(row, config.prompt_field, config.input_field, config.system_field, config.response_field)
+    example = question_and_answer(prompt, response, config, row.where, row.source, fields)
+    return [replace(example, messages=(*_system(row, config), *example.messages))]
 
 
 def read_prompts(path: str, config: DataConfig) -> Iterator[tuple[str, Prompt]]:
@@ -84,11 +83,7 @@ def read_prompts(path: str, config: DataConfig) -> Iterator[tuple[str, Prompt]]:
     for row in read_rows(path, "test"):
         field = messages_field(row, config)
         if field is None:
-            check_question(row.record, config, row.where)
-            yield (
-                row.where,
-                _field(row, "prompt_field", config.prompt_field, f", or give {config.messages_field!r}"),
-            )
+            yield row.where, prompt_of(row, config)
             continue
         messages = messages_of(row, field, config)
         if messages[-1]["role"] == "assistant":
@@ -96,6 +91,28 @@ def read_prompts(path: str, config: DataConfig) -> Iterator[tuple[str, Prompt]]:
         if not messages or messages[-1]["role"] not in ASKING:
             raise UserError(f"{row.where}: {field!r} holds no turn of the user that is to be answered")
         yield row.where, messages
+
+
+def prompt_of(row: Row, config: DataConfig) -> Prompt:
+    """Returns the prompt of a record that is no conversation: its text, or messages where it has a system message of its own.
+
+    Raises:
+        UserError: If the prompt is missing, empty or not text, or the record holds more that belongs to it.
+    """
+    question, system = question_of(row, config), _system(row, config)
+    return [*system, {"role": "user", "content": in_template(question, config)}] if system else question
+
+
+def question_of(row: Row, config: DataConfig) -> str:
+    """Returns the text of a record's prompt, with that of `data.input_field` on a new line.
+
+    Raises:
+        UserError: If the prompt is missing, empty or not text, or the record holds more that belongs to it.
+    """
+    prompt = _field(row, "prompt_field", config.prompt_field, _or_messages(config))
+    about = _optional_field(row, "input_field", config.input_field)
+    check_question(row.record, config, row.where)
+    return prompt if about is None else f"{prompt}\n{about}"
 
 
 def question_and_answer(
@@ -114,6 +131,26 @@ def _others(row: Row, *used: str | None) -> dict[str, Any]:
 def in_template(prompt: str, config: DataConfig) -> str:
     """Puts a prompt into `data.prompt_template`, where one is set."""
     return prompt if config.prompt_template is None else config.prompt_template.replace("{prompt}", prompt)
+
+
+def _system(row: Row, config: DataConfig) -> list[Message]:
+    """Returns the system message that `data.system_field` holds, as a list of one; an empty list where it holds no text."""
+    text = _optional_field(row, "system_field", config.system_field)
+    return [] if text is None else [{"role": "system", "content": text}]
+
+
+def _or_messages(config: DataConfig) -> str:
+    """Returns the end of the advice where a field of a question and its answer is missing."""
+    return f", or give {config.messages_field!r}"
+
+
+def _optional_field(row: Row, setting: str, name: str | None) -> str | None:
+    """Returns the text of a field that a record may lack; None where it holds none. A mistyped name must not drop text."""
+    if name is None or (name not in row.record and not difflib.get_close_matches(name, row.record, n=1)):
+        return None
+    if name in row.record and row.record[name] in (None, ""):
+        return None
+    return _field(row, setting, name)
 
 
 def _field(row: Row, setting: str, name: str | None, otherwise: str = "") -> str:
@@ -168,6 +205,8 @@ def messages_of(row: Row, field: str, config: DataConfig) -> list[Message]:
         UserError: If they are not messages, or not all that the model is to be shown of the record.
     """
     messages = checked_messages(row.record[field], f"field {field!r}", field, row.where)
+    if messages[0]["role"] not in INSTRUCTIONS:
+        messages = [*_system(row, config), *messages]
     check_conversation(row.record, messages, config, row.where)
     return messages
 

@@ -34,7 +34,7 @@ def check_conversation(record: Mapping[str, Any], messages: Sequence[Message], c
             "records out"
         )
     first = messages[0]["content"] if messages[0]["role"] in INSTRUCTIONS else config.system
-    _check_system(record, first, (), where)
+    _check_system(record, first, (), config, where)
     tools = next((name for name in _TOOLS if record.get(name) not in _NOTHING), None)
     if tools is not None and first is None:  # a system message may describe them
         raise UserError(
@@ -54,24 +54,28 @@ def check_question(record: Mapping[str, Any], config: DataConfig, where: str) ->
     Raises:
         UserError: If a system message, earlier turns (`history`) or an instruction's `input` stand beside the prompt.
     """
-    used = (config.prompt_field, config.response_field)
-    _check_system(record, config.system, used, where)
+    used = (config.prompt_field, config.input_field, config.system_field, config.response_field)
+    _check_system(record, config.system, used, config, where)
     beside = ["history", "input"] if config.prompt_field == "instruction" else []
     name = next((name for name in beside if name not in used and record.get(name) not in _NOTHING), None)
     if name is not None:
         raise UserError(
-            f"{where}: the field {name!r} belongs to the instruction, and would be left out: write all that the model is to read "
-            "into one field, or the record as messages"
+            f"{where}: the field {name!r} belongs to the instruction, and would be left out: name it in data.input_field (its "
+            "text follows the prompt), write both into one field, or the record as messages"
+            if name == "input"
+            else f"{where}: the field {name!r} holds earlier turns, and would be left out: write the record as messages"
         )
 
 
-def _check_system(record: Mapping[str, Any], shown: str | None, used: Sequence[str | None], where: str) -> None:
+def _check_system(
+    record: Mapping[str, Any], shown: str | None, used: Sequence[str | None], config: DataConfig, where: str
+) -> None:
     """Raises UserError where a field holds a system message other than the one that the model is shown."""
-    for name in _SYSTEM:
+    for name in (*_SYSTEM, config.system_field):
         text = record.get(name)
         if name in used or not isinstance(text, str) or not text.strip() or text.strip() == (shown or "").strip():
             continue
         raise UserError(
-            f"{where}: the field {name!r} is a system message beside the prompt, and would be left out: make it the first of the "
-            'record\'s messages, {"role": "system", "content": ...}, or take it out; data.system sets one for all records'
+            f"{where}: the field {name!r} is a system message beside the prompt, and would be left out: name it in "
+            "data.system_field (for records whose messages have none), or take it out; data.system sets one for all records"
         )

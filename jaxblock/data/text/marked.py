@@ -8,10 +8,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from jaxblock.data.config import DataConfig
-from jaxblock.data.text.examples import Prompt, messages_field, messages_of
+from jaxblock.data.text.examples import Prompt, messages_field, messages_of, prompt_of
 from jaxblock.data.text.inputs import read_rows
-from jaxblock.data.text.left_out import check_question
-from jaxblock.data.text.messages import checked_text
 from jaxblock.data.text.rows import Row
 from jaxblock.errors import UserError, shown
 
@@ -134,10 +132,7 @@ def _answer(row: Row, config: DataConfig) -> MarkedText:
             f"{row.where}: no field {name!r} with the text to fill; set data.response_field to one of {known}"
         )
     if asked in row.record:
-        check_question(row.record, config, row.where)
-        return MarkedText(
-            parts_of(row.record[name], row.where), checked_text(row.record[asked], f"field {asked!r}", row.where)
-        )
+        return MarkedText(parts_of(row.record[name], row.where), prompt_of(row, config))
     near = difflib.get_close_matches(str(asked), row.record, n=1)
     if near:  # a mistyped name must not drop the prompt
         raise UserError(
