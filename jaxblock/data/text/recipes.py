@@ -84,5 +84,10 @@ def with_test_fields(config: DataConfig) -> DataConfig:
     if config.test_recipe is None:
         return config
     recipe = RECIPES[config.test_recipe]
-    fields = {"prompt_field": recipe.prompt_field, "response_field": recipe.response_field}
-    return dataclasses.replace(config, **fields, input_field=None, system_field=None)
+    return dataclasses.replace(
+        config,
+        prompt_field=recipe.prompt_field,
+        input_field=None,
+        system_field=None,
+        response_field=recipe.response_field,
+    )
