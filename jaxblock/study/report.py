@@ -168,7 +168,7 @@ def _ends(found: Interval, scale: float, digits: int) -> str:
 def _said(one: Analysis) -> Iterator[str]:
     """Yields the sentences under an experiment's heading."""
     kind = "primary" if one.experiment.primary else "exploratory: intervals only, nothing is claimed"
-    yield f"{len(one.seeds)} seeds ({kind})."
+    yield f"{len(one.seeds)} seed{'' if len(one.seeds) == 1 else 's'} ({kind})."
     for contrast in one.contrasts:
         if contrast.crossing is not None:
             yield f"{contrast.says}: {contrast.crossing.text('steps of ' + (one.experiment.reference or one.experiment.arms[0]))}."
