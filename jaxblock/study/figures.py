@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +25,11 @@ _UNITS = {
     "masked_tokens": "masked tokens with loss, in steps of {0}",
     "block_positions": "positions of active blocks, in steps of {0}",
 }
+
+_LOG_FROM = 8
+"""The ratio of the largest to the smallest budget from which on their axis is logarithmic."""
+_LABEL_WIDTH = 0.17
+"""The width of a budget's label, as a share of the axis."""
 
 
 def draw(analysis: Analysis) -> str:
@@ -56,10 +62,11 @@ def _figure(analysis: Analysis) -> Figure:
 
 
 def _curves(analysis: Analysis) -> Figure:
-    """Draws Pass@1, the NELBO, and the difference in Pass@1 to the control, along the budgets."""
+    """Draws Pass@1, the NELBO, and the difference in Pass@1 to the control where there is one, along the budgets."""
     one = analysis.experiment
-    figure = Figure(figsize=(10, 3.2), layout="constrained")
-    axes = figure.subplots(1, 3)
+    panels = 3 if analysis.contrasts else 2
+    figure = Figure(figsize=(10 / 3 * panels, 3.2), layout="constrained")
+    axes = figure.subplots(1, panels)
     for at, arm in enumerate(one.arms):
         curve = analysis.curves[arm, one.decodings[0]]
         _with_intervals(axes[0], one.budgets, 100 * curve.solved.mean(-1), arm, COLOURS[at % len(COLOURS)])
@@ -71,18 +78,30 @@ def _curves(analysis: Analysis) -> Figure:
         axes[2].errorbar(
             one.budgets, mean, yerr=bars, color=colour, marker="o", ms=3, capsize=2, lw=1, label=contrast.says
         )
-    axes[2].axhline(0, color="#888888", lw=0.8)
+    if analysis.contrasts:
+        axes[2].axhline(0, color="#888888", lw=0.8)
     reference = one.reference or one.arms[0]
     names = ("Pass@1 (%)", "NELBO (nats per text token)", "difference in Pass@1 (points)")
-    for axis, name in zip(axes, names, strict=True):
+    log = one.budgets[-1] >= _LOG_FROM * one.budgets[0]
+    for axis, name in zip(axes, names[:panels], strict=True):
         axis.set_ylabel(name)
-        axis.set_xlabel(_UNITS[one.unit].format(reference) + " (log)")
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(one.budgets, [f"{budget:,}" for budget in one.budgets])
+        axis.set_xlabel(_UNITS[one.unit].format(reference) + (" (log)" if log else " (linear)"))
+        axis.set_xscale("log", base=2) if log else axis.set_xscale("linear")
+        axis.set_xticks(one.budgets, _labels(np.log(one.budgets) if log else np.array(one.budgets), one.budgets))
         axis.minorticks_off()
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8)
     return figure
+
+
+def _labels(places: np.ndarray, budgets: Sequence[int]) -> list[str]:
+    """Returns the budgets as labels of an axis, from the last on; those that would touch the label before are empty."""
+    labels, right = [], np.inf
+    for place, budget in zip(places[::-1], budgets[::-1], strict=True):
+        apart = right - place >= _LABEL_WIDTH * np.ptp(places)
+        labels.append(f"{budget:,}" if apart else "")
+        right = place if apart else right
+    return labels[::-1]
 
 
 def _with_intervals(axis: Any, budgets: tuple[int, ...], values: np.ndarray, arm: str, colour: str) -> None:

@@ -17,7 +17,7 @@ _MARKERS = "osD^vP"
 
 
 def draw_bars(curves: Sequence[Curve], contrasts: Sequence[Contrast], with_decoding: bool) -> Figure:
-    """Draws Pass@1, the NELBO, and the differences in Pass@1 at one budget, a line for each arm or difference.
+    """Draws Pass@1, the NELBO, and the differences in Pass@1 (if any) at one budget, a line for each arm or difference.
 
     Args:
         curves: the scores, at one budget.
@@ -26,8 +26,9 @@ def draw_bars(curves: Sequence[Curve], contrasts: Sequence[Contrast], with_decod
     """
     names = [f"{one.arm}, {one.decoding}" if with_decoding else one.arm for one in curves]
     rows = max(len(curves), len(contrasts))
-    figure = Figure(figsize=(12, 1.2 + 0.24 * rows), layout="constrained")
-    axes = figure.subplots(1, 3)
+    panels = 3 if contrasts else 2
+    figure = Figure(figsize=(4 * panels, 1.2 + 0.24 * rows), layout="constrained")
+    axes = figure.subplots(1, panels)
     for at, (one, name) in enumerate(zip(curves, names, strict=True)):
         _line(axes[0], at, name, 100 * one.solved[0].mean(-1))
         _line(axes[1], at, name, one.nelbo[0])
@@ -35,9 +36,10 @@ def draw_bars(curves: Sequence[Curve], contrasts: Sequence[Contrast], with_decod
         found = contrast.crossed[0]
         ends = [[100 * (found.estimate - found.low)], [100 * (found.high - found.estimate)]]
         axes[2].errorbar(100 * found.estimate, at, xerr=ends, color=COLOURS[0], marker="o", ms=3, capsize=2, lw=1)
-    axes[2].axvline(0, color="#888888", lw=0.8)
+    if contrasts:
+        axes[2].axvline(0, color="#888888", lw=0.8)
     says = [contrast.says for contrast in contrasts]
-    for axis, named, of in zip(axes, (names, [""] * len(names), says), _QUANTITIES, strict=True):
+    for axis, named, of in zip(axes, (names, [""] * len(names), says)[:panels], _QUANTITIES[:panels], strict=True):
         axis.set_yticks(range(len(named)), named, fontsize=8)
         axis.set_ylim(max(len(named), 1) - 0.5, -0.5)
         axis.set_xlabel(of)
