@@ -25,7 +25,7 @@ from jaxblock.types import Params
 
 
 class BatchState(NamedTuple):
-    """Holds the state of a batch's rows between two blocks, on the host.
+    """Holds the state of a batch's rows before a block, on the host.
 
     Attributes:
         ids: the tokens of the canvas [B, T]; what is not committed yet is a mask.
@@ -50,6 +50,21 @@ class BatchState(NamedTuple):
     nfe: np.ndarray
     positions: np.ndarray
     computed: np.ndarray
+
+
+class BlockResult(NamedTuple):
+    """Holds what decoding a block changes in a ``BatchState``.
+
+    The program returns nothing that it was only given: with rows split over devices, such an array is gathered independently of
+    the decoder's loop, and XLA on a CPU may run the two in another order on each device, which then wait for one another for ever.
+    """
+
+    ids: Array
+    commit_step: Array
+    done: Array
+    nfe: Array
+    positions: Array
+    computed: Array
 
 
 @dataclass
@@ -147,7 +162,7 @@ class DeviceDecoder:
 
     def finish(self, started: Any, rows: Sequence[Row]) -> None:
         """Waits for the results of a batch, and updates its rows."""
-        layout, found = self._layout, BatchState(*jax.device_get(started))
+        layout, found = self._layout, BlockResult(*jax.device_get(started))
         self.costs.row_blocks += len(rows)
         self.costs.row_blocks_computed += self.size
         self.costs.token_forwards_computed += int(found.computed.sum()) - sum(row.computed for row in rows)
@@ -164,7 +179,7 @@ class DeviceDecoder:
             else:
                 row.block = int(masks[0]) // layout.stride
 
-    def _run(self, shape: BatchShape, rows: Sequence[Row]) -> tuple[Array, ...]:
+    def _run(self, shape: BatchShape, rows: Sequence[Row]) -> BlockResult:
         """Starts the program of a shape; every process of a group must call it with the same rows."""
         with on_mesh_of(self._params):
             return _compiled(whole_results(self._params))(*self._arguments(shape, rows))
@@ -237,20 +252,19 @@ def _raising(problem: Exception) -> Iterator[np.ndarray]:
 
 
 @functools.cache
-def _compiled(results: NamedSharding | None) -> Callable[..., tuple[Array, ...]]:
+def _compiled(results: NamedSharding | None) -> Callable[..., BlockResult]:
     """Returns the compiled program, whose results go where ``results`` says."""
     return jax.jit(_decode_block, static_argnums=(0, 1, 2, 3), out_shardings=results)
 
 
 def _decode_block(
     net: Transformer, layout: Layout, options: DecodeConfig, sizes: Sizes, params: Params, seed: Array, *batch: Array
-) -> tuple[Array, ...]:
-    """Decodes the next block of every row of a ``BatchState``, and returns the batch after it."""
+) -> BlockResult:
+    """Decodes the next block of every row of a ``BatchState``, and returns what that changes."""
     ids, prompt_len, length, row_id, block, commit_step, done, nfe, positions, computed = batch
     canvas = decoding_canvas(layout, ids, prompt_len, row_id, length)
     start = decoder.start_decoding(layout, canvas, seed)._replace(
         commit_step=commit_step, done=done, nfe=nfe, positions=positions, computed=computed
     )
     end = decoder.decode_block(net, layout, options, params, canvas, start, block, sizes)
-    counts = end.nfe, end.positions, end.computed
-    return end.ids, prompt_len, length, row_id, block, end.commit_step, end.done, *counts
+    return BlockResult(end.ids, end.commit_step, end.done, end.nfe, end.positions, end.computed)
