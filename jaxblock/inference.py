@@ -170,7 +170,7 @@ class DeviceDecoder:
             self.costs.token_forwards += int(found.positions[at]) - row.positions
             size = len(row.response)
             row.response[:] = found.ids[at, len(row.prompt) :][:size]
-            row.commit_step = found.commit_step[at, :size].copy()  # a view would keep the whole batch
+            row.commit_step = np.array(found.commit_step[at, :size])  # a view would keep the whole batch
             row.nfe, row.positions, row.computed = (int(n[at]) for n in (found.nfe, found.positions, found.computed))
             masks = np.flatnonzero(row.response == layout.mask_id)
             row.ended = bool(found.done[at]) or not masks.size
