@@ -86,7 +86,8 @@ def _curves(analysis: Analysis) -> Figure:
     for axis, name in zip(axes, names[:panels], strict=True):
         axis.set_ylabel(name)
         axis.set_xlabel(_UNITS[one.unit].format(reference) + (" (log)" if log else " (linear)"))
-        axis.set_xscale("log", base=2) if log else axis.set_xscale("linear")
+        if log:
+            axis.set_xscale("log", base=2)
         axis.set_xticks(one.budgets, _labels(np.log(one.budgets) if log else np.array(one.budgets), one.budgets))
         axis.minorticks_off()
         if axis.get_legend_handles_labels()[0]:

@@ -391,7 +391,6 @@ class _Loop:
         if self.trackers is not None:
             row = self.clock.row(step)
             self.trackers.write(row)
-            self.trackers.close()
             self._say(goodput.describe(row))
             metrics_file = self.trackers.path
         interrupted = step < self.config.train.steps

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from jaxblock.data.config import DataConfig
@@ -62,8 +62,8 @@ def examples_of(row: Row, config: DataConfig) -> list[Example]:
     prompt = question_of(row, config)
     response = _field(row, "response_field", config.response_field, _or_messages(config))
     fields = _others(row, config.prompt_field, config.input_field, config.system_field, config.response_field)
-    example = question_and_answer(prompt, response, config, row.where, row.source, fields)
-    return [replace(example, messages=(*_system(row, config), *example.messages))]
+    messages = (*_asked(prompt, row, config), {"role": "assistant", "content": response})
+    return [Example(messages, prompt, response, row.where, row.source, row.where, fields)]
 
 
 def read_prompts(path: str, config: DataConfig) -> Iterator[tuple[str, Prompt]]:
@@ -99,8 +99,9 @@ def prompt_of(row: Row, config: DataConfig) -> Prompt:
     Raises:
         UserError: If the prompt is missing, empty or not text, or the record holds more that belongs to it.
     """
-    question, system = question_of(row, config), _system(row, config)
-    return [*system, {"role": "user", "content": in_template(question, config)}] if system else question
+    question = question_of(row, config)
+    asked = _asked(question, row, config)
+    return asked if len(asked) > 1 else question
 
 
 def question_of(row: Row, config: DataConfig) -> str:
@@ -115,12 +116,9 @@ def question_of(row: Row, config: DataConfig) -> str:
     return prompt if about is None else f"{prompt}\n{about}"
 
 
-def question_and_answer(
-    prompt: str, response: str, config: DataConfig, where: str, source: str, fields: Mapping[str, Any]
-) -> Example:
-    """Makes the example of a single question and its answer; the question is put into `data.prompt_template`."""
-    messages = ({"role": "user", "content": in_template(prompt, config)}, {"role": "assistant", "content": response})
-    return Example(messages, prompt, response, where, source, where, fields)
+def _asked(question: str, row: Row, config: DataConfig) -> list[Message]:
+    """Returns the messages before the response: the record's system message, if it has one, and the question in its template."""
+    return [*_system(row, config), {"role": "user", "content": in_template(question, config)}]
 
 
 def _others(row: Row, *used: str | None) -> dict[str, Any]:

@@ -71,7 +71,8 @@ def _check_system(
     record: Mapping[str, Any], shown: str | None, used: Sequence[str | None], config: DataConfig, where: str
 ) -> None:
     """Raises UserError where a field holds a system message other than the one that the model is shown."""
-    for name in (*_SYSTEM, config.system_field or _SYSTEM[0]):
+    own = () if config.system_field is None else (config.system_field,)
+    for name in (*_SYSTEM, *own):
         text = record.get(name)
         if name in used or not isinstance(text, str) or not text.strip() or text.strip() == (shown or "").strip():
             continue

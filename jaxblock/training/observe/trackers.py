@@ -126,9 +126,8 @@ class Trackers:
         return self._lines.unwritten()
 
     def close(self) -> None:
-        """Closes each tracker that is open, so that nothing it holds is lost."""
-        still_open, self._all = self._all, {}
-        self._each(still_open, lambda tracker: tracker.close())
+        """Closes each tracker, so that nothing it holds is lost."""
+        self._each(self._all, lambda tracker: tracker.close())
 
     def _each(self, trackers: Mapping[str, AnyTracker], act: Callable[[AnyTracker], None]) -> set[str]:
         """Calls ``act`` with each of the trackers, reports each one that fails once, and returns the names of those that did not."""
