@@ -157,7 +157,8 @@ def tiny_pod_run(tiny_config: Path, made_once: Made) -> Path:
 @pytest.fixture
 def run_copy(tiny_run: Path, tmp_path: Path) -> Path:
     """Returns a copy of the tiny run, for the test to change."""
-    return shutil.copytree(tiny_run, tmp_path / "run")
+    # Another test may be asking for the run to be trained further, which holds its lock for a moment.
+    return shutil.copytree(tiny_run, tmp_path / "run", ignore=shutil.ignore_patterns(".lock"))
 
 
 @pytest.fixture

@@ -75,7 +75,7 @@ def folders(tiny_run: Path, tiny_export: Path, tmp_path_factory: pytest.TempPath
     (root / "adapter").mkdir()
     (root / "adapter/adapter_config.json").write_text(json.dumps(ADAPTER))
     shutil.copytree(tiny_run.parent / "prepared", root / "prepared")
-    shutil.copytree(tiny_run, root / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    shutil.copytree(tiny_run, root / "run", ignore=shutil.ignore_patterns("checkpoints", ".lock"))
     return root
 
 

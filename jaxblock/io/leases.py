@@ -3,13 +3,14 @@
 A lease is a folder of numbered files, of which the highest names the owner. Every `BEAT` seconds the owner writes the next
 number and removes the one before, which shows other machines that it lives. A number is only ever created, never
 replaced, so that of two processes that want it exactly one gets it; file locks of the kernel would do none of this
-in an object store, and not reliably between machines. A lease whose owner is seen to be dead is taken over at once; one
-whose owner cannot be seen (another machine, another container) when no new number appears for `PATIENCE` seconds.
+in an object store, and not reliably between machines. A lease whose owner is seen to be dead is taken over at once, and so is one that was
+copied together with its folder; one whose owner cannot be seen (another machine, another container) when no new number appears for `PATIENCE` seconds.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable
 
@@ -18,7 +19,7 @@ from etils import epath
 from jaxblock.errors import UserError
 from jaxblock.io.files import read_bytes, write_bytes
 from jaxblock.io.folders import list_folder
-from jaxblock.io.owners import Owner, is_alive, read_owner, this_process
+from jaxblock.io.owners import Owner, holds, read_owner, this_process
 from jaxblock.io.paths import PathLike, as_path, explained, is_remote
 
 BEAT = 20.0
@@ -60,6 +61,7 @@ class Lease:
         self.path = as_path(path)
         self.lost: str | None = None
         self._what = what
+        self._place = "" if is_remote(path) else os.path.realpath(path)
         self._content = b""
         self._number = 0
 
@@ -75,7 +77,7 @@ class Lease:
             UserError: the lease cannot be read or written.
         """
         with explained("lock", self._what):
-            self._content = this_process().as_json()
+            self._content = this_process(self._place).as_json()
             while not self._claim(self._wait_for_owner(say, wait) + 1):
                 pass  # another process was faster
 
@@ -84,7 +86,7 @@ class Lease:
         watched, waited = None, 0.0
         while True:
             number, owner = self._newest()
-            alive = False if number == 0 else None if owner is None else is_alive(owner)
+            alive = False if number == 0 else None if owner is None else holds(owner, self._place)
             if alive or (alive is None and watched not in (None, number)):
                 raise Refused(f"{self._what} is being written by {owner or 'another process'}")
             if alive is False or waited >= PATIENCE:
@@ -103,7 +105,7 @@ class Lease:
             UserError: the lease cannot be read.
         """
         number, owner = self._newest()
-        return number > 0 and (owner is None or is_alive(owner) is not False)
+        return number > 0 and (owner is None or holds(owner, self._place) is not False)
 
     def renew(self) -> None:
         """Shows that the owner lives; sets ``lost`` where another process has taken the lease over.

@@ -25,6 +25,8 @@ class Owner:
         begun: when the process began, in the kernel's ticks, since a process id is used again; 0 where not known.
         since: when the owner took what it holds, such as "2026-11-28 20:15:00 UTC".
         token: a random text, which tells two locks of one process apart.
+        place: the lock's folder, as the owner sees it: in a copy of that folder this text is the same, and nobody holds it.
+            Empty in object stores, and in locks of earlier versions.
     """
 
     host: str
@@ -34,6 +36,7 @@ class Owner:
     begun: int
     since: str
     token: str
+    place: str = ""
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}, since {self.since}"
@@ -43,11 +46,15 @@ class Owner:
         return json.dumps(dataclasses.asdict(self)).encode()
 
 
-def this_process() -> Owner:
-    """Returns the identity of this process."""
+def this_process(place: str = "") -> Owner:
+    """Returns the identity of this process.
+
+    Args:
+        place: the folder of the lock that it takes.
+    """
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     pid = os.getpid()
-    return Owner(socket.gethostname(), _machine(), _namespace(), pid, _begun(pid) or 0, now, secrets.token_hex(8))
+    return Owner(socket.gethostname(), _machine(), _namespace(), pid, _begun(pid) or 0, now, secrets.token_hex(8), place)
 
 
 def read_owner(content: bytes) -> Owner | None:
@@ -69,6 +76,21 @@ def is_alive(owner: Owner) -> bool | None:
     if begun is not None and owner.begun:
         return begun == owner.begun
     return runs_here(owner.pid)
+
+
+def holds(owner: Owner, place: str) -> bool | None:
+    """Tells whether the owner named in a lock holds it; None where that cannot be seen from here.
+
+    A lock that came with a copy of its folder names an owner that may well live, and that holds another lock.
+
+    Args:
+        owner: who is named in the lock.
+        place: the lock's folder; empty in object stores.
+    """
+    if (alive := is_alive(owner)) and place and owner.place:
+        with contextlib.suppress(OSError):  # the owner's folder was moved: this may be it
+            return os.path.samefile(owner.place, place)
+    return alive
 
 
 def runs_here(pid: int) -> bool:

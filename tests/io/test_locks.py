@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -142,6 +143,21 @@ def test_a_folder_is_locked_inside_too(tmp_path):
             pass
         (tmp_path / "unseen").rename(tmp_path / ".run.lock")
     assert os.listdir(tmp_path / "run") == [] and sorted(os.listdir(tmp_path)) == ["link", "run"]
+
+
+def test_the_lock_in_a_copy_of_a_folder_is_nobodys(tmp_path):
+    """A run is copied while it is trained: the copy can be written at once, the run and a run that was moved cannot."""
+    (tmp_path / "run").mkdir()
+    with only_writer(tmp_path / "run", inside=True):
+        shutil.copytree(tmp_path / "run", tmp_path / "copy")
+        assert Lease(tmp_path / "run" / ".lock", "run").is_held() and not Lease(tmp_path / "copy" / ".lock", "copy").is_held()
+        with only_writer(tmp_path / "copy", inside=True):
+            assert os.listdir(tmp_path / "copy" / ".lock") == ["000002"]
+        (tmp_path / "run").rename(tmp_path / "moved")
+        with pytest.raises(UserError, match="is being written by"), only_writer(tmp_path / "moved", inside=True):
+            pass
+        (tmp_path / "moved").rename(tmp_path / "run")
+    assert os.listdir(tmp_path / "copy") == os.listdir(tmp_path / "run") == []
 
 
 def test_a_folder_that_cannot_be_written_needs_no_lock(tmp_path, monkeypatch):

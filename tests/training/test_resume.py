@@ -39,7 +39,7 @@ def signalled(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 def _begun(tiny_run: Path, run: Path) -> Path:
     """Copies a run as a kill before its first checkpoint leaves it."""
-    return shutil.copytree(tiny_run, run, ignore=shutil.ignore_patterns("checkpoints", "had_checkpoint.json"))
+    return shutil.copytree(tiny_run, run, ignore=shutil.ignore_patterns("checkpoints", "had_checkpoint.json", ".lock"))
 
 
 def test_interrupted_before_and_after_a_checkpoint_then_resumed_is_the_straight_run(
@@ -54,7 +54,7 @@ def test_interrupted_before_and_after_a_checkpoint_then_resumed_is_the_straight_
     assert runs.rows(run) == runs.rows(tiny_run)[:3]
     # From its checkpoint of step 100, with what a kill in the middle of a write leaves of the metrics.
     shutil.rmtree(run)
-    shutil.copytree(tiny_run, run)
+    shutil.copytree(tiny_run, run, ignore=shutil.ignore_patterns(".lock"))
     shutil.rmtree(run / "checkpoints" / "120")
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 999, "ki')
@@ -95,14 +95,14 @@ def test_terminal_interrupt_reaches_no_worker_process(tiny_config, tiny_run):
 
 
 def test_a_finished_run_says_so_and_reads_no_weights_whatever_does_not_change_learning(
-    tiny_config, tiny_run, ran, monkeypatch
+    tiny_config, run_copy, ran, monkeypatch
 ):
-    before = (tiny_run / "metrics.jsonl").read_bytes()
+    before = (run_copy / "metrics.jsonl").read_bytes()
     monkeypatch.setattr(start, "load_session", None)
     flags = "--train.log_every 7 --train.eval_every 0 --train.resume must --model.remat full"
     flags += " --decode.temperature 0.5 --evaluate.grader exact --train.fsdp 2"
-    assert "is finished (120 steps); nothing to do" in ran(f"train --config {tiny_config} {flags}").err
-    assert (tiny_run / "metrics.jsonl").read_bytes() == before
+    assert "is finished (120 steps); nothing to do" in ran(f"train --config {tiny_config} --train.out {run_copy} {flags}").err
+    assert (run_copy / "metrics.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -119,24 +119,26 @@ def test_a_finished_run_says_so_and_reads_no_weights_whatever_does_not_change_le
         ("--train.out {begun} --model.init_from {run}", "model.init_from = None then, '{run}' now"),
     ],
 )
-def test_what_is_no_exact_resume_is_refused(tiny_config, tiny_run, tmp_path, ran, flags, message):
-    names = {"new": tmp_path / "new", "full": tmp_path / "full", "run": tiny_run}
+def test_what_is_no_exact_resume_is_refused(tiny_config, run_copy, tmp_path, ran, flags, message):
+    names = {"new": tmp_path / "new", "full": tmp_path / "full", "run": run_copy}
     names["full"].mkdir()
     (names["full"] / "thesis.tex").write_text("all my work")
-    names["begun"] = _begun(tiny_run, tmp_path / "begun")
-    assert message.format(**names) in ran(f"train --config {tiny_config} {flags.format(**names)}", 2).err
+    names["begun"] = _begun(run_copy, tmp_path / "begun")
+    command = f"train --config {tiny_config} --train.out {run_copy} {flags.format(**names)}"
+    assert message.format(**names) in ran(command, 2).err
     assert [entry.name for entry in names["full"].iterdir()] == ["thesis.tex"] and not names["new"].exists()
 
 
-def test_a_checkpoint_of_an_earlier_version_has_later_fields_at_their_defaults(tiny_config, tiny_run, ran, monkeypatch):
+def test_a_checkpoint_of_an_earlier_version_has_later_fields_at_their_defaults(tiny_config, run_copy, ran, monkeypatch):
     def earlier(self, step, read=CheckpointReader.meta):
         saved = read(self, step)
         del saved["config"]["method"]["rate_floor"]
         return saved
 
     monkeypatch.setattr(CheckpointReader, "meta", earlier)
-    assert "nothing to do" in ran(f"train --config {tiny_config}").err
-    said = ran(f"train --config {tiny_config} --method.rate_floor 0.3", 2).err
+    command = f"train --config {tiny_config} --train.out {run_copy}"
+    assert "nothing to do" in ran(command).err
+    said = ran(f"{command} --method.rate_floor 0.3", 2).err
     assert "method.rate_floor = 0.0 then, 0.3 now" in said
 
 
