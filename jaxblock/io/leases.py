@@ -3,8 +3,9 @@
 A lease is a folder of numbered files, of which the highest names the owner. Every `BEAT` seconds the owner writes the next
 number and removes the one before, which shows other machines that it lives. A number is only ever created, never
 replaced, so that of two processes that want it exactly one gets it; file locks of the kernel would do none of this
-in an object store, and not reliably between machines. A lease whose owner is seen to be dead is taken over at once, and so is one that was
-copied together with its folder; one whose owner cannot be seen (another machine, another container) when no new number appears for `PATIENCE` seconds.
+in an object store, and not reliably between machines. A lease whose owner is seen to be dead is taken over at once, and so is
+one that was copied together with its folder; one whose owner cannot be seen (another machine, another container) when no new
+number appears for `PATIENCE` seconds.
 """
 
 from __future__ import annotations

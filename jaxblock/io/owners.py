@@ -54,7 +54,9 @@ def this_process(place: str = "") -> Owner:
     """
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     pid = os.getpid()
-    return Owner(socket.gethostname(), _machine(), _namespace(), pid, _begun(pid) or 0, now, secrets.token_hex(8), place)
+    return Owner(
+        socket.gethostname(), _machine(), _namespace(), pid, _begun(pid) or 0, now, secrets.token_hex(8), place
+    )
 
 
 def read_owner(content: bytes) -> Owner | None:

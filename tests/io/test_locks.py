@@ -150,7 +150,10 @@ def test_the_lock_in_a_copy_of_a_folder_is_nobodys(tmp_path):
     (tmp_path / "run").mkdir()
     with only_writer(tmp_path / "run", inside=True):
         shutil.copytree(tmp_path / "run", tmp_path / "copy")
-        assert Lease(tmp_path / "run" / ".lock", "run").is_held() and not Lease(tmp_path / "copy" / ".lock", "copy").is_held()
+        assert (
+            Lease(tmp_path / "run" / ".lock", "run").is_held()
+            and not Lease(tmp_path / "copy" / ".lock", "copy").is_held()
+        )
         with only_writer(tmp_path / "copy", inside=True):
             assert os.listdir(tmp_path / "copy" / ".lock") == ["000002"]
         (tmp_path / "run").rename(tmp_path / "moved")

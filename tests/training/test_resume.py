@@ -101,7 +101,10 @@ def test_a_finished_run_says_so_and_reads_no_weights_whatever_does_not_change_le
     monkeypatch.setattr(start, "load_session", None)
     flags = "--train.log_every 7 --train.eval_every 0 --train.resume must --model.remat full"
     flags += " --decode.temperature 0.5 --evaluate.grader exact --train.fsdp 2"
-    assert "is finished (120 steps); nothing to do" in ran(f"train --config {tiny_config} --train.out {run_copy} {flags}").err
+    assert (
+        "is finished (120 steps); nothing to do"
+        in ran(f"train --config {tiny_config} --train.out {run_copy} {flags}").err
+    )
     assert (run_copy / "metrics.jsonl").read_bytes() == before
 
 
