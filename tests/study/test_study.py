@@ -373,6 +373,7 @@ def test_the_secondary_study_has_the_cells_of_the_primary_one_in_common():
         assert {point for point in theirs.points if point.decoding == "by_8"} <= set(ours.points)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "folder", sorted(path.parent for path in (ROOT / "docs" / "study").glob("*/cells.json")), ids=lambda p: p.name
 )

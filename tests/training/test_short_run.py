@@ -23,6 +23,7 @@ FLAGS += " --train.keep_every 4 --train.eval_problems 6 --train.eval_nelbo_rows 
 FLAGS += " --decode.steps_per_block 3 --optimizer.schedule constant"
 
 
+@pytest.mark.slow
 def test_a_run_traces_once_tells_its_time_and_keeps_its_best(tiny_config, tmp_path, monkeypatch, ran):
     chex.clear_trace_counter()
     traced = set()

@@ -97,6 +97,7 @@ def test_rows_are_sorted_within_their_lines_and_fit_whenever_some_order_fits() -
             assert bool(fits) == all(any((np.array(one) <= widths).all() for one in line) for line in orders)
 
 
+@pytest.mark.slow
 def test_an_epoch_of_gsm8k_computes_few_positions_in_vain(shared: Path, tmp_path: Path) -> None:
     """Counts the real batches of ``configs/gsm8k_small.yaml``; computed at the canvas's width they are 1.35."""
     config = load_config(str(Path(__file__).parents[2] / "configs" / "gsm8k_small.yaml"))
