@@ -68,7 +68,7 @@ def _analysed(name: str, one: Experiment, study: Study, plan: Plan, results: dic
     steps = plan.steps[name]
     seeds = tuple(
         seed
-        for seed in study.seeds[: one.seeds]
+        for seed in study.seeds_of(one)
         if all(
             str(Point(at, decoding)) in results.get(cell_name(arm, seed), {"scores": {}})["scores"]
             for arm in one.arms

@@ -109,12 +109,13 @@ def lay_out(study: Study, architecture_of: ArchitectureOf) -> Plan:
     needed: dict[tuple[str, int], set[Point]] = {}
     for name, of_arms in steps.items():
         one = study.experiments[name]
-        for arm, seed in itertools.product(of_arms, study.seeds[: one.seeds]):
+        for arm, seed in itertools.product(of_arms, study.seeds_of(one)):
             points = needed.setdefault((arm, seed), set())
             points.update(Point(at, way) for at in of_arms[arm] for way in ways_to_score(one))
     cells: dict[str, Cell] = {}
 
-    def add(arm: str, seed: int) -> str:
+    def add(arm: str, of_study: int) -> str:
+        seed = study.seed_of(arm, of_study)
         name = cell_name(arm, seed)
         if name not in cells:
             mine = study.arms[arm]
@@ -124,7 +125,7 @@ def lay_out(study: Study, architecture_of: ArchitectureOf) -> Plan:
             cells[name] = Cell(arm, seed, length, points, start)
         return name
 
-    for seed in study.seeds:
+    for seed in dict.fromkeys((*study.seeds, *(its_seed for _, its_seed in needed))):
         for arm, its_seed in needed:
             if its_seed == seed:
                 add(arm, seed)
@@ -224,7 +225,13 @@ def fingerprint(study: Study, cell: Cell) -> str:
     length = None if config.optimizer.schedule == "constant" else cell.steps
     begins = None
     if arm.start is not None:
-        start = Cell(arm.start, cell.seed, study.arms[arm.start].steps or 0, (), study.arms[arm.start].start)
+        start = Cell(
+            arm.start,
+            study.seed_of(arm.start, cell.seed),
+            study.arms[arm.start].steps or 0,
+            (),
+            study.arms[arm.start].start,
+        )
         begins = [fingerprint(study, start), start.steps]
     return _hash([decides, _how_prepared(study, arm.task), length, cell.seed, begins])
 

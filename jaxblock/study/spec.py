@@ -26,12 +26,15 @@ class Arm:
         task: the name of the task that it is trained on.
         start: the arm from whose last checkpoint of the same seed it starts; None for the start that its settings name.
         steps: the length of a run from which other arms start; None where none does.
+        seed: the only seed that it is trained with, whatever the seeds of the study; None for all of these. So all seeds of
+            other arms may start from one and the same checkpoint.
         sections: its own settings, which replace those of the study and of the task.
     """
 
     task: str
     start: str | None
     steps: int | None
+    seed: int | None
     sections: Tree
 
 
@@ -89,6 +92,16 @@ class Study:
     experiments: dict[str, Experiment]
     scoring: Scoring
     gradients: GradientSizes
+
+    def seed_of(self, arm: str, seed: int) -> int:
+        """Returns the seed with which an arm is trained for a seed of the study."""
+        own = self.arms[arm].seed
+        return seed if own is None else own
+
+    def seeds_of(self, experiment: Experiment) -> tuple[int, ...]:
+        """Returns the seeds of an experiment: its own number of the study's, or the only one of its arms."""
+        own = self.arms[experiment.arms[0]].seed
+        return self.seeds[: experiment.seeds] if own is None else (own,)
 
     def settings(self, arm: str) -> Tree:
         """Returns the sections of an arm's runs: the study's, replaced by the task's, replaced by the arm's own."""
@@ -149,6 +162,7 @@ def study_from_tree(tree: Any, where: str) -> Study:
         gradients=build_from_tree(GradientSizes, tree.get("gradients") or {}, where, "gradients."),
     )
     _check(study, where)
+    _check_own_seeds(study, where)
     _check_gradients(study, where, "gradients" in tree)
     return study
 
@@ -183,10 +197,11 @@ def _arm(value: Any, where: str, name: str) -> Arm:
     tree = _mapping(value, where, name)
     if "data" in tree:
         raise UserError(f"{where}: {name} has settings of data: give them to a task, and name that as the arm's task")
-    task, start, steps = tree.pop("task", None), tree.pop("start", None), tree.pop("steps", None)
-    if steps is not None and (type(steps) is not int or steps < 1):
-        raise UserError(f"{where}: {name}.steps must be a whole number of at least 1, not {shown(steps)}")
-    return Arm(str(task), None if start is None else str(start), steps, _sections(tree, where, name))
+    task, start, steps, seed = (tree.pop(key, None) for key in ("task", "start", "steps", "seed"))
+    for key, number, least in (("steps", steps, 1), ("seed", seed, 0)):
+        if number is not None and (type(number) is not int or number < least):
+            raise UserError(f"{where}: {name}.{key} must be a whole number of at least {least}, not {shown(number)}")
+    return Arm(str(task), None if start is None else str(start), steps, seed, _sections(tree, where, name))
 
 
 def _decoding(value: Any, where: str, name: str) -> Decoding:
@@ -243,6 +258,23 @@ def _check(study: Study, where: str) -> None:
                 raise UserError(
                     f"{where}: experiments.{name} has arm {of}, which no other experiment scores by {one.decodings[0]}: leave it out"
                 )
+
+
+def _check_own_seeds(study: Study, where: str) -> None:
+    """Raises UserError where what has one seed is compared with, or starts from, what has those of the study."""
+    for name, arm in study.arms.items():
+        if arm.seed is not None and arm.start is not None and study.arms[arm.start].seed is None:
+            raise UserError(
+                f"{where}: arms.{name}.seed is {arm.seed}, so arms.{arm.start}, from which it starts, needs a seed too"
+            )
+    for name, one in study.experiments.items():
+        own = {arm: study.arms[arm].seed for arm in one.arms if study.arms[arm].seed is not None}
+        alone = len(own) == len(one.arms) and len(set(own.values())) == 1
+        if own and (not alone or one.seeds is not None or one.kind == RELATION):
+            raise UserError(
+                f"{where}: experiments.{name} has arms with a seed of their own ({', '.join(own)}): give these an experiment of "
+                "their own, without seeds"
+            )
 
 
 def _check_gradients(study: Study, where: str, has_sizes: bool) -> None:
