@@ -37,19 +37,25 @@ class Crossover(NamedTuple):
     confidence: float
     shares: dict[Course, float]
 
-    @property
-    def none(self) -> float:
-        """Returns the share of draws without a crossover."""
-        return 1 - self.shares["overtakes"] - self.shares["is overtaken"]
-
     def text(self, unit: str) -> str:
-        """Formats the crossover like ``overtakes at 1.2e+15 FLOPs (95% interval 8e+14 to beyond the range); none in 3% of draws``."""
+        """Says what the mean difference does along the budgets, from which one on it stays, and how many draws agree.
+
+        Such as ``overtakes at 1,190 steps (95% interval: below the range to 2,400); draws: always behind 12%, overtakes 88%``.
+
+        Args:
+            unit: the unit of the budgets.
+        """
         ends = [
-            "below the range" if end == 0 else "beyond the range" if np.isinf(end) else f"{end:.3g}"
+            "below the range"
+            if end == 0
+            else "beyond the range"
+            if np.isinf(end)
+            else f"{end:,.{0 if end >= 100 else 1}f}"
             for end in self[1:4]
         ]
         where = f" at {ends[0]} {unit}" if self.course in ("overtakes", "is overtaken") else ""
-        return f"{self.course}{where} ({self.confidence:.0%} interval {ends[1]} to {ends[2]}); no crossover in {self.none:.0%} of draws"
+        draws = ", ".join(f"{course} {share:.0%}" for course, share in self.shares.items() if round(share, 2))
+        return f"{self.course}{where} ({self.confidence:.0%} interval: {ends[1]} to {ends[2]}); draws: {draws}"
 
 
 def crossover(

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 _UNITS = {
     "steps": "training steps",
-    "flops": "training FLOPs, in steps of {0}",
-    "masked_tokens": "masked tokens with loss, in steps of {0}",
-    "block_positions": "positions of active blocks, in steps of {0}",
+    "flops": "training FLOPs,\nin steps of {0}",
+    "masked_tokens": "masked tokens with loss,\nin steps of {0}",
+    "block_positions": "positions of active blocks,\nin steps of {0}",
 }
 
 _LOG_FROM = 8

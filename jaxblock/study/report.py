@@ -25,7 +25,7 @@ from jaxblock.study.pace import pace_table
 from jaxblock.study.relation import relation_table
 from jaxblock.study.results import Result, is_done
 from jaxblock.study.spec import Study
-from jaxblock.study.statistics import PERCENTAGE_POINTS, Interval
+from jaxblock.study.statistics import Interval
 
 Row = list[str]
 Table = tuple[Row, list[Row]]
@@ -140,11 +140,21 @@ def _tables(one: Analysis) -> list[Table]:
     for contrast in one.contrasts:
         for at, budget in enumerate(one.budgets):
             rows.append([contrast.says, f"{budget:,}", *_compared(contrast, at)])
+    if one.experiment.kind == "curve" and len(one.seeds) > 1:
+        tables.append(_by_seed(one))
     if rows:
         tables.append(
             (["difference", "budget", "Pass@1, percentage points", "over seeds alone", "NELBO, over seeds"], rows)
         )
     return tables
+
+
+def _by_seed(one: Analysis) -> Table:
+    """Returns the table of Pass@1 of each seed at the last budget."""
+    curves = list(one.curves.values())
+    header = [f"seed, at {one.budgets[-1]:,}", *(f"{curve.arm}, {curve.decoding}" for curve in curves)]
+    rates = [100 * curve.solved[-1].mean(-1) for curve in curves]
+    return header, [[str(seed), *(f"{rate[at]:.1f}%" for rate in rates)] for at, seed in enumerate(one.seeds)]
 
 
 def _scored(curve: Curve, at: int) -> list[str]:
@@ -179,15 +189,22 @@ def _findings(findings: Mapping[str, Finding]) -> Table:
     rows = [
         [
             name,
-            found.interval.text(PERCENTAGE_POINTS),
-            found.over_seeds.text(PERCENTAGE_POINTS),
+            _ends(found.interval, 100.0, 1),
+            _ends(found.over_seeds, 100.0, 1),
             f"{found.p:.4f}",
             f"{found.p_adjusted:.4f}",
             "a difference" if found.found else "no difference shown",
         ]
         for name, found in findings.items()
     ]
-    return ["hypothesis", "effect", "over seeds alone", "p", "p, corrected (Holm)", "says"], rows
+    return [
+        "hypothesis",
+        "difference in Pass@1, percentage points",
+        "over seeds alone",
+        "p",
+        "p, corrected (Holm)",
+        "says",
+    ], rows
 
 
 def _markdown(study: Study, intro: list[str], findings: Mapping[str, Finding], parts: list[Part]) -> str:

@@ -11,8 +11,6 @@ from scipy import special
 from jaxblock.errors import UserError
 from jaxblock.evaluation.statistics import mean_se
 
-PERCENTAGE_POINTS = "percentage points"
-
 
 class Interval(NamedTuple):
     """Holds an estimate and its confidence interval.
@@ -28,16 +26,6 @@ class Interval(NamedTuple):
     low: float
     high: float
     confidence: float
-
-    def text(self, unit: str) -> str:
-        """Formats a difference like ``+3.1 percentage points (95% interval -0.4 to +6.6)``.
-
-        Args:
-            unit: the unit of the scores, such as ``nats``; in ``percentage points`` a score of 1 is 100.
-        """
-        one, digits = (100.0, ".1f") if unit == PERCENTAGE_POINTS else (1.0, ".3g")
-        mean, low, high = (f"{one * value:+{digits}}" for value in self[:3])
-        return f"{mean} {unit} ({self.confidence:.0%} interval {low} to {high})"
 
 
 def t_interval(by_seed: Float[np.ndarray, " S"], confidence: float = 0.95) -> Interval:
