@@ -183,6 +183,7 @@ class _Fields:
         return float(value)
 
     def indices(self, value: Any) -> list[int]:
+        """Returns the layers that `layers_to_transform` names, one or a list of them."""
         indices = value if isinstance(value, list) else [value]
         if not all(isinstance(one, int) and not isinstance(one, bool) for one in indices):
             raise self.wrong("layers_to_transform", value, "a layer's index or a list of them")
@@ -198,10 +199,12 @@ class _Fields:
         return value
 
     def patterns(self, name: str) -> list[str]:
+        """Returns the regular expressions of a field that holds names, or one expression."""
         names = self.names(name)
         return [self.expression(name, one) for one in ([names] if isinstance(names, str) else names)]
 
     def pattern(self, name: str) -> list[tuple[str, Any]]:
+        """Returns the regular expressions of a field that gives each a number, with these, such as `rank_pattern`."""
         value = self.config.get(name) or {}
         if not isinstance(value, dict):
             raise self.wrong(name, value, "an object of names and numbers")
@@ -213,6 +216,7 @@ class _Fields:
         return list(zip(keys, value.values(), strict=True))
 
     def expression(self, name: str, text: str) -> str:
+        """Returns a regular expression of a field; raises UserError where it is none, or could take years to match a name."""
         try:
             re.compile(text)
         except (re.error, RecursionError, OverflowError) as error:

@@ -115,6 +115,7 @@ def lay_out(study: Study, architecture_of: ArchitectureOf) -> Plan:
     cells: dict[str, Cell] = {}
 
     def add(arm: str, of_study: int) -> str:
+        """Adds the cell of an arm and a seed of the study, after the one that it starts from; returns its name."""
         seed = study.seed_of(arm, of_study)
         name = cell_name(arm, seed)
         if name not in cells:
@@ -225,13 +226,8 @@ def fingerprint(study: Study, cell: Cell) -> str:
     length = None if config.optimizer.schedule == "constant" else cell.steps
     begins = None
     if arm.start is not None:
-        start = Cell(
-            arm.start,
-            study.seed_of(arm.start, cell.seed),
-            study.arms[arm.start].steps or 0,
-            (),
-            study.arms[arm.start].start,
-        )
+        first, seed = study.arms[arm.start], study.seed_of(arm.start, cell.seed)
+        start = Cell(arm.start, seed, first.steps or 0, (), first.start)
         begins = [fingerprint(study, start), start.steps]
     return _hash([decides, _how_prepared(study, arm.task), length, cell.seed, begins])
 

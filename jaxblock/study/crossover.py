@@ -45,17 +45,19 @@ class Crossover(NamedTuple):
         Args:
             unit: the unit of the budgets.
         """
-        ends = [
-            "below the range"
-            if end == 0
-            else "beyond the range"
-            if np.isinf(end)
-            else f"{end:,.{0 if end >= 100 else 1}f}"
-            for end in self[1:4]
-        ]
-        where = f" at {ends[0]} {unit}" if self.course in ("overtakes", "is overtaken") else ""
+        budget, low, high = map(_budget, self[1:4])
+        where = f" at {budget} {unit}" if self.course in ("overtakes", "is overtaken") else ""
         draws = ", ".join(f"{course} {share:.0%}" for course, share in self.shares.items() if round(share, 2))
-        return f"{self.course}{where} ({self.confidence:.0%} interval: {ends[1]} to {ends[2]}); draws: {draws}"
+        return f"{self.course}{where} ({self.confidence:.0%} interval: {low} to {high}); draws: {draws}"
+
+
+def _budget(end: float) -> str:
+    """Formats a budget of a crossover, or the end of its interval."""
+    if end == 0:
+        return "below the range"
+    if np.isinf(end):
+        return "beyond the range"
+    return f"{end:,.0f}" if end >= 100 else f"{end:.1f}"
 
 
 def crossover(

@@ -129,6 +129,7 @@ class SentencePieceTokenizer(Tokenizer):
         self._split = self._splitter()
 
     def encode(self, text: str) -> list[int]:
+        """Returns the ids of a text, in which special tokens stand for themselves."""
         if self._space == "first" and not text.startswith((" ", _SPACE, *self.special_texts)):
             text = " " + text if text else text
         ids: list[int] = []

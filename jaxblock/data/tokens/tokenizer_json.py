@@ -42,6 +42,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.special_texts = frozenset(token.content for token in added if token.special)
 
     def encode(self, text: str) -> list[int]:
+        """Returns the ids of a text, in which special tokens stand for themselves; raises UserError where it cannot be encoded."""
         with _library_errors("the tokenizer cannot encode the text"):
             found = self._tokenizer.encode(text, add_special_tokens=False)
         if self._drops_letters:
