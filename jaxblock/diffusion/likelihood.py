@@ -25,6 +25,7 @@ from jaxblock.diffusion.canvas import Canvas, Layout, active_positions, narrowed
 from jaxblock.diffusion.laws import exact_count
 from jaxblock.diffusion.objective import token_losses
 from jaxblock.diffusion.sampling import Draw
+from jaxblock.diffusion.uniforms import uniform
 from jaxblock.types import Network, Params, Sum
 
 
@@ -178,7 +179,7 @@ def set_terms(
 def _sampled(valid: Array, keys: Array, index: Array, samples: int | Array) -> tuple[Array, Array]:
     """Returns the masked set of sample ``index`` (one for all rows or one for each), and the weight n / l of its tokens."""
     step_keys = jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(index, keys.shape))
-    u = jax.vmap(lambda k: jax.random.uniform(k, (valid.shape[-1] + 1,)))(step_keys)
+    u = jax.vmap(lambda k: uniform(k, (valid.shape[-1] + 1,)))(step_keys)
     return exact_count((index + u[:, 0]) / samples, u[:, 1:], valid)
 
 

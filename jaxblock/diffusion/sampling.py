@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from jaxblock.diffusion.canvas import Canvas, Layout, active_positions
 from jaxblock.diffusion.config import MethodConfig
 from jaxblock.diffusion.laws import LAWS, complement, exact_count
+from jaxblock.diffusion.uniforms import uniform_arrays
 
 
 class Draw(NamedTuple):
@@ -67,13 +68,9 @@ def draw_uniforms(method: MethodConfig, layout: Layout, key: Array, rows: int, p
         # From a key of their own, so that the numbers of the response are those of a method that masks no prompt token.
         of_prompt = jax.random.uniform(jax.random.fold_in(n, 1), (rows, draws, prompt_room))
         noise = jnp.concatenate([noise, of_prompt], axis=2)
-    return Uniforms(
-        block=jax.random.uniform(b, (rows, layout.n_blocks)),
-        count=jax.random.uniform(c, (rows, draws)),
-        stratum=jax.random.uniform(s, (rows, draws)),
-        position=jax.random.uniform(p, (rows, draws, layout.block)),
-        noise=noise,
-    )
+    shapes = [(rows, layout.n_blocks), (rows, draws), (rows, draws), (rows, draws, layout.block)]
+    block, count, stratum, position = uniform_arrays(jnp.stack([b, c, s, p]), shapes)
+    return Uniforms(block, count, stratum, position, noise)
 
 
 def _stratify(u: Uniforms) -> Float[Array, "B K"]:

@@ -6,6 +6,7 @@ sizes.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -55,6 +56,12 @@ class ParamSpec:
         return len(self.shape) - self.stacked >= 2
 
 
+_DRAWN_AT_ONCE = 2**22
+"""The most random numbers that are drawn at once, 16 MiB; the parameters of a larger network are drawn one by one."""
+
+_VECTOR = 16
+"""The numbers in a vector of a CPU, at most: XLA unrolls lines of other lengths, which takes longer to compile."""
+
 Table = Mapping[str, ParamSpec]
 """The specs of parameters by their path in the nested dict; ``/`` separates levels, as in ``blocks/q``."""
 
@@ -76,18 +83,49 @@ def init_params(table: Table, seed: int, dtype: DTypeLike) -> Params:
 @partial(jax.jit, static_argnums=(0, 2), inline=True)
 def _draw_all(table: tuple[tuple[str, ParamSpec], ...], seed: int | jax.Array, dtype: np.dtype) -> list[jax.Array]:
     """Draws the weights of all parameters, compiled as one program: single operations would be dozens of programs."""
-    return [_draw(spec, seed, path, dtype) for path, spec in table]
+    uniforms = _uniforms({path: spec.shape for path, spec in table if spec.std}, seed)
+    return [_weights(spec, uniforms.get(path), dtype) for path, spec in table]
 
 
-def _draw(spec: ParamSpec, seed: int | jax.Array, path: str, dtype: DTypeLike) -> jax.Array:
-    """Draws the weights of one parameter."""
-    if spec.std is None:
-        return jnp.ones(spec.shape, dtype)
-    if spec.std == 0:
-        return jnp.zeros(spec.shape, dtype)
-    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode()))
-    # Truncation at three standard deviations is customary: no weight starts as an outlier.
-    values = spec.std * jax.random.truncated_normal(key, -3.0, 3.0, spec.shape, jnp.float32)
+def _uniforms(shapes: Mapping[str, tuple[int, ...]], seed: int | jax.Array) -> dict[str, jax.Array]:
+    """Draws uniform numbers in [0, 1) for each path from a key of its own.
+
+    Of a small network all numbers are drawn at once, in lines [n], since the compiler takes half a second for each draw. They
+    are the numbers of single draws, bit for bit: the n-th depends on the key and n alone. A large network's are drawn one by
+    one in their own shapes, so that a device holds its own part of one tensor at a time.
+    """
+    if not shapes:
+        return {}
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(
+        jax.random.key(seed), jnp.array([zlib.crc32(path.encode()) for path in shapes], jnp.uint32)
+    )
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    longest = -(-max(sizes) // _VECTOR) * _VECTOR
+    if longest * len(sizes) > _DRAWN_AT_ONCE:
+        return {
+            path: jax.random.uniform(key, shapes[path], jnp.float32) for key, path in zip(keys, shapes, strict=True)
+        }
+    lines = jax.vmap(lambda key: jax.random.uniform(key, (longest,), jnp.float32))(keys)
+    return {path: line[:size] for line, size, path in zip(lines, sizes, shapes, strict=True)}
+
+
+def _normal(uniform: jax.Array) -> jax.Array:
+    """Turns uniform into normal numbers, truncated at three standard deviations: customary, as no weight starts as an outlier.
+
+    They are those of ``jax.random.truncated_normal`` for the same key.
+    """
+    most = 3.0
+    end = math.erf(most / math.sqrt(2))
+    values = math.sqrt(2) * jax.lax.erf_inv(jnp.maximum(-end, uniform * (2 * end) - end))
+    inside = float(np.nextafter(np.float32(most), np.float32(0)))
+    return jnp.clip(values, -inside, inside)
+
+
+def _weights(spec: ParamSpec, uniform: jax.Array | None, dtype: DTypeLike) -> jax.Array:
+    """Returns one parameter's weights; ``uniform`` numbers are read where its standard deviation is not 0."""
+    if uniform is None:
+        return (jnp.ones if spec.std is None else jnp.zeros)(spec.shape, dtype)
+    values = (spec.std or 0.0) * _normal(uniform).reshape(spec.shape)
     if spec.depth_scaled:
         depth = jnp.arange(1, spec.shape[0] + 1, dtype=jnp.float32)
         values = values / jnp.sqrt(depth).reshape((-1,) + (1,) * (len(spec.shape) - 1))

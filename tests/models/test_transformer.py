@@ -130,7 +130,7 @@ def test_every_parameter_is_used(plain):
         assert used.any() if path in ("embed", "final_norm") else used.all(), path
 
 
-def test_initialisation_follows_the_table():
+def test_initialisation_follows_the_table(monkeypatch):
     arch = make_arch(d_model=64, n_heads=8, head_dim=8, n_kv_heads=8, mlp_dim=128, vocab_size=512)
     table = registry.param_table(arch) | {"zeros": ParamSpec((3, 2), (None, None), 0.0, "")}
     params = jax.device_get(init_params(table, 0, "float32"))
@@ -147,6 +147,10 @@ def test_initialisation_follows_the_table():
     one = {"embed": table["embed"]}
     assert (params["embed"] == init_params(one, 0, "float32")["embed"]).all()
     assert (params["embed"] != init_params(one, 1, "float32")["embed"]).any()
+    # A large network's are drawn one by one: the same weights. (A table of its own, so that it is compiled anew.)
+    monkeypatch.setattr("jaxblock.models.spec._DRAWN_AT_ONCE", 0)
+    del params["zeros"], table["zeros"]
+    chex.assert_trees_all_equal(params, jax.device_get(init_params(table, 0, "float32")))
 
 
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])

@@ -19,6 +19,7 @@ from jaxblock.diffusion.decoding.config import DecodeConfig
 from jaxblock.diffusion.decoding.measures import best_token
 from jaxblock.diffusion.decoding.rules import RULES
 from jaxblock.diffusion.decoding.transfer import Scores
+from jaxblock.diffusion.uniforms import uniform
 
 _TOKEN, _CHANCE, _POSITION = 0, 1, 2
 """Constants folded into a row's random key, so that the draws of tokens, chances and positions are independent."""
@@ -104,7 +105,7 @@ def score(
     token = best_token(pick)
     measure = rule.measure
     if measure is None:
-        chance = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, _CHANCE), token.shape[1:]))(keys)
+        chance = jax.vmap(lambda key: uniform(jax.random.fold_in(key, _CHANCE), token.shape[1:]))(keys)
         return Scores(token, chance, eligible)
     measured = drawn_from if rule.measured_on == "candidates" else logits
     stop = jnp.asarray((*layout.stop_ids, layout.fill_id))
