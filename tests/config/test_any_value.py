@@ -60,7 +60,7 @@ def check_any_tree(tree: dict[str, Any]) -> None:
 
 
 QUICK = settings(max_examples=60, deadline=10_000, suppress_health_check=[HealthCheck.too_slow])
-LONG = settings(QUICK, max_examples=5000)
+LONG = settings(QUICK, max_examples=2000)
 
 
 @QUICK
