@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,8 @@ _UNITS = {
 
 _LOG_FROM = 8
 """The ratio of the largest to the smallest budget from which on their axis is logarithmic."""
+_LINES = ("-", "--", ":", "-.")
+"""The lines of the ways of decoding; arms have colours."""
 _LABEL_WIDTH = 0.17
 """The width of a budget's label, as a share of the axis."""
 
@@ -67,17 +70,19 @@ def _curves(analysis: Analysis) -> Figure:
     panels = 3 if analysis.contrasts else 2
     figure = Figure(figsize=(10 / 3 * panels, 3.2), layout="constrained")
     axes = figure.subplots(1, panels)
-    for at, arm in enumerate(one.arms):
-        curve = analysis.curves[arm, one.decodings[0]]
-        _with_intervals(axes[0], one.budgets, 100 * curve.solved.mean(-1), arm, COLOURS[at % len(COLOURS)])
-        _with_intervals(axes[1], one.budgets, curve.nelbo, arm, COLOURS[at % len(COLOURS)])
-    for at, contrast in enumerate(analysis.contrasts[: len(one.arms) - 1]):  # those by the first way of decoding
+    for (at, arm), (way, decoding) in itertools.product(enumerate(one.arms), enumerate(one.decodings)):
+        curve, label = analysis.curves[arm, decoding], f"{arm}, {decoding}" if one.decodings[1:] else arm
+        look = {"color": COLOURS[at % len(COLOURS)], "ls": _LINES[way % len(_LINES)]}
+        _with_intervals(axes[0], one.budgets, 100 * curve.solved.mean(-1), label, look)
+        _with_intervals(axes[1], one.budgets, curve.nelbo, label, look)
+    # The first contrasts are those of arms, way by way; those of ways of decoding follow.
+    others = len(one.arms) - 1
+    for number, contrast in enumerate(analysis.contrasts[: others * len(one.decodings)]):
+        way, at = divmod(number, others)
         mean = [100 * found.estimate for found in contrast.crossed]
         bars = np.array([[100 * (f.estimate - f.low), 100 * (f.high - f.estimate)] for f in contrast.crossed]).T
-        colour = COLOURS[at % len(COLOURS)]
-        axes[2].errorbar(
-            one.budgets, mean, yerr=bars, color=colour, marker="o", ms=3, capsize=2, lw=1, label=contrast.says
-        )
+        look = {"color": COLOURS[at % len(COLOURS)], "ls": _LINES[way % len(_LINES)]}
+        axes[2].errorbar(one.budgets, mean, yerr=bars, **look, marker="o", ms=3, capsize=2, lw=1, label=contrast.says)
     if analysis.contrasts:
         axes[2].axhline(0, color="#888888", lw=0.8)
     reference = one.reference or one.arms[0]
@@ -105,13 +110,13 @@ def _labels(places: np.ndarray, budgets: Sequence[int]) -> list[str]:
     return labels[::-1]
 
 
-def _with_intervals(axis: Any, budgets: tuple[int, ...], values: np.ndarray, arm: str, colour: str) -> None:
+def _with_intervals(axis: Any, budgets: tuple[int, ...], values: np.ndarray, label: str, look: dict[str, Any]) -> None:
     """Draws the mean over seeds [budgets, seeds] with its 95% t interval, and every seed as a thin line."""
-    axis.plot(budgets, values, color=colour, lw=0.5, alpha=0.35)
-    axis.plot(budgets, values.mean(-1), color=colour, marker="o", ms=3, lw=1.5, label=arm)
+    axis.plot(budgets, values, **look, lw=0.5, alpha=0.35)
+    axis.plot(budgets, values.mean(-1), **look, marker="o", ms=3, lw=1.5, label=label)
     if values.shape[-1] > 1 and not np.isnan(values).any():
         ends = np.array([t_interval(at)[1:3] for at in values]).T
-        axis.fill_between(budgets, *ends, color=colour, alpha=0.15, lw=0)
+        axis.fill_between(budgets, *ends, color=look["color"], alpha=0.15, lw=0)
 
 
 def _grid(analysis: Analysis) -> Figure:

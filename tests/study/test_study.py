@@ -15,7 +15,7 @@ from jaxblock.errors import UserError
 from jaxblock.io.files import write_bytes
 from jaxblock.io.owners import this_process
 from jaxblock.models.families import registry
-from jaxblock.study import amounts, analysis, cells, report, results, runner, work
+from jaxblock.study import amounts, analysis, cells, figures, report, results, runner, work
 from jaxblock.study.spec import read_study, study_from_tree
 
 ROOT = Path(__file__).parents[2]
@@ -247,6 +247,15 @@ def test_a_planted_effect_is_found_and_a_planted_null_is_not(tmp_path):
     made["classical-s1"]["scores"]["5/own"]["problems"] = 32
     with pytest.raises(UserError, match=r"steps: results/classical-s1.json, point 5/own has 32 problems but .* has 64"):
         analysis.analyse(study, plan, made)
+
+
+def test_a_picture_shows_each_arm_by_each_way_of_decoding():
+    tree = changed("experiments", "steps", "decodings", ["own", "whole"])
+    study, plan = laid_out(tree)
+    svg = figures.draw(analysis.analyse(study, plan, planted(study, plan, 0.0))[0])
+    lines = [f"{arm}, {way}" for arm in ("blockwise", "classical") for way in ("own", "whole")]
+    drawn = [*lines, *lines, "blockwise - classical, by own", "blockwise - classical, by whole"]
+    assert sorted(re.findall(r"<!-- (\w+(?: - \w+)?, .*) -->", svg)) == sorted(drawn)
 
 
 def test_a_grid_compares_the_matching_block_size_with_the_others_in_each_way_of_decoding():
