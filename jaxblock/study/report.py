@@ -19,6 +19,7 @@ from jaxblock.study.analysis import Analysis, analyse, primary
 from jaxblock.study.cells import Plan
 from jaxblock.study.contrasts import Contrast, Curve
 from jaxblock.study.figures import draw
+from jaxblock.study.gradients.sizes import GRADIENTS
 from jaxblock.study.gradients.tables import tables as gradients_tables
 from jaxblock.study.hypotheses import Finding
 from jaxblock.study.pace import pace_table
@@ -94,6 +95,20 @@ def status(plan: Plan, results: Mapping[str, Result], folder: PathLike) -> str:
     )
 
 
+def _how_read(study: Study) -> str:
+    """Returns what the intervals and errors of a report are, each where the report has them."""
+    kinds = {one.kind for one in study.experiments.values()}
+    said = ""
+    if kinds - {GRADIENTS}:
+        said += (
+            f" Scored on {study.scoring.problems} problems of the {study.scoring.split} split. Intervals are of 95%; those of a "
+            "difference are for new seeds and new problems unless they are said to be over seeds."
+        )
+    if GRADIENTS in kinds:
+        said += " Of gradients ± is a standard error: over the examples or batches of a single seed, over seeds where there are several."
+    return said
+
+
 def write_report(study: Study, plan: Plan, results: Mapping[str, Result], out: PathLike) -> None:
     """Writes report.md, its pictures and report.html, with everything that the results so far say about the experiments.
 
@@ -106,10 +121,7 @@ def write_report(study: Study, plan: Plan, results: Mapping[str, Result], out: P
     analyses = analyse(study, plan, dict(results))
     findings = primary(analyses)
     done = sum(is_done(cell, results.get(cell.name)) for cell in plan.cells)
-    intro = [
-        f"{done} of {len(plan.cells)} cells are done. Scored on {study.scoring.problems} problems of the {study.scoring.split} split. "
-        "Intervals are of 95%; those of a difference are for new seeds and new problems unless they are said to be over seeds.",
-    ]
+    intro = [f"{done} of {len(plan.cells)} cells are done." + _how_read(study)]
     parts = [Part(one, draw(one), _tables(one)) for one in analyses if one.seeds]
     waiting = [one.name for one in analyses if not one.seeds]
     if waiting:
