@@ -12,6 +12,9 @@ from jaxblock.study.gradients.contexts import CONTEXTS
 from jaxblock.study.gradients.tables import Measured, over_seeds
 
 _STYLES = ("-", "--", ":", "-.")
+_STYLE_NAMES = ("solid", "dashed", "dotted", "dash-dotted")
+_APART = 1.15
+"""The ratio of two checkpoints' steps from which on both have a label."""
 _DRAWN = ("prefix 0.15, suffix 1", "prefix 0.5, suffix 1", "prefix 0, suffix 0.5", "prefix 0, suffix 0", "classical")
 """The contexts that are drawn; the tables hold all."""
 
@@ -64,12 +67,18 @@ def _direction(axis: Any, measured: Measured) -> None:
                 for (its_arm, steps), of in measured.items()
                 if its_arm == arm
             ]
-            known = [(steps, found.mean) for steps, found in points if found is not None]
+            known = [(steps, found.mean, np.nan_to_num(found.se)) for steps, found in points if found is not None]
             if known:
+                x, y, error = zip(*known, strict=True)
                 style, label = _STYLES[which % len(_STYLES)], name if which == 0 else None
-                axis.plot(*zip(*known, strict=True), style, color=COLOURS[at], marker="o", ms=3, lw=1, label=label)
+                axis.errorbar(x, y, yerr=error, color=COLOURS[at], ls=style, marker="o", ms=3, lw=1, label=label)
+    steps = sorted({steps for _, steps in measured})
     axis.set_xscale("log")
-    axis.set_xlabel("training steps (log); lines by arm: " + ", ".join(arms))
+    apart = [at for at, after in zip(steps, [*steps[1:], np.inf], strict=True) if after > _APART * at]
+    axis.set_xticks(apart, [f"{at:,}" for at in apart])
+    axis.minorticks_off()
+    styles = [f"{arm} {_STYLE_NAMES[which % len(_STYLES)]}" for which, arm in enumerate(arms)]
+    axis.set_xlabel("training steps (log)" + ("; " + ", ".join(styles) if arms[1:] else ""))
     axis.set_ylabel("cosine with the ideal gradient")
 
 
@@ -85,6 +94,8 @@ def _bound(axis: Any, measured: Measured) -> None:
             axis.errorbar(
                 x, y, yerr=error, color=colour, ls=style, marker="o", ms=3, lw=1, label=f"{arm}, step {steps:,}"
             )
+            axis.set_xscale("log", base=2)
             axis.set_xticks(x, map(str, x))
-    axis.set_xlabel("block size")
+            axis.minorticks_off()
+    axis.set_xlabel("block size (log)")
     axis.set_ylabel("NELBO + log p (nats per text token)")
