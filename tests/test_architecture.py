@@ -24,11 +24,12 @@ ARROWS = """
 room          may import, when the program runs
 types
 errors
+uniforms
 settings      errors
 io            errors
-diffusion     types errors settings
+diffusion     types errors uniforms settings
 parallel      types errors
-models        types errors settings parallel
+models        types errors uniforms settings parallel
 config        errors settings io diffusion
 data          errors settings io
 huggingface   types errors io parallel models
@@ -61,7 +62,7 @@ JOINERS = {"commands": "a verb brings together whatever it needs; nothing but cl
 NO_FILES = {"io", "data", "huggingface", "evaluation", "reporting", "cards", "model", "loading", "cli", "commands"}
 """Rooms that the method, the network and the train step must not reach, however indirectly."""
 
-PURE = ("diffusion", "models", "parallel", "training.step")
+PURE = ("uniforms", "diffusion", "models", "parallel", "training.step")
 MOST_LINES_OF_A_FUNCTION = 70
 
 

@@ -25,8 +25,8 @@ from jaxblock.diffusion.canvas import Canvas, Layout, active_positions, narrowed
 from jaxblock.diffusion.laws import exact_count
 from jaxblock.diffusion.objective import token_losses
 from jaxblock.diffusion.sampling import Draw
-from jaxblock.diffusion.uniforms import uniform
 from jaxblock.types import Network, Params, Sum
+from jaxblock.uniforms import uniform
 
 
 class Nelbo(NamedTuple):

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from jaxblock.diffusion.canvas import Canvas, Layout, active_positions
 from jaxblock.diffusion.config import MethodConfig
 from jaxblock.diffusion.laws import LAWS, complement, exact_count
-from jaxblock.diffusion.uniforms import uniform_arrays
+from jaxblock.uniforms import uniform_arrays
 
 
 class Draw(NamedTuple):

@@ -21,6 +21,7 @@ from jax.typing import DTypeLike
 
 from jaxblock.models.architecture import Architecture
 from jaxblock.types import Params
+from jaxblock.uniforms import uniform_arrays
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,6 @@ class ParamSpec:
 _DRAWN_AT_ONCE = 2**22
 """The most random numbers that are drawn at once, 16 MiB; the parameters of a larger network are drawn one by one."""
 
-_VECTOR = 16
-"""The numbers in a vector of a CPU, at most: XLA unrolls lines of other lengths, which takes longer to compile."""
-
 Table = Mapping[str, ParamSpec]
 """The specs of parameters by their path in the nested dict; ``/`` separates levels, as in ``blocks/q``."""
 
@@ -90,9 +88,9 @@ def _draw_all(table: tuple[tuple[str, ParamSpec], ...], seed: int | jax.Array, d
 def _uniforms(shapes: Mapping[str, tuple[int, ...]], seed: int | jax.Array) -> dict[str, jax.Array]:
     """Draws uniform numbers in [0, 1) for each path from a key of its own.
 
-    Of a small network all numbers are drawn at once, in lines [n], since the compiler takes half a second for each draw. They
-    are the numbers of single draws, bit for bit: the n-th depends on the key and n alone. A large network's are drawn one by
-    one in their own shapes, so that a device holds its own part of one tensor at a time.
+    Of a small network all numbers are drawn at once, in lines [n], since the compiler takes half a second for each draw; they are
+    those of single draws, bit for bit. A large network's are drawn one by one in their own shapes, so that a device holds its
+    own part of one tensor at a time.
     """
     if not shapes:
         return {}
@@ -100,13 +98,11 @@ def _uniforms(shapes: Mapping[str, tuple[int, ...]], seed: int | jax.Array) -> d
         jax.random.key(seed), jnp.array([zlib.crc32(path.encode()) for path in shapes], jnp.uint32)
     )
     sizes = [math.prod(shape) for shape in shapes.values()]
-    longest = -(-max(sizes) // _VECTOR) * _VECTOR
-    if longest * len(sizes) > _DRAWN_AT_ONCE:
+    if max(sizes) * len(sizes) > _DRAWN_AT_ONCE:
         return {
             path: jax.random.uniform(key, shapes[path], jnp.float32) for key, path in zip(keys, shapes, strict=True)
         }
-    lines = jax.vmap(lambda key: jax.random.uniform(key, (longest,), jnp.float32))(keys)
-    return {path: line[:size] for line, size, path in zip(lines, sizes, shapes, strict=True)}
+    return dict(zip(shapes, uniform_arrays(keys, [(size,) for size in sizes], jnp.float32), strict=True))
 
 
 def _normal(uniform: jax.Array) -> jax.Array:

@@ -18,6 +18,8 @@ from jaxblock.io.paths import PathLike
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#aa4499", "#8a6d00", "#555555")
 """The colours of lines, in the order in which they are used."""
+LINES = ("-", "--", ":", "-.")
+"""The styles of lines of one colour, in the order in which they are used."""
 PALE = "#a9b4c2"
 """The colour of a line behind another."""
 

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from jaxblock.reporting.plot_style import COLOURS, styled
+from jaxblock.reporting.plot_style import COLOURS, LINES, styled
 from jaxblock.study.gradients.panels import draw_gradients
 from jaxblock.study.gradients.sizes import GRADIENTS
 from jaxblock.study.panels import draw_bars, draw_pace, draw_relation
@@ -29,8 +29,6 @@ _UNITS = {
 
 _LOG_FROM = 8
 """The ratio of the largest to the smallest budget from which on their axis is logarithmic."""
-_LINES = ("-", "--", ":", "-.")
-"""The lines of the ways of decoding; arms have colours."""
 _LABEL_WIDTH = 0.17
 """The width of a budget's label, as a share of the axis."""
 
@@ -72,7 +70,7 @@ def _curves(analysis: Analysis) -> Figure:
     axes = figure.subplots(1, panels)
     for (at, arm), (way, decoding) in itertools.product(enumerate(one.arms), enumerate(one.decodings)):
         curve, label = analysis.curves[arm, decoding], f"{arm}, {decoding}" if one.decodings[1:] else arm
-        look = {"color": COLOURS[at % len(COLOURS)], "ls": _LINES[way % len(_LINES)]}
+        look = _look(at, way)
         _with_intervals(axes[0], one.budgets, 100 * curve.solved.mean(-1), label, look)
         _with_intervals(axes[1], one.budgets, curve.nelbo, label, look)
     # The first contrasts are those of arms, way by way; those of ways of decoding follow.
@@ -81,8 +79,9 @@ def _curves(analysis: Analysis) -> Figure:
         way, at = divmod(number, others)
         mean = [100 * found.estimate for found in contrast.crossed]
         bars = np.array([[100 * (f.estimate - f.low), 100 * (f.high - f.estimate)] for f in contrast.crossed]).T
-        look = {"color": COLOURS[at % len(COLOURS)], "ls": _LINES[way % len(_LINES)]}
-        axes[2].errorbar(one.budgets, mean, yerr=bars, **look, marker="o", ms=3, capsize=2, lw=1, label=contrast.says)
+        axes[2].errorbar(
+            one.budgets, mean, yerr=bars, **_look(at, way), marker="o", ms=3, capsize=2, lw=1, label=contrast.says
+        )
     if analysis.contrasts:
         axes[2].axhline(0, color="#888888", lw=0.8)
     reference = one.reference or one.arms[0]
@@ -98,6 +97,11 @@ def _curves(analysis: Analysis) -> Figure:
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8)
     return figure
+
+
+def _look(arm: int, way: int) -> dict[str, Any]:
+    """Returns the colour of an arm's lines and their style by a way of decoding, by their numbers."""
+    return {"color": COLOURS[arm % len(COLOURS)], "ls": LINES[way % len(LINES)]}
 
 
 def _labels(places: np.ndarray, budgets: Sequence[int]) -> list[str]:

@@ -19,7 +19,7 @@ from jaxblock.diffusion.decoding.config import DecodeConfig
 from jaxblock.diffusion.decoding.measures import best_token
 from jaxblock.diffusion.decoding.rules import RULES
 from jaxblock.diffusion.decoding.transfer import Scores
-from jaxblock.diffusion.uniforms import uniform
+from jaxblock.uniforms import uniform
 
 _TOKEN, _CHANCE, _POSITION = 0, 1, 2
 """Constants folded into a row's random key, so that the draws of tokens, chances and positions are independent."""

@@ -7,11 +7,10 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from jaxblock.reporting.plot_style import COLOURS
+from jaxblock.reporting.plot_style import COLOURS, LINES
 from jaxblock.study.gradients.contexts import CONTEXTS
 from jaxblock.study.gradients.tables import Measured, over_seeds
 
-_STYLES = ("-", "--", ":", "-.")
 _STYLE_NAMES = ("solid", "dashed", "dotted", "dash-dotted")
 _APART = 1.15
 """The ratio of two checkpoints' steps from which on both have a label."""
@@ -70,32 +69,32 @@ def _direction(axis: Any, measured: Measured) -> None:
             known = [(steps, found.mean, np.nan_to_num(found.se)) for steps, found in points if found is not None]
             if known:
                 x, y, error = zip(*known, strict=True)
-                style, label = _STYLES[which % len(_STYLES)], name if which == 0 else None
+                style, label = LINES[which % len(LINES)], name if which == 0 else None
                 axis.errorbar(x, y, yerr=error, color=COLOURS[at], ls=style, marker="o", ms=3, lw=1, label=label)
     steps = sorted({steps for _, steps in measured})
     axis.set_xscale("log")
     apart = [at for at, after in zip(steps, [*steps[1:], np.inf], strict=True) if after > _APART * at]
     axis.set_xticks(apart, [f"{at:,}" for at in apart])
     axis.minorticks_off()
-    styles = [f"{arm} {_STYLE_NAMES[which % len(_STYLES)]}" for which, arm in enumerate(arms)]
+    styles = [f"{arm} {_STYLE_NAMES[which % len(LINES)]}" for which, arm in enumerate(arms)]
     axis.set_xlabel("training steps (log)" + ("; " + ", ".join(styles) if arms[1:] else ""))
     axis.set_ylabel("cosine with the ideal gradient")
 
 
 def _bound(axis: Any, measured: Measured) -> None:
     """Draws the difference between NELBO and -log p by block size, a line for each checkpoint."""
+    axis.set_xscale("log", base=2)
     for at, ((arm, steps), of) in enumerate(measured.items()):
         sizes = list(of[0]["tightness"])
         points = [(int(size), over_seeds([one["tightness"][size]["gap"] for one in of])) for size in sizes]
         known = [(size, found.mean, np.nan_to_num(found.se)) for size, found in points if found is not None]
         if known:
             x, y, error = zip(*known, strict=True)
-            colour, style = COLOURS[at % len(COLOURS)], _STYLES[at // len(COLOURS) % len(_STYLES)]
+            colour, style = COLOURS[at % len(COLOURS)], LINES[at // len(COLOURS) % len(LINES)]
             axis.errorbar(
                 x, y, yerr=error, color=colour, ls=style, marker="o", ms=3, lw=1, label=f"{arm}, step {steps:,}"
             )
-            axis.set_xscale("log", base=2)
             axis.set_xticks(x, map(str, x))
-            axis.minorticks_off()
+    axis.minorticks_off()
     axis.set_xlabel("block size (log)")
     axis.set_ylabel("NELBO + log p (nats per text token)")

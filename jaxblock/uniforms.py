@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import jax
 from jax import Array
+from jax.typing import DTypeLike
 
 _VECTOR = 16
 """A multiple of the float32 numbers in a CPU's vector (4 to 16)."""
@@ -23,17 +24,18 @@ def uniform(key: Array, shape: tuple[int, ...]) -> Array:
     return uniform_arrays(key[None], [shape])[0]
 
 
-def uniform_arrays(keys: Array, shapes: Sequence[tuple[int, ...]]) -> list[Array]:
+def uniform_arrays(keys: Array, shapes: Sequence[tuple[int, ...]], dtype: DTypeLike = float) -> list[Array]:
     """Draws several arrays at once: the n-th is ``jax.random.uniform(keys[n], shapes[n])``.
 
     Args:
         keys: the random keys [n].
         shapes: the arrays' shapes; each array takes the time of the largest.
+        dtype: their type; JAX's default float without one.
 
     Returns:
         The arrays of float numbers in [0, 1).
     """
     sizes = [math.prod(shape) for shape in shapes]
     longest = -(-max(sizes) // _VECTOR) * _VECTOR
-    lines = jax.vmap(lambda key: jax.random.uniform(key, (longest,)))(keys)
+    lines = jax.vmap(lambda key: jax.random.uniform(key, (longest,), dtype))(keys)
     return [line[:size].reshape(shape) for line, size, shape in zip(lines, sizes, shapes, strict=True)]

@@ -2,7 +2,7 @@
 
 import jax
 
-from jaxblock.diffusion.uniforms import uniform_arrays
+from jaxblock.uniforms import uniform_arrays
 
 SHAPES = [(3,), (2, 0, 3), (4, 3), (5, 2, 17), (1, 16), (1,)]
 
