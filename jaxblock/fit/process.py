@@ -15,6 +15,7 @@ from jaxblock.config.config import Config
 from jaxblock.config.yaml import to_tree
 from jaxblock.errors import UserError
 from jaxblock.fit.topology import compile_environment, parse_topology
+from jaxblock.io.signals import sigterm_raises
 
 
 def plan_in_process(
@@ -81,10 +82,11 @@ def _run_process(
     threading.Thread(target=_show_time, args=(ended, say), daemon=True).start()
     assert process.stdin is not None and process.stdout is not None
     try:
-        process.stdin.write(json.dumps(job))
-        process.stdin.close()
-        out = process.stdout.read()
-        code = process.wait()
+        with sigterm_raises():
+            process.stdin.write(json.dumps(job))
+            process.stdin.close()
+            out = process.stdout.read()
+            code = process.wait()
     finally:
         ended.set()
         process.kill()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import subprocess
@@ -18,6 +19,7 @@ from jaxblock.errors import UserError
 from jaxblock.io.files import read_bytes
 from jaxblock.io.locks import only_writer
 from jaxblock.io.paths import as_path, is_remote
+from jaxblock.io.signals import sigterm_raises
 from jaxblock.models.architecture import Architecture
 from jaxblock.study.cells import Cell, Plan, data_config, fingerprint, lay_out, run_config, scored_config
 from jaxblock.study.results import Result, check_results, is_done, read_results, write_plan
@@ -137,7 +139,7 @@ class _Jobs:
                 del self.running[name]
                 yield name, code
 
-    def stop(self) -> None:
+    def close(self) -> None:
         """Tells all processes to save and stop, and waits for them."""
         for process, _ in self.running.values():
             process.terminate()
@@ -173,7 +175,7 @@ def run_cells(plan: Plan, folder: str, jobs: int, wanted: Collection[str], say: 
     failed: set[str] = set()
     elsewhere: dict[str, float] = {}  # cells of other processes, and when to look at them again
     pool = _Jobs(folder, jobs, say)
-    try:
+    with sigterm_raises(), contextlib.closing(pool):
         while True:
             results = read_results(folder)
             left = [name for name in left if not _complete(by_name[name], results, folder, left, by_name)]
@@ -194,8 +196,6 @@ def run_cells(plan: Plan, folder: str, jobs: int, wanted: Collection[str], say: 
                     say(f"{name}: failed with code {code}; see {folder}/logs/{name}.log: {_last_line(folder, name)}")
                 else:
                     say(f"{name}: done")
-    finally:
-        pool.stop()
 
 
 def _with_starts(plan: Plan, wanted: Collection[str]) -> list[str]:

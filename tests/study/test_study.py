@@ -4,7 +4,10 @@ import copy
 import dataclasses
 import itertools
 import json
+import os
 import re
+import signal
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -300,7 +303,7 @@ def test_a_cell_that_another_process_computes_does_not_hold_up_the_others(tmp_pa
                     results.write_result(tmp_path, name, made[name])
                 yield name, runner.BUSY if busy else 0
 
-        def stop(self):
+        def close(self):
             pass
 
     monkeypatch.setattr(runner, "_Jobs", Pool)
@@ -309,6 +312,27 @@ def test_a_cell_that_another_process_computes_does_not_hold_up_the_others(tmp_pa
     wanted = ["blockwise-s0", "classical-s0"]
     assert runner.run_cells(plan, str(tmp_path), 1, wanted, print, poll=0.001) == []
     assert started == ["blockwise-s0", "classical-s0", "blockwise-s0"]
+
+
+def test_a_study_that_is_terminated_ends_its_cells(tmp_path, monkeypatch):
+    started, popen = [], subprocess.Popen
+
+    def sleeps(command, **options):
+        started.append(popen(["sleep", "600"], **options))
+        return started[0]
+
+    def say(line):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(runner.subprocess, "Popen", sleeps)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit, match="143"):
+        runner.run_cells(laid_out()[1], str(tmp_path), 1, (), say, poll=0.001)
+    assert signal.getsignal(signal.SIGTERM) is before
+    try:
+        assert started[0].wait(10) == -signal.SIGTERM
+    finally:
+        started[0].kill()
 
 
 def test_results_of_other_settings_or_other_texts_are_not_put_together(tmp_path):
@@ -398,13 +422,16 @@ def test_studies_that_ship_are_valid_and_their_cells_can_be_laid_out(name):
             cells.scored_config(study, arm, decoding, "out")
 
 
-def test_the_secondary_study_has_the_cells_of_the_primary_one_in_common():
-    small, second = (read_study(ROOT / "configs" / "study" / f"{name}.yaml") for name in ("small", "small_secondary"))
+def test_the_secondary_study_has_the_cells_of_the_one_at_the_plateau_in_common():
+    small, second = (
+        read_study(ROOT / "configs" / "study" / f"{name}.yaml") for name in ("small_plateau", "small_secondary")
+    )
     plans = {study.title: cells.lay_out(study, arch) for study in (small, second)}
     common = {"start", "blockwise", "classical"}
     assert set(second.seeds) < set(small.seeds) and small.arms.keys() & second.arms.keys() == common
     for arm in common:
-        ours, theirs = plans[small.title].cell(f"{arm}-s1"), plans[second.title].cell(f"{arm}-s1")
+        name = f"{arm}-s{small.arms[arm].seed or 1}"
+        ours, theirs = plans[small.title].cell(name), plans[second.title].cell(name)
         assert cells.fingerprint(small, ours) == cells.fingerprint(second, theirs)
         assert cells.how_scored(small, arm, "by_8") == cells.how_scored(second, arm, "by_8")
         assert {point for point in theirs.points if point.decoding == "by_8"} <= set(ours.points)
