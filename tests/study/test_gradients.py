@@ -215,6 +215,15 @@ def test_an_angle_is_that_of_the_expected_gradients():
     assert math.isnan(direction.angle(away, -away).cosine.mean), "both squared lengths are below 0"
 
 
+def test_blocks_that_no_response_reaches_have_no_direction(tiny, monkeypatch):
+    draws = np.random.default_rng(0)
+    reached = np.array([1.0, 1.0, 0.0])[:, None]  # the third block has no loss in any group
+    monkeypatch.setattr(direction, "draw_group", lambda *_: None)
+    monkeypatch.setattr(direction, "block_gradients", lambda *_: reached * (1 + draws.normal(size=(3, 5))))
+    monkeypatch.setattr(direction, "steepness", lambda *_: None)
+    assert {len(one.by_block) for one in direction.measure_direction(tiny[0], 6, 1).values()} == {2}
+
+
 def test_what_stands_around_a_block_is_what_the_ablations_show_and_classical_masks_every_number_alike(tiny):
     probe, _ = tiny
     with jax.enable_x64(True):

@@ -55,7 +55,7 @@ class Direction(NamedTuple):
 
     Attributes:
         all: the direction of the whole gradient.
-        by_block: that of each block's part of it.
+        by_block: that of each block's part of it, up to the last block that a response reaches.
         steepness: lower estimates of a Lipschitz constant, where only the prefix differs; else None.
     """
 
@@ -140,13 +140,14 @@ def measure_direction(probe: Probe, groups: int, examples: int) -> dict[str, Dir
     """
     drawn = [draw_group(probe, which, examples) for which in range(groups)]
     ideal = np.stack([block_gradients(probe, group, IDEAL) for group in drawn], axis=1)
+    reached = int(ideal.any(axis=(1, 2)).sum())  # blocks up to the longest response's last one; later ones have no loss
     found = {}
     for context in CONTEXTS:
         other = np.stack([block_gradients(probe, group, context) for group in drawn], axis=1)
         prefix_only = not context.classical and context.suffix_mask_prob == 1
         found[context.name] = Direction(
             angle(ideal.sum(0), other.sum(0)),
-            [angle(one, two) for one, two in zip(ideal, other, strict=True)],
+            [angle(one, two) for one, two in zip(ideal[:reached], other[:reached], strict=True)],
             steepness(probe, drawn[0], context) if prefix_only else None,
         )
     return found
