@@ -110,10 +110,10 @@ def test_decode_fills_texts_from_everywhere(tiny_run, tmp_path, monkeypatch, ran
     (line,) = ran(f"{command}--file {tmp_path}/q.jsonl").out.splitlines()
     assert json.loads(line)["prompt"] == "1+2?" and json.loads(line)["text"].startswith("1+2=")
     shown = ran(f"{command}--file {tmp_path}/q.jsonl --watch").out
-    assert "prompt: 1+2?\n1+2=" in shown and "line 1/" in shown and "NFE 3  3/3 tokens" in shown
+    assert "prompt: 1+2?\n1+2=" in shown and "given  " in shown and "block 1/" in shown and "NFE 3  3/3 tokens" in shown
     (tmp_path / "t.txt").write_text("\n")
     page = ran(f"{command}'1+2=[[1]]' --html {tmp_path}/t.html")
-    assert json.loads(page.out) == expected[0] and '"unit":"line"' in (tmp_path / "t.html").read_text()
+    assert json.loads(page.out) == expected[0] and '"boxes":[[0,1,0]]' in (tmp_path / "t.html").read_text()
     assert "no texts: give some" in ran(f"{command}--file {tmp_path}/t.txt", 2).err
     for mistake, says in (("1+2", "text 1 has no span"), ("'1[[40]]'", "text 1 has 40 tokens from its first span")):
         assert says in ran(command + mistake, 2).err

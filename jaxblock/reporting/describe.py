@@ -39,6 +39,38 @@ class CanvasSection(NamedTuple):
     positions: tuple[int, ...]
 
 
+class Box(NamedTuple):
+    """Holds response positions that are drawn together: a block of the decoder, or a stretch of given text between spans.
+
+    Attributes:
+        first: the first response position.
+        end: the position after the last one.
+        block: the number of the block, from 0 on; None for given text.
+    """
+
+    first: int
+    end: int
+    block: int | None
+
+
+def boxes(given: Sequence[bool], size: int) -> list[Box]:
+    """Cuts response positions into the blocks that the decoder fills one after the other, and the text given between them.
+
+    Args:
+        given: for each response position whether it was given, as between the spans of a text that is filled.
+        size: the positions of a block. A block begins where the one before it ends, or after given text.
+    """
+    found: list[Box] = []
+    first = blocks = 0
+    for is_given, stretch in groupby(given):
+        end = first + len(list(stretch))
+        for at in range(first, end, end - first if is_given else size):
+            found.append(Box(at, end if is_given else min(at + size, end), None if is_given else blocks))
+            blocks += not is_given
+        first = end
+    return found
+
+
 def visible_text(piece: str) -> str:
     """Makes one token's text safe and legible in a line of text.
 

@@ -147,7 +147,8 @@ def _sample_row(sample: Sample) -> str:
     verdict = (
         {True: "right", False: "wrong"}.get(sample["correct"], "") if isinstance(sample.get("correct"), bool) else ""
     )
-    response = escape(sample["response"]) or "(empty)"
+    text = sample["response"]
+    response = escape(text) if text.strip() else "(white space only)" if text else "(empty)"
     return f'<tr><td>{sample["step"]:,}</td><td class="{verdict}">{verdict}</td><td class="text">{response}</td></tr>'
 
 

@@ -12,7 +12,8 @@ from numpy.typing import ArrayLike
 
 from jaxblock.diffusion.canvas import Layout
 from jaxblock.diffusion.decoding.config import DecodeConfig
-from jaxblock.reporting.describe import Piece, visible_text
+from jaxblock.diffusion.decoding.decoder import GIVEN
+from jaxblock.reporting.describe import Piece, boxes, visible_text
 from jaxblock.reporting.page import html_document
 from jaxblock.streaming import Trace
 
@@ -77,8 +78,7 @@ def trace_page(
     data = {
         "columns": [_column(model) for model in models],
         "prompts": [
-            {"text": text, "traces": [_trace(model.traces[at], model.answers[at]) for model in models]}
-            for at, text in enumerate(prompts)
+            {"text": text, "traces": [_trace(model, at) for model in models]} for at, text in enumerate(prompts)
         ],
     }
     body = (
@@ -113,7 +113,6 @@ def _column(model: TracedModel) -> dict[str, Any]:
         "passes": model.options.passes,
         "mask": model.layout.mask_id,
         "stops": [] if model.layout.infill else list(model.layout.stop_ids),  # a text's end is given
-        "unit": "line" if model.layout.infill else "block",  # in a text with spans, a block is a part of a span
         "pieces": _pieces(model, used),
     }
 
@@ -129,11 +128,13 @@ def _pieces(model: TracedModel, ids: Sequence[int]) -> Mapping[int, str]:
     return texts
 
 
-def _trace(trace: Trace, answer: str) -> dict[str, Any]:
-    """Returns what the page's script knows of a trace; probabilities have six decimals."""
+def _trace(model: TracedModel, at: int) -> dict[str, Any]:
+    """Returns what the page's script knows of the trace of a prompt; probabilities have six decimals."""
+    trace = model.traces[at]
     beliefs = trace.beliefs
     return {
-        "text": answer,
+        "text": model.answers[at],
+        "boxes": boxes((trace.commit_step == GIVEN).tolist(), model.layout.block),
         "steps": trace.steps,
         "ids": trace.response.tolist(),
         "step": trace.commit_step.tolist(),

@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from jaxblock.reporting.describe import MASK_GLYPH, Piece, visible_text
+from jaxblock.reporting.describe import MASK_GLYPH, Box, Piece, boxes, visible_text
 
 
 class Watch:
@@ -50,7 +50,7 @@ class Watch:
         self._console = console or Console()
         self._ids: list[int] = list(start)
         self._given = sum(i != mask_id for i in start)
-        self._unit = "line" if start else "block"  # in a text with spans, a block is a part of a span
+        self._is_given = [i != mask_id for i in start]
         self._fresh: set[int] = set()
         self._steps = 0
         self._nfe = 0
@@ -103,30 +103,32 @@ class Watch:
         else:
             self._print_finished_blocks()
 
-    def _blocks(self) -> list[list[int]]:
-        return [self._ids[at : at + self._block] for at in range(0, len(self._ids), self._block)]
+    def _boxes(self) -> list[Box]:
+        return boxes(self._is_given or [False] * len(self._ids), self._block)
 
     def _active(self) -> int:
-        """Returns the index of the block in which the last step committed tokens, else of the first block with masks, else -1."""
+        """Returns the index of the box in which the last step committed tokens, else of the first one with masks, else -1."""
         if self._over:
             return -1
         if self._fresh:
-            return min(self._fresh) // self._block
-        return next((k for k, ids in enumerate(self._blocks()) if self._mask in ids), -1)
+            return next(k for k, box in enumerate(self._boxes()) if min(self._fresh) < box.end)
+        return next((k for k, box in enumerate(self._boxes()) if self._mask in self._ids[box.first : box.end]), -1)
 
     def _print_finished_blocks(self, last: bool = False) -> None:
         """Prints the finished blocks that are not printed yet; with ``last`` also a block that still holds some masks."""
-        blocks = self._blocks()
-        while self._printed < len(blocks):
-            ids = blocks[self._printed]
+        found = self._boxes()
+        n_blocks = sum(box.block is not None for box in found)
+        for box in found[self._printed :]:
+            ids = self._ids[box.first : box.end]
             if all(i == self._mask for i in ids) or (self._mask in ids and not last):
                 return
-            text = self._line(self._printed, ids).plain
+            text = self._line(box).plain
             count = f"{self._block_steps} step{'' if self._block_steps == 1 else 's'}"
-            line = f"{self._unit} {self._printed + 1}/{len(blocks)}  {count}  {text}"
+            line = f"given  {text}" if box.block is None else f"block {box.block + 1}/{n_blocks}  {count}  {text}"
             self._console.print(Text(line), soft_wrap=True)
             self._printed += 1
-            self._block_steps = 0
+            if box.block is not None:
+                self._block_steps = 0
 
     def _status(self) -> Text:
         if not self._steps:
@@ -141,7 +143,7 @@ class Watch:
         )
 
     def _view(self) -> Group:
-        blocks, active = self._blocks(), self._active()
+        blocks, active = self._boxes(), self._active()
         # Prompt, status and blank lines take 8 lines. Of a long canvas only the blocks around the active one are shown.
         room = max(3, self._console.height - 8)
         centre = len(blocks) if self._over else active
@@ -152,8 +154,10 @@ class Watch:
         if first:
             grid.add_row("", Text(f"… {first} blocks above", style="dim"))
         for k in range(first, min(first + room, len(blocks))):
-            label = Text(f"▶ {k + 1}" if k == active else str(k + 1), style="bold yellow" if k == active else "dim")
-            grid.add_row(label, self._line(k, blocks[k]))
+            number = blocks[k].block
+            name = "given" if number is None else str(number + 1)
+            label = Text(f"▶ {name}" if k == active else name, style="bold yellow" if k == active else "dim")
+            grid.add_row(label, self._line(blocks[k]))
         if first + room < len(blocks):
             grid.add_row("", Text(f"… {len(blocks) - first - room} blocks below", style="dim"))
         prompt = Text("\n".join(self._prompt.strip().splitlines()[-5:]), style="cyan", overflow="ellipsis")
@@ -168,10 +172,10 @@ class Watch:
                 return i
         return len(self._ids)
 
-    def _line(self, k: int, ids: Sequence[int]) -> Text:
-        """Formats the tokens of block k; stop tokens after the one that ends the response are shown as dots."""
+    def _line(self, box: Box) -> Text:
+        """Formats the tokens of a box; stop tokens after the one that ends the response are shown as dots."""
         line, ended = Text(), self._ended()
-        for i, token in enumerate(ids, k * self._block):
+        for i, token in enumerate(self._ids[box.first : box.end], box.first):
             if token == self._mask:
                 line.append(MASK_GLYPH + " ", style="bright_black")
                 continue

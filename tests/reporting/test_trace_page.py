@@ -9,6 +9,7 @@ import pytest
 from jaxblock.diffusion.canvas import Layout
 from jaxblock.diffusion.decoding.beliefs import Beliefs
 from jaxblock.diffusion.decoding.config import DecodeConfig
+from jaxblock.diffusion.decoding.decoder import GIVEN
 from jaxblock.reporting.trace import TracedModel, trace_page
 from jaxblock.streaming import Trace
 from tests.reporting.browser import started
@@ -41,6 +42,15 @@ def page() -> str:
         TracedModel("runs/b & c", LAYOUT, DecodeConfig(temperature=0.5), piece, second, ["t10", "t10"]),
     ]
     return trace_page(["How many?", f"A second prompt {EVIL}"], models)
+
+
+@pytest.fixture(scope="module")
+def infilled() -> str:
+    """A page of a text with a span of three tokens, given text, and a span of one, which begins the text."""
+    steps = [0, 1, 2, GIVEN, GIVEN, 3]
+    layout = LAYOUT._replace(block=2, infill=True)
+    one = TracedModel("runs/a", layout, DecodeConfig(), piece, [trace(steps, [*range(10, 16)])], [" \n"])
+    return trace_page([""], [one])
 
 
 def test_the_page_is_whole_and_needs_nothing_else(page):
@@ -110,3 +120,25 @@ def test_a_browser_plays_it(page, tmp_path):
         assert EVIL in tab.locator("#question").text_content() and tab.locator(".answer").first.text_content() == EVIL
         assert EVIL in tokens.all_text_contents() and tab.title() == "How the canvas was filled"
         assert tab.locator("img").count() == 0 and problems == [] and len(requests) == 1
+
+
+@pytest.mark.slow
+def test_a_browser_shows_the_blocks_of_spans(infilled, tmp_path):
+    (tmp_path / "trace.html").write_text(infilled, encoding="utf-8")
+    with started() as browser:
+        tab = browser.new_page()
+        tab.goto(f"file://{tmp_path}/trace.html")
+        assert tab.locator(".block b").all_text_contents() == ["block 1", "block 2", "given", "block 3"]
+        assert [box.locator(".t").count() for box in tab.locator(".block").all()] == [2, 1, 2, 1]
+        assert (
+            tab.locator("#question").text_content() == "(empty)" and tab.locator("#prompt").inner_text() == "1: (empty)"
+        )
+        assert tab.locator(".answer").text_content() == "(white space only)"
+        tab.keyboard.press("c")
+        tokens = tab.locator(".block .t")
+        values = tokens.evaluate_all("all => all.map(token => token.style.getPropertyValue('--value'))")
+        assert values[:3] == ["0", "1", "0"] and values[5] == "0"  # by step: the last of its block is 1, the only one 0
+        tokens.nth(5).hover()
+        assert "position 6, block 3, committed in step 4" in tab.locator("#tip").inner_text()
+        tokens.nth(4).hover()
+        assert "position 5, given" in tab.locator("#tip").inner_text()

@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from jaxblock.reporting import curves, panels, plots
-from jaxblock.reporting.describe import visible_text
+from jaxblock.reporting.describe import boxes, visible_text
 from jaxblock.reporting.watch import Watch
 from jaxblock.training.observe import metrics
 
@@ -23,10 +24,12 @@ def piece(token: int) -> str:
     return {EOS: "<eos>", EOT: "<eot>"}.get(token, f"▁t{token}")
 
 
-def shown(terminal: bool, canvases: list[list[int]], height: int = 30, nfe: int | None = None) -> str:
+def shown(
+    terminal: bool, canvases: list[list[int]], height: int = 30, nfe: int | None = None, start: Sequence[int] = ()
+) -> str:
     out = io.StringIO()
     console = Console(file=out, force_terminal=terminal, width=80, height=height, color_system="standard", _environ={})
-    with Watch("How [many]?", piece, mask_id=MASK, block=2, stop_ids=(EOS, EOT), console=console) as watch:
+    with Watch("How [many]?", piece, mask_id=MASK, block=2, stop_ids=(EOS, EOT), start=start, console=console) as watch:
         for canvas in canvases:
             watch.step(canvas, nfe)
     return out.getvalue()
@@ -46,6 +49,22 @@ def test_without_a_terminal_one_line_per_block():
     ]
     for terminal in (False, True):  # as while the decoder is compiled
         assert "compiling" in shown(terminal, []) and "0/0" not in shown(terminal, [])
+
+
+def test_blocks_of_spans_begin_after_given_text():
+    given, masks = [False, True], [False] * 3 + [True] * 3 + [False] * 2
+    assert boxes([False] * 5, 2) == [(0, 2, 0), (2, 4, 1), (4, 5, 2)] and boxes([], 2) == []
+    assert boxes(given, 2) == [(0, 1, 0), (1, 2, None)]
+    assert boxes(masks, 2) == [(0, 2, 0), (2, 3, 1), (3, 6, None), (6, 8, 2)]
+    filled = [[1, MASK, MASK, 4, 5, 6, MASK], [1, 2, MASK, 4, 5, 6, MASK], [1, 2, 3, 4, 5, 6, MASK], [*range(1, 8)]]
+    start = [MASK] * 3 + [4, 5, 6, MASK]
+    assert shown(False, filled, start=start).splitlines()[1:-1] == [
+        "block 1/3  2 steps   t1 t2",
+        "block 2/3  1 step   t3",
+        "given   t4 t5 t6",
+        "block 3/3  1 step   t7",
+    ]
+    assert "▶ 3" in shown(True, filled, start=start) and "given" in shown(True, filled, start=start)
 
 
 def test_on_a_terminal_fresh_tokens_are_highlighted_and_masks_dim():

@@ -7,6 +7,7 @@
   let views = [], timer = 0, last = 0;
 
   const percent = (p) => p >= 0.9995 ? ">99.9%" : p > 0 && p < 0.0005 ? "<0.1%" : `${(100 * p).toFixed(1)}%`;
+  const nothing = (text) => text ? "(white space only)" : "(empty)";
   const plural = (n, word, ending = "s") => `${n} ${word}${n === 1 ? "" : ending}`;
 
   // One column: the canvas of one checkpoint for the chosen prompt.
@@ -19,24 +20,25 @@
       const blocks = make("div", "blocks");
       blocks.setAttribute("role", "group");
       blocks.setAttribute("aria-label", `Response of ${column.name}; arrow keys move from token to token`);
-      this.blocks = [];
+      // A box holds a block of the decoder, or text that was given between spans.
+      this.boxOf = trace.boxes.flatMap(([first, end], box) => Array(end - first).fill(box));
+      this.boxes = trace.boxes.map(([, , block]) => {
+        const box = make("div", "block");
+        box.append(make("b", "", block === null ? "given" : `block ${block + 1}`));
+        blocks.append(box);
+        return box;
+      });
       this.tokens = trace.ids.map((id, at) => {
-        if (at % column.block === 0) {
-          const block = make("div", "block");
-          block.append(make("b", "", `${column.unit} ${at / column.block + 1}`));
-          blocks.append(block);
-          this.blocks.push(block);
-        }
         const token = make("span", "t");
         token.setAttribute("role", "img");
         token.setAttribute("aria-describedby", "tip");
         token.tabIndex = at ? -1 : 0;
         token.dataset.at = at;
-        this.blocks.at(-1).append(token);
+        this.boxes[this.boxOf[at]].append(token);
         return token;
       });
       this.inBlock = this.orderInBlock();
-      this.answer = make("p", "answer", trace.text);
+      this.answer = make("p", "answer", trace.text.trim() ? trace.text : nothing(trace.text));
       this.panel.append(make("h2", "", column.name), make("p", "", column.settings), this.status, blocks);
       this.panel.append(make("h3", "", "Answer"), this.answer);
       this.listen(blocks);
@@ -44,9 +46,9 @@
 
     // For each position, where its step lies among the steps of its block: 0 for the first, 1 for the last.
     orderInBlock() {
-      const { step } = this.trace, size = this.column.block;
+      const { step, boxes } = this.trace;
       return step.map((own, at) => {
-        const first = at - at % size, steps = step.slice(first, first + size).filter((s) => s >= 0);
+        const [first, end] = boxes[this.boxOf[at]], steps = step.slice(first, end).filter((s) => s >= 0);
         const low = Math.min(...steps), high = Math.max(...steps);
         return high > low ? (own - low) / (high - low) : 0;
       });
@@ -100,7 +102,7 @@
         const text = set || given ? this.piece(ids[at]) : never ? "·" : "░░";
         count += set;
         total += !given;
-        if (now && fresh < 0) fresh = Math.floor(at / this.column.block);
+        if (now && fresh < 0) fresh = this.boxOf[at];
         token.textContent = text;
         token.className = `t ${set ? "set" : given ? "given" : never ? "never" : "mask"}${now ? " fresh" : ""}${set && at > end ? " after" : ""}`;
         token.style.setProperty("--value", coloured === "step" ? this.inBlock[at] : probability[at]);
@@ -108,7 +110,7 @@
           : given ? `${text}, given` : never ? "never decoded" : "mask";
         token.setAttribute("aria-label", `position ${at + 1}: ${what}`);
       });
-      this.blocks.forEach((block, at) => block.classList.toggle("active", at === fresh));
+      this.boxes.forEach((box, at) => box.classList.toggle("active", at === fresh));
       const passes = this.step * this.column.passes;
       const rate = passes ? `, ${(count / passes).toFixed(2)} per forward pass` : "";
       const stopped = over && this.trace.step.includes(-1) ? ", stopped early" : "";
@@ -118,7 +120,7 @@
 
     describe(at, box) {
       const { trace, column } = this, [id, own] = [trace.ids[at], trace.step[at]];
-      const where = `position ${at + 1}, ${column.unit} ${Math.floor(at / column.block) + 1}`;
+      const block = trace.boxes[this.boxOf[at]][2], where = `position ${at + 1}${block === null ? "" : `, block ${block + 1}`}`;
       if (this.isGiven(at)) return box.append(make("b", "", this.piece(id)), ` id ${id}`, make("div", "", `${where}, given`));
       if (!this.isSet(at)) {
         const why = own < 0 && this.step === trace.steps ? "never decoded: the response had ended" : "a mask at this step";
@@ -172,7 +174,7 @@
     chooser.value = to;
     by("before").disabled = to === 0;
     by("next").disabled = to === data.prompts.length - 1;
-    by("question").textContent = prompt.text;
+    by("question").textContent = prompt.text.trim() ? prompt.text : nothing(prompt.text);
     views = prompt.traces.map((trace, column) => new View(data.columns[column], trace));
     by("columns").replaceChildren(...views.map((view) => view.panel));
     last = Math.max(...prompt.traces.map((trace) => trace.steps));
@@ -180,7 +182,7 @@
     show(last);
   };
 
-  data.prompts.forEach((prompt, at) => chooser.add(new Option(`${at + 1}: ${prompt.text.trim().split("\n").at(-1).slice(0, 60)}`, at)));
+  data.prompts.forEach((prompt, at) => chooser.add(new Option(`${at + 1}: ${prompt.text.trim().split("\n").at(-1).slice(0, 60) || nothing(prompt.text)}`, at)));
   chooser.addEventListener("change", () => choose(Number(chooser.value)));
   by("before").addEventListener("click", () => choose(Number(chooser.value) - 1));
   by("next").addEventListener("click", () => choose(Number(chooser.value) + 1));
