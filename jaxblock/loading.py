@@ -96,6 +96,21 @@ def load(
     return _load_checkpoint(weights_folder, adapter_folder, arch, dtype, quantize or "none", devices)
 
 
+def check_there(folder: PathLike, base: PathLike | None = None) -> None:
+    """Checks that there is a checkpoint to load, before other work that would be in vain; downloads one from the hub.
+
+    Args:
+        folder: as for ``load``.
+        base: as for ``load``.
+
+    Raises:
+        UserError: the folder is none of the kinds that ``load`` takes, or its config.json cannot be read.
+    """
+    if not run_folder.is_run(folder):
+        _check_kind(folder)
+        read_architecture(_split_adapter(local_checkpoint(folder), base)[0])
+
+
 def _check_choices(folder: PathLike, quantize: Any, mask_id: Any, alignment: Any, mesh: Any) -> None:
     """Raises UserError where an argument of ``load`` has a value that it does not take."""
     for name, value, right, choices in (

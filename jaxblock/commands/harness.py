@@ -83,6 +83,7 @@ def run(options: Options, config: Config) -> int:
         raise UserError(
             f"harness needs lm-evaluation-harness ({first_line(error)}): pip install 'jaxblock[harness]'"
         ) from error
+    from jaxblock import loading
     from jaxblock.diffusion.decoding.rules import unused_steps
     from jaxblock.harness import results as harness_results
     from jaxblock.harness.language_model import HarnessModel
@@ -95,6 +96,7 @@ def run(options: Options, config: Config) -> int:
         check_vacant(options.out, marker=harness_results.MARKER, overwrite=options.overwrite)
         if process == 0:
             check_writable(as_path(options.out).parent)
+    loading.check_there(options.checkpoint, options.base)  # reading tasks takes minutes, and may download their data
     loaded = load_tasks(options.tasks, options.include_path, allow_code=options.confirm_run_unsafe_code, say=tell)
     tasks = all_tasks(loaded)
     model = _model(options, config)
@@ -108,7 +110,7 @@ def run(options: Options, config: Config) -> int:
         not_greedy=[task.task_name for task in tasks if not asks_for_greedy(task)],
         say=tell,
     )
-    with explained_run(), contextlib.redirect_stdout(sys.stderr):
+    with explained_run(), contextlib.redirect_stdout(sys.stderr), _our_commit():
         results = lm_eval.simple_evaluate(
             model=lm,
             tasks=loaded,
@@ -133,6 +135,21 @@ def run(options: Options, config: Config) -> int:
     return 0
 
 
+@contextlib.contextmanager
+def _our_commit() -> Iterator[None]:
+    """Lets results name the commit of jaxblock; lm-eval asks git about the current folder, which complains outside a repository."""
+    from lm_eval import evaluator
+
+    from jaxblock.training.versions import running_versions
+
+    before = evaluator.get_git_commit_hash
+    evaluator.get_git_commit_hash = lambda: running_versions().get("commit")
+    try:
+        yield
+    finally:
+        evaluator.get_git_commit_hash = before
+
+
 def _model(options: Options, config: Config) -> Model:
     """Loads the checkpoint, with the canvas and the decoder's settings of the config."""
     from jaxblock import loading
@@ -151,6 +168,8 @@ def _checked_gen_kwargs(options: Options) -> dict[str, Any] | None:
     """
     if options.num_fewshot is not None and options.num_fewshot < 0:
         raise UserError(f"--num_fewshot is {options.num_fewshot}: it must be 0 or more")
+    if options.nelbo_samples is not None and options.nelbo_samples < 2:
+        raise UserError(f"--nelbo_samples is {options.nelbo_samples}: it must be at least 2")
     if options.limit is not None and not (
         0 < options.limit < 1 or options.limit >= 1 and options.limit == int(options.limit)
     ):

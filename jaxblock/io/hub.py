@@ -102,8 +102,19 @@ def _copy_of_remote(folder: str, weights: bool) -> str:
     return str(local_folder(folder, [*(_WEIGHTS if weights else ()), *_BESIDE, "*.py"]))
 
 
+def hub_answer(error: Exception) -> Exception:
+    """Returns the hub's own answer behind an error, such as that of a client that says only which file it was; else the error."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(error, ValueError):  # which says what the client itself found wrong
+        if isinstance(cause, errors.HfHubHTTPError):
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    return error
+
+
 def _why(error: Exception, repo: str, revision: str | None) -> str:
     """Explains a failed download and says what to do."""
+    error = hub_answer(error)
     if isinstance(error, errors.GatedRepoError):
         return f"the hub repository {repo} is gated: accept its terms on its page there, and set HF_TOKEN to your access token"
     if isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError):

@@ -17,6 +17,7 @@ from huggingface_hub.utils import validate_repo_id
 from jaxblock.errors import UserError, first_line, shown
 from jaxblock.io.files import sha256
 from jaxblock.io.folders import EXPORT_FILES
+from jaxblock.io.hub import hub_answer
 from jaxblock.io.paths import explained
 from jaxblock.io.signed_text import is_unedited
 
@@ -183,6 +184,7 @@ def _holds(name: str, files: list[str], what: str) -> str:
 
 def _why(error: Exception, name: str) -> str:
     """Explains why a repository could not be used and says what to do."""
+    error = hub_answer(error)
     status = (
         error.response.status_code if isinstance(error, errors.HfHubHTTPError) and error.response is not None else None
     )

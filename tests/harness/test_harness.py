@@ -15,11 +15,15 @@ import pytest
 import jaxblock
 from jaxblock import loading
 from jaxblock.errors import UserError
+from jaxblock.evaluation.graders import gsm8k_strict
 from jaxblock.parallel.mesh import make_mesh
+from jaxblock.training.versions import running_versions
 
 pytest.importorskip("lm_eval", reason="the extra `harness` is not installed")
 import datasets
+import lm_eval
 from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 
 from jaxblock.harness import bounds
@@ -36,12 +40,12 @@ TASKS = {
     "sums": """\
 output_type: generate_until
 doc_to_text: "{{{{question}}}}"
-doc_to_target: "{{{{answer.split('#### ')[-1]}}}}"
+doc_to_target: "{{{{answer.split('#### ')[-1].strip()}}}}"
 generation_kwargs: {{until: ["Question:"], do_sample: false}}
 filter_list:
   - name: strict-match
     filter: [{{function: regex, regex_pattern: "#### (\\\\-?[0-9\\\\.\\\\,]+)"}}, {{function: take_first}}]
-metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true, regexes_to_ignore: [",", "\\\\$"]}}]
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true, regexes_to_ignore: [",", "\\\\$", "\\\\.$"]}}]
 """,
     "choose": """\
 output_type: multiple_choice
@@ -128,11 +132,47 @@ def test_the_verb_agrees_with_evaluate_and_keeps_the_errors_of_likelihoods(tiny_
         # The first and the last choice are the same text: under the same masks their difference is known exactly.
         assert (again["nelbo"], again["above_best_standard_error"]) == (same["nelbo"], 0.0)
     assert len({sample["jaxblock"][1]["nelbo"] for sample in samples["choose"]}) == 6
+    assert results["git_hash"] == running_versions().get("commit")
     ran(f"harness {flags} --tasks sums --limit 2", 2)  # the folder exists
     assert (
         "the network was trained on prompts in its chat template"
         in ran(f"harness --checkpoint {tiny_run} --tasks {tasks}/sums.yaml --num_fewshot 0 --limit 1").err
     )
+
+
+ANSWERS = {
+    "so #### 18": "a #### 18", "so #### 18.": "a #### 18", "#### 18.\n": "b #### 18\n", "#### 18": "c #### 18.",
+    "#### 1,000": "d #### 1000", "#### 1000": "e #### 1,000", "#### -3": "f #### -3", "#### $18": "g #### 18",
+    "no": "h #### 18", "#### 17 #### 18": "i #### 18", "#### 18,": "j #### 18", "#### 18.0": "k #### 18", "18": "l #### 18",
+}  # fmt: skip
+"""Responses with the reference answer of each: right ones in every form that `evaluate` grades as right, and wrong ones."""
+
+
+class Scripted(LM):
+    """Answers the questions "0", "1", ... with the responses of ``ANSWERS``."""
+
+    def generate_until(self, requests, disable_tqdm=False):
+        return [list(ANSWERS)[int(request.args[0])] for request in requests]
+
+    def loglikelihood(self, requests, disable_tqdm=False):
+        raise NotImplementedError
+
+    loglikelihood_rolling = loglikelihood
+
+
+def test_the_task_of_the_page_grades_as_evaluate_does(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "harness.md").read_text(encoding="utf-8")
+    (text,) = re.findall(r"^```yaml\n(.*?)^```", page, re.M | re.S)
+    (tmp_path / "my_gsm8k.yaml").write_text(text)
+    records = [{"question": str(at), "answer": answer} for at, answer in enumerate(ANSWERS.values())]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    monkeypatch.chdir(tmp_path)
+    found = lm_eval.simple_evaluate(Scripted(), tasks=load_tasks(["my_gsm8k.yaml"], None, allow_code=False))
+    ours = [gsm8k_strict(response, answer).correct for response, answer in ANSWERS.items()]
+    assert [sample["exact_match"] == 1 for sample in found["samples"]["my_gsm8k"]] == ours and set(ours) == {
+        True,
+        False,
+    }
 
 
 def test_the_snippet_of_the_page_runs(tiny_run, tasks):
@@ -299,7 +339,13 @@ def test_conversations_are_shown_as_training_shows_them(lm, model):
     assert wide._texts.prompt(begun, "here") == [*shown, *model.tokenizer.encode("4=")]
     prompt, (one, two) = wide._texts.prompt_and_choices(text, ["4", "4=4"], "here")
     assert prompt == shown and (len(one), len(two)) == (1, 3)
+    # Tasks without a question still have a turn of the user, with nothing in it.
+    nothing = lm.apply_chat_template([{"role": "user", "content": ""}])
+    assert nothing == lm.apply_chat_template([{"role": "user", "content": "1+2?"}]).replace("1+2?", "")
+    assert lm._texts.prompt_and_choices(nothing, ["4", "5"], "here")[0] == model.tokenizer.encode(nothing)
     eot = model.tokenizer.piece(model.stop_ids[0])
+    with pytest.raises(UserError, match="the tasks' conversation that ends with '4"):
+        lm.apply_chat_template([*chat[:-1], {"role": "user", "content": f"4{eot}"}])
     for bad in (
         lambda: lm.apply_chat_template([{"role": "user", "content": f"1{eot}"}]),
         lambda: lm._texts.prompt(f"1+2?{eot}", "here"),
@@ -357,6 +403,11 @@ BAD_TASKS = {
     "generation_kwargs: {until: []}\nprocess_results: !function steps.fail\n",
     "no_function": "output_type: generate_until\ndoc_to_text: !function steps.nothing\ndoc_to_target: answer\n",
 }
+
+
+def test_a_checkpoint_that_is_not_there_is_told_before_tasks_are_read(tmp_path, ran):
+    said = ran(f"harness --checkpoint {tmp_path}/nowhere --tasks gsm8k", 2).err
+    assert f"{tmp_path}/nowhere" in said and "reading the list" not in said and said.count("\n") == 1
 
 
 @pytest.mark.parametrize(
