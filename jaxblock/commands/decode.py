@@ -134,7 +134,8 @@ def _check_flags(options: Options) -> None:
     if options.html and options.out and as_path(options.html) == as_path(options.out):
         raise UserError(f"--html and --out both name {options.out}: write the page to another file")
     for path in filter(None, (options.out, options.html)):
-        check_absent(path, overwrite=options.overwrite)
+        read = (options.checkpoint, options.beside, options.base, options.file, options.config)
+        check_absent(path, overwrite=options.overwrite, inputs=read)
     plain = {field.name: field.default for field in dataclasses.fields(options)}
     for name, needs in (("beside", "html"), ("candidates", "html"), ("beside_step", "beside")):
         if getattr(options, name) != plain[name] and getattr(options, needs) is None:

@@ -51,10 +51,12 @@ def run(options: Options, config: Config) -> int:
     from rich.console import Console
 
     from jaxblock.data.store.prepared_folder import open_prepared
+    from jaxblock.data.text.splits import train_paths
     from jaxblock.reporting import html, terminal
 
     if options.html:
-        check_absent(options.html, overwrite=options.overwrite)
+        read = (options.config, config.data.prepared, *train_paths(config.data), config.data.test)
+        check_absent(options.html, overwrite=options.overwrite, inputs=read)
     prepared = open_prepared(config.data.prepared, verify=config.data.verify)
     examined, layout = examine_records(config, prepared, options.split, options.records, options.steps)
     about = (

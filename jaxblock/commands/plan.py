@@ -55,7 +55,8 @@ def run(options: Options, config: Config) -> int:
     if options.tries < 0:
         raise UserError(f"tries is {options.tries}: it must be 0 or more")
     if options.json:
-        check_absent(options.json, overwrite=options.overwrite)
+        read = (options.config, options.model_config, config.model.init_from)
+        check_absent(options.json, overwrite=options.overwrite, inputs=read)
     plan = plan_in_process(
         config,
         options.topology,

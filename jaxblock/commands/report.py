@@ -41,7 +41,7 @@ def run(options: Options, config: Config) -> int:
     if not run_folder.is_run(options.run):
         raise UserError(f"{options.run} is not the folder of a training run (no config.yaml and model.json)")
     out = options.out or os.fspath(as_path(options.run) / "report.html")
-    check_absent(out, overwrite=options.overwrite)
+    check_absent(out, overwrite=options.overwrite, inputs=(options.run, *options.evaluations))
     opened = run_folder.open_run(options.run)
     files = read_run_files(options.run, options.evaluations)
     text = read_bytes(opened.folder / run_folder.CONFIG).decode("utf-8", "replace")

@@ -9,6 +9,7 @@ import os
 import pathlib
 import secrets
 import shutil
+from collections.abc import Iterable
 from typing import Any
 
 from jaxblock.errors import UserError
@@ -110,15 +111,18 @@ def write_json(path: PathLike, value: Any, *, overwrite: bool = False) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n", overwrite=overwrite)
 
 
-def check_absent(path: PathLike, *, overwrite: bool = False) -> None:
+def check_absent(path: PathLike, *, overwrite: bool = False, inputs: Iterable[PathLike | None] = ()) -> None:
     """Checks, before long work, that `write_bytes` could make a file at `path`.
 
     Args:
         path: the file.
         overwrite: whether an existing file may be replaced.
+        inputs: files and folders that the same command reads, and that it never replaces. In these folders it may replace its own
+            pages (*.html).
 
     Raises:
-        UserError: a file exists at `path` and `overwrite` is off, a folder does, or files cannot be made in its parent folder.
+        UserError: a file exists at `path` and `overwrite` is off or it is an input, a folder does, or files cannot be made in its
+            parent folder.
     """
     target = as_path(path)
     with explained("look at", path):
@@ -127,7 +131,18 @@ def check_absent(path: PathLike, *, overwrite: bool = False) -> None:
         raise UserError(f"{os.fspath(path)} is a folder, and a file is to be made there: choose another path")
     if there and not overwrite:
         raise _already_there(path)
+    for given in filter(None, inputs if there else ()):
+        source, place = _real(given), _real(path)
+        if source == place or (source in place.parents and place.suffix != ".html"):
+            raise UserError(
+                f"{os.fspath(path)} is read by this command, from {given}, and would be lost: choose another path"
+            )
     check_writable(target.parent)
+
+
+def _real(path: PathLike) -> pathlib.PurePath:
+    """Returns the place that a path means, behind its links; an address in an object store has none."""
+    return pathlib.PurePath(os.fspath(path) if is_remote(path) else os.path.realpath(path))
 
 
 def check_writable(folder: PathLike, *, need_bytes: int = 0) -> None:

@@ -9,7 +9,7 @@ from unittest.mock import Mock
 import pytest
 
 from jaxblock.errors import UserError
-from jaxblock.io.files import check_writable, read_bytes, read_json, sha256, write_text
+from jaxblock.io.files import check_absent, check_writable, read_bytes, read_json, sha256, write_text
 from jaxblock.io.folders import check_vacant, new_folder
 from jaxblock.io.paths import as_path
 
@@ -102,6 +102,20 @@ def test_what_may_be_replaced(tmp_path):
             fill(folder)
         assert (target / "sub" / "data").read_text() == "new"
     assert names_in(tmp_path) == ["empty", "file", "foreign", "whole"]
+
+
+def test_a_command_replaces_nothing_that_it_reads(tmp_path):
+    run, prompts, mine = tmp_path / "run", tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    run.mkdir()
+    (tmp_path / "link").symlink_to(run)
+    for file in (prompts, mine, run / "config.yaml", run / "page.html"):
+        file.write_text("")
+    inputs = (tmp_path / "link", os.path.relpath(prompts), None, "org/model")
+    for path in (mine, run / "page.html", run / "new.jsonl", tmp_path / "new"):
+        check_absent(path, overwrite=True, inputs=inputs)
+    for path in (prompts, run / "config.yaml", tmp_path / "link" / "config.yaml"):
+        with pytest.raises(UserError, match="is read by this command, from .*: choose another path"):
+            check_absent(path, overwrite=True, inputs=inputs)
 
 
 def test_what_a_killed_try_left_is_removed_once_the_folder_is_there(tmp_path):
