@@ -11,9 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from jaxblock import cli
 from jaxblock.config.config import Config
+from jaxblock.config.yaml import config_from_tree
+from jaxblock.data.config import DataConfig
+from jaxblock.data.text.inputs import open_input
+from jaxblock.data.text.recipes import with_recipe
+from jaxblock.data.text.sources import read_source
 
 ROOT = Path(__file__).resolve().parents[1]
 # What the site's build makes lies in docs/_reference and docs/_build.
@@ -139,6 +145,32 @@ def test_commands_in_the_pages_have_flags_that_exist():
     assert len(found) > 25 and [wrong for words in found if (wrong := _unreadable(words))] == []
     wrong = "```sh\njaxblock train --config llada_8b_lora --train.step 3 > x\njaxblock trian\njaxblock train --config lada_8b_lora\n```"
     assert all(_unreadable(words) for words in _commands(wrong)) and len(_commands(wrong)) == 3
+
+
+def _blocks(language: str) -> list[str]:
+    return [
+        block
+        for page in PAGES
+        for block in re.findall(rf"^```{language}\n(.*?)^```", page.read_text("utf-8"), re.M | re.S)
+    ]
+
+
+def test_settings_and_records_in_the_pages_are_read(tmp_path):
+    trees = [yaml.safe_load(block) for block in _blocks("yaml")]
+    settings = [tree for tree in trees if tree.keys() <= {field.name for field in dataclasses.fields(Config)}]
+    assert (
+        len(settings) >= 2 and len(trees) == len(settings) + 1
+    )  # tests/harness runs the task of lm-evaluation-harness
+    for tree in settings:
+        config_from_tree(tree, "a page")
+    with pytest.raises(cli.UserError, match="unknown key data.weight"):
+        config_from_tree({"data": {"weight": [0.7, 0.3]}}, "a page")
+    lines = "".join(_blocks("json"))
+    (tmp_path / "records.jsonl").write_text(lines, encoding="utf-8")
+    source = read_source(
+        [open_input(str(tmp_path / "records.jsonl"), "train")], with_recipe(DataConfig()), "train", [""]
+    )
+    assert len(list(source.examples())) == len(lines.splitlines()) >= 2
 
 
 HERE = {

@@ -51,6 +51,12 @@ def test_the_wheel_holds_the_package_and_the_presets_and_nothing_else(built):
     }
     assert inside == {str(file.relative_to(ROOT)) for file in package} | presets.keys()
     assert about["Version"] == jaxblock.__version__ and about["License-Expression"] == "Apache-2.0"
+    described = about.get_payload()
+    assert (
+        "# jaxblock" in described
+        and "`docs/start.md`" in described
+        and re.findall(r"\]\((?!https://)", described) == []
+    )
     needs = set(about.get_all("Requires-Dist"))
     lines = (line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines())
     assert {re.sub(r"\s", "", line) for line in lines if line} <= {

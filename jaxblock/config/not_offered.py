@@ -7,7 +7,7 @@ _PACKING = (
     "it, and blocks are counted from the row's own prompt, as in decoding. Short rows cost little: train.widths computes them at "
     "narrower widths. Take the key out"
 )
-_NAMES = dict.fromkeys(("packing", "pack", "sample_packing", "neat_packing", "packed"), _PACKING)
+_WORDS = {"pack", "packing", "packed"}  # as in sample_packing, neat_packing, eval_packing, pack_sequences
 
 
 def why_not_offered(name: str) -> str | None:
@@ -16,4 +16,4 @@ def why_not_offered(name: str) -> str | None:
     Args:
         name: The setting's name, without its section.
     """
-    return _NAMES.get(name)
+    return _PACKING if _WORDS & set(name.split("_")) or name == "group_texts" else None

@@ -91,6 +91,23 @@ def mixture_of(train: Mapping[str, Any], folder: str, config: DataConfig) -> Mix
     return Mixture(paths, sizes, config.weights)
 
 
+def describe_files(train: Mapping[str, Any], mixture: Mixture | None) -> str | None:
+    """Says in a line what share of the rows each of several training files has; None where there is one file.
+
+    Args:
+        train: The manifest's entry on the training split.
+        mixture: How they are mixed; None where every record is read once an epoch.
+    """
+    files = train.get("files", [])
+    if not files:
+        return None
+    if mixture is not None:
+        each = zip(mixture.weights, mixture.paths, mixture.sizes, strict=True)
+        return "rows: " + ", ".join(f"{weight:g} from {path} ({size:,} records)" for weight, path, size in each)
+    kept = ", ".join(f"{file['kept']:,} from {file['path']}" for file in files)
+    return f"rows: every record once an epoch, {kept} (data.weights, given to train, mixes files by shares)"
+
+
 class MixedOrder:
     """Gives the record of every row of the endless list. What it remembers saves time and changes nothing."""
 

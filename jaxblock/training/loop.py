@@ -17,7 +17,7 @@ from rich.console import Console
 
 from jaxblock.config.yaml import to_tree
 from jaxblock.data.loader import Batch, BatchAt, batches
-from jaxblock.data.mixture import mixture_of
+from jaxblock.data.mixture import describe_files, mixture_of
 from jaxblock.errors import UserError, printable
 from jaxblock.evaluation.graders import find_grader
 from jaxblock.evaluation.results import Solved
@@ -219,11 +219,8 @@ class _Loop:
             self._say(
                 f"train.batch_size {train.batch_size:,} is more than the {at.epoch:,} {what}: every batch repeats some"
             )
-        if mixture is not None and self.session.process_index == 0:
-            files = zip(mixture.weights, mixture.paths, mixture.sizes, strict=True)
-            self._say(
-                "rows: " + ", ".join(f"{weight:g} from {path} ({size:,} records)" for weight, path, size in files)
-            )
+        if self.session.process_index == 0 and (said := describe_files(prepared.manifest.splits["train"], mixture)):
+            self._say(said)
         start_step = 0 if train.overfit_one_batch else self.session.step
         stream = batches(at, start_step=start_step, workers=train.loader_workers)
         # Worker processes are started when the first batch is read.

@@ -24,6 +24,13 @@ MERGED = "a: &a {x: 1}\n" + "".join(
         ("train: {lr: 3}", "unknown key train.lr; did you mean optimizer.lr?"),
         ("decode: {block: 3, prompt_len: 3}", "unknown key decode.prompt_len; did you mean canvas.prompt_len?"),
         ("canvas: {zzz: 3}", "unknown key canvas.zzz; known keys: prompt_len, response_len, block"),
+        *(
+            (
+                f"data: {{{name}: 1}}",
+                f"data.{name}: rows are not packed here: one canvas holds one prompt and its response",
+            )
+            for name in ("packing", "sample_packing", "eval_packing", "pack_sequences", "group_texts")
+        ),
         ("model: {scan_layers: 1}", "choose from auto, true, false"),
         ("method: {law: exact_counts}", "method.law is 'exact_counts'; did you mean exact_count?; choose from exact_"),
         ("train: {resume: no}", "train.resume is False"),  # YAML 1.1's no
@@ -246,6 +253,11 @@ def test_a_preset_is_found_by_name_and_what_could_mean_two_things_is_refused(tmp
     }.items():
         with pytest.raises(UserError, match=message):
             load_config(given)
+
+
+def test_packing_is_refused_on_the_command_line_too(ran):
+    for flag in ("--data.packing", "--train.sample-packing", "--packing=true"):
+        assert "rows are not packed here" in ran(f"train {flag}", 2).err
 
 
 def test_presets_are_listed_and_printed(ran):

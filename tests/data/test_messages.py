@@ -1,5 +1,6 @@
 """Conversations in every form that data sets have: what is text is read, and what would be lost is refused by name."""
 
+import contextlib
 import dataclasses
 import json
 from typing import Any
@@ -28,6 +29,27 @@ TOOL = [
 
 
 TALK = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good day"}]
+
+
+@pytest.mark.parametrize(
+    "record, complaint",
+    [
+        ({"messages": TALK, "conversations": [*TALK, *TALK]}, "the fields 'messages' and 'conversations' hold two"),
+        ({"messages": [TALK[0] | {"value": "bye"}, TALK[1]]}, r"messages\[0\] has two texts, 'content' and 'value'"),
+        ({"messages": TALK, "conversations": [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "good day"}]}, None),
+        ({"messages": [TALK[0] | {"value": "hello"}, TALK[1] | {"name": "x"}], "conversations": "two"}, None),
+    ],
+)  # fmt: skip
+def test_a_record_says_one_thing(tmp_path, record, complaint):
+    path = tmp_path / "some.jsonl"
+    path.write_text(json.dumps(record))
+    reads = [
+        lambda: list(read_prompts(str(path), CONFIG)),
+        lambda: list(read_source([open_input(str(path), "train")], CONFIG, "train", [""]).examples()),
+    ]
+    for read in reads:
+        with pytest.raises(UserError, match=f"some.jsonl:1: {complaint}") if complaint else contextlib.nullcontext():
+            assert len(read()) == 1
 
 
 def test_every_form_gives_the_same_conversation(tmp_path):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from jaxblock.data.config import DataConfig
 from jaxblock.data.loader import BatchAt
-from jaxblock.data.mixture import Mixture, file_cycle, mixture_of
+from jaxblock.data.mixture import Mixture, describe_files, file_cycle, mixture_of
 from jaxblock.data.store.records import Record
 from jaxblock.diffusion.config import CanvasConfig
 from jaxblock.errors import UserError
@@ -93,7 +93,8 @@ def test_weights_that_do_not_fit():
     ]:
         with pytest.raises(UserError, match=complaint):
             mixture_of(entry(*kept), "x", DataConfig(**config))
-    assert mixture_of(entry(1, 2), "x", DataConfig()) is None
+    assert mixture_of(entry(1, 2), "x", DataConfig()) is None and describe_files({"kept": 3}, None) is None
+    assert "rows: every record once an epoch, 1 from " in describe_files(entry(1, 2), None)
     found = mixture_of(entry(1, 2), "x", DataConfig(weights=(0.5, 0.5)))
     assert found == Mixture(PATHS[:2], (1, 2), (0.5, 0.5))
     for weights, train, complaint in [

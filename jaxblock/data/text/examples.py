@@ -190,10 +190,25 @@ def _turns(row: Row, messages: list[Message], fields: Mapping[str, Any], config:
 
 
 def messages_field(row: Row, config: DataConfig) -> str | None:
-    """Returns the name of the field that holds the record's messages; None where the record is a prompt and its response."""
-    if config.messages_field in row.record:
-        return config.messages_field
+    """Returns the name of the field that holds the record's messages; None where the record is a prompt and its response.
+
+    Raises:
+        UserError: If it holds two conversations, of which one would be left out.
+    """
+    name = config.messages_field
+    if name in row.record:
+        two = name != SHAREGPT_FIELD and isinstance(row.record.get(SHAREGPT_FIELD), list)
+        if two and _spoken(row, name) != _spoken(row, SHAREGPT_FIELD):
+            raise UserError(
+                f"{row.where}: the fields {name!r} and {SHAREGPT_FIELD!r} hold two conversations, and one would be left out: take "
+                "one of them out of the record"
+            )
+        return name
     return SHAREGPT_FIELD if SHAREGPT_FIELD in row.record and config.prompt_field not in row.record else None
+
+
+def _spoken(row: Row, field: str) -> list[Message]:
+    return checked_messages(row.record[field], f"field {field!r}", field, row.where)
 
 
 def messages_of(row: Row, field: str, config: DataConfig) -> list[Message]:
@@ -202,7 +217,7 @@ def messages_of(row: Row, field: str, config: DataConfig) -> list[Message]:
     Raises:
         UserError: If they are not messages, or not all that the model is to be shown of the record.
     """
-    messages = checked_messages(row.record[field], f"field {field!r}", field, row.where)
+    messages = _spoken(row, field)
     if messages[0]["role"] not in INSTRUCTIONS:
         messages = [*_system(row, config), *messages]
     check_conversation(row.record, messages, config, row.where)

@@ -96,6 +96,10 @@ def _role_and_content(message: Any, at: str, where: str) -> tuple[str, Any, str]
     """Returns a message's role, its content, and the key that the content has."""
     keys = message.keys() if isinstance(message, dict) else set()
     if {"role", "content"} <= keys:
+        if message.get("value") not in (None, message["content"]):
+            raise UserError(
+                f"{where}: {at} has two texts, 'content' and 'value', and one would be left out: take one out"
+            )
         role, known = message["role"], dict.fromkeys(ROLES)
         found, key = role, "content"
     elif {"from", "value"} <= keys:
