@@ -75,7 +75,7 @@ def compare(one: Experiment, curves: Mapping[tuple[str, str], Curve], on_one_tas
     first, *others = one.decodings
     contrasts = []
     for way in one.decodings:
-        by = f", by {way}" if others else ""
+        by = f", {way}" if others else ""
         contrasts += [
             _contrast(f"{arm} - {control}{by}", curves[arm, way], curves[control, way], one.budgets) for arm in arms
         ]

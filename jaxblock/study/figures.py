@@ -11,7 +11,8 @@ import numpy as np
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from jaxblock.reporting.plot_style import COLOURS, LINES, styled
+from jaxblock.reporting.panels import FEWEST
+from jaxblock.reporting.plot_style import COLOURS, LINES, label_axes, styled
 from jaxblock.study.gradients.panels import draw_gradients
 from jaxblock.study.gradients.sizes import GRADIENTS
 from jaxblock.study.panels import draw_bars, draw_pace, draw_relation
@@ -57,8 +58,8 @@ def _figure(analysis: Analysis) -> Figure:
         return draw_pace(curves, analysis.experiment.arms)
     if analysis.experiment.kind == "grid":
         return _grid(analysis)
-    if len(analysis.budgets) == 1:
-        return draw_bars(curves, analysis.contrasts, with_decoding=len(analysis.experiment.decodings) > 1)
+    if len(analysis.budgets) < FEWEST:
+        return draw_bars(curves, analysis.contrasts, analysis.budgets, len(analysis.experiment.decodings) > 1)
     return _curves(analysis)
 
 
@@ -66,14 +67,14 @@ def _curves(analysis: Analysis) -> Figure:
     """Draws Pass@1, the NELBO, and the difference in Pass@1 to the control where there is one, along the budgets."""
     one = analysis.experiment
     panels = 3 if analysis.contrasts else 2
-    figure = Figure(figsize=(10 / 3 * panels, 3.2), layout="constrained")
+    figure = Figure(figsize=(10 / 3 * panels, 3.5), layout="constrained")
     axes = figure.subplots(1, panels)
     for (at, arm), (way, decoding) in itertools.product(enumerate(one.arms), enumerate(one.decodings)):
         curve, label = analysis.curves[arm, decoding], f"{arm}, {decoding}" if one.decodings[1:] else arm
         look = _look(at, way)
         _with_intervals(axes[0], one.budgets, 100 * curve.solved.mean(-1), label, look)
         _with_intervals(axes[1], one.budgets, curve.nelbo, label, look)
-    # The first contrasts are those of arms, way by way; those of ways of decoding follow.
+    # The first contrasts are those of arms, way by way; those of ways of decoding follow. They look as their arm does.
     others = len(one.arms) - 1
     for number, contrast in enumerate(analysis.contrasts[: others * len(one.decodings)]):
         way, at = divmod(number, others)
@@ -84,18 +85,17 @@ def _curves(analysis: Analysis) -> Figure:
         )
     if analysis.contrasts:
         axes[2].axhline(0, color="#888888", lw=0.8)
-    reference = one.reference or one.arms[0]
-    names = ("Pass@1 (%)", "NELBO (nats per text token)", "difference in Pass@1 (points)")
+    names = ("Pass@1 (%)", "NELBO (nats per text token)", f"Pass@1 minus that of {one.arms[-1]}\n(points)")
     log = one.budgets[-1] >= _LOG_FROM * one.budgets[0]
     for axis, name in zip(axes, names[:panels], strict=True):
-        axis.set_ylabel(name)
-        axis.set_xlabel(_UNITS[one.unit].format(reference) + (" (log)" if log else " (linear)"))
+        label_axes(axis, _UNITS[one.unit].format(one.reference or one.arms[0]), name, log_x=log)
         if log:
             axis.set_xscale("log", base=2)
         axis.set_xticks(one.budgets, _labels(np.log(one.budgets) if log else np.array(one.budgets), one.budgets))
         axis.minorticks_off()
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=8)
+    if len(analysis.curves) > 1:
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 4))
     return figure
 
 

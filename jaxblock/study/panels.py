@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from jaxblock.reporting.plot_style import COLOURS
+from jaxblock.reporting.plot_style import COLOURS, label_axes
 from jaxblock.study.contrasts import Contrast, Curve
 from jaxblock.study.relation import Relation
 from jaxblock.study.statistics import t_interval
@@ -16,40 +16,49 @@ from jaxblock.study.statistics import t_interval
 _MARKERS = "osD^vP"
 
 
-def draw_bars(curves: Sequence[Curve], contrasts: Sequence[Contrast], with_decoding: bool) -> Figure:
-    """Draws Pass@1, the NELBO, and the differences in Pass@1 (if any) at one budget, a line for each arm or difference.
+def draw_bars(
+    curves: Sequence[Curve], contrasts: Sequence[Contrast], budgets: Sequence[int], with_decoding: bool
+) -> Figure:
+    """Draws Pass@1, the NELBO, and the differences in Pass@1 (if any) at few budgets, a line for each arm or difference.
 
     Args:
-        curves: the scores, at one budget.
-        contrasts: the differences at this budget.
+        curves: the scores.
+        contrasts: the differences.
+        budgets: the budgets; lines are named by them where there are several.
         with_decoding: whether lines are named by the way of decoding too.
     """
-    names = [f"{one.arm}, {one.decoding}" if with_decoding else one.arm for one in curves]
-    rows = max(len(curves), len(contrasts))
+
+    def named(name: str, at: int) -> str:
+        return f"{name}, {budgets[at]:,}" if len(budgets) > 1 else name
+
+    scores = [(one, at) for at in range(len(budgets)) for one in curves]
+    differences = [(contrast, at) for at in range(len(budgets)) for contrast in contrasts]
+    names = [named(f"{one.arm}, {one.decoding}" if with_decoding else one.arm, at) for one, at in scores]
     panels = 3 if contrasts else 2
+    rows = max(len(scores), len(differences))
     figure = Figure(figsize=(4 * panels, 1.2 + 0.24 * rows), layout="constrained")
     axes = figure.subplots(1, panels)
-    for at, (one, name) in enumerate(zip(curves, names, strict=True)):
-        _line(axes[0], at, name, 100 * one.solved[0].mean(-1))
-        _line(axes[1], at, name, one.nelbo[0])
-    for at, contrast in enumerate(contrasts):
-        found = contrast.crossed[0]
+    for row, (one, at) in enumerate(scores):
+        _line(axes[0], row, 100 * one.solved[at].mean(-1))
+        _line(axes[1], row, one.nelbo[at])
+    for row, (contrast, at) in enumerate(differences):
+        found = contrast.crossed[at]
         ends = [[100 * (found.estimate - found.low)], [100 * (found.high - found.estimate)]]
-        axes[2].errorbar(100 * found.estimate, at, xerr=ends, color=COLOURS[0], marker="o", ms=3, capsize=2, lw=1)
+        axes[2].errorbar(100 * found.estimate, row, xerr=ends, color=COLOURS[0], marker="o", ms=3, capsize=2, lw=1)
     if contrasts:
         axes[2].axvline(0, color="#888888", lw=0.8)
-    says = [contrast.says for contrast in contrasts]
-    for axis, named, of in zip(axes, (names, [""] * len(names), says)[:panels], _QUANTITIES[:panels], strict=True):
-        axis.set_yticks(range(len(named)), named, fontsize=8)
-        axis.set_ylim(max(len(named), 1) - 0.5, -0.5)
-        axis.set_xlabel(of)
+    says = [named(contrast.says, at) for contrast, at in differences]
+    for axis, shown, of in zip(axes, (names, [""] * len(names), says)[:panels], _QUANTITIES[:panels], strict=True):
+        axis.set_yticks(range(len(shown)), shown, fontsize=8)
+        axis.set_ylim(max(len(shown), 1) - 0.5, -0.5)
+        axis.set_xlabel(f"{of}, linear scale")
     return figure
 
 
 _QUANTITIES = ("Pass@1 (%)", "NELBO (nats per text token)", "difference in Pass@1 (points)")
 
 
-def _line(axis: Any, at: int, name: str, values: np.ndarray) -> None:
+def _line(axis: Any, at: int, values: np.ndarray) -> None:
     """Draws the mean over seeds with its 95% t interval, and every seed as a small mark."""
     if np.isnan(values).any():
         return
@@ -75,9 +84,8 @@ def draw_pace(curves: Sequence[Curve], arms: Sequence[str]) -> Figure:
         axis.plot(pace, rate, color=COLOURS[at % len(COLOURS)], marker=_MARKERS[at % len(_MARKERS)], ms=4, label=arm)
         for one, x, y in zip(mine, pace, rate, strict=True):
             axis.annotate(one.decoding, (x, y), xytext=(3, 3), textcoords="offset points", fontsize=7, color="#555555")
-    axis.set_xlabel("text tokens per forward pass")
-    axis.set_ylabel("Pass@1 (%)")
-    axis.legend(fontsize=8)
+    label_axes(axis, "text tokens per forward pass", "Pass@1 (%)")
+    axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4)
     return figure
 
 
@@ -94,8 +102,6 @@ def draw_relation(relation: Relation) -> Figure:
         axis.plot(
             [one.nelbo for one in mine], [100 * one.rate for one in mine], ls="", ms=4, alpha=0.8, label=arm, **look
         )
-    axis.set_xscale("log")
-    axis.set_xlabel("NELBO (nats per text token, log)")
-    axis.set_ylabel("Pass@1 (%)")
+    label_axes(axis, "NELBO (nats per text token)", "Pass@1 (%)", log_x=True)
     axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure

@@ -98,10 +98,10 @@ def test_pace_is_compared_at_the_pass_at_1_of_the_worse_arm():
 def test_every_way_of_decoding_is_compared_with_the_control_and_with_the_first_one_on_the_same_task():
     study, plan = laid_out(tree())
     ways, forgetting = analysis.analyse(study, plan, results_of(study, plan))[:2]
-    between = ["blockwise - classical, by own", "blockwise - classical, by fast"]
+    between = ["blockwise - classical, own", "blockwise - classical, fast"]
     assert [one.says for one in ways.contrasts] == [*between, "fast - own, of blockwise", "fast - own, of classical"]
     assert [one.crossed[0].estimate for one in ways.contrasts] == [pytest.approx(x / 64) for x in (16, 16, -4, -4)]
-    assert [one.says for one in forgetting.contrasts] == [between[0], "blockwise - classical, by elsewhere"]
+    assert [one.says for one in forgetting.contrasts] == [between[0], "blockwise - classical, elsewhere"]
 
 
 def test_the_report_has_a_table_and_a_picture_of_each_kind(tmp_path):

@@ -254,12 +254,19 @@ def test_a_planted_effect_is_found_and_a_planted_null_is_not(tmp_path):
 
 
 def test_a_picture_shows_each_arm_by_each_way_of_decoding():
-    tree = changed("experiments", "steps", "decodings", ["own", "whole"])
-    study, plan = laid_out(tree)
-    svg = figures.draw(analysis.analyse(study, plan, planted(study, plan, 0.0))[0])
+    def named(*budgets):
+        tree = changed("experiments", "steps", "decodings", ["own", "whole"])
+        tree["experiments"]["steps"]["budgets"] = [*budgets]
+        study, plan = laid_out(tree)
+        svg = figures.draw(analysis.analyse(study, plan, planted(study, plan, 0.0))[0])
+        return sorted(re.findall(r"<!-- ([\w -]+, .*) -->", svg.replace("scale -->", "")))
+
     lines = [f"{arm}, {way}" for arm in ("blockwise", "classical") for way in ("own", "whole")]
-    drawn = [*lines, *lines, "blockwise - classical, by own", "blockwise - classical, by whole"]
-    assert sorted(re.findall(r"<!-- (\w+(?: - \w+)?, .*) -->", svg)) == sorted(drawn)
+    assert named(5, 10, 20) == sorted(lines)  # each once, for all panels
+    # Two budgets make no curve: each score and each difference has a line of its own, named by its budget.
+    says = [f"blockwise - classical, {way}" for way in ("own", "whole")]
+    says += [f"whole - own, of {arm}" for arm in ("blockwise", "classical")]
+    assert named(5, 20) == sorted(f"{line}, {budget}" for line in (*lines, *says) for budget in (5, 20))
 
 
 def test_a_grid_compares_the_matching_block_size_with_the_others_in_each_way_of_decoding():

@@ -7,28 +7,23 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from jaxblock.reporting.plot_style import COLOURS, LINES
+from jaxblock.reporting.plot_style import COLOURS, LINES, label_axes
 from jaxblock.study.gradients.contexts import CONTEXTS
 from jaxblock.study.gradients.tables import Measured, over_seeds
 
-_STYLE_NAMES = ("solid", "dashed", "dotted", "dash-dotted")
-_APART = 1.15
-"""The ratio of two checkpoints' steps from which on both have a label."""
 _DRAWN = ("prefix 0.15, suffix 1", "prefix 0.5, suffix 1", "prefix 0, suffix 0.5", "prefix 0, suffix 0", "classical")
 """The contexts that are drawn; the tables hold all."""
 
 
 def draw_gradients(measured: Measured) -> Figure:
-    """Draws three panels; what noise hides is left out."""
-    figure = Figure(figsize=(12, 4), layout="constrained")
+    """Draws three panels; what noise hides is left out. Bars are one standard error to each side."""
+    figure = Figure(figsize=(12, 4.2), layout="constrained")
     variance, direction, bound = figure.subplots(1, 3)
     _variance(variance, measured)
     _direction(direction, measured)
     _bound(bound, measured)
     for axis in (variance, direction, bound):
-        axis.spines[["top", "right"]].set_visible(False)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(frameon=False, fontsize=7)
+        axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3 if axis is variance else 2, fontsize=8)
     return figure
 
 
@@ -50,51 +45,43 @@ def _variance(axis: Any, measured: Measured) -> None:
             at, found.mean, yerr=np.nan_to_num(found.se), color=colour, marker="o", ms=4, mfc=face, lw=1, label=label
         )
     axis.axhline(1, color="#888888", lw=0.8)
-    axis.set_xticks(range(len(laws)), laws, rotation=30, ha="right", fontsize=7)
-    axis.set_ylabel("variance at equal compute (ratio)")
-    axis.set_title(f"{arm}, step {steps:,}; hollow: pairs", fontsize=8)
+    label_axes(axis, f"{arm}, step {steps:,}; hollow: pairs", "variance at equal compute\n(ratio ± standard error)")
+    axis.set_xticks(range(len(laws)), laws, rotation=30, ha="right", fontsize=8)
 
 
 def _direction(axis: Any, measured: Measured) -> None:
-    """Draws the cosine with the ideal gradient along training, a line for each context and arm."""
-    arms = list(dict.fromkeys(arm for arm, _ in measured))
+    """Draws the cosine with the ideal gradient: a line for each context, on it a mark for each checkpoint."""
     names = [context.name for context in CONTEXTS if context.name in _DRAWN]
-    for at, name in enumerate(names):
-        for which, arm in enumerate(arms):
-            points = [
-                (steps, over_seeds([one["direction"][name]["cosine"] for one in of]))
-                for (its_arm, steps), of in measured.items()
-                if its_arm == arm
-            ]
-            known = [(steps, found.mean, np.nan_to_num(found.se)) for steps, found in points if found is not None]
-            if known:
-                x, y, error = zip(*known, strict=True)
-                style, label = LINES[which % len(LINES)], name if which == 0 else None
-                axis.errorbar(x, y, yerr=error, color=COLOURS[at], ls=style, marker="o", ms=3, lw=1, label=label)
-    steps = sorted({steps for _, steps in measured})
-    axis.set_xscale("log")
-    apart = [at for at, after in zip(steps, [*steps[1:], np.inf], strict=True) if after > _APART * at]
-    axis.set_xticks(apart, [f"{at:,}" for at in apart])
-    axis.minorticks_off()
-    styles = [f"{arm} {_STYLE_NAMES[which % len(LINES)]}" for which, arm in enumerate(arms)]
-    axis.set_xlabel("training steps (log)" + ("; " + ", ".join(styles) if arms[1:] else ""))
-    axis.set_ylabel("cosine with the ideal gradient")
+    for at, ((arm, steps), of) in enumerate(measured.items()):
+        rows = [over_seeds([one["direction"][name]["cosine"] for one in of]) for name in names]
+        known = [(row, found.mean, np.nan_to_num(found.se)) for row, found in enumerate(rows) if found is not None]
+        places, means, errors = np.array(known).reshape(-1, 3).T
+        apart = 0.16 * (at - (len(measured) - 1) / 2)
+        axis.errorbar(means, places + apart, xerr=errors, **_look(at), ls="", label=f"{arm}, step {steps:,}")
+    label_axes(axis, "cosine with the ideal gradient\n(± standard error), linear scale", "")
+    axis.set_ylabel("")
+    axis.set_yticks(range(len(names)), names, fontsize=8)
+    axis.set_ylim(len(names) - 0.5, -0.5)
+
+
+def _look(at: int) -> dict[str, Any]:
+    """Returns how the marks of a checkpoint look, by its number."""
+    return {"color": COLOURS[at % len(COLOURS)], "marker": "o", "ms": 3, "lw": 1}
 
 
 def _bound(axis: Any, measured: Measured) -> None:
     """Draws the difference between NELBO and -log p by block size, a line for each checkpoint."""
-    axis.set_xscale("log", base=2)
+    ticks: list[int] = []
     for at, ((arm, steps), of) in enumerate(measured.items()):
         sizes = list(of[0]["tightness"])
         points = [(int(size), over_seeds([one["tightness"][size]["gap"] for one in of])) for size in sizes]
         known = [(size, found.mean, np.nan_to_num(found.se)) for size, found in points if found is not None]
         if known:
             x, y, error = zip(*known, strict=True)
-            colour, style = COLOURS[at % len(COLOURS)], LINES[at // len(COLOURS) % len(LINES)]
-            axis.errorbar(
-                x, y, yerr=error, color=colour, ls=style, marker="o", ms=3, lw=1, label=f"{arm}, step {steps:,}"
-            )
-            axis.set_xticks(x, map(str, x))
+            style = LINES[at // len(COLOURS) % len(LINES)]
+            axis.errorbar(x, y, yerr=error, **_look(at), ls=style, label=f"{arm}, step {steps:,}")
+            ticks = [*x]
+    label_axes(axis, "block size", "NELBO + log p\n(nats per text token ± standard error)", log_x=True)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(ticks, map(str, ticks))
     axis.minorticks_off()
-    axis.set_xlabel("block size (log)")
-    axis.set_ylabel("NELBO + log p (nats per text token)")
