@@ -104,8 +104,8 @@ def draw(done: dict[str, Any], path: Path, title: str) -> None:
                 label = f"cache {cache}, {'threshold rule' if kind == 'threshold' else 'quota'}"
                 axes.errorbar(x, y, error, fmt=style, color=colour, label=label, capsize=2, linewidth=1.2)
         label_axes(axes, "token-forwards per problem", "Pass@1 in %, with 95% interval", log_x=True)
-        axes.set_title(title)
-        axes.legend()
+        figure.suptitle(title)
+        figure.legend(loc="outside lower center", ncols=len(CACHES))
         save_png(figure, path)
 
 
