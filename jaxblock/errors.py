@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import reprlib
+import shlex
+import sys
 import warnings
 from typing import Any
 
@@ -51,6 +54,13 @@ def warn_of_earlier_version(folder: str, lacks: str) -> None:
     """
     text = f"{folder} was written by an earlier version of jaxblock, which did not record {lacks}"
     warnings.warn(text, EarlierVersionWarning, stacklevel=1)
+
+
+def install_command(package: str, *options: str) -> str:
+    """Returns the command that installs a package in this environment; an environment made by uv has no pip."""
+    python = shlex.quote(sys.executable)
+    pip = f"{python} -m pip install" if importlib.util.find_spec("pip") else f"uv pip install --python {python}"
+    return " ".join([pip, *options, shlex.quote(package)])
 
 
 def first_line(error: BaseException) -> str:

@@ -16,7 +16,7 @@ from jaxblock.commands import say
 from jaxblock.config.config import Config
 from jaxblock.diffusion.config import CanvasConfig
 from jaxblock.diffusion.decoding.config import DecodeConfig
-from jaxblock.errors import UserError, first_line
+from jaxblock.errors import UserError, first_line, install_command
 from jaxblock.io.files import check_writable
 from jaxblock.io.folders import check_vacant, new_folder
 from jaxblock.io.json_text import parse_json
@@ -81,7 +81,7 @@ def run(options: Options, config: Config) -> int:
         import lm_eval
     except ImportError as error:
         raise UserError(
-            f"harness needs lm-evaluation-harness ({first_line(error)}): pip install 'jaxblock[harness]'"
+            f"harness needs lm-evaluation-harness ({first_line(error)}): {install_command('jaxblock[harness]')}"
         ) from error
     from jaxblock import loading
     from jaxblock.diffusion.decoding.rules import unused_steps

@@ -14,7 +14,7 @@ import threading
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxblock.errors import UserError
+from jaxblock.errors import UserError, install_command
 
 LONGEST = 500
 """The most characters of an answer that are parsed."""
@@ -95,7 +95,8 @@ class Comparer:
         if said != "ready":
             self._stop()
             raise UserError(
-                "evaluate.grader: math-verify cannot be imported; install it again: `pip install --force-reinstall math-verify`"
+                "evaluate.grader: math-verify cannot be imported; install it again: "
+                + install_command("math-verify", "--force-reinstall")
             )
         return worker
 
@@ -138,5 +139,5 @@ def check_installed() -> str:
     except importlib.metadata.PackageNotFoundError as error:
         raise UserError(
             "evaluate.grader: math_boxed compares answers with math-verify, which is not installed: "
-            "`pip install math-verify`, or set evaluate.grader to hendrycks_math"
+            f"{install_command('math-verify')}, or set evaluate.grader to hendrycks_math"
         ) from error

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxblock.errors import UserError, first_line
+from jaxblock.errors import UserError, first_line, install_command
 from jaxblock.parallel.chips import CHIPS, Chip
 
 # The shapes of slices that Google offers, by their number of chips. The number in the name of a v4 or v5p slice counts
@@ -118,7 +118,7 @@ def devices_to_compile_for(topology: Topology) -> list[jax.Device]:
     except Exception as error:  # libtpu's own types of exceptions
         raise UserError(
             f"no compiler for {topology.name} ({first_line(error)}): install the libtpu wheel that goes with "
-            f"this JAX (`pip install 'jaxblock[plan]'`); no TPU is needed"
+            f"this JAX ({install_command('jaxblock[plan]')}); no TPU is needed"
         ) from error
     return list(described.devices)
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import fsspec
 from etils import epath
 
-from jaxblock.errors import UserError
+from jaxblock.errors import UserError, install_command
 
 PathLike = str | os.PathLike[str]
 
@@ -85,7 +85,7 @@ def explained(action: str, path: PathLike) -> Iterator[None]:
         if not is_remote(path):
             raise
         raise UserError(
-            f"cannot {action} {os.fspath(path)}: {error} (gs:// needs `pip install jaxblock[gcs]` and credentials)"
+            f"cannot {action} {os.fspath(path)}: {error} (gs:// needs gcsfs, {install_command('jaxblock[gcs]')}, and credentials)"
         ) from error
 
 

@@ -358,7 +358,7 @@ def test_what_a_tracker_needs_is_said_before_the_run_starts(tmp_path, monkeypatc
         with pytest.raises(UserError, match=said):
             trackers.check_trackers(_config(out, **fields).train)
 
-    monkeypatch.setattr(trackers.sys, "executable", "/my env/python")
+    monkeypatch.setattr(sys, "executable", "/my env/python")
     check({"pip"}, "train.wandb needs wandb: '/my env/python' -m pip install wandb$", wandb="offline")
     advice = "train.tensorboard needs tensorboardX: uv pip install --python '/my env/python' tensorboardX$"
     check(set(), advice, tensorboard=True)  # as in an environment that uv made

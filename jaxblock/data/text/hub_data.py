@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any, NamedTuple
 
-from jaxblock.errors import UserError
+from jaxblock.errors import UserError, install_command
 
 HUB = "hf:"
 _HUB_NAME = re.compile(
@@ -47,7 +47,7 @@ def load_table(path: str, split: str) -> HubTable:
         import datasets
     except ImportError as error:
         raise UserError(
-            f"{path} needs the datasets library: pip install datasets, or download the files and give their path"
+            f"{path} needs the datasets library: {install_command('datasets')}, or download the files and give their path"
         ) from error
     try:
         table = datasets.load_dataset(name, found["config"], split=split, revision=found["revision"])

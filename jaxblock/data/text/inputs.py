@@ -18,7 +18,7 @@ from jaxblock.data.text.files import is_gzip, is_pipe, opened, temporary_copy
 from jaxblock.data.text.hub_data import HUB, load_table
 from jaxblock.data.text.json_array import element_chunks
 from jaxblock.data.text.rows import CHUNK, Chunk, LineChunk, RecordChunk, Row
-from jaxblock.errors import UserError
+from jaxblock.errors import UserError, install_command
 from jaxblock.io.files import sha256
 from jaxblock.io.paths import explained
 from jaxblock.io.remote import local_file
@@ -142,7 +142,7 @@ class _File(Input):
             import pyarrow.parquet
         except ImportError as error:
             raise UserError(
-                f"{self.path}: Parquet needs the pyarrow library: pip install pyarrow, or give JSON lines"
+                f"{self.path}: Parquet needs the pyarrow library: {install_command('pyarrow')}, or give JSON lines"
             ) from error
         if is_gzip(self.path, self._local) and len(self._copies) < 2:
             with opened(self.path, self._local) as stream:

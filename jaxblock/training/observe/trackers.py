@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shlex
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
-from jaxblock.errors import UserError, first_line
+from jaxblock.errors import UserError, first_line, install_command
 from jaxblock.io.paths import is_remote
 from jaxblock.training.config import TrainConfig
 from jaxblock.training.observe.metrics import MetricsWriter
@@ -58,21 +56,13 @@ def check_trackers(train: TrainConfig) -> None:
     asked = {"tensorboard": ("tensorboardX", train.tensorboard), "wandb": ("wandb", train.wandb != "off")}
     for name, (package, wanted) in asked.items():
         if wanted and importlib.util.find_spec(package) is None:
-            raise UserError(f"train.{name} needs {package}: {_install_command(package)}")
+            raise UserError(f"train.{name} needs {package}: {install_command(package)}")
     if is_remote(train.out) and (train.tensorboard or train.wandb == "offline"):
         name = "train.tensorboard" if train.tensorboard else "train.wandb offline"
         raise UserError(
             f"{name} writes to a local folder, and train.out is {train.out}: leave it off; the pictures in plots/ are "
             "drawn there too, and train.wandb online works"
         )
-
-
-def _install_command(package: str) -> str:
-    """Returns the command that installs a package in this environment; an environment made by uv has no pip."""
-    python = shlex.quote(sys.executable)
-    if importlib.util.find_spec("pip") is None:
-        return f"uv pip install --python {python} {package}"
-    return f"{python} -m pip install {package}"
 
 
 class Trackers:
