@@ -131,7 +131,9 @@ def check_absent(path: PathLike, *, overwrite: bool = False, inputs: Iterable[Pa
         raise UserError(f"{os.fspath(path)} is a folder, and a file is to be made there: choose another path")
     if there and not overwrite:
         raise _already_there(path)
-    for given in filter(None, inputs if there else ()):
+    for given in inputs if there else ():
+        if given is None:
+            continue
         source, place = _real(given), _real(path)
         if source == place or (source in place.parents and place.suffix != ".html"):
             raise UserError(
