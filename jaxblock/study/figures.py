@@ -15,7 +15,7 @@ from jaxblock.reporting.panels import FEWEST
 from jaxblock.reporting.plot_style import COLOURS, LINES, label_axes, styled
 from jaxblock.study.gradients.panels import draw_gradients
 from jaxblock.study.gradients.sizes import GRADIENTS
-from jaxblock.study.panels import draw_bars, draw_pace, draw_relation
+from jaxblock.study.panels import FEWEST_SEEDS, draw_bars, draw_pace, draw_relation
 from jaxblock.study.statistics import t_interval
 
 if TYPE_CHECKING:
@@ -80,8 +80,9 @@ def _curves(analysis: Analysis) -> Figure:
         way, at = divmod(number, others)
         mean = [100 * found.estimate for found in contrast.crossed]
         bars = np.array([[100 * (f.estimate - f.low), 100 * (f.high - f.estimate)] for f in contrast.crossed]).T
+        shown = bars if contrast.difference.shape[1] >= FEWEST_SEEDS else None
         axes[2].errorbar(
-            one.budgets, mean, yerr=bars, **_look(at, way), marker="o", ms=3, capsize=2, lw=1, label=contrast.says
+            one.budgets, mean, yerr=shown, **_look(at, way), marker="o", ms=3, capsize=2, lw=1, label=contrast.says
         )
     if analysis.contrasts:
         axes[2].axhline(0, color="#888888", lw=0.8)
@@ -115,10 +116,10 @@ def _labels(places: np.ndarray, budgets: Sequence[int]) -> list[str]:
 
 
 def _with_intervals(axis: Any, budgets: tuple[int, ...], values: np.ndarray, label: str, look: dict[str, Any]) -> None:
-    """Draws the mean over seeds [budgets, seeds] with its 95% t interval, and every seed as a thin line."""
+    """Draws the mean over seeds [budgets, seeds] with its 95% t interval (of enough seeds), and every seed as a thin line."""
     axis.plot(budgets, values, **look, lw=0.5, alpha=0.35)
     axis.plot(budgets, values.mean(-1), **look, marker="o", ms=3, lw=1.5, label=label)
-    if values.shape[-1] > 1 and not np.isnan(values).any():
+    if values.shape[-1] >= FEWEST_SEEDS and not np.isnan(values).any():
         ends = np.array([t_interval(at)[1:3] for at in values]).T
         axis.fill_between(budgets, *ends, color=look["color"], alpha=0.15, lw=0)
 

@@ -14,6 +14,8 @@ from jaxblock.study.relation import Relation
 from jaxblock.study.statistics import t_interval
 
 _MARKERS = "osD^vP"
+FEWEST_SEEDS = 3
+"""The number of seeds from which on pictures show intervals: those of two are 12.7 standard errors to each side, and hide all else."""
 
 
 def draw_bars(
@@ -44,7 +46,11 @@ def draw_bars(
     for row, (contrast, at) in enumerate(differences):
         found = contrast.crossed[at]
         ends = [[100 * (found.estimate - found.low)], [100 * (found.high - found.estimate)]]
-        axes[2].errorbar(100 * found.estimate, row, xerr=ends, color=COLOURS[0], marker="o", ms=3, capsize=2, lw=1)
+        seeds = 100 * contrast.difference[at].mean(-1)
+        if seeds.size < FEWEST_SEEDS:
+            axes[2].plot(seeds, [row] * seeds.size, ls="", marker="|", ms=6, color=COLOURS[0], alpha=0.5)
+        shown = ends if seeds.size >= FEWEST_SEEDS else None
+        axes[2].errorbar(100 * found.estimate, row, xerr=shown, color=COLOURS[0], marker="o", ms=3, capsize=2, lw=1)
     if contrasts:
         axes[2].axvline(0, color="#888888", lw=0.8)
     says = [named(contrast.says, at) for contrast, at in differences]
@@ -59,11 +65,11 @@ _QUANTITIES = ("Pass@1 (%)", "NELBO (nats per text token)", "difference in Pass@
 
 
 def _line(axis: Any, at: int, values: np.ndarray) -> None:
-    """Draws the mean over seeds with its 95% t interval, and every seed as a small mark."""
+    """Draws the mean over seeds with its 95% t interval (of enough seeds), and every seed as a small mark."""
     if np.isnan(values).any():
         return
     axis.plot(values, np.full(values.size, at), ls="", marker="|", ms=6, color=COLOURS[0], alpha=0.5)
-    if values.size > 1:
+    if values.size >= FEWEST_SEEDS:
         found = t_interval(values)
         axis.plot(found[1:3], [at, at], color=COLOURS[0], lw=1)
     axis.plot(values.mean(), at, marker="o", ms=4, color=COLOURS[0])
