@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import re
 import shlex
+import shutil
 from collections.abc import Iterator
 from fractions import Fraction
 from math import comb, factorial, log
@@ -214,6 +215,36 @@ def _texts(tree: ast.AST) -> Iterator[str]:
             yield "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             yield node.value
+
+
+@pytest.mark.slow
+def test_the_shell_snippets_run_in_the_order_in_which_a_user_meets_them(tiny_config, tmp_path, monkeypatch, ran):
+    """The commands of "Your own" (start.md), then those that other pages give for such a run, on small records."""
+    monkeypatch.chdir(tmp_path)
+    settings = tiny_config.read_text().replace(str(tiny_config.parent), str(tmp_path)).replace("steps: 120", "steps: 2")
+    (tmp_path / "run.yaml").write_text(settings)
+    for name in ("train.jsonl", "test.jsonl"):
+        shutil.copy(tiny_config.parent / name, tmp_path)
+    (tmp_path / "texts.jsonl").write_text('{"answer": "1+2=[[1]]"}\n')
+
+    def commands(page: str, *has: str) -> list[list[str]]:
+        found = _commands((ROOT / "docs" / page).read_text(encoding="utf-8"))
+        return [words for words in found if any(part in words for part in has) and "--push" not in words]
+
+    own = commands("start.md", "run.yaml", "runs/one")
+    assert [words[0] for words in own] == ["prepare", "inspect", "train", "evaluate", "export"]
+    for words in own:
+        ran(shlex.join(words))
+    shutil.copytree("runs/one", "runs/two")
+    others = [
+        *commands("data.md", "masks.html"),
+        *commands("decoding.md", "runs/one"),
+        *commands("export.md", "exports/half"),
+    ]
+    assert len(others) == 5
+    for words in others:
+        ran(shlex.join([re.sub("^Zoe.*", "1+[[1]]?" if "--infill" in words else "1+2?", word) for word in words]))
+    assert {"masks.html", "trace.html", "beside.html"} <= {path.name for path in tmp_path.iterdir()}
 
 
 def test_the_messages_of_the_troubleshooting_page_are_ones_that_are_printed():
