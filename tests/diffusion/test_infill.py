@@ -131,7 +131,20 @@ def test_every_view_and_commit_is_that_of_a_decoder_in_numpy(tiny, alignment):
     [("low_confidence", "same_position", "dual"), ("dream", "shifted", "prefix"), ("threshold", "shifted", "none")],
 )
 def test_without_a_right_side_it_is_ordinary_decoding(tiny, made, way, alignment, cache):
-    options, prompts = _options(**WAYS[way], cache=cache), [text[0] for text in TEXTS]
+    _fills_nothing_but_masks_as_ordinary_decoding_does(tiny, made, _options(**WAYS[way], cache=cache), alignment)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule, cache", zip(get_args(RuleName), ["prefix", "dual"] * 4, strict=True))
+def test_so_it_is_with_every_rule_beside_a_cache(tiny, made, rule, cache):
+    options = _options(rule=rule, cache=cache, temperature=0.7, steps_per_block=2, seed=3)
+    _fills_nothing_but_masks_as_ordinary_decoding_does(
+        tiny, made, options, "shifted" if cache == "dual" else "same_position"
+    )
+
+
+def _fills_nothing_but_masks_as_ordinary_decoding_does(tiny, made, options, alignment):
+    prompts = [text[0] for text in TEXTS]
     layout = _layout(tiny, alignment)._replace(response_len=6)
     ordinary = layout._replace(infill=False)
     plain = decode_many(made[0], ordinary, options, made[1], map(np.array, prompts), prompt_len=3)
