@@ -166,10 +166,11 @@ def _checked_gen_kwargs(options: Options) -> dict[str, Any] | None:
     Raises:
         UserError: an option has a value that it does not take, or no effect.
     """
+    from jaxblock.harness import bounds
+
     if options.num_fewshot is not None and options.num_fewshot < 0:
         raise UserError(f"--num_fewshot is {options.num_fewshot}: it must be 0 or more")
-    if options.nelbo_samples is not None and options.nelbo_samples < 2:
-        raise UserError(f"--nelbo_samples is {options.nelbo_samples}: it must be at least 2")
+    bounds.check_samples(options.nelbo_samples)
     if options.limit is not None and not (
         0 < options.limit < 1 or options.limit >= 1 and options.limit == int(options.limit)
     ):

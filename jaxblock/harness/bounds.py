@@ -10,6 +10,13 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxblock.diffusion.canvas import Layout
+from jaxblock.errors import UserError
+
+
+def check_samples(samples: int | None) -> None:
+    """Raises UserError where the masked sets drawn per block are too few; None for as many as a block has positions."""
+    if samples is not None and samples < 2:
+        raise UserError(f"nelbo_samples is {samples}: it must be at least 2, since one draw does not show its error")
 
 
 class Continuation(NamedTuple):

@@ -14,7 +14,6 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
 from jaxblock.data.text.examples import Message
-from jaxblock.errors import UserError
 from jaxblock.harness import bounds, gen_kwargs, generation, scoring
 from jaxblock.harness.bounds import Bound, Continuation
 from jaxblock.harness.details import Details, Question, place_of, question_of
@@ -59,10 +58,7 @@ class HarnessModel(LM):
             UserError: there is no tokenizer or no mask token, or there would be only one sample.
         """
         super().__init__()
-        if nelbo_samples is not None and nelbo_samples < 2:
-            raise UserError(
-                f"nelbo_samples is {nelbo_samples}: it must be at least 2, since one draw does not show its error"
-            )
+        bounds.check_samples(nelbo_samples)
         self.model = model
         self.details = Details()
         self._texts = Texts(model, add_bos_token)

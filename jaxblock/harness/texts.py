@@ -62,13 +62,13 @@ class Texts:
         where = f"the tasks' conversation that ends with {messages[-1]['content'][-60:]!r}"
         begun = "" if add_generation_prompt else messages[-1]["content"]
         turns = list(messages if add_generation_prompt else messages[:-1])
-        checked = checked_messages(turns, "the conversation", "message", where, may_be_blank=True)
-        if all(turn["content"].strip() for turn in checked):
+        if all(turn["content"].strip() for turn in turns):
+            checked = checked_messages(turns, "the conversation", "message", where)
             text = self._encoder.rendered(checked, where=where)
         else:  # perplexity tasks, and choices without a question, ask nothing; lm-eval renders a turn for them all the same
-            for turn in checked:
+            for turn in turns:
                 self._check(self._tokenizer.encode(turn["content"]), turn["content"], where)
-            text = self._encoder.template.render(self._encoder.conversation(checked, where=where), True, where=where)
+            text = self._encoder.template.render(self._encoder.conversation(turns, where=where), True, where=where)
         self._check(self._tokenizer.encode(begun), begun, "the beginning of an answer")
         self._rendered.add(text + begun)
         return text + begun

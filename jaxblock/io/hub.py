@@ -104,8 +104,10 @@ def _copy_of_remote(folder: str, weights: bool) -> str:
 
 def hub_answer(error: Exception) -> Exception:
     """Returns the hub's own answer behind an error, such as that of a client that says only which file it was; else the error."""
+    if isinstance(error, ValueError):  # it says what the client itself found wrong
+        return error
     cause: BaseException | None = error
-    while cause is not None and not isinstance(error, ValueError):  # which says what the client itself found wrong
+    while cause is not None:
         if isinstance(cause, errors.HfHubHTTPError):
             return cause
         cause = cause.__cause__ or cause.__context__

@@ -49,7 +49,6 @@ class Watch:
         self._block, self._stops, self._pause = block, frozenset(stop_ids), pause
         self._console = console or Console()
         self._ids: list[int] = list(start)
-        self._given = sum(i != mask_id for i in start)
         self._is_given = [i != mask_id for i in start]
         self._fresh: set[int] = set()
         self._steps = 0
@@ -133,11 +132,11 @@ class Watch:
     def _status(self) -> Text:
         if not self._steps:
             return Text("compiling the decoder", style="bold")
-        committed = sum(i != self._mask for i in self._ids) - self._given
+        committed = sum(i != self._mask for i in self._ids) - sum(self._is_given)
         per_forward = f"  {committed / self._nfe:.2f} tokens per forward" if self._nfe else ""
         stopped = self._over and self._mask in self._ids and any(i in self._stops for i in self._ids)
         return Text.assemble(
-            (f"step {self._steps}  NFE {self._nfe}  {committed}/{len(self._ids) - self._given} tokens", "bold"),
+            (f"step {self._steps}  NFE {self._nfe}  {committed}/{len(self._ids) - sum(self._is_given)} tokens", "bold"),
             per_forward,
             "  stopped early" if stopped else "",
         )

@@ -81,9 +81,7 @@ def _curves(analysis: Analysis) -> Figure:
         mean = [100 * found.estimate for found in contrast.crossed]
         bars = np.array([[100 * (f.estimate - f.low), 100 * (f.high - f.estimate)] for f in contrast.crossed]).T
         shown = bars if contrast.difference.shape[1] >= FEWEST_SEEDS else None
-        axes[2].errorbar(
-            one.budgets, mean, yerr=shown, **_look(at, way), marker="o", ms=3, capsize=2, lw=1, label=contrast.says
-        )
+        axes[2].errorbar(one.budgets, mean, yerr=shown, **_look(at, way), marker="o", ms=3, capsize=2, lw=1)
     if analysis.contrasts:
         axes[2].axhline(0, color="#888888", lw=0.8)
     names = ("Pass@1 (%)", "NELBO (nats per text token)", f"Pass@1 minus that of {one.arms[-1]}\n(points)")

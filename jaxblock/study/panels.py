@@ -47,10 +47,19 @@ def draw_bars(
         found = contrast.crossed[at]
         ends = [[100 * (found.estimate - found.low)], [100 * (found.high - found.estimate)]]
         seeds = 100 * contrast.difference[at].mean(-1)
-        if seeds.size < FEWEST_SEEDS:
+        enough = seeds.size >= FEWEST_SEEDS
+        if not enough:
             axes[2].plot(seeds, [row] * seeds.size, ls="", marker="|", ms=6, color=COLOURS[0], alpha=0.5)
-        bars = ends if seeds.size >= FEWEST_SEEDS else None
-        axes[2].errorbar(100 * found.estimate, row, xerr=bars, color=COLOURS[0], marker="o", ms=3, capsize=2, lw=1)
+        axes[2].errorbar(
+            100 * found.estimate,
+            row,
+            xerr=ends if enough else None,
+            color=COLOURS[0],
+            marker="o",
+            ms=3,
+            capsize=2,
+            lw=1,
+        )
     if contrasts:
         axes[2].axvline(0, color="#888888", lw=0.8)
     says = [named(contrast.says, at) for contrast, at in differences]

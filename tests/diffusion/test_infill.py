@@ -127,23 +127,23 @@ def test_every_view_and_commit_is_that_of_a_decoder_in_numpy(tiny, alignment):
 
 
 @pytest.mark.parametrize(
-    "way, alignment, cache",
-    [("low_confidence", "same_position", "dual"), ("dream", "shifted", "prefix"), ("threshold", "shifted", "none")],
+    "fields, alignment",
+    [
+        ({**WAYS["low_confidence"], "cache": "dual"}, "same_position"),
+        ({**WAYS["dream"], "cache": "prefix"}, "shifted"),
+        ({**WAYS["threshold"]}, "shifted"),
+        *(
+            pytest.param(
+                {"rule": rule, "cache": cache, "temperature": 0.7, "steps_per_block": 2, "seed": 3},
+                "shifted" if cache == "dual" else "same_position",
+                marks=pytest.mark.slow,
+            )
+            for rule, cache in zip(get_args(RuleName), ["prefix", "dual"] * 4, strict=True)
+        ),
+    ],
 )
-def test_without_a_right_side_it_is_ordinary_decoding(tiny, made, way, alignment, cache):
-    _fills_nothing_but_masks_as_ordinary_decoding_does(tiny, made, _options(**WAYS[way], cache=cache), alignment)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("rule, cache", zip(get_args(RuleName), ["prefix", "dual"] * 4, strict=True))
-def test_so_it_is_with_every_rule_beside_a_cache(tiny, made, rule, cache):
-    options = _options(rule=rule, cache=cache, temperature=0.7, steps_per_block=2, seed=3)
-    _fills_nothing_but_masks_as_ordinary_decoding_does(
-        tiny, made, options, "shifted" if cache == "dual" else "same_position"
-    )
-
-
-def _fills_nothing_but_masks_as_ordinary_decoding_does(tiny, made, options, alignment):
+def test_without_a_right_side_it_is_ordinary_decoding(tiny, made, fields, alignment):
+    options = _options(**fields)
     prompts = [text[0] for text in TEXTS]
     layout = _layout(tiny, alignment)._replace(response_len=6)
     ordinary = layout._replace(infill=False)

@@ -34,21 +34,20 @@ _BESIDE_TEXT = {
 _LEARNT = ("train", "loss")  # how other programs say, message by message, which answers are learnt
 
 
-def checked_text(value: Any, name: str, where: str, *, may_be_blank: bool = False) -> str:
+def checked_text(value: Any, name: str, where: str) -> str:
     """Checks that a value is text and not empty, and returns it.
 
     Args:
         value: The value to check.
         name: What the value is, for the error message.
         where: The record that the value is from, for the error message.
-        may_be_blank: Whether the text may be empty, or white space.
 
     Raises:
         UserError: If the value is not a string, is blank, or cannot be written as UTF-8.
     """
     if not isinstance(value, str):
         raise UserError(f"{where}: {name} must be a string, not {json_type(value)}")
-    if not value.strip() and not may_be_blank:
+    if not value.strip():
         raise UserError(f"{where}: {name} is empty")
     try:
         value.encode()
@@ -59,9 +58,7 @@ def checked_text(value: Any, name: str, where: str, *, may_be_blank: bool = Fals
     return value
 
 
-def checked_messages(
-    value: Any, name: str, short_name: str, where: str, *, may_be_blank: bool = False
-) -> list[Message]:
+def checked_messages(value: Any, name: str, short_name: str, where: str) -> list[Message]:
     """Checks that a value is a list of messages, and returns them.
 
     Args:
@@ -69,7 +66,6 @@ def checked_messages(
         name: What the value is, for the error message, as in "field 'messages'".
         short_name: The name that an index is put behind, as in "messages", for "messages[2]".
         where: The record that the value is from, for the error message.
-        may_be_blank: Whether a message may have no text.
 
     Returns:
         The messages, each {"role": one of `ROLES`, "content": its text}. Other keys of a message are left out.
@@ -88,7 +84,7 @@ def checked_messages(
             raise UserError(f"{where}: {at} is a system message, which must come first")
         _check_nothing_is_lost(message, role, at, where)
         text = _joined(content, f"{at}.{key}", where) if isinstance(content, list) and content else content
-        messages.append({"role": role, "content": checked_text(text, f"{at}.{key}", where, may_be_blank=may_be_blank)})
+        messages.append({"role": role, "content": checked_text(text, f"{at}.{key}", where)})
     return messages
 
 

@@ -58,8 +58,7 @@ def _direction(axis: Any, measured: Measured) -> None:
         places, means, errors = np.array(known).reshape(-1, 3).T
         apart = 0.16 * (at - (len(measured) - 1) / 2)
         axis.errorbar(means, places + apart, xerr=errors, **_look(at), ls="", label=f"{arm}, step {steps:,}")
-    label_axes(axis, "cosine with the ideal gradient\n(± standard error), linear scale", "")
-    axis.set_ylabel("")
+    axis.set_xlabel("cosine with the ideal gradient\n(± standard error), linear scale")
     axis.set_yticks(range(len(names)), names, fontsize=8)
     axis.set_ylim(len(names) - 0.5, -0.5)
 
