@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 import reprlib
 import shlex
 import sys
@@ -57,9 +57,14 @@ def warn_of_earlier_version(folder: str, lacks: str) -> None:
 
 
 def install_command(package: str, *options: str) -> str:
-    """Returns the command that installs a package in this environment; an environment made by uv has no pip."""
+    """Returns the command that installs a package in this environment; an environment made by uv has no pip.
+
+    pip is looked for among the installed packages: asking the import system for it (``find_spec``) makes setuptools, on
+    Python 3.11, take pip for running, after which this process can no longer import setuptools.
+    """
     python = shlex.quote(sys.executable)
-    pip = f"{python} -m pip install" if importlib.util.find_spec("pip") else f"uv pip install --python {python}"
+    installed = any(importlib.metadata.distributions(name="pip"))
+    pip = f"{python} -m pip install" if installed else f"uv pip install --python {python}"
     return " ".join([pip, *options, shlex.quote(package)])
 
 

@@ -141,7 +141,6 @@ def test_the_verbs_use_all_devices_and_write_what_one_device_writes(
     _check_same(tmp_path, on_one_device)
 
 
-GLOO = {"[Gloo]", "Rank", "is", "connected", "to", "peer", "ranks", "ranks.", "Expected", "number", "of", ":"}
 IN_TURN = "import json, sys; from jaxblock.cli import main; sys.exit(max(main(v) for v in json.loads(sys.argv[1])))"
 
 
@@ -160,8 +159,7 @@ def test_two_processes_write_what_one_device_writes(tiny_config, folders, on_one
         assert main(command) == 0
         written = Path(command[command.index("--out") + 1])
         assert written.read_text() == (tmp_path / written.name).read_text()
-    # Gloo greets on standard output in pieces, which the two processes' lines may tear apart.
-    lines = [line for line in done.stdout.splitlines() if set(line[4:].split()) - GLOO - set("01234567")]
+    lines = done.stdout.splitlines()
     assert lines and not [line for line in lines if not line.startswith("[0] ")]  # one process speaks for all
     first = json.loads((on_one_device / "lora.jsonl").read_text().splitlines()[0])
     assert f"[0] {json.dumps(first, ensure_ascii=False)}" in lines

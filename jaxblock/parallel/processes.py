@@ -44,6 +44,8 @@ def join_group() -> tuple[int, int]:
         arguments = from_environment(os.environ)
         if arguments is not None:
             _initialize(arguments)
+            if jax.process_count() > 1 and jax.default_backend() == "cpu":
+                _keep_stdout_for_python()
         elif (count := jax.process_count()) > 1:
             # JAX knows the hosts of a TPU slice even without a process group. Without the group, each host would write the
             # run folder.
@@ -182,6 +184,21 @@ def _initialize(arguments: dict[str, Any]) -> None:
         ) from error
     finally:
         waiting.cancel()
+
+
+def _keep_stdout_for_python() -> None:
+    """Sends what C++ code prints on standard output to standard error from now on.
+
+    Gloo, the transport of groups of CPUs, greets each of its peers there, in pieces that land within the lines of results.
+    """
+    try:
+        theirs, errors = sys.stdout.fileno(), sys.stderr.fileno()
+    except (AttributeError, OSError, ValueError):  # closed by the caller, or taken over by a notebook or a test
+        return
+    sys.stdout.flush()
+    how: dict[str, Any] = {"encoding": sys.stdout.encoding, "errors": sys.stdout.errors}
+    sys.stdout = open(os.dup(theirs), "w", buffering=1 if sys.stdout.line_buffering else -1, **how)  # noqa: SIM115
+    os.dup2(errors, theirs)
 
 
 def _await_coordinator(address: str, seconds: float) -> None:

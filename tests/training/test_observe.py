@@ -1,8 +1,10 @@
 """Tests what a run tells of itself: where its time goes, metrics, progress, arithmetic per second, and trackers."""
 
+import importlib.metadata
 import io
 import itertools
 import json
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -353,6 +355,7 @@ def test_a_disk_that_is_full_stops_nothing(tmp_path, monkeypatch):
 def test_what_a_tracker_needs_is_said_before_the_run_starts(tmp_path, monkeypatch):
     def check(have: set[str], said: str | None, out: str = str(tmp_path), **fields: Any) -> None:
         monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: sys.__spec__ if name in have else None)
+        monkeypatch.setattr(importlib.metadata, "distributions", lambda name: {name} & have)
         if said is None:
             return trackers.check_trackers(_config(out, **fields).train)
         with pytest.raises(UserError, match=said):
@@ -376,3 +379,8 @@ def test_what_a_tracker_needs_is_said_before_the_run_starts(tmp_path, monkeypatc
     said = r"did not begin \(api_key not configured\); run `wandb login` or set WANDB_API_KEY .*, or set train.wandb to offline$"
     with pytest.raises(UserError, match=said):
         Trackers(_config(tmp_path, wandb="online").train, {}, -1, print)
+
+
+def test_advice_to_install_leaves_imports_as_they_were():
+    program = "from jaxblock.errors import install_command; install_command('x'); import setuptools"
+    subprocess.run([sys.executable, "-c", program], check=True)
