@@ -26,8 +26,10 @@ from jaxblock.evaluation.graders import Grader
 from jaxblock.evaluation.results import NelboBound, Solved
 from jaxblock.evaluation.statistics import mean_se, ratio_se, wilson
 from jaxblock.inference import DeviceDecoder
+from jaxblock.models.spec import count_params
 from jaxblock.models.transformer import Transformer
-from jaxblock.parallel.rows import even_size, split_rows, whole_results
+from jaxblock.parallel.compiling import quick_options
+from jaxblock.parallel.rows import devices_of, even_size, split_rows, whole_results
 from jaxblock.types import Params
 
 
@@ -123,7 +125,9 @@ class Evaluator:
         layout = layouts.scoring_layout(self.canvas, self.net.arch, self.encoder.special.stop_ids)
         samples = self.nelbo_samples or layout.block
         size = even_size(params, min(self.decode.batch_size, len(records)))
-        run = jax.jit(_nelbo_of_rows, static_argnums=(0, 1, 2), out_shardings=whole_results(params))
+        options = quick_options(devices_of(params), count_params(self.net.param_table))
+        where = whole_results(params)
+        run = jax.jit(_nelbo_of_rows, static_argnums=(0, 1, 2), out_shardings=where, compiler_options=options)
         parts = []
         for at in range(0, len(records), size):
             batch = pad_records(filled(records[at : at + size], size), self.canvas)

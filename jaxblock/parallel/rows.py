@@ -34,6 +34,12 @@ def whole_results(params: Params) -> NamedSharding | None:
     return None if mesh is None else rules.replicated(mesh)
 
 
+def devices_of(params: Params) -> set[jax.Device]:
+    """Returns the devices that hold the weights; JAX's first one where they are still on the host."""
+    leaf = jax.tree.leaves(params)[0]
+    return leaf.devices() if isinstance(leaf, Array) else {jax.devices()[0]}
+
+
 def spans_processes(params: Params) -> bool:
     """Says whether weights are spread over the devices of several processes, so that one alone cannot read them."""
     return any(isinstance(leaf, Array) and not leaf.is_fully_addressable for leaf in jax.tree.leaves(params))

@@ -22,8 +22,10 @@ from jaxblock.diffusion.config import MethodConfig
 from jaxblock.diffusion.objective import Losses, losses
 from jaxblock.diffusion.sampling import Draw
 from jaxblock.models.linear import lora
+from jaxblock.models.spec import count_params
 from jaxblock.models.transformer import Transformer
 from jaxblock.parallel import rules
+from jaxblock.parallel.compiling import quick_options
 from jaxblock.training.lines import sort_into_lines
 from jaxblock.training.optim.gating import gated, select
 from jaxblock.training.optim.precision import global_norm
@@ -294,4 +296,5 @@ def jit_step(learner: Learner, state: TrainState, mesh: Mesh) -> jax.stages.Wrap
         in_shardings=(placed, rules.sharding(mesh, "batch"), frozen_placed),
         out_shardings=(placed, rules.replicated(mesh)),
         donate_argnums=0,
+        compiler_options=quick_options(mesh.devices.flat, count_params(net.param_table)),
     )

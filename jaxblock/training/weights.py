@@ -23,6 +23,7 @@ from jaxblock.models.linear.lora import lora_from_config, merge
 from jaxblock.models.spec import Table, count_params, init_params
 from jaxblock.models.transformer import Transformer
 from jaxblock.parallel import rules
+from jaxblock.parallel.compiling import quick_options
 from jaxblock.training.base_identity import check_base, identify_base
 from jaxblock.training.checkpoints import run_folder
 from jaxblock.training.checkpoints.run_folder import Base, Run
@@ -135,7 +136,8 @@ def _load_frozen(config: Config, net: Transformer, mesh: Mesh, source: str, base
 def _random(table: Table, seed: int, dtype: str, mesh: Mesh) -> Params:
     """Draws the parameters of a table; each device draws its own part."""
     placed = rules.param_shardings(mesh, table)
-    params: Params = jax.jit(lambda: init_params(table, seed, dtype), out_shardings=placed)()
+    options = quick_options(mesh.devices.flat, count_params(table))
+    params: Params = jax.jit(lambda: init_params(table, seed, dtype), out_shardings=placed, compiler_options=options)()
     return params
 
 
