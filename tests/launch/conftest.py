@@ -25,17 +25,14 @@ class Desk:
     def __init__(self, folder: Path) -> None:
         self.folder, self.record = folder, folder / "record"
         path = f"{put(folder / 'bin' / 'gcloud', GCLOUD.read_text()).parent}:{os.environ['PATH']}"
+        own = {"JAXBLOCK_TPU_NAME": "pod", "JAXBLOCK_TPU_ZONE": "us-east5-a", "GCLOUD_RECORD": str(self.record)}
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("JAXBLOCK_")}
-        self.environment = inherited | {"PATH": path, "GCLOUD_RECORD": str(self.record), "TMPDIR": str(folder)}
+        self.environment = inherited | own | {"PATH": path, "TMPDIR": str(folder)}
 
-    def script(self, *arguments: str, typed: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
-        """Runs launch/tpu.sh with the arguments, whether or not they make sense."""
+    def tpu(self, *arguments: str, typed: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
+        """Runs launch/tpu.sh for the slice ``pod``."""
         command, variables = [LAUNCH / "tpu.sh", *arguments], self.environment | variables
         return subprocess.run(command, input=typed, capture_output=True, text=True, timeout=60, env=variables)
-
-    def tpu(self, verb: str, *arguments: str, typed: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
-        """Runs a verb of launch/tpu.sh for the slice ``pod``."""
-        return self.script(verb, "--name", "pod", "--zone", "us-east5-a", *arguments, typed=typed, **variables)
 
     @property
     def calls(self) -> list[list[str]]:

@@ -1,5 +1,7 @@
 """Attention: every backend is the plain softmax, and the mask hides what it says."""
 
+import itertools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -17,22 +19,23 @@ B, T = 2, 9
 
 
 def test_attention_backends_agree():
-    """Against a loop over rows and heads in NumPy, for every grouping of keys and values."""
+    """Against a loop over rows and heads in NumPy, for every grouping of keys and values and every kind of mask."""
     draw, length = np.random.default_rng(0), np.array([9, 4], np.int32)
-    cases = [[draw.normal(size=(B, T, n, 8)).astype(np.float32) for n in (4, g, g)] for g in (4, 2, 1)]
+    arrays = [[draw.normal(size=(B, T, n, 8)).astype(np.float32) for n in (4, g, g)] for g in (4, 2, 1)]
+    cases = list(itertools.product(range(3), ("bidirectional", "causal"), ("xla", "reference")))
 
     @jax.jit
-    def every(cases, length):
-        return [[attend(*qkv, Mask(length), backend) for backend in ("xla", "reference")] for qkv in cases]
+    def every(arrays, length):
+        return [attend(*arrays[at], Mask(length, kind), backend) for at, kind, backend in cases]
 
-    for (q, k, v), found in zip(cases, every(cases, length), strict=True):
+    for (at, kind, _), found in zip(cases, every(arrays, length), strict=True):
+        q, k, v = arrays[at]
         want = np.zeros_like(q)
-        for b, n in np.ndindex(B, 4):
-            g, seen = n * k.shape[2] // 4, length[b]
-            score = np.exp(q[b, :, n] @ k[b, :seen, g].T / np.sqrt(8))
-            want[b, :, n] = score / score.sum(-1, keepdims=True) @ v[b, :seen, g]
-        for got in found:
-            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+        for b, t, n in np.ndindex(B, T, 4):
+            g, seen = n * k.shape[2] // 4, min(length[b], t + 1) if kind == "causal" else length[b]
+            score = np.exp(q[b, t, n] @ k[b, :seen, g].T / np.sqrt(8))
+            want[b, t, n] = score / score.sum() @ v[b, :seen, g]
+        np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-5)
 
 
 def test_new_keys_take_the_places_of_kept_ones():
@@ -50,14 +53,11 @@ def test_new_keys_take_the_places_of_kept_ones():
     def every(cases, first, length):
         mask = Mask(length)
         want = [attend(q, *whole, mask, "reference") for q, whole, _, _ in cases]
-        got = [
-            [
-                beside.attend_beside(q, KeysValues(*new), beside.keep(*kept, name), first, mask, name)
-                for q, _, kept, new in cases
-            ]
-            for name in ("xla", "reference")
-        ]
-        return want, got
+
+        def kept_and_new(q, _, kept, new, name):
+            return beside.attend_beside(q, KeysValues(*new), beside.keep(*kept, name), first, mask, name)
+
+        return want, [[kept_and_new(*case, name) for case in cases] for name in ("xla", "reference")]
 
     want, got = every(cases, first, length)
     for found in got:
@@ -91,10 +91,3 @@ def test_fused_kernels_are_for_sixteen_bits_and_backends_are_the_platforms():
         with pytest.raises((ValueError, RuntimeError)):  # neither a TPU nor a GPU is here
             small = q.astype(jnp.bfloat16)
             jax.jit(attend, static_argnums=4)(small, small, small, Mask(length), backend)
-
-
-def test_the_mask_by_hand():
-    length = jnp.asarray([3, 1])
-    both, causal = jax.jit(lambda length: (Mask(length).dense(2, 5), Mask(length, "causal").dense(5, 5)))(length)
-    for dense, seen in ((both, ["11100 11100", "10000 10000"]), (causal, ["10000 11000", "10000 10000"])):
-        assert [" ".join("".join(map(str, query)) for query in row[:2]) for row in np.asarray(dense, int)] == seen

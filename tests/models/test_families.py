@@ -1,6 +1,5 @@
 """What each family reads from config.json, and what an autoregressive start becomes with a mask token."""
 
-import json
 from dataclasses import replace
 from typing import Any
 
@@ -9,8 +8,8 @@ import numpy as np
 import pytest
 
 from jaxblock.errors import UserError
+from jaxblock.fit.sizes import PUBLISHED
 from jaxblock.models.architecture import Architecture, RopeScaling
-from jaxblock.models.config import ModelConfig
 from jaxblock.models.families import registry
 from jaxblock.models.rotary import compute_rotation
 from jaxblock.models.spec import count_params
@@ -28,18 +27,16 @@ def read(**changes: Any) -> Architecture:
     return registry.from_hf(LLAMA | changes, "config.json")
 
 
-def test_an_autoregressive_start_has_no_mask_and_predicts_the_next_token():
-    arch = read()
-    assert (arch.mask_id, arch.alignment, arch.head_dim, arch.pad_id) == (None, "shifted", 4, 2)
-    with pytest.raises(UserError, match="autoregressive.*mask_id"):
-        arch.need_mask_id()
-
-
-def test_the_vocabulary_grows_only_for_a_mask_beyond_it():
+def test_an_autoregressive_start_has_no_mask_and_its_vocabulary_grows_only_for_one_beyond_it():
+    plain = read()
+    assert (plain.mask_id, plain.alignment, plain.head_dim, plain.pad_id) == (None, "shifted", 4, 2)
+    # Nothing of ours is in its file.
+    assert not {"mask_token_id", "logit_alignment"} & registry.to_hf(plain, "bfloat16").keys()
     for mask, rows in ((0, 100), (99, 100), (100, 128), (127, 128), (128, 192), (163, 192)):
-        arch = registry.with_mask(read(), mask)
-        assert (arch.mask_id, arch.vocab_size, arch.alignment) == (mask, rows, "shifted")
-        assert registry.with_mask(read(), mask, "same_position").alignment == "same_position"
+        for alignment in ("shifted", "same_position"):
+            arch = registry.with_mask(plain, mask, alignment)
+            again = registry.from_hf(registry.to_hf(arch, "bfloat16"), "")
+            assert {(a.mask_id, a.vocab_size, a.alignment) for a in (arch, again)} == {(mask, rows, alignment)}
     arch = read(model_type="Dream", mask_token_id=9)  # a diffusion family keeps what it has
     assert registry.with_mask(arch, 9, "shifted") == arch == registry.with_mask(arch, 9)
 
@@ -54,18 +51,6 @@ def test_a_mask_that_cannot_be_is_refused():
     ]:
         with pytest.raises(UserError, match=message):
             registry.with_mask(read(**changes), *arguments)
-
-
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
-def test_what_makes_it_a_diffusion_model_is_written_and_read_again(model_type):
-    arch = registry.with_mask(read(model_type=model_type), 100, "same_position")
-    written = json.loads(json.dumps(registry.to_hf(arch, "bfloat16")))
-    again = registry.from_hf(written, "config.json")
-    assert (again.mask_id, again.alignment, again.vocab_size) == (100, "same_position", 128)
-    assert written["torch_dtype"] == "bfloat16" and written["bos_token_id"] == 1
-    # Without a mask token nothing of ours is in the file: it is an ordinary autoregressive checkpoint.
-    plain = registry.to_hf(read(model_type=model_type), "bfloat16")
-    assert not {"mask_token_id", "logit_alignment"} & plain.keys()
 
 
 def test_both_spellings_of_rotary_positions():
@@ -173,29 +158,11 @@ def test_what_would_load_and_be_wrong_is_refused(changes, message):
 
 
 def test_real_sizes_have_their_published_number_of_parameters():
-    """Dream-v0 7B (Qwen2.5-7B's body), and Qwen3-0.6B, whose heads are wider than its stream."""
-    dream = read(
-        model_type="Dream", vocab_size=152064, hidden_size=3584, num_hidden_layers=28, num_attention_heads=28,
-        num_key_value_heads=4, intermediate_size=18944, mask_token_id=151666, eos_token_id=151643,
-    )  # fmt: skip
-    assert count_params(registry.param_table(dream)) == 7_615_616_512
-    qwen3 = read(
+    """LLaDA, Dream (Qwen2.5-7B's body), and Qwen3-0.6B, whose heads are wider than its stream."""
+    qwen3 = LLAMA | dict(
         model_type="qwen3", vocab_size=151936, hidden_size=1024, num_hidden_layers=28, num_attention_heads=16,
         num_key_value_heads=8, head_dim=128, intermediate_size=3072, tie_word_embeddings=True,
     )  # fmt: skip
-    assert count_params(registry.param_table(qwen3)) == 596_049_920
-
-
-def test_sizes_that_a_checkpoint_does_not_have_are_listed():
-    own = ModelConfig(family="dream", d_model=32, n_layers=2, n_kv_heads=2, init_std=0.1)
-    arch = registry.architecture_from_config(own, vocab_size=11, mask_id=10, eos_id=1)
-    for same in (own, ModelConfig(init_from="x"), ModelConfig(init_from="x", d_model=32, remat="full")):
-        assert registry.unused_sizes(same, arch) == []
-    other = ModelConfig(family="llama", n_layers=3, n_kv_heads=1, tie_embeddings=True, norm_eps=1e-6)
-    assert registry.unused_sizes(other, arch) == [
-        "model.family is llama (the checkpoint's is dream)",
-        "model.n_layers is 3 (the checkpoint's is 2)",
-        "model.n_kv_heads is 1 (the checkpoint's is 2)",
-        "model.norm_eps is 1e-06 (the checkpoint's is 1e-05)",
-        "model.tie_embeddings is True (the checkpoint's is False)",
-    ]
+    llada, dream = PUBLISHED["GSAI-ML/LLaDA-8B-Base"], PUBLISHED["Dream-org/Dream-v0-Instruct-7B"]
+    for config, count in ((llada, 8_015_581_184), (dream, 7_615_616_512), (qwen3, 596_049_920)):
+        assert count_params(registry.param_table(registry.from_hf(config, ""))) == count
