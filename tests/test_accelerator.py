@@ -4,9 +4,8 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,13 @@ import pytest
 from packaging.utils import canonicalize_name
 
 from benchmarks.accelerator import __main__ as kit
-from benchmarks.accelerator import report, wheels
+from benchmarks.accelerator import wheels
 from benchmarks.accelerator.sizes import ITEMS, TINY
 from benchmarks.small_network import CACHES, token_forwards
 
+SPEED = {"median": 12345.6, "least": 0.001234, "most": 2, "runs": 3}
 # Stands in for the process of an item: what it does depends on the item.
-STUB = """
+STUB = f"""
 import json, os, pathlib, signal, sys, time
 item, record = sys.argv[1], pathlib.Path(sys.argv[sys.argv.index("--record") + 1]).open("w")
 with open(pathlib.Path(__file__).parent / "calls.txt", "a") as calls:
@@ -27,7 +27,7 @@ with open(pathlib.Path(__file__).parent / "calls.txt", "a") as calls:
 def write(**line):
     print(json.dumps(line), file=record, flush=True)
 write(environment=dict(device="a chip", platform="toy", devices=1, runtime="none", versions=dict(jax="1.2")))
-write(row=dict(case="first", speed=1.5))
+write(row=dict(case="first", speed={SPEED}, size=None, kind="text"))
 if item == "parity":
     write(end=dict(status="skipped", reason="not here"))
 if item == "weights":
@@ -44,49 +44,48 @@ if item in ("decode", "decode-caches", "attention", "checkpoint", "quickstart"):
 """
 
 
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """Calls the kit with stand-ins for the processes of its items."""
-    (tmp_path / "stub.py").write_text(STUB)
-    monkeypatch.setattr(kit, "CHILD", [sys.executable, str(tmp_path / "stub.py")])
-    monkeypatch.setattr(kit, "LEAST", 0.1)
-    monkeypatch.setattr(kit, "GRACE", 0.2)
-    return lambda *flags: kit.main(["--tiny", "--out", str(tmp_path / "out"), "--commit", "abc", *flags])
-
-
 def results(out: Path) -> dict[str, dict[str, Any]]:
     return json.loads((out / "results.json").read_text())["items"]
 
 
-def test_whatever_becomes_of_an_item_is_a_result_and_the_next_one_runs(run, tmp_path):
-    assert run("--minutes", "0.15") == 1
-    found = results(tmp_path / "out")
+def test_whatever_becomes_of_an_item_is_a_result_and_only_what_the_time_cut_short_is_taken_up(tmp_path, monkeypatch):
+    (tmp_path / "stub.py").write_text(STUB)
+    monkeypatch.setattr(kit, "CHILD", [sys.executable, str(tmp_path / "stub.py")])
+    monkeypatch.setattr(kit, "LEAST", 0.1)
+    monkeypatch.setattr(kit, "GRACE", 0.2)
+    # Three seconds for the item that hangs, and as many as there are for the others, so that a slow machine does not matter.
+    shares = [item._replace(share=0.005 if item.name == "lora" else 1.0) for item in ITEMS]
+    monkeypatch.setattr(kit, "ITEMS", shares)
+    out = tmp_path / "out"
+
+    def run(*flags: str) -> int:
+        return kit.main(["--tiny", "--out", str(out), "--commit", "abc", *flags])
+
+    run("--minutes", "0.0001", "--only", "checkpoint")
+    assert {name: result["status"] for name, result in results(out).items()} == {"checkpoint": "no time left"}
+    assert run("--minutes", "10") == 1
+    found = results(out)
     assert {name: result["status"] for name, result in found.items()} == {
         "parity": "skipped", "weights": "crashed", "lora": "time limit", "lora-long": "out of memory", "int8": "crashed",
         "decode": "done", "decode-caches": "done", "attention": "done", "checkpoint": "done", "quickstart": "done",
     }  # fmt: skip
     assert found["weights"]["reason"] == "signal 9; last words: none"
     assert found["int8"]["reason"] == "exit code 1; last words: the last | words"
-    rows = [{"case": "first", "speed": 1.5}]
+    rows = [{"case": "first", "speed": SPEED, "size": None, "kind": "text"}]
     assert all(result["rows"] == rows for result in found.values())  # what it had found stays
-    text = (tmp_path / "out" / "results.md").read_text()
+    text = (out / "results.md").read_text()
     device = r"\| 1 x a chip \(toy\) \| \d{4}-\d\d-\d\d \| abc \| jax 1.2; none \| parity, weights, lora,"
     assert re.search(device, text)
     assert r"| int8 | crashed: exit code 1; last words: the last \| words |" in text
-    assert "| first | speed | 1.5 |" in text
-
-
-def test_the_same_command_takes_up_what_the_time_cut_short_and_nothing_else(run, tmp_path):
-    first = ["--minutes", "0.1", "--only", "lora", "--only", "int8", "--only", "decode"]
-    run(*first)
-    run("--minutes", "0.0001", "--only", "checkpoint")
-    assert results(tmp_path / "out")["checkpoint"]["status"] == "no time left"
-    run(*first, "--only", "checkpoint")
-    run("--minutes", "0.1", "--only", "int8", "--again")
-    calls = (tmp_path / "calls.txt").read_text().split()
-    assert calls == ["lora", "int8", "decode", "lora", "checkpoint", "int8"]
+    assert (
+        "| first | speed | 12,346 (0.001234 to 2, 3) |\n|  | size | not known on this device |\n|  | kind | text |"
+        in text
+    )
+    run("--minutes", "10")
+    run("--minutes", "10", "--only", "int8", "--again")
+    assert (tmp_path / "calls.txt").read_text().split() == [*(item.name for item in ITEMS), "lora", "int8"]
     with pytest.raises(SystemExit, match="holds results of other sizes"):
-        kit.main(["--out", str(tmp_path / "out")])
+        kit.main(["--out", str(out)])
 
 
 def test_a_case_that_fails_is_named_and_does_not_end_its_item(tmp_path, monkeypatch):
@@ -95,38 +94,31 @@ def test_a_case_that_fails_is_named_and_does_not_end_its_item(tmp_path, monkeypa
 
     assert list(child.RUN) == [item.name for item in ITEMS]
 
-    def divide(by: int) -> dict[str, float]:
-        if not by:
-            raise Skip("no division by 0")
-        return {"result": 1 / (by - 1)}
+    def skip() -> dict[str, float]:
+        raise Skip("no division by 0")
 
-    def ends(*errors: Exception) -> dict[str, Any]:
-        def item(_: object) -> Iterator[dict[str, Any]]:
-            yield from (attempt(f"by {by}", partial(divide, by)) for by in (0, 1, 3))
-            for error in errors:
+    cases = {"a": skip, "b": lambda: {"result": 1 / 0}, "c": lambda: {"result": 0.5}}
+    record = tmp_path / "findings.jsonl"
+    for error, status, why in (
+        (None, "failed in part", "b"),
+        (Skip("why"), "skipped", "why"),
+        (NoTime("short"), "no time left", "short"),
+        (RuntimeError("RESOURCE_EXHAUSTED: 3 GB\nmore"), "out of memory", "RuntimeError: RESOURCE_EXHAUSTED: 3 GB"),
+        (ValueError("two\nlines"), "failed", "ValueError: two"),
+    ):
+
+        def item(_: object, error: Exception | None = error) -> Iterator[dict[str, Any]]:
+            yield from (attempt(*case) for case in cases.items())
+            if error is not None:
                 raise error
 
         monkeypatch.setitem(child.RUN, "parity", item)
-        record = tmp_path / "findings.jsonl"
-        flags = ["--record", str(record), "--out", "out", "--golden", "golden", "--seconds", "1"]
-        with suppress(type(errors[0]) if errors else NoTime):
-            child.main(["parity", *flags])
+        with suppress(RuntimeError, ValueError):
+            child.main(["parity", "--record", str(record), "--out", "out", "--golden", "golden", "--seconds", "1"])
         environment, *rows, end = map(json.loads, record.read_text().splitlines())
-        assert environment["environment"]["platform"] == "cpu"
-        found = [list(row["row"].values())[1] for row in rows]
-        assert found == ["no division by 0", "ZeroDivisionError: division by zero", 0.5]
-        return end["end"]
-
-    assert ends() == {"status": "failed in part", "reason": "by 1"}
-    assert ends(Skip("why")) == {"status": "skipped", "reason": "why"}
-    assert ends(NoTime("short")) == {"status": "no time left", "reason": "short"}
-    assert ends(RuntimeError("RESOURCE_EXHAUSTED: 3 GB\nmore"))["status"] == "out of memory"
-    assert ends(ValueError("two\nlines")) == {"status": "failed", "reason": "ValueError: two"}
-
-
-def test_values_are_shown_with_their_range():
-    assert report.shown({"median": 12345.6, "least": 0.001234, "most": 2, "runs": 3}) == "12,346 (0.001234 to 2, 3)"
-    assert report.shown(None) == "not known on this device" and report.shown("text") == "text"
+        assert environment["environment"]["platform"] == "cpu" and end == {"end": {"status": status, "reason": why}}
+        found = [list(row["row"].values()) for row in rows]
+        assert found == [["a", "no division by 0"], ["b", "ZeroDivisionError: division by zero"], ["c", 0.5]]
 
 
 def test_the_list_of_wheels_is_whole():
@@ -141,16 +133,11 @@ def test_the_list_of_wheels_is_whole():
     assert set(listed) <= pinned
 
 
-@pytest.fixture
-def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gives the processes of items one device of the host instead of eight."""
-    flags = re.sub(r"--xla_force_host_platform_device_count=\S+", "", os.environ.get("XLA_FLAGS", ""))
-    monkeypatch.setenv("XLA_FLAGS", flags)
-
-
 @pytest.mark.slow
-def test_rehearsal(tmp_path, monkeypatch, one_device):
+def test_rehearsal(tmp_path, monkeypatch):
     """Every item runs on the CPU, with tiny sizes and the code of an accelerator; called again, none is repeated."""
+    one_device = re.sub(r"--xla_force_host_platform_device_count=\S+", "", os.environ.get("XLA_FLAGS", ""))
+    monkeypatch.setenv("XLA_FLAGS", one_device)
     command = ["--tiny", "--out", str(tmp_path), "--minutes", "20"]
     assert kit.main(command) == 0, (tmp_path / "results.md").read_text()
     found = results(tmp_path)
