@@ -15,14 +15,12 @@ from jaxblock.diffusion.sampling import Draw
 from jaxblock.errors import UserError
 from jaxblock.models.spec import flatten
 from jaxblock.study import analysis, report
-from jaxblock.study.cells import lay_out
 from jaxblock.study.gradients import contexts, decomposition, direction, measure, moments, rows, tightness, variance
 from jaxblock.study.gradients.probe import Population, Probe
 from jaxblock.study.gradients.sizes import GradientSizes
-from jaxblock.study.spec import study_from_tree
 from tests.diffusion.conftest import TEXTS, R, build_truth, make_layout, make_net
 from tests.diffusion.test_likelihood import log_likelihood
-from tests.study.test_study import TREE, arch, changed
+from tests.study.test_study import TREE, laid_out
 
 SIZE = 3  # positions of a block
 
@@ -34,9 +32,9 @@ def tiny():
         net, params = make_net(n_layers=1)
         layout, whole = make_layout(), make_layout(block=R)
         truth = build_truth(net, params, layout, TEXTS["aligned"])
-        unravel = ravel_pytree(params)[1]
-        paths = rows.ordered_paths(net.param_table)
-        in_order = np.argsort(order_of(unravel, paths, truth.grad.shape[-1]), kind="stable")
+        # Where each entry of ``ravel_pytree`` stands in the probe's order.
+        at = flatten(ravel_pytree(params)[1](np.arange(truth.grad.shape[-1], dtype=np.float64)))
+        in_order = np.concatenate([np.ravel(at[path]) for path in rows.ordered_paths(net.param_table)]).astype(int)
         truth = truth._replace(grad=truth.grad[..., in_order])
         everything = truth.canvas.ids.copy()
         for row, (prompt, text) in enumerate(truth.rows):
@@ -51,21 +49,9 @@ def tiny():
         yield Probe(net, params, layout, whole, population, "sequences", seed=3), truth
 
 
-def order_of(unravel, paths, size):
-    """Where each entry of ``ravel_pytree`` stands in the probe's order."""
-    at = flatten(unravel(np.arange(size, dtype=np.float64)))
-    place = np.empty(size)
-    place[np.concatenate([np.ravel(at[path]) for path in paths]).astype(int)] = np.arange(size)
-    return place
-
-
-def number(masked):
-    return masked @ (1 << np.arange(SIZE))
-
-
 def table_of(truth, canvas_rows, draw):
     """The weighted gradients of draws, looked up: [..., P]."""
-    found = truth.grad[canvas_rows, draw.block, number(draw.masked)]
+    found = truth.grad[canvas_rows, draw.block, draw.masked @ (1 << np.arange(SIZE))]
     return draw.weight[..., None] * np.where(draw.weight[..., None] > 0, found, 0)
 
 
@@ -99,7 +85,6 @@ def near(found, want, times=4.0):
     return abs(found.mean - want) < times * found.se
 
 
-@pytest.mark.usefixtures("tiny")
 def test_gradients_of_rows_and_batches_are_the_tables(tiny):
     """Of real draws, on both layouts: what is computed is what the table holds, in the order that the groups state."""
     probe, truth = tiny
@@ -121,10 +106,8 @@ def test_gradients_of_rows_and_batches_are_the_tables(tiny):
         np.testing.assert_allclose(ideal, want, rtol=1e-9, atol=1e-12)
         np.testing.assert_array_equal(group.drawn.weight > 0, group.drawn.block < group.canvas.n_blocks)
 
-        for method in (
-            MethodConfig(law="stratified_count", draws=2, normalize="sequences"),
-            MethodConfig(law="antithetic", blocks="pairs", draws=2, normalize="sequences"),
-        ):
+        for fields in ({"law": "stratified_count"}, {"law": "antithetic", "blocks": "pairs"}):
+            method = MethodConfig(draws=2, normalize="sequences", **fields)
             batches = variance.draw_batches(probe, method, 1, 4)
             prompt = batches.canvas.prompt_len[0] - 2  # tells the two examples apart
             want = table_of(truth, prompt, jax.tree.map(lambda x: x[0], batches.draw)).sum(0)
@@ -166,35 +149,28 @@ def test_the_variance_of_batches_is_that_of_enumeration_on_one_scale(tiny, monke
         "masked_mean": MethodConfig("blockwise", "floored_bernoulli", "masked_mean", normalize, "pairs"),
         "two": MethodConfig(draws=2, normalize=normalize),
     })  # fmt: skip
-    monkeypatch.setattr(
-        variance,
-        "batch_gradients",
-        lambda probe, batches: table_of(truth, batches.canvas.prompt_len - 2, batches.draw).sum(1),
-    )
+    of_table = lambda probe, batches: table_of(truth, batches.canvas.prompt_len - 2, batches.draw).sum(1)  # noqa: E731
+    monkeypatch.setattr(variance, "batch_gradients", of_table)
     with jax.enable_x64(True):
-        found = variance.measure_variance(probe, 3000, 4)
+        found = {name: groups["all"] for name, groups in variance.measure_variance(probe, 3000, 4).items()}
     levels = enumerated_levels(truth)
-    assert near(found[variance.REFERENCE]["all"].relative, (levels[-1] - levels[0]) / levels[0] / 4)
-    assert found[variance.REFERENCE]["all"].ratio.mean == pytest.approx(1)
+    assert near(found[variance.REFERENCE].relative, (levels[-1] - levels[0]) / levels[0] / 4)
+    assert found[variance.REFERENCE].ratio.mean == pytest.approx(1)
     # Given the count, a set is uniform; counts have the paper's rates, 1 / (n + 1) each (the floor changes 0.1%).
     pairs = [(i, k, n) for i, sizes in enumerate(truth.n) for k, n in enumerate(sizes)]
     mean, second = 0, 0
-    for i, k, n in pairs:
-        for s in range(1, 2**n):
-            count = s.bit_count()
-            chance = 1 / (len(pairs) * (n + 1) * math.comb(n, count))
-            mean, second = (
-                mean + chance * truth.grad[i, k, s] / count,
-                second + chance * np.square(truth.grad[i, k, s] / count).sum(),
-            )
+    for (i, k, n), s in ((pair, s) for pair in pairs for s in range(1, 2 ** pair[2])):
+        chance = 1 / (len(pairs) * (n + 1) * math.comb(n, s.bit_count()))
+        gradient = truth.grad[i, k, s] / s.bit_count()
+        mean, second = mean + chance * gradient, second + chance * np.square(gradient).sum()
     common = sum(chance * gradient for chance, *_, gradient in outcomes(truth))
     scaled = (mean @ common) ** 2 / (common @ common)
-    assert near(found["masked_mean"]["all"].relative, (second - mean @ mean) / scaled / 4)
+    assert near(found["masked_mean"].relative, (second - mean @ mean) / scaled / 4)
     # Two draws of a row are two of its distinct blocks: less variance than one for each forward, and the example's part doubles.
-    assert found["two"]["all"].ratio.mean != pytest.approx(1, abs=0.01)
+    assert found["two"].ratio.mean != pytest.approx(1, abs=0.01)
 
 
-def test_an_angle_is_that_of_the_expected_gradients():
+def test_an_angle_is_that_of_the_expected_gradients(tiny, monkeypatch):
     rng = np.random.default_rng(2)
     atoms = rng.normal(size=(6, 40)) + 0.3
     other = 0.4 * atoms + rng.normal(size=(6, 40)) + 0.2
@@ -213,13 +189,10 @@ def test_an_angle_is_that_of_the_expected_gradients():
     assert np.mean(plug_in) < 0.95
     away = np.array([[1.0, 0], [-1.0, 0], [0, 0.1]])
     assert math.isnan(direction.angle(away, -away).cosine.mean), "both squared lengths are below 0"
-
-
-def test_blocks_that_no_response_reaches_have_no_direction(tiny, monkeypatch):
-    draws = np.random.default_rng(0)
-    reached = np.array([1.0, 1.0, 0.0])[:, None]  # the third block has no loss in any group
+    # A block that no response reaches, and which has no loss in any group, has no direction.
+    reached = np.array([1.0, 1.0, 0.0])[:, None]
     monkeypatch.setattr(direction, "draw_group", lambda *_: None)
-    monkeypatch.setattr(direction, "block_gradients", lambda *_: reached * (1 + draws.normal(size=(3, 5))))
+    monkeypatch.setattr(direction, "block_gradients", lambda *_: reached * (1 + rng.normal(size=(3, 5))))
     monkeypatch.setattr(direction, "steepness", lambda *_: None)
     assert {len(one.by_block) for one in direction.measure_direction(tiny[0], 6, 1).values()} == {2}
 
@@ -228,30 +201,30 @@ def test_what_stands_around_a_block_is_what_the_ablations_show_and_classical_mas
     probe, _ = tiny
     with jax.enable_x64(True):
         group = direction.draw_group(probe, 0, 4)
+        live = (group.drawn.weight > 0)[:, None]
         for context in (contexts.Context("noisy", 0.5, 1.0), contexts.Context("seen", 0.3, 0.4)):
             method = MethodConfig(prefix_mask_rate=context.prefix_mask_rate, suffix_mask_prob=context.suffix_mask_prob)
-            want, _ = jax.jit(lambda c, d, u, m=method: corrupt(probe.layout, c, d, m, u))(
-                group.canvas, group.drawn, group.uniforms.noise[:, 0]
-            )
-            masked = direction.masked_rows(probe, group, context)
-            everywhere = Draw(np.zeros(12, np.int32), masked, np.ones(12))
-            got, _ = jax.jit(lambda c, d: corrupt(probe.whole, c, d))(group.whole, everywhere)
-            seen = np.arange(want.ids.shape[1]) < want.length[:, None]
-            live = (group.drawn.weight > 0)[:, None]
-            np.testing.assert_array_equal(np.where(seen & live, got.ids, 0), np.where(seen & live, want.ids, 0))
+            blockwise = jax.jit(lambda c, d, u, m=method: corrupt(probe.layout, c, d, m, u)[0])
+            want = blockwise(group.canvas, group.drawn, group.uniforms.noise[:, 0])
+            everywhere = Draw(np.zeros(12, np.int32), direction.masked_rows(probe, group, context), np.ones(12))
+            got = jax.jit(lambda c, d: corrupt(probe.whole, c, d)[0])(group.whole, everywhere)
+            seen = (np.arange(want.ids.shape[1]) < want.length[:, None]) & live
+            np.testing.assert_array_equal(np.where(seen, got.ids, 0), np.where(seen, want.ids, 0))
         many = direction.draw_group(probe, 1, 7000)
-    weights = contexts.block_weights(probe.layout, many.drawn)
-    assert ((weights > 0).sum(-1) == np.where(many.drawn.weight > 0, SIZE, 0)).all()
-    # Restricted to a block, classical SFT gives every total of masks from 1 to R the same chance (docs/study/gradients.md).
-    last = contexts.Context("classical", classical=True)
-    totals = direction.masked_rows(probe, many, last).sum(-1)
     full = many.drawn.weight > 0
-    seen, expected = np.bincount(totals[full], minlength=R + 1)[1:], full.sum() / R
-    assert np.square(seen - expected).sum() / expected < 26.1, "chi-square of 8 degrees of freedom at 0.001"
+    weights = contexts.block_weights(probe.layout, many.drawn)
+    assert ((weights > 0).sum(-1) == np.where(full, SIZE, 0)).all()
+
+    def surprise(group):
+        """The chi-square statistic of the totals of masks against equal chances from 1 to R (docs/study/gradients.md)."""
+        totals = direction.masked_rows(probe, group, contexts.Context("classical", classical=True)).sum(-1)
+        expected = full.sum() / R
+        return np.square(np.bincount(totals[full], minlength=R + 1)[1:] - expected).sum() / expected
+
+    # Restricted to a block, classical SFT gives every total the same chance.
+    assert surprise(many) < 26.1, "chi-square of 8 degrees of freedom at 0.001"
     independent = many.uniforms._replace(position=np.random.default_rng(0).permuted(many.uniforms.position, axis=0))
-    broken = direction.masked_rows(probe, many._replace(uniforms=independent), last).sum(-1)
-    seen = np.bincount(broken[full], minlength=R + 1)[1:]
-    assert np.square(seen - expected).sum() / expected > 100, "a rate that ignores the block's count"
+    assert surprise(many._replace(uniforms=independent)) > 100, "a rate that ignores the block's count"
 
 
 def test_the_bound_and_log_p_are_those_of_all_orders(tiny, monkeypatch):
@@ -263,9 +236,8 @@ def test_the_bound_and_log_p_are_those_of_all_orders(tiny, monkeypatch):
             surprise += losses[left, position]
             left ^= 1 << position
         paths.append(surprise)
-    np.testing.assert_allclose(
-        tightness.bound_and_log_p(losses), [np.mean(paths), -np.log(np.mean(np.exp(-np.array(paths))))], rtol=1e-12
-    )
+    want = [np.mean(paths), -np.log(np.mean(np.exp(-np.array(paths))))]
+    np.testing.assert_allclose(tightness.bound_and_log_p(losses), want, rtol=1e-12)
     probe, truth = tiny
     with jax.enable_x64(True):
         found = tightness.measure_tightness(probe, (1, SIZE), 2, 100)
@@ -280,69 +252,30 @@ def test_the_bound_and_log_p_are_those_of_all_orders(tiny, monkeypatch):
     assert want[1] - 0.05 < drawn.minus_log_p.mean < drawn.nelbo.mean
 
 
-SIZES = {
-    "batches": 3,
-    "forwards": 4,
-    "examples": 4,
-    "groups": 3,
-    "bound_blocks": [1, 3],
-    "bound_examples": 2,
-    "orders": 2,
-}
-
-
 def test_a_study_measures_keeps_and_reports_gradients(tiny, tmp_path, monkeypatch):
-    tree = copy.deepcopy(TREE) | {"gradients": SIZES | {"bound_blocks": [1, 4]}}
-    tree["experiments"]["noise"] = {
-        "kind": "gradients", "title": "Gradients", "arms": ["blockwise", "classical"], "budgets": [5, 20], "seeds": 2
-    }  # fmt: skip
-    study = study_from_tree(tree, "study.yaml")
-    plan = lay_out(study, arch)
-    assert "20/gradients" in [str(point) for point in plan.cell("classical-s1").points]
-    assert "20/gradients" not in [str(point) for point in plan.cell("classical-s2").points]
+    sizes = {"batches": 3, "forwards": 4, "examples": 4, "groups": 3, "bound_examples": 2, "orders": 2}
+    tree = copy.deepcopy(TREE) | {"gradients": {**sizes, "bound_blocks": [1, 4]}}
+    measured = {"kind": "gradients", "arms": ["blockwise", "classical"], "budgets": [5, 20], "seeds": 2}
+    tree["experiments"]["noise"] = {**measured, "title": "Gradients"}
+    study, plan = laid_out(tree)
+    asked = ["20/gradients" in map(str, plan.cell(f"classical-s{seed}").points) for seed in (1, 2)]
+    assert asked == [True, False]
     few = {name: variance.estimators("sequences")[name] for name in (variance.REFERENCE, "exact_count, pairs, K = 2")}
     monkeypatch.setattr(variance, "estimators", lambda normalize: few)
     with jax.enable_x64(True):
-        score = measure.measure(tiny[0], GradientSizes(**SIZES | {"bound_blocks": (1, 3)}))
+        score = measure.measure(tiny[0], GradientSizes(**sizes, bound_blocks=(1, 3)))
     assert set(score["direction"]) == {context.name for context in contexts.CONTEXTS} and len(contexts.CONTEXTS) == 12
-    results = {
-        cell.name: {"scores": {str(point): score for point in cell.points if point.decoding == "gradients"}, "steps": 0}
-        for cell in plan.cells
-    }
-    found = {one.name: one for one in analysis.analyse(study, plan, results)}["noise"]
-    assert found.seeds == (0, 1) and set(found.measured) == {
-        (arm, at) for arm in ("blockwise", "classical") for at in (5, 20)
-    }
-    for result in results.values():
-        result |= {"seconds": {}, "versions": {}, "settings": {}}
+    results = {}
+    for cell in plan.cells:
+        scores = {str(point): score for point in cell.points if point.decoding == "gradients"}
+        results[cell.name] = {"scores": scores, "steps": 0, "seconds": {}, "versions": {}, "settings": {}}
+    found = analysis.analyse(study, plan, results)[-1]
+    assert found.seeds == (0, 1) and set(found.measured) == set(itertools.product(measured["arms"], (5, 20)))
     report.write_report(study, plan, results, tmp_path)
-    text, page = (tmp_path / "report.md").read_text(), (tmp_path / "report.html").read_text()
-    assert "| exact_count, pairs, K = 2 | " in text and "| classical | " in text and page.count("<svg") == 1
-    assert "| blockwise, step 5 | 1 | " in text and "not resolved" in text
+    text = (tmp_path / "report.md").read_text()
+    assert "| exact_count, pairs, K = 2 | " in text and "| blockwise, step 5 | 1 | " in text and "not resolved" in text
     other = copy.deepcopy(score)
     other["sizes"]["batches"] = 4
     results["classical-s1"]["scores"]["5/gradients"] = other
     with pytest.raises(UserError, match="were measured with the sizes"):
         report.write_report(study, plan, results, tmp_path)
-
-
-def with_gradients(**fields):
-    return changed("experiments", "grid", {"kind": "gradients", "arms": ["blockwise"], "budgets": [5], **fields})
-
-
-@pytest.mark.parametrize(
-    "tree, says",
-    [
-        (with_gradients(decodings=["own"]), "experiments.grid measures gradients, which need no decodings"),
-        (with_gradients(primary=True), "experiments.grid is of the kind gradients, which tests nothing"),
-        (with_gradients() | {"gradients": {"forwards": 6}}, "gradients.forwards is 6: it must be a multiple of 4"),
-        (with_gradients() | {"gradients": {"examples": 2}}, "gradients.examples is 2: it must be at least 3"),
-        (with_gradients() | {"gradients": {"bound_blocks": [5]}}, "divide canvas.response_len 16, not"),
-        (with_gradients() | {"gradients": {"bound_blocks": [1, 4], "batch": 3}}, "unknown key gradients.batch"),
-        (with_gradients() | {"tasks": {"sums": {"canvas": {"response_len": 16, "block": 4, "suffix_window": 4}}}}, "whole aligned canvas"),
-        (changed("gradients", {"batches": 3}), "gradients has no effect"),
-    ],
-)  # fmt: skip
-def test_gradients_that_cannot_be_measured_are_refused(tree, says):
-    with pytest.raises(UserError, match=says):
-        study_from_tree(tree, "study.yaml")
