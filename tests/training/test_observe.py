@@ -2,13 +2,13 @@
 
 import importlib.metadata
 import io
-import itertools
 import json
 import subprocess
 import sys
-import types
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock, call
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,6 @@ import jaxblock
 from jaxblock.config.config import Config
 from jaxblock.config.yaml import config_from_tree
 from jaxblock.errors import UserError, printable
-from jaxblock.models.architecture import Architecture
 from jaxblock.models.families import registry
 from jaxblock.models.spec import matmul_flops_per_token
 from jaxblock.parallel.chips import CHIPS
@@ -32,6 +31,7 @@ from jaxblock.training.observe.samples import in_one_line
 from jaxblock.training.observe.throughput import Work
 from jaxblock.training.observe.trackers import Trackers
 from tests import runs
+from tests.models.networks import make_arch
 
 # Where time goes
 
@@ -68,31 +68,11 @@ def test_time_is_split_without_rest(monkeypatch):
             wait(1)
         clock.add_earlier(EarlierTime({"step": 100.0, "lost": 3.0}, lost_seconds=5.0, lost_steps=2))
         row = clock.row(9)
-    assert row["seconds"] == {
-        "start": 3, "compile": 9, "step": 122, "data": 2, "evaluation": 1, "save": 1, "lost": 3 + 5 + 2 * 7,
-    }  # fmt: skip
+    lost = 3 + 5 + 2 * 7
+    assert row["seconds"] == dict(start=3, compile=9, step=122, data=2, evaluation=1, save=1, lost=lost)
     assert row["step_seconds"] == 7.0 and row["goodput"] == pytest.approx(122 / 160)
     told = "goodput 76%: step 122 s, lost 22 s, compile 9.0 s, start 3.0 s, data 2.0 s, evaluation 1.0 s, save 1.0 s"
     assert goodput.describe(row) == told
-
-
-def test_what_a_killed_process_did_in_vain(tmp_path):
-    def told(at: int, pace: float | None = None, **seconds: float) -> dict[str, Any]:
-        return {"step": at, "kind": "goodput", "seconds": seconds, "step_seconds": pace}
-
-    def trained(first: int, last: int) -> list[dict[str, Any]]:
-        return [{"step": step, "kind": "train"} for step in range(first, last + 1)]
-
-    rows = [told(0, start=4.0, evaluation=1.0), *trained(1, 10), told(10, 2.0, start=4.0, evaluation=1.0, step=20.0)]
-    rows += [*trained(11, 25), told(25, 2.5, start=4.0, evaluation=3.0, step=50.0, save=1.0), *trained(26, 29)]
-    path = tmp_path / "metrics.jsonl"
-    assert read_earlier_time(path, -1) == EarlierTime({})
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 30, "ki')
-    at_ten = read_earlier_time(path, 10)
-    assert at_ten.seconds == {**dict.fromkeys(CAUSES, 0.0), "start": 4.0, "evaluation": 1.0, "step": 20.0}
-    assert at_ten[1:] == (58.0 - 25.0, 4, 2.5)  # known up to step 25, then four steps
-    assert read_earlier_time(path, 29)[1:] == (0.0, 0, 2.5)
-    assert read_earlier_time(path, -1) == EarlierTime({}, 58.0, 4, 2.5)  # nothing was saved, so everything is lost
 
 
 def test_compiling_is_heard_until_the_clock_is_closed():
@@ -115,6 +95,23 @@ def train(step: int, **more: Any) -> dict[str, Any]:
 def write(path: Path, rows: list[dict[str, Any]], end: str = "") -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + end, encoding="utf-8")
     return path
+
+
+def test_what_a_killed_process_did_in_vain(tmp_path):
+    def told(at: int, pace: float | None = None, **seconds: float) -> dict[str, Any]:
+        return {"step": at, "kind": "goodput", "seconds": seconds, "step_seconds": pace}
+
+    path = tmp_path / "metrics.jsonl"
+    assert read_earlier_time(path, -1) == EarlierTime({})
+    rows = [told(0, start=4.0, evaluation=1.0), *map(train, range(1, 11))]
+    rows += [told(10, 2.0, start=4.0, evaluation=1.0, step=20.0), *map(train, range(11, 26))]
+    rows += [told(25, 2.5, start=4.0, evaluation=3.0, step=50.0, save=1.0), *map(train, range(26, 30))]
+    write(path, rows, '{"step": 30, "ki')
+    at_ten = read_earlier_time(path, 10)
+    assert at_ten.seconds == {**dict.fromkeys(CAUSES, 0.0), "start": 4.0, "evaluation": 1.0, "step": 20.0}
+    assert at_ten[1:] == (58.0 - 25.0, 4, 2.5)  # known up to step 25, then four steps
+    assert read_earlier_time(path, 29)[1:] == (0.0, 0, 2.5)
+    assert read_earlier_time(path, -1) == EarlierTime({}, 58.0, 4, 2.5)  # nothing was saved, so everything is lost
 
 
 def test_a_resumed_run_replaces_the_steps_it_repeats_and_a_cut_line_is_left_out(tmp_path):
@@ -171,8 +168,7 @@ def test_a_damaged_field_is_named(tmp_path, change, problem):
 
 
 def test_series_skip_what_is_not_finite_and_breakdowns_are_pooled_before_dividing():
-    rows = [train(1), train(2, loss=float("nan")), train(3, loss=None), train(4)]
-    steps, values = metrics.series(rows, "loss")
+    steps, values = metrics.series([train(1), train(2, loss=float("nan")), train(3, loss=None), train(4)], "loss")
     assert steps.tolist() == [1, 4] and values.tolist() == [2.5, 1.0]
     rows = [train(1, loss_by_block=[[1.0, 1.0], [0.0, 0.0]]), train(2, loss_by_block=[[9.0, 3.0], [0.0, 0.0]])]
     np.testing.assert_array_equal(metrics.pooled(rows, "loss_by_block"), [2.5, np.nan])  # not the mean of 1 and 3
@@ -183,54 +179,44 @@ def test_series_skip_what_is_not_finite_and_breakdowns_are_pooled_before_dividin
 
 
 def shown(**terminal: Any) -> str:
-    out, clock = io.StringIO(), itertools.count(0.0, 2.0)
-    console = Console(file=out, _environ={}, **terminal)
-    with TrainProgress(10, every=4, console=console, clock=lambda: next(clock)) as progress:
-        progress.evaluation(0, nelbo=5.25, pass_at_1=(0, 8))
-        for step in range(1, 11):
-            progress.train(step, 1.0 / step if step % 2 == 0 else None, 1234.5)
-        progress.evaluation(10, pass_at_1=(5, 8))
+    """Returns what a run shows that is resumed at step 900; a step takes 2 s, and an evaluation 1,000,000 s."""
+    out, now = io.StringIO(), [0.0]
+    with TrainProgress(
+        910, start=900, every=4, console=Console(file=out, _environ={}, **terminal), clock=lambda: now[0]
+    ) as progress:
+        assert progress.seconds_left() is None
+        for step in range(901, 911):
+            now[0] += 2.0
+            progress.train(step, 1.0 / (step - 900) if step % 2 == 0 else None, 1234.5)
+            if step == 905:
+                now[0] += 1e6
+                progress.evaluation(905, nelbo=5.25, pass_at_1=(0, 8))
+        progress.evaluation(910, pass_at_1=(5, 8))
         progress.say("saved to runs/[x]")
     return out.getvalue()
 
 
 def test_progress_is_plain_lines_without_a_terminal_and_a_bar_on_one():
+    """The time left counts from where the run was resumed, and leaves evaluations out."""
     assert shown(width=120).splitlines() == [
-        "evaluation at step 0: NELBO 5.25  Pass@1 0.0% (0/8)",
-        "step 4/10  loss 0.25  1,234 tok/s  0:12 left",
-        "step 8/10  loss 0.125  1,234 tok/s  0:04 left",
-        "step 10/10  loss 0.1  1,234 tok/s  0:00 left",
-        "evaluation at step 10: Pass@1 62.5% (5/8)",
+        "step 904/910  loss 0.25  1,234 tok/s  0:12 left",
+        "evaluation at step 905: NELBO 5.25  Pass@1 0.0% (0/8)",
+        "step 908/910  loss 0.125  1,234 tok/s  0:04 left",
+        "step 910/910  loss 0.1  1,234 tok/s  0:00 left",
+        "evaluation at step 910: Pass@1 62.5% (5/8)",
         "saved to runs/[x]",
     ]
     for width in (60, 120):
         text = shown(force_terminal=True, width=width)
-        assert "10/10" in text and "evaluation at step 0" in text and "saved to runs/[x]" in text
-
-
-def test_time_left_counts_from_where_a_resumed_run_began_and_ignores_evaluations():
-    now = [0.0]
-    progress = TrainProgress(1000, start=900, clock=lambda: now[0])
-    assert progress.seconds_left() is None
-    for step in range(901, 913):
-        now[0] += 3.0
-        progress.train(step)
-        if step == 910:
-            now[0] += 1e6
-            progress.evaluation(910, nelbo=1.0)
-    assert progress.seconds_left() == pytest.approx(3.0 * 88)
+        assert "910/910" in text and "evaluation at step 905" in text and "saved to runs/[x]" in text
 
 
 # Arithmetic
 
 
 def test_arithmetic_against_the_peak(monkeypatch):
-    arch = Architecture(
-        "llada", vocab_size=13, d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=4, mlp_dim=24, norm_eps=1e-5,
-        rope_theta=100.0, max_len=64, mask_id=11, eos_id=10, pad_id=10, tie_embeddings=False,
-    )  # fmt: skip
-    table = registry.param_table(arch)
-    work = Work(rows=2, positions=20, predicted=8)
+    arch = make_arch(vocab_size=13)
+    table, work = registry.param_table(arch), Work(rows=2, positions=20, predicted=8)
     per_token = matmul_flops_per_token(table, arch, 10, head=False)
     head = 2 * arch.vocab_size * arch.d_model
     assert throughput.model_flops(table, arch, work) == 3 * (20 * per_token + 8 * head)
@@ -249,49 +235,26 @@ ROWS: list[dict[str, Any]] = [
     {"step": 1, "kind": "train", "loss": 2.0, "grad_norm": float("nan"), "loss_by_block": [[1.0, 2.0]]},
     {"step": 2, "kind": "eval", "nelbo_per_token": {"mean": 1.5, "se": 0.1}, "grader": "exact"},
 ]
-
-
-SAMPLES: list[dict[str, Any]] = [
-    {
-        "step": 2,
-        "index": at,
-        "prompt": "1+1?\n" * 30,
-        "response": "\x1b[31m```\n# 2",
-        "reference": "2",
-        "correct": at == 1,
-    }
-    for at in (0, 1)
-]
+SAMPLE = {"step": 2, "prompt": "1+1?\n" * 30, "response": "\x1b[31m```\n# 2", "reference": "2"}
+SAMPLES: list[dict[str, Any]] = [{**SAMPLE, "index": at, "correct": at == 1} for at in (0, 1)]
 
 
 def _config(out: object, **fields: Any) -> Config:
     return config_from_tree({"train": {"out": str(out), **fields}}, "here")
 
 
-class _Page:
-    """Stands in for W&B's run and records what it is given."""
-
-    def __init__(self, **given: Any) -> None:
-        self.given, self.logged, self.steps, self.finished = given, [], [], False
-        self.define_metric = lambda name, step_metric=None: self.steps.append((name, step_metric))
-        self.finish = lambda: setattr(self, "finished", True)
-
-    def log(self, row: dict[str, Any]) -> None:
-        self.logged.append(row)
-        if len(self.logged) > 1:
-            raise RuntimeError("the service has gone\nand more")
-
-
-def _stand_in(monkeypatch: pytest.MonkeyPatch, init: Any) -> None:
-    module = types.ModuleType("wandb")
-    module.__spec__, module.init, module.Settings = sys.__spec__, init, dict
-    module.Table = lambda columns, data: {"columns": columns, "data": data}
+def _stand_in(monkeypatch: pytest.MonkeyPatch, *begun: Any) -> Mock:
+    """Puts a stand-in in W&B's place, which begins one run after the other; returns its ``init``."""
+    init = Mock(side_effect=begun)
+    module = SimpleNamespace(init=init, Settings=dict, Table=lambda columns, data: {"columns": columns, "data": data})
     monkeypatch.setitem(sys.modules, "wandb", module)
+    return init
 
 
 def test_a_tracker_that_fails_stops_nothing_and_is_told_of_once(tmp_path, monkeypatch):
-    pages: list[_Page] = []
-    _stand_in(monkeypatch, lambda **given: pages.append(_Page(**given)) or pages[-1])
+    gone = [None, *[RuntimeError("the service has gone\nand more")] * 9]
+    first, second = Mock(**{"log.side_effect": gone}), Mock(**{"log.side_effect": gone})
+    init = _stand_in(monkeypatch, first, second)
     config, told = _config(tmp_path, wandb="online", wandb_project="p", tensorboard=True), []
     for begin in (-1, 1):
         log = Trackers(config.train, {"a": 1}, begin, told.append)
@@ -301,59 +264,47 @@ def test_a_tracker_that_fails_stops_nothing_and_is_told_of_once(tmp_path, monkey
         log.flush()
         log.close()
     assert told == ["W&B: metrics may be missing from here on (the service has gone); training goes on"] * 2
-    first, second = pages
+    logged = [given.args[0] for given in first.log.call_args_list]
     values = {"step": 1, "train/loss": 2.0, "train/grad_norm": float("nan")}
-    assert first.logged[0] == pytest.approx(values, nan_ok=True)
-    assert first.logged[1] == {"step": 2, "eval/nelbo_per_token/mean": 1.5, "eval/nelbo_per_token/se": 0.1}
-    assert first.steps[-1] == ("*", "step") and first.finished
+    assert logged[0] == pytest.approx(values, nan_ok=True)
+    assert logged[1] == {"step": 2, "eval/nelbo_per_token/mean": 1.5, "eval/nelbo_per_token/se": 0.1}
+    assert logged[3]["samples"]["data"][1] == [2, 1, SAMPLE["prompt"], SAMPLE["response"], "2", True]
+    assert first.define_metric.call_args == call("*", step_metric="step") and first.finish.called
+    given, again = (begun.kwargs for begun in init.call_args_list)
     wanted = {"project": "p", "name": tmp_path.name, "mode": "online", "config": {"a": 1}, "resume": "allow"}
-    assert wanted.items() <= first.given.items()
-    assert first.given["id"] == second.given["id"]  # a resumed run continues the same page
-    # The JSON lines have every row, and the resume has removed the rows that came again.
+    assert wanted.items() <= given.items() and given["id"] == again["id"]  # a resumed run continues the same page
+    # The JSON lines have every row, and the resume has removed the rows and the samples that came again.
     assert [row["step"] for row in runs.rows(tmp_path, "eval")] == [2, 2]
     assert [row["grad_norm"] for row in runs.rows(tmp_path, "train")] == ["nan"] * 2
-    assert first.logged[3]["samples"]["data"][1] == [2, 1, SAMPLES[1]["prompt"], SAMPLES[1]["response"], "2", True]
-    # The resume removed the samples of step 2, which came again.
     assert list(map(json.loads, (tmp_path / "samples.jsonl").read_text().splitlines())) == SAMPLES
     events = b"".join(file.read_bytes() for file in (tmp_path / "tensorboard").iterdir())
     assert b"samples/problem 1" in events and b"    \x1b[31m```\n    # 2" in events  # in a block that it cannot end
 
 
-def test_samples_of_a_run_are_the_first_problems_of_each_evaluation(tiny_run, tiny_config, tmp_path, ran):
+def test_samples_of_a_run_are_the_first_problems_of_each_evaluation(tiny_run):
     rows = [json.loads(line) for line in (tiny_run / "samples.jsonl").read_text().splitlines()]
     assert [(row["step"], row["index"]) for row in rows] == [(step, at) for step in (0, 60, 120) for at in (0, 1)]
     model = jaxblock.load(tiny_run)
     assert model.generate([row["prompt"] for row in rows[-2:]]) == [row["response"] for row in rows[-2:]]
     assert rows[-1].keys() >= {"reference", "correct", "extracted", "expected", "nfe", "stopped"}
     assert in_one_line({**SAMPLES[0], "response": ""}) == f"  problem 0, wrong: ...{' 1+1?' * 12} => (empty)"
-    shown = printable(in_one_line({**SAMPLES[1], "prompt": "a [b]?", "response": SAMPLES[1]["response"] * 20}))
-    assert (
-        shown.startswith("  problem 1, right: a [b]? => \\x1b[31m``` # 2")
-        and shown.endswith("...")
-        and len(shown) < 180
-    )
-    said = ran(f"train --config {tiny_config} --train.out {tmp_path / 'run'} --train.samples 9", 2).err
-    assert "train.samples is 9, but evaluations decode 8 problems" in said and "raise train.eval_problems" in said
+    line = printable(in_one_line({**SAMPLES[1], "prompt": "a [b]?", "response": SAMPLE["response"] * 20}))
+    assert line.startswith("  problem 1, right: a [b]? => \\x1b[31m``` # 2") and line[-3:] == "..." and len(line) < 180
     assert [_config("x", eval_problems=n).train.sample_count for n in (0, 1, 64)] == [0, 1, 2]
 
 
-def test_a_disk_that_is_full_stops_nothing(tmp_path, monkeypatch):
+def test_a_disk_that_is_full_stops_nothing_and_is_told_of_each_time(tmp_path, monkeypatch):
     told: list[str] = []
     log = Trackers(_config(tmp_path).train, {}, -1, told.append)
-
-    def full(line: str) -> None:
-        raise UserError("the disk is full")
-
-    append = log._lines._lines.append
+    full, append = Mock(side_effect=UserError("the disk is full")), log._lines._lines.append
     for then in (full, full, append, full):
         monkeypatch.setattr(log._lines._lines, "append", then)
         log.write(ROWS[0])
-    # Once for each time that the disk is full.
     assert told == ["the disk is full; training goes on, and the rows wait"] * 2
 
 
 def test_what_a_tracker_needs_is_said_before_the_run_starts(tmp_path, monkeypatch):
-    def check(have: set[str], said: str | None, out: str = str(tmp_path), **fields: Any) -> None:
+    def check(have: set[str], said: str | None, out: object = tmp_path, **fields: Any) -> None:
         monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: sys.__spec__ if name in have else None)
         monkeypatch.setattr(importlib.metadata, "distributions", lambda name: {name} & have)
         if said is None:
@@ -371,11 +322,7 @@ def test_what_a_tracker_needs_is_said_before_the_run_starts(tmp_path, monkeypatc
     check(both, f"^train.tensorboard {local}", bucket, tensorboard=True)
     check(both, f"^train.wandb offline {local}", bucket, wandb="offline")
     check(both, None, bucket, wandb="online")
-
-    def refuse(**given: Any) -> None:
-        raise RuntimeError("api_key not configured")
-
-    _stand_in(monkeypatch, refuse)
+    _stand_in(monkeypatch, RuntimeError("api_key not configured"))
     said = r"did not begin \(api_key not configured\); run `wandb login` or set WANDB_API_KEY .*, or set train.wandb to offline$"
     with pytest.raises(UserError, match=said):
         Trackers(_config(tmp_path, wandb="online").train, {}, -1, print)
