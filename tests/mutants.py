@@ -48,7 +48,7 @@ MUTANTS = [
            "tests/huggingface/test_roundtrip.py::test_verify_sees_a_changed_weight_and_a_changed_config"),
     Mutant("export-not-read-back", "jaxblock/model/exporting.py",
            "return verify_checkpoint(place, merged.net, merged.params, self._probe())", "return 0.0",
-           "tests/huggingface/test_through_load.py::test_an_autoregressive_start_decodes_once_it_has_a_mask"),
+           "tests/huggingface/test_roundtrip.py::test_an_autoregressive_start_decodes_once_it_has_a_mask"),
     Mutant("scores-of-other-weights-in-the-card", "jaxblock/cards/scores.py",
            'if weights is None or found.summary.get("weights") != weights:', "if False:",
            "tests/cards/test_cards.py::test_evaluations_that_are_named"),
