@@ -23,10 +23,6 @@ def _rows(text: str) -> list[dict]:
     return [json.loads(line) for line in text.split("\n") if line]
 
 
-def _typed(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
-
-
 def test_decode_takes_prompts_from_everywhere_and_its_batches_do_not_matter(tiny_run, tmp_path, monkeypatch, ran):
     command = f"decode --checkpoint {tiny_run} --decode.temperature 0.7 "
     out = tmp_path / "out.jsonl"
@@ -48,18 +44,29 @@ def test_decode_takes_prompts_from_everywhere_and_its_batches_do_not_matter(tiny
         assert _rows(ran(command + f"--file {tmp_path}/{flags}").out) == expected
     found = _rows(ran(command + f"--file {tmp_path}/chats.json.gz").out)
     assert [{**answer, "prompt": answer["prompt"][0]["content"]} for answer in found] == expected
-    _typed(monkeypatch, "\n".join(PROMPTS))
-    assert _rows(ran(command).out) == expected
-    _typed(monkeypatch, "\n  \n")
-    assert "no prompts" in ran(command, 2).err
+
+    def typed(text: str, code: int = 0):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+        return ran(command, code)
+
+    assert _rows(typed("\n".join(PROMPTS)).out) == expected
+    assert "no prompts" in typed("\n  \n", 2).err
     monkeypatch.setattr(sys, "stdin", None)
     assert "standard input is closed, so there are no prompts" in ran(command, 2).err
 
 
-def test_watch_shows_blocks_where_there_is_no_terminal(tiny_run, ran):
-    shown = ran(f"decode --checkpoint {tiny_run} 1+2? 3+4? --watch").out
-    assert shown.count("prompt: ") == 2 and "block 1/4" in shown
-    assert f"NFE {_rows(ran(f'decode --checkpoint {tiny_run} 1+2? 3+4?').out)[0]['nfe']}" in shown
+def test_watch_shows_blocks_where_there_is_no_terminal_and_other_stop_tokens_end_the_text(tiny_run, ran):
+    command = f"decode --checkpoint {tiny_run} 1+2? 3+4?"
+    shown, answers = ran(f"{command} --watch").out, _rows(ran(command).out)
+    assert shown.count("prompt: ") == 2 and "block 1/4" in shown and f"NFE {answers[0]['nfe']}" in shown
+    tokenizer = jaxblock.load(tiny_run).tokenizer
+    stop = tokenizer.encode("1+2=")[-1]
+    (answer, _) = _rows(ran(f"{command} --decode.stop_ids {stop}").out)
+    assert tokenizer.piece(stop) not in answer["response"]
+
+
+def _data_of(page: Path) -> dict:
+    return json.loads(page.read_text(encoding="utf-8").split('id="data">')[1].split("</script>")[0])
 
 
 def test_a_page_of_traces_holds_both_checkpoints_and_the_answers_stay_the_same(tiny_run, tmp_path, ran):
@@ -69,19 +76,12 @@ def test_a_page_of_traces_holds_both_checkpoints_and_the_answers_stay_the_same(t
     plain = out.read_text()
     assert str(page) in ran(command + f"--html {page} --candidates 3 --beside {tiny_run} --beside_step 100").err
     assert out.read_text() == plain
-    data = json.loads(page.read_text().split('id="data">')[1].split("</script>")[0])
+    data = _data_of(page)
     assert [column["name"] for column in data["columns"]] == [str(tiny_run), f"{tiny_run}, step 100"]
     for prompt, answer in zip(data["prompts"], _rows(plain), strict=True):
         first, second = prompt["traces"]
         assert (prompt["text"], first["text"]) == (answer["prompt"], answer["response"])
         assert {len(ids) for ids in first["candidates"]} == {3} and first["shares"] != second["shares"]
-
-
-def test_other_stop_tokens_end_the_text(tiny_run, ran):
-    tokenizer = jaxblock.load(tiny_run).tokenizer
-    stop = tokenizer.encode("1+2=")[-1]
-    answer = json.loads(ran(f"decode --checkpoint {tiny_run} 1+2? --decode.stop_ids {stop}").out)
-    assert tokenizer.piece(stop) not in answer["response"]
 
 
 @pytest.fixture(scope="module")
@@ -91,65 +91,50 @@ def scored(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_evaluate_writes_summary_and_problems(scored, tiny_run):
+def test_evaluate_writes_summary_and_problems_and_a_report_holds_them(scored, tiny_run, tmp_path, ran):
     assert sorted(entry.name for entry in scored.iterdir()) == ["problems.jsonl", "summary.json"]
-    summary, problems = (
-        json.loads((scored / "summary.json").read_text()),
-        _rows((scored / "problems.jsonl").read_text()),
-    )
+    summary = json.loads((scored / "summary.json").read_text())
+    problems = _rows((scored / "problems.jsonl").read_text())
     assert summary["checkpoint"] == str(tiny_run) and summary["grader"] == "gsm8k_strict"
     assert (summary["step"], summary["weights"]) == (120, jaxblock.load(tiny_run).weights_fingerprint())
     assert summary["source"].endswith("test.jsonl")
     assert [problem["index"] for problem in problems] == list(range(15))
     right, spent = (sum(problem[name] for problem in problems) for name in ("correct", "nfe"))
     assert (summary["pass_at_1"]["correct"], summary["pass_at_1"]["n"]) == (right, 15)
-    assert summary["pass_at_1"]["low"] <= right / 15 <= summary["pass_at_1"]["high"]
     assert summary["nfe"] == pytest.approx(spent / 15) and summary["tokens_per_second"] > 0
     assert summary["tokens_per_forward"] == pytest.approx(sum(p["tokens"] for p in problems) / spent)
-    for name in ("nelbo_per_sequence", "nelbo_per_token"):
-        assert summary[name]["n"] == 8 and summary[name]["se"] > 0
+    assert summary["nelbo_per_sequence"]["n"] == summary["nelbo_per_token"]["n"] == 8
     assert len(summary["nelbo_by_block"]) == 4 and len(summary["nll_by_masked_count"]) == 4
     wanted = {"prompt", "response", "reference", "extracted", "expected", "grader", "stopped"}
     assert all(wanted < set(problem) for problem in problems)
 
-
-def test_a_report_holds_the_run_and_its_evaluation(scored, tiny_run, tmp_path, ran):
     page = tmp_path / "new" / "report.html"
     assert str(page) in ran(f"report {tiny_run} --out {page} --evaluations {scored}").err
     text = page.read_text(encoding="utf-8")
-    score = json.loads((scored / "summary.json").read_text())["pass_at_1"]
-    assert f"({score['correct']} of {score['n']})" in text and 'class="own"' in text
+    assert f"({right} of 15)" in text and 'class="own"' in text
     assert "120 of 120" in text and '<th scope="row">canvas.block</th><td>4</td>' in text
-    data = json.loads(text.split('id="data">')[1].split("</script>")[0])
-    assert {"loss", "grad_norm", "lr"} <= {panel["key"] for panel in data["panels"]}
+    assert {"loss", "grad_norm", "lr"} <= {panel["key"] for panel in _data_of(page)["panels"]}
 
 
-def test_a_run_compared_with_itself(scored, tiny_run, tmp_path, ran):
+def test_a_run_is_compared_with_itself_and_what_cannot_be_compared_is_refused_before_the_work(
+    scored, tiny_run, tmp_path, ran
+):
     again, file = tmp_path / "again", scored / "problems.jsonl"
+    command = f"evaluate --checkpoint {tiny_run} --out {again} --evaluate.compare {file}"
+    for flags, message in {
+        "--evaluate.problems 4": "holds 15 problems, this evaluation has 4",
+        "--evaluate.grader exact": "was graded by gsm8k_strict: set evaluate.grader to it",
+        "--evaluate.split validation": "not the same ones",
+    }.items():
+        told = ran(f"{command} {flags}", 2).err
+        assert message in told and "decoded" not in told and list(tmp_path.iterdir()) == []
     again.mkdir()
     (again / "summary.json").write_text("old")
-    command = (
-        f"evaluate --checkpoint {tiny_run} --overwrite --out {again} --evaluate.compare {file} --decode.batch_size 7"
-    )
-    told = ran(command).out
+    told = ran(f"{command} --overwrite --decode.batch_size 7").out
     assert "McNemar exact p = 1" in told and f"A is {file}, B is {again}/problems.jsonl: A " in told
     compared = json.loads((again / "summary.json").read_text())["compared_with"]
     assert (compared["p_value"], compared["only_a"], compared["only_b"], compared["n"]) == (1.0, 0, 0, 15)
     assert (again / "problems.jsonl").read_text() == file.read_text()
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ("--evaluate.problems 4", "holds 15 problems, this evaluation has 4"),
-        ("--evaluate.grader exact", "was graded by gsm8k_strict: set evaluate.grader to it"),
-        ("--evaluate.split validation", "not the same ones"),
-    ],
-)
-def test_what_cannot_be_compared_is_refused_before_the_work(scored, tiny_run, tmp_path, ran, flags, message):
-    compare = f"--evaluate.compare {scored / 'problems.jsonl'}"
-    told = ran(f"evaluate --checkpoint {tiny_run} --out {tmp_path / 'out'} {compare} {flags}", 2).err
-    assert message in told and "decoded" not in told and list(tmp_path.iterdir()) == []
 
 
 def test_a_function_of_the_user_grades_a_run(tiny_run, tmp_path, monkeypatch, ran):
@@ -184,7 +169,6 @@ def test_an_export_is_the_run(tiny_run, tmp_path, ran):
     assert {"config.json", "tokenizer.model", "chat_template.jinja"} < {entry.name for entry in folder.iterdir()}
     shown = [ran(f"decode --checkpoint {source} 1+2? 6+7?").out for source in (folder, tiny_run)]
     assert shown[0] == shown[1]
-    ran(f"export --checkpoint {folder} --out {folder}", 2)
     # An export is replaced by a whole and right one alone, and never where it is read from.
     run, replaced = jaxblock.load(tiny_run), folder / "of_the_old_one.json"
     replaced.touch()
@@ -205,20 +189,16 @@ def test_an_export_is_the_run(tiny_run, tmp_path, ran):
     assert 0 < run.save(tmp_path / "half", "bfloat16") < 1
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("d_model", 32), ("n_layers", 1), ("mask_token_id", 7), ("rope_theta", 1e4)]
-)
-def test_a_run_whose_model_file_disagrees_is_refused(run_copy, ran, monkeypatch, name, value):
-    opened, closed = [], []
-    init, close = CheckpointReader.__init__, CheckpointReader.close
-    monkeypatch.setattr(CheckpointReader, "__init__", lambda self, run: opened.append(self) or init(self, run))
-    monkeypatch.setattr(CheckpointReader, "close", lambda self: closed.append(self) or close(self))
-    model = json.loads((run_copy / "model.json").read_text())
-    (run_copy / "model.json").write_text(json.dumps({**model, name: value}))
-    told = ran(f"decode --checkpoint {run_copy} 1+1?", 2).err
-    wrong = "model.json does not describe the network that was trained"
-    assert f"{wrong}: {name} = {model[name]!r} then, {value!r} now" in told
-    assert opened and opened == closed  # a load that fails keeps no threads of Orbax
+def _says(name: str, value: object):
+    """Gives a field of the model file another value."""
+
+    def change(run: Path) -> str:
+        model = json.loads((run / "model.json").read_text())
+        (run / "model.json").write_text(json.dumps({**model, name: value}))
+        wrong = "model.json does not describe the network that was trained"
+        return f"{wrong}: {name} = {model[name]!r} then, {value!r} now"
+
+    return change
 
 
 DAMAGES = {
@@ -227,11 +207,22 @@ DAMAGES = {
     "manifest": lambda run: (run / "manifest.json").unlink(),
     "tokenizer": lambda run: shutil.rmtree(run / "tokenizer"),
     "checkpoint": lambda run: shutil.rmtree(run / "checkpoints" / "120" / "params"),
+    "width": _says("d_model", 32),
+    "depth": _says("n_layers", 1),
+    "mask": _says("mask_token_id", 7),
+    "rotary": _says("rope_theta", 1e4),
 }
+"""What is done to a run; returns what is said of it, if that is known."""
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_run_is_named(run_copy, tmp_path, ran, damage):
-    DAMAGES[damage](run_copy)
+def test_a_damaged_run_is_named(run_copy, tmp_path, ran, monkeypatch, damage):
+    opened, closed = [], []
+    init, close = CheckpointReader.__init__, CheckpointReader.close
+    monkeypatch.setattr(CheckpointReader, "__init__", lambda self, run: opened.append(self) or init(self, run))
+    monkeypatch.setattr(CheckpointReader, "close", lambda self: closed.append(self) or close(self))
+    message = DAMAGES[damage](run_copy)
     told = ran(f"export --checkpoint {run_copy} --out {tmp_path / 'hf'}", 2).err
     assert str(run_copy) in told and "Traceback" not in told and not (tmp_path / "hf").exists()
+    assert opened == closed  # a load that fails keeps no threads of Orbax
+    assert not isinstance(message, str) or (message in told and opened)
