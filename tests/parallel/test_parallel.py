@@ -24,7 +24,7 @@ MESHES = [
     ({"fsdp": 8, "data": 1}, USED, USED, 8),
     ({"fsdp": 8, "data": 1}, USED, USED, 2),
     ({"fsdp": 6, "data": 1}, USED, USED, 2),
-    ({"fsdp": 3, "data": 1}, USED, USED, 2),  # a prime number has one stage
+    ({"fsdp": 3, "data": 1}, USED, USED, 2),  # a prime number
     ({"fsdp": 4, "data": 2}, USED, USED, 2),
     ({"fsdp": 4, "data": 1, "tensor": 2}, USED, USED, 2),
     ({"fsdp": 4, "data": 1, "tensor": 2}, ("adapter", None), ("embed", None), 8),
