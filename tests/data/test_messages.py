@@ -1,238 +1,160 @@
-"""Conversations in every form that data sets have: what is text is read, and what would be lost is refused by name."""
+"""Records in every form that data sets have: what is text is read, and what would be lost is refused by name."""
 
-import contextlib
 import dataclasses
-import json
-from typing import Any
+import re
 
 import pytest
 
 from jaxblock.data.config import DataConfig
-from jaxblock.data.text.examples import examples_of, read_prompts
-from jaxblock.data.text.inputs import open_input, read_rows
-from jaxblock.data.text.messages import checked_messages
+from jaxblock.data.text.examples import read_prompts
+from jaxblock.data.text.inputs import open_input
+from jaxblock.data.text.marked import MarkedText, parts_of, read_marked, with_markers
 from jaxblock.data.text.recipes import with_recipe
 from jaxblock.data.text.sources import read_source
-from jaxblock.data.tokens.encoding import Encoder
-from jaxblock.data.tokens.find_special import find_special
 from jaxblock.errors import UserError
 
 CONFIG = with_recipe(DataConfig(train="x.jsonl", test=None))
 PARTS = [{"type": "text", "text": "one "}, {"type": "input_text", "text": "two", "image": None}]
-TOOL = [
-    {"role": "developer", "content": "d"},
-    {"role": "user", "content": "6*7?"},
-    {"role": "assistant", "content": "call(6*7)"},
-    {"role": "tool", "content": "42", "tool_call_id": "x"},
-    {"role": "assistant", "content": "It is 42."},
-]
-
-
 TALK = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good day"}]
+SAME_TALK = [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "good day"}]
+PICTURE = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cat."}]
+TOLD = [{"role": "system", "content": "be kind"}, *TALK]
+ALPACA, INPUT = {"prompt_field": "instruction"}, {"input_field": "input"}
+SYSTEM = {"system_field": "system_prompt"}
+# Two forms of the same conversation, whose user says "hello".
+TYPED = [{"type": "text", "text": "hel"}, {"type": "input_text", "text": "lo", "image": None}]
+OPENAI = [TOLD[0], {"role": "user", "content": TYPED}, TALK[1] | {"name": "x"}]
+SHAREGPT = [{"from": "system", "value": "be kind", "weight": None}, *SAME_TALK]
 
 
-@pytest.mark.parametrize(
-    "record, complaint",
-    [
-        ({"messages": TALK, "conversations": [*TALK, *TALK]}, "the fields 'messages' and 'conversations' hold two"),
-        ({"messages": [TALK[0] | {"value": "bye"}, TALK[1]]}, r"messages\[0\] has two texts, 'content' and 'value'"),
-        ({"messages": TALK, "conversations": [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "good day"}]}, None),
-        ({"messages": [TALK[0] | {"value": "hello"}, TALK[1] | {"name": "x"}], "conversations": "two"}, None),
-    ],
-)  # fmt: skip
-def test_a_record_says_one_thing(tmp_path, record, complaint):
-    path = tmp_path / "some.jsonl"
-    path.write_text(json.dumps(record))
-    reads = [
-        lambda: list(read_prompts(str(path), CONFIG)),
-        lambda: list(read_source([open_input(str(path), "train")], CONFIG, "train", [""]).examples()),
-    ]
-    for read in reads:
-        with pytest.raises(UserError, match=f"some.jsonl:1: {complaint}") if complaint else contextlib.nullcontext():
-            assert len(read()) == 1
+def prompts(path, config=CONFIG):
+    return [prompt for _, prompt in read_prompts(path, config)]
 
 
-def test_every_form_gives_the_same_conversation(tmp_path):
-    path = tmp_path / "some.jsonl"
-    openai = [
-        {"role": "system", "content": "s"},
-        {"role": "user", "content": PARTS},
-        {"role": "assistant", "content": "a"},
-    ]
-    names = [("system", "s"), ("human", "one two"), ("gpt", "a")]
-    sharegpt = [{"from": name, "value": text, "weight": None} for name, text in names]
-    lines: list[dict[str, Any]] = [{"messages": openai}, {"conversations": sharegpt, "id": 1}, {"messages": sharegpt}]
-    lines.append({"question": "q", "answer": "a", "conversations": "kept for graders, as ever"})
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = list(read_source([open_input(str(path), "train")], CONFIG, "train", [""]).examples())
-    assert [dict(m) for m in found[0].messages] == [
-        {"role": "system", "content": "s"},
-        {"role": "user", "content": "one two"},
-        {"role": "assistant", "content": "a"},
-    ]
-    assert found[0].messages == found[1].messages == found[2].messages and found[0].prompt == "one two"
-    assert [example.fields for example in found[1:]] == [{"id": 1}, {}, {"conversations": lines[3]["conversations"]}]
-    prompts = [prompt for _, prompt in read_prompts(str(path), CONFIG)]
-    assert prompts[:3] == [list(found[0].messages[:-1])] * 3 and prompts[3] == "q"
-    path.write_text(json.dumps({"messages": TOOL}) + "\n" + json.dumps({"messages": TOOL[:-1]}))
-    assert [len(prompt) for _, prompt in read_prompts(str(path), CONFIG)] == [4, 4]
+def examples(path, config=CONFIG):
+    return list(read_source([open_input(path, "train")], config, "train", [""]).examples())
 
 
-@pytest.mark.parametrize(
-    "message, complaint",
-    [
-        (
-            {"content": [{"type": "image_url", "image_url": {}}]},
-            r"content\[0\] is of the type 'image_url': the models read only",
-        ),
-        ({"content": [*PARTS, {"type": "image"}]}, r"content\[2\] is of the type 'image'"),
-        ({"content": ["text"]}, r'content\[0\] must be an object with "type" and "text", not a string'),
-        ({"content": [{"type": "text", "text": None}]}, r"content\[0\].text must be a string, not null"),
-        ({"content": []}, "content must be a string, not an empty list"),
-        ({"content": [{"type": "text", "text": " "}]}, "content is empty"),
-        ({"content": "x", "tool_calls": [{"id": 1}]}, "holds 'tool_calls', which would be left out"),
-        ({"content": "x", "reasoning_content": "why"}, "holds 'reasoning_content', .*: write the reasoning into"),
-        ({"role": "assistant", "content": "x", "train": False}, "has 'train': False, and which answers are learnt"),
-        ({"content": "x", "weight": 0}, "has the weight 0, and messages have none here"),
-        ({"content": "x", "role": "function"}, "role 'function'; known are system, developer, user, assistant, tool"),
-        ({"from": "function_call", "value": "x", "role": None}, "role 'function_call'; known are human, gpt,"),
-        ({"from": ["human"], "value": "x", "role": None}, "the role .'human'.; known are"),
-    ],
-)
-def test_what_would_be_lost_is_refused(message, complaint):
-    other = {key: value for key, value in {"role": "user", **message}.items() if value is not None}
-    with pytest.raises(UserError, match=r"some.jsonl:7: m\[0\].*" + complaint):
-        checked_messages([other], "the messages", "m", "some.jsonl:7")
-
-
-def test_a_picture_that_a_record_shows_is_refused(tmp_path):
-    path = tmp_path / "some.jsonl"
-    talk = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cat."}]
-    for record, fine in [({"conversations": talk, "image": "cat.jpg"}, False), ({"conversations": talk}, True)]:
-        path.write_text(json.dumps(record))
-        if fine:  # a text that only speaks of the tag
-            assert len(list(read_prompts(str(path), CONFIG))) == 1
-            continue
-        with pytest.raises(UserError, match=r"some.jsonl:1: the messages show an image .*field 'image'"):
-            list(read_prompts(str(path), CONFIG))
-
-
-@pytest.mark.parametrize(
-    "record, complaint, fine",
-    [
-        (
-            {"messages": TALK, "system": "be kind"},
-            "the field 'system' is a system message beside",
-            {"system": "be kind"},
-        ),
-        ({"messages": [{"role": "system", "content": "be kind"}, *TALK], "system": "be kind", "tools": [1]}, None, {}),
-        (
-            {"conversations": TALK, "tools": '[{"name": "f"}]'},
-            "the field 'tools' describes tools",
-            {"system": "f is a"},
-        ),
-        (
-            {"question": "q", "answer": "a", "system_prompt": "be kind"},
-            "the field 'system_prompt'",
-            {"system": "be kind"},
-        ),
-        (
-            {"instruction": "Add.", "input": "1, 2", "output": "3"},
-            "the field 'input' belongs to the instruction",
-            {"prompt_field": "input"},
-        ),
-        ({"instruction": "Add.", "input": "", "output": "3", "history": []}, None, {}),
-    ],
-)
-def test_what_stands_beside_the_prompt_is_not_left_out(tmp_path, record, complaint, fine):
-    path = tmp_path / "some.jsonl"
-    path.write_text(json.dumps(record))
-    config = dataclasses.replace(CONFIG, **({"prompt_field": "instruction"} if "input" in record else {}))
-    if complaint is not None:
-        with pytest.raises(UserError, match=f"some.jsonl:1: {complaint}"):
-            list(read_prompts(str(path), config))
-    assert len(list(read_prompts(str(path), dataclasses.replace(config, **fine)))) == 1
-
-
-@pytest.mark.parametrize(
-    "record, fields, system, asked",
-    [
-        ({"question": "Add.", "input": "1, 2"}, {"input_field": "input"}, None, "Add.\n1, 2"),
-        ({"question": "Add.", "input": ""}, {"input_field": "input"}, None, "Add."),
-        ({"question": "Add."}, {"input_field": "input", "system_field": "system_prompt"}, None, "Add."),
-        ({"question": "q", "system_prompt": "be kind"}, {"system_field": "system_prompt"}, "be kind", "q"),
-        ({"question": "q", "system_prompt": None}, {"system_field": "system_prompt", "system": "all"}, None, "q"),
-        ({"conversations": TALK, "system": "be kind"}, {"system_field": "system", "system": "all"}, "be kind", "hello"),
-    ],
-)
-def test_a_system_message_and_an_input_in_fields_of_their_own(tmp_path, record, fields, system, asked):
-    """What is learnt and what is decoded have the same prompt."""
-    config = dataclasses.replace(CONFIG, prompt_template="<{prompt}>", **fields)
-    config.check()
-    path = tmp_path / "some.jsonl"
-    path.write_text(json.dumps({**record, "answer": "a"}))
-    ((_, prompt),) = read_prompts(str(path), config)
-    (example,) = examples_of(next(iter(read_rows(str(path), "train"))), config)
-    said = [] if system is None else [{"role": "system", "content": system}]
-    expected = asked if "conversations" in record else f"<{asked}>"
-    assert list(example.messages[:-1]) == [*said, {"role": "user", "content": expected}] and example.prompt == asked
-    assert prompt == (list(example.messages[:-1]) if said or "conversations" in record else asked)
-    assert not {"input", "system_prompt", "system"} & example.fields.keys()
+def said(content, **more):
+    return {"messages": [{"role": "user", "content": content, **more}]}
 
 
 @pytest.mark.parametrize(
     "record, fields, complaint",
     [
-        (
-            {"question": "q", "inptu": "1"},
-            {"input_field": "input"},
-            r"no field 'input' \(did you mean 'inptu'\?\); set data.input_field",
-        ),
-        ({"question": "q", "input": 3}, {"input_field": "input"}, "field 'input'"),
-        (
-            {"messages": [{"role": "system", "content": "be brief"}, *TALK], "persona": "be kind"},
-            {"system_field": "persona"},
-            "the field 'persona' is a system message beside",
-        ),
+        (said([{"type": "image_url"}]), {}, r"messages\[0\].content\[0\] is of the type 'image_url': the models read"),
+        (said([*PARTS, {"type": "image"}]), {}, r".*content\[2\] is of the type 'image'"),
+        (said(["text"]), {}, r'.*content\[0\] must be an object with "type" and "text", not a string'),
+        (said([{"type": "text", "text": None}]), {}, r".*content\[0\].text must be a string, not null"),
+        (said([]), {}, ".*content must be a string, not an empty list"),
+        (said([{"type": "text", "text": " "}]), {}, ".*content is empty"),
+        (said("x", tool_calls=[{"id": 1}]), {}, ".*holds 'tool_calls', which would be left out"),
+        (said("x", reasoning_content="why"), {}, ".*holds 'reasoning_content', .*: write the reasoning into"),
+        (said("x", role="assistant", train=False), {}, ".*has 'train': False, and which answers are learnt"),
+        (said("x", weight=0), {}, ".*has the weight 0, and messages have none here"),
+        (said("x", role="function"), {}, ".*role 'function'; known are system, developer, user, assistant, tool"),
+        ({"messages": [{"from": "function_call", "value": "x"}]}, {}, ".*role 'function_call'; known are human, gpt,"),
+        ({"messages": [{"from": ["human"], "value": "x"}]}, {}, ".*the role .'human'.; known are"),
+        (said("x", value="bye"), {}, r"messages\[0\] has two texts, 'content' and 'value'"),
+        ({"messages": TALK, "conversations": TALK * 2}, {}, "the fields 'messages' and 'conversations' hold two"),
+        ({"conversations": PICTURE, "image": "cat.jpg"}, {}, "the messages show an image .*field 'image'"),
+        ({"messages": TALK, "system": "be kind"}, {}, "the field 'system' is a system message beside"),
+        ({"messages": TOLD, "persona": "rude"}, {"system_field": "persona"}, "the field 'persona' is a system message"),
+        ({"conversations": TALK, "tools": '[{"name": "f"}]'}, {}, "the field 'tools' describes tools"),
+        ({"question": "q", "system_prompt": "be kind"}, {}, "the field 'system_prompt' is a system message beside"),
+        ({"instruction": "q", "input": "1"}, ALPACA, "the field 'input' belongs to the instruction"),
+        ({"instruction": "q", "history": ["1"]}, ALPACA, "the field 'history' holds earlier turns"),
+        ({"question": "q", "inptu": "1"}, INPUT, r"no field 'input' .did you mean 'inptu'\?.; set data.input_field"),
+        ({"question": "q", "input": 3}, INPUT, "field 'input' must be a string"),
     ],
 )
-def test_fields_of_a_prompt_that_cannot_be_read(tmp_path, record, fields, complaint):
-    path = tmp_path / "some.jsonl"
-    path.write_text(json.dumps(record))
-    with pytest.raises(UserError, match=f"some.jsonl:1: {complaint}"):
-        list(read_prompts(str(path), dataclasses.replace(CONFIG, **fields)))
+def test_what_would_be_lost_is_refused(jsonl, record, fields, complaint):
+    path, config = jsonl("some.jsonl", [record]), dataclasses.replace(CONFIG, **fields)
+    for read in (prompts, examples):
+        with pytest.raises(UserError, match=f"some.jsonl:1: {complaint}"):
+            read(path, config)
     with pytest.raises(UserError, match="data.prompt_field and data.input_field are both 'question'"):
         dataclasses.replace(CONFIG, input_field="question").check()
 
 
-CHATML = "{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>' + m.content + '<|eot_id|>' }}{% endfor %}"
-CHATML += "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>{% endif %}"
-ALIAS = CHATML.replace("m.role +", "('system' if m.role == 'developer' else m.role) +")
-REFUSING = (
-    "{% if messages | selectattr('role', 'equalto', 'tool') | list %}{{ raise_exception('only users') }}{% endif %}"
-    + CHATML
-)
-DROPPING = CHATML.replace("messages %}", "messages if m.role != 'tool' %}", 1)
-AS_USER = CHATML.replace("m.role +", "('assistant' if m.role == 'assistant' else 'user') +")
-
-
 @pytest.mark.parametrize(
-    "source, complaint",
+    "record, fields, system, asked",
     [
-        (CHATML, None),
-        (ALIAS, None),
-        (REFUSING, "has no role 'developer' or 'tool', or not in this place .*only users.*: take"),
-        (DROPPING, "has no role 'tool': it leaves its messages out"),
-        (AS_USER, "has no role 'developer': it writes its messages as the user's"),
+        ({"question": "Add.", "input": "1, 2"}, INPUT, None, "Add.\n1, 2"),
+        ({"question": "Add.", "input": ""}, INPUT, None, "Add."),
+        ({"question": "Add."}, INPUT | SYSTEM, None, "Add."),
+        ({"instruction": "Add.", "input": "", "history": []}, ALPACA, None, "Add."),
+        ({"instruction": "Add.", "input": "1, 2"}, {"prompt_field": "input"}, None, "1, 2"),
+        ({"question": "q", "system_prompt": "be kind"}, SYSTEM, "be kind", "q"),
+        ({"question": "q", "system_prompt": "be kind"}, {"system": "be kind"}, None, "q"),
+        ({"question": "q", "system_prompt": None}, SYSTEM | {"system": "all"}, None, "q"),
+        ({"conversations": TALK, "system": "be kind"}, {"system_field": "system", "system": "all"}, "be kind", "hello"),
+        ({"conversations": TALK, "tools": '[{"name": "f"}]'}, {"system": "f is a"}, None, "hello"),
+        ({"messages": TALK, "system": "be kind"}, {"system": "be kind"}, None, "hello"),
+        ({"messages": TOLD, "system": "be kind", "tools": [1]}, {}, "be kind", "hello"),
+        ({"messages": OPENAI}, {}, "be kind", "hello"),
+        ({"conversations": SHAREGPT, "id": 1}, {}, "be kind", "hello"),
+        ({"messages": SHAREGPT}, {}, "be kind", "hello"),
+        ({"messages": TALK, "conversations": SAME_TALK}, {}, None, "hello"),
+        ({"question": "q", "conversations": "kept for graders, as ever"}, {}, None, "q"),
+        ({"messages": [TALK[0] | {"value": "hello"}, TALK[1]], "conversations": "two"}, {}, None, "hello"),
+        ({"conversations": PICTURE}, {}, None, "<image>\nWhat is it?"),  # a text that only speaks of the tag
     ],
 )
-def test_roles_that_not_every_template_has(pieces, source, complaint):
-    template, special = find_special(pieces, "mine", source, CONFIG, {})
-    encoder = Encoder(pieces, template, special, dataclasses.replace(CONFIG, system="not put before a developer's"))
-    messages = checked_messages(TOOL[:-1], "the messages", "m", "here")
-    if complaint is None:
-        text = pieces.decode(encoder.prompt(messages, where="here"), skip_special=False)
-        assert text.endswith("42<|eot_id|><|start_header_id|>assistant<|end_header_id|>") and "not put" not in text
-        return
-    with pytest.raises(UserError, match=f"here: template 'mine' {complaint}"):
-        encoder.prompt(messages, where="here")
+def test_every_form_is_read_with_its_system_message_and_its_input(jsonl, record, fields, system, asked):
+    """What is learnt and what is decoded have the same prompt."""
+    config = dataclasses.replace(CONFIG, prompt_template="<{prompt}>", **fields)
+    config.check()
+    path = jsonl("some.jsonl", [{**record, "answer": "a"}])
+    (prompt,), (example,) = prompts(path, config), examples(path, config)
+    is_talk = not {"question", "instruction"} & record.keys()
+    told = [] if system is None else [{"role": "system", "content": system}]
+    expected = [*told, {"role": "user", "content": asked if is_talk else f"<{asked}>"}]
+    assert list(example.messages[:-1]) == expected and example.prompt == asked
+    assert prompt == (expected if told or is_talk else asked)
+    used = {"messages" if "messages" in record else "conversations"}
+    used = {config.system_field} | (used if is_talk else {config.prompt_field, config.input_field, "answer"})
+    assert example.fields.keys() == {*record, "answer"} - used
+
+
+def test_a_prompt_may_end_with_what_a_tool_says(jsonl):
+    turns = [*TALK, {"role": "tool", "content": "42", "tool_call_id": "x"}, TALK[1]]
+    path = jsonl("some.jsonl", [{"messages": turns}, {"messages": turns[:-1]}])
+    assert prompts(path) == [[*TALK, {"role": "tool", "content": "42"}]] * 2
+
+
+def test_markers_and_pieces():
+    assert parts_of("a [[8]] b[[2]][[1]]", "x") == ["a ", 8, " b", 2, 1]
+    assert parts_of(["x = [[8]] # ", 3, ""], "x") == ["x = [[8]] # ", 3], "in a list, texts are taken as they are"
+    assert parts_of("[[a]] [[-1]] [[ 2 ]] [[3]]", "x") == ["[[a]] [[-1]] [[ 2 ]] ", 3], "what is no number is text"
+    assert with_markers(["a ", 8, "b"]) == "a [[8]]b"
+    for text, message in [
+        ("no marker [8]", "has no span to fill: write [[8]]"),
+        (["only text"], "has no span to fill"),
+        ("a [[0]]", "a span of 0 tokens"),
+        (["a", -2], "a span of -2 tokens"),
+        ("[[" + "9" * 5000 + "]]", "more tokens than any model takes"),
+        (["a", True, 3], "holds True"),
+        (["a", 2.0, 3], "holds 2.0"),
+        ({"a": 3}, "must be a text with spans"),
+        (None, "must be a text with spans"),
+    ]:
+        with pytest.raises(UserError, match=re.escape(message)):
+            parts_of(text, "x.jsonl:3")
+
+
+def test_texts_with_spans_are_read_of_records(jsonl):
+    turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A [[2]]"}]
+    records = [{"question": "Q", "answer": "A [[2]]"}, {"answer": ["A ", 2], "id": 7}, {"messages": turns}]
+    for bad, message in [
+        ({"text": "[[2]]"}, "no field 'answer' with the text to fill; set data.response_field to one of 'text'"),
+        ({"answer": "[[2]]", "questoin": "Q"}, "no field 'question' (did you mean 'questoin'?)"),
+        ({"messages": turns[:1]}, "must end with a turn of the user and one of the assistant"),
+        ({"answer": "none", "question": "Q"}, "has no span"),
+        ({"answer": "[[1]]", "question": 3}, "field 'question' must be a string"),
+    ]:
+        path = jsonl("texts.jsonl", [*records, bad])
+        found = read_marked(path, CONFIG)
+        assert [next(found)[1] for _ in records] == [MarkedText(["A ", 2], prompt) for prompt in ("Q", None, turns[:1])]
+        with pytest.raises(UserError, match=re.escape(f"{path}:4") + ".*" + re.escape(message)):
+            next(found)

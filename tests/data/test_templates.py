@@ -1,43 +1,45 @@
-"""Templates, the boundary between prompt and response in tokens, and texts that would become control tokens."""
+"""Templates, the boundary of prompt and response, spans to fill, and texts that would become control tokens."""
 
-import io
-from collections.abc import Callable
+import dataclasses
+import json
 
 import pytest
-import sentencepiece
 import tokenizers
 
 from jaxblock.data.config import DataConfig
 from jaxblock.data.text.examples import Example
+from jaxblock.data.text.marked import MarkedText
 from jaxblock.data.tokens import bounded_jinja
 from jaxblock.data.tokens.encoding import Encoder
 from jaxblock.data.tokens.find_special import find_special
 from jaxblock.data.tokens.load import load_tokenizer
 from jaxblock.data.tokens.sentencepiece_model import SentencePieceTokenizer, train_tokenizer
+from jaxblock.data.tokens.spans import encode_spans, filled_text, fills_of, plain_encoder
 from jaxblock.data.tokens.special import SpecialIds
 from jaxblock.data.tokens.templates import NAMED, Template, template_source
-from jaxblock.data.tokens.tokenizer import Tokenizer
 from jaxblock.data.tokens.tokenizer_json import HuggingFaceTokenizer
 from jaxblock.errors import UserError
 
 
-def example(prompt: str = "How many?", response: str = "5 + 7 = 12\n#### 12") -> Example:
-    messages = ({"role": "user", "content": prompt}, {"role": "assistant", "content": response})
-    return Example(messages, prompt, response, "some.jsonl:3", "some.jsonl:3", "some.jsonl:3")
+def talk(*texts, roles=("user", "assistant")):
+    return tuple({"role": roles[at % 2], "content": text} for at, text in enumerate(texts))
 
 
-def encoder_of(tokenizer: Tokenizer, source: str, **settings: str) -> Encoder:
+def example(prompt="How many?", response="5 + 7 = 12\n#### 12"):
+    return Example(talk(prompt, response), prompt, response, *["some.jsonl:3"] * 3)
+
+
+def encoder_of(tokenizer, source=NAMED["chat"], **settings):
     config = DataConfig(**settings)
     template, ids = find_special(tokenizer, "mine", source, config, {})
     return Encoder(tokenizer, template, ids, config)
 
 
-def shown(encoder: Encoder, of: Example) -> tuple[str, ...]:
-    """Returns the prompt and the response that an example becomes."""
-    return tuple(encoder.tokenizer.decode(ids, skip_special=False) for ids in encoder.prompt_and_response(of))
+def shown(encoder, *parts):
+    return [encoder.tokenizer.decode(ids, skip_special=False) for ids in parts]
 
 
-def turn(role: str) -> str:
+def turn(role):
     return f"<|start_header_id|>{role}<|end_header_id|>\n\n"
 
 
@@ -55,39 +57,20 @@ ASKED = f"{turn('user')}How many?<|eot_id|>{turn('assistant')}"
 )
 def test_named_templates(pieces, name, system, prompt):
     encoder = encoder_of(pieces, template_source(name), system=system)
-    assert shown(encoder, example(response=" 5 + 7 = 12\n#### 12 \n")) == (prompt, "5 + 7 = 12\n#### 12<|eot_id|>")
-    assert encoder.tokenizer.decode(encoder.prompt("How many?"), skip_special=False) == prompt
-    own = [{"role": "system", "content": "Be long."}, {"role": "user", "content": "How many?"}]
-    told = encoder.tokenizer.decode(encoder.prompt(own), skip_special=False)
-    assert system is None or told == prompt.replace("brief", "long")  # a record's own system message wins
-
-
-def test_turns_before_the_last_are_prompt(pieces):
-    turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
-    messages = tuple({"role": role, "content": content} for role, content in turns)
-    assert shown(encoder_of(pieces, template_source("plain")), Example(messages, "", "", "x:1", "x:1", "x:1")) == (
-        "Question: a\nAnswer:<|eot_id|>b<|eot_id|>Question: c\nAnswer:<|eot_id|>",
-        "d<|eot_id|>",
-    )
-
-
-def test_the_header_that_lladas_template_always_appends_is_dropped(tokenizer_folder):
-    tokenizer = load_tokenizer(tokenizer_folder())
-    source = template_source("tokenizer", tokenizer_template=tokenizer.settings["chat_template"])
-    theirs, ours = encoder_of(tokenizer, source), encoder_of(tokenizer, template_source("chat"))
-    assert theirs.template.render(example().messages, False).endswith(turn("assistant"))
-    assert theirs.prompt_and_response(example()) == ours.prompt_and_response(example())
-
-
-def test_a_newline_after_the_terminator_is_dropped(pieces):
-    source = "{% for m in messages %}{{ m.role + '\\n' + m.content + eot_token + '\\n' }}{% endfor %}"
-    source += "{{ 'assistant\\n' if add_generation_prompt }}"
-    assert shown(encoder_of(pieces, source), example("q", "a")) == ("user\nq<|eot_id|>\nassistant\n", "a<|eot_id|>")
+    ids, response = encoder.prompt_and_response(example(response=" 5 + 7 = 12\n#### 12 \n"))
+    assert shown(encoder, ids, response) == [prompt, "5 + 7 = 12\n#### 12<|eot_id|>"]
+    assert encoder.prompt("How many?") == ids
+    own = encoder.prompt(talk("Be long.", "How many?", roles=("system", "user")))
+    assert system is None or shown(encoder, own) == [prompt.replace("brief", "long")]  # the record's own wins
+    turns = encoder.prompt_and_response(dataclasses.replace(example(), messages=talk("a", "b", "How many?", "d")))
+    earlier = "Question: a\nAnswer:<|eot_id|>b<|eot_id|>"
+    assert name == "chat" or shown(encoder, *turns) == [prompt.replace("Question", f"{earlier}Question"), "d<|eot_id|>"]
 
 
 FIRST, TURNS = "{{ messages[0].content }}", "{% for m in messages %}{{ m.content }}{{ eot_token }}{% endfor %}"
 ALONE = r"changes the prompt's tokens: token 7 is '.1' \(id \d+\) in the prompt alone and '.12' \(id \d+\) once"
 MASK = "{{ '<|mdm_mask|>' }}"
+ONLY_SYSTEM = "{% for m in messages if m.role == 'system' %}{{ m.content }}{% endfor %}"
 
 
 @pytest.mark.parametrize(
@@ -105,6 +88,8 @@ MASK = "{{ '<|mdm_mask|>' }}"
         ("{{ messages[0].content + 1 }}", "template 'mine' fails on it"),
         ("{{ messages.__class__.__mro__ }}", "template 'mine' fails on it: .*unsafe"),
         ("{% for m in messages %}\n{{ m.content }}", "template 'mine', line 2"),
+        ("{{ '<|start_header_id|>' }}", "leaves out the user's text"),
+        (ONLY_SYSTEM, "leaves out the user's text"),
     ],
 )
 def test_bad_templates(pieces, source, complaint):
@@ -116,10 +101,9 @@ def test_bad_templates(pieces, source, complaint):
 
 @pytest.mark.parametrize("token", ["<|mdm_mask|>", "<|eot_id|>", "<|endoftext|>", "<|start_header_id|>"])
 def test_special_tokens_in_a_records_text_are_refused(pieces, token):
-    encoder = encoder_of(pieces, template_source("chat"))
     for side, role in {"prompt": "user", "response": "assistant"}.items():
         with pytest.raises(UserError) as caught:
-            encoder.prompt_and_response(example(**{side: f"take {token} out"}))
+            encoder_of(pieces).prompt_and_response(example(**{side: f"take {token} out"}))
         said = f"some.jsonl:3: the {role}'s text contains the special token '{token}' at character 5"
         assert said in str(caught.value)
 
@@ -143,14 +127,27 @@ FEATURES = [
 @pytest.mark.parametrize("source", FEATURES)
 def test_templates_render_as_transformers_renders_them(source):
     theirs = pytest.importorskip("transformers.utils.chat_template_utils")
-    messages = [{"role": "user", "content": "a “quoted” <b> a"}, {"role": "assistant", "content": "b\n"}]
+    messages = list(talk("a “quoted” <b> a", "b\n"))
     for ask in (False, True):
         options = {"chat_template": source, "add_generation_prompt": ask, "bos_token": "<s>"}
         expected, _ = theirs.render_jinja_template([messages], **options)
         assert Template("mine", source, {"bos_token": "<s>"}).render(messages, ask) == expected[0]
 
 
+CALLS_ITSELF = "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}"
 DOUBLING = "{% set s = namespace(v='aaaa') %}{% for i in range(60) %}{% set s.v = s.v OP s.v %}{% endfor %}"
+TOO_LARGE = [
+    "{{ 'a' * 10**11 }}",
+    "{{ [1] * 10**10 }}",
+    DOUBLING.replace("OP", "~"),
+    DOUBLING.replace("OP", "+"),
+    "{{ 'a'.center(10**11) }}{{ 1 }}",
+    "{{ 'a' | center(10**11) }}",
+    "{{ '%1000000000000d' % 1 }}",
+    "{{ '{:>1000000000000}'.format(1) }}",
+    "{{ ('a' * 100000).replace('a', 'b' * 100000) }}",
+    "{{ 10 ** (10 ** 8) }}",
+]
 
 
 @pytest.mark.parametrize(
@@ -164,33 +161,16 @@ DOUBLING = "{% set s = namespace(v='aaaa') %}{% for i in range(60) %}{% set s.v 
         ("{{ messages.append(1) }}", "fails on it: .*unsafe|not safely"),
         # A stranger's template ends soon and stays small.
         ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "more than 1,000 rounds"),
-        (
-            "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
-            "more than 1,000 rounds",
-        ),
+        (CALLS_ITSELF, "more than 1,000 rounds"),
         ("{{" + "(" * 20_000 + "1" + ")" * 20_000 + "}}", "recursion"),
         ("{{ lipsum(n=10**6) }}", "'lipsum' is undefined"),
-        *(
-            (source, "too large")
-            for source in (
-                "{{ 'a' * 10**11 }}",
-                "{{ [1] * 10**10 }}",
-                DOUBLING.replace("OP", "~"),
-                DOUBLING.replace("OP", "+"),
-                "{{ 'a'.center(10**11) }}{{ 1 }}",
-                "{{ 'a' | center(10**11) }}",
-                "{{ '%1000000000000d' % 1 }}",
-                "{{ '{:>1000000000000}'.format(1) }}",
-                "{{ ('a' * 100000).replace('a', 'b' * 100000) }}",
-                "{{ 10 ** (10 ** 8) }}",
-            )
-        ),
+        *((source, "too large") for source in TOO_LARGE),
     ],
 )
 def test_what_a_template_cannot_do_is_said(source, complaint, monkeypatch):
     monkeypatch.setattr(bounded_jinja, "MOST_ROUNDS", 1000)
     with pytest.raises(UserError, match=f"template 'mine'.*{complaint}") as caught:
-        Template("mine", source).render([{"role": "user", "content": "q"}], True, where="a.jsonl:1")
+        Template("mine", source).render(list(talk("q")), True, where="a.jsonl:1")
     assert str(caught.value).startswith("a.jsonl:1: ") or "line 1" in complaint
 
 
@@ -200,16 +180,46 @@ def test_finding_templates(tmp_path):
     assert Template("mine", template_source(str(path))).control_tokens() == ("<|im_start|>",)
     assert template_source("tokenizer", tokenizer_template=[{"name": "default", "template": "x"}]) == "x"
     path.write_bytes(b"\xff")
-    for name, complaint in [
-        ("chatt", "neither one of chat, plain, tokenizer nor a file"),
-        ("tokenizer", "no chat"),
-        (str(path), "not UTF-8"),
+    absent = [
+        ("tokenizer", it) for it in (None, [5], [None], [{"name": []}], [{"name": "default", "template": 5}], {}, 5)
+    ]
+    for name, brought, complaint in [
+        ("chatt", None, "neither one of chat, plain, tokenizer nor a file"),
+        (str(path), None, "not UTF-8"),
+        *((*each, "the tokenizer came with no chat template") for each in absent),
     ]:
         with pytest.raises(UserError, match=complaint):
-            template_source(name)
-    for brought in ([5], [None], [{"name": []}], [{"name": "default", "template": 5}], {}, 5):
-        with pytest.raises(UserError, match="the tokenizer came with no chat template"):
-            template_source("tokenizer", tokenizer_template=brought)
+            template_source(name, tokenizer_template=brought)
+
+
+HEADS = "{{ '<|start_header_id|>' + m.role + '<|end_header_id|>' + m.content + '<|eot_id|>' }}{% endfor %}"
+CHATML = "{% for m in messages %}" + HEADS
+CHATML += "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>{% endif %}"
+REFUSING = "{% if 'tool' in messages | map(attribute='role') %}{{ raise_exception('only users') }}{% endif %}" + CHATML
+DROPPING = CHATML.replace("messages %}", "messages if m.role != 'tool' %}", 1)
+AS_USER = CHATML.replace("m.role +", "('assistant' if m.role == 'assistant' else 'user') +")
+
+
+@pytest.mark.parametrize(
+    "source, complaint",
+    [
+        (CHATML, None),
+        (CHATML.replace("m.role +", "('system' if m.role == 'developer' else m.role) +"), None),
+        (REFUSING, "has no role 'developer' or 'tool', or not in this place .*only users.*: take"),
+        (DROPPING, "has no role 'tool': it leaves its messages out"),
+        (AS_USER, "has no role 'developer': it writes its messages as the user's"),
+    ],
+)
+def test_roles_that_not_every_template_has(pieces, source, complaint):
+    encoder = encoder_of(pieces, source, system="not put before a developer's")
+    called = talk("6*7?", "call(6*7)")
+    messages = [{"role": "developer", "content": "d"}, *called, {"role": "tool", "content": "42"}]
+    if complaint is None:
+        (text,) = shown(encoder, encoder.prompt(messages, where="here"))
+        assert text.endswith("42<|eot_id|><|start_header_id|>assistant<|end_header_id|>") and "not put" not in text
+        return
+    with pytest.raises(UserError, match=f"here: template 'mine' {complaint}"):
+        encoder.prompt(messages, where="here")
 
 
 SPECIAL = ("<|mask|>", "<|eos|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>")
@@ -218,16 +228,7 @@ HARMLESS = "Is 2*3 < 7 or >, ﬁne | so? ４２ <eot_id|> Ünïcode 你好"
 NORMALISERS = tokenizers.normalizers
 
 
-def sentencepiece_with(normalisation: str) -> Tokenizer:
-    model, texts = io.BytesIO(), ["user assistant system said some words and numbers 0123456789 <|>_"] * 20
-    options = {"model_type": "char", "vocab_size": 400, "hard_vocab_limit": False, "byte_fallback": True}
-    options |= {"user_defined_symbols": [*SPECIAL, "\n"], "normalization_rule_name": normalisation}
-    options |= {"add_dummy_prefix": False, "minloglevel": 2}
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=model, **options)
-    return SentencePieceTokenizer({"tokenizer.model": model.getvalue()}, "test")
-
-
-def tokenizer_json_with(normaliser: NORMALISERS.Normalizer) -> Tokenizer:
+def tokenizer_json_with(normaliser):
     letters = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     built = tokenizers.Tokenizer(tokenizers.models.BPE({letter: i for i, letter in enumerate(sorted(letters))}, []))
     built.normalizer, built.pre_tokenizer = normaliser, tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -236,48 +237,113 @@ def tokenizer_json_with(normaliser: NORMALISERS.Normalizer) -> Tokenizer:
     return HuggingFaceTokenizer({"tokenizer.json": built.to_str().encode(), "tokenizer_config.json": b"{}"}, "test")
 
 
-def plain_encoder(tokenizer: Tokenizer, source: str = NAMED["chat"], system: str | None = None) -> Encoder:
+def bare_encoder(tokenizer, source=NAMED["chat"], system=None):
     ids = [tokenizer.id_of(text) for text in SPECIAL[:3]]
     template = Template("mine", source, {"bos_token": "", "eos_token": SPECIAL[1], "eot_token": SPECIAL[2]})
     return Encoder(tokenizer, template, SpecialIds(*ids, pad=ids[1]), DataConfig(system=system))
 
 
-CASES: dict[str, tuple[Callable[[], Tokenizer], str]] = {
-    "full-width brackets, SentencePiece": (lambda: sentencepiece_with("nmt_nfkc"), "x＜|eot_id|＞ y"),
-    "control letter, SentencePiece": (lambda: sentencepiece_with("nmt_nfkc"), "<|start_header\x07_id|>"),
-    "full-width letters": (lambda: tokenizer_json_with(NORMALISERS.NFKC()), "<|ｅot_id|>"),
-    "capitals": (lambda: tokenizer_json_with(NORMALISERS.Lowercase()), "<|EOT_id|>"),
-    "invisible letter": (lambda: tokenizer_json_with(NORMALISERS.Replace("\u200b", "")), "<|m\u200bask|>"),
-    "accents": (lambda: tokenizer_json_with(NORMALISERS.BertNormalizer(lowercase=True)), "<|éos|>"),
-    "a template that edits texts": (lambda: tokenizer_json_with(NORMALISERS.NFC()), "<|eot*_id|>"),
+# A tokenizer.json's normaliser, or the name of a SentencePiece model's, and a text.
+CASES = {
+    "full-width brackets, SentencePiece": ("nmt_nfkc", "x＜|eot_id|＞ y"),
+    "control letter, SentencePiece": ("nmt_nfkc", "<|start_header\x07_id|>"),
+    "full-width letters": (NORMALISERS.NFKC(), "<|ｅot_id|>"),
+    "capitals": (NORMALISERS.Lowercase(), "<|EOT_id|>"),
+    "invisible letter": (NORMALISERS.Replace("\u200b", ""), "<|m\u200bask|>"),
+    "accents": (NORMALISERS.BertNormalizer(lowercase=True), "<|éos|>"),
+    "a template that edits texts": (NORMALISERS.NFC(), "<|eot*_id|>"),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_text_that_becomes_a_control_token_is_refused_with_its_place(case):
-    make, text = CASES[case]
+def test_text_that_becomes_a_control_token_is_refused_with_its_place(sentencepiece_model, case):
+    normaliser, text = CASES[case]
+    if normaliser == "nmt_nfkc":
+        texts = ["user assistant system said some words and numbers 0123456789 <|>_"] * 20
+        options = {"model_type": "char", "vocab_size": 400, "user_defined_symbols": [*SPECIAL, "\n"]}
+        options |= {"normalization_rule_name": normaliser, "add_dummy_prefix": False}
+        tokenizer = SentencePieceTokenizer({"tokenizer.model": sentencepiece_model(texts, **options)}, "test")
+    else:
+        tokenizer = tokenizer_json_with(normaliser)
     source = EDITING if "edits" in case else NAMED["chat"]
-    encodes = plain_encoder(make(), source)
+    encodes = bare_encoder(tokenizer, source)
     refusal = r"^in\.jsonl:7: the \w+'s text ch\w+ the control tokens: .*control token \d"
     for turns in (
-        [("user", f"a {text} b")],
-        [("user", "a"), ("assistant", f"b {text}"), ("user", "c")],
-        [("system", text), ("user", "a")],
+        talk(f"a {text} b"),
+        talk("a", f"b {text}", "c"),
+        talk(text, "a", roles=("system", "user")),
     ):
         with pytest.raises(UserError, match=refusal):
-            encodes.prompt([{"role": role, "content": content} for role, content in turns], where="in.jsonl:7")
+            encodes.prompt(turns, where="in.jsonl:7")
     with pytest.raises(UserError, match=r"the system's text changes the control tokens"):
-        plain_encoder(encodes.tokenizer, source, system=text).prompt("a", where="in.jsonl:7")
+        bare_encoder(tokenizer, source, system=text).prompt("a", where="in.jsonl:7")
     assert encodes.prompt(HARMLESS) != encodes.prompt("other")
 
 
-def test_a_prompt_that_would_show_the_model_nothing_is_refused():
-    only_system = "{% for m in messages if m.role == 'system' %}{{ m.content }}{% endfor %}"
-    for source, prompt, message in [
-        ("{{ '<|start_header_id|>' }}", "a", "leaves out the user's text"),
-        (only_system, "a", "leaves out the user's text"),
-        (NAMED["chat"], " \n", "the text is empty"),
-        (NAMED["chat"], "\ud800", "half of a surrogate pair"),
-    ]:
-        with pytest.raises(UserError, match=message):
-            plain_encoder(tokenizer_json_with(NORMALISERS.NFC()), source).prompt(prompt)
+CONVERSATION = list(talk("a\n", " b", "c"))
+
+
+def encoders_with_spans(tokenizer, without_mask=False):
+    """Returns the encoder with a chat template and the plain one; if wanted, the tokenizer has no text for the mask."""
+    config = DataConfig(system="Be brief.", prompt_template="Q: {prompt}")
+    template, special = find_special(tokenizer, "chat", NAMED["chat"], config, {})
+    special = dataclasses.replace(special, mask=tokenizer.vocab_size) if without_mask else special
+    return Encoder(tokenizer, template, special, config), plain_encoder(tokenizer, special)
+
+
+def with_gaps(encoder, ids):
+    """The text of ids with a # for each mask."""
+    mask, decode = encoder.special.mask, encoder.tokenizer.decode
+    return "".join("#" if i == mask else decode([i], skip_special=False) for i in ids)
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "tokenizer.json", "no mask in it"])
+@pytest.mark.parametrize("parts", [["5 + ", 2, " = 12,\n ok", 1], [3, "a"], ["Zoe keeps 9", 1, 2, " keys"]])
+def test_the_ids_around_spans_are_those_of_the_text(pieces, tokenizer_folder, kind, parts):
+    tokenizer = pieces if kind == "sentencepiece" else load_tokenizer(tokenizer_folder())
+    chat, plain = encoders_with_spans(tokenizer, without_mask=kind == "no mask in it")
+    text = "".join(p if isinstance(p, str) else "#" * p for p in parts)
+    lengths, end = [p for p in parts if isinstance(p, int)], "" if isinstance(parts[-1], int) else "<|eot_id|>"
+    for prompt in (None, "How many?", CONVERSATION):
+        found = encode_spans(chat, plain, MarkedText(parts, prompt), "x")
+        begin = [] if prompt is None else chat.prompt(prompt)  # as for decode
+        assert found.ids[: len(begin)] == begin and found.prompt_len == len(begin)
+        # After a last span the end is open.
+        expected = text if prompt is None else text + end
+        assert with_gaps(plain if prompt is None else chat, found.ids[len(begin) :]) == expected
+        assert [end - first for first, end in found.spans] == lengths
+        masked = [at for first, end in found.spans for at in range(first, end)]
+        assert masked == [at for at, i in enumerate(found.ids) if i == chat.special.mask] and found.first == masked[0]
+    # Spans filled with a text of as many tokens come out as that text, special tokens left out.
+    word, ids = tokenizer.encode(" keys"), list(found.ids)
+    for first, end in found.spans:
+        ids[first:end] = (word + [chat.special.eos] * (end - first))[: end - first]
+    fills = fills_of(tokenizer, ids, found.spans)
+    assert all(" keys".startswith(fill) and fill for fill in fills)
+    assert filled_text(parts, fills) == tokenizer.decode(ids[len(begin) :])
+
+
+@pytest.mark.parametrize(
+    "parts, prompt, message",
+    [
+        (["a <|eot_id|>", 2], None, r"special token '<\|eot_id\|>'"),
+        (["a <|mdm_mask|>", 2], "How many?", r"special token '<\|mdm_mask\|>'"),
+        (["a", 2], "<|eot_id|>", "special token"),
+        (["\ud800", 2], None, "half of a surrogate pair"),
+        (["a", 2], "\ud800", "the text holds half of a surrogate pair"),
+        (["a", 2], " \n", "the text is empty"),
+    ],
+)
+def test_special_tokens_in_texts_with_spans_are_refused(pieces, parts, prompt, message):
+    with pytest.raises(UserError, match=message):
+        encode_spans(*encoders_with_spans(pieces), MarkedText(parts, prompt), "x")
+
+
+def test_plain_texts_begin_as_the_tokenizer_says(tokenizer_folder):
+    settings = tokenizer_folder() / "tokenizer_config.json"
+    for begins in (False, True):
+        settings.write_text(json.dumps(json.loads(settings.read_text()) | {"add_bos_token": begins}))
+        chat, plain = encoders_with_spans(load_tokenizer(settings.parent))
+        found = encode_spans(chat, plain, MarkedText(["a", 1], None), "x")
+        assert with_gaps(plain, found.ids) == "<|startoftext|>" * begins + "a#"
+    assert plain.tokenizer.decode(plain.prompt(CONVERSATION)) == "a\n\n b\nc"

@@ -1,37 +1,36 @@
-"""Tokenizers lose nothing, find their special tokens, and are cut as their checkpoint's settings and transformers say."""
+"""Tokenizers lose nothing, find their special tokens, and are cut as their checkpoint's settings and transformers say.
+
+Where transformers is installed (benchmarks/requirements.txt), what is expected below is compared with what it does.
+"""
 
 import importlib
 import importlib.util
-import io
 import json
-from pathlib import Path
-from typing import Any
+from unittest.mock import Mock
 
 import pytest
-import sentencepiece
-import tokenizers
+import tokenizers as huggingface
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxblock.data.config import DataConfig
+from jaxblock.data.tokens.encoding import checkpoint_encoder
 from jaxblock.data.tokens.find_special import find_special
 from jaxblock.data.tokens.load import load_tokenizer
 from jaxblock.data.tokens.sentencepiece_model import train_tokenizer
-from jaxblock.data.tokens.special import SpecialIds
-from jaxblock.data.tokens.templates import template_source
-from jaxblock.data.tokens.tokenizer import Tokenizer
+from jaxblock.data.tokens.templates import NAMED
 from jaxblock.data.tokens.tokenizer_json import HuggingFaceTokenizer
 from jaxblock.errors import UserError
+from jaxblock.io import hub
 
-# Where it is installed (benchmarks/requirements.txt), what is expected below is compared with what it does.
 transformers = importlib.import_module("transformers") if importlib.util.find_spec("transformers") else None
 
 
-def special_of(tokenizer: Tokenizer, **config: str) -> SpecialIds:
-    return find_special(tokenizer, "chat", template_source("chat"), DataConfig(**config), {})[1]
+def special_of(tokenizer, **config):
+    return find_special(tokenizer, "chat", NAMED["chat"], DataConfig(**config), {})[1]
 
 
-def pieces_of(tokenizer: Tokenizer, text: str) -> list[str]:
+def pieces_of(tokenizer, text):
     return [tokenizer.piece(i) for i in tokenizer.encode(text)]
 
 
@@ -60,7 +59,7 @@ def test_any_text_round_trips(pieces, text):
     assert pieces.decode(pieces.encode(text), skip_special=False) == text
 
 
-def test_special_tokens_are_single_and_can_be_skipped(pieces):
+def test_special_tokens_are_single_and_can_be_skipped(pieces, tokenizer_folder):
     ids = pieces.encode("a<|eot_id|><|mdm_mask|> b")
     assert pieces.decode(ids) == "a b"
     assert [pieces.piece(i) for i in ids if i < 10] == ["<|eot_id|>", "<|mdm_mask|>"]
@@ -70,22 +69,16 @@ def test_special_tokens_are_single_and_can_be_skipped(pieces):
     assert special_of(pieces, eos_token="<|eot_id|>").stop_ids == (eot,)
     with pytest.raises(UserError, match="data.mask_token: '<|eot_id|>' is also"):
         special_of(pieces, mask_token="<|eot_id|>")
-
-
-@pytest.mark.parametrize("name, text", [("mask", "<|mdm_mask|>"), ("eos", "<|endoftext|>"), ("eot", "<|eot_id|>")])
-def test_a_missing_special_token_names_its_field(tokenizer_folder, name, text):
-    with pytest.raises(UserError, match=rf"data\.{name}_token: .* no token ") as caught:
-        special_of(load_tokenizer(tokenizer_folder(without=text)), **{f"{name}_token": text})
-    assert ("mask_token_id" in str(caught.value)) == (name == "mask")
-
-
-def test_digits_can_stand_alone():
-    for split, expected in [(False, ["12"]), (True, ["1", "2"])]:
-        tokenizer = train_tokenizer(["12 + 34 = 46"] * 20, DataConfig(vocab_size=400, split_digits=split))
-        assert pieces_of(tokenizer, "12") == expected
+    for name, text in [("mask", "<|mdm_mask|>"), ("eos", "<|endoftext|>"), ("eot", "<|eot_id|>")]:
+        with pytest.raises(UserError, match=rf"data\.{name}_token: .* no token ") as caught:
+            special_of(load_tokenizer(tokenizer_folder({text: "<|other|>"})), **{f"{name}_token": text})
+        assert ("mask_token_id" in str(caught.value)) == (name == "mask")
 
 
 def test_training_says_what_to_set():
+    for split, expected in [(False, ["12"]), (True, ["1", "2"])]:
+        tokenizer = train_tokenizer(["12 + 34 = 46"] * 20, DataConfig(vocab_size=400, split_digits=split))
+        assert pieces_of(tokenizer, "12") == expected
     for config, texts, complaint in [
         ({"vocab_size": 200}, ["a"], "data.vocab_size = 200 is too small: bytes and special tokens alone need 263"),
         ({"vocab_size": 270}, ["abcdefghijklmnopqrstuvwxyz"] * 9, r"set at least 28\d"),
@@ -96,53 +89,31 @@ def test_training_says_what_to_set():
             train_tokenizer(texts, DataConfig(**config))
 
 
-def test_saved_tokenizers_load_the_same(tokenizer_folder, pieces, tmp_path):
-    text = "Ada has 5 coins.\n<|eot_id|>é"
-    for file, tokenizer in [("tokenizer.model", pieces), ("tokenizer.json", load_tokenizer(tokenizer_folder()))]:
-        tokenizer.save(tmp_path / file)
-        for path in (tmp_path / file, tmp_path / file / file):
-            again = load_tokenizer(path)
-            assert again.encode(text) == tokenizer.encode(text)
-            assert again.decode(again.encode(text), skip_special=False) == text
-            assert again.decode(again.encode(text)) == "Ada has 5 coins.\né"
-            assert again.vocab_size == tokenizer.vocab_size > max(again.encode(text))
-            assert (again.special_texts, again.settings) == (tokenizer.special_texts, tokenizer.settings)
+@pytest.mark.parametrize(
+    "content, complaint",
+    [
+        (
+            b'{"model": {"type": "BPE", "dropout": 0.5, "vocab": {"a": 0}, "merges": []}}',
+            "model.dropout .* another way",
+        ),
+        *((some, "not a Hugging Face tokenizer.json") for some in (b"{", b"[" * 100_000, b"{}")),
+        (b'{"model": {"type": "BPE", "vocab": {}, "merges": []}}', "not a Hugging Face tokenizer.json"),
+        # A letter for which the model has no token.
+        (
+            huggingface.models.BPE({"a": 0, "b": 1}, []),
+            r"no token for '\?' at character 1 and none for unknown letters",
+        ),
+        (huggingface.models.WordLevel({"a": 0}, unk_token="[UNK]"), r"cannot encode the text .*Missing \[UNK\] token"),
+        (huggingface.models.Unigram([("a", -1.0)], None), r"cannot encode the text .*unk_id"),
+    ],
+)
+def test_what_is_no_tokenizer_or_cannot_encode_is_named(content, complaint):
+    content = content if isinstance(content, bytes) else huggingface.Tokenizer(content).to_str().encode()
+    with pytest.raises(UserError, match=complaint):
+        HuggingFaceTokenizer({"tokenizer.json": content}, "test").encode("a?")
 
 
-def test_what_is_no_tokenizer_is_named(tmp_path):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "bad.json").write_text("{}")
-    (tmp_path / "bad.model").write_bytes(b"nonsense")
-    (tmp_path / "bad.txt").write_text("")
-    for name, complaint in [
-        ("none", "does not exist; give `train`"),
-        ("empty", "holds neither tokenizer.json, nor vocab.json with merges.txt, nor"),
-        ("bad.json", "not a Hugging Face tokenizer.json"),
-        ("bad.model", "not a SentencePiece model"),
-        ("bad.txt", "neither a SentencePiece .model nor"),
-    ]:
-        with pytest.raises(UserError, match=complaint):
-            load_tokenizer(tmp_path / name)
-    drops = b'{"model": {"type": "BPE", "dropout": 0.5, "vocab": {"a": 0}, "merges": []}}'
-    with pytest.raises(UserError, match="test: model.dropout in tokenizer.json cuts a text in another way each time"):
-        HuggingFaceTokenizer({"tokenizer.json": drops}, "test")
-    for damaged in (b"{", b"[" * 100_000, b'{"model": {"type": "BPE", "vocab": {}, "merges": []}}'):
-        with pytest.raises(UserError, match="test: not a Hugging Face tokenizer.json"):
-            HuggingFaceTokenizer({"tokenizer.json": damaged}, "test")
-
-
-def test_a_tokenizer_that_has_no_token_for_a_letter_says_so():
-    for model, message in [
-        (tokenizers.models.BPE({"a": 0, "b": 1}, []), r"no token for '\?' at character 1 and none for unknown letters"),
-        (tokenizers.models.WordLevel({"a": 0}, unk_token="[UNK]"), r"cannot encode the text .*Missing \[UNK\] token"),
-        (tokenizers.models.Unigram([("a", -1.0)], None), r"cannot encode the text .*unk_id"),
-    ]:
-        text = tokenizers.Tokenizer(model).to_str()
-        with pytest.raises(UserError, match=message):
-            HuggingFaceTokenizer({"tokenizer.json": text.encode()}, "test").encode("a?")
-
-
-def entry(content: str, **flags: bool) -> dict[str, Any]:
+def entry(content, **flags):
     plain = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
     return {"content": content, **plain, **flags}
 
@@ -154,7 +125,7 @@ CONFIG, MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_
 LISTED = {"additional_special_tokens": [B]}
 FLAGS = {"5": entry(END, rstrip=True), "600": entry(A), "601": entry(B, lstrip=True, special=False)}
 # The files beside a tokenizer.json of 600 tokens, and the pieces of TEXT.
-DECLARED: dict[str, tuple[dict[str, Any], list[str]]] = {
+DECLARED = {
     "with ids": ({CONFIG: {"added_tokens_decoder": {"601": entry(B), "600": entry(A)}}}, BOTH),
     "with flags": ({CONFIG: {"added_tokens_decoder": FLAGS}}, ["1", A, B, "Ġ2", END, "3"]),
     "in a list": ({CONFIG: {"additional_special_tokens": [A, {"__type": "AddedToken", **entry(B)}]}}, BOTH),
@@ -165,21 +136,16 @@ DECLARED: dict[str, tuple[dict[str, Any], list[str]]] = {
 }
 
 
-@pytest.fixture
-def declared(tokenizer_folder):
-    def make(files: dict[str, Any]) -> Path:
-        folder = Path(tokenizer_folder())
-        for name, content in files.items():
-            (folder / name).write_text(json.dumps(content))
-        return folder
-
-    return make
+def write(folder, files):
+    for name, content in files.items():
+        (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    return folder
 
 
 @pytest.mark.parametrize("case", DECLARED)
-def test_declared_tokens_are_added(declared, case):
+def test_declared_tokens_are_added(tokenizer_folder, case):
     files, pieces = DECLARED[case]
-    folder = declared(files)
+    folder = write(tokenizer_folder(), files)
     tokenizer = load_tokenizer(folder)
     assert tokenizer.vocab_size == (602 if pieces else 600)
     if pieces:
@@ -194,20 +160,9 @@ def test_declared_tokens_are_added(declared, case):
         assert theirs(TEXT, add_special_tokens=False)["input_ids"] == tokenizer.encode(TEXT)
 
 
-def test_declared_tokens_that_fit_nothing_are_refused(declared):
-    for files, message in (
-        ({CONFIG: {"added_tokens_decoder": {"900": entry(A)}}}, r"'<\|a\|>' the id 900, but .* it would be 600"),
-        ({CONFIG: {"added_tokens_decoder": [1]}}, "added_tokens_decoder, .* cannot be read"),
-        ({CONFIG: {}, ADDED: {A: "x"}}, "added_tokens.json cannot be read"),
-        ({CONFIG: {}, ADDED: {A: float("inf")}}, "added_tokens.json cannot be read"),
-    ):
-        with pytest.raises(UserError, match=message):
-            load_tokenizer(declared(files))
-
-
 PLAIN, LLAMA = {}, {"tokenizer_class": "LlamaTokenizer"}
 # The settings beside a model with a dummy prefix, a text, and its pieces.
-SPACES: list[tuple[dict[str, Any], str, list[str]]] = [
+SPACES = [
     (PLAIN, "a</s>b<|e|>c", ["▁a", "</s>", "▁b", "<|e|>", "c"]),
     (LLAMA, "a</s>b<|e|>c", ["▁a", "</s>", "▁b", "<|e|>", "▁c"]),
     (LLAMA | {"legacy": True}, " a</s> b", ["▁", "▁a", "</s>", "▁", "▁b"]),
@@ -221,30 +176,178 @@ SPACES: list[tuple[dict[str, Any], str, list[str]]] = [
 ]
 
 
-@pytest.fixture
-def spaced(tmp_path):
-    """Returns a folder with a SentencePiece model that begins words with a space."""
-    written = io.BytesIO()
-    options = {"vocab_size": 300, "hard_vocab_limit": False, "byte_fallback": True, "user_defined_symbols": ["<|e|>"]}
-    options |= {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "minloglevel": 2}
-    options |= {"model_type": "bpe", "unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1}
-    texts = iter(["a b c ab"] * 20)
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=texts, model_writer=written, **options)
-    (tmp_path / "tokenizer.model").write_bytes(written.getvalue())
-    return tmp_path
-
-
-def test_spaces_at_special_tokens(spaced):
-    (spaced / "config.json").write_text('{"model_type": "llama"}')
+def test_spaces_at_special_tokens_of_a_model_that_begins_words_with_a_space(sentencepiece_model, tmp_path):
+    options = {"model_type": "bpe", "vocab_size": 300, "unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1}
+    options |= {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    model = sentencepiece_model(["a b c ab"] * 20, user_defined_symbols=["<|e|>"], **options)
+    (tmp_path / "tokenizer.model").write_bytes(model)
+    write(tmp_path, {"config.json": {"model_type": "llama"}})
     for changes, text, pieces in SPACES:
-        (spaced / CONFIG).write_text(json.dumps(changes))
-        assert pieces_of(load_tokenizer(spaced), text) == pieces, (changes, text)
+        write(tmp_path, {CONFIG: changes})
+        assert pieces_of(load_tokenizer(tmp_path), text) == pieces, (changes, text)
         if transformers is not None and changes != PLAIN:
-            theirs = transformers.AutoTokenizer.from_pretrained(str(spaced))
+            theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path))
             assert theirs.convert_ids_to_tokens(theirs(text, add_special_tokens=False)["input_ids"]) == pieces
-
-
-def test_a_token_that_a_sentencepiece_model_lacks_is_refused(spaced):
-    (spaced / ADDED).write_text(json.dumps({A: 300, "</s>": 2}))
+    write(tmp_path, {ADDED: {A: 300, "</s>": 2}})
     with pytest.raises(UserError, match=r"add '<\|a\|>', which a SentencePiece model cannot take; make a tokenizer.js"):
-        load_tokenizer(spaced)
+        load_tokenizer(tmp_path)
+
+
+DREAM_ADDED = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|beginoftext|>", "<|mask|>")
+DREAM_TEMPLATE = (
+    "{% for m in messages %}"
+    "{% if loop.first and m.role != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
+    "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""The behaviour of Dream's own template: ChatML with a default system prompt, and a line break after each turn."""
+
+
+@pytest.fixture
+def dream_folder(tmp_path):
+    """vocab.json, merges.txt and the settings, without a tokenizer.json; the config.json names the special ids."""
+    folder = tmp_path / "dream"
+    folder.mkdir()
+    tokenizer = huggingface.Tokenizer(huggingface.models.BPE())
+    tokenizer.pre_tokenizer = huggingface.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = huggingface.pre_tokenizers.ByteLevel.alphabet()
+    trainer = huggingface.trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(["How many are there? It's 12 + 5 = 17 apples, they said."] * 5, trainer)
+    tokenizer.model.save(str(folder))
+    size = tokenizer.get_vocab_size()
+    added = {str(size + i): entry(text) for i, text in enumerate(DREAM_ADDED)}
+    content = {"added_tokens_decoder": added, "chat_template": DREAM_TEMPLATE, "tokenizer_class": "DreamTokenizer"}
+    content |= {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "mask_token": "<|mask|>"}
+    return write(folder, {CONFIG: content, "config.json": {"mask_token_id": size + 4, "eos_token_id": size}})
+
+
+DREAM_FILES = {"merges.txt", "tokenizer.json", CONFIG, "vocab.json"}  # the originals, and what was made of them
+USER, ASSISTANT = (f"<|start_header_id|>{role}<|end_header_id|>\n\n" for role in ("user", "assistant"))
+DREAM_ASKED = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nHow many?<|im_end|>\n"
+# The tokenizer's files, a prompt of one turn, and the special tokens.
+LLADA_ASKED = f"<|startoftext|>{USER}How many?<|eot_id|>{ASSISTANT}"
+FAMILIES = {
+    "llada": ({"tokenizer.json", CONFIG}, LLADA_ASKED, ["<|mdm_mask|>", "<|endoftext|>", "<|eot_id|>"]),
+    "dream": (DREAM_FILES, f"{DREAM_ASKED}<|im_start|>assistant\n", ["<|mask|>", "<|endoftext|>", "<|im_end|>"]),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_turn_is_asked_as_its_files_say(prepared, tokenizer_folder, dream_folder, monkeypatch, family):
+    files, prompt, special = FAMILIES[family]
+    folder = dream_folder if family == "dream" else tokenizer_folder()
+    download = Mock(return_value=str(folder))
+    monkeypatch.setattr(hub.huggingface_hub, "snapshot_download", download)
+    said = ["How many?", "12", "two?", "2, surely", "three?", "3"]
+    turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
+    opened = prepared("org/name", [{"messages": turns}], template="tokenizer", turns="all")
+    # The hub is asked for the tokenizer, not for the weights.
+    assert download.called and all(call.args == ("org/name",) for call in download.call_args_list)
+    assert not any("*.safetensors" in call.kwargs["allow_patterns"] for call in download.call_args_list)
+    rows, decode = list(opened.records("train")), opened.tokenizer.decode
+    assert [row.source for row in rows] == ["train.jsonl:1#1", "train.jsonl:1#2", "train.jsonl:1#3"]
+    manifest, ids = opened.manifest, opened.special
+    assert manifest.inputs["train"]["conversations"] == 1 and manifest.splits["train"]["kept"] == 3
+    assert [decode(row.response_ids, skip_special=False) for row in rows] == [text + special[2] for text in said[1::2]]
+    earlier = []
+    for at, row in enumerate(rows):
+        asked = decode(row.prompt_ids, skip_special=False)
+        assert [text for text in said if text in asked] == said[: 2 * at + 1] and (at or asked == prompt)
+        assert row.prompt_ids.tolist()[: len(earlier)] == earlier
+        earlier = [*row.prompt_ids.tolist(), *row.response_ids.tolist()]
+    assert [opened.tokenizer.piece(i) for i in (ids.mask, ids.eos, ids.eot)] == special
+    assert manifest.tokenizer["files"].keys() == opened.tokenizer.files.keys() == files
+    again = checkpoint_encoder(folder, load_tokenizer(folder), ids.mask, ids.eos)
+    assert again.special == ids and again.prompt("How many?") == rows[0].prompt_ids.tolist()
+    assert checkpoint_encoder(folder, opened.tokenizer, None, ids.eos) is None
+
+
+def test_dream_s_files_cut_texts_as_transformers_does(dream_folder):
+    qwen2 = pytest.importorskip("transformers.models.qwen2.tokenization_qwen2").Qwen2Tokenizer
+    theirs = qwen2(str(dream_folder / "vocab.json"), str(dream_folder / "merges.txt"))
+    ours = load_tokenizer(dream_folder)
+    for text in ("It's 12 + 5 = 17!", "  a\n\n b\t\r\n", "they'LL said2apples", "Où? e\u0301 中文 😀", "\n \n1"):
+        assert ours.encode(text) == theirs(text)["input_ids"]
+        assert ours.decode(ours.encode(text)) == theirs.decode(theirs(text)["input_ids"])
+
+
+def test_folders_that_hold_no_tokenizer_are_named(tmp_path, tokenizer_folder, dream_folder):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad.model").write_bytes(b"nonsense")
+    (tmp_path / "bad.txt").write_text("")
+    llada, dream = tokenizer_folder(), json.loads((dream_folder / CONFIG).read_text())
+    moved = {str(int(i) + 1): entry for i, entry in dream["added_tokens_decoder"].items()}
+    other = dream | {"tokenizer_class": "GPT2Tokenizer"}
+    for path, files, complaint in [
+        (tmp_path / "none", {}, "does not exist; give `train`"),
+        (tmp_path / "empty", {}, "holds neither tokenizer.json, nor vocab.json with merges.txt, nor"),
+        (tmp_path / "bad.model", {}, "not a SentencePiece model"),
+        (tmp_path / "bad.txt", {}, "neither a SentencePiece .model nor"),
+        (llada, {CONFIG: {"added_tokens_decoder": {"900": entry(A)}}}, r"<\|a\|>' the id 900, but .* it would be 600"),
+        (llada, {CONFIG: {"added_tokens_decoder": [1]}}, "added_tokens_decoder, .* cannot be read"),
+        (llada, {CONFIG: {}, ADDED: {A: "x"}}, "added_tokens.json cannot be read"),
+        (llada, {CONFIG: {}, ADDED: {A: float("inf")}}, "added_tokens.json cannot be read"),
+        (dream_folder, {CONFIG: other}, "of a 'GPT2Tokenizer' .* not read, only those of DreamTokenizer"),
+        (dream_folder, {CONFIG: dream | {"added_tokens_decoder": moved}}, "do not belong together"),
+        (dream_folder, {CONFIG: dream, "merges.txt": "zq zq"}, "merges.txt or tokenizer_config.json cannot be used"),
+    ]:
+        with pytest.raises(UserError, match=complaint):
+            load_tokenizer(write(path, files))
+
+
+def test_a_checkpoint_s_template_and_the_ids_in_its_config_json_are_taken(prepared, tokenizer_folder):
+    unknown = r"does not end the response; .* The template writes <\|eot_id\|>, which the tokenizer does not have"
+    with pytest.raises(UserError, match=unknown):
+        prepared(tokenizer_folder({"<|eot_id|>": "<|other|>"}), template="tokenizer")
+    for content, mask, eos in [
+        ({"mask_token_id": 599, "eos_token_id": [0, 1]}, 599, 0),
+        ({"mask_token_id": 9_000}, 9_000, 1),  # a row of the embedding that has no text
+        ({"architectures": ["Other"]}, 2, 1),
+    ]:
+        opened = prepared(write(tokenizer_folder(), {"config.json": content}), template="tokenizer", overwrite=True)
+        assert (opened.special.mask, opened.special.eos) == (mask, eos)
+        assert opened.manifest.vocab_size == max(opened.tokenizer.vocab_size, mask + 1)
+
+
+# The tokenizer of an autoregressive model has no mask, but a reserved token.
+RESERVED = "<|reserved_special_token_0|>"
+START = {"<|mdm_mask|>": RESERVED}
+
+
+def test_what_a_tokenizer_lacks_or_has_already_is_named(tmp_path, prepared, tokenizer_folder, pieces):
+    pieces.save(tmp_path)
+    start, model = tokenizer_folder(START), tmp_path / "tokenizer.model"
+    added = {"template": "plain", "add_mask_token": True}
+    asked = {"mask_token": RESERVED, "rows": [(RESERVED, "12")]}
+    advice = r"data.mask_token: .* name an unused token, or set data.add_mask_token. Candidates: <\|reserved_special_"
+    for tokenizer, options, complaint in [
+        (start, {}, advice),
+        (start, asked, r"train.jsonl:1: .* special token '<\|reserved_special_token_0"),
+        (model, {"mask_token": "<|other|>", **added}, "is a SentencePiece model, .* unused token .*<.mdm_mask.>"),
+        (model, added, r"has '<\|mdm_mask\|>' already .id \d+."),
+        (start / "tokenizer.json", added, "has a mask token .its config.json: mask_token_id 4"),
+    ]:
+        if "mask_token_id" in complaint:
+            write(start, {"config.json": {"mask_token_id": 4}})
+        with pytest.raises(UserError, match=complaint):
+            prepared(tokenizer, **{"template": "tokenizer", **options})
+
+
+def test_a_mask_can_be_named_or_added_and_is_carried_along(tmp_path, prepared, tokenizer_folder):
+    start = tokenizer_folder(START)
+    opened = prepared(start, template="tokenizer", mask_token=RESERVED)
+    assert opened.tokenizer.piece(opened.special.mask) == RESERVED
+    before, added = load_tokenizer(start), {"add_mask_token": True, "overwrite": True}
+    opened = prepared(start, template="tokenizer", mask_token="<|mask|>", **added)
+    folder = tmp_path / "out" / "tokenizer"
+    again, mask = load_tokenizer(folder), before.vocab_size
+    assert again.id_of("<|mask|>") == opened.special.mask == opened.manifest.vocab_size - 1 == mask
+    text = "How many?<|eot_id|>12"
+    assert again.encode(text) == before.encode(text) and again.encode("a<|mask|>b")[1:-1] == [mask]
+    settings = json.loads((folder / CONFIG).read_text())
+    assert settings["mask_token"] == settings["added_tokens_decoder"][str(mask)]["content"] == "<|mask|>"
+    if transformers is not None:
+        theirs = transformers.PreTrainedTokenizerFast.from_pretrained(str(folder))
+        ids = theirs(text, add_special_tokens=False)["input_ids"]
+        assert theirs.mask_token_id == mask and ids == before.encode(text)
