@@ -277,7 +277,7 @@ def test_a_cell_that_another_process_computes_does_not_hold_up_the_others(tmp_pa
 
     write(plan.cell("start-s0"))
     monkeypatch.setattr(runner, "_Jobs", Pool)
-    monkeypatch.setattr(runner, "AGAIN", 0.05)
+    monkeypatch.setattr(runner, "AGAIN", 1.0)
     monkeypatch.setattr(runner, "_complete", lambda cell, found, *_: results.is_done(cell, found.get(cell.name)))
     assert runner.run_cells(plan, str(tmp_path), 1, ["blockwise-s0", "classical-s0"], print, poll=0.001) == []
     assert started == ["blockwise-s0", "classical-s0", "blockwise-s0"]
