@@ -47,47 +47,39 @@ def test_a_text_is_filled_between_what_is_given(model):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "options", "message"),
+    ("arguments", "message"),
     [
-        (("no span",), {}, "the text has no span to fill"),
-        ((["a", "b [[0]]"],), {}, "text 0 has no span"),
-        (("[[4]]",), {}, "gives nothing but spans"),
-        (
-            ("1[[9]]" + "2" * 9,),
-            {},
-            "text 0 has 18 tokens from its first span to its end, more than the canvas's 16 response",
-        ),
-        (
-            ("1" * 39 + "[[2]]",),
-            {},
-            "text 0 has 41 tokens, its prompt included; the network was trained on canvas.prompt_len 24",
-        ),
-        (("1[[2]]", "1+2? " * 9), {}, "the text: the prompt has"),
-        (("1[[2]]", "a <|eot_id|>"), {}, "contains the special token"),
-        (("1[[2]]", [{"role": "assistant", "content": "1"}]), {}, "the last message must be the user's"),
-        ((["1[[2]]", "2[[2]]"], ["a"]), {}, "2 texts need as many prompts"),
-        ((["1[[2]]"], "a"), {}, "1 texts need as many prompts"),
-        (("1[[2]]",), {"temprature": 1.0}, "did you mean temperature?"),
+        (("no span",), "the text has no span to fill"),
+        ((["a", "b [[0]]"],), "text 0 has no span"),
+        (("[[4]]",), "gives nothing but spans"),
+        (("1[[9]]" + "2" * 9,), "text 0 has 18 tokens from its first span to its end, more than the canvas's 16 response"),
+        (("1" * 39 + "[[2]]",), "text 0 has 41 tokens, its prompt included; the network was trained on canvas.prompt_len 24"),
+        (("1[[2]]", "1+2? " * 9), "the text: the prompt has"),
+        (("1[[2]]", "a <|eot_id|>"), "contains the special token"),
+        (("1[[2]]", [{"role": "assistant", "content": "1"}]), "the last message must be the user's"),
+        ((["1[[2]]", "2[[2]]"], ["a"]), "2 texts need as many prompts"),
+        ((["1[[2]]"], "a"), "1 texts need as many prompts"),
     ],
-)
-def test_texts_that_cannot_be_filled(model, arguments, options, message):
+)  # fmt: skip
+def test_texts_that_cannot_be_filled(model, arguments, message):
     with pytest.raises(UserError, match=re.escape(message)):
-        model.infill(*arguments, **options)
+        model.infill(*arguments)
 
 
 def test_models_that_cannot_fill_every_text(model):
     bare = dataclasses.replace(model, encoder=None)
     assert bare.infill("1+2=[[1]]").ids == model.infill("1+2=[[1]]").ids, "a text that stands alone needs no template"
-    with pytest.raises(UserError, match="no chat template for the prompt: leave it out"):
-        bare.infill(ANSWER, "1+2?")
-    with pytest.raises(UserError, match="has no tokenizer"):
-        dataclasses.replace(bare, tokenizer=None).infill("1+2=[[1]]")
     windowed = dataclasses.replace(model, canvas=dataclasses.replace(model.canvas, suffix_window=4))
-    with pytest.raises(UserError, match="set canvas.suffix_window to null"):
-        windowed.infill("1+2=[[1]]")
     shifted = dataclasses.replace(model.net, arch=dataclasses.replace(model.arch, alignment="shifted"))
-    with pytest.raises(UserError, match="begins with a span, and this network predicts a token from the one before it"):
-        dataclasses.replace(model, net=shifted).infill("[[1]]+2")
+    for changed, arguments, options, message in [
+        (bare, (ANSWER, "1+2?"), {}, "no chat template for the prompt: leave it out"),
+        (dataclasses.replace(bare, tokenizer=None), ("1+2=[[1]]",), {}, "has no tokenizer"),
+        (windowed, ("1+2=[[1]]",), {}, "set canvas.suffix_window to null"),
+        (dataclasses.replace(model, net=shifted), ("[[1]]+2",), {}, "begins with a span, and this network predicts"),
+        (model, ("1[[2]]",), {"temprature": 1.0}, "did you mean temperature?"),
+    ]:
+        with pytest.raises(UserError, match=re.escape(message)):
+            changed.infill(*arguments, **options)
 
 
 def test_decode_fills_texts_from_everywhere(tiny_run, tmp_path, monkeypatch, ran):
