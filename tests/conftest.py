@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import os
 import shlex
@@ -74,6 +75,13 @@ evaluate: {{nelbo_rows: 8}}
 Made = Callable[[str, Callable[[Path], object]], Path]
 
 
+def _do(*command: str | Path, code: int = 0) -> None:
+    """Runs a command line in this process, and checks its exit code."""
+    from jaxblock.cli import main
+
+    assert main(list(map(str, command))) == code
+
+
 @pytest.fixture(scope="session")
 def made_once(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """Returns a function that makes a folder once for all of pytest's processes: the first makes it, the others wait."""
@@ -94,18 +102,16 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> Made:
 @pytest.fixture(scope="session")
 def tiny_config(made_once: Made) -> Path:
     """Returns the config file of the smallest experiment (one-digit sums, 10,000 parameters), with its data prepared."""
-    from jaxblock.cli import main
 
     def make(folder: Path) -> None:
         folder.mkdir()
-        sums = [(a, b) for a in range(10) for b in range(10)]
-        rows = [
-            json.dumps({"question": f"{a}+{b}?", "answer": f"{a}+{b}={a + b}\n#### {a + b}"}) + "\n" for a, b in sums
-        ]
-        (folder / "train.jsonl").write_text("".join(row for at, row in enumerate(rows) if at % 7))
-        (folder / "test.jsonl").write_text("".join(row for at, row in enumerate(rows) if not at % 7))
+        sums = itertools.product(range(10), repeat=2)
+        rows = [{"question": f"{a}+{b}?", "answer": f"{a}+{b}={a + b}\n#### {a + b}"} for a, b in sums]
+        for name, test in (("train", False), ("test", True)):
+            lines = [json.dumps(row) + "\n" for at, row in enumerate(rows) if (at % 7 == 0) == test]
+            (folder / f"{name}.jsonl").write_text("".join(lines))
         (folder / "tiny.yaml").write_text(TINY.format(folder=folder))
-        assert main(["prepare", "--config", str(folder / "tiny.yaml")]) == 0
+        _do("prepare", "--config", folder / "tiny.yaml")
 
     return made_once("tiny", make) / "tiny.yaml"
 
@@ -113,12 +119,7 @@ def tiny_config(made_once: Made) -> Path:
 @pytest.fixture(scope="session")
 def tiny_run(tiny_config: Path, made_once: Made) -> Path:
     """Returns the run folder of that experiment, trained without interruption. Tests must not change it."""
-    from jaxblock.cli import main
-
-    def make(folder: Path) -> None:
-        assert main(["train", "--config", str(tiny_config)]) == 0
-
-    return made_once("tiny/run", make)
+    return made_once("tiny/run", lambda run: _do("train", "--config", tiny_config))
 
 
 @pytest.fixture(scope="session")
@@ -132,12 +133,7 @@ def model(tiny_run: Path) -> Any:
 @pytest.fixture(scope="session")
 def tiny_export(tiny_run: Path, made_once: Made) -> Path:
     """Returns that run's export, a Hugging Face folder. Tests must not change it."""
-    from jaxblock.cli import main
-
-    def make(folder: Path) -> None:
-        assert main(["export", "--checkpoint", str(tiny_run), "--out", str(folder)]) == 0
-
-    return made_once("tiny/export", make)
+    return made_once("tiny/export", lambda folder: _do("export", "--checkpoint", tiny_run, "--out", folder))
 
 
 @pytest.fixture(scope="session")
@@ -164,11 +160,10 @@ def run_copy(tiny_run: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def ran(capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
     """Returns a function that runs a command line in this process, checks its exit code, and returns what it printed."""
-    from jaxblock.cli import main
 
     def run(command: str, code: int = 0) -> Any:
         capsys.readouterr()
-        assert main(shlex.split(command)) == code
+        _do(*shlex.split(command), code=code)
         return capsys.readouterr()
 
     return run

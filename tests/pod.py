@@ -34,16 +34,12 @@ def started(config: Path, run: Path, *flags: str, by: tuple[str, ...] = JAXBLOCK
     command += ["train", "--config", str(config), "--train.out", str(run), *SETTINGS, *flags]
     how = {"cwd": ROOT, "text": True, "start_new_session": True}
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **how) as group:
-        alarm = threading.Timer(300, _kill, [group])
+        # SIGTERM does not end processes that are stopped, or that wait for one that is.
+        alarm = threading.Timer(300, os.killpg, [group.pid, signal.SIGKILL])
         alarm.start()
         try:
             yield group
         finally:
             alarm.cancel()
-            _kill(group)
-
-
-def _kill(group: subprocess.Popen[str]) -> None:
-    """Kills the whole group with SIGKILL, since SIGTERM does not end processes that are stopped or wait for one that is."""
-    if group.poll() is None:
-        os.killpg(group.pid, signal.SIGKILL)
+            if group.poll() is None:
+                os.killpg(group.pid, signal.SIGKILL)

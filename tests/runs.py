@@ -21,10 +21,9 @@ QUIET = ["--train.eval_every", "0", "--train.eval_problems", "0", "--train.eval_
 def rows(run: Path | str, kind: str = "train") -> list[dict[str, Any]]:
     """Returns the rows of one kind of a run's metrics, in the order of the file, without speeds."""
     file = f"{run}/metrics.jsonl"
-    in_bucket = file.startswith("gs://")
-    found = read_metrics(file).train if in_bucket else map(json.loads, Path(file).read_text().splitlines())
-    speeds = ("tokens_per_second", "model_flops_per_second")
-    return [{k: v for k, v in row.items() if k not in speeds} for row in found if row["kind"] == kind]
+    local = not file.startswith("gs://")
+    found = map(json.loads, Path(file).read_text().splitlines()) if local else read_metrics(file).train
+    return [{k: v for k, v in row.items() if "_per_second" not in k} for row in found if row["kind"] == kind]
 
 
 def config(file: Path, *flags: str) -> Config:

@@ -1,7 +1,6 @@
 """Chooses what is checked against its annotations in tests."""
 
-from __future__ import annotations
-
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,11 +14,5 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
     """
     if "<locals>" in function.__qualname__:
         return function
-    checking: list[Callable[..., Any]] = []
-
-    def check(*args: Any, **named: Any) -> Any:
-        if not checking:
-            checking.append(beartype(function))
-        return checking[0](*args, **named)
-
-    return check
+    checking = functools.cache(lambda: beartype(function))
+    return lambda *args, **named: checking()(*args, **named)
