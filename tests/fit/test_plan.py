@@ -1,4 +1,4 @@
-"""Tests plans: topologies, meshes, what is advised, and the verb from end to end."""
+"""Tests plans: costs read off programs, topologies, meshes, what is advised, and the verb from end to end."""
 
 import dataclasses
 import json
@@ -8,6 +8,7 @@ from typing import Any
 from unittest.mock import Mock
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from jaxblock.config.config import Config
@@ -16,9 +17,12 @@ from jaxblock.errors import UserError
 from jaxblock.fit import memory, process, programs, sizes, topology
 from jaxblock.fit.advice import Trial, advise
 from jaxblock.fit.compile import check_fits
+from jaxblock.fit.costs import count_costs
+from jaxblock.fit.hlo import parse_program
 from jaxblock.fit.memory import CompileResult
 from jaxblock.fit.placement import place_run
 from jaxblock.fit.plan import plan_run
+from jaxblock.fit.transfers import COLLECTIVE_KINDS
 from jaxblock.models.config import LoraConfig, ModelConfig
 from jaxblock.models.families import registry
 from jaxblock.parallel.mesh import make_mesh
@@ -31,6 +35,61 @@ SMALL = Config(
     train=TrainConfig(batch_size=32, data_parallel=8, fsdp=1),
 )
 ARCH = registry.architecture_from_config(SMALL.model, vocab_size=512, mask_id=511, eos_id=510)
+
+
+PROGRAM = (Path(__file__).parents[1] / "fixtures" / "by_hand.hlo").read_text()
+
+
+def test_loops_and_collectives_of_a_program_by_hand():
+    found = count_costs(parse_program(PROGRAM), 4)
+    # The outer loop runs from 1 to 32, the inner one from 0 to 4 by twos; a kernel's attributes do not end a computation.
+    assert found.flops == 31 * 2 * (2 * 8 * 8 * 8)
+    assert found.sent("reduce-scatter") == 31 * (8 * 16 * 4) * 3 / 4
+    assert found.sent("all-gather") == 16 * 8 * 2 * 3 / 4  # once, although its channel is in two fusions
+    assert found.sent("all-reduce") == 2 * (8 * 16 * 4) / 2  # of the pairs along y
+    assert found.sent("collective-permute") == 8 * 16 * 4
+    assert found.across == 8 * 16 * 4
+    assert found.sent() == sum(found.sent(kind) for kind in COLLECTIVE_KINDS)
+    (scatter,) = [one for one in found.collectives if one.kind == "reduce-scatter"]
+    assert (scatter.times, scatter.group) == (31, 4)
+    # A length that the compiler has noted is believed.
+    noted = PROGRAM.replace("body=%outer_body", 'body=%outer_body, backend_config={"known_trip_count":{"n":"5"}}')
+    assert count_costs(parse_program(noted), 4).sent("reduce-scatter") == 5 * (8 * 16 * 4) * 3 / 4
+
+
+@pytest.mark.parametrize(
+    "line, flops",
+    [
+        # A product of [512, 4096] and [4096, 64]; with a batch of 32 as a spatial dimension; padded taps do not count.
+        ("bf16[512,64] convolution(%l, %r), dim_labels=bf_io->bf", 2 * 512 * 4096 * 64),
+        ("f32[6,2,3] convolution(%p, %q), window={size=3 pad=1_1}, dim_labels=b0f_0io->b0f", 2 * 6 * 4 * 5 * 3),
+    ],
+)
+def test_products_that_are_written_as_convolutions(line, flops):
+    text = f"""\
+ENTRY %main (l: bf16[512,4096]) -> f32[] {{
+  %l = bf16[512,4096]{{1,0}} parameter(0)
+  %r = bf16[4096,64]{{1,0}} parameter(1)
+  %p = f32[6,2,5]{{2,1,0}} parameter(2)
+  %q = f32[3,5,3]{{2,1,0}} parameter(3)
+  ROOT %c = {line}
+}}
+"""
+    assert count_costs(parse_program(text), 1).flops == flops
+
+
+def test_a_scan_counts_all_its_layers():
+    """XLA's own analysis counts a loop's body once, which is why costs are read off the program's text."""
+
+    def layers(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
+
+    compiled = jax.jit(layers).lower(jnp.zeros((16, 64)), jnp.zeros((7, 64, 64))).compile()
+    found = count_costs(parse_program(compiled.as_text()), 1)
+    assert found.flops == 7 * 2 * 16 * 64 * 64
+    weights = 7 * 64 * 64 * 4
+    # Each layer reads its own slice, not the stack (seven times as much); a slice may be written and read once more.
+    assert weights <= found.traffic < 5 * weights
 
 
 def test_names_of_topologies():
@@ -46,9 +105,8 @@ def test_names_of_topologies():
 
 def test_the_mesh_is_the_configs_or_all_chips():
     def settled(name: str, **fields: Any) -> tuple[TrainConfig, list[str]]:
-        config, notes = place_run(
-            dataclasses.replace(SMALL, train=TrainConfig(**fields)), topology.parse_topology(name)
-        )
+        given = dataclasses.replace(SMALL, train=TrainConfig(**fields))
+        config, notes = place_run(given, topology.parse_topology(name))
         return config.train, notes
 
     train, notes = settled("2xv5e-16", batch_size=40)
@@ -92,13 +150,8 @@ def test_the_cheapest_change_that_is_enough_is_advised():
     assert found is None and len(tried) == 3
     assert len(_flags(SMALL, lambda c: 99, tries=1)[0]) > 5
     # Only what the run has left is tried.
-    frozen = dataclasses.replace(
-        SMALL,
-        model=ModelConfig(init_from="x", remat="full"),
-        lora=LoraConfig(8),
-        method=MethodConfig(objective="classical"),
-        train=TrainConfig(batch_size=8, fsdp=8, data_parallel=1),
-    )
+    train, model = TrainConfig(batch_size=8, fsdp=8, data_parallel=1), ModelConfig(init_from="x", remat="full")
+    frozen = dataclasses.replace(SMALL, model=model, lora=LoraConfig(8), method=MethodConfig("classical"), train=train)
     assert _flags(frozen, lambda c: 50)[0][:4] == [
         "--model.loss_chunk 16", "--model.quantize int8", "--model.remat offload",
         "--model.loss_chunk 16 --model.quantize int8",
@@ -106,17 +159,13 @@ def test_the_cheapest_change_that_is_enough_is_advised():
 
 
 def test_what_a_compiler_says_of_memory():
-    gib = 2.0**30
-    said = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 20.5G of 15.75G hbm."
-    found = memory.memory_of_error(said, gib)
+    gib, hbm = 2.0**30, "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm."
+    found = memory.memory_of_error(f"{hbm} Used 20.5G of 15.75G hbm.", gib)
     assert (found.total, found.limit, found.arguments) == (20.5 * gib, 15.75 * gib, gib)
-    said = (
-        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (26.84G) exceeds "
-    )
-    found = memory.memory_of_error(said + "available HBM (15.75G).", gib)
+    required = "the total memory required for HLO temporaries (26.84G) exceeds available HBM (15.75G)."
+    found = memory.memory_of_error(f"RESOURCE_EXHAUSTED: Ran out of memory on HBM, {required}", gib)
     assert (found.total, found.temporaries) == (pytest.approx(27.84 * gib), pytest.approx(26.84 * gib))
     assert memory.memory_of_error("INTERNAL: something else", 0.0) is None
-    assert device_limit(jax.devices("cpu")[0]) is None
 
 
 @pytest.mark.slow
@@ -151,15 +200,13 @@ def test_what_is_kept_for_the_backward_pass():
 
 
 def test_a_plan_is_held_against_what_the_device_reports():
-    """Compares only where the device reports its memory, which a CPU does not."""
-    device = Mock(spec=jax.Device)
+    """A CPU reports nothing."""
+    device, cpu = Mock(spec=jax.Device), jax.devices("cpu")[0]
     device.memory_stats.return_value = {"bytes_limit": 4 * 2**30, "peak_bytes_in_use": 7 * 2**29}
     plan = MemoryPlan(3.0 * 2**30, device_limit(device))
-    assert plan.describe() == "the step is planned to take 3.00 GiB of the 4.00 GiB of a device"
-    compared = plan.compare(device)
-    assert compared == "the step was planned to take 3.00 GiB of a device; at its peak 3.50 GiB were in use"
-    silent = plan._replace(limit=device_limit(jax.devices("cpu")[0]))
-    assert silent.describe() is None and silent.compare(jax.devices("cpu")[0]) is None
+    assert "3.00 GiB of the 4.00 GiB" in plan.describe()
+    assert "3.00 GiB of a device; at its peak 3.50 GiB" in plan.compare(device)
+    assert plan._replace(limit=device_limit(cpu)).describe() is plan.compare(cpu) is None
 
 
 def test_a_plan_says_for_how_long_it_compiles():
