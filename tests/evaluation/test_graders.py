@@ -12,7 +12,7 @@ from jaxblock.data.store.records import Record
 from jaxblock.errors import UserError
 from jaxblock.evaluation import boxed
 from jaxblock.evaluation.graders import GRADERS, find_grader, normalise_gsm8k
-from jaxblock.evaluation.symbolic import LONGEST, Comparer
+from jaxblock.evaluation.symbolic import LONGEST, Comparer, shared_comparer
 
 REFERENCE = "She sells 9 * 2 = 18 a day. #### 18"
 
@@ -140,7 +140,8 @@ def test_which_answer_is_read():
         assert boxed.extract_answer(text) == expected, text
 
 
-def test_answers_are_compared_as_mathematics_and_as_text():
+def test_answers_are_compared_as_mathematics_and_as_text(monkeypatch):
+    monkeypatch.setattr(shared_comparer(), "seconds", 60.0)  # the machine may be busy
     for given, expected, *verdicts in BOXED:
         pair = rf"\boxed{{{given}}}", rf"\boxed{{{expected}}}"
         assert [GRADERS[name](*pair).correct for name in ("math_boxed", "hendrycks_math")] == verdicts, pair
@@ -152,7 +153,8 @@ def test_answers_are_compared_as_mathematics_and_as_text():
     assert not grade("", solution).correct and grade("", solution).extracted is None
 
 
-def test_answers_that_were_graded_wrong_once(shared):
+def test_answers_that_were_graded_wrong_once(shared, monkeypatch):
+    monkeypatch.setattr(shared_comparer(), "seconds", 60.0)
     cases = [json.loads(line) for line in (shared / "cases" / "grading.jsonl").read_text("utf-8").splitlines()]
     graded = [GRADERS[case["grader"]](case["response"], case["reference"]).correct for case in cases]
     assert len(cases) == 60 and graded == [case["right"] for case in cases]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import yaml
@@ -22,21 +23,17 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def spec(tmp_path_factory):
     """Returns the file of a cut form of configs/study/tiny.yaml: one seed, two arms, two budgets, and what else can be had of them."""
-    with open("configs/study/tiny.yaml", encoding="utf-8") as file:
-        tree = yaml.safe_load(file)
+    tree = yaml.safe_load(Path("configs/study/tiny.yaml").read_text())
     tree["seeds"] = [4]
     tree["common"]["model"] |= {"d_model": 8, "n_layers": 1, "mlp_dim": 16}
-    tree["tasks"]["chains"]["data"] |= {"builtin_train": 1500, "builtin_test": 8, "validation_records": 8}
-    tree["tasks"]["short"]["data"] |= {"builtin_train": 500, "builtin_test": 8, "validation_records": 8}
     del tree["tasks"]["sudoku"], tree["arms"]["blockwise_sudoku"], tree["arms"]["classical_sudoku"]
+    for task in tree["tasks"].values():
+        task["data"] |= {"builtin_train": 1500, "builtin_test": 8, "validation_records": 8}
     tree["arms"]["start"]["steps"] = 10
     tree["arms"]["blockwise"]["method"] = {"prompt_mask_rate": 0.15, "rate_floor": 0.2}
+    changes = {"equal_compute": {"budgets": [5, 60]}, "pace": {"budgets": [60], "seeds": 1}, "bound": {}}
     kept = tree["experiments"]
-    tree["experiments"] = {
-        "equal_compute": {**kept["equal_compute"], "arms": ["blockwise"], "budgets": [5, 60]},
-        "pace": {**kept["pace"], "arms": ["blockwise"], "budgets": [60], "seeds": 1},
-        "bound": {**kept["bound"], "arms": ["blockwise"]},
-    }
+    tree["experiments"] = {name: {**kept[name], "arms": ["blockwise"], **new} for name, new in changes.items()}
     del tree["gradients"]  # of an experiment that is left out
     tree["scoring"] |= {"problems": 8, "nelbo_rows": 4}
     path = tmp_path_factory.mktemp("study") / "cut.yaml"
@@ -85,9 +82,8 @@ def test_a_study_of_two_processes_and_one_that_is_killed_and_run_again_give_the_
     for out in (whole, cut):
         subprocess.run([sys.executable, "-m", "jaxblock", "study", "report", str(out)], check=True)
     text = (cut / "report.md").read_text()
-    assert (
-        text == (whole / "report.md").read_text() and "| blockwise | at_50 | 60 | 60 |" in text and "| same arm" in text
-    )
+    assert text == (whole / "report.md").read_text()
+    assert "| blockwise | at_50 | 60 | 60 |" in text and "| same arm" in text
     other = spec.with_name("other.yaml")
     other.write_text(spec.read_text().replace("weight_decay: 0.01", "weight_decay: 0.02"))
     refused = subprocess.run(command(other, cut), capture_output=True, text=True)
