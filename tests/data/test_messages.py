@@ -6,14 +6,12 @@ import re
 import pytest
 
 from jaxblock.data.config import DataConfig
+from jaxblock.data.text import inputs, recipes, sources
 from jaxblock.data.text.examples import read_prompts
-from jaxblock.data.text.inputs import open_input
 from jaxblock.data.text.marked import MarkedText, parts_of, read_marked, with_markers
-from jaxblock.data.text.recipes import with_recipe
-from jaxblock.data.text.sources import read_source
 from jaxblock.errors import UserError
 
-CONFIG = with_recipe(DataConfig(train="x.jsonl", test=None))
+CONFIG = recipes.with_recipe(DataConfig(train="x.jsonl", test=None))
 PARTS = [{"type": "text", "text": "one "}, {"type": "input_text", "text": "two", "image": None}]
 TALK = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good day"}]
 SAME_TALK = [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "good day"}]
@@ -32,7 +30,7 @@ def prompts(path, config=CONFIG):
 
 
 def examples(path, config=CONFIG):
-    return list(read_source([open_input(path, "train")], config, "train", [""]).examples())
+    return list(sources.read_source([inputs.open_input(path, "train")], config, "train", [""]).examples())
 
 
 def said(content, **more):

@@ -12,11 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxblock.data.config import DataConfig
-from jaxblock.data.text import inputs, json_array
-from jaxblock.data.text.inputs import distinct_names, open_input, read_rows
-from jaxblock.data.text.recipes import with_recipe
-from jaxblock.data.text.sources import read_source
-from jaxblock.data.text.splits import hash_inputs, open_inputs, read_splits
+from jaxblock.data.text import inputs, json_array, recipes, sources, splits
 from jaxblock.errors import UserError
 
 PAIR = '{"question": "q", "answer": "a"}'
@@ -29,9 +25,9 @@ def chat(*turns):
 
 def source_of(path, **settings):
     """Returns the examples of one input, and their source."""
-    opened = open_input(path, "train")
-    config = with_recipe(DataConfig(train=path, **settings))
-    found = read_source([opened], config, "train", [str(opened.sha256)])
+    opened = inputs.open_input(path, "train")
+    config = recipes.with_recipe(DataConfig(train=path, **settings))
+    found = sources.read_source([opened], config, "train", [str(opened.sha256)])
     return list(found.examples()), found
 
 
@@ -42,9 +38,9 @@ def read(folder, content, name="some.jsonl", **settings):
 
 def splits_of(**settings):
     """Returns the examples of every split, and the manifest's entry on each."""
-    config = with_recipe(DataConfig(**settings))
-    opened = open_inputs(config)
-    found = read_splits(opened, hash_inputs(opened, config), config)
+    config = recipes.with_recipe(DataConfig(**settings))
+    opened = splits.open_inputs(config)
+    found = splits.read_splits(opened, splits.hash_inputs(opened, config), config)
     return {split: list(some.examples()) for split, some in found.items()}, {k: v.described() for k, v in found.items()}
 
 
@@ -125,7 +121,7 @@ def test_a_cut_anywhere_changes_nothing(tmp_path_factory, size, flags):
     path.write_bytes(gzip.compress(stored) if packed else stored)
     with pytest.MonkeyPatch.context() as patch:
         cut(patch, size)
-        found = list(read_rows(str(path), "train"))
+        found = list(inputs.read_rows(str(path), "train"))
     assert [row.record for row in found] == VALUES
     lines = [(3 if array else 1) + 2 * i for i in range(5)]
     assert [row.where for row in found] == [f"{path}:{n}" + f" (record {i})" * array for i, n in enumerate(lines)]
@@ -145,13 +141,13 @@ def test_what_is_hashed_is_what_was_read_once(tmp_path):
             assert [example.response for example in found] == ["a"]
             assert source.sha256 == (hashlib.sha256(content).hexdigest(),)
         os.close(ends[0])
-    opened = open_input(str(tmp_path / "other"), "train")
+    opened = inputs.open_input(str(tmp_path / "other"), "train")
     assert opened.sha256 and [len(list(chunk.rows())) for chunk in opened.chunks()] == [1]
     (tmp_path / "other").write_bytes(GOOD + GOOD)
     with pytest.raises(UserError, match="other was changed while it was read"):
         list(opened.chunks())
     for names in (["train.jsonl", "other.jsonl"], ["x/t.jsonl", "y/t.jsonl"]):
-        assert distinct_names([f"{folder}/{name}" for folder, name in zip("xy", names, strict=True)]) == names
+        assert inputs.distinct_names([f"{folder}/{name}" for folder, name in zip("xy", names, strict=True)]) == names
 
 
 def test_every_turn_is_a_row_that_ends_there(tmp_path):
@@ -234,7 +230,7 @@ def test_the_real_datasets_library_reads_a_local_folder(jsonl, tmp_path):
     assert [example.response for example in found] == ["\\boxed{0}", "\\boxed{1}", "\\boxed{2}"]
     assert found[1].source == "math/train[1]"
     with pytest.raises(UserError, match="cannot load .* .split 'validation'."):
-        open_input(f"hf:{tmp_path}/math", "validation")
+        inputs.open_input(f"hf:{tmp_path}/math", "validation")
 
 
 def test_parquet(tmp_path):
@@ -242,12 +238,12 @@ def test_parquet(tmp_path):
     path = tmp_path / "train.parquet"
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     parquet.write_table(pyarrow.Table.from_pylist([{"messages": turns}, {"messages": None}]), path)
-    rows = [(row.record["messages"], row.source) for row in read_rows(str(path), "train")]
+    rows = [(row.record["messages"], row.source) for row in inputs.read_rows(str(path), "train")]
     assert rows == [(turns, "train.parquet[0]"), (None, "train.parquet[1]")]
     with pytest.raises(UserError, match=r"train.parquet\[1\]: field 'messages' must be a list .* not null"):
         source_of(str(path))
     path.write_bytes(b"PAR1 no more")
     with pytest.raises(UserError, match="not readable as Parquet"):
-        list(read_rows(str(path), "train"))
+        list(inputs.read_rows(str(path), "train"))
     with pytest.raises(UserError, match="cannot read none.parquet"):
-        read_rows("none.parquet", "train")
+        inputs.read_rows("none.parquet", "train")

@@ -65,6 +65,9 @@ def test_named_templates(pieces, name, system, prompt):
     turns = encoder.prompt_and_response(dataclasses.replace(example(), messages=talk("a", "b", "How many?", "d")))
     earlier = "Question: a\nAnswer:<|eot_id|>b<|eot_id|>"
     assert name == "chat" or shown(encoder, *turns) == [prompt.replace("Question", f"{earlier}Question"), "d<|eot_id|>"]
+    # Blanks after the response's end are dropped.
+    _, response = encoder_of(pieces, TURNS + "{{ '\\n' if messages[1] }}").prompt_and_response(example())
+    assert shown(encoder, response) == ["5 + 7 = 12\n#### 12<|eot_id|>"]
 
 
 FIRST, TURNS = "{{ messages[0].content }}", "{% for m in messages %}{{ m.content }}{{ eot_token }}{% endfor %}"
