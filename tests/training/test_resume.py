@@ -6,9 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,25 +14,8 @@ from jaxblock.cli import main
 from jaxblock.data.store.prepared_folder import open_prepared
 from jaxblock.io.locks import only_writer
 from jaxblock.training import start
-from jaxblock.training.checkpoints.reader import CheckpointReader
 from jaxblock.training.observe.window import StepWindow
 from tests import runs
-
-F_SETPIPE_SZ = 1031
-
-
-@pytest.fixture
-def signalled(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Makes this process send itself Ctrl-C when a run has dispatched a step."""
-    due, add = [0], StepWindow.add
-
-    def sent(window: StepWindow, step: int, *rest: Any) -> None:
-        add(window, step, *rest)
-        if step == due[0]:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(StepWindow, "add", sent)
-    return lambda step: due.__setitem__(0, step)
 
 
 def _begun(tiny_run: Path, run: Path) -> Path:
@@ -43,11 +24,20 @@ def _begun(tiny_run: Path, run: Path) -> Path:
 
 
 def test_interrupted_before_and_after_a_checkpoint_then_resumed_is_the_straight_run(
-    tiny_config, tiny_run, tmp_path, ran, signalled
+    tiny_config, tiny_run, tmp_path, ran, monkeypatch
 ):
+    """This process sends itself Ctrl-C when the run has dispatched a step."""
+    due, add = [3, 107], StepWindow.add
+
+    def signalled(window: StepWindow, step: int, *rest: object) -> None:
+        add(window, step, *rest)
+        if step in due:
+            due.remove(step)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(StepWindow, "add", signalled)
     run = _begun(tiny_run, tmp_path / "run")
     command = f"train --config {tiny_config} --train.out {run}"
-    signalled(3)
     said = ran(command, 130).err
     assert "has no whole checkpoint: beginning again" in said
     assert "To go on, run the same command again" in said and str(run) in said
@@ -58,7 +48,6 @@ def test_interrupted_before_and_after_a_checkpoint_then_resumed_is_the_straight_
     shutil.rmtree(run / "checkpoints" / "120")
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 999, "ki')
-    signalled(107)
     ran(command, 130)
     assert [row["step"] for row in runs.rows(run)] == list(range(1, 108))
     said = ran(f"{command} --train.resume must").err
@@ -79,7 +68,7 @@ def test_terminal_interrupt_reaches_no_worker_process(tiny_config, tiny_run):
     script += "import signal; from jaxblock.cli import main\n"
     script += "signal.signal(signal.SIGUSR1, lambda *_: os.killpg(0, signal.SIGINT)); sys.exit(main())"
     read, write = os.pipe()
-    fcntl.fcntl(write, F_SETPIPE_SZ, 4096)
+    fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
     root = Path(__file__).parents[2]
     process = subprocess.Popen([sys.executable, "-c", script], stderr=write, stdout=write, cwd=root)
     os.close(write)
@@ -101,60 +90,50 @@ def test_a_finished_run_says_so_and_reads_no_weights_whatever_does_not_change_le
     monkeypatch.setattr(start, "load_session", None)
     flags = "--train.log_every 7 --train.eval_every 0 --train.resume must --model.remat full"
     flags += " --decode.temperature 0.5 --evaluate.grader exact --train.fsdp 2"
-    assert (
-        "is finished (120 steps); nothing to do"
-        in ran(f"train --config {tiny_config} --train.out {run_copy} {flags}").err
-    )
+    said = ran(f"train --config {tiny_config} --train.out {run_copy} {flags}").err
+    assert "is finished (120 steps); nothing to do" in said
     assert (run_copy / "metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ("--optimizer.lr 0.5", "optimizer.lr = 0.01 then, 0.5 now"),
-        ("--train.seed 1", "train.seed = 0 then, 1 now"),
-        ("--train.steps 130", "120 then, 130 now (the learning rates of the cosine schedule depend on it"),
-        ("--method.law bernoulli --canvas.block 8", "canvas.block = 4 then, 8 now; method.law = 'exact"),
-        ("--model.d_model 32", "model.d_model = 16 then, 32 now"),
-        ("--train.resume never", "already holds a run"),
-        ("--train.resume must --train.out {new}", "train.resume is must, but {new} has no whole checkpoint"),
-        ("--train.out {full}", "holds no config.yaml, so it is not replaced"),
-        ("--train.out {begun} --model.init_from {run}", "model.init_from = None then, '{run}' now"),
-    ],
-)
-def test_what_is_no_exact_resume_is_refused(tiny_config, run_copy, tmp_path, ran, flags, message):
-    names = {"new": tmp_path / "new", "full": tmp_path / "full", "run": run_copy}
+# Flags, and what the run is refused with; {names} are folders: new is free, full holds a text, run is the finished run, begun
+# the same before its first checkpoint, lost without the checkpoints that it had.
+REFUSED = """
+--train.out {run} --optimizer.lr 0.5 | optimizer.lr = 0.01 then, 0.5 now
+--train.out {run} --train.seed 1 | train.seed = 0 then, 1 now
+--train.out {run} --train.steps 130 | 120 then, 130 now (the learning rates of the cosine schedule depend on it
+--train.out {run} --method.law bernoulli --canvas.block 8 | canvas.block = 4 then, 8 now; method.law = 'exact
+--train.out {run} --model.d_model 32 | model.d_model = 16 then, 32 now
+--train.out {run} --train.resume never | already holds a run
+--train.out {begun} --model.init_from {run} | model.init_from = None then, '{run}' now
+--train.out {lost} | the run cannot go on: {lost}/checkpoints holds no checkpoint
+--train.out {new} --train.resume must | train.resume is must, but {new} has no whole checkpoint
+--train.out {full} | holds no config.yaml, so it is not replaced
+--train.out {new} --train.batch_size 12 | train.batch_size 12 does not split over 8 devices
+--train.out {new} --train.fsdp 3 | train.fsdp 3
+--train.out {new} --train.fsdp 8 --model.d_model 20 | does not divide by 8
+--train.out {new} --profile 0 3 | train.profile is 0 3: give the first and the last step
+--train.out {new} --profile 5 4 | train.profile is 5 4: give the first and the last step
+--train.out {new} --profile 5 121 | train.profile is 5 121: give the first and the last step
+--train.out {new} --train.samples 9 | 9, but evaluations decode 8 problems: samples are taken from these, so raise train.eval_problems
+--train.out {new} --model.init_step 100 | model.init_from, the run whose checkpoint it is, is not set
+--train.out {new} --lora.rank 2 | adapters need trained weights
+--train.out {new} --lora.rank 2 --model.init_from {run} --lora.targets qkv | lora.targets: 'qkv' matches no matrix
+--train.out {new} --lora.rank 2 --model.init_from {run} --lora.dropout 1.0 | lora.dropout is 1.0
+--train.out {new} --model.init_from {run} --model.quantize int8 | int8 weights cannot be trained
+"""
+
+
+@pytest.mark.parametrize("case", REFUSED.strip().split("\n"))
+def test_what_is_no_exact_resume_or_makes_no_sense_is_refused(tiny_config, run_copy, tmp_path, ran, case):
+    """16 embedding columns over 8 devices are fine, 2 x 24 = 48 layers' columns too; 20 columns are not."""
+    names = {name: tmp_path / name for name in ("new", "full", "lost")} | {"run": run_copy}
     names["full"].mkdir()
     (names["full"] / "thesis.tex").write_text("all my work")
     names["begun"] = _begun(run_copy, tmp_path / "begun")
-    command = f"train --config {tiny_config} --train.out {run_copy} {flags.format(**names)}"
-    assert message.format(**names) in ran(command, 2).err
+    shutil.copytree(run_copy, names["lost"], ignore=shutil.ignore_patterns("checkpoints"))
+    flags, message = case.format(**names).split(" | ")
+    assert message in ran(f"train --config {tiny_config} {flags}", 2).err
     assert [entry.name for entry in names["full"].iterdir()] == ["thesis.tex"] and not names["new"].exists()
-
-
-def test_a_checkpoint_of_an_earlier_version_has_later_fields_at_their_defaults(tiny_config, run_copy, ran, monkeypatch):
-    def earlier(self, step, read=CheckpointReader.meta):
-        saved = read(self, step)
-        del saved["config"]["method"]["rate_floor"]
-        return saved
-
-    monkeypatch.setattr(CheckpointReader, "meta", earlier)
-    command = f"train --config {tiny_config} --train.out {run_copy}"
-    assert "nothing to do" in ran(command).err
-    said = ran(f"{command} --method.rate_floor 0.3", 2).err
-    assert "method.rate_floor = 0.0 then, 0.3 now" in said
-
-
-def test_a_run_that_lost_its_checkpoints_does_not_begin_again_silently(tiny_config, run_copy, ran):
-    folder = run_copy / "checkpoints"
-    shutil.rmtree(folder / "100")
-    (folder / "120" / "params" / "_METADATA").unlink()
-    for message in (" is damaged (", " holds no checkpoint"):
-        before = sorted(run_copy.rglob("*"))
-        said = ran(f"train --config {tiny_config} --train.out {run_copy}", 2).err
-        assert f"the run cannot go on: {folder}" in said and message in said and "train.resume to restart" in said
-        assert sorted(run_copy.rglob("*")) == before
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def test_a_second_writer_is_refused(tiny_config, tiny_run, run_copy, tmp_path, ran):
@@ -186,21 +165,18 @@ def test_other_data_are_refused_and_a_run_without_a_checkpoint_is_no_model(tiny_
 def test_a_run_reads_files_by_weights_and_keeps_them(tiny_config, tmp_path, ran):
     """The first file, a tenth of the problems, gives nine rows of ten; weights need no other prepared folder."""
     lines = (tiny_config.parent / "train.jsonl").read_text().splitlines(keepends=True)
-    files = [tmp_path / "few.jsonl", tmp_path / "many.jsonl"]
-    for file, some in zip(files, (lines[::10], [line for at, line in enumerate(lines) if at % 10]), strict=True):
-        file.write_text("".join(some))
-    data = f"--config {tiny_config} --data.prepared {tmp_path / 'prepared'} --data.train {files[0]} {files[1]}"
-    ran(f"prepare {data} --data.validation_records 4")
-    flags = (
-        f"{data} --data.validation_records 4 --train.out {tmp_path / 'run'} --train.eval_every 0 --train.save_every 2"
-    )
+    few, many = tmp_path / "few.jsonl", tmp_path / "many.jsonl"
+    few.write_text("".join(lines[::10]))
+    many.write_text("".join(line for at, line in enumerate(lines) if at % 10))
+    data = f"--config {tiny_config} --data.prepared {tmp_path / 'prepared'} --data.validation_records 4"
+    ran(f"prepare {data} --data.train {few} {many}")
     kept = [entry["kept"] for entry in open_prepared(tmp_path / "prepared").manifest.splits["train"]["files"]]
-    told = ran(f"train {flags} --train.steps 2 --optimizer.schedule constant --data.weights 0.9 0.1")
-    assert (
-        f"rows: 0.9 from {files[0]} ({kept[0]} records), 0.1 from {files[1]} ({kept[1]} records)" in told.out + told.err
-    )
-    again = f"train {flags} --train.steps 4 --optimizer.schedule constant"
-    assert "data.weights = [0.9, 0.1] then, [0.5, 0.5] now" in ran(f"{again} --data.weights 0.5 0.5", 2).err
-    ran(f"{again} --data.weights 0.9 0.1")
-    swapped = flags.replace(f"{files[0]} {files[1]}", f"{files[1]} {files[0]}")
-    assert "others or in another order" in ran(f"train {swapped} --data.weights 0.9 0.1", 2).err
+    train = f"train {data} --train.out {tmp_path / 'run'} --train.eval_every 0 --train.save_every 2 "
+    train += "--optimizer.schedule constant --data.train"
+    told = ran(f"{train} {few} {many} --data.weights 0.9 0.1 --train.steps 2")
+    wanted = f"rows: 0.9 from {few} ({kept[0]} records), 0.1 from {many} ({kept[1]} records)"
+    assert wanted in told.out + told.err
+    again = f"{train} {few} {many} --train.steps 4 --data.weights"
+    assert "data.weights = [0.9, 0.1] then, [0.5, 0.5] now" in ran(f"{again} 0.5 0.5", 2).err
+    ran(f"{again} 0.9 0.1")
+    assert "others or in another order" in ran(f"{train} {many} {few} --data.weights 0.9 0.1", 2).err
