@@ -22,25 +22,9 @@ from benchmarks import (
 )
 
 
-def test_logits_of_the_active_block_take_its_share_of_the_canvas():
+def test_logits_of_the_active_block_take_its_share_of_the_canvas_and_give_the_same_loss():
     found = logits_memory.main(["--batch", "4", "--response", "64", "--block", "8", "--d", "16", "--vocab", "512"])
     assert found["ratio"] < 1.5 * 8 / 64
-
-
-def test_rows_that_rotate_together_are_taken_apart():
-    """GGUF has (first, second) pairs side by side in a head, transformers all firsts and then all seconds."""
-    head, width, first = np.meshgrid(np.arange(2), np.arange(3), np.arange(2), indexing="ij")
-    found = gguf_checkpoint.halves(np.stack([head, width, first], -1).reshape(12, 3), heads=2)
-    assert found.tolist() == [[h, w, f] for h in range(2) for f in range(2) for w in range(3)]
-
-
-@pytest.mark.slow
-def test_preparing_is_timed_and_its_memory_seen():
-    (row,) = prepare_speed.main(["--megabytes", "0.1", "--repeat", "1", "--workers", "1", "--sides", "prepare"])
-    assert row["records"] > 50 and row["processor_s"] > 0 and row["peak_MiB"] > 100
-
-
-def test_both_heads_compute_the_same_loss():
     draw = np.random.default_rng(0).standard_normal
     hidden, head = draw((2, 12, 4), np.float32), draw((4, 9), np.float32)
     at = np.array([[3, 4, 5], [7, 8, 9]])
@@ -50,30 +34,33 @@ def test_both_heads_compute_the_same_loss():
     np.testing.assert_allclose(*both, rtol=1e-6)
 
 
-@pytest.mark.slow
-def test_the_decoder_is_timed_over_every_forward():
-    sizes = "--d 16 --layers 1 --batch 2 --prompt 8 --response 8 --block 4 --vocab 32 --repeat 1"
-    found = decoder_overhead.main(sizes.split())
-    assert found["ratio"] == pytest.approx(found["decoder"] / found["bare"])
-
-
 def test_the_queue_finds_the_answers_of_batches_in_order():
     sizes = "--d 16 --layers 1 --vocab 32 --prompt 4 --block 2 --steps 1 --problems 32 --batch 4 --repeat 1"
     assert decode_queue.main(sizes.split())["computed"] < 1.15
 
 
 @pytest.mark.slow
-def test_a_step_beside_a_cache_writes_less():
+def test_parts_of_a_run_are_timed_and_their_bytes_counted():
+    (row,) = prepare_speed.main(["--megabytes", "0.1", "--repeat", "1", "--workers", "1", "--sides", "prepare"])
+    assert row["records"] > 50 and row["processor_s"] > 0 and row["peak_MiB"] > 100
+    sizes = "--d 16 --layers 1 --batch 2 --prompt 8 --response 8 --block 4 --vocab 32 --repeat 1"
+    decoder = decoder_overhead.main(sizes.split())
+    assert decoder["ratio"] == pytest.approx(decoder["decoder"] / decoder["bare"])
     sizes = "--d 16 --layers 2 --vocab 32 --prompt 16 --response 16 --block 4 --steps 2 --batch 1"
-    found = decode_traffic.main(sizes.split())
-    assert found["dual, batch 1"] < found["prefix, batch 1"] < found["none, batch 1"]
+    moved = decode_traffic.main(sizes.split())
+    assert moved["dual, batch 1"] < moved["prefix, batch 1"] < moved["none, batch 1"]
+    host = host_time.main(["--d", "16", "--layers", "1", "--batch", "8", "--steps", "4"])
+    parts = sum(host[name] for name in ("batch", "place", "dispatch", "metrics"))
+    assert host["share"] == pytest.approx(parts / host["step"])
+    file = load_checkpoint.main(["--d", "128", "--layers", "3", "--mlp", "200", "--vocab", "500", "--shard-mb", "1"])
+    assert file["exact"] and file["bytes"] == 2 * (3 * (4 * 128**2 + 3 * 128 * 200 + 2 * 128) + 128 + 2 * 500 * 128)
 
 
-@pytest.mark.slow
-def test_host_time_is_a_share_of_the_step():
-    found = host_time.main(["--d", "16", "--layers", "1", "--batch", "8", "--steps", "4"])
-    parts = sum(found[name] for name in ("batch", "place", "dispatch", "metrics"))
-    assert found["share"] == pytest.approx(parts / found["step"])
+def test_rows_that_rotate_together_are_taken_apart():
+    """GGUF has (first, second) pairs side by side in a head, transformers all firsts and then all seconds."""
+    head, width, first = np.meshgrid(np.arange(2), np.arange(3), np.arange(2), indexing="ij")
+    found = gguf_checkpoint.halves(np.stack([head, width, first], -1).reshape(12, 3), heads=2)
+    assert found.tolist() == [[h, w, f] for h in range(2) for f in range(2) for w in range(3)]
 
 
 def test_the_quickstart_is_summed_up_from_what_it_left(tmp_path):
@@ -134,12 +121,6 @@ def test_the_pytorch_decoder_decodes_as_published(torch, shared):
             np.testing.assert_array_equal(found.ids, np.repeat(z["output_ids"], rows, 0), name)
             assert [one.end - one.begin for one in found.forwards] == z["forward_lengths"].tolist(), name
             assert len(found.forwards) == case["nfe"], name
-
-
-@pytest.mark.slow
-def test_a_checkpoint_is_loaded_and_exported_bit_for_bit():
-    found = load_checkpoint.main(["--d", "128", "--layers", "3", "--mlp", "200", "--vocab", "500", "--shard-mb", "1"])
-    assert found["exact"] and found["bytes"] == 2 * (3 * (4 * 128**2 + 3 * 128 * 200 + 2 * 128) + 128 + 2 * 500 * 128)
 
 
 def test_a_cache_is_compared_with_the_same_rule_without_one(tmp_path):
