@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,8 @@ def test_a_hang_is_reported_once_with_its_place_and_a_run_that_moves_is_left_alo
         a_stage_that_blocks()
 
     said = _said(tmp_path / "said", hang, BOUND)
-    assert said.count("does not move") == 1
-    assert "in `save` after step 40" in said and "a_stage_that_blocks" in said and "it goes on waiting" in said
+    assert said.count("in `save` after step 40") == 1
+    assert "the run does not move" in said and "a_stage_that_blocks" in said and "it goes on waiting" in said
     for bound in (60.0, 0.0):
         moves = lambda watchdog: [watchdog.at("step", step) for step in range(1000)]  # noqa: E731
         assert _said(tmp_path / "said", moves, bound) == ""
@@ -72,84 +72,52 @@ def test_a_start_that_waits_for_other_hosts_is_reported(tmp_path, monkeypatch):
     assert "the run does not move" in said and "in `start` after step 0" in said
 
 
-REPORT = re.compile(r"\[(\d)\] jaxblock: process (\d) of 2 does not move: .* in `(\w+)` after step (\d+) ")
-
-
-class Told:
-    """Collects what two processes print: lines, process ids, and the stacks reported by (process, stage, updates done)."""
-
-    def __init__(self, group: subprocess.Popen[str]) -> None:
-        self._coming = group.stderr
-        self._last: dict[str, list[str]] = {"0": [], "1": []}
-        self.lines: list[str] = []
-        self.pids: dict[str, int] = {}
-        self.reports: dict[tuple[int, str, int], list[str]] = {}
-
-    def until(self, seen: Callable[[], bool]) -> None:
-        while not seen():
-            line = next(self._coming, None)
-            assert line is not None, "the run ended before: " + "".join(self.lines)
-            self._note(line)
-
-    def rest(self) -> None:
-        for line in self._coming:
-            self._note(line)
-
-    def reported(self, process: int, stage: str, steps: range) -> bool:
-        return any((process, stage, step) in self.reports for step in steps)
-
-    def _note(self, line: str) -> None:
-        self.lines.append(line)
-        if found := re.match(r"process (\d) is (\d+)", line):
-            self.pids[found[1]] = int(found[2])
-        elif found := REPORT.match(line):
-            assert found[1] == found[2], line  # each process reports for itself
-            self._last[found[1]] = self.reports.setdefault((int(found[1]), found[3], int(found[4])), [])
-        elif found := re.match(r"\[(\d)\]   File ", line):
-            self._last[found[1]].append(line.strip())
-
-
 @pytest.mark.slow
 def test_a_hang_of_one_process_is_reported_by_both_and_the_run_goes_on_as_if_nothing_had_been(
     tiny_config, tiny_pod_run, tmp_path
 ):
     """Process 1 blocks once in each stage, and is stopped once by a signal: then only process 0 can report."""
     run, by = tmp_path / "run", (sys.executable, "-m", "tests.faults.test_watchdog", str(tmp_path))
+    said = {"[0]": "", "[1]": "", "process": ""}  # what each process has printed so far, and the script
+
+    def until(who: str, *patterns: str) -> str:
+        """Reads on until a process has printed text that matches the patterns, one after the other; returns the last group."""
+        pattern = re.compile(".*?".join(patterns), re.S)
+        while not (found := pattern.search(said[who])):
+            line = next(group.stderr, None)
+            assert line is not None, "the run ended before: " + "".join(said.values())
+            speaker = line.split(" ")[0]
+            said[speaker] = said.get(speaker, "") + line
+        return found[found.re.groups]
+
+    def report(process: int, stage: str, steps: Iterable[int]) -> str:
+        steps = "|".join(map(str, steps))
+        return (
+            rf"\[{process}\] jaxblock: process {process} of 2 does not move: [^\n]* in `{stage}` after step ({steps}) "
+        )
+
     for stage in HELD:
         os.mkfifo(tmp_path / stage)
-
-    def let_go(stage: str) -> None:
-        step = HELD[stage]
-        # A report's first line comes before its stacks are taken, so the test waits for the stack itself: let go after
-        # the first line alone, the process might have left `hold` by then. Process 0 has dispatched a step or two more
-        # before it waits.
-        told.until(
-            lambda: (
-                f"[1] held in {stage}\n" in told.lines
-                and any(" in hold" in frame for frame in told.reports.get((1, stage, step), ()))
-                and told.reported(0, stage, range(step, step + (3 if stage == "step" else 1)))
-            )
-        )
-        (tmp_path / stage).write_text("go on")
-
     flags = ["--train.watchdog_seconds", "2", "--train.eval_nelbo_rows", "8"]
     with pod.started(tiny_config, run, *flags, by=by) as group:
-        told = Told(group)
-        for stage in ("evaluation", "step", "save"):
-            let_go(stage)
-        told.until(lambda: told.lines[-1].startswith("[0] step 12/"))
-        holder = rf"is being written by process {told.pids['0']} on"  # process 0 holds the run folder's lock for both
-        with pytest.raises(UserError, match=holder), only_writer(run):
-            pass
-        os.kill(told.pids["1"], signal.SIGSTOP)
-        told.until(lambda: told.reported(0, "step", range(12, 40)) or told.reported(0, "save", range(12, 40)))
-        os.kill(told.pids["1"], signal.SIGCONT)
-        let_go("end")
-        told.rest()
-    assert group.returncode == 0, told.lines
-    for stage, step in HELD.items():
-        assert " in hold" in "".join(told.reports[1, stage, step]), told.reports
-    assert all(" in hold" not in "".join(stack) for key, stack in told.reports.items() if key[0] == 0)
+        for stage, step in HELD.items():
+            if stage == "end":
+                until("[0]", r"\n\[0\] step 12/")
+                holder = until("process", r"process 0 is (\d+)")  # it holds the run folder's lock for both
+                with pytest.raises(UserError, match=rf"is being written by process {holder} on"), only_writer(run):
+                    pass
+                stopped = int(until("process", r"process 1 is (\d+)"))
+                os.kill(stopped, signal.SIGSTOP)
+                until("[0]", report(0, "(?:step|save)", range(12, 40)))
+                os.kill(stopped, signal.SIGCONT)
+            # A report's first line comes before its stacks are taken, so the test waits for the stack itself: let go after
+            # the first line alone, the process might have left `hold` by then. Process 0 has dispatched a step or two more
+            # before it waits.
+            until("[1]", rf"\[1\] held in {stage}\n", report(1, stage, [step]), r"\n\[1\]   File [^\n]* in (hold)\n")
+            until("[0]", report(0, stage, range(step, step + (3 if stage == "step" else 1))))
+            (tmp_path / stage).write_text("go on")
+        said["[0]"] += "".join(line for line in group.stderr if line.startswith("[0]"))
+    assert group.returncode == 0 and " in hold" not in said["[0]"], said
     runs.check_same(run, tiny_pod_run, ("train",))
 
 
