@@ -4,10 +4,10 @@ import contextlib
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import tokenizers as huggingface
@@ -19,7 +19,7 @@ from jaxblock.config.config import Config
 from jaxblock.config.yaml import load_config
 from jaxblock.data.config import DataConfig
 from jaxblock.data.store.prepare import prepare
-from jaxblock.data.store.prepared_folder import open_prepared
+from jaxblock.data.store.prepared_folder import Prepared, open_prepared
 from jaxblock.data.store.same_text import CheckpointText, check_same_text
 from jaxblock.data.tokens.encoding import Encoder
 from jaxblock.diffusion.config import CanvasConfig
@@ -29,12 +29,13 @@ from jaxblock.models.architecture import Architecture
 from jaxblock.models.config import ModelConfig
 from jaxblock.models.families import registry
 from jaxblock.models.linear.lora import Lora, adapter_table, attach
-from jaxblock.models.spec import init_params
 from jaxblock.training import weights
 from jaxblock.training.checkpoints.reader import CheckpointReader
 from jaxblock.training.checkpoints.run_folder import open_run
 from jaxblock.training.resume import check_resume
 from jaxblock.training.stored_text import template_for_others
+from tests.huggingface.breaking import Break, fields
+from tests.models.networks import random_params
 
 SPECIAL = ("<|mask|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|pad|>", "<|start|>")
 TEMPLATE = (
@@ -43,23 +44,24 @@ TEMPLATE = (
 )
 
 
-def _adapted(model: jaxblock.Model) -> jaxblock.Model:
-    """Returns the model with adapters on one matrix."""
+def _adapted(model: jaxblock.Model, **changes: Any) -> jaxblock.Model:
+    """Returns the model with adapters on one matrix, and with other fields changed."""
     lora = Lora(2, 4.0, 0.0, ("blocks/q",))
-    adapters = init_params(adapter_table(registry.param_table(model.arch), lora), 3, np.float32)
+    adapters = jax.device_put(random_params(adapter_table(registry.param_table(model.arch), lora)))
     net = dataclasses.replace(model.net, lora=lora)
-    return dataclasses.replace(model, net=net, params=attach(model.params, adapters))
+    return dataclasses.replace(model, net=net, params=attach(model.params, adapters), **changes)
 
 
 @pytest.fixture
 def model(tiny_run: Path) -> jaxblock.Model:
     """Returns the tiny run with other settings than the defaults everywhere, and with adapters."""
-    found = _adapted(jaxblock.load(tiny_run))
-    asked = dataclasses.replace(found.encoder.config, prompt_template="Sum: {prompt}", system="1")
-    special = dataclasses.replace(found.encoder.special, ends=(7,))
-    return dataclasses.replace(
+    found = jaxblock.load(tiny_run)
+    own = found.encoder
+    special = dataclasses.replace(own.special, ends=(7,))
+    asked = dataclasses.replace(own.config, prompt_template="Sum: {prompt}", system="1")
+    return _adapted(
         found,
-        encoder=Encoder(found.encoder.tokenizer, found.encoder.template, special, asked),
+        encoder=Encoder(own.tokenizer, own.template, special, asked),
         stop_ids=special.stop_ids,
         canvas=dataclasses.replace(found.canvas, suffix_window=8),
         decode_defaults=dataclasses.replace(found.decode_defaults, rule="factor", factor=1.5),
@@ -79,69 +81,52 @@ def test_an_export_is_loaded_as_what_was_trained(model, tiny_export, tmp_path):
         assert found.encoder.prompt("1+1?") == model.encoder.prompt("1+1?")
         if name != "merged":
             np.testing.assert_array_equal(found.decode([[5, 6, 7]]), want)
-        command = ["--checkpoint", str(tmp_path / name), "--decode.factor", "2"]
-        settings = config_of(parse("decode", command))
+        settings = config_of(parse("decode", ["--checkpoint", str(tmp_path / name), "--decode.factor", "2"]))
         assert settings.canvas == model.canvas and settings.decode.rule == "factor"
         generation = json.loads((tmp_path / name / "generation_config.json").read_text())
         assert set(model.stop_ids) <= set(generation["eos_token_id"]) and generation["jaxblock"]["format"] == 1
-
-
-def test_other_libraries_render_the_template_that_was_trained(model):
-    """They give it no `eot_token`, and the other tokens as the tokenizer's own settings have them: none here."""
+    # Other libraries give the template no `eot_token`, and the other tokens as the tokenizer's own settings have them: none here.
     alone = dataclasses.replace(model.encoder.template, source=template_for_others(model.encoder), tokens={})
     turns = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
     assert alone.render(turns, True) == model.encoder.template.render(turns, True)
 
 
-def _block(**changes: Any) -> Callable[[Path], object]:
-    """Returns a function that changes the block of ours in generation_config.json; None takes a value out."""
+def _changed(path: str, value: Any = None) -> Break:
+    """Returns a function that changes a value in generation_config.json; None takes it out."""
 
-    def change(folder: Path) -> None:
-        path = folder / "generation_config.json"
-        content = json.loads(path.read_text())
-        for place, value in changes.items():
-            *outer, name = place.split("__")
-            inside = content["jaxblock"]
-            for key in outer:
-                inside = inside[key]
-            inside.pop(name) if value is None else inside.update({name: value})
-        path.write_text(json.dumps(content))
+    def edit(content: dict[str, Any]) -> None:
+        *outer, name = path.split(".")
+        for key in outer:
+            content = content[key]
+        content[name] = value
+        if value is None:
+            del content[name]
 
-    return change
+    return fields("generation_config.json", edit)
 
 
-def _generation(**changes: Any) -> Callable[[Path], object]:
-    """Returns a function that changes what generation_config.json says to other libraries."""
-
-    def change(folder: Path) -> None:
-        path = folder / "generation_config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-    return change
+def _replaced(name: str, content: str) -> Break:
+    return lambda folder: (folder / name).write_text(content)
 
 
-def _other_tokenizer(folder: Path) -> None:
-    shutil.copy(folder.parent / "other" / "tokenizer" / "tokenizer.model", folder)
-
-
-DAMAGES = {
-    "tokenizer": (_other_tokenizer, r"tokenizer.model is not the tokenizer that .* trained with .*take 'jaxblock' out"),
-    "template": (lambda f: (f / "template.jinja").write_text("{{ messages }}"), "template.jinja is not the template"),
-    "template of others": (
-        lambda f: (f / "chat_template.jinja").write_text("x"),
-        "chat_template.jinja is not the template",
+DAMAGES: dict[str, tuple[Break, str]] = {
+    "tokenizer": (
+        lambda f: shutil.copy(f.parent / "other/tokenizer/tokenizer.model", f),
+        r"tokenizer.model is not the tokenizer that .* trained with.*take 'jaxblock' out",
     ),
-    "end of others": (_generation(eos_token_id=[[2]]), r"eos_token_id \[\[2\]\], but jaxblock in it 1 and"),
-    "mask of others": (_generation(mask_token_id=[]), r"mask_token_id \[\] and"),
-    "mask": (_block(text__special__mask=5), "config.json calls 1 the mask token"),
-    "format": (_block(format=9), "has the format 9, not 1"),
-    "canvas": (_block(canvas__block="4"), r"canvas.block must be int, not '4'"),
-    "sizes": (_block(canvas__block=5), r"\(jaxblock\): canvas.block 5 does not divide"),
-    "no text": (_block(text=None), "is not what an export writes"),
-    "no special": (_block(text__special=None), "is not what an export writes"),
-    "an id": (_block(text__special__eot=10**9), "not all ids below"),
-    "a word": (_block(text__special__eot="x"), "a special id is no number"),
-    "prompt": (_block(text__prompt_template="x"), r"has no \{prompt\}"),
+    "template": (_replaced("template.jinja", "{{ messages }}"), "/template.jinja is not the template"),
+    "template of others": (_replaced("chat_template.jinja", "x"), "chat_template.jinja is not the template"),
+    "end of others": (_changed("eos_token_id", [[2]]), r"eos_token_id \[\[2\]\], but jaxblock in it 1 and"),
+    "mask of others": (_changed("mask_token_id", []), r"mask_token_id \[\] and"),
+    "mask": (_changed("jaxblock.text.special.mask", 5), "config.json calls 1 the mask token"),
+    "format": (_changed("jaxblock.format", 9), "has the format 9, not 1"),
+    "canvas": (_changed("jaxblock.canvas.block", "4"), r"canvas.block must be int, not '4'"),
+    "sizes": (_changed("jaxblock.canvas.block", 5), r"\(jaxblock\): canvas.block 5 does not divide"),
+    "no text": (_changed("jaxblock.text"), "is not what an export writes"),
+    "no special": (_changed("jaxblock.text.special"), "is not what an export writes"),
+    "an id": (_changed("jaxblock.text.special.eot", 10**9), "not all ids below"),
+    "a word": (_changed("jaxblock.text.special.eot", "x"), "a special id is no number"),
+    "prompt": (_changed("jaxblock.text.prompt_template", "x"), r"has no \{prompt\}"),
 }
 
 
@@ -156,8 +141,8 @@ def others(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "tokens": {"tokenizer_type": "unigram", "vocab_size": size},
         "template": {"tokenizer": config.data.prepared, "template": str(template)},
     }
-    for name, fields in changes.items():
-        prepare(dataclasses.replace(config.data, prepared=str(folder / name), **fields), config.canvas)
+    for name, changed in changes.items():
+        prepare(dataclasses.replace(config.data, prepared=str(folder / name), **changed), config.canvas)
     return folder
 
 
@@ -183,9 +168,8 @@ def test_other_tokens_than_the_checkpoint_s_are_refused(
         told = ran(f"{verb} {common}", 2).err
         assert f"{source} and {data} have {different}" in told and told.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
-    config = load_config(str(tiny_config))
-    allowed = dataclasses.replace(config.data, allow_other_template=True)
-    config = dataclasses.replace(config, model=ModelConfig(init_from=str(source)), data=allowed)
+    allowed = dataclasses.replace(load_config(str(tiny_config)).data, allow_other_template=True)
+    config = Config(model=ModelConfig(init_from=str(source)), data=allowed)
     refused = pytest.raises(UserError, match=different) if name == "tokens" else contextlib.nullcontext()
     with refused:
         assert weights.architecture(config, open_prepared(str(data)), None).d_model == 16
@@ -208,7 +192,7 @@ def test_a_resumed_run_keeps_its_tokens(tiny_run, others):
         check_resume(run.config, tiny_run, checkpoints, 120, same)
 
 
-def _start(folder: Path, config: dict[str, Any], generation: dict[str, Any]) -> Architecture:
+def _start(folder: Path, config: dict[str, Any], generation: dict[str, Any]) -> None:
     """Makes a folder of an autoregressive network with a tokenizer whose template ends a turn by <|end|>."""
     tokens = ["<unk>", "user", "assistant", "a", "b", *SPECIAL]
     tokenizer = huggingface.Tokenizer(
@@ -217,14 +201,24 @@ def _start(folder: Path, config: dict[str, Any], generation: dict[str, Any]) -> 
     tokenizer.pre_tokenizer = huggingface.pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens(list(SPECIAL))
     arch = Architecture("llama", 32, 16, 2, 2, 2, 8, 32, 1e-5, 1e4, 64, True, None, 6, 6, "shifted")
-    save_checkpoint(folder, arch, init_params(registry.param_table(arch), 0, np.float32))
+    save_checkpoint(folder, arch, random_params(registry.param_table(arch)))
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
-    content = json.loads((folder / "config.json").read_text())
-    content = {key: value for key, value in content.items() if key not in ("pad_token_id", "eos_token_id")}
-    (folder / "config.json").write_text(json.dumps({**content, **config}))
+    fields(
+        "config.json", lambda content: [content.pop(name, None) for name in ("pad_token_id", "eos_token_id")], **config
+    )(folder)
     (folder / "generation_config.json").write_text(json.dumps(generation))
-    return arch
+
+
+def _prepared(folder: Path, source: Path, **mask: Any) -> tuple[Prepared, Architecture]:
+    """Prepares one record with a start's tokenizer; returns it, and the architecture of a run on it that begins there."""
+    rows = folder.with_suffix(".jsonl")
+    rows.write_text('{"question": "a", "answer": "b"}')
+    files = dict(prepared=str(folder), train=str(rows), test=None, validation_records=0)
+    data = DataConfig(**files, tokenizer=str(source), template="tokenizer", **mask)
+    prepare(data, CanvasConfig(prompt_len=16, response_len=8))
+    found = open_prepared(folder)
+    return found, weights.architecture(Config(data=data, model=ModelConfig(init_from=str(source))), found, None)
 
 
 @pytest.mark.parametrize(
@@ -239,63 +233,45 @@ def _start(folder: Path, config: dict[str, Any], generation: dict[str, Any]) -> 
 )
 def test_all_ids_of_a_start_are_kept(tmp_path, config, generation, stop_ids):
     """From the files of an autoregressive start to prepared data, the run's network, its export, and back."""
-    source = tmp_path / "start"
+    source, export, adapters = tmp_path / "start", tmp_path / "export", tmp_path / "alone"
     _start(source, config, generation)
-    (tmp_path / "rows.jsonl").write_text('{"question": "a", "answer": "b"}')
-    canvas = CanvasConfig(prompt_len=16, response_len=8)
-    data = DataConfig(
-        prepared=str(tmp_path / "data"), train=str(tmp_path / "rows.jsonl"), test=None, validation_records=0,
-        tokenizer=str(source), template="tokenizer", mask_token="<|mask|>",
-    )  # fmt: skip
-    grown = dataclasses.replace(data, prepared=str(tmp_path / "grown"), mask_token="<|new|>", add_mask_token=True)
-    started, masks = [], []
-    for one in (data, grown):
-        prepare(one, canvas)
-        started.append(open_prepared(one.prepared))
-        found = weights.architecture(Config(data=one, model=ModelConfig(init_from=str(source))), started[-1], None)
-        masks.append(found.mask_id)
-        arch = arch if one is grown else found
-    prepared = started[0]
-    assert prepared.special.stop_ids == stop_ids and prepared.special.mask == 5 and masks == [5, 12]
+    prepared, arch = _prepared(tmp_path / "data", source, mask_token="<|mask|>")
+    assert prepared.special.stop_ids == stop_ids and prepared.special.mask == arch.mask_id == 5
+    assert _prepared(tmp_path / "grown", source, mask_token="<|new|>", add_mask_token=True)[1].mask_id == 12
     exported, origin = registry.to_hf(arch, "float32"), json.loads((source / "config.json").read_text())
     assert {name: exported.get(name) for name in origin} == origin and exported["mask_token_id"] == 5
     assert ("pad_token_id" in exported) == ("pad_token_id" in origin)
     model = dataclasses.replace(jaxblock.load(source, mask_id=5), encoder=prepared.encoder, recorded=True)
     assert set(model.stop_ids) == {*stop_ids, 7}  # with every known end of a turn, since nothing is recorded
-    dataclasses.replace(model, net=dataclasses.replace(model.net, arch=arch), stop_ids=stop_ids).save(
-        tmp_path / "export"
-    )
-    written = json.loads((tmp_path / "export" / "generation_config.json").read_text())
+    dataclasses.replace(model, net=dataclasses.replace(model.net, arch=arch), stop_ids=stop_ids).save(export)
+    written = json.loads((export / "generation_config.json").read_text())
     assert set(written["eos_token_id"]) == set(stop_ids) and generation.items() <= {**written, **generation}.items()
-    again = jaxblock.load(tmp_path / "export")
+    again = jaxblock.load(export)
     assert (again.stop_ids, again.arch.pad_id, again.arch.eos_id) == (stop_ids, arch.pad_id, arch.eos_id)
     assert again.encoder.special == prepared.special
     # The data may name another end of the sequence, which adapters alone have beside a base that says otherwise.
     special = dataclasses.replace(prepared.special, eos=7, ends=())
-    alone = _adapted(
-        dataclasses.replace(model, encoder=Encoder(prepared.tokenizer, prepared.encoder.template, special, data))
-    )
+    encoder = Encoder(prepared.tokenizer, prepared.encoder.template, special, prepared.encoder.config)
+    alone = _adapted(model, encoder=encoder, base=str(source), stop_ids=special.stop_ids)
     net = dataclasses.replace(alone.net, arch=registry.with_end(alone.arch, 7))
-    dataclasses.replace(alone, base=str(source), stop_ids=special.stop_ids, net=net).save_adapter(tmp_path / "alone")
-    again = jaxblock.load(tmp_path / "alone")
+    dataclasses.replace(alone, net=net).save_adapter(adapters)
+    again = jaxblock.load(adapters)
     assert (again.stop_ids, again.arch.eos_id) == ((9, 7), 7)
 
 
 def test_folders_of_an_earlier_version_open_with_a_warning(tiny_config, tmp_path):
     """What they could not record is not compared; the same data are not prepared again."""
     config = load_config(str(tiny_config))
-    data = dataclasses.replace(config.data, prepared=str(tmp_path / "data"))
-    path = shutil.copytree(config.data.prepared, data.prepared) + "/manifest.json"
-    manifest = json.loads(Path(path).read_text())
-    del manifest["special"]["ends"]
-    Path(path).write_text(json.dumps({**manifest, "format": 1}))
-    (tmp_path / "data" / "files.json").unlink()
+    folder = shutil.copytree(config.data.prepared, tmp_path / "data")
+    fields("manifest.json", lambda content: content["special"].pop("ends"), format=1)(folder)
+    (folder / "files.json").unlink()
     with pytest.warns(EarlierVersionWarning, match="did not record all ids that end a response"):
-        opened = open_prepared(data.prepared)
+        opened = open_prepared(folder)
     assert opened.special.ends is None and len(opened.special.stop_ids) == 2
     told: list[str] = []
+    data = dataclasses.replace(config.data, prepared=str(folder))
     prepare(data, config.canvas, told.append)
-    assert told == [f"already prepared: {data.prepared} holds the same settings and inputs"]
+    assert told == [f"already prepared: {folder} holds the same settings and inputs"]
 
     def encoder(end: int) -> Encoder:
         special = dataclasses.replace(open_prepared(config.data.prepared).special, ends=(end,))
