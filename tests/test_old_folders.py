@@ -14,16 +14,14 @@ import numpy as np
 import pytest
 
 import jaxblock
-from jaxblock.cli import main
 from jaxblock.training.checkpoints.reader import CheckpointReader
-
-ARCHIVE = Path(__file__).parent / "fixtures" / "folders_e920755.tar.gz"
+from jaxblock.training.observe.metrics import read_metrics
 
 
 @pytest.fixture
-def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folders(tmp_path, monkeypatch):
     """The unpacked folders as the working directory: their configs name each other by relative paths."""
-    with tarfile.open(ARCHIVE) as archive:
+    with tarfile.open(Path(__file__).parent / "fixtures" / "folders_e920755.tar.gz") as archive:
         archive.extractall(tmp_path, filter="data")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -34,27 +32,21 @@ def test_old_folders_load_and_decode(folders):
     expected = json.loads((folders / "expected.json").read_text())
     ids = np.arange(24, dtype=np.int32).reshape(2, 12)
     for name in ("full", "lora", "export"):
-        model = jaxblock.load(name, **({} if name == "export" else {"step": expected["steps_of_runs"]}))
+        model = jaxblock.load(name, step="latest" if name == "export" else expected["steps_of_runs"])
         np.testing.assert_allclose(model.logits(ids)[:, ::4, ::48], expected[name]["logits"], atol=2e-5)
         found = model.decode(expected["prompts"], response_len=16, block=8, return_steps=True)
-        assert found.ids.tolist() == expected[name]["decode"]
-        assert found.nfe.tolist() == expected[name]["nfe"]
+        assert (found.ids.tolist(), found.nfe.tolist()) == (expected[name]["decode"], expected[name]["nfe"])
 
 
 @pytest.mark.slow
-def test_old_runs_resume(folders, monkeypatch):
+def test_old_runs_resume(folders, monkeypatch, ran):
     """Runs go on from their checkpoint of step 4 and have the losses that their last steps had in the earlier version."""
     # On one device, as they were begun: four rows do not split over the eight of the tests.
     monkeypatch.setattr(jax, "devices", lambda: jax.local_devices()[:1])
-
-    def losses(path: str) -> dict[int, float]:
-        rows = map(json.loads, (folders / path).read_text().splitlines())
-        return {row["step"]: row["loss"] for row in rows if row["kind"] == "train"}
-
     for name in ("full", "lora"):
-        assert main(["train", "--config", f"{name}/config.yaml"]) == 0
-        now, then = losses(f"{name}/metrics.jsonl"), losses(f"{name}_metrics.jsonl")
-        assert list(now) == [1, 2, 3, 4, 5, 6]
-        np.testing.assert_allclose(list(now.values()), list(then.values()), rtol=1e-4)
+        ran(f"train --config {name}/config.yaml")
+        now, then = (read_metrics(file).train for file in (f"{name}/metrics.jsonl", f"{name}_metrics.jsonl"))
+        assert [row["step"] for row in now] == [1, 2, 3, 4, 5, 6]
+        np.testing.assert_allclose([row["loss"] for row in now], [row["loss"] for row in then], rtol=1e-4)
         saved = CheckpointReader(folders / name).meta(6)["config"]
         assert saved["train"]["widths"] == "full" and saved["model"]["scan_layers"] is True  # as that version computed
