@@ -1,11 +1,9 @@
 """The sections of a config; the configs that ship are valid, run for two steps or compile at full size, with the memory they promise."""
 
 import dataclasses
-import json
 import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 import jax
 import pytest
@@ -24,33 +22,26 @@ from jaxblock.fit.sizes import PUBLISHED
 from jaxblock.models.families import registry
 from jaxblock.parallel.mesh import make_mesh
 from jaxblock.training.step import Learner
+from tests import runs
 
 EVERY = {path.stem: path for path in sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))}
 LOADED = {name: load_config(str(path)) for name, path in EVERY.items()}
 RUN = [name for name, config in LOADED.items() if (config.model.init_from or "runs/").startswith("runs/")]
 
-# The sections
 
-
-def test_sections_have_the_names_of_their_fields_and_say_what_a_resumed_run_may_change():
-    sections = {field.name: type(getattr(Config(), field.name)) for field in dataclasses.fields(Config)}
+def test_every_config_is_valid_and_sections_say_what_a_resumed_run_may_change():
+    assert all(check_config(config) is config for config in LOADED.values())
+    sections = {field.name: getattr(Config(), field.name) for field in dataclasses.fields(Config)}
     assert [section.section_name for section in sections.values()] == list(sections)
-    everything = {name: {field.name for field in dataclasses.fields(section)} for name, section in sections.items()}
-    found = {name: section.changeable(saved=True) for name, section in sections.items()}
-    assert found == {
-        "data": {"prepared", "overwrite", "allow_other_template", "verify", "prepare_workers"},
-        "canvas": set(),
-        "method": set(),
-        "model": {"remat", "attention", "scan_layers", "init_from", "init_step", "loss_chunk"},
-        "lora": set(),
-        "optimizer": set(),
-        "train": everything["train"] - {"steps", "batch_size", "seed", "overfit_one_batch"},
-        "decode": everything["decode"],
-        "evaluate": everything["evaluate"],
-    }
+    fixed = {name: vars(section).keys() - section.changeable(saved=True) for name, section in sections.items()}
+    free = {"data": {"prepared", "overwrite", "allow_other_template", "verify", "prepare_workers"},
+            "model": {"remat", "attention", "scan_layers", "init_from", "init_step", "loss_chunk"}}  # fmt: skip
+    assert fixed == {name: vars(section).keys() - free.get(name, set()) for name, section in sections.items()} | {
+        "train": {"steps", "batch_size", "seed", "overfit_one_batch"}, "decode": set(), "evaluate": set()
+    }  # fmt: skip
     # Without a checkpoint the start is made again, and must be the same start.
-    for name, section in sections.items():
-        assert section.changeable(saved=False) == found[name] - {"init_from", "init_step"}
+    for section in sections.values():
+        assert section.changeable(saved=False) == section.changeable(saved=True) - {"init_from", "init_step"}
     assert get_args(GraderName) == tuple(GRADERS)
 
 
@@ -64,55 +55,30 @@ TRAIN = (
 )
 
 
-@pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("work")
-
-
-@pytest.fixture(scope="module")
-def train(work: Path, draw_curves: Any) -> Callable[[str], Path]:
-    """Prepares and trains what a config says in a working folder of its own, and first what it starts from."""
-
-    def run(name: str) -> Path:
-        config = LOADED[name]
-        out = work / config.train.out
-        if out.exists():
-            return out
-        if config.model.init_from is not None:
-            run(next(other for other in RUN if LOADED[other].train.out == config.model.init_from))
-        with pytest.MonkeyPatch.context() as patch:
-            patch.chdir(work)
-            patch.setattr(verbs, "draw_curves", draw_curves)
-            words = "" if config.data.train == "builtin" else "--data.vocab_size 600"  # few lines have few words
-            for verb, flags in (("prepare", f"{DATA} {words}"), ("train", f"{DATA} {words} {TRAIN}")):
-                assert main([verb, "--config", str(EVERY[name]), *flags.split()]) == 0
-        return out
-
-    return run
-
-
-def test_every_config_is_valid():
-    assert all(check_config(config) is config for config in LOADED.values())
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RUN)
-def test_a_config_runs(name, train, request, work):
-    data = LOADED[name].data
-    if data.train != "builtin":
-        # The file's first lines, where the config looks for it.
-        shared = request.getfixturevalue("shared")
-        for file in (data.train, data.test):
-            (work / file).parent.mkdir(parents=True, exist_ok=True)
-            lines = (shared / file).read_text(encoding="utf-8").splitlines(keepends=True)
-            (work / file).write_text("".join(lines[:150]), encoding="utf-8")
-    run = train(name)
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    trained, evaluated = ([row for row in rows if row["kind"] == kind] for kind in ("train", "eval"))
-    assert [row["step"] for row in trained] == [1, 2] and all(math.isfinite(row["loss"]) for row in trained)
-    assert [row["step"] for row in evaluated] == [0, 2]
-    assert all(row["pass_at_1"]["n"] == 8 and math.isfinite(row["nelbo_per_token"]["mean"]) for row in evaluated)
-    assert (run / "plots" / "curves.png").is_file()
+@pytest.mark.parametrize("builtin", [True, False])
+def test_configs_run(builtin, tmp_path, monkeypatch, draw_curves, request):
+    """Prepares and trains what they say, each after the one that it starts from."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(verbs, "draw_curves", draw_curves)
+    names = [name for name in RUN if (LOADED[name].data.train == "builtin") == builtin]
+    for name in sorted(names, key=lambda name: LOADED[name].model.init_from or ""):
+        config, flags = LOADED[name], ["--config", str(EVERY[name]), *DATA.split()]
+        if not builtin:
+            flags += ["--data.vocab_size", "600"]  # few lines have few words
+            for file in map(Path, (config.data.train, config.data.test)):
+                # The file's first lines, where the config looks for it.
+                lines = (request.getfixturevalue("shared") / file).read_text(encoding="utf-8").splitlines(keepends=True)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text("".join(lines[:150]), encoding="utf-8")
+        assert Path(config.data.prepared).exists() or main(["prepare", *flags]) == 0
+        assert main(["train", *flags, *TRAIN.split()]) == 0
+        run = Path(config.train.out)
+        trained, evaluated = (runs.rows(run, kind) for kind in ("train", "eval"))
+        assert [row["step"] for row in trained] == [1, 2] and all(math.isfinite(row["loss"]) for row in trained)
+        assert [row["step"] for row in evaluated] == [0, 2]
+        assert all(row["pass_at_1"]["n"] == 8 and math.isfinite(row["nelbo_per_token"]["mean"]) for row in evaluated)
+        assert (run / "plots" / "curves.png").is_file()
 
 
 # Those for published checkpoints
@@ -139,42 +105,32 @@ PRESETS: dict[str, tuple[dict[str, Any], tuple[int, int, int], float, float]] = 
 }
 
 
-class Built(NamedTuple):
-    """A preset's step and its arguments, by shapes alone, on its mesh of 8 devices."""
-
-    config: Config
-    learner: Learner
-    mesh: Mesh
-    shapes: RunShapes
-
-
-def built(name: str) -> Built:
+def built(name: str) -> tuple[Learner, Mesh, RunShapes]:
+    """Returns a preset's learner, its mesh, and the arguments of its step by shapes alone."""
     sizes, shape, *_ = PRESETS[name]
     config, arch = LOADED[name], registry.from_hf(sizes, name)
     if arch.mask_id is None:
         arch = registry.with_mask(arch, 0, config.model.alignment)
     learner = build.learner(config, arch, (arch.eos_id,))
     mesh = make_mesh(*shape, devices=jax.devices()[: math.prod(shape)])
-    return Built(config, learner, mesh, run_shapes(config, learner, mesh))
+    return learner, mesh, run_shapes(config, learner, mesh)
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_presets_state_is_as_large_as_said_and_split(name):
-    found = built(name).shapes
+    *_, found = built(name)
     _, (_, fsdp, tensor), trained, frozen = PRESETS[name]
-    whole = [
-        sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)) for tree in (found.state, found.frozen)
-    ]
-    assert whole[0] / GB == pytest.approx(trained, rel=0.02)
-    assert whole[1] / GB == pytest.approx(frozen, rel=0.01)
+    sizes = (jax.tree.map(lambda leaf: leaf.size * leaf.dtype.itemsize, tree) for tree in (found.state, found.frozen))
+    state, base = (sum(jax.tree.leaves(tree)) for tree in sizes)
+    assert (state / GB, base / GB) == (pytest.approx(trained, rel=0.02), pytest.approx(frozen, rel=0.01))
     # Split over fsdp and tensor, but for norms and the like.
-    assert bytes_per_device((found.state, found.frozen)) == pytest.approx(sum(whole) / (fsdp * tensor), rel=0.06)
+    assert bytes_per_device((found.state, found.frozen)) == pytest.approx((state + base) / (fsdp * tensor), rel=0.06)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_presets_step_compiles_at_full_size(name):
-    config, learner, mesh, found = built(name)
+    config, (learner, mesh, found) = LOADED[name], built(name)
     memory = lower_step(learner, found, mesh).compile().memory_analysis()
     inputs = bytes_per_device((found.state, found.frozen))
     batch = 4 * config.train.batch_size * (config.canvas.prompt_len + config.canvas.response_len + 5)
