@@ -110,7 +110,7 @@ IDS, PADDED, LONG = [[5, 6]], np.array([[3, 4]]), [[3] * 4090]
         (lambda m: m.trace(IDS[0], candidates=m.arch.vocab_size + 1), "candidates is"),
         (lambda m: m.generate(""), "the prompt: the text is empty"),
         (lambda m: m.generate(["1+2?", " "]), "prompt 1: the text is empty"),
-        (lambda m: m.generate("1+2? " * 20), "tokens, more than canvas.prompt_len 24"),
+        (lambda m: m.generate("1+2? " * 20), "the prompt has 118 tokens, more than canvas.prompt_len 24"),
         (lambda m: m.generate("<|eot_id|>"), "contains the special token"),
         (lambda m: m.generate([{"role": "assistant", "content": "1"}]), "the last message must be the user's"),
         (lambda m: m.generate([{"role": "user"}]), 'message[0] must be an object with "role" and "content"'),
