@@ -109,14 +109,14 @@ class Store(StandIn):
     def content(self, name: str) -> bytes:
         return self.objects[name][1]
 
-    def put(self, name: str, content: bytes, wanted: str | None = None) -> bool:
-        """Writes an object; returns False where the one that is there has another generation than the wanted one."""
+    def put(self, name: str, content: bytes, wanted: str | None = None) -> dict[str, str] | None:
+        """Writes an object and describes it; returns None where the one that is there has not the wanted generation."""
         with self.lock:
             if wanted is not None and int(wanted) != self.objects.get(name, (0, b""))[0]:
-                return False
+                return None
             self.objects[name] = (next(self.generations), content)
             self.log.append(f"write {name}")
-            return True
+            return self.about(name, *self.objects[name])
 
     def delete(self, name: str) -> int:
         with self.lock:
@@ -125,8 +125,7 @@ class Store(StandIn):
             self.log.append(f"delete {name}")
             return 204
 
-    def about(self, name: str) -> dict[str, str]:
-        generation, content = self.objects[name]
+    def about(self, name: str, generation: int, content: bytes) -> dict[str, str]:
         about = {"kind": "storage#object", "name": name, "bucket": "bucket", "size": str(len(content))}
         about |= {"generation": str(generation), "md5Hash": base64.b64encode(hashlib.md5(content).digest()).decode()}
         return about | dict.fromkeys(("updated", "timeCreated"), "2026-01-01T00:00:00.000Z")
@@ -143,15 +142,15 @@ class StoreHandler(Handler):
                 if more:
                     folders.add(prefix + inside + more)
                 elif first <= name < end:
-                    items.append(self.server.about(name))
+                    items.append(self.server.about(name, *self.server.objects[name]))
         self.answer({"kind": "storage#objects", "items": items, "prefixes": sorted(folders)})
 
     def read(self, name: str) -> None:
-        if name not in self.server.objects:
+        generation, content = self.server.objects.get(name, (0, b""))
+        if not generation:
             return self.refuse(404, f"No such object: {name}")
         if self.query.get("alt") != "media":
-            return self.answer(self.server.about(name))
-        generation, content = self.server.objects[name]
+            return self.answer(self.server.about(name, generation, content))
         about, total = {"x_goog_generation": str(generation)}, len(content)
         asked = re.match(r"bytes=(\d*)-(\d*)$", self.headers.get("Range", ""))
         if asked is None:
@@ -186,7 +185,7 @@ class StoreHandler(Handler):
             path = self.path.partition("?")[0]
             return self.answer(Location=f"{self.server.url}{path}?uploadType=resumable&upload_id={number}")
         done = self.server.put(name, content, self.query.get("ifGenerationMatch"))
-        return self.answer(self.server.about(name)) if done else self.refuse(412, "precondition failed")
+        return self.answer(done) if done else self.refuse(412, "precondition failed")
 
     def delete(self, name: str) -> None:
         self.answer(status=self.server.delete(name))
