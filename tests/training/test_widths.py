@@ -31,14 +31,14 @@ from jaxblock.types import Lines, positions_of_line
 from tests.models.networks import random_params
 
 ROWS, P, R, B = 8, 14, 8, 4
-PROMPTS = [3, 12, 5, 1, 8, 2, 6, 4]
 
 
-def _batch(prompts: Any = PROMPTS) -> Batch:
+def _batch() -> Batch:
     rng, index = np.random.default_rng(0), np.arange(ROWS, dtype=np.int32)
     texts = rng.integers(3, 29, (2, ROWS, P), dtype=np.int32)
-    block, text_len = np.array([0, 1, 0, 0, 1, 1, 0, 0], np.int32), np.array([8, 7, 1, 3, 6, 5, 4, 8], np.int32)
-    return Batch(texts[0], np.array(prompts, np.int32), texts[1, :, :R], text_len, block, index, index)
+    lengths = [3, 12, 5, 1, 8, 2, 6, 4], [8, 7, 1, 3, 6, 5, 4, 8], [0, 1, 0, 0, 1, 1, 0, 0]
+    prompt_len, text_len, block = np.array(lengths, np.int32)
+    return Batch(texts[0], prompt_len, texts[1, :, :R], text_len, block, index, index)
 
 
 CASES: dict[str, tuple[Lines, int, tuple[int, int], dict[str, Any], Config]] = {
@@ -59,13 +59,12 @@ CASES: dict[str, tuple[Lines, int, tuple[int, int], dict[str, Any], Config]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_losses_and_gradients_are_those_of_rows_at_the_canvas_width(case: str) -> None:
+def test_losses_and_gradients_are_those_of_rows_at_the_canvas_width(case):
     lines, parts, positions, model, rest = CASES[case]
     canvas = CanvasConfig(P, R, B, suffix_window=rest.canvas.suffix_window)
     network = ModelConfig(d_model=8, n_layers=1, n_heads=2, mlp_dim=16, init_from="x", **model)
-    config = dataclasses.replace(
-        rest, canvas=canvas, model=network, train=TrainConfig(batch_size=ROWS, accumulate=parts)
-    )
+    train = TrainConfig(batch_size=ROWS, accumulate=parts)
+    config = dataclasses.replace(rest, canvas=canvas, model=network, train=train)
     arch = registry.architecture_from_config(network, vocab_size=32, mask_id=31, eos_id=1)
     whole, laid = (build.learner(config, arch, (2, 1), lines=each) for each in (None, lines))
     params, base = random_params(whole.net.trainable), random_params(whole.net.param_table, 1) if rest.lora.rank else {}
@@ -81,7 +80,7 @@ def test_losses_and_gradients_are_those_of_rows_at_the_canvas_width(case: str) -
         np.testing.assert_allclose(ours, theirs[path], rtol=0, atol=1e-5 * np.abs(theirs[path]).max(), err_msg=path)
 
 
-def test_rows_are_sorted_within_their_lines_and_fit_whenever_some_order_fits() -> None:
+def test_rows_are_sorted_within_their_lines_and_fit_whenever_some_order_fits():
     """Every way to give two lines of two rows lengths of 1 to 3, against every order of the rows."""
     for places in (((1, 3), (1, 2)), ((2, 2),), ((1, 2), (1, 1))):
         widths = widths_of_rows(places)
@@ -98,7 +97,7 @@ def test_rows_are_sorted_within_their_lines_and_fit_whenever_some_order_fits() -
 
 
 @pytest.mark.slow
-def test_an_epoch_of_gsm8k_computes_few_positions_in_vain(shared: Path, tmp_path: Path) -> None:
+def test_an_epoch_of_gsm8k_computes_few_positions_in_vain(shared, tmp_path):
     """Counts the real batches of ``configs/gsm8k_small.yaml``; computed at the canvas's width they are 1.35."""
     config = load_config(str(Path(__file__).parents[2] / "configs" / "gsm8k_small.yaml"))
     files = {split: str(shared / "data" / "gsm8k" / f"{split}.jsonl") for split in ("train", "test")}
