@@ -34,7 +34,8 @@ from jaxblock.training.checkpoints.reader import CheckpointReader
 from jaxblock.training.checkpoints.run_folder import open_run
 from jaxblock.training.resume import check_resume
 from jaxblock.training.stored_text import template_for_others
-from tests.huggingface.breaking import Break, fields
+from tests.huggingface import breaking
+from tests.huggingface.breaking import Break
 from tests.models.networks import random_params
 
 SPECIAL = ("<|mask|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|pad|>", "<|start|>")
@@ -102,7 +103,7 @@ def _changed(path: str, value: Any = None) -> Break:
         if value is None:
             del content[name]
 
-    return fields("generation_config.json", edit)
+    return breaking.change("generation_config.json", edit)
 
 
 def _replaced(name: str, content: str) -> Break:
@@ -204,7 +205,7 @@ def _start(folder: Path, config: dict[str, Any], generation: dict[str, Any]) -> 
     save_checkpoint(folder, arch, random_params(registry.param_table(arch)))
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
-    fields(
+    breaking.change(
         "config.json", lambda content: [content.pop(name, None) for name in ("pad_token_id", "eos_token_id")], **config
     )(folder)
     (folder / "generation_config.json").write_text(json.dumps(generation))
@@ -263,7 +264,7 @@ def test_folders_of_an_earlier_version_open_with_a_warning(tiny_config, tmp_path
     """What they could not record is not compared; the same data are not prepared again."""
     config = load_config(str(tiny_config))
     folder = shutil.copytree(config.data.prepared, tmp_path / "data")
-    fields("manifest.json", lambda content: content["special"].pop("ends"), format=1)(folder)
+    breaking.change("manifest.json", lambda content: content["special"].pop("ends"), format=1)(folder)
     (folder / "files.json").unlink()
     with pytest.warns(EarlierVersionWarning, match="did not record all ids that end a response"):
         opened = open_prepared(folder)
