@@ -80,10 +80,11 @@ MUTANTS = [
            "tests/models/test_attention.py::test_new_keys_take_the_places_of_kept_ones"),
     Mutant("part-without-the-position-before", "jaxblock/diffusion/decoding/passes.py",
            'return 1 if layout.alignment == "shifted" and options.quirks == "none" else 0', "return 0",
-           "tests/diffusion/test_cache.py::test_caches_serve_every_way_to_decode[prefix-shifted-drawn]"),
+           "tests/diffusion/test_cache.py"
+           "::test_caches_change_no_token_of_a_single_layer_and_every_position_is_counted[prefix-shifted]"),
     Mutant("window-cut-off", "jaxblock/diffusion/canvas.py",
            "max(visible[k] for k in group)", "min(visible[k] for k in group)",
-           "tests/diffusion/test_cache.py::test_positions_past_the_window_are_not_computed"),
+           "tests/diffusion/test_queue.py::test_four_shapes_serve_all_usual_prompts_and_blocks[192-256-32-2-none-40]"),
     # Pages.
     Mutant("beliefs-of-the-last-step", "jaxblock/diffusion/decoding/beliefs.py",
            "lambda old, new: pick(chosen, new.astype(old.dtype), old), beliefs, found)",
@@ -95,14 +96,16 @@ MUTANTS = [
     # Infilling.
     Mutant("block-beyond-its-span", "jaxblock/diffusion/canvas.py",
            "valid = jnp.cumprod(masked, axis=1).astype(bool)", "valid = masked",
-           "tests/diffusion/test_infill.py::test_every_view_and_commit_is_that_of_a_decoder_in_numpy[same_position]"),
+           "tests/diffusion/test_reachability.py"
+           "::test_every_view_and_commit_of_the_decoder_is_the_replays[spans-same_position]"),
     Mutant("right-side-hidden", "jaxblock/diffusion/canvas.py",
            "    if not layout.infill:\n", "    if True:\n",
-           "tests/diffusion/test_infill.py::test_every_view_and_commit_is_that_of_a_decoder_in_numpy[same_position]"),
+           "tests/diffusion/test_reachability.py"
+           "::test_every_view_and_commit_of_the_decoder_is_the_replays[spans-same_position]"),
     Mutant("guidance-sees-what-is-given", "jaxblock/diffusion/decoding/passes.py",
            "jnp.where(given | (in_response < 0),", "jnp.where(in_response < 0,",
-           "tests/diffusion/test_infill.py"
-           "::test_every_rule_fills_the_spans_alone_and_guidance_hides_what_is_given[low_confidence]"),
+           "tests/diffusion/test_decoder.py"
+           "::test_every_rule_fills_the_spans_alone_and_never_with_the_mask_token[low_confidence]"),
     # Data.
     Mutant("prompt-no-prefix", "jaxblock/data/tokens/encoding.py",
            "if ids[: len(prompt_ids)] == prompt_ids:", "if prompt_ids:",
@@ -156,10 +159,10 @@ MUTANTS = [
            "tests/diffusion/test_laws.py::test_expected_gradient_is_the_nelbos[antithetic-per_sequence-2-aligned]"),
     Mutant("no-shift", "jaxblock/diffusion/canvas.py",
            "at=jnp.maximum(active - predicts_next, 0),", "at=active,",
-           "tests/diffusion/test_reachability.py::test_every_masked_set_of_every_block_is_reached[shifted]"),
+           "tests/diffusion/test_reachability.py::test_every_masked_set_of_every_block_is_reached[shifted-4]"),
     Mutant("shift-always", "jaxblock/diffusion/canvas.py",
            "at=jnp.maximum(active - predicts_next, 0),", "at=jnp.maximum(active - 1, 0),",
-           "tests/diffusion/test_reachability.py::test_every_masked_set_of_every_block_is_reached[same_position]"),
+           "tests/diffusion/test_reachability.py::test_every_masked_set_of_every_block_is_reached[same_position-3]"),
     Mutant("suffix-window-from-block-start", "jaxblock/diffusion/canvas.py",
            "(block + 1) * layout.block + layout.suffix_window)", "block * layout.block + layout.suffix_window)",
            "tests/reporting/test_inspect.py::test_what_a_draw_shows_by_hand"),
@@ -176,12 +179,12 @@ MUTANTS = [
     Mutant("one-prompt-mask-for-all-draws", "jaxblock/diffusion/sampling.py",
            "of_prompt = jax.random.uniform(jax.random.fold_in(n, 1), (rows, draws, prompt_room))",
            "of_prompt = jnp.tile(jax.random.uniform(jax.random.fold_in(n, 1), (rows, 1, prompt_room)), (1, draws, 1))",
-           "tests/diffusion/test_prompt_masks.py"
+           "tests/diffusion/test_reachability.py"
            "::test_every_pattern_of_masked_prompt_tokens_is_shown_and_nothing_else_changes[blockwise]"),
     Mutant("prompt-masks-in-the-response", "jaxblock/diffusion/corruption.py",
            "(at < canvas.prompt_len[:, None]) & (u < method.prompt_mask_rate)",
            "(at < of_prompt.shape[1]) & (u < method.prompt_mask_rate)",
-           "tests/diffusion/test_prompt_masks.py"
+           "tests/diffusion/test_reachability.py"
            "::test_every_pattern_of_masked_prompt_tokens_is_shown_and_nothing_else_changes[blockwise]"),
     Mutant("floor-on-the-rate-not-its-law", "jaxblock/diffusion/sampling.py",
            "count = method.rate_floor + (1 - method.rate_floor) * count", "count = jnp.maximum(count, method.rate_floor)",

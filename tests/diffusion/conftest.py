@@ -1,26 +1,45 @@
-"""A tiny network in float64, and the truth about it by plain enumeration: built without the package's own canvas."""
+"""What tests of the method share: a tiny network and the truth about it by plain enumeration; the decoder, and made-up networks.
 
+The truth is built without the package's own canvas.
+"""
+
+import functools
 import json
 import math
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
+from scipy import stats
 
+import jaxblock
 from jaxblock.diffusion import canvas as canvases
 from jaxblock.diffusion.canvas import Layout
-from jaxblock.models.families import registry
-from jaxblock.models.spec import nest
+from jaxblock.diffusion.decoding import decoder
+from jaxblock.diffusion.decoding.config import DecodeConfig
 from jaxblock.models.transformer import Transformer
 from tests.models.networks import make_arch, random_params
 
 VOCAB, EOT, FILL, MASK = 11, 7, 8, 9
 P, R = 3, 9
 PROMPTS = ([1, 2], [3, 4, 5])
+TEXTS = {"aligned": ([1, 0, 6, 2, 2, 10, EOT], [5, 3, 1, EOT]), "paper": ([1, 0, 6, 2, 2, 10, 4, EOT], [5, 3, 1, EOT])}
+MEASURED = ("low_confidence", "maskgit_plus", "topk_margin", "entropy")
+QUESTIONS = [[1], [2, 3], [4, 5, 6], [0, 1]]
+# Before the first span, and from there on: a span longer than a block, two spans within a block, no right side, a span at the end.
+SPANS = [
+    ([1], [MASK] * 4 + [2, 3]),
+    ([2, 3], [MASK, 5, MASK, MASK, 0]),
+    ([4, 5, 6], [MASK] * 9),
+    ([0, 1], [MASK, MASK, 4, 4, 4, MASK]),
+    ([6], [MASK] * 3 + [1] + [MASK] * 4),
+]
 
 
 @pytest.fixture
@@ -31,21 +50,34 @@ def x64():
 
 
 def make_net(dtype="float64", **changes):
-    """A network whose predictions are far from uniform."""
+    """A network whose predictions are far from uniform, and its parameters."""
     sizes = dict(vocab_size=VOCAB, d_model=8, n_heads=2, n_kv_heads=1, mlp_dim=12)
     arch = make_arch(**{**sizes, "mask_id": MASK, "eos_id": FILL, "pad_id": FILL, **changes})
     net = Transformer(arch, dtype=dtype)
     return net, jax.tree.map(lambda x: x.astype(dtype), random_params(net.param_table, 1, std=0.7))
 
 
+# The keys and values of a single layer depend on their own token alone, so that its caches are exact.
+ONE_LAYER, TWO_LAYERS = (make_net("float32", n_layers=layers) for layers in (1, 2))
+
+
 def make_layout(context="aligned", alignment="same_position", block=3, response_len=R):
     return Layout(response_len, block, alignment, context, None, MASK, FILL, (EOT, FILL))
 
 
-@pytest.fixture(scope="session")
-def tiny():
-    """(make_net, make_layout): the tiny network and its layouts."""
-    return make_net, make_layout
+def padded(rows, width, pad=0):
+    """The ids of rows, each padded to ``width``, and their lengths."""
+    ids = [[*row, *[pad] * (width - len(row))] for row in rows]
+    return np.array(ids, np.int32), np.array([len(row) for row in rows], np.int32)
+
+
+_lay = jax.jit(canvases.from_rows, static_argnums=0)
+
+
+def laid_out(layout, prompts, texts, room=P):
+    """The canvas of prompts, for which there is ``room``, with their texts."""
+    index = np.arange(len(prompts), dtype=np.int32)
+    return jax.device_get(_lay(layout, *padded(prompts, room), *padded(texts, layout.response_len), index))
 
 
 class Truth(NamedTuple):
@@ -110,9 +142,6 @@ def _gradients(net, params, *picture):
     return tokens, ravel_pytree(grad)[0]
 
 
-_lay = jax.jit(canvases.from_rows, static_argnums=0)
-
-
 def build_truth(net, params, layout, texts, most=64):
     """Enumerates every set of every block. ``most`` pads the number of pictures, so that compiled code is shared."""
     size, rows = layout.block, list(zip(PROMPTS, texts, strict=True))
@@ -127,66 +156,104 @@ def build_truth(net, params, layout, texts, most=64):
                     continue
                 at = len(prompt) + k * size + np.arange(size)
                 read = np.clip(at - (layout.alignment == "shifted"), 0, len(ids) - 1)
-                padded = np.pad(targets, (0, size - len(targets)))
-                pictures.append((ids, length, read, padded, [j in masked for j in range(size)]))
+                known = np.pad(targets, (0, size - len(targets)))
+                pictures.append((ids, length, read, known, [j in masked for j in range(size)]))
                 where.append((i, k, s))
             n[-1].append(len(targets))
     pictures += pictures[:1] * (most - len(pictures))
-    batch = [np.array(column) for column in zip(*pictures, strict=True)]
-    nll, grad = _gradients(net, params, *batch)
-    entries = tuple(np.array(where).T)
-    shape = (len(rows), layout.n_blocks, 2**size)
+    found = _gradients(net, params, *(np.array(column) for column in zip(*pictures, strict=True)))
 
     def table(values):
-        values = np.asarray(values)[: len(where)]
-        whole = np.full(shape + values.shape[1:], np.nan)
-        whole[entries] = values
+        whole = np.full((len(rows), layout.n_blocks, 2**size, *values.shape[1:]), np.nan)
+        whole[tuple(np.array(where).T)] = values[: len(where)]
         return whole
 
-    arrays = [np.array([x + [0] * (m - len(x)) for x in xs], np.int32) for xs, m in ((PROMPTS, P), (texts, R))]
-    lengths = [np.array([len(x) for x in xs], np.int32) for xs in (PROMPTS, texts)]
-    index = np.arange(len(rows), dtype=np.int32)
-    canvas = jax.device_get(_lay(layout, arrays[0], lengths[0], arrays[1], lengths[1], index))
-    return Truth(layout, canvas, rows, n, table(nll), table(grad))
-
-
-TEXTS = {"aligned": ([1, 0, 6, 2, 2, 10, EOT], [5, 3, 1, EOT]), "paper": ([1, 0, 6, 2, 2, 10, 4, EOT], [5, 3, 1, EOT])}
+    return Truth(layout, laid_out(layout, PROMPTS, texts), rows, n, *map(table, jax.device_get(found)))
 
 
 @pytest.fixture(scope="session")
 def truths():
-    """(net, params, {name: Truth with gradients}): K_i = 3 and 2, filled blocks (aligned) and short ones (paper).
-
-    The last is about a network whose attention does nothing, so that the order of commits cannot matter.
-    """
+    """(net, params, {name: Truth with gradients}): K_i = 3 and 2, filled blocks (aligned) and short ones (paper)."""
     with jax.enable_x64(True):
         net, params = make_net()
         layouts = {name: make_layout(name) for name in ("aligned", "paper")}
         layouts["shifted"] = make_layout(alignment="shifted")
-        made = {name: build_truth(net, params, lay, TEXTS[lay.context]) for name, lay in layouts.items()}
-        order_free = params | {"blocks": params["blocks"] | {"o": 0 * params["blocks"]["o"]}}
-        made["order_free"] = build_truth(net, order_free, layouts["aligned"], TEXTS["aligned"])
-        return net, params, made
+        return net, params, {name: build_truth(net, params, lay, TEXTS[lay.context]) for name, lay in layouts.items()}
+
+
+def decoding(steps, **fields):
+    """The decoder's settings, without early stop where ``fields`` do not ask for it."""
+    return DecodeConfig(steps_per_block=steps, **{"early_stop": False, **fields})
+
+
+decode_jit = jax.jit(decoder.decode_prompts, static_argnums=(0, 1, 2))
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _fill_jit(net, layout, options, params, seed, *texts):
+    return decoder.decode(net, layout, options, params, canvases.decoding_canvas(layout, *texts), seed)
+
+
+def decoded(net, layout, options, prompts=QUESTIONS, rests=None, room=P, first=0, seed=3):
+    """Decodes prompts, or fills the masks of ``rests`` after them, by the scan over all blocks; ``net`` is (network, parameters)."""
+    ids, lengths = padded(prompts, room)
+    index = np.arange(first, first + len(prompts), dtype=np.int32)
+    if rests is None:
+        return jax.device_get(decode_jit(net[0], layout, options, net[1], seed, ids, lengths, index))
+    texts = [[*prompt, *rest] for prompt, rest in zip(prompts, rests, strict=True)]
+    whole, ends = padded(texts, room + layout.response_len, layout.mask_id)
+    return jax.device_get(_fill_jit(net[0], layout, options, net[1], seed, whole, lengths, index, ends))
+
+
+def assert_same(one, other, but=("computed",)):
+    """Asserts that two batches of responses are equal but for the counts named."""
+    chex.assert_trees_all_equal(*(found._replace(**dict.fromkeys(but)) for found in (one, other)))
+
+
+class Fixed:
+    """A network that sees the first token of the prompt alone: ``table[first token, response position]`` are its logits."""
+
+    def unstacked(self, params):
+        return params
+
+    def hidden(self, params, view, row_keys=None):
+        at = view.active - (view.length - params["table"].shape[1])[:, None]
+        return params["table"][view.ids[:, :1], at]
+
+    def logits(self, params, hidden):
+        return hidden
+
+    def nll(self, params, hidden, targets):
+        raise AssertionError("a decoder knows no targets")
+
+
+FIXED = Fixed()
+
+
+def chi_square(seen, chance):
+    """Chi-square of counts over its 0.001 quantile: above 1 is a rejection."""
+    seen, expected = np.asarray(seen, float), np.asarray(chance) * np.sum(seen)
+    there = expected > 0
+    if seen[~there].any():  # it cannot be
+        return np.inf
+    return ((seen - expected)[there] ** 2 / expected[there]).sum() / stats.chi2.isf(0.001, max(there.sum() - 1, 1))
+
+
+GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden"
 
 
 @pytest.fixture(scope="session")
 def golden_model(shared):
-    """A function: name -> (net, params) of golden/forward/<name>, read without the package's own loader."""
-    from safetensors.numpy import load_file
+    """A function that loads the model of a name."""
+    return functools.cache(lambda name: jaxblock.load(GOLDEN / "forward" / name))
 
-    made = {}
 
-    def load(name):
-        if name not in made:
-            folder = shared / "golden" / "forward" / name
-            arch = registry.from_hf(json.loads((folder / "config.json").read_text()), str(folder))
-            tensors = load_file(folder / "model.safetensors")
-            net, flat = Transformer(arch), {}
-            for path, spec in net.param_table.items():
-                names = [spec.hf_name.format(layer=i) for i in range(arch.n_layers if spec.stacked else 1)]
-                stack = [tensors[x].T if spec.transpose else tensors[x] for x in names]
-                flat[path] = np.stack(stack) if spec.stacked else stack[0]
-            made[name] = net, nest(flat)
-        return made[name]
+def golden_json(name):
+    """What a file holds; nothing where there is no reference data."""
+    file = GOLDEN / name
+    return json.loads(file.read_text()) if file.exists() else {}
 
-    return load
+
+def golden_arrays(name):
+    with np.load(GOLDEN / name) as arrays:
+        return dict(arrays)

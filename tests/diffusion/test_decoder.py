@@ -1,132 +1,67 @@
-"""What the decoder promises whatever the weights: batches do not matter, it ends, no mask token is committed."""
+"""What the decoder promises whatever the weights, on prompts and on texts with spans, under every rule."""
 
 from typing import get_args
 
-import chex
-import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxblock.diffusion import canvas as canvases
 from jaxblock.diffusion.decoding import decoder
 from jaxblock.diffusion.decoding.config import DecodeConfig, RuleName
-from tests.diffusion.decoding import FIXED, decode_jit, decoding, padded
-
-MASK, FILL, EOT = 9, 8, 7
-PROMPTS = [[1], [2, 3], [4, 5, 6], [0, 1]]
-
-
-@pytest.fixture(scope="module")
-def net(tiny):
-    return tiny[0](dtype="float32", n_layers=1)
-
-
-@pytest.fixture(scope="module")
-def layout(tiny):
-    return tiny[1]()
-
-
-def _run(net, layout, options, rows, width=4, seed=3):
-    """Decodes PROMPTS[rows], each under its own index."""
-    ids, lengths, _ = padded([PROMPTS[row] for row in rows], width)
-    found = decode_jit(net[0], layout, options, net[1], seed, ids, lengths, np.array(rows, np.int32))
-    return jax.device_get(found._replace(computed=found.nfe))  # what is computed for a row depends on its batch
+from tests.diffusion.conftest import (
+    EOT,
+    FILL,
+    FIXED,
+    MASK,
+    MEASURED,
+    QUESTIONS,
+    TWO_LAYERS,
+    VOCAB,
+    Fixed,
+    assert_same,
+    decoded,
+    decoding,
+    make_layout,
+)
 
 
-OPTIONS = {
-    "dream": decoding(2, rule="entropy", quota="dream", temperature=1.2, top_p=0.9, alg_temp=0.3, early_stop=True),
-    "origin": decoding(3, rule="origin", temperature=1.0, top_k=4, cfg_scale=0.5),
-}
-
-
-@pytest.mark.parametrize("name", OPTIONS)
-def test_a_result_does_not_depend_on_the_batch(net, layout, name):
-    """The same prompts in another order, and one alone on a wider canvas."""
-    together = _run(net, layout, OPTIONS[name], [0, 1, 2, 3])
-    turned = _run(net, layout, OPTIONS[name], [3, 1, 0, 2])
-    alone = _run(net, layout, OPTIONS[name], [1], width=7)
-    chex.assert_trees_all_equal(jax.tree.map(lambda leaf: leaf[[3, 1, 0, 2]], together), turned)
-    chex.assert_trees_all_equal(jax.tree.map(lambda leaf: leaf[[1]], together), alone)
-    assert (_run(net, layout, OPTIONS[name], [0, 1, 2, 3], seed=4).response != together.response).any()
-
-
-def test_block_by_block_from_the_host_is_the_scan(net, layout):
-    """What ``decode --watch`` does."""
-    options, prompts = OPTIONS["dream"], padded(PROMPTS)
-
-    @jax.jit
-    def begin(*prompts):
-        canvas = canvases.for_decoding(layout, *prompts)
-        return canvas, decoder.start_decoding(layout, canvas, 3)
-
-    canvas, carry = begin(*prompts)
-    block = jax.jit(decoder.decode_block, static_argnums=(0, 1, 2))
-    for k in range(layout.n_blocks):
-        carry = block(net[0], layout, options, net[1], canvas, carry, np.full(4, k, np.int32))
-    found = jax.jit(decoder.finish, static_argnums=0)(layout, canvas, carry)
-    chex.assert_trees_all_equal(found._replace(computed=found.nfe), _run(net, layout, options, [0, 1, 2, 3]))
-
-
-def _fixed(layout, options, rows):
+def fixed(options, rows):
     """Decodes the first three prompts: rows[first token][position] -> {token: logit}; every other logit is 0."""
-    table = np.zeros((11, 9, 11), np.float32)
+    table = np.zeros((VOCAB, 9, VOCAB), np.float32)
     for first, positions in rows.items():
         for position, logits in positions.items():
             for token, value in logits.items():
                 table[first, position, token] = value
-    return _run((FIXED, {"table": table}), layout, options, [0, 1, 2])
+    return decoded((FIXED, {"table": table}), make_layout(), options, QUESTIONS[:3])
 
 
-ORDERED = {1: {0: {1: 3.0}, 1: {1: 5.0}, 2: {1: 3.0}}}
-
-
-def _options(rule):
-    return decoding(2, rule=rule, temperature=1.0 if rule in ("random", "origin", "factor") else 0.0)
-
-
-@pytest.mark.parametrize("rule", get_args(RuleName))
-def test_the_mask_token_is_never_committed_and_every_rule_ends(layout, rule):
-    """Its logit is the largest everywhere: threshold and factor accept nothing but the best, one step a token."""
-    out = _fixed(layout, _options(rule), {n: {i: {MASK: 30.0} for i in range(9)} for n in (1, 2, 4)})
-    assert (out.response != MASK).all() and (out.commit_step >= 0).all()
-    if rule == "origin":  # a block may be full before its last step
-        assert (out.nfe >= 3).all() and (out.nfe <= 6).all()
-    else:
-        assert out.nfe.tolist() == [9 if rule in ("confidence_threshold", "factor") else 6] * 3
-
-
-@pytest.mark.parametrize("rule", ["low_confidence", "maskgit_plus", "topk_margin", "entropy"])
-def test_steps_quota_and_commit_order(layout, rule):
+@pytest.mark.parametrize(
+    "options, steps",
+    [
+        *((decoding(2, rule=rule), "001223445") for rule in MEASURED),
+        (decoding(5), "102345678"),  # a finished block takes no further steps
+        (decoding(3, quota="dream"), "212455788"),  # Dream's first step commits nothing here
+    ],
+)
+def test_steps_quota_and_commit_order(options, steps):
     """Most confident first, ties to the lowest index, the remainder of the quota to the first step."""
-    out = _fixed(layout, _options(rule), ORDERED)
-    assert out.commit_step[0].tolist() == [0, 0, 1, 2, 2, 3, 4, 4, 5]
+    out = fixed(options, {1: {0: {1: 3.0}, 1: {1: 5.0}, 2: {1: 3.0}}})
+    assert out.commit_step[0].tolist() == list(map(int, steps)) and out.nfe[0] == int(max(steps)) + 1
     assert out.response[0].tolist() == [1, 1, 1] + [0] * 6, "equal logits give the lowest token"
 
 
-def test_more_steps_than_masks_and_steps_that_commit_nothing(layout):
-    idle, late = (_fixed(layout, options, ORDERED) for options in (decoding(5), decoding(3, quota="dream")))
-    assert idle.nfe.tolist() == [9] * 3, "a finished block takes no further steps"
-    assert late.commit_step[0].tolist() == [2, 1, 2, 4, 5, 5, 7, 8, 8], "Dream's first step commits nothing here"
-    assert late.nfe[0] == 9
-
-
-def test_early_stop_freezes_finished_rows_and_saves_forwards(layout):
+def test_early_stop_freezes_finished_rows_and_saves_forwards():
     """Row 0 ends in its first block, row 1 in its second, row 2 never; a stop token freezes after its whole block."""
     sure = {i: {2: 20.0} for i in range(9)}
     rows = {1: sure | {1: {EOT: 20.0}}, 2: sure | {5: {FILL: 20.0}}, 4: sure}
-    stopped = _fixed(layout, decoding(3, early_stop=True, cfg_scale=0.5, rule="confidence_threshold"), rows)
+    stopped = fixed(decoding(3, early_stop=True, cfg_scale=0.5, rule="confidence_threshold"), rows)
     assert stopped.response.tolist() == [[2, EOT, 2] + [FILL] * 6, [2, 2, 2, 2, 2, FILL] + [FILL] * 3, [2] * 9]
     assert stopped.nfe.tolist() == [2, 4, 6], "guidance costs two forwards a step"
     assert (stopped.commit_step[0, 3:] == -1).all() and (stopped.commit_step[2] == np.repeat([0, 1, 2], 3)).all()
-    going = _fixed(layout, _options("confidence_threshold"), rows)
+    states = decoder.responses_by_step(make_layout(), stopped, 3)[:, 0].tolist()
+    assert states == [[MASK] * 9] + [[2, EOT, 2] + [MASK] * 6] * 3
+    going = fixed(decoding(2, rule="confidence_threshold"), rows)
     assert going.nfe.tolist() == [3, 3, 3] and going.response[0].tolist() == [2, EOT] + [2] * 7
-
-
-def test_guidance_extrapolates_from_the_masked_prompt(layout):
-    """Scale 1: un + 2 (cond - un) is 3 for token 1, and 2.9 or 3.1 for token 2."""
-    logits = {1: {i: {1: 2.0, 2: 1.55 if i % 2 else 1.45} for i in range(9)}, MASK: {i: {1: 1.0} for i in range(9)}}
-    out = _fixed(layout, decoding(1, cfg_scale=1.0), logits)
-    assert out.response[0].tolist() == [1, 2, 1, 2, 1, 2, 1, 2, 1] and out.nfe[0] == 6
 
 
 def test_settings_that_compile_alike_share_a_program():
@@ -136,10 +71,45 @@ def test_settings_that_compile_alike_share_a_program():
     assert DecodeConfig(rule="random").static(3) != DecodeConfig().static(3)
 
 
-def test_responses_by_step_are_rebuilt_from_the_commit_steps(layout):
-    mask = layout.mask_id
-    responses = decoder.Responses(
-        np.array([[5, 6, 7, 1]]), np.array([[2, 0, 2, -1]]), np.array([3]), np.array([9]), np.array([9])
-    )
-    got = decoder.responses_by_step(layout, responses, 3)[:, 0].tolist()
-    assert got == [[mask] * 4, [mask, 6, mask, mask], [mask, 6, mask, mask], [5, 6, 7, mask]]
+@pytest.mark.parametrize(
+    "fields, alignment",
+    [
+        (dict(steps_per_block=2, temperature=1.5, cache="dual"), "same_position"),
+        (dict(rule="entropy", quota="dream", temperature=1.2, top_p=0.9, alg_temp=0.3, cache="prefix"), "shifted"),
+        (dict(rule="confidence_threshold", threshold=0.3, cfg_scale=0.5), "shifted"),
+    ],
+)
+def test_without_a_right_side_filling_is_ordinary_decoding(fields, alignment):
+    layout, options = make_layout(alignment=alignment, response_len=6), DecodeConfig(early_stop=False, **fields)
+    filled = decoded(TWO_LAYERS, layout._replace(infill=True), options, rests=[[MASK] * 6] * 4)
+    assert_same(decoded(TWO_LAYERS, layout, options), filled)
+
+
+class SeesTheEnd(Fixed):
+    """A network that sees the last visible token alone: ``table[token]`` are the logits of every position."""
+
+    def hidden(self, params, view, row_keys=None):
+        last = jnp.take_along_axis(view.ids, view.length[:, None] - 1, axis=1)
+        return jnp.broadcast_to(params["table"][last], (*view.active.shape, VOCAB))
+
+
+SEES_THE_END = SeesTheEnd()
+
+
+@pytest.mark.parametrize("rule", get_args(RuleName))
+def test_every_rule_fills_the_spans_alone_and_never_with_the_mask_token(rule):
+    """After token 2 the logits favour 1, after masks 1 even more: guidance, which no rule sees, makes them favour 0.
+
+    The mask token's logit is the largest: threshold and factor accept nothing but the best, one step a token.
+    """
+    table = np.full((VOCAB, VOCAB), -30, np.float32)
+    table[[2, MASK], 1], table[[2, MASK], 0], table[:, MASK] = [2.0, 4.0], [1.5, 1.0], 30.0
+    prompts, rests = [[5], [6, 6]], [[MASK, MASK, MASK, MASK, 3, MASK, 2], [MASK, 2]]
+    net, drawn = (SEES_THE_END, {"table": table}), rule in ("random", "origin")
+    for scale, token in ((0.0, 1), (0.5, 0))[: 2 if rule == "low_confidence" else 1]:
+        options = decoding(2, rule=rule, cfg_scale=scale, temperature=0.01 if drawn else 0.0)
+        found = decoded(net, make_layout()._replace(infill=True), options, prompts, rests)
+        for response, rest in zip(found.response, rests, strict=True):
+            assert response[: len(rest)].tolist() == [token if given == MASK else given for given in rest]
+        least, most = {"origin": (3, 6), "confidence_threshold": (5, 5), "factor": (5, 5)}.get(rule, (4, 4))
+        assert least <= found.nfe[0] // options.passes <= most and found.nfe[1] >= options.passes

@@ -1,15 +1,9 @@
 """The peers' decoders, token for token and step for step, through ``jaxblock.load(folder).decode``."""
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-import jaxblock
-
-GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden"
-
+from tests.diffusion.conftest import golden_arrays, golden_json
 
 # One case for each way to decode is fast. The others differ in sizes and schedules, whose numbers test_quota.py has.
 FAST = (
@@ -17,36 +11,26 @@ FAST = (
     *("thr0.6_none", "factor1.0_gqa_none_v1", "entropy_leftpad"),
     *("thr0.6_prefix", "fixed_nondiv_dual", "block_prefix_thr0.6", "block_dual_entropy"),
 )
-
-
-def _cases():
-    for folder in ("decode_llada", "decode_fast", "decode_dream"):
-        file = GOLDEN / folder / "cases.json"
-        for name, case in (json.loads(file.read_text()) if file.exists() else {}).items():
-            marks = () if name in FAST else pytest.mark.slow
-            yield pytest.param(folder, name, case, id=f"{folder}-{name}", marks=marks)
-
-
-@pytest.fixture(scope="module")
-def models(shared):
-    names = ("llada_mha", "llada_gqa_tied", "dream")
-    return {name: jaxblock.load(shared / "golden" / "forward" / name) for name in names}
+DECODED = [
+    pytest.param(folder, name, case, id=f"{folder}-{name}", marks=() if name in FAST else pytest.mark.slow)
+    for folder in ("decode_llada", "decode_fast", "decode_dream")
+    for name, case in golden_json(f"{folder}/cases.json").items()
+]
 
 
 def _options(name, case):
+    if "alg" in case:
+        sizes = dict(response_len=case["max_new_tokens"], block=case.get("block_length", case["max_new_tokens"]))
+    else:
+        sizes = dict(response_len=case["gen_length"], block=case["block_length"])
+    options = dict(early_stop=False, steps_per_block=case["steps"] * sizes["block"] // sizes["response_len"], **sizes)
     if case.get("source") == "Fast-dLLM block decoder":
-        sizes = dict(response_len=case["max_new_tokens"], block=case["block_length"])
-        sizes["steps_per_block"] = case["steps"] * case["block_length"] // case["max_new_tokens"]
         rule = {"threshold": case["threshold"]} if "threshold" in case else {"quota": "dream", "eps": case["eps"]}
-        return dict(rule=case["alg"], cache=case["cache"], quirks="fast_dllm", early_stop=False, **sizes, **rule)
+        return dict(rule=case["alg"], cache=case["cache"], quirks="fast_dllm", **options, **rule)
     if "alg" in case:  # Dream's generate knows no blocks: one block, as long as the response
-        size = dict(response_len=case["max_new_tokens"], block=case["max_new_tokens"], steps_per_block=case["steps"])
         same = {field: case[field] for field in ("eps", "temperature", "alg_temp", "top_p", "top_k")}
-        return dict(rule=case["alg"], quota="dream", early_stop=False, **size, **same)
-    options = dict(response_len=case["gen_length"], block=case["block_length"], early_stop=False)
-    options["cache"] = case.get("cache", "none")
-    options["steps_per_block"] = case["steps"] * case["block_length"] // case["gen_length"]
-    options["cfg_scale"] = case.get("cfg_scale") or 0.0
+        return dict(rule=case["alg"], quota="dream", **options, **same)
+    options |= {"cache": case.get("cache", "none"), "cfg_scale": case.get("cfg_scale") or 0.0}
     for field, rule in (("threshold", "confidence_threshold"), ("factor", "factor")):
         if case.get(field):
             options |= {"rule": rule, field: case[field]}
@@ -60,12 +44,11 @@ def _options(name, case):
     return options
 
 
-@pytest.mark.parametrize("folder, name, case", list(_cases()))
-def test_decodes_as_published(models, folder, name, case):
-    with np.load(GOLDEN / folder / f"{name}.npz") as arrays:
-        z = dict(arrays)
+@pytest.mark.parametrize("folder, name, case", DECODED)
+def test_decodes_as_published(golden_model, folder, name, case):
+    z = golden_arrays(f"{folder}/{name}.npz")
     width = z["prompt_ids"].shape[1]
-    got = models[case["model"]].decode(
+    got = golden_model(case["model"]).decode(
         z["prompt_ids"], z.get("attention_mask"), return_steps=True, **_options(name, case)
     )
     np.testing.assert_array_equal(got.ids, z["output_ids"][:, width:])

@@ -6,7 +6,7 @@ import random
 import jax
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxblock.cli import main
@@ -14,8 +14,8 @@ from jaxblock.diffusion.canvas import Layout
 from jaxblock.diffusion.decoding.config import DecodeConfig
 from jaxblock.diffusion.decoding.queue import Queue, Row
 from jaxblock.diffusion.decoding.shapes import BatchShapes
-from jaxblock.inference import decode_many
-from tests.diffusion.decoding import decode_jit, padded
+from jaxblock.inference import DeviceDecoder, decode_many
+from tests.diffusion.conftest import ONE_LAYER, SPANS, P, decoded, make_layout
 
 
 class Line(Row):
@@ -56,21 +56,21 @@ class Counting:
             row.block += 1
             row.ended = row.block == len(row.widths)
 
+    def decoded(self):
+        """Decodes the rows, asserts that all are handed out, complete and in their order, and returns after how many batches each."""
+        after = []
+        for row in Queue(self.source(), self):
+            assert row.ended and row.block == len(row.widths) and row.index == self.handed_out
+            self.handed_out += 1
+            after.append(self.batches)
+        assert self.handed_out == len(self.rows) and not self.running
+        return after
 
-def _decoded(size, rows):
-    """Decodes the rows, and asserts that all are handed out, complete and in their order."""
-    decoder = Counting(size, rows)
-    for row in Queue(decoder.source(), decoder):
-        assert row.ended and row.index == decoder.handed_out
-        decoder.handed_out += 1
-    assert decoder.handed_out == len(rows) and not decoder.running
-    return decoder
 
-
+@settings(deadline=None)
 @given(st.integers(1, 4), st.lists(st.lists(st.sampled_from([64, 128, 192]), min_size=1, max_size=5), max_size=90))
 def test_every_row_is_decoded_once_a_block_and_handed_out_in_order(size, widths):
-    decoder = _decoded(size, [Line(number, blocks) for number, blocks in enumerate(widths)])
-    assert [row.block for row in decoder.rows] == [len(blocks) for blocks in widths]
+    Counting(size, [Line(number, blocks) for number, blocks in enumerate(widths)]).decoded()
 
 
 @pytest.mark.parametrize(("widths", "most"), [(1, 1.04), (2, 1.1)])
@@ -79,16 +79,13 @@ def test_hardly_a_place_is_empty(widths, most, seed):
     """512 answers of 1 to 8 blocks at batch 64; decoded batch by batch it would be 64 * 8 * 8 places: 1.78."""
     draw = random.Random(seed)
     rows = [Line(n, [64 * draw.randint(1, widths)] * draw.randint(1, 8)) for n in range(512)]
-    needed = sum(len(row.widths) for row in rows)
-    assert _decoded(64, rows).batches * 64 <= most * needed
+    assert Counting(64, rows).decoded()[-1] * 64 <= most * sum(len(row.widths) for row in rows)
 
 
 def test_answers_come_early_while_more_rows_come():
     """The first batch's answers are handed out after the time that they take, not at the end."""
-    decoder = Counting(4, [Line(number, [64] * 8) for number in range(400)])
-    rows = iter(Queue(decoder.source(), decoder))
-    next(rows)
-    assert decoder.batches <= 8 * Queue.IN_FLIGHT + Queue.IN_FLIGHT
+    first, *_ = Counting(4, [Line(number, [64] * 8) for number in range(400)]).decoded()
+    assert first <= 8 * Queue.IN_FLIGHT + Queue.IN_FLIGHT
 
 
 @pytest.mark.parametrize(("cache", "window"), [("none", None), ("none", 40), ("prefix", None), ("dual", 0)])
@@ -112,33 +109,32 @@ def test_four_shapes_serve_all_usual_prompts_and_blocks(usual, response, block, 
 
 
 RULES = {
-    "low_confidence": {"steps_per_block": 2, "temperature": 1.5},
-    "dream": {
-        "rule": "entropy",
-        "quota": "dream",
-        "temperature": 1.2,
-        "top_p": 0.9,
-        "alg_temp": 0.3,
-        "cache": "prefix",
-    },
-    "origin": {"rule": "origin", "temperature": 1.0, "top_k": 4, "cfg_scale": 0.5},
-    "threshold": {"rule": "confidence_threshold", "threshold": 0.3, "cache": "dual", "seed": 2**40 + 1},
+    "low_confidence": dict(steps_per_block=2, temperature=1.5),
+    "dream": dict(rule="entropy", quota="dream", temperature=1.2, top_p=0.9, alg_temp=0.3, cache="prefix"),
+    "origin": dict(rule="origin", temperature=1.0, top_k=4, cfg_scale=0.5),
+    "threshold": dict(rule="confidence_threshold", threshold=0.3, temperature=0.9, cache="dual", seed=2**40 + 1),
+    "spans": dict(steps_per_block=2, temperature=1.5, early_stop=False),
 }
-LAYOUTS = {"origin": {"alignment": "shifted"}, "threshold": {"alignment": "shifted"}}
 PROMPTS = [[n % 7, n // 7, n % 5][: 1 + n % 3] for n in range(11)]
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_a_row_is_what_the_scan_over_all_rows_makes_of_it(tiny, name):
-    """Three places for eleven prompts, whose answers have one to three blocks."""
-    (net, params), layout = tiny[0](dtype="float32", n_layers=1), tiny[1](**LAYOUTS.get(name, {}))
-    options = DecodeConfig(batch_size=3, **RULES[name])
-    rows = list(decode_many(net, layout, options, params, map(np.array, PROMPTS), prompt_len=3))
-    ids, lengths, index = padded(PROMPTS, 16)
-    seed = options.seed % 2**32
-    expected = jax.device_get(decode_jit(net, layout, options.static(3), params, seed, ids, lengths, index))
-    for field in ("response", "commit_step", "nfe", "positions"):
-        np.testing.assert_array_equal(np.stack([getattr(row, field) for row in rows]), getattr(expected, field))
+def test_a_row_is_what_the_scan_over_all_rows_makes_of_it(name):
+    """Three places for eleven prompts, whose answers have one to three blocks, or for texts; on canvases of another width."""
+    layout = make_layout(alignment="shifted" if name in ("origin", "threshold") else "same_position")
+    (net, params), options, prompts, rests = ONE_LAYER, DecodeConfig(batch_size=3, **RULES[name]), PROMPTS, None
+    if name == "spans":
+        layout, (prompts, rests) = layout._replace(infill=True), zip(*SPANS, strict=True)
+        device = DeviceDecoder(net, layout, options, params, prompt_len=P, rows=len(SPANS))
+        rows = list(Queue([device.row(prompt, at, rest) for at, (prompt, rest) in enumerate(SPANS)], device))
+    else:
+        rows = list(decode_many(net, layout, options, params, map(np.array, prompts), prompt_len=P))
+    found = decoded(ONE_LAYER, layout, options.static(3), prompts, rests, room=16, seed=options.seed % 2**32)
+    for at, row in enumerate(rows):
+        expected = jax.tree.map(lambda leaf, at=at: leaf[at], found)
+        assert (row.nfe, row.positions) == (expected.nfe, expected.positions)
+        for field in ("response", "commit_step"):
+            np.testing.assert_array_equal(getattr(row, field), getattr(expected, field)[: len(row.response)])
     assert len({row.block for row in rows}) > 1
 
 

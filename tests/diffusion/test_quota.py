@@ -18,7 +18,7 @@ from jaxblock.diffusion.decoding.config import DecodeConfig, RuleName
 from jaxblock.diffusion.decoding.rules import RULES, Rule, check_options, unused_steps
 from jaxblock.diffusion.decoding.transfer import Scores, StepInfo
 from jaxblock.errors import UserError
-from tests.diffusion.decoding import FIXED, decode_jit, padded
+from tests.diffusion.conftest import FIXED, decoded, make_layout
 
 WIDTH = 12
 
@@ -37,17 +37,12 @@ def test_schedules(vectors, schedule, key):
         if key == "dream":
             grid = transfer.dream_grid(case["steps"], eps)
             assert grid.dtype == np.float32 and grid.tolist() == case["timesteps"], case
-
-
-@pytest.mark.parametrize("schedule", ["even", "dllm_linear", "dream"])
-def test_a_schedule_commits_every_mask(schedule):
     for steps in (1, 3, 8, 32):
         table = transfer.quota_table(schedule, 32, steps)
-        assert table.min() >= 0
-        assert table.sum(1).tolist() == list(range(33))
+        assert table.min() >= 0 and table.sum(1).tolist() == list(range(33)), "every mask is committed"
 
 
-def _accepted(rule, confidence, eligible=None):
+def accepted(rule, confidence, eligible=None):
     """Which positions a rule commits; padded with ineligible ones, so that all cases share their compiled code."""
     n = len(confidence)
     eligible = np.pad([True] * n if eligible is None else eligible, (0, WIDTH - n))
@@ -55,7 +50,7 @@ def _accepted(rule, confidence, eligible=None):
         surprise = -np.log(np.pad(np.array(confidence, np.float32), (0, WIDTH - n), constant_values=1.0))
     scores = Scores(jnp.zeros((1, WIDTH), jnp.int32), jnp.asarray(surprise[None]), jnp.asarray(eligible[None]))
     chosen = np.asarray(rule(scores, StepInfo(jnp.int32(0), jnp.asarray([n], jnp.int32))))[0]
-    assert not chosen[n:].any()
+    assert not (chosen & ~eligible).any()
     return chosen[:n].astype(int).tolist()
 
 
@@ -63,18 +58,9 @@ def test_factor_and_threshold_rules(vectors):
     for case in vectors["factor"]:
         for variant, key in (("strict", "mask_strict"), ("v1", "mask_fastdllm_v1")):
             rule = transfer.by_factor(case["factor"], WIDTH, variant)
-            assert _accepted(rule, case["confidence"]) == case[key], case
+            assert accepted(rule, case["confidence"]) == case[key], case
     for case in vectors["threshold"]:
-        assert _accepted(transfer.by_threshold(case["threshold"]), case["confidence"]) == case["mask"], case
-
-
-def test_a_confidence_at_the_bound_is_accepted_and_ties_go_to_the_lowest_index():
-    """At least the threshold; and under the factor 1.5 the second has (2 + 1)(1 - 1/2) = 1.5."""
-    assert _accepted(TRANSFERS["quota"], [0.3, 0.5, 0.5, 0.5]) == [0, 1, 1, 0]
-    assert _accepted(transfer.by_threshold(1.0), [0.9, 1.0, 1.0]) == [0, 1, 1]
-    assert _accepted(transfer.by_threshold(0.5), [0.75, 0.5, 0.25]) == [1, 1, 0]
-    for variant in ("strict", "v1"):
-        assert _accepted(transfer.by_factor(1.5, WIDTH, variant), [0.75, 0.5, 0.25, 0.125]) == [1, 1, 0, 0]
+        assert accepted(transfer.by_threshold(case["threshold"]), case["confidence"]) == case["mask"], case
 
 
 TRANSFERS = {
@@ -85,28 +71,26 @@ TRANSFERS = {
 }
 
 
+def test_a_confidence_at_the_bound_is_accepted_and_ties_go_to_the_lowest_index():
+    """At least the threshold; and under the factor 1.5 the second has (2 + 1)(1 - 1/2) = 1.5."""
+    assert accepted(TRANSFERS["quota"], [0.3, 0.5, 0.5, 0.5]) == [0, 1, 1, 0]
+    assert accepted(transfer.by_threshold(1.0), [0.9, 1.0, 1.0]) == [0, 1, 1]
+    assert accepted(transfer.by_threshold(0.5), [0.75, 0.5, 0.25]) == [1, 1, 0]
+    for variant in ("strict", "v1"):
+        assert accepted(transfer.by_factor(1.5, WIDTH, variant), [0.75, 0.5, 0.25, 0.125]) == [1, 1, 0, 0]
+
+
 @pytest.mark.parametrize("name", TRANSFERS)
 @settings(max_examples=20, deadline=None)
-@given(data=st.data())
-def test_any_rule_commits_the_best_and_only_what_is_eligible(name, data):
+@given(st.lists(st.tuples(st.booleans(), st.sampled_from([0.0, 0.1, 0.5, 0.95, 1.0])), min_size=6, max_size=6))
+def test_any_rule_commits_the_best_and_only_what_is_eligible(name, positions):
     """So every step of every rule makes progress, and a decoder of at most B steps a block ends."""
-    confidence = data.draw(st.lists(st.sampled_from([0.0, 0.1, 0.5, 0.95, 1.0]), min_size=6, max_size=6))
-    eligible = data.draw(st.lists(st.booleans(), min_size=6, max_size=6))
-    chosen = _accepted(TRANSFERS[name], confidence, eligible)
-    assert all(e for c, e in zip(chosen, eligible, strict=True) if c)
+    eligible, confidence = zip(*positions, strict=True)
+    chosen = accepted(TRANSFERS[name], confidence, eligible)
     if any(eligible):
-        best = max(range(6), key=lambda i: (eligible[i], confidence[i], -i))  # ties go to the lowest index
-        assert chosen[best]
+        assert chosen[positions.index(max(positions))], "the best; ties go to the lowest index"
     worst_chosen = min((confidence[i] for i in range(6) if chosen[i]), default=1)
     assert all(confidence[i] <= worst_chosen for i in range(6) if eligible[i] and not chosen[i])
-
-
-def test_surprise_separates_what_float32_probabilities_tie():
-    logits = np.array([[0.0, 20.0, 1.0], [0.0, 22.0, 1.0], [0.0, 20.0, 40.0]], np.float32)
-    got = np.asarray(measures.surprise(jnp.asarray(logits), jnp.asarray([1, 1, 1])), np.float64)
-    want = np.log(np.exp(logits.astype(float)).sum(-1)) - logits[:, 1]
-    np.testing.assert_allclose(got, want, rtol=1e-5)
-    assert got[0] > got[1] > 0
 
 
 def _with_rule(name: str, **fields) -> DecodeConfig:
@@ -116,19 +100,12 @@ def _with_rule(name: str, **fields) -> DecodeConfig:
     return options
 
 
-def test_the_command_line_shows_every_rule():
-    assert get_args(RuleName) == tuple(RULES)
-
-
-def test_a_new_rule_is_one_entry(tiny, monkeypatch):
+def test_a_new_rule_is_one_entry(monkeypatch):
     """It commits positions from left to right, two a step, is measured by entropy and looks at ``threshold``."""
+    assert get_args(RuleName) == tuple(RULES), "the command line shows every rule"
 
     def leftmost(options, block):
-        def pick(scores, info):
-            place = jnp.cumsum(scores.eligible, axis=-1) - 1
-            return scores.eligible & (place < 2)
-
-        return pick
+        return lambda scores, info: scores.eligible & (jnp.cumsum(scores.eligible, axis=-1) <= 2)
 
     monkeypatch.setitem(RULES, "leftmost", Rule(leftmost, measures.ENTROPY, "candidates", "rule", uses=("threshold",)))
     check_options(_with_rule("leftmost", threshold=0.5, top_p=0.9))
@@ -139,31 +116,27 @@ def test_a_new_rule_is_one_entry(tiny, monkeypatch):
     assert unused_steps(DecodeConfig(steps_per_block=4)) == unused_steps(DecodeConfig(rule="factor")) == []
     (note,) = unused_steps(DecodeConfig(rule="factor", steps_per_block=4))
     assert "decode.steps_per_block 4 is not used" in note
-
-    options, params = _with_rule("leftmost", early_stop=False), {"table": np.zeros((2, 9, 11), np.float32)}
-    out = jax.device_get(decode_jit(FIXED, tiny[1](), options, params, 0, *padded([[1, 2]])))
+    net = FIXED, {"table": np.zeros((2, 9, 11), np.float32)}
+    out = decoded(net, make_layout(), _with_rule("leftmost", early_stop=False), [[1, 2]])
     assert out.commit_step[0].tolist() == [0, 0, 1, 2, 2, 3, 4, 4, 5]
 
 
 def test_a_rule_looks_at_what_it_says():
     """Changing a setting that the rule does not name changes nothing that it commits."""
-    block, rng = 6, np.random.default_rng(0)
     changes = {"quota": "dllm_linear", "threshold": 0.6, "factor": 3.0, "factor_rule": "v1", "eps": 0.5}
 
     @jax.jit
-    def every(surprise, eligible):
-        scores = Scores(jnp.zeros((5, block), jnp.int32), surprise, eligible)
-        info = StepInfo(jnp.int32(0), eligible.sum(-1))
-        found = {}
+    def every(scores):
+        found, info = {}, StepInfo(jnp.int32(0), scores.eligible.sum(-1))
         for name, rule in RULES.items():
             for field, value in {"rule": name, **changes}.items():
                 options = DecodeConfig(**{"rule": name, "steps_per_block": 2, field: value})
-                found[name, field] = rule.transfer(options, block)(scores, info)
+                found[name, field] = rule.transfer(options, 6)(scores, info)
         return found
 
-    surprise, eligible = rng.uniform(0, 1, (5, block)).astype(np.float32), rng.integers(0, 2, (5, block)).astype(bool)
-    found = jax.device_get(every(surprise, eligible))
+    rng = np.random.default_rng(0)
+    surprise, eligible = rng.uniform(0, 1, (5, 6)).astype(np.float32), rng.integers(0, 2, (5, 6)).astype(bool)
+    found = jax.device_get(every(Scores(np.zeros((5, 6), np.int32), surprise, eligible)))
     for (name, field), chosen in found.items():
-        assert not (chosen & ~eligible).any()
         if field not in RULES[name].uses:
             np.testing.assert_array_equal(chosen, found[name, "rule"], err_msg=f"{name} {field}")

@@ -4,50 +4,46 @@ The decoder here is NumPy, written from the published algorithm, one row at a ti
 sampler's dice replaced by a script. Every state that it passes through is logged. It knows nothing of ``canvas.view``.
 """
 
-from functools import partial
+import itertools
+from dataclasses import replace
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from jaxblock.diffusion import canvas as canvases
 from jaxblock.diffusion import sampling
-from jaxblock.diffusion.canvas import Layout
 from jaxblock.diffusion.config import MethodConfig
-from jaxblock.diffusion.corruption import corrupt
+from jaxblock.diffusion.corruption import CLEAN, corrupt
 from jaxblock.diffusion.decoding import decoder
-from tests.diffusion.decoding import RECORDED, Recorder, decode_jit, decoding, padded
+from tests.diffusion.conftest import EOT, MASK, SPANS, VOCAB, Fixed, P, R, decoded, decoding, laid_out, make_layout
 
-VOCAB, EOT, FILL, MASK = 11, 7, 8, 9
-P = 4
+SHIFTED = make_layout(alignment="shifted")
 
 
-def replay(prompt, layout, script):
-    """LLaDA's generate with the random rule at one token a step, for one row.
+def replay(prompt, rest, layout, script):
+    """LLaDA's generate with the random rule at one token a step, for one row whose masks after the prompt are decoded.
 
     Args:
         prompt: its tokens.
-        layout: R, B, alignment and the mask id.
+        rest: what follows it: masks, and in infilling given tokens, before which a block ends.
+        layout: B, alignment and the mask id.
         script: (response position, token) in the order in which they are committed; may end anywhere.
 
     Returns:
         The state before each commit, and the one after the last: what the network is fed (ids, positions), what may be
         committed next, and which logits that reads. None where the script asks for what no dice can give.
     """
-    x = np.array(list(prompt) + [layout.mask_id] * layout.response_len)
+    x = np.array([*prompt, *rest])
     logits_index = np.arange(len(x))  # stands for the logits: row i of them
     if layout.alignment == "shifted":
         logits_index = np.concatenate([logits_index[:1], logits_index[:-1]])
     script, states = list(script), []
-    for begin in range(len(prompt), len(x), layout.block):
-        block = range(begin, begin + layout.block)
-        for _ in block:
-            candidates = [i for i in block if x[i] == layout.mask_id]
-            reads = [int(logits_index[i]) for i in block]
-            states.append((x.tolist(), list(range(len(x))), candidates, reads))
+    while (masks := np.flatnonzero(x == layout.mask_id)).size:
+        block = [i for n, i in enumerate(masks[: layout.block].tolist()) if i == masks[0] + n]
+        while candidates := [i for i in block if x[i] == layout.mask_id]:
+            states.append((x.tolist(), list(range(len(x))), candidates, logits_index[block].tolist()))
             if not script:
                 return states
             at, token = script.pop(0)
@@ -66,121 +62,140 @@ def reachable(prompt, layout, seen, masked):
     response = seen.ids[len(prompt) : len(prompt) + layout.response_len]
     script = [(i, int(response[i])) for i in range(int(seen.active[0]) - len(prompt))]
     script += [(int(i) - len(prompt), int(seen.ids[i])) for i in seen.active[~np.asarray(masked)]]
-    states = replay(prompt, layout, script)
+    states = replay(prompt, [layout.mask_id] * layout.response_len, layout, script)
     shown = seen.ids[: seen.length], seen.positions[: seen.length], seen.active[masked], seen.at
     # The state with no position open is the next block's: training never has it (an empty set has no loss).
     possible = states is not None and states[-1] == tuple(field.tolist() for field in shown)
     return possible and bool(seen.valid.all()) and any(masked)
 
 
-def _layout(alignment="same_position", block=3, context="aligned"):
-    return Layout(12, block, alignment, context, None, MASK, FILL, (EOT, FILL))
-
-
-ROWS, DRAWS = 3, 2
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _train(layout, method, rows, seed):
-    """What a training step feeds: views [K, B, ...] and draws of rows with prompts of unequal length."""
-    canvas = canvases.from_rows(layout, *rows)
-    uniforms = sampling.draw_uniforms(method, layout, jax.random.key(seed), ROWS)
-    draws = sampling.draw(method, layout, canvas, uniforms)
-    noise = jnp.moveaxis(uniforms.noise, 1, 0) if method.needs_noise else None
-    return jax.vmap(lambda d, u: corrupt(layout, canvas, d, method, u)[0])(draws, noise), draws
-
-
-def _arrays(prompts, texts, layout):
-    pad = lambda rows, n: np.array([r + [0] * (n - len(r)) for r in rows], np.int32)  # noqa: E731
-    lengths = [np.array([len(r) for r in rows], np.int32) for rows in (prompts, texts)]
-    return pad(prompts, P), lengths[0], pad(texts, layout.response_len), lengths[1], np.arange(ROWS, dtype=np.int32)
-
-
-def _verdicts(prompts, texts, layout, seed=0, spoil=lambda view: view, **method):
-    """``reachable`` of every draw that carries loss."""
-    rows = _arrays(prompts, texts, layout)
-    views, draws = jax.device_get(_train(layout, MethodConfig(draws=DRAWS, **method), rows, seed))
-    views = spoil(views)
-    for at in zip(*np.nonzero(draws.weight > 0), strict=True):
-        seen = jax.tree.map(lambda x, at=at: x[at], views)
-        yield reachable(prompts[at[1]], layout, seen, draws.masked[at])
-
-
-tokens = st.integers(0, 6)
-prompts_of = st.lists(st.lists(tokens, min_size=1, max_size=P), min_size=ROWS, max_size=ROWS)
-texts_of = st.lists(st.lists(tokens, max_size=11).map(lambda text: [*text, EOT]), min_size=ROWS, max_size=ROWS)
-
-
-@pytest.mark.parametrize(
-    "alignment, block, law",
-    [("same_position", 1, "bernoulli"), ("same_position", 3, "exact_count"), ("shifted", 4, "antithetic")],
-)
-@settings(max_examples=40, deadline=None)
-@given(prompts=prompts_of, texts=texts_of, seed=st.integers(0, 2**16))
-def test_training_shows_only_what_a_decoder_reaches(alignment, block, law, prompts, texts, seed):
-    assert all(_verdicts(prompts, texts, _layout(alignment, block), law=law, seed=seed))
-
-
-@pytest.mark.parametrize("alignment", ["same_position", "shifted"])
-def test_every_masked_set_of_every_block_is_reached(alignment):
-    """Exhaustively, for one text of every length."""
-    layout = _layout(alignment)
-    sets = np.array([[s >> j & 1 for j in range(3)] for s in range(1, 8)], bool)
-    prompt = [5, 6]
+def verdicts(layout, method=CLEAN, spoil=lambda views: views):
+    """``reachable`` of every masked set of every block of texts of every length, after prompts of several lengths."""
+    sets = np.array(list(itertools.product((False, True), repeat=layout.block)))[1:]
+    prompts = [[5, 6, 1][: 1 + n % P] for n in range(len(sets))]
 
     @jax.jit
-    def run(block, *rows):
-        draw = sampling.Draw(jnp.full(7, block), jnp.asarray(sets), jnp.ones(7))
-        return corrupt(layout, canvases.from_rows(layout, *rows), draw)[0]
+    def shown(block, canvas):
+        draw = sampling.Draw(jnp.full(len(sets), block), jnp.asarray(sets), jnp.ones(len(sets)))
+        return corrupt(layout, canvas, draw, method, jnp.full((len(sets), layout.response_len), 0.5))[0]
 
-    for length in range(1, 13):
-        text = list(range(length - 1)) + [EOT] if length < 8 else [1] * (length - 1) + [EOT]
-        ids = (np.tile(np.array(row, np.int32), (7, 1)) for row in (prompt + [0, 0], text + [0] * (12 - length)))
-        lengths = (np.full(7, n, np.int32) for n in (2, length))
-        prompt_ids, text_ids, prompt_len, text_len = *ids, *lengths
-        for block in range(-(-length // 3)):
-            rows = prompt_ids, prompt_len, text_ids, text_len, np.arange(7, dtype=np.int32)
-            views = jax.device_get(run(np.int32(block), *rows))
-            assert all(reachable(prompt, layout, jax.tree.map(lambda x, i=i: x[i], views), sets[i]) for i in range(7))
+    for length in range(1, layout.response_len + 1):
+        canvas = laid_out(layout, prompts, [[*(n % 7 for n in range(length - 1)), EOT]] * len(sets))
+        for block in range(-(-length // layout.block)):
+            views = spoil(jax.device_get(shown(np.int32(block), canvas)))
+            for row, (prompt, masked) in enumerate(zip(prompts, sets, strict=True)):
+                yield reachable(prompt, layout, jax.tree.map(lambda leaf, row=row: leaf[row], views), masked)
+
+
+@pytest.mark.parametrize("alignment, block", [("same_position", 1), ("same_position", 3), ("shifted", 4)])
+def test_every_masked_set_of_every_block_is_reached(alignment, block):
+    assert all(verdicts(make_layout(alignment=alignment, block=block, response_len=12)))
 
 
 BROKEN = {
-    "true suffix visible": dict(suffix_mask_prob=0.0),
-    "noisy prefix": dict(prefix_mask_rate=1.0),
-    "paper context": dict(layout=_layout(context="paper")),
+    "true suffix visible": dict(method=MethodConfig(suffix_mask_prob=0.0)),
+    "noisy prefix": dict(method=MethodConfig(prefix_mask_rate=1.0)),
+    "paper context": dict(layout=make_layout("paper")),
     "suffix too long": dict(spoil=lambda v: v._replace(length=v.length + 1)),
     "suffix too short": dict(spoil=lambda v: v._replace(length=v.length - 1)),
-    "shift in one place only": dict(layout=_layout("shifted"), spoil=lambda v: v._replace(at=v.active)),
+    "shift in one place only": dict(layout=SHIFTED, spoil=lambda v: v._replace(at=v.active)),
     "positions counted from the response": dict(spoil=lambda v: v._replace(positions=v.positions + 1)),
 }
 
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_the_replay_refuses_what_no_decoder_shows(name):
-    """Two blocks of text in a row of four, and draws whose block has something before or after it."""
-    prompts, texts = [[1], [2, 3], [4, 5, 6]], [[1, 2, 3, 4, EOT], [6, 5, 4, 3, 2, EOT], [1, 1, 2, EOT]]
-    options = dict(layout=_layout()) | BROKEN[name]
-    verdicts = [v for seed in range(3) for v in _verdicts(prompts, texts, seed=seed, **options)]
-    assert not all(verdicts)
+    assert not all(verdicts(**{"layout": make_layout()} | BROKEN[name]))
 
 
-@pytest.mark.parametrize("alignment", [pytest.param("same_position", marks=pytest.mark.slow), "shifted"])
-def test_the_real_decoder_passes_through_the_replays_states(alignment):
-    """Views recorded inside the jitted decoder, and canvases rebuilt from commit_step, against the replay's log."""
-    layout, net = _layout(alignment), Recorder()
-    prompts = [[1], [2, 3], [4, 5, 6, 0]]
+class Recorder(Fixed):
+    """A network of random logits that writes down every view it is fed, inside the jitted decoder."""
+
+    def __init__(self):
+        self.views = []
+
+    def hidden(self, params, view, row_keys=None):
+        jax.debug.callback(lambda *fields: self.views.append(type(view)(*map(np.asarray, fields))), *view, ordered=True)
+        noise = jnp.sin(params["scale"] * (1.0 + view.ids[:, :, None] * jnp.arange(1, 6)))
+        return jnp.take_along_axis(noise.cumsum(1), view.at[..., None], axis=1)
+
+    def logits(self, params, hidden):
+        return hidden @ params["head"]
+
+
+RECORDED = {"scale": np.float32(3.7), "head": np.random.default_rng(0).normal(size=(5, VOCAB)).astype(np.float32)}
+
+
+@pytest.mark.parametrize("alignment", ["same_position", "shifted"])
+@pytest.mark.parametrize("infill", [False, True], ids=["prompts", "spans"])
+def test_every_view_and_commit_of_the_decoder_is_the_replays(infill, alignment):
+    """Views recorded inside the jitted decoder, and responses rebuilt from ``commit_step``, against the replay's log."""
+    layout, net, orders = make_layout(alignment=alignment)._replace(infill=infill), Recorder(), set()
     options = decoding(None, rule="random", temperature=1.0)
-    out = jax.device_get(decode_jit(net, layout, options, RECORDED, 5, *padded(prompts)))
-    jax.effects_barrier()
-    rebuilt = decoder.responses_by_step(layout, out, layout.response_len)
-    assert len(net.views) == layout.response_len and out.nfe.tolist() == [layout.response_len] * ROWS
-    for row, prompt in enumerate(prompts):
-        order = np.argsort(out.commit_step[row])
-        states = replay(prompt, layout, [(int(i), int(out.response[row, i])) for i in order])
-        for step, ((ids, positions, _, reads), seen) in enumerate(zip(states, net.views, strict=True)):
-            length = seen.length[row]
-            assert (seen.ids[row, :length].tolist(), seen.positions[row, :length].tolist()) == (ids, positions)
-            assert seen.at[row].tolist() == reads
-            assert rebuilt[step, row].tolist() == ids[len(prompt) :]
-        assert rebuilt[-1, row].tolist() == out.response[row].tolist()
-    assert len({tuple(np.argsort(steps)) for steps in out.commit_step}) == ROWS, "each row has its own order"
+    for index, (prompt, spans) in enumerate(SPANS):
+        rest = spans if infill else [MASK] * R
+        net.views.clear()
+        found = decoded((net, RECORDED), layout, options, [prompt], [rest] if infill else None, first=index)
+        jax.effects_barrier()
+        rebuilt = decoder.responses_by_step(layout, found, R)[:, 0, : len(rest)]
+        response, steps, nfe, positions, computed = (leaf[0] for leaf in found)
+        masks, length = np.flatnonzero(np.array(rest) == MASK), len(prompt) + len(rest)
+        order = masks[np.argsort(steps[masks])]
+        orders.add(tuple(order.tolist()))
+        states = replay(prompt, rest, layout, [(at, response[at]) for at in order.tolist()])
+        for step, ((ids, at, may, reads), seen) in enumerate(zip(states, net.views, strict=True)):
+            seen = jax.tree.map(lambda leaf: leaf[0], seen)
+            assert seen.length == length and seen.ids[:length].tolist() == ids
+            assert seen.positions[:length].tolist() == at and seen.at[seen.valid].tolist() == reads
+            assert order[step] + len(prompt) in may and set(may) <= set(seen.active[seen.valid].tolist())
+            assert rebuilt[step].tolist() == ids[len(prompt) :]
+        given = np.delete(np.arange(len(rest)), masks)
+        assert (steps[given] == decoder.GIVEN).all() and (response[given] == np.array(rest)[given]).all()
+        assert rebuilt[-1].tolist() == response[: len(rest)].tolist() and not (response == MASK).any()
+        assert nfe == len(masks) == steps.max() + 1 and positions == nfe * length and computed == nfe * (P + R)
+    assert len(orders) == len(SPANS), "each row has its own order"
+
+
+PATTERNS = np.array(list(itertools.product((False, True), repeat=P)))
+
+
+@pytest.mark.parametrize(
+    "context, method",
+    [
+        ("aligned", MethodConfig(draws=2, prompt_mask_rate=0.3)),
+        ("aligned", MethodConfig(draws=2, prompt_mask_rate=0.3, blocks="pairs", prefix_mask_rate=0.5)),
+        ("aligned", MethodConfig(draws=2, prompt_mask_rate=0.3, objective="classical")),
+        ("paper", MethodConfig(draws=2, prompt_mask_rate=0.3, suffix_mask_prob=0.5)),
+    ],
+    ids=["blockwise", "pairs", "classical", "paper"],
+)
+def test_every_pattern_of_masked_prompt_tokens_is_shown_and_nothing_else_changes(context, method):
+    layout = make_layout(context, block=R if method.objective == "classical" else 3)
+    canvas = laid_out(layout, [[1, 2], [3, 4, 5]], [[*range(1, 6), EOT], [6, 5, EOT]])
+    plain, rate = replace(method, prompt_mask_rate=0.0), np.float32(0.3)
+
+    @jax.jit
+    def shown(canvas, seed):
+        uniforms, without = (sampling.draw_uniforms(how, layout, jax.random.key(seed), 2, P) for how in (method, plain))
+        block = jnp.array([1, 0]) if method.pairs else None
+        draws, noise = sampling.draw(method, layout, canvas, uniforms, block), jnp.moveaxis(uniforms.noise, 1, 0)
+
+        def see(how, numbers):
+            return jax.vmap(lambda one, u: corrupt(layout, canvas, one, how, u))(draws, numbers)
+
+        below = jnp.where(PATTERNS, np.nextafter(rate, np.float32(0)), rate)
+        of_patterns = jax.vmap(lambda numbers: see(method, noise.at[:, :, R:].set(numbers)))(below)
+        return uniforms, without, see(plain, noise[..., :R]), of_patterns
+
+    uniforms, without, (clean, targets), (seen, same_targets) = jax.device_get(shown(canvas, 7))
+    # What was drawn without the field stays bit for bit what it was, and each draw of each row has numbers of its own.
+    assert uniforms.noise.shape == (2, 2, R + P) and len(np.unique(uniforms.noise[..., R:])) == 2 * 2 * P
+    if plain.needs_noise:
+        np.testing.assert_array_equal(uniforms.noise[..., :R], without.noise)
+    chex.assert_trees_all_equal(without[:4], uniforms[:4])
+
+    in_prompt = np.arange(P + R) < canvas.prompt_len[:, None]  # [B, T]
+    masked = np.pad(PATTERNS, ((0, 0), (0, R)))[:, None, None]
+    np.testing.assert_array_equal(seen.ids, np.where(masked & in_prompt, MASK, clean.ids))
+    rest, same = (seen._replace(ids=None), same_targets), (clean._replace(ids=None), targets)
+    chex.assert_trees_all_equal(rest, jax.tree.map(lambda x: np.tile(x, (len(PATTERNS), *[1] * x.ndim)), same))

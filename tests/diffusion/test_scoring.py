@@ -1,7 +1,7 @@
 """Token choice, confidence and the drawing of positions: against float64 tables and exact distributions.
 
-Every distribution is tested by a chi-square over many rows, each with its own key, and so are variants that are wrong in
-one way: the test must tell them apart.
+Every distribution is tested by a chi-square over many rows, each with its own key, and so are some that are wrong in one way:
+the test must tell them apart.
 """
 
 import dataclasses
@@ -11,13 +11,12 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from jaxblock.diffusion.canvas import Layout
 from jaxblock.diffusion.decoding import measures, scoring
 from jaxblock.diffusion.decoding.rules import RULES
 from jaxblock.diffusion.decoding.transfer import StepInfo
-from tests.diffusion.decoding import FIXED, decode_jit, decoding, padded
+from tests.diffusion.conftest import FIXED, MEASURED, chi_square, decoded, decoding
 
 VOCAB, MASK, FILL, EOT = 7, 6, 0, 1
 MANY, ALG_TEMP = 20_000, 0.4
@@ -36,26 +35,24 @@ def _scores(every, layout, logits, many):
     return [scoring.score(layout, options, wide, jnp.ones(wide.shape[:2], bool), keys) for options in every]
 
 
-def _score(*every, logits=LOGITS, many=1, layout=LAYOUT):
+def score(*every, logits=LOGITS, many=1, layout=LAYOUT):
     return jax.device_get(_scores(every, layout, logits, many))
 
 
-def _softmax(logits):
+def softmax(logits):
     weights = np.exp(logits - logits.max())
     return weights / weights.sum()
 
 
-def _kept(logits, temperature=0.0, top_p=None, top_k=None, wrong=None):
-    """The distribution that Dream draws from, one token at a time in float64; ``wrong`` names a mistake to make."""
+def kept(logits, temperature=0.0, top_p=None, top_k=None):
+    """The distribution that Dream draws from, one token at a time in float64."""
     logits = np.array(logits, np.float64) / (temperature or 1.0)
     order = sorted(range(len(logits)), key=lambda token: (-logits[token], token))
-    ranked = order[:top_k] if wrong == "top_k_first" else order
-    p = _softmax(logits * (temperature or 1.0) if wrong == "top_p_untempered" else logits)
-    shares = p[ranked] / p[ranked].sum()
-    reached = np.cumsum(shares) - (0 if wrong == "cuts_the_crossing_token" else shares)
-    kept = [token for n, token in enumerate(ranked) if top_p is None or n == 0 or reached[n] <= top_p][:top_k]
+    shares = softmax(logits)[order]
+    before = np.cumsum(shares) - shares
+    left = [token for n, token in enumerate(order) if top_p is None or n == 0 or before[n] <= top_p][:top_k]
     best = next(token for token in order if token != MASK)
-    return _softmax(np.where(np.isin(np.arange(len(logits)), [*kept, best]), logits, -np.inf))
+    return softmax(np.where(np.isin(np.arange(len(logits)), [*left, best]), logits, -np.inf))
 
 
 FILTERS = [{}, {"top_p": 0.75}, {"top_k": 2}, {"temperature": 1.5, "top_p": 0.7}]
@@ -67,9 +64,9 @@ def test_filters_and_confidence_are_dreams():
     every = [decoding(1, **filters) for filters in FILTERS]
     left = jax.jit(lambda x: [jax.nn.log_softmax(scoring.candidates(options, MASK, x)) for options in every])(LOGITS)
     cases = list(itertools.product(range(len(FILTERS)), ("maskgit_plus", "topk_margin", "entropy")))
-    scores = _score(*(dataclasses.replace(every[at], rule=rule) for at, rule in cases), many=2)
+    scores = score(*(dataclasses.replace(every[at], rule=rule) for at, rule in cases), many=2)
     with np.errstate(divide="ignore"):
-        want = np.array([[np.log(_kept(row, **filters)) for row in LOGITS] for filters in FILTERS])
+        want = np.array([[np.log(kept(row, **filters)) for row in LOGITS] for filters in FILTERS])
     np.testing.assert_allclose(left, want, atol=2e-6)
     for (filters, rule), found in zip(cases, scores, strict=True):
         p = np.exp(want[filters])
@@ -85,6 +82,15 @@ def test_filters_and_confidence_are_dreams():
             np.testing.assert_allclose(-value if rule == "entropy" else np.exp(-value), confidence, atol=3e-6)
 
 
+def test_other_rules_filter_the_token_but_not_the_confidence():
+    """LLaDA's family: -log p of the token under the un-noised softmax of all logits."""
+    (found,) = score(decoding(1, temperature=2.0, top_k=1, rule="low_confidence"), many=8)
+    best = LOGITS[:, :MASK].argmax(-1)
+    assert (found.token == best).all(), "top_k 1 leaves nothing to draw"
+    want = [-np.log(softmax(row.astype(float))[token]) for row, token in zip(LOGITS, best, strict=True)]
+    np.testing.assert_allclose(found.surprise, np.broadcast_to(want, (8, 4)), rtol=1e-5)
+
+
 def test_a_token_that_takes_the_sum_to_top_p_exactly_is_not_the_last():
     """Probabilities 1/2, 1/4, 1/8 and 1/8, without rounding: the sum must exceed ``top_p``, as in Dream."""
     logits, cases = np.log(np.array([0.125, 0.5, 0.125, 0.25], np.float32)), {0.5: "0101", 0.75: "1101", 0.6: "0101"}
@@ -93,74 +99,38 @@ def test_a_token_that_takes_the_sum_to_top_p_exactly_is_not_the_last():
     assert ["".join(map(str, np.asarray(row, int))) for row in kept] == list(cases.values())
 
 
-def test_other_rules_filter_the_token_but_not_the_confidence():
-    """LLaDA's family: -log p of the token under the un-noised softmax of all logits."""
-    (found,) = _score(decoding(1, temperature=2.0, top_k=1, rule="low_confidence"), many=8)
-    best = LOGITS[:, :MASK].argmax(-1)
-    assert (found.token == best).all(), "top_k 1 leaves nothing to draw"
-    want = [-np.log(_softmax(row.astype(float))[token]) for row, token in zip(LOGITS, best, strict=True)]
-    np.testing.assert_allclose(found.surprise, np.broadcast_to(want, (8, 4)), rtol=1e-5)
-
-
-def test_a_lead_near_1_does_not_tie():
-    """p1 - p2 is 1 in float32 for both rows, and the second is more certain."""
+def test_probabilities_and_leads_near_1_do_not_tie():
+    """They are 1 in float32 for both rows, and the second is more certain."""
     logits = np.array([[40.0, 20.0, 0.0], [40.0, 19.0, 0.0]], np.float32)
-    p, (first, second) = jax.jit(lambda x: (jax.nn.softmax(x), measures.margin_surprise(x, 2)))(logits)
-    assert (p[:, 0] - p[:, 1] == 1).all() and first > second > 0
-    np.testing.assert_allclose(first, 2 * np.exp(-20.0), rtol=1e-5)
+    both = jax.jit(lambda x: (measures.surprise(x, jnp.zeros(2, int)), measures.margin_surprise(x, 2)))(logits)
+    for (first, second), want in zip(both, (np.exp(-20.0), 2 * np.exp(-20.0)), strict=True):
+        assert first > second > 0 and np.exp(-first) == np.exp(-second) == 1
+        np.testing.assert_allclose(first, want, rtol=1e-5)
 
 
-def _chi2(seen, chance):
-    """Chi-square over the degrees of freedom's 0.001 quantile (Wilson-Hilferty): above 1 is a rejection."""
-    seen, expected = np.asarray(seen, float), np.asarray(chance) * np.sum(seen)
-    if seen[expected == 0].any():
-        return np.inf
-    there = expected > 0
-    free = max(there.sum() - 1, 1)
-    limit = free * (1 - 2 / (9 * free) + 3.09 * np.sqrt(2 / (9 * free))) ** 3
-    return ((seen - expected)[there] ** 2 / expected[there]).sum() / limit
-
-
-def _without_mask(p):
+def without_mask(p):
     p = np.where(np.arange(VOCAB) == MASK, 0.0, p)
     return p / p.sum()
 
 
 def test_tokens_are_drawn_from_what_the_filters_leave():
-    """Each position's 20,000 tokens, under both conventions; every mistake of the oracle is rejected somewhere."""
+    """Each position's 20,000 tokens, under both conventions; a distribution without one of the settings is rejected somewhere."""
     options = {"temperature": 3.0, "top_p": 0.7, "top_k": 4}
     llada = {"temperature": 0.5}
-    found = _score(decoding(1, rule="maskgit_plus", **options), decoding(1, **llada), many=MANY)
+    found = score(decoding(1, rule="maskgit_plus", **options), decoding(1, **llada), many=MANY)
     seen, plain = ([np.bincount(scores.token[:, at], minlength=VOCAB) for at in range(4)] for scores in found)
 
     def worst(seen, **how):
-        return max(_chi2(seen[at], _without_mask(_kept(LOGITS[at], **how))) for at in range(4))
+        return max(chi_square(seen[at], without_mask(kept(LOGITS[at], **how))) for at in range(4))
 
     assert worst(plain, **llada) < 1 < worst(plain, temperature=0.55)
     assert worst(seen, **options) < 1
-    for wrong in ("cuts_the_crossing_token", "top_p_untempered", "top_k_first"):
-        assert worst(seen, **options, wrong=wrong) > 2, wrong
     for left_out in options:
         assert worst(seen, **{**options, left_out: None}) > 2, left_out
 
 
-def _sets(weights, size):
-    """Chance of each set of ``size`` positions drawn one after another without replacement, by enumeration."""
-    chance = dict.fromkeys(itertools.combinations(range(len(weights)), size), 0.0)
-    for drawn in itertools.permutations(range(len(weights)), size):
-        p, left = 1.0, np.sum(weights)
-        for at in drawn:
-            p, left = p * weights[at] / left, left - weights[at]
-        chance[tuple(sorted(drawn))] += p
-    return chance
-
-
-MEASURED = ("low_confidence", "maskgit_plus", "topk_margin", "entropy")
-
-
-@pytest.fixture(scope="module")
-def drawn():
-    """Returns for each rule which two of four positions many rows draw at three temperatures, and the undrawn surprise."""
+def test_alg_temp_draws_positions_without_replacement():
+    """The quota's sets of two of four positions against the exact law; weights are exp(confidence / alg_temp)."""
 
     @jax.jit
     def draw(logits):
@@ -170,59 +140,46 @@ def drawn():
             for temp, many in ((ALG_TEMP, MANY), (1e-5, 50), (0.0, 50)):
                 (scores,) = _scores((decoding(2, rule=rule, alg_temp=temp),), LAYOUT, logits, many)
                 found[rule].append(pick(scores, StepInfo(jnp.int32(0), jnp.full(many, 4, jnp.int32))))
-            found[rule].append(scores.surprise)
+            found[rule].append(scores.surprise[0])
         return found
 
-    return jax.device_get(draw(LOGITS))
+    pairs = list(itertools.combinations(range(4), 2))
+    for rule, (chosen, sharp, plain, surprise) in jax.device_get(draw(LOGITS)).items():
+        np.testing.assert_array_equal(sharp, plain, "the smallest alg_temp takes the most confident")
+        assert (chosen.sum(-1) == 2).all(), "drawn with replacement, some rows would commit one"
+        seen = [(chosen[:, a] & chosen[:, b]).sum() for a, b in pairs]
 
+        def against(weights, seen=seen):
+            """The first of the two, then the second of what is left, in either order."""
+            w = weights / weights.sum()
+            return chi_square(seen, [w[a] * w[b] * (1 / (1 - w[a]) + 1 / (1 - w[b])) for a, b in pairs])
 
-@pytest.mark.parametrize("rule", MEASURED)
-def test_alg_temp_draws_positions_without_replacement(drawn, rule):
-    """The quota's sets of two of four positions against the exact law; weights are exp(confidence / alg_temp)."""
-    chosen, sharp, plain, surprise = drawn[rule]
-    np.testing.assert_array_equal(sharp, plain, "the smallest alg_temp takes the most confident")
-    assert (chosen.sum(-1) == 2).all(), "drawn with replacement, some rows would commit one"
-    surprise = surprise[0].astype(float)
-    confidence = -surprise if rule == "entropy" else np.exp(-surprise)
-    names = list(itertools.combinations(range(4), 2))
-    seen = [(chosen[:, a] & chosen[:, b]).sum() for a, b in names]
-
-    def against(weights):
-        law = _sets(weights, 2)
-        return _chi2(seen, [law[name] for name in names])
-
-    weights = np.exp(confidence / ALG_TEMP)
-    assert against(weights) < 1
-    assert against(np.exp(confidence)) > 2, "another temperature"
-    if rule != "entropy":
-        assert against(np.exp(-surprise / ALG_TEMP)) > 2, "noise on -log p instead of on p"
-    # The pairs of distinct independent draws (with replacement, repeated until distinct) have another law.
-    twice = np.array([weights[a] * weights[b] for a, b in names])
-    assert _chi2(seen, twice / twice.sum()) > 1.5
+        surprise = surprise.astype(float)
+        confidence = -surprise if rule == "entropy" else np.exp(-surprise)
+        assert against(np.exp(confidence / ALG_TEMP)) < 1, rule
+        assert against(np.exp(confidence)) > 2, f"{rule}: another temperature"
+        assert rule == "entropy" or against(np.exp(-surprise / ALG_TEMP)) > 2, f"{rule}: noise on -log p, not on p"
 
 
 def test_origin_lifts_each_mask_by_chance_on_dreams_grid():
     """P(step i) = t_i - t_{i+1}, the rest in the last step; positions, steps and tokens independent of one another."""
     steps, eps = 3, 0.2
     options, layout = decoding(steps, rule="origin", eps=eps, temperature=1.0), LAYOUT._replace(response_len=2, block=2)
-    out = jax.device_get(decode_jit(FIXED, layout, options, {"table": LOGITS[None, 2:]}, 5, *padded([[0]] * MANY, 1)))
+    out = decoded((FIXED, {"table": LOGITS[None, 2:]}), layout, options, [[0]] * MANY, room=1, seed=5)
     grid = np.linspace(1, eps, steps + 1)
     when = np.append(grid[:-2] - grid[1:-1], grid[-2])
-    assert abs(when.sum() - 1) < 1e-12
-    tokens = [_without_mask(_kept(row, temperature=1.0)) for row in LOGITS[2:]]
+    tokens = [without_mask(kept(row, temperature=1.0)) for row in LOGITS[2:]]
 
     def against(commit_step, when):
         joint = np.ravel_multi_index((*commit_step.T, *out.response.T), (steps, steps, VOCAB, VOCAB))
         law = np.einsum("i,j,a,b->ijab", when, when, *tokens).ravel()
         common = law * MANY >= 5  # rare outcomes together
         seen = np.bincount(joint, minlength=law.size)
-        return _chi2(np.append(seen[common], seen[~common].sum()), np.append(law[common], law[~common].sum()))
+        return chi_square(np.append(seen[common], seen[~common].sum()), np.append(law[common], law[~common].sum()))
 
     assert out.response.max() < MASK
     assert against(out.commit_step, when) < 1
     assert against(out.commit_step, np.full(steps, 1 / steps)) > 2, "the same chance in every step"
-    together = np.repeat(out.commit_step[:, :1], 2, axis=1)
-    assert against(together, when) > 2, "one coin for the whole block"
     assert (out.nfe == out.commit_step.max(-1) + 1).all(), "a block that is full takes no further forwards"
 
 
@@ -234,7 +191,7 @@ def test_suppressed_stop_tokens_come_last_under_every_measure():
     for how, noisy in (("confidence", "entropy"), ("none", None), ("logits", "maskgit_plus")):
         temps = {rule: 0.5 if rule == noisy else 0.0 for rule in MEASURED}
         every = [decoding(2, rule=rule, alg_temp=temp, eos_suppression=how) for rule, temp in temps.items()]
-        for found in _score(*every, logits=logits, many=5):
+        for found in score(*every, logits=logits, many=5):
             assert (found.token == [5 if how == "logits" else FILL, 3, EOT, 4]).all()
             if how == "confidence":
                 assert (np.isinf(found.surprise) == [True, False, True, False]).all()
@@ -249,5 +206,5 @@ def test_where_the_mask_token_alone_would_pass_the_best_other_token_is_taken():
     filters = itertools.cycle(({"top_p": 0.5}, {"top_k": 1}))
     rules = (*MEASURED, *MEASURED[:1], "random", "origin")
     every = [decoding(1, rule=rule, temperature=1.0, **cut) for rule, cut in zip(rules, filters, strict=False)]
-    for found in _score(*every, logits=logits, many=9, layout=LAYOUT._replace(response_len=1, block=1)):
+    for found in score(*every, logits=logits, many=9, layout=LAYOUT._replace(response_len=1, block=1)):
         assert (found.token == 4).all() and not np.isnan(found.surprise).any()
