@@ -13,7 +13,7 @@ from jaxblock.cards.run import shown_source
 from jaxblock.errors import UserError, first_line
 from jaxblock.io.files import read_json
 from jaxblock.io.folders import list_folder
-from jaxblock.io.paths import PathLike, as_path
+from jaxblock.io.paths import PathLike, as_path, in_same_bucket
 from jaxblock.training.checkpoints.run_folder import Run
 from jaxblock.training.observe.metrics import METRICS_FILE, read_metrics
 
@@ -69,7 +69,8 @@ def find_evaluations(run: PathLike, weights: str | None) -> list[Evaluation]:
     """
     place = as_path(os.path.abspath(run)) if "://" not in os.fspath(run) else as_path(run)
     found = []
-    for parent in (place, place.parent, place.parent.parent / "scores"):
+    places = (place, place.parent, place.parent.parent / "scores")
+    for parent in (one for one in places if in_same_bucket(place, one)):
         for folder in list_folder(parent):
             if (folder / SUMMARY).is_file():
                 try:

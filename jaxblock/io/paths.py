@@ -52,6 +52,12 @@ def is_remote(path: PathLike) -> bool:
     return "://" in os.fspath(path)
 
 
+def in_same_bucket(place: epath.Path, other: epath.Path) -> bool:
+    """Returns whether a path above or beside another one is in the same bucket: other buckets are not the user's. True on disks."""
+    bucket = place.parts[:3] if is_remote(place) else ()  # ("/", "gs", its name)
+    return other.parts[: len(bucket)] == bucket
+
+
 def put_object(path: PathLike, content: bytes, *, overwrite: bool) -> None:
     """Uploads an object to an object store, in one request that the store accepts or refuses as a whole.
 

@@ -12,7 +12,7 @@ from jaxblock.errors import UserError
 from jaxblock.io.files import read_json
 from jaxblock.io.json_lines import read_jsonl_bytes
 from jaxblock.io.json_text import parse_json
-from jaxblock.io.paths import PathLike, as_path, explained, is_remote
+from jaxblock.io.paths import PathLike, as_path, explained, in_same_bucket, is_remote
 from jaxblock.training.observe import goodput
 from jaxblock.training.observe.metrics import METRICS_FILE, Metrics, read_metrics, readable_rows
 from jaxblock.training.observe.rows import Row
@@ -110,7 +110,7 @@ def _read_evaluations(run: epath.Path, given: Sequence[epath.Path]) -> list[Eval
     place = run if is_remote(run) else as_path(os.path.abspath(run))
     found: list[epath.Path] = []
     with explained("look for evaluations beside", run):
-        for parent in (place, place.parent):
+        for parent in (one for one in (place, place.parent) if in_same_bucket(place, one)):
             found += sorted(child for child in parent.iterdir() if (child / SUMMARY_FILE).exists())
     named = {folder: os.fspath(folder.relative_to(place.parent)) for folder in found}
     named |= {folder: os.fspath(folder) for folder in given}

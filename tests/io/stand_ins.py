@@ -38,7 +38,7 @@ class StandIn(ThreadingHTTPServer):
         yield self
         self.shutdown()
         self.server_close()
-        assert self.refused == []
+        assert self.refused == [], self.refused
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -145,6 +145,9 @@ class StoreHandler(Handler):
                     items.append(self.server.about(name, *self.server.objects[name]))
         self.answer({"kind": "storage#objects", "items": items, "prefixes": sorted(folders)})
 
+    def bucket(self) -> None:
+        self.answer({"kind": "storage#bucket", "name": "bucket", "location": "US"})
+
     def read(self, name: str) -> None:
         generation, content = self.server.objects.get(name, (0, b""))
         if not generation:
@@ -176,7 +179,8 @@ class StoreHandler(Handler):
             name = json.loads(about)["name"]
         elif kind == "resumable":
             name = name or json.loads(content)["name"]
-        self.server.writers[name].add(self.headers["Host"].rpartition(":")[0])
+        if number is None:  # the later pieces of an upload go where the answer to the first one said
+            self.server.writers[name].add(self.headers["Host"].rpartition(":")[0])
         if self.server.failing is not None and re.search(self.server.failing, name):
             return self.refuse(403, "the stand-in was told to fail")
         if kind == "resumable" and number is None:
@@ -198,6 +202,7 @@ class StoreHandler(Handler):
         self.answer(f"{text}--part--".encode(), Content_Type="multipart/mixed; boundary=part")
 
     routes = {
+        r"(?:GET|HEAD) (?:/download)?/storage/v1/b/bucket": bucket,
         r"(?:GET|HEAD) (?:/download)?/storage/v1/b/bucket/o/?": listing,
         r"(?:GET|HEAD) (?:/download)?/storage/v1/b/bucket/o/(.+)": read,
         r"(?:POST|PUT) /upload/storage/v1/b/bucket/o": upload,
