@@ -13,7 +13,7 @@ from jaxblock.cards.run import shown_source
 from jaxblock.errors import UserError, first_line
 from jaxblock.io.files import read_json
 from jaxblock.io.folders import list_folder
-from jaxblock.io.paths import PathLike, as_path, in_same_bucket
+from jaxblock.io.paths import PathLike, absolute_path, as_path, in_same_bucket
 from jaxblock.training.checkpoints.run_folder import Run
 from jaxblock.training.observe.metrics import METRICS_FILE, read_metrics
 
@@ -67,7 +67,7 @@ def find_evaluations(run: PathLike, weights: str | None) -> list[Evaluation]:
     Returns:
         The evaluations, by the names of their folders. Those of other weights, or damaged ones, are left out.
     """
-    place = as_path(os.path.abspath(run)) if "://" not in os.fspath(run) else as_path(run)
+    place = absolute_path(run)
     found = []
     places = (place, place.parent, place.parent.parent / "scores")
     for parent in (one for one in places if in_same_bucket(place, one)):

@@ -52,6 +52,11 @@ def is_remote(path: PathLike) -> bool:
     return "://" in os.fspath(path)
 
 
+def absolute_path(path: PathLike) -> epath.Path:
+    """Makes a path object whose parents are the folders above it; an address stays as it is."""
+    return as_path(path if is_remote(path) else os.path.abspath(path))
+
+
 def in_same_bucket(place: epath.Path, other: epath.Path) -> bool:
     """Returns whether a path above or beside another one is in the same bucket: other buckets are not the user's. True on disks."""
     bucket = place.parts[:3] if is_remote(place) else ()  # ("/", "gs", its name)

@@ -12,7 +12,7 @@ from jaxblock.errors import UserError
 from jaxblock.io.files import read_json
 from jaxblock.io.json_lines import read_jsonl_bytes
 from jaxblock.io.json_text import parse_json
-from jaxblock.io.paths import PathLike, as_path, explained, in_same_bucket, is_remote
+from jaxblock.io.paths import PathLike, absolute_path, as_path, explained, in_same_bucket
 from jaxblock.training.observe import goodput
 from jaxblock.training.observe.metrics import METRICS_FILE, Metrics, read_metrics, readable_rows
 from jaxblock.training.observe.rows import Row
@@ -107,7 +107,7 @@ def _read_evaluations(run: epath.Path, given: Sequence[epath.Path]) -> list[Eval
     for folder in given:
         if not (folder / SUMMARY_FILE).exists():
             raise UserError(f"{folder} holds no {SUMMARY_FILE}: give the folder that `jaxblock evaluate --out` made")
-    place = run if is_remote(run) else as_path(os.path.abspath(run))
+    place = absolute_path(run)
     found: list[epath.Path] = []
     with explained("look for evaluations beside", run):
         for parent in (one for one in (place, place.parent) if in_same_bucket(place, one)):

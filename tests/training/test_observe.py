@@ -330,4 +330,4 @@ def test_what_a_tracker_needs_is_said_before_the_run_starts(tmp_path, monkeypatc
 
 def test_advice_to_install_leaves_imports_as_they_were():
     program = "from jaxblock.errors import install_command; install_command('x'); import setuptools"
-    subprocess.run([sys.executable, "-c", program], check=True)
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
