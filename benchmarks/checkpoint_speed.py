@@ -13,7 +13,7 @@ import dataclasses
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -21,12 +21,12 @@ from rich.console import Console
 
 from benchmarks.host_time import settings
 from benchmarks.sessions import loaded_session
-from jaxblock.data.loader import BatchAt, batches
+from jaxblock.data.loader import Batch, BatchAt, batches
 from jaxblock.data.store.prepare import prepare
 from jaxblock.parallel.host_memory import keep_freed_memory
 from jaxblock.training.resume import saved_values
 from jaxblock.training.session import Session
-from jaxblock.training.step import jit_step
+from jaxblock.training.step import Step, jit_step
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
@@ -61,14 +61,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     return found
 
 
-def _data(session: Session):  # type: ignore[no-untyped-def]
+def _data(session: Session) -> Iterator[Batch]:
     train = session.config.train
     return batches(
         BatchAt(session.prepared.records("train"), canvas=session.config.canvas, seed=0, batch_size=train.batch_size)
     )
 
 
-def _step(session: Session):  # type: ignore[no-untyped-def]
+def _step(session: Session) -> Step:
     return jit_step(session.learner, session.state, session.mesh)
 
 
@@ -90,14 +90,14 @@ def measure(session: Session, saves: int, steps: int) -> dict[str, float]:
         jax.block_until_ready(state)
         begin = time.perf_counter()
         session.checkpoints.save(state, done, kept)
-        kept = time.perf_counter() - begin
+        stopped = time.perf_counter() - begin
         for _ in range(2):
             state, metrics = step_fn(state, session.on_mesh(next(data)), {})
             jax.block_until_ready(metrics)
             done += 1
         session.checkpoints.wait()
         if at:  # the first one compiles the check for NaN
-            still.append(kept)
+            still.append(stopped)
             whole.append(time.perf_counter() - begin)
     session.checkpoints.close()
     medians = {name: statistics.median(found) for name, found in (("step", alone), ("still", still), ("save", whole))}

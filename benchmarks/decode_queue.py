@@ -94,7 +94,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         parser.error("--problems must be a multiple of --batch, so that batches in order are full")
     settings = ModelConfig(d_model=args.d, n_layers=args.layers, n_heads=4, mlp_dim=args.d * 8 // 3 // 8 * 8)
     arch = registry.architecture_from_config(settings, vocab_size=args.vocab, mask_id=args.vocab - 1, eos_id=STOP)
-    layout = Layout(BLOCKS * args.block, args.block, "same_position", "aligned", None, arch.mask_id, STOP, (STOP,))
+    layout = Layout(
+        BLOCKS * args.block, args.block, "same_position", "aligned", None, arch.need_mask_id(), STOP, (STOP,)
+    )
     plain = build.network(arch, settings)
     net = ToldWhenToStop(**{each.name: getattr(plain, each.name) for each in fields(plain)}, layout=layout)
     params = init_params(net.param_table, 0, "float32")

@@ -38,7 +38,7 @@ def compiled_decoder(args: argparse.Namespace, rows: int, cache: CacheName) -> M
     options = DecodeConfig(steps_per_block=args.steps, early_stop=False, cache=cache).static(args.block)
     given = jnp.zeros((rows, args.prompt), jnp.int32), jnp.full(rows, args.prompt, jnp.int32), jnp.arange(rows)
     compiled = jax.jit(decoder.decode_prompts, static_argnums=(0, 1, 2))
-    return parse_program(compiled.lower(net, layout, options, params, 0, *given).compile().as_text())
+    return parse_program(str(compiled.lower(net, layout, options, params, 0, *given).compile().as_text()))
 
 
 def written_by_step(module: Module) -> Counter[str]:

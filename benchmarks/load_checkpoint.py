@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def make(folder: Path, arch: Architecture, shard_bytes: int) -> Table:
         return np.resize(turned, shape).view(bf16)
 
     pending = {
-        name: PendingTensor(np.dtype(bf16), stored_shape(spec), lambda s=spec, n=name: values(s, n))
+        name: PendingTensor(np.dtype(bf16), stored_shape(spec), partial(values, spec, name))
         for spec in table.values()
         for name in tensor_names(spec)
     }
@@ -105,7 +106,7 @@ def digests(folder: Path) -> dict[str, str]:
     """Returns the SHA-256 of every tensor's bytes, by the tensor's name."""
     from safetensors import safe_open
 
-    found = {}
+    found: dict[str, str] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="np") as tensors:
             names = tensors.keys()

@@ -83,7 +83,7 @@ def run_prepare(file: str, tokenizer: str, out: str, workers: int) -> Callable[[
     from jaxblock.data.store.prepare import prepare
     from jaxblock.diffusion.config import CanvasConfig
 
-    paths = {"prepared": out, "train": file, "test": None, "tokenizer": tokenizer, "template": "tokenizer"}
+    paths: Any = {"prepared": out, "train": file, "test": None, "tokenizer": tokenizer, "template": "tokenizer"}
     data = DataConfig(**paths, validation_records=0, prepare_workers=workers)
     return lambda: prepare(data, CanvasConfig(prompt_len=512, response_len=512, block=32))
 

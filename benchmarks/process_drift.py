@@ -104,7 +104,7 @@ def compare(folder: Path, groups: list[tuple[int, int]], *, steps: int, d: int, 
         command = [sys.executable, "-m", "benchmarks.process_drift", "--worker", str(config), str(out)]
         if processes * devices == 1:
             command.append("--one")
-        pod = [ROOT / "launch" / "local_pod.sh", str(processes), "--devices", str(devices), "--", *command]
+        pod = [str(ROOT / "launch" / "local_pod.sh"), str(processes), "--devices", str(devices), "--", *command]
         subprocess.run(pod, cwd=ROOT, check=True)
         rows = [json.loads(line) for line in (out / "steps.jsonl").read_text().splitlines()]
         runs.append((rows, np.load(out / "params.npy")))

@@ -109,7 +109,7 @@ def found_by_chance(
     ):
         for name, p_value in kinds.items():
             claimed = holm(np.stack([p_value(difference) for difference in family], -1)) <= LEVEL
-            claims[name].append(claimed[:, 0] if effect else claimed.any(-1))
+            claims[name].append(claimed[:, 0] if effect else np.asarray(claimed.any(-1)))
     return {name: float(np.concatenate(shares).mean()) for name, shares in claims.items()}
 
 
