@@ -48,6 +48,7 @@ def results(out: Path) -> dict[str, dict[str, Any]]:
     return json.loads((out / "results.json").read_text())["items"]
 
 
+@pytest.mark.slow
 def test_whatever_becomes_of_an_item_is_a_result_and_only_what_the_time_cut_short_is_taken_up(tmp_path, monkeypatch):
     (tmp_path / "stub.py").write_text(STUB)
     monkeypatch.setattr(kit, "CHILD", [sys.executable, str(tmp_path / "stub.py")])

@@ -119,6 +119,7 @@ def _check_same(out: Path, expected: Path) -> None:
         np.testing.assert_allclose(ours[path], leaf, rtol=0, atol=2e-6 * np.abs(leaf).max(), err_msg=path)
 
 
+@pytest.mark.slow
 def test_the_verbs_use_all_devices_and_write_what_one_device_writes(
     tiny_config, folders, on_one_device, tmp_path, monkeypatch
 ):

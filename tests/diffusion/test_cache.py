@@ -35,7 +35,9 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("cache, alignment", [("prefix", "shifted"), ("dual", "same_position")])
+@pytest.mark.parametrize(
+    "cache, alignment", [pytest.param("prefix", "shifted", marks=pytest.mark.slow), ("dual", "same_position")]
+)
 def test_caches_change_no_token_of_a_single_layer_and_every_position_is_counted(cache, alignment):
     """5 blocks of 3, 2 steps each: a full pass, and one beside the cache."""
     layout, how = make_layout(alignment=alignment, response_len=15), WAYS[alignment]
@@ -50,7 +52,10 @@ def test_caches_change_no_token_of_a_single_layer_and_every_position_is_counted(
         assert found.computed.tolist() == [guided * (5 * width + computed)] * 4
 
 
-@pytest.mark.parametrize("cache, alignment, beside", [("prefix", "same_position", 6), ("dual", "shifted", 1 + 3)])
+@pytest.mark.parametrize(
+    "cache, alignment, beside",
+    [pytest.param("prefix", "same_position", 6, marks=pytest.mark.slow), ("dual", "shifted", 1 + 3)],
+)
 def test_caches_change_no_token_of_a_single_layer_where_spans_are_filled(cache, alignment, beside):
     layout, (prompts, rests) = make_layout(alignment=alignment)._replace(infill=True), zip(*SPANS, strict=True)
     options = [
@@ -76,6 +81,7 @@ def test_what_no_cache_can_make_stale():
     assert (plain.response != stale.response).any()
 
 
+@pytest.mark.slow
 def test_positions_past_the_window_are_not_computed(monkeypatch):
     """The same tokens and NELBO as with all positions computed, the hidden ones as hidden keys."""
     options = decoding(2, cache="prefix")

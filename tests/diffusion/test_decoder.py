@@ -75,10 +75,13 @@ def test_settings_that_compile_alike_share_a_program():
     "fields, alignment",
     [
         (dict(steps_per_block=2, temperature=1.5, cache="dual"), "same_position"),
-        (dict(rule="entropy", quota="dream", temperature=1.2, top_p=0.9, alg_temp=0.3, cache="prefix"), "shifted"),
-        (dict(rule="confidence_threshold", threshold=0.3, cfg_scale=0.5), "shifted"),
+        pytest.param(
+            dict(rule="entropy", quota="dream", temperature=1.2, top_p=0.9, alg_temp=0.3, cache="prefix"), "shifted",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(dict(rule="confidence_threshold", threshold=0.3, cfg_scale=0.5), "shifted", marks=pytest.mark.slow),
     ],
-)
+)  # fmt: skip
 def test_without_a_right_side_filling_is_ordinary_decoding(fields, alignment):
     layout, options = make_layout(alignment=alignment, response_len=6), DecodeConfig(early_stop=False, **fields)
     filled = decoded(TWO_LAYERS, layout._replace(infill=True), options, rests=[[MASK] * 6] * 4)

@@ -115,10 +115,13 @@ RULES = {
     "threshold": dict(rule="confidence_threshold", threshold=0.3, temperature=0.9, cache="dual", seed=2**40 + 1),
     "spans": dict(steps_per_block=2, temperature=1.5, early_stop=False),
 }
+SLOWER = ("dream", "origin", "threshold")
 PROMPTS = [[n % 7, n // 7, n % 5][: 1 + n % 3] for n in range(11)]
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize(
+    "name", ["low_confidence", "spans", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOWER)]
+)
 def test_a_row_is_what_the_scan_over_all_rows_makes_of_it(name):
     """Three places for eleven prompts, whose answers have one to three blocks, or for texts; on canvases of another width."""
     layout = make_layout(alignment="shifted" if name in ("origin", "threshold") else "same_position")

@@ -88,6 +88,7 @@ def test_only_too_many_in_a_row_stop_the_run():
     assert SkippedSteps(0).check([_metrics(True)] * 4, 0, indices) is not None
 
 
+@pytest.mark.slow
 def test_a_poisoned_batch_is_skipped_and_three_in_a_row_stop_the_run_and_are_named(
     tiny_config, tmp_path, monkeypatch, ran
 ):

@@ -375,7 +375,10 @@ def test_a_cell_that_is_stopped_goes_on_with_the_scores_that_are_missing(tmp_pat
     assert trained == [20] * 4 and scored[3:] == [(5, 16)]
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configs" / "study").glob("*.yaml")))
+SHIPPED = sorted(path.stem for path in (ROOT / "configs" / "study").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "small")) for name in SHIPPED])
 def test_studies_that_ship_are_valid_and_their_cells_can_be_laid_out(name):
     study = read_study(ROOT / "configs" / "study" / f"{name}.yaml")
     plan = cells.lay_out(study, arch)

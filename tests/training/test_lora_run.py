@@ -73,7 +73,8 @@ def test_adapters_alone_are_trained_and_saved(run, model, start, tiny_run):
     checkpoints.close()
 
 
-@pytest.mark.parametrize("mesh", ["", pytest.param("--train.fsdp 8", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["", "--train.fsdp 8"])
 def test_a_resumed_run_is_the_straight_one_and_its_base_may_move(run, base, tiny_config, tmp_path, model, mesh, ran):
     out = shutil.copytree(run, tmp_path / "again")
     shutil.rmtree(out / "checkpoints" / "4")
@@ -138,6 +139,7 @@ def test_exports_give_the_same_network(run, base, tiny_config, tmp_path, model, 
         np.testing.assert_allclose(begun[path], leaf, rtol=0, atol=1e-6, err_msg=path)
 
 
+@pytest.mark.slow
 def test_int8_trains_on_a_run_and_exports_the_whole_base(tiny_run, tiny_config, start, tmp_path, ran):
     out, small = tmp_path / "run", "--lora.targets q --lora.dropout 0 --optimizer.ema 0"  # it compiles in half the time
     ran(_train(tiny_config, tiny_run, out, f"--model.quantize int8 {small}"))

@@ -290,6 +290,7 @@ def test_training_ends_as_low_as_with_float32(fields, bound, fitted):
     assert fitted(**fields) == pytest.approx(fitted(), rel=bound)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 def test_small_updates_of_bfloat16_weights(rounding):
     """Applies 200 updates of 1e-5 to 1, whose bfloat16 neighbours are 1/256 below and 1/128 above."""
@@ -352,6 +353,7 @@ def _on_one_and_on_eight(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
     return states
 
 
+@pytest.mark.slow
 def test_eight_bit_moments_and_rounding_do_not_depend_on_mesh_or_loop(monkeypatch):
     one, many = _on_one_and_on_eight({"moments": "int8", "weight_decay": 0.1}, monkeypatch)
     chex.assert_trees_all_equal(jax.device_get(one), jax.device_get(many), strict=True)

@@ -23,6 +23,7 @@ def _begun(tiny_run: Path, run: Path) -> Path:
     return shutil.copytree(tiny_run, run, ignore=shutil.ignore_patterns("checkpoints", "had_checkpoint.json", ".lock"))
 
 
+@pytest.mark.slow
 def test_interrupted_before_and_after_a_checkpoint_then_resumed_is_the_straight_run(
     tiny_config, tiny_run, tmp_path, ran, monkeypatch
 ):
@@ -162,6 +163,7 @@ def test_other_data_are_refused_and_a_run_without_a_checkpoint_is_no_model(tiny_
     assert "has no whole checkpoint yet" in ran(f"decode --checkpoint {run} 1+1?", 2).err
 
 
+@pytest.mark.slow
 def test_a_run_reads_files_by_weights_and_keeps_them(tiny_config, tmp_path, ran):
     """The first file, a tenth of the problems, gives nine rows of ten; weights need no other prepared folder."""
     lines = (tiny_config.parent / "train.jsonl").read_text().splitlines(keepends=True)

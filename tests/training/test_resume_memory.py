@@ -18,7 +18,8 @@ OTHERS = [
 ]
 
 
-@pytest.mark.parametrize("flags", [ADAPTERS, *(pytest.param(flags, marks=pytest.mark.slow) for flags in OTHERS)])
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [ADAPTERS, *OTHERS])
 def test_a_resume_takes_the_memory_of_a_start(tiny_config, tiny_run, tmp_path, flags):
     """With every optimizer, with and without a moving average, whole on every device and split over devices."""
     out = f" --train.out {tmp_path / 'run'}"

@@ -162,7 +162,8 @@ def train() -> Callable[[Case], Result]:
     return run
 
 
-@pytest.mark.parametrize("case", [USUAL, *(pytest.param(case, marks=pytest.mark.slow) for case in RARER)], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [USUAL, *RARER], ids=str)
 def test_any_mesh_and_any_parts_do_what_one_device_does_at_once(train, case):
     one, several = train(case.on_one_device()), train(case)
     for left, right in zip(jax.tree.leaves(one.draws), jax.tree.leaves(several.draws), strict=True):

@@ -56,9 +56,12 @@ CASES: dict[str, tuple[Lines, int, tuple[int, int], dict[str, Any], Config]] = {
         Config(method=MethodConfig(blocks="pairs"), canvas=CanvasConfig(suffix_window=1)),
     ),
 }  # fmt: skip
+USUAL = ("three widths", "rows that do not fit")
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [case if case in USUAL else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+)
 def test_losses_and_gradients_are_those_of_rows_at_the_canvas_width(case):
     lines, parts, positions, model, rest = CASES[case]
     canvas = CanvasConfig(P, R, B, suffix_window=rest.canvas.suffix_window)
