@@ -20,6 +20,7 @@ from benchmarks import (
     logits_memory,
     prepare_speed,
     quickstart_summary,
+    study_executed,
 )
 
 
@@ -57,6 +58,16 @@ def test_parts_of_a_run_are_timed_and_their_bytes_counted():
     assert 0 < saves["still"] < saves["save"] and saves["restore"] < saves["restart"]
     file = load_checkpoint.main(["--d", "128", "--layers", "3", "--mlp", "200", "--vocab", "500", "--shard-mb", "1"])
     assert file["exact"] and file["bytes"] == 2 * (3 * (4 * 128**2 + 3 * 128 * 200 + 2 * 128) + 128 + 2 * 500 * 128)
+
+
+def test_scores_are_interpolated_over_the_logarithm_of_steps_seed_by_seed_and_never_beyond_them():
+    ratio = study_executed.BLOCKWISE / study_executed.CLASSICAL
+    ours = {0: {100: (50.0, 1.0), 1000: (90.0, 0.1)}, 1: {100: (70.0, 1.2), 1000: (90.0, 0.1)}}
+    ends = (50 * ratio, 200 * ratio)  # 100 lies halfway, and 1,000 beyond
+    theirs = {seed: {ends[0]: (10.0 + seed, 3.0), ends[1]: (30.0 + seed, 2.0)} for seed in ours}
+    (row,) = study_executed.compare(ours, theirs)
+    assert row.budget == 100 and row.solved[0] == pytest.approx((30 + 49) / 2) and row.nelbo[0] == pytest.approx(-1.4)
+    assert row.solved[1] < 30 and row.solved[2] > 49  # two seeds say little
 
 
 def test_rows_that_rotate_together_are_taken_apart():
