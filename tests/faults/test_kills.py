@@ -168,3 +168,17 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(tiny_config, tin
     said = ran(f"train --config {tiny_config} --train.out {run_copy} {' '.join(runs.QUIET)}").err
     assert "checkpoints/120 is not used" in said and "going on from step 100" in said
     runs.check_same(run_copy, tiny_run, ("train",))  # QUIET leaves evaluations out
+
+
+@pytest.mark.slow
+def test_a_run_whose_checkpoints_are_all_damaged_begins_again_where_that_is_asked_for(
+    tiny_config, tiny_run, run_copy, ran
+):
+    for folder in (run_copy / "checkpoints").glob("1?0"):
+        runs.flip_a_bit(max((folder / "params").rglob("d/*"), key=lambda f: f.stat().st_size))
+    train = f"train --config {tiny_config} --train.out {run_copy} {' '.join(runs.QUIET)}"
+    assert "set train.resume to restart" in ran(train, 2).err
+    said = ran(f"{train} --train.resume restart").err
+    assert "checkpoints/100 is not used" in said and "checkpoints/120 is not used" in said
+    assert len(list(run_copy.rglob("damaged/*"))) == 2, list(run_copy.iterdir())
+    runs.check_same(run_copy, tiny_run, ("train",))
