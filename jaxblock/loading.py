@@ -25,11 +25,10 @@ from jaxblock.io.hub import local_checkpoint
 from jaxblock.io.paths import PathLike, as_path
 from jaxblock.model import Model
 from jaxblock.models.architecture import Architecture
-from jaxblock.models.config import Checkpoint, Quantize
+from jaxblock.models.config import Checkpoint, ModelConfig, Quantize
 from jaxblock.models.families import registry
 from jaxblock.models.linear import int8, lora
 from jaxblock.models.spec import flatten
-from jaxblock.models.transformer import Transformer
 from jaxblock.parallel import rules
 from jaxblock.parallel.mesh import make_mesh
 from jaxblock.settings import Alignment
@@ -177,7 +176,9 @@ def _load_checkpoint(
     compute = dtype or jnp.result_type(*leaves).name
     # float16 is only for storage: its range is too small for computing, and CPUs do not compute in it.
     compute = "float32" if compute == "float16" else compute
-    net = Transformer(arch, dtype=compute, lora=adapted, quantize=quantize)
+    # How layers run and attend is left to jaxblock, as in a run.
+    chosen = ModelConfig(dtype=compute, quantize=quantize)  # type: ignore[arg-type]
+    net = dataclasses.replace(build.network(arch, chosen), lora=adapted)
     origin = adapter_folder if adapter_folder is not None and has_tokenizer(adapter_folder) else weights_folder
     text = read_text(origin, arch)
     tokenizer = text.tokenizer

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from jaxblock.diffusion import canvas as canvases
 from jaxblock.diffusion.canvas import Canvas, Layout
@@ -15,6 +16,7 @@ from jaxblock.diffusion.decoding import decoder
 from jaxblock.diffusion.decoding.beliefs import Beliefs
 from jaxblock.diffusion.decoding.config import DecodeConfig
 from jaxblock.diffusion.decoding.decoder import Carry
+from jaxblock.diffusion.decoding.passes import Sizes
 from jaxblock.diffusion.decoding.shapes import BatchShapes
 from jaxblock.models.transformer import Transformer
 from jaxblock.parallel.rows import even_size, run_on_mesh_of
@@ -67,15 +69,30 @@ class Blocks(NamedTuple):
         carry = decoder.start_decoding(layout, canvas, self.options.seed, self.candidates)
         masks = np.flatnonzero(rest == layout.mask_id)
         while masks.size and not bool(carry.done.all()):
-            blocks = jnp.full_like(canvas.prompt_len, masks[0] // layout.stride)
-            static = (self.net, layout, settings)
-            carry = run_on_mesh_of(self.params, decoder.decode_block, static, self.params, canvas, carry, blocks)
+            block = int(masks[0]) // layout.stride
+            blocks = jnp.full_like(canvas.prompt_len, block)
+            static = (self.net, layout, settings, shapes.of_block(len(self.prompt), block).sizes)
+            carry = run_on_mesh_of(self.params, _decode_block, static, self.params, canvas, carry, blocks)
             yield canvas, carry
             masks = np.flatnonzero(np.asarray(carry.ids)[0, first:end] == layout.mask_id)
 
     def responses(self, canvas: Canvas, carry: Carry) -> decoder.Responses:
         """Returns the response so far; positions that are not decoded yet hold the fill token."""
         return run_on_mesh_of(self.params, decoder.finish, (self.layout,), canvas, carry)
+
+
+def _decode_block(
+    net: Transformer,
+    layout: Layout,
+    options: DecodeConfig,
+    sizes: Sizes,
+    params: Params,
+    canvas: Canvas,
+    carry: Carry,
+    blocks: Array,
+) -> Carry:
+    """Decodes one block by passes of these sizes, which are static like the arguments before them."""
+    return decoder.decode_block(net, layout, options, params, canvas, carry, blocks, sizes)
 
 
 class Trace(NamedTuple):

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 import jaxblock
-from jaxblock import loading
+from jaxblock import build, loading
 from jaxblock.data.prompts import refuse_text
 from jaxblock.diffusion.decoding.config import DecodeConfig
 from jaxblock.errors import UserError
+from jaxblock.models.config import ModelConfig
 
 DRAWN = {"temperature": 0.7, "top_k": 9, "steps_per_block": 2, "seed": 4}
 """How several tests decode, which share the compiled program."""
@@ -100,6 +101,11 @@ IDS, PADDED, LONG = [[5, 6]], np.array([[3, 4]]), [[3] * 4090]
         (lambda m: m.decode(np.array([[3.5]])), "ids must be token ids, which are whole numbers: array([[3.5]])"),
         (lambda m: m.decode(np.array([[True]])), "ids must be token ids"),
         (lambda m: m.decode([[2**32 + 3]]), "prompts must be token ids"),
+        (
+            lambda m: m.decode(IDS, first_index=2**31),
+            "the index of the first of 1 prompts is 2147483648: it must be from 0",
+        ),
+        (lambda m: next(m.stream(IDS[0], index=-1)), "prompts is -1: it must be from 0"),
         (lambda m: m.nelbo(IDS, [[1]]), "holds the mask token 1"),
         (lambda m: m.nelbo(IDS, [[9999]]), "outside the vocabulary"),
         (lambda m: m.nelbo(IDS, [[]]), "a response of 0 tokens"),
@@ -179,3 +185,11 @@ def test_a_trace_holds_what_the_network_believed_when_it_committed(model, prompt
         assert found.beliefs.ids[at].tolist() == best.tolist()
         np.testing.assert_allclose(found.beliefs.probabilities[at], p[best], rtol=1e-3, atol=1e-6)
         np.testing.assert_allclose(found.beliefs.probability[at], p[found.response[at]], rtol=1e-3, atol=1e-6)
+
+
+def test_a_loaded_checkpoint_runs_its_layers_as_a_run_does(model, tiny_export, monkeypatch):
+    for least in (1, 10**9):
+        monkeypatch.setattr(build, "_LEAST_UNROLLED", least)
+        chosen = build.network(model.arch, ModelConfig())
+        net = jaxblock.load(tiny_export).net
+        assert (net.scan_layers, net.attention) == (least > 1, chosen.attention) == (chosen.scan_layers, "xla")

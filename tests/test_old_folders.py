@@ -44,7 +44,8 @@ def test_old_runs_resume(folders, monkeypatch, ran):
     # On one device, as they were begun: four rows do not split over the eight of the tests.
     monkeypatch.setattr(jax, "devices", lambda: jax.local_devices()[:1])
     for name in ("full", "lora"):
-        ran(f"train --config {name}/config.yaml")
+        said = ran(f"train --config {name}/config.yaml").err
+        assert "train.widths stays full" in said
         now, then = (read_metrics(file).train for file in (f"{name}/metrics.jsonl", f"{name}_metrics.jsonl"))
         assert [row["step"] for row in now] == [1, 2, 3, 4, 5, 6]
         np.testing.assert_allclose([row["loss"] for row in now], [row["loss"] for row in then], rtol=1e-4)

@@ -63,8 +63,18 @@ def _check_warmup(config: Config) -> None:
     )
 
 
+def _check_window(config: Config) -> None:
+    window = config.canvas.suffix_window
+    require(
+        window is None or config.method.objective == "blockwise",
+        f"canvas.suffix_window {window} hides nothing from classical SFT, whose one block is the whole response, but would hide "
+        "much from its decoder: set canvas.suffix_window to null, or method.objective to blockwise",
+    )
+
+
 _ACROSS: dict[tuple[str, ...], Callable[[Config], None]] = {
     ("canvas", "model"): _check_model_width,
+    ("canvas", "method"): _check_window,
     ("lora", "model"): _check_adapters,
     ("optimizer", "train"): _check_warmup,
 }

@@ -131,7 +131,7 @@ def infilling_layout(
     Raises:
         UserError: ``decoding_layout`` raises it, or a window would hide what is given.
     """
-    if canvas.suffix_window is not None:
+    if canvas.suffix_window is not None and canvas.suffix_window < canvas.response_len - (decode.block or canvas.block):
         raise UserError(
             f"canvas.suffix_window {canvas.suffix_window} hides what comes after a block, and infilling is to see it: set "
             "canvas.suffix_window to null (the model was then trained with less of a suffix than it is shown)"

@@ -112,7 +112,7 @@ class Evaluator:
         return row
 
     def estimate_nelbo(self, params: Params, records: Sequence[Record], seed: int = 0) -> NelboBound:
-        """Estimates the NELBO of the records' own responses under the decoder's blocks.
+        """Estimates the NELBO of the records' own responses, in the canvas's own blocks (``canvas.block``).
 
         Args:
             params: the weights.

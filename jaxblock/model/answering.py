@@ -178,11 +178,13 @@ class Answering(Network):
             The response ids [B, R], with the fill token after an early stop; or ``Decoded``.
 
         Raises:
-            UserError: a prompt is empty, holds the mask token, or does not fit the model.
+            UserError: a prompt is empty, holds the mask token, or does not fit the model; or an index is out of range.
         """
         chosen = self.options(**options)
         layout = self.layout(chosen)
-        rows = list(self._rows(chosen, self.prompts(prompt_ids, attention_mask, layout), first_index))
+        prompts = self.prompts(prompt_ids, attention_mask, layout)
+        self._check_indices(first_index, len(prompts))
+        rows = list(self._rows(chosen, prompts, first_index))
         stacked = {name: np.stack([getattr(row, name) for row in rows]) for name in decoder.Responses._fields}
         if not return_steps:
             return stacked["response"]
@@ -225,6 +227,14 @@ class Answering(Network):
         self._check_candidates(candidates)
         return streaming.trace(self._blocks(prompt_ids, index, self.options(**options), candidates))
 
+    @staticmethod
+    def _check_indices(first: int, count: int) -> None:
+        """Raises UserError unless the indices of so many prompts, from the first one on, are from 0 and have 31 bits."""
+        if not 0 <= first <= 2**31 - count:
+            raise UserError(
+                f"the index of the first of {count} prompts is {first}: it must be from 0 to {2**31 - count:,}"
+            )
+
     def _check_candidates(self, candidates: int) -> None:
         """Raises UserError where so many most probable tokens cannot be returned."""
         if not 1 <= candidates <= self.arch.vocab_size:
@@ -234,6 +244,7 @@ class Answering(Network):
         self, prompt_ids: Sequence[int], index: int, options: DecodeConfig, candidates: int = 0
     ) -> streaming.Blocks:
         """Returns what decodes one checked prompt block by block."""
+        self._check_indices(index, 1)
         layout = self.layout(options)
         (prompt,) = self.prompts([prompt_ids], None, layout)
         usual = self.canvas.prompt_len

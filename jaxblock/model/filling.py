@@ -154,6 +154,7 @@ class Filling(Answering):
         self, text: SpannedText, index: int, options: Mapping[str, Any], candidates: int = 0
     ) -> streaming.Blocks:
         """Returns what fills one checked text block by block."""
+        self._check_indices(index, 1)
         chosen = self._infill_options(options)
         layout = self.layout(chosen, infill=True)
         self.check_spans(text, "the text", layout)

@@ -91,6 +91,15 @@ def keep_automatic(config: Config, before: Mapping[str, Any]) -> Config:
     return config
 
 
+def kept_choices(asked: Config, kept: Config) -> list[tuple[str, Any, Any]]:
+    """Returns the fields in which `keep_automatic` gave another value than was asked for: name, value asked for, value kept."""
+    fields: list[tuple[str, Any, Any]] = [
+        ("train.widths", asked.train.widths, kept.train.widths),
+        ("model.scan_layers", asked.model.scan_layers, kept.model.scan_layers),
+    ]
+    return [field for field in fields if field[1] != field[2]]
+
+
 def _check_settings(config: Config, folder: PathLike, before: dict[str, Any], step: int | None) -> None:
     """Raises UserError where a field that a resumed run may not change has changed.
 

@@ -90,7 +90,9 @@ def open_session(config: Config, console: Console) -> OpenedSession:
     saved: Mapping[str, Any] = {}
     if checkpoints is not None:
         saved = resume.check_resume(config, folder, checkpoints, step, prepared)
-        config = resume.keep_automatic(config, saved["config"])
+        asked, config = config, resume.keep_automatic(config, saved["config"])
+        for name, now, kept in resume.kept_choices(asked, config):
+            console.out(f"{name} stays {kept}, as the run began, and is not chosen anew ({now})", highlight=False)
     elif process_index == 0:
         _check_place(folder)
     mesh = _mesh(config.train)

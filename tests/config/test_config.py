@@ -80,6 +80,7 @@ canvas: {suffix_window: 4, context: paper} | canvas.context
 method: {law: antithetic} | set method.draws to 2
 method: {objective: classical, prefix_mask_rate: 0.5} | method.prefix_mask_rate and method.suffix_mask_prob have no effect
 method: {objective: classical, suffix_mask_prob: 0.5} | method.suffix_mask_prob have no effect on classical
+{canvas: {suffix_window: 4}, method: {objective: classical}} | set canvas.suffix_window to null, or method.objective
 method: {law: antithetic, draws: 2, rate_floor: 0.5} | method.rate_floor has no place in law antithetic
 method: {law: floored_bernoulli, rate_floor: 0.5} | no place in law floored_bernoulli: it has the floor of
 model: {d_model: 30} | model.d_model 30 must split into model.n_heads 4 heads of an even size

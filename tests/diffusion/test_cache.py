@@ -146,3 +146,8 @@ def test_what_cannot_be_had_is_refused(fields, says):
         check_options(options)
         decoding_layout(CanvasConfig(), options, arch, (7,))
         infilling_layout(CanvasConfig(suffix_window=8), options, arch, (7,))
+
+
+def test_a_window_that_hides_nothing_is_no_reason_against_infilling():
+    canvas = CanvasConfig(response_len=32, block=8, suffix_window=24)
+    assert infilling_layout(canvas, DecodeConfig(), TWO_LAYERS[0].arch, (7,)).infill

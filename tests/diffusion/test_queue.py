@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxblock import streaming
 from jaxblock.cli import main
 from jaxblock.diffusion.canvas import Layout
 from jaxblock.diffusion.decoding.config import DecodeConfig
@@ -139,6 +140,17 @@ def test_a_row_is_what_the_scan_over_all_rows_makes_of_it(name):
         for field in ("response", "commit_step"):
             np.testing.assert_array_equal(getattr(row, field), getattr(expected, field)[: len(row.response)])
     assert len({row.block for row in rows}) > 1
+
+
+def test_a_streamed_prompt_computes_what_a_queued_one_does():
+    (net, params), prompt = ONE_LAYER, np.array([3, 4])
+    layout, options = make_layout(response_len=12)._replace(suffix_window=1), DecodeConfig(cache="prefix", batch_size=1)
+    (row,) = decode_many(net, layout, options, params, [prompt], prompt_len=P)
+    blocks = streaming.Blocks(net, layout, options, params, prompt, 0, P)
+    *_, last = blocks.decoded()
+    found = jax.tree.map(lambda leaf: np.asarray(leaf)[0], blocks.responses(*last))
+    assert (found.computed, found.nfe) == (row.computed, row.nfe)
+    np.testing.assert_array_equal(found.response, row.response)
 
 
 CONFIG = """\
