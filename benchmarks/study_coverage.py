@@ -70,6 +70,21 @@ WORLDS: dict[str, World] = {
 }
 
 
+SIZES = ((8, 256), (8, 8), (8, 4), (30, 8), (30, 4))
+"""Numbers of (seeds, problems)."""
+FEW = {name: WORLDS[name] for name in ("seeds only", "problems only", "neither (rest only)", "all three")}
+"""The worlds in which few problems are simulated."""
+
+
+def closed_coverage(world: World, replicates: int, seeds: int, problems: int) -> float:
+    """Returns the share of simulated studies whose 95% interval for new seeds and new problems, in closed form, holds the truth."""
+    held = []
+    for difference in _studies(world, replicates, seeds, problems, 0.0):
+        found = crossed_variance(difference)
+        held.append(np.abs(found.mean) <= special.stdtrit(found.df, 1 - LEVEL / 2) * np.sqrt(found.variance))
+    return float(np.concatenate(held).mean())
+
+
 def coverage(world: World, replicates: int, seeds: int = 8, problems: int = 256, mean: float = 0.0) -> dict[str, float]:
     """Returns, for each kind of 95% interval, the share of simulated studies whose interval holds the true mean."""
     held: dict[str, list[np.ndarray]] = {}
@@ -113,21 +128,36 @@ def found_by_chance(
     return {name: float(np.concatenate(shares).mean()) for name, shares in claims.items()}
 
 
-def crossover_coverage(replicates: int, at: float, seeds: int = 8, problems: int = 64, slope: float = 0.03) -> float:
-    """Returns the share of simulated studies whose interval holds the budget ``at`` which one arm truly overtakes the other.
+SPREADS = {"even": (0.02,) * 5, "small study": (0.034, 0.050, 0.043, 0.071, 0.159)}
+"""By world, the standard deviation of a seed's part of a difference that it has at each budget anew; the second is as large as the
+whole spread over seeds of the first experiment in docs/study/small, at its five budgets."""
+
+
+def crossover_coverage(
+    replicates: int, at: float, spread: str = "even", slope: float = 0.03, seeds: int = 8, problems: int = 64
+) -> dict[str, float]:
+    """Returns what is said of simulated studies in which one arm truly overtakes the other at the budget ``at``.
 
     The budgets are 1, 2, 4, 8 and 16; the true difference rises by ``slope`` with each doubling. Seeds and problems have a part that
-    they keep along the curve, and another at each budget.
+    they keep along the curve (but for the seeds of the world "small study"), and another at each budget.
+
+    Returns:
+        The shares of studies whose interval ``holds`` the budget, that say which arm is ahead at the end (``told``), and that say
+        the wrong one (``wrong``).
     """
     budgets = 2.0 ** np.arange(5)
     curve = slope * (np.log2(budgets) - np.log2(at))
-    rng, held = np.random.default_rng(0), 0
+    of_seeds = np.array(SPREADS[spread])[:, None, None]
+    ahead = np.sign(curve[-1])
+    rng, said = np.random.default_rng(0), []
     for _ in range(replicates):
-        kept = WORLDS["all three"](rng, 1, seeds, problems, 0.0)
-        apart = normal(0.02, 0.1, 0.3)(rng, budgets.size, seeds, problems, 0.0)
+        kept = normal(0.03 if spread == "even" else 0.0, 0.17, 0.45)(rng, 1, seeds, problems, 0.0)
+        apart = normal(0, 0.1, 0.3)(rng, budgets.size, seeds, problems, 0.0)
+        apart += of_seeds * rng.standard_normal((budgets.size, seeds, 1))
         found = crossover(budgets.tolist(), curve[:, None, None] + kept + apart, resamples=400)
-        held += found.low <= at <= found.high
-    return held / replicates
+        end = found.ahead
+        said.append((found.low <= at <= found.high, end != 0, end == -ahead))
+    return dict(zip(("holds", "told", "wrong"), np.mean(said, 0).tolist(), strict=True))
 
 
 def _studies(
@@ -165,7 +195,21 @@ def main() -> None:
         _print_table(f"coverage, {seeds} seeds", rows)
     chances = {name: found_by_chance(world, 2 * args.replicates) for name, world in WORLDS.items()}
     _print_table("claims anything, no effect", chances)
-    crossings = {f"{at:g}": {"coverage": crossover_coverage(args.replicates // 4, at)} for at in (0.7, 2.0, 5.0, 20.0)}
+    few = {
+        f"{seeds} x {problems}": {
+            name: closed_coverage(world, args.replicates, seeds, problems) for name, world in FEW.items()
+        }
+        for seeds, problems in SIZES
+    }
+    _print_table("coverage, seeds x problems", few)
+    worlds = [("even", 0.03, at) for at in (0.7, 2.0, 5.0, 20.0)]
+    worlds += [("small study", slope, at) for slope in (0.01, 0.03) for at in (2.0, 5.0)]
+    crossings = {
+        f"{spread}, {100 * slope:g} points a doubling, at {at:g}": crossover_coverage(
+            args.replicates // 4, at, spread, slope
+        )
+        for spread, slope, at in worlds
+    }
     _print_table("true crossover (budgets 1 to 16)", crossings)
 
 

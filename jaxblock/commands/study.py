@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
@@ -14,6 +14,8 @@ from jaxblock.config.config import Config
 from jaxblock.errors import UserError
 
 if TYPE_CHECKING:
+    from jaxblock.study.cells import Plan
+    from jaxblock.study.spec import Study
     from jaxblock.study.work import Verbs
 
 
@@ -31,38 +33,64 @@ class Options:
     jobs: int = 1
     """`run`: the number of cells that are computed at a time, each with its share of the cores; 1 on an accelerator."""
     cells: tuple[str, ...] = ()
-    """The cells to compute, with those that they start from; all without any."""
+    """`run`: computes only these cells, with those that they start from; all without any. `cell`: the cell."""
     seeds: tuple[int, ...] = ()
-    """`run`: computes only cells of these seeds; all without any."""
+    """`run`: computes only cells of these seeds (with `cells`, only those of them that have these seeds), with those that they start
+    from; all without any."""
+    identity: str | None = None
+    """`cell`: what `run` knows of the cell, a hash; the folder must hold a plan with the same cell."""
+
+
+_USED = {"run": ("out", "jobs", "cells", "seeds"), "status": (), "report": ("out",), "cell": ("cells", "identity")}
+"""The options that each action reads."""
 
 
 def run(options: Options, config: Config) -> int:
     """Does what the action says."""
+    for option in fields(options)[2:]:
+        if option.name not in _USED[options.action] and getattr(options, option.name) != option.default:
+            used = ", ".join(f"--{name}" for name in _USED[options.action]) or "none"
+            raise UserError(
+                f"study {options.action} does not use --{option.name}: leave it out (its options are: {used})"
+            )
     return {"run": _run, "status": _status, "report": _report, "cell": _cell}[options.action](options)
 
 
 def _run(options: Options) -> int:
     """Computes the cells that are missing; the exit code is 1 where some could not be."""
-    from jaxblock.study import runner
+    from jaxblock.study import results, runner
 
     if options.out is None:
         raise UserError("study run needs the study's folder: give --out DIR")
     if options.jobs < 1:
         raise UserError(f"jobs is {options.jobs}: it must be at least 1")
     study, plan = runner.prepare_study(options.target, options.out, _verbs(), say)
-    wanted = list(options.cells)
-    if options.seeds:
-        unknown = set(options.seeds) - set(study.seeds)
-        if unknown:
-            raise UserError(f"the study has no seed {min(unknown)}; its seeds are {', '.join(map(str, study.seeds))}")
-        wanted += [cell.name for cell in plan.cells if cell.seed in options.seeds]
-    not_done = runner.run_cells(plan, options.out, options.jobs, wanted, say)
-    say(
-        f"{len(not_done)} cells are not done: {', '.join(not_done)}"
-        if not_done
-        else f"done: see `jaxblock study report {options.out}`"
-    )
-    return 1 if not_done else 0
+    not_done = runner.run_cells(study, plan, options.out, options.jobs, _wanted(options, study, plan), say)
+    if not_done:
+        say(f"{len(not_done)} cells are not done: {', '.join(not_done)}")
+        return 1
+    # A process that runs another file in this folder may have computed some of them in another way.
+    results.check_results(study, plan, results.read_results(options.out), options.out, options.target)
+    say(f"done: see `jaxblock study report {options.out}`")
+    return 0
+
+
+def _wanted(options: Options, study: Study, plan: Plan) -> list[str]:
+    """Returns the names of the cells that the options ask for.
+
+    Raises:
+        UserError: the study has no such cell or seed, or no cell has both.
+    """
+    cells = [plan.cell(name) for name in dict.fromkeys(options.cells)] or plan.cells
+    unknown = set(options.seeds) - set(study.seeds)
+    if unknown:
+        raise UserError(f"the study has no seed {min(unknown)}; its seeds are {', '.join(map(str, study.seeds))}")
+    found = [cell.name for cell in cells if not options.seeds or cell.seed in options.seeds]
+    if not found:
+        raise UserError(
+            f"none of {', '.join(options.cells)} has a seed of {', '.join(map(str, options.seeds))}: leave out --seeds or --cells"
+        )
+    return found
 
 
 def _cell(options: Options) -> int:
@@ -74,12 +102,13 @@ def _cell(options: Options) -> int:
     study, plan = results.read_plan(options.target)
     if len(options.cells) != 1:
         raise UserError("study cell computes one cell: name it by --cells")
-    cell = plan.cell(options.cells[0])
+    cell = runner.planned_cell(study, plan, options.cells[0], options.identity, options.target)
     found = results.read_results(options.target)
     mine = {name: one for name, one in found.items() if name in (cell.name, cell.start)}
     results.check_results(study, plan, mine, options.target)
     try:
         with only_writer(f"{options.target}/claims/{cell.name}", say):
+            runner.check_start(study, cell, options.target)
             return work.run_cell(study, cell, options.target, _verbs(), say)
     except Refused:
         return runner.BUSY

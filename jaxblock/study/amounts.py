@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from jaxblock.config.config import Config
@@ -81,11 +83,11 @@ def equal_steps(budget: int, of: float, mine: float) -> int:
         mine: what one of the arm's own steps takes.
 
     Raises:
-        UserError: this is less than half a step.
+        UserError: this is less than a step.
     """
-    steps = round(budget * of / mine)
+    steps = budget * of / mine
     if steps < 1:
         raise UserError(
-            f"a budget of {budget:,} steps of the reference arm is {budget * of / mine:.2g} of a step: raise the budget"
+            f"a budget of {budget:,} steps of the reference arm is {steps:.2g} of a step: raise it to {math.ceil(mine / of):,} or more"
         )
-    return steps
+    return round(steps)

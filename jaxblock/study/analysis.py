@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,7 +16,7 @@ from jaxblock.study.gradients.sizes import GRADIENTS
 from jaxblock.study.hypotheses import Finding, primary_findings
 from jaxblock.study.pace import PaceRatio, pace_ratios
 from jaxblock.study.relation import Relation, relate
-from jaxblock.study.results import Result, solved
+from jaxblock.study.results import Result, made_by, solved
 from jaxblock.study.spec import Study
 
 
@@ -28,22 +29,36 @@ class Analysis:
         experiment: the experiment.
         budgets: the budgets, in steps of the reference arm.
         seeds: the seeds whose cells are all done.
+        planned: the number of seeds that the experiment has when it is finished.
         curves: what each arm scored by each way of decoding, by (arm, decoding).
         contrasts: the differences (``contrasts.compare``) of a curve or a grid; empty with fewer than two seeds.
         measured: the measurements of gradients of each seed, by (arm, steps); empty in other experiments.
         paces: the comparisons with the control of an experiment about pace; empty with fewer than two seeds.
         relation: how the NELBO and Pass@1 are related; None in other experiments.
+        versions: how many cells were trained, or scored for this experiment, by each version (``results.made_by``).
     """
 
     name: str
     experiment: Experiment
     budgets: tuple[int, ...]
     seeds: tuple[int, ...]
+    planned: int
     curves: dict[tuple[str, str], Curve]
     contrasts: list[Contrast]
     measured: dict[tuple[str, int], list[Result]] = field(default_factory=dict)
     paces: list[PaceRatio] = field(default_factory=list)
     relation: Relation | None = None
+    versions: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def complete(self) -> bool:
+        """Tells whether all seeds of the experiment are there."""
+        return len(self.seeds) == self.planned
+
+    @property
+    def has_losses(self) -> bool:
+        """Tells whether the training loss is known of all that is shown."""
+        return bool(self.curves) and all(np.isfinite(curve.loss).all() for curve in self.curves.values())
 
 
 def analyse(study: Study, plan: Plan, results: dict[str, Result]) -> list[Analysis]:
@@ -52,19 +67,22 @@ def analyse(study: Study, plan: Plan, results: dict[str, Result]) -> list[Analys
 
 
 def primary(analyses: list[Analysis]) -> dict[str, Finding]:
-    """Tests the primary hypotheses that have two seeds or more, with a correction for the number of all of them in the study.
+    """Tests the primary hypotheses that have all their seeds, with a correction for the number of all of them in the study.
 
-    The hypothesis of a curve is about the last budget and the first arm, that of a grid about its one contrast.
+    The hypothesis of a curve is about the last budget and the first arm, that of a grid about its one contrast. One of which
+    seeds are missing is not tested: a study that is looked at again and again would claim too much.
     """
-    asked = {one.name: one.contrasts[0].difference[-1] for one in analyses if one.experiment.primary and one.contrasts}
-    return primary_findings(asked) if asked else {}
+    asked = [one for one in analyses if one.experiment.primary]
+    tested = {one.name: one.contrasts[0].difference[-1] for one in asked if one.complete and one.contrasts}
+    return primary_findings(tested, untested=len(asked) - len(tested)) if tested else {}
 
 
 def _analysed(name: str, one: Experiment, study: Study, plan: Plan, results: dict[str, Result]) -> Analysis:
     """Gathers the scores of an experiment and compares them."""
     if one.kind == RELATION:
         relation = relate(one, plan, results, study.seeds)
-        return Analysis(name, one, (), relation.seeds, {}, [], relation=relation)
+        made = _versions(one, relation.seeds, None, results)
+        return Analysis(name, one, (), relation.seeds, len(study.seeds), {}, [], relation=relation, versions=made)
     steps = plan.steps[name]
     seeds = tuple(
         seed
@@ -94,7 +112,25 @@ def _analysed(name: str, one: Experiment, study: Study, plan: Plan, results: dic
         contrasts = compare(one, curves, len({study.decodings[way].task for way in one.decodings}) == 1)
     if len(seeds) > 1 and one.kind == "pace":
         paces = pace_ratios(one, curves)
-    return Analysis(name, one, one.budgets, seeds, curves, contrasts, measured, paces)
+    made = _versions(one, seeds, steps, results)
+    planned = len(study.seeds_of(one))
+    return Analysis(name, one, one.budgets, seeds, planned, curves, contrasts, measured, paces, versions=made)
+
+
+def _versions(
+    one: Experiment, seeds: tuple[int, ...], steps: dict[str, tuple[int, ...]] | None, results: dict[str, Result]
+) -> Counter[str]:
+    """Counts the cells of an experiment by the versions that trained and scored them; a cell of two versions counts for both."""
+    counts: Counter[str] = Counter()
+    for arm, seed in itertools.product(one.arms, seeds):
+        result = results[cell_name(arm, seed)]
+        points = (
+            result["scores"]
+            if steps is None
+            else [Point(*at) for at in itertools.product(steps[arm], ways_to_score(one))]
+        )
+        counts.update(made_by(result, map(str, points)))
+    return counts
 
 
 def _check_problems(
@@ -119,6 +155,7 @@ def _curve(
 ) -> Curve:
     found = [[results[cell_name(arm, seed)]["scores"][str(Point(at, decoding))] for seed in seeds] for at in steps]
     nan = {"mean": float("nan")}
+    unknown = (float("nan"), 1.0)
     return Curve(
         arm,
         decoding,
@@ -127,4 +164,5 @@ def _curve(
         np.array([[score.get("nelbo_per_token", nan)["mean"] for score in row] for row in found]),
         np.array([[score["nfe"] for score in row] for row in found]),
         np.array([[score["tokens_per_forward"] for score in row] for row in found]),
+        np.array([[np.divide(*score.get("loss", unknown)) for score in row] for row in found]),
     )

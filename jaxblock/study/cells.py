@@ -99,13 +99,15 @@ def lay_out(study: Study, architecture_of: ArchitectureOf) -> Plan:
         architecture_of: returns the architecture of an arm's network, for the FLOPs of a step.
 
     Raises:
-        UserError: a budget cannot be counted, or is less than a step.
+        UserError: a budget cannot be counted, is less than a step of an arm or as many steps as another one, or is longer than the
+            run from which other arms start.
     """
     steps = {
-        name: {arm: tuple(arm_steps(study, one, arm, architecture_of)) for arm in one.arms}
+        name: {arm: arm_steps(study, name, arm, architecture_of) for arm in one.arms}
         for name, one in study.experiments.items()
         if one.kind != RELATION
     }
+    _check_lengths(study, steps)
     needed: dict[tuple[str, int], set[Point]] = {}
     for name, of_arms in steps.items():
         one = study.experiments[name]
@@ -138,12 +140,39 @@ def ways_to_score(one: Experiment) -> tuple[str, ...]:
     return (GRADIENTS,) if one.kind == GRADIENTS else one.decodings
 
 
-def arm_steps(study: Study, one: Experiment, arm: str, architecture_of: ArchitectureOf) -> list[int]:
-    """Returns the steps of an arm at which it has had as much as the reference arm has at each budget of an experiment."""
+def arm_steps(study: Study, experiment: str, arm: str, architecture_of: ArchitectureOf) -> tuple[int, ...]:
+    """Returns the steps of an arm at which it has had as much as the reference arm has at each budget of an experiment.
+
+    Raises:
+        UserError: a budget cannot be counted, is less than a step, or is as many steps as another one.
+    """
+    one = study.experiments[experiment]
     reference = one.reference or one.arms[0]
-    of = per_step(study.config(reference), architecture_of(reference), one.unit)
-    mine = per_step(study.config(arm), architecture_of(arm), one.unit)
-    return [equal_steps(budget, of, mine) for budget in one.budgets]
+    try:
+        of = per_step(study.config(reference), architecture_of(reference), one.unit)
+        mine = per_step(study.config(arm), architecture_of(arm), one.unit)
+        steps = tuple(equal_steps(budget, of, mine) for budget in one.budgets)
+        for (low, first), (high, second) in itertools.pairwise(zip(one.budgets, steps, strict=True)):
+            if first == second:
+                raise UserError(
+                    f"the budgets {low:,} and {high:,} are both {first:,} steps of this arm: leave one of them out"
+                )
+    except UserError as error:
+        raise UserError(f"experiments.{experiment}.budgets, arm {arm}: {error}") from error
+    return steps
+
+
+def _check_lengths(study: Study, steps: dict[str, dict[str, tuple[int, ...]]]) -> None:
+    """Raises UserError where an arm is scored beyond the length at which others start, since these begin at its last checkpoint."""
+    followed = {arm.start for arm in study.arms.values()}
+    for name, of_arms in steps.items():
+        for arm in of_arms.keys() & followed:
+            most, length = of_arms[arm][-1], study.arms[arm].steps
+            if length is not None and most > length:
+                raise UserError(
+                    f"experiments.{name} scores {arm} after {most:,} steps, but other arms start from it after {length:,}, at its last "
+                    f"checkpoint: lower the budgets, raise arms.{arm}.steps, or give a longer run an arm of its own"
+                )
 
 
 def run_config(study: Study, cell: Cell, folder: str) -> Config:
@@ -230,6 +259,18 @@ def fingerprint(study: Study, cell: Cell) -> str:
         start = Cell(arm.start, seed, first.steps or 0, (), first.start)
         begins = [fingerprint(study, start), start.steps]
     return _hash([decides, _how_prepared(study, arm.task), length, cell.seed, begins])
+
+
+def identity(study: Study, cell: Cell) -> str | None:
+    """Returns a hash of what is computed for a cell; None where the study does not have its arm or a way in which it is scored.
+
+    Processes that share a folder compare it, since the folder may hold the plan of another file by the time that they read it.
+    """
+    ways = {point.decoding for point in cell.points} - {GRADIENTS}
+    if cell.arm not in study.arms or not ways <= study.decodings.keys():
+        return None
+    points = [[str(point), how_scored(study, cell.arm, point.decoding)] for point in cell.points]
+    return _hash([fingerprint(study, cell), cell.steps, cell.start, points])
 
 
 def how_scored(study: Study, arm: str, decoding: str) -> str:

@@ -26,6 +26,7 @@ class Curve:
         nelbo: the NELBO per text token in nats: [budgets, seeds]; NaN where it was not estimated.
         nfe: the forward passes spent on a problem: [budgets, seeds].
         pace: the text tokens committed per forward pass: [budgets, seeds].
+        loss: the training loss before the checkpoint in nats per masked token: [budgets, seeds]; NaN where it was not recorded.
     """
 
     arm: str
@@ -35,6 +36,7 @@ class Curve:
     nelbo: Float[np.ndarray, "b S"]
     nfe: Float[np.ndarray, "b S"]
     pace: Float[np.ndarray, "b S"]
+    loss: Float[np.ndarray, "b S"]
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ class Variance(NamedTuple):
     Attributes:
         mean: the mean difference.
         variance: the estimated variance of the mean over new seeds and new problems.
-        df: the degrees of freedom of ``variance``, by Satterthwaite's approximation, at least S - 1.
+        df: the degrees of freedom of ``variance``, by Satterthwaite's approximation, at least min(S, P) - 1.
         resampled: the variance that resampled means have about ``mean``, exactly.
     """
 
@@ -42,7 +42,9 @@ def crossed_variance(difference: Differences) -> Variance:
     """Estimates the variance of the mean difference over seeds and problems, both of which are random.
 
     With the mean squares A of seeds, B of problems and E of the rest, the unbiased estimate is (A + B - E) / (S P). A part that
-    comes out negative is counted as zero, so that the estimate is at least that of A, B or E alone.
+    comes out negative is counted as zero, so that the estimate is at least that of A, B or E alone. A sum of mean squares has no
+    fewer degrees of freedom than the least of them, of which there are S - 1, P - 1 and (S - 1) (P - 1); that E is subtracted
+    makes Satterthwaite's approximation fall below it, and is why it is bounded from there.
 
     Args:
         difference: the paired differences, with seeds and problems as the last two axes.
@@ -66,7 +68,7 @@ def crossed_variance(difference: Differences) -> Variance:
     total = np.maximum.reduce([a + b - e, a, b, e])
     spread = sum(np.square(part) / df for part, df in zip((a, b, e), freedom, strict=True))
     df = np.divide(np.square(total), spread, out=np.zeros_like(total), where=spread > 0)
-    return Variance(mean[..., 0, 0], total / (seeds * problems), np.maximum(df, seeds - 1.0), resampled)
+    return Variance(mean[..., 0, 0], total / (seeds * problems), np.maximum(df, min(seeds, problems) - 1.0), resampled)
 
 
 def resampled_means(difference: Differences, resamples: int, seed: int) -> Float[np.ndarray, "*grid n"]:

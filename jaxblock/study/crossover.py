@@ -16,15 +16,22 @@ Course = Literal["always ahead", "always behind", "overtakes", "is overtaken", "
 """How a mean difference runs along the budgets; the last sign change decides between overtaking and being overtaken."""
 COURSES: tuple[Course, ...] = get_args(Course)
 
+SURE = 0.95
+"""The share of the draws that must agree before it is said which arm is ahead at the end, or which course the difference takes."""
+_ENDS = np.array([1, -1, 1, -1, 0])
+"""The sign of the difference at the end of each course."""
+
 
 class Crossover(NamedTuple):
     """Holds the last sign change of the mean difference of two arms along their budgets.
 
     Attributes:
-        course: what the mean difference does.
+        course: what the mean difference does; said only where enough draws agree (``text``).
         budget: from which budget on the arm that is ahead at the end stays ahead: the last sign change; 0 where the arm is always
             ahead, and infinity where it is always behind (or equal).
-        low: the lower end of the interval of ``budget``; 0 means below the smallest budget.
+        low: the lower end of the interval of ``budget``; 0 means below the smallest budget. Where the draws do not agree which arm
+            is ahead at the end, it is the interval of the last sign change, whichever its direction; draws without one count as
+            below the budgets here, and as beyond them in ``high``.
         high: its upper end; infinity means beyond the largest budget.
         confidence: the coverage of the interval.
         shares: the share of the draws that take each course.
@@ -40,15 +47,31 @@ class Crossover(NamedTuple):
     def text(self, unit: str) -> str:
         """Says what the mean difference does along the budgets, from which one on it stays, and how many draws agree.
 
-        Such as ``overtakes at 1,190 steps (95% interval: below the range to 2,400); draws: always behind 12%, overtakes 88%``.
+        Such as ``overtakes at 1,190 steps (95% interval: 870 to 2,400); draws: always behind 2%, overtakes 98%``. Where fewer draws
+        than `SURE` take the course, only which arm is ahead at the end is said; and where they do not agree about that either,
+        that it cannot be told.
 
         Args:
             unit: the unit of the budgets.
         """
         budget, low, high = map(_budget, self[1:4])
-        where = f" at {budget} {unit}" if self.course in ("overtakes", "is overtaken") else ""
         draws = ", ".join(f"{course} {share:.0%}" for course, share in self.shares.items() if round(share, 2))
-        return f"{self.course}{where} ({self.confidence:.0%} interval: {low} to {high}); draws: {draws}"
+        if self.shares[self.course] >= SURE:
+            where = f" at {budget} {unit}" if self.course in ("overtakes", "is overtaken") else ""
+            return f"{self.course}{where} ({self.confidence:.0%} interval: {low} to {high}); draws: {draws}"
+        says = {1: "ahead after {}", -1: "behind after {}", 0: "which of the two is ahead after {} cannot be told"}
+        after = says[self.ahead].format("the last sign change")
+        return f"{after} ({self.confidence:.0%} interval in {unit}: {low} to {high}); draws: {draws}"
+
+    @property
+    def ahead(self) -> int:
+        """Returns 1 where enough draws have the arm ahead at the end, -1 where they have the other one, and else 0."""
+        return _agreed(np.array([self.shares[course] for course in COURSES]))
+
+
+def _agreed(shares: Float[np.ndarray, " 5"]) -> int:
+    """Returns the sign of the difference at the end in which enough draws agree; 0 where too few do."""
+    return next((sign for sign in (1, -1) if shares[sign == _ENDS].sum() >= SURE), 0)
 
 
 def _budget(end: float) -> str:
@@ -72,7 +95,8 @@ def crossover(
     Between two budgets the mean difference is taken to be linear in the logarithm of the budget. A difference of exactly 0 has no
     sign: between a negative and a positive one, the sign changes where the zeros end. The interval takes draws that are ahead from
     the smallest budget on as below it, and draws that are not ahead at the largest as beyond it, so that it says what is not known.
-    Where the arm is overtaken, the same is said of the other arm.
+    Where the arm is overtaken, or behind at the end without a course that enough draws agree on, the same is said of the other arm.
+    Where they do not agree which of the two is ahead at the end, the interval is that of the last sign change (``Crossover.low``).
 
     Args:
         budgets: two budgets or more, positive and rising.
@@ -94,19 +118,22 @@ def crossover(
         )
     draws = crossed_draws(differences, resamples, seed)
     courses, changes = last_changes(np.log(x), np.vstack([differences.mean((-2, -1)), draws.T]))
-    leads, trails = (COURSES.index(course) for course in ("always ahead", "always behind"))
-    rises, falls = (COURSES.index(course) for course in ("overtakes", "is overtaken"))
-    if courses[0] == falls:
-        leads, rises = trails, falls
-    below, within = courses == leads, courses == rises
-    found = np.where(within, np.exp(changes), np.where(below, 0.0, np.inf))
-    ordered, (lower, upper) = np.sort(found[1:]), tails(confidence)
+    leads, trails, rises, falls = (COURSES.index(course) for course in COURSES[:4])
     shares = np.bincount(courses[1:], minlength=len(COURSES)) / resamples
+    sure, ahead = shares[courses[0]] >= SURE, _agreed(shares)
+    if courses[0] == falls or (not sure and ahead < 0):
+        leads, rises = trails, falls
+    within = np.isin(courses, (rises, falls) if not sure and not ahead else rises)
+    # What is said of draws without a sign change, at the lower and at the upper end of the interval.
+    without = np.where(courses == leads, 0.0, np.inf)
+    least, most = (0.0, np.inf) if not sure and not ahead else (without, without)
+    lows, highs = (np.sort(np.where(within, np.exp(changes), end)[1:]) for end in (least, most))
+    lower, upper = tails(confidence)
     return Crossover(
         COURSES[courses[0]],
-        float(found[0]),
-        float(ordered[int(np.floor(lower * (resamples - 1)))]),
-        float(ordered[int(np.ceil(upper * (resamples - 1)))]),
+        float(np.where(within, np.exp(changes), without)[0]),
+        float(lows[int(np.floor(lower * (resamples - 1)))]),
+        float(highs[int(np.ceil(upper * (resamples - 1)))]),
         confidence,
         dict(zip(COURSES, shares.tolist(), strict=True)),
     )

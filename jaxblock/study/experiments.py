@@ -109,6 +109,10 @@ def check_experiment(
             raise UserError(f"{where}: {place}.{what} names one of them twice: {', '.join(names)}")
     if one.primary and one.kind not in ("curve", "grid"):
         raise UserError(f"{where}: {place} is of the kind {one.kind}, which tests nothing: leave out primary")
+    if one.primary and len(one.arms) < 2:
+        raise UserError(
+            f"{where}: {place} is primary, but has one arm, which is compared with nothing: give it a control, or leave out primary"
+        )
     _check_kind(one, place, where, arms, decodings)
 
 
@@ -116,9 +120,9 @@ def _check_kind(
     one: Experiment, place: str, where: str, arms: Mapping[str, str], decodings: Mapping[str, str | None]
 ) -> None:
     """Raises UserError where the budgets, arms and decodings are not what the experiment's kind needs."""
-    if one.kind == "grid" and (len(one.budgets) != 1 or len(one.arms) != len(one.decodings)):
+    if one.kind == "grid" and (len(one.budgets) != 1 or len(one.arms) < 2 or len(one.arms) != len(one.decodings)):
         raise UserError(
-            f"{where}: {place} is a grid: give one budget, and for each arm the decoding that belongs to it"
+            f"{where}: {place} is a grid: give one budget, two arms or more, and for each arm the decoding that belongs to it"
         )
     if one.kind == "pace" and (len(one.budgets) != 1 or len(one.decodings) < 2):
         raise UserError(

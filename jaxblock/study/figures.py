@@ -64,9 +64,9 @@ def _figure(analysis: Analysis) -> Figure:
 
 
 def _curves(analysis: Analysis) -> Figure:
-    """Draws Pass@1, the NELBO, and the difference in Pass@1 to the control where there is one, along the budgets."""
+    """Draws along the budgets: Pass@1, the NELBO, where there is one the difference to the control, and the loss where it is known."""
     one = analysis.experiment
-    panels = 3 if analysis.contrasts else 2
+    panels = 2 + bool(analysis.contrasts) + analysis.has_losses
     figure = Figure(figsize=(10 / 3 * panels, 3.5), layout="constrained")
     axes = figure.subplots(1, panels)
     for (at, arm), (way, decoding) in itertools.product(enumerate(one.arms), enumerate(one.decodings)):
@@ -74,6 +74,8 @@ def _curves(analysis: Analysis) -> Figure:
         look = _look(at, way)
         _with_intervals(axes[0], one.budgets, 100 * curve.solved.mean(-1), label, look)
         _with_intervals(axes[1], one.budgets, curve.nelbo, label, look)
+        if analysis.has_losses:
+            _with_intervals(axes[-1], one.budgets, curve.loss, label, look)
     # The first contrasts are those of arms, way by way; those of ways of decoding follow. They look as their arm does.
     others = len(one.arms) - 1
     for number, contrast in enumerate(analysis.contrasts[: others * len(one.decodings)]):
@@ -84,9 +86,11 @@ def _curves(analysis: Analysis) -> Figure:
         axes[2].errorbar(one.budgets, mean, yerr=shown, **_look(at, way), marker="o", ms=3, capsize=2, lw=1)
     if analysis.contrasts:
         axes[2].axhline(0, color="#888888", lw=0.8)
-    names = ("Pass@1 (%)", "NELBO (nats per text token)", f"Pass@1 minus that of {one.arms[-1]}\n(points)")
+    names = ["Pass@1 (%)", "NELBO (nats per text token)"]
+    names += [f"Pass@1 minus that of {one.arms[-1]}\n(points)"] * bool(analysis.contrasts)
+    names += ["training loss (nats per masked token)"] * analysis.has_losses
     log = one.budgets[-1] >= _LOG_FROM * one.budgets[0]
-    for axis, name in zip(axes, names[:panels], strict=True):
+    for axis, name in zip(axes, names, strict=True):
         label_axes(axis, _UNITS[one.unit].format(one.reference or one.arms[0]), name, log_x=log)
         if log:
             axis.set_xscale("log", base=2)

@@ -114,12 +114,16 @@ def holm(p_values: Float[np.ndarray, "*grid k"]) -> Float[np.ndarray, "*grid k"]
     return adjusted
 
 
-def primary_findings(differences: Mapping[str, Float[np.ndarray, "S P"]], level: float = 0.05) -> dict[str, Finding]:
+def primary_findings(
+    differences: Mapping[str, Float[np.ndarray, "S P"]], level: float = 0.05, untested: int = 0
+) -> dict[str, Finding]:
     """Tests all primary hypotheses of a study at once.
 
     Args:
-        differences: for each hypothesis the paired differences, by its name. At most three.
+        differences: for each hypothesis the paired differences, by its name. At most three, with those that are untested.
         level: the chance of claiming any difference that is not there, over all hypotheses together.
+        untested: the number of hypotheses whose scores are not all there. They count as if they had a p-value of 1, so that what
+            is claimed now is claimed whatever their scores will be.
 
     Returns:
         What was found, by the names of the hypotheses.
@@ -128,12 +132,14 @@ def primary_findings(differences: Mapping[str, Float[np.ndarray, "S P"]], level:
         UserError: there are no hypotheses or more than three; or one has fewer than two seeds or problems, or a difference that is
             not finite.
     """
-    if not 1 <= len(differences) <= MOST_PRIMARY:
+    number = len(differences) + untested
+    if not 1 <= number <= MOST_PRIMARY:
         raise UserError(
-            f"a study has one to {MOST_PRIMARY} primary hypotheses, got {len(differences)}: each costs the others power; report the "
+            f"a study has one to {MOST_PRIMARY} primary hypotheses, got {number}: each costs the others power; report the "
             "rest with intervals, as exploratory"
         )
-    adjusted = holm(np.array([float(primary_p(difference)) for difference in differences.values()]))
+    p_values = [float(primary_p(difference)) for difference in differences.values()]
+    adjusted = holm(np.array(p_values + [1.0] * untested))[: len(p_values)]
     findings = {}
     for (name, difference), p_adjusted in zip(differences.items(), adjusted.tolist(), strict=True):
         by_seed = difference.mean(-1)

@@ -6,11 +6,11 @@ import html
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxblock.evaluation.statistics import mean_se
+from jaxblock.evaluation.statistics import Estimate, mean_se
 from jaxblock.io.files import write_text
 from jaxblock.io.folders import list_folder
 from jaxblock.io.leases import Lease
@@ -24,7 +24,16 @@ from jaxblock.study.gradients.tables import tables as gradients_tables
 from jaxblock.study.hypotheses import Finding
 from jaxblock.study.pace import pace_table
 from jaxblock.study.relation import relation_table
-from jaxblock.study.results import Result, is_done
+from jaxblock.study.results import (
+    RESULTS,
+    Result,
+    check_contents,
+    is_done,
+    made_by,
+    score_versions,
+    trained_by,
+    version_name,
+)
 from jaxblock.study.spec import Study
 from jaxblock.study.statistics import Interval
 
@@ -62,7 +71,11 @@ def status(plan: Plan, results: Mapping[str, Result], folder: PathLike) -> str:
         plan: what the study computes.
         results: what is known of its cells.
         folder: the study's folder, where the locks of running cells are.
+
+    Raises:
+        UserError: a result lacks something.
     """
+    check_contents(plan, results)
     locks = list_folder(as_path(folder) / "claims")
     locked = {lock.name.removeprefix(".").removesuffix(".lock") for lock in locks if Lease(lock, "a cell").is_held()}
     arms = list(dict.fromkeys(cell.arm for cell in plan.cells))
@@ -117,19 +130,24 @@ def write_report(study: Study, plan: Plan, results: Mapping[str, Result], out: P
         plan: what it computes.
         results: the results of its cells.
         out: the folder of report.md, report.html and ``PICTURES``; files of an earlier report are replaced.
+
+    Raises:
+        UserError: a result lacks something, or results cannot be put together; nothing is then written.
     """
+    check_contents(plan, results, bounded=study.scoring.nelbo_rows > 0)
     analyses = analyse(study, plan, dict(results))
-    findings = primary(analyses)
+    primaries = _primaries(analyses)
     done = sum(is_done(cell, results.get(cell.name)) for cell in plan.cells)
     intro = [f"{done} of {len(plan.cells)} cells are done." + _how_read(study)]
     parts = [Part(one, draw(one), _tables(one)) for one in analyses if one.seeds]
     waiting = [one.name for one in analyses if not one.seeds]
     if waiting:
         intro.append(f"No seed is complete yet for: {', '.join(waiting)}.")
-    for one in parts:
-        write_text(as_path(out) / one.picture_file, one.picture, overwrite=True)
-    write_text(as_path(out) / "report.md", _markdown(study, intro, findings, parts), overwrite=True)
-    write_text(as_path(out) / "report.html", _page(study, intro, findings, parts, results), overwrite=True)
+    files = {one.picture_file: one.picture for one in parts}
+    files["report.md"] = _markdown(study, intro, primaries, parts, results)
+    files["report.html"] = _page(study, intro, primaries, parts, results)
+    for file, text in files.items():
+        write_text(as_path(out) / file, text, overwrite=True)
 
 
 def _tables(one: Analysis) -> list[Table]:
@@ -138,14 +156,7 @@ def _tables(one: Analysis) -> list[Table]:
         return gradients_tables(one.measured)
     if one.relation is not None:
         return [relation_table(one.relation)]
-    pace = one.experiment.kind == "pace"
-    scores: list[Row] = []
-    for curve in one.curves.values():
-        for at, budget in enumerate(one.budgets):
-            row = [curve.arm, curve.decoding, f"{budget:,}", f"{curve.steps[at]:,}", *_scored(curve, at)]
-            scores.append([*row, f"{curve.pace[at].mean():.2f}"] if pace else row)
-    header = ["arm", "decoding", "budget", "steps", "Pass@1, mean of seeds", "NELBO per token", "forward passes"]
-    tables: list[Table] = [([*header, "tokens per forward"] if pace else header, scores)]
+    tables: list[Table] = [_scores(one)]
     if one.paces:
         tables.append(pace_table(one.paces))
     rows: list[Row] = []
@@ -161,6 +172,20 @@ def _tables(one: Analysis) -> list[Table]:
     return tables
 
 
+def _scores(one: Analysis) -> Table:
+    """Returns the table of what each arm scored, with its training loss where that is known of all."""
+    pace, losses = one.experiment.kind == "pace", one.has_losses
+    header = ["arm", "decoding", "budget", "steps", "Pass@1, mean of seeds", "NELBO per token", "forward passes"]
+    header += ["tokens per forward"] * pace + ["training loss per masked token"] * losses
+    rows: list[Row] = []
+    for curve in one.curves.values():
+        for at, budget in enumerate(one.budgets):
+            row = [curve.arm, curve.decoding, f"{budget:,}", f"{curve.steps[at]:,}", *_scored(curve, at)]
+            row += [f"{curve.pace[at].mean():.2f}"] * pace + [_with_error(mean_se(curve.loss[at]), 4)] * losses
+            rows.append(row)
+    return header, rows
+
+
 def _by_seed(one: Analysis) -> Table:
     """Returns the table of Pass@1 of each seed at the last budget."""
     curves = list(one.curves.values())
@@ -172,9 +197,13 @@ def _by_seed(one: Analysis) -> Table:
 def _scored(curve: Curve, at: int) -> list[str]:
     """Formats what an arm scored at a budget, each with its standard error over seeds."""
     rate, nelbo = mean_se(100 * curve.solved[at].mean(-1)), mean_se(curve.nelbo[at])
-    spread = lambda se, digits: "" if np.isnan(se) else f" ± {se:.{digits}f}"  # noqa: E731
-    bound = "" if np.isnan(nelbo.mean) else f"{nelbo.mean:.4f}{spread(nelbo.se, 4)}"
-    return [f"{rate.mean:.1f}%{spread(rate.se, 1)}", bound, f"{curve.nfe[at].mean():.1f}"]
+    return [_with_error(rate, 1, "%"), _with_error(nelbo, 4), f"{curve.nfe[at].mean():.1f}"]
+
+
+def _with_error(found: Estimate, digits: int, unit: str = "") -> str:
+    """Formats a mean with its standard error, if that is known; empty where the mean is not."""
+    error = "" if np.isnan(found.se) else f" ± {found.se:.{digits}f}"
+    return "" if np.isnan(found.mean) else f"{found.mean:.{digits}f}{unit}{error}"
 
 
 def _compared(contrast: Contrast, at: int) -> list[str]:
@@ -191,41 +220,75 @@ def _said(one: Analysis) -> Iterator[str]:
     """Yields the sentences under an experiment's heading."""
     kind = "primary" if one.experiment.primary else "exploratory: intervals only, nothing is claimed"
     yield f"{len(one.seeds)} seed{'' if len(one.seeds) == 1 else 's'} ({kind})."
+    if len(one.versions) > 1:
+        made = "; ".join(f"{count} by {name}" for name, count in sorted(one.versions.items()))
+        yield (
+            f"Warning: its cells were trained or scored by different versions, so that a difference may be one between these: {made}."
+        )
     for contrast in one.contrasts:
         if contrast.crossing is not None:
             yield f"{contrast.says}: {contrast.crossing.text('steps of ' + (one.experiment.reference or one.experiment.arms[0]))}."
 
 
-def _findings(findings: Mapping[str, Finding]) -> Table:
-    """Returns the table of the primary hypotheses."""
-    rows = [
-        [
-            name,
-            _ends(found.interval, 100.0, 1),
-            _ends(found.over_seeds, 100.0, 1),
-            f"{found.p:.4f}",
-            f"{found.p_adjusted:.4f}",
-            "a difference" if found.found else "no difference shown",
-        ]
-        for name, found in findings.items()
-    ]
-    return [
-        "hypothesis",
-        "difference in Pass@1, percentage points",
-        "over seeds alone",
-        "p",
-        "p, corrected (Holm)",
-        "says",
-    ], rows
+def _primaries(analyses: Sequence[Analysis]) -> list[Table]:
+    """Returns the table of the primary hypotheses, in a list that is empty where the study has none."""
+    findings, rows = primary(list(analyses)), []
+    asked = [one for one in analyses if one.experiment.primary]
+    for one in asked:
+        if one.name in findings:
+            rows.append(_tested(one.name, findings[one.name], all(other.complete for other in asked)))
+            continue
+        ends = [(of[0].crossed[-1], of[0].over_seeds[-1]) for of in [one.contrasts] if of]
+        shown = [f"{_ends(interval, 100.0, 1)}, provisional" for pair in ends for interval in pair] or ["", ""]
+        says = f"incomplete: {len(one.seeds)} of {one.planned} seeds"
+        rows.append(
+            [one.name, *shown, "", "", "not tested: that needs two seeds and two arms" if one.complete else says]
+        )
+    header = ["hypothesis", "difference in Pass@1, percentage points", "over seeds alone"]
+    return [([*header, "p", "p, corrected (Holm)", "says"], rows)] if rows else []
 
 
-def _markdown(study: Study, intro: list[str], findings: Mapping[str, Finding], parts: list[Part]) -> str:
+def _tested(name: str, found: Finding, all_complete: bool) -> Row:
+    """Returns the row of a primary hypothesis that has all its seeds; while others lack some, one of them may still be found."""
+    ends = [_ends(interval, 100.0, 1) for interval in (found.interval, found.over_seeds)]
+    nothing = "no difference shown" if all_complete else "no difference shown while other hypotheses are incomplete"
+    return [name, *ends, f"{found.p:.4f}", f"{found.p_adjusted:.4f}", "a difference" if found.found else nothing]
+
+
+_MADE_BY = "What computed these results"
+
+
+_ABOUT_CELLS = (
+    "A score counts for the versions that trained its cell unless its result says otherwise; results of before December 2026 never do. "
+    "Seconds leave out the time of a process that was killed, and of a score that was broken off."
+)
+
+
+def _made_by(results: Mapping[str, Result], place: str) -> Table:
+    """Returns the table of how many cells each version trained, how many scores it computed, and one of these cells, at ``place``."""
+    trained = Counter(version_name(one) for result in results.values() for one in trained_by(result))
+    scored = Counter(
+        version_name(score_versions(result, score))
+        for result in results.values()
+        for score in result["scores"].values()
+    )
+    cells = {name: cell for cell, result in list(results.items())[::-1] for name in made_by(result, result["scores"])}
+    rows = [[name, str(trained[name]), str(scored[name]), place.format(cells[name])] for name in sorted(cells)]
+    return ["commit and versions", "cells trained", "scores", "a cell"], rows
+
+
+def _markdown(
+    study: Study, intro: list[str], primaries: list[Table], parts: list[Part], results: Mapping[str, Result]
+) -> str:
     lines = [f"# {study.title}", "", *_apart(intro)]
-    if findings:
-        lines += ["## Primary hypotheses", "", _markdown_table(_findings(findings)), ""]
+    if primaries:
+        lines += ["## Primary hypotheses", "", *_apart(map(_markdown_table, primaries))]
     for one in parts:
         lines += [f"## {one.found.experiment.title}", "", *_apart(_said(one.found))]
         lines += [f"![{one.found.experiment.title}]({one.picture_file})", "", *_apart(map(_markdown_table, one.tables))]
+    if results:
+        lines += [f"## {_MADE_BY}", "", _markdown_table(_made_by(results, f"[{{0}}]({RESULTS}/{{0}}.json)")), ""]
+        lines += [f"The file of a cell has its settings, versions and seconds. {_ABOUT_CELLS}"]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -262,23 +325,29 @@ pre { overflow-x: auto; font-size: 13px; }
 def _page(
     study: Study,
     intro: list[str],
-    findings: Mapping[str, Finding],
+    primaries: list[Table],
     parts: list[Part],
     results: Mapping[str, Result],
 ) -> str:
     """Returns the HTML page, which needs no other file: tables, pictures, and each cell's settings and versions."""
     escape: Callable[[str], str] = html.escape
     body = [f"<h1>{escape(study.title)}</h1>", *(f"<p>{escape(text)}</p>" for text in intro)]
-    if findings:
-        body += ["<h2>Primary hypotheses</h2>", _html_table(_findings(findings))]
+    if primaries:
+        body += ["<h2>Primary hypotheses</h2>", *map(_html_table, primaries)]
     for one in parts:
         body.append(f"<h2>{escape(one.found.experiment.title)}</h2>")
         body += [f"<p>{escape(text)}</p>" for text in _said(one.found)]
         body.append(f"<figure>{one.picture}</figure>")
         body += map(_html_table, one.tables)
-    body.append("<h2>Cells</h2>")
+    if results:
+        body += [f"<h2>{_MADE_BY}</h2>", _html_table(_made_by(results, "{0}")), f"<h2>Cells</h2><p>{_ABOUT_CELLS}</p>"]
     for name, result in results.items():
-        about = {key: result[key] for key in ("seconds", "versions", "settings")}
+        about: dict[str, Any] = {
+            key: result[key] for key in ("seconds", "versions", "continued_with", "settings") if key in result
+        }
+        scored = {point: score["versions"] for point, score in result["scores"].items() if "versions" in score}
+        if scored:
+            about["versions of scores"] = scored
         body.append(
             f"<details><summary>{escape(name)}</summary><pre>{escape(json.dumps(about, indent=1))}</pre></details>"
         )

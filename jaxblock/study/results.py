@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 
-from jaxblock.errors import UserError
+from jaxblock.errors import UserError, shown
 from jaxblock.evaluation.problems import read_problems, texts_hash
 from jaxblock.io.files import read_json, write_json, write_text
 from jaxblock.io.folders import list_folder
 from jaxblock.io.paths import PathLike, as_path
 from jaxblock.study.cells import Cell, Plan, Point, fingerprint, how_scored
+from jaxblock.study.gradients.sizes import GRADIENTS
 from jaxblock.study.spec import Study, read_study
+from jaxblock.training.observe.metrics import METRICS_FILE, readable_rows
 
 Result = dict[str, Any]
-"""What is known of a cell: its name, arm and seed, its settings and versions, and its scores by point."""
+"""What is known of a cell: its name, arm and seed, its settings and versions, and its scores by point.
+
+``versions`` are those that began to train it; ``continued_with`` lists others that went on. A score has ``versions`` of its own
+where they differ from the cell's, and the training ``loss`` before it (`training_loss`). Earlier versions of jaxblock wrote neither.
+"""
 
 SPEC, CELLS, RESULTS = "study.yaml", "cells.json", "results"
 """The names of the study's description, of the file that says what it computes, and of the folder of results."""
@@ -70,9 +77,101 @@ def _point(text: str) -> Point:
 
 
 def read_results(folder: PathLike) -> dict[str, Result]:
-    """Reads the results in a study's folder by the names of their cells."""
+    """Reads the results in a study's folder by the names of their cells.
+
+    Raises:
+        UserError: a file is not the result of a cell.
+    """
     files = [file for file in list_folder(as_path(folder) / RESULTS) if file.name.endswith(".json")]
-    return {file.name.removesuffix(".json"): read_json(file) for file in files}
+    return {file.name.removesuffix(".json"): read_result(file) for file in files}
+
+
+def read_result(file: PathLike) -> Result:
+    """Reads the result of a cell, and checks that it has steps and scores; `check_contents` checks the rest.
+
+    Raises:
+        UserError: the file is not JSON, or not the result of a cell.
+    """
+    found = read_json(file)
+    if not isinstance(found, dict):
+        raise UserError(f"{file}: the result of a cell is a JSON object, not {shown(found)}: {_MEND}")
+    _field(found, "steps", int, str(file))
+    _field(found, "scores", dict, str(file))
+    return found
+
+
+_MEND = "copy the file again from where it was computed, or move it away and run the study again"
+_KINDS: dict[Any, str] = {
+    str: "a text",
+    int: "a whole number",
+    (int, float): "a number",
+    dict: "an object",
+    list: "a list",
+}
+_MEASURED = ("sizes", "variance", "decomposition", "direction", "tightness")
+"""What a measurement of gradients has."""
+
+
+def _field(found: Mapping[str, Any], key: str, kind: Any, where: str) -> Any:
+    """Returns a field of an object in a file; raises UserError where it is missing or of another kind."""
+    value = found.get(key)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        wrong = f"{key} is {shown(value)}, not {_KINDS[kind]}" if key in found else f"{key} is missing"
+        raise UserError(f"{where}: {wrong}: {_MEND}")
+    return value
+
+
+def check_contents(plan: Plan, results: Mapping[str, Result], bounded: bool = False) -> None:
+    """Checks that results hold what a report shows of them, before anything is written.
+
+    Args:
+        plan: what the study computes.
+        results: the results, also of cells that the plan does not have.
+        bounded: whether every score of an evaluation has the NELBO.
+
+    Raises:
+        UserError: a field is missing, of another kind, or not possible.
+    """
+    for name, result in results.items():
+        file = f"{RESULTS}/{name}.json"
+        for key in ("seconds", "versions", "settings"):
+            _field(result, key, dict, file)
+        for part in result["seconds"]:
+            _field(result["seconds"], part, (int, float), f"{file}, seconds")
+        if not all(
+            isinstance(one, dict) for one in _field({"continued_with": [], **result}, "continued_with", list, file)
+        ):
+            raise UserError(f"{file}: continued_with has an item that is not an object: {_MEND}")
+    for cell in plan.cells:
+        scores = results[cell.name]["scores"] if cell.name in results else {}
+        for point in cell.points:
+            if str(point) in scores:
+                file = f"{RESULTS}/{cell.name}.json"
+                score = _field(scores, str(point), dict, f"{file}, scores")
+                _check_score(score, point, f"{file}, point {point}", bounded)
+
+
+def _check_score(score: Result, point: Point, where: str, bounded: bool) -> None:
+    """Raises UserError where a score lacks something that a report shows."""
+    _field({"versions": {}, **score}, "versions", dict, where)
+    loss = _field({"loss": [0.0, 1.0], **score}, "loss", list, where)
+    if len(loss) != 2 or not all(isinstance(part, int | float) for part in loss) or not loss[1]:
+        raise UserError(f"{where}: loss is {shown(loss)}, not the sum and the number of tokens: {_MEND}")
+    if point.decoding == GRADIENTS:
+        for key in _MEASURED:
+            _field(score, key, dict, where)
+        return
+    for key in ("nfe", "tokens_per_forward"):
+        _field(score, key, (int, float), where)
+    if bounded or "nelbo_per_token" in score:
+        _field(_field(score, "nelbo_per_token", dict, where), "mean", (int, float), f"{where}, nelbo_per_token")
+    problems, correct = _field(score, "problems", int, where), _field(score, "correct", str, where)
+    digits = 2 * -(-problems // 8)
+    if problems < 1 or len(correct) != digits or not re.fullmatch("[0-9a-f]*", correct):
+        raise UserError(
+            f"{where}: correct has a bit for each of its {problems} problems, {digits} hexadecimal digits, but it is "
+            f"{shown(correct)}: {_MEND}"
+        )
 
 
 def check_results(
@@ -88,21 +187,32 @@ def check_results(
         spec: the file that describes the study; None for the copy in its folder.
 
     Raises:
-        UserError: a cell was trained or scored with other settings, as by a process that runs another version of the file; or cells
-            of one task were trained or scored on other texts, as by another version of what generates them.
+        UserError: a cell was trained or scored with other settings, as by a process that runs another version of the file; cells of
+            one task were trained or scored on other texts, as by another version of what generates them; or a result does not say
+            with which.
     """
     root, file = as_path(folder), spec or as_path(folder) / SPEC
     cells = {cell.name: cell for cell in plan.cells}
-    for name in results.keys() & cells.keys():
-        result, cell = results[name], cells[name]
-        if result["fingerprint"] != fingerprint(study, cell):
+    for name, cell in cells.items():
+        if name not in results:
+            continue
+        result, place = results[name], f"{root / RESULTS / name}.json"
+        if _field(result, "arm", str, place) != cell.arm:
+            raise UserError(
+                f"{place}: arm is {shown(result['arm'])}, but the cell of this name is of arm {cell.arm}: {_MEND}"
+            )
+        if _field(result, "fingerprint", str, place) != fingerprint(study, cell):
             raise UserError(
                 f"{root / RESULTS / name}.json is the result of a cell with other settings than {file} gives it: use another "
                 "--out, or move the results of that arm away"
             )
+        for point in result["scores"]:
+            _field(result["scores"], point, dict, f"{place}, scores")
         for point in cell.points:
             score = result["scores"].get(str(point))
-            if score is not None and score["how"] != how_scored(study, cell.arm, point.decoding):
+            if score is None:
+                continue
+            if _field(score, "how", str, f"{place}, point {point}") != how_scored(study, cell.arm, point.decoding):
                 raise UserError(
                     f"{root / RESULTS / name}.json has a score {point} on other problems or with other settings than {file} "
                     "gives it: use another --out, or another name for that way of decoding"
@@ -164,6 +274,54 @@ def score_of(evaluation: PathLike) -> Result:
         if key in summary:
             score[key] = shortened(summary[key])
     return score
+
+
+LOSS_LINES = 5
+"""The number of lines of metrics whose training loss is put together."""
+
+
+def training_loss(run: PathLike, steps: int) -> list[float] | None:
+    """Returns the training loss before a checkpoint: -log p of the masked tokens in nats, without the objective's weights.
+
+    It is put together from the last lines of the run's metrics.jsonl up to the checkpoint: at most `LOSS_LINES`, and none that ends
+    in the first half of the training. Each is about the steps since the line before (``train.log_every``), or since the run was
+    resumed.
+
+    Args:
+        run: the run's folder.
+        steps: the step of the checkpoint.
+
+    Returns:
+        (sum over these tokens, their number); None where no line is of that time, or no token.
+    """
+    rows = {row["step"]: row for row in readable_rows(as_path(run) / METRICS_FILE) if row["kind"] == "train"}
+    chosen = [rows[step].get("loss_by_block", []) for step in sorted(rows) if steps / 2 < step <= steps][-LOSS_LINES:]
+    total, weight = np.array([pair for blocks in chosen for pair in blocks], np.float64).reshape(-1, 2).sum(0).tolist()
+    return [shortened(total), weight] if weight else None
+
+
+def made_by(result: Result, points: Iterable[str]) -> set[str]:
+    """Returns the names of the versions that trained a cell, and that scored it at some points, as `version_name` names them."""
+    versions = trained_by(result) + [score_versions(result, result["scores"][point]) for point in points]
+    return set(map(version_name, versions))
+
+
+def trained_by(result: Result) -> list[Mapping[str, str]]:
+    """Returns the versions that trained a cell."""
+    return [result["versions"], *result.get("continued_with", ())]
+
+
+def score_versions(result: Result, score: Result) -> Mapping[str, str]:
+    """Returns the versions that computed a score of a cell."""
+    own: Mapping[str, str] = score["versions"] if "versions" in score else result["versions"]
+    return own
+
+
+def version_name(versions: Mapping[str, str]) -> str:
+    """Names versions by jaxblock's commit, JAX's version and the devices, such as ``d096ee206859, jax 0.10.2, 1 x cpu``."""
+    commit, changed, _ = str(versions.get("commit", "")).partition("+")
+    ours = commit[:12] or f"jaxblock {versions.get('jaxblock', 'of unknown version')}"
+    return f"{ours}{' with changes' * bool(changed)}, jax {versions.get('jax', 'unknown')}, {versions.get('device', 'device unknown')}"
 
 
 def shortened(value: Any) -> Any:

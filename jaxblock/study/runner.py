@@ -21,10 +21,12 @@ from jaxblock.io.locks import only_writer
 from jaxblock.io.paths import as_path, is_remote
 from jaxblock.io.signals import sigterm_raises
 from jaxblock.models.architecture import Architecture
-from jaxblock.study.cells import Cell, Plan, data_config, fingerprint, lay_out, run_config, scored_config
+from jaxblock.study.cells import Cell, Plan, data_config, fingerprint, identity, lay_out, run_config, scored_config
 from jaxblock.study.results import Result, check_results, is_done, read_results, write_plan
 from jaxblock.study.spec import Study, read_study
 from jaxblock.study.work import Verbs
+from jaxblock.training.checkpoints.reader import CheckpointReader
+from jaxblock.training.checkpoints.run_folder import is_run
 from jaxblock.training.weights import architecture
 
 BUSY = 75
@@ -49,8 +51,8 @@ def prepare_study(spec: str, folder: str, verbs: Verbs, say: Say) -> tuple[Study
         (the study, what it computes).
 
     Raises:
-        UserError: the file is wrong, data cannot be prepared, a budget is less than a step, or the folder holds the result
-            of a cell that had other settings.
+        UserError: the file is wrong, data cannot be prepared, a budget does not fit an arm, or the folder holds the result of a cell
+            that had other settings.
     """
     if is_remote(folder):
         raise UserError(
@@ -69,7 +71,10 @@ def prepare_study(spec: str, folder: str, verbs: Verbs, say: Say) -> tuple[Study
                 say(f"preparing {config.data.prepared}")
                 verbs.prepare(check_config(config, ("data", "canvas")))
     architecture_of = functools.cache(lambda arm: _architecture(study, arm, folder))
-    plan = lay_out(study, architecture_of)
+    try:
+        plan = lay_out(study, architecture_of)
+    except UserError as error:
+        raise UserError(f"{spec}: {error}") from error
     fingerprints = {cell.name: fingerprint(study, cell) for cell in plan.cells}
     for cell in plan.cells:
         check_cell(study, cell, folder, architecture_of(cell.arm))
@@ -100,6 +105,57 @@ def check_cell(study: Study, cell: Cell, folder: str, arch: Architecture) -> Non
         raise UserError(f"{cell.name}: {error}") from error
 
 
+def planned_cell(study: Study, plan: Plan, name: str, wanted: str | None, folder: str) -> Cell:
+    """Returns the cell of a name, as the process that wants it computed knows it.
+
+    Args:
+        study: the study, as its folder describes it.
+        plan: what the study computes, as its folder says.
+        name: the cell's name.
+        wanted: the cell's ``identity`` in that process; None for the cell as it is in the folder.
+        folder: the study's folder, for messages.
+
+    Raises:
+        UserError: there is no such cell, or the folder holds the plan of another file by now.
+    """
+    if wanted is not None and [identity(study, cell) for cell in plan.cells if cell.name == name] != [wanted]:
+        raise UserError(
+            f"{folder} holds the plan of another file, or of another version of it, than the one whose {name} is to be computed: run "
+            "one file at a time in a folder, and then give `jaxblock study run` this one again"
+        )
+    return plan.cell(name)
+
+
+def check_start(study: Study, cell: Cell, folder: str) -> None:
+    """Checks that a cell without a checkpoint finds the run from which it starts at the step at which it is to start.
+
+    Args:
+        study: the study.
+        cell: the cell.
+        folder: the study's folder.
+
+    Raises:
+        UserError: that run is at another step, as where another study went on with it.
+    """
+    first = study.arms[cell.arm].start
+    begun = is_run(f"{folder}/runs/{cell.name}") and _steps_of(f"{folder}/runs/{cell.name}")
+    if first is None or begun or study.config(cell.arm).model.init_step != "latest":
+        return
+    run, wanted = f"{folder}/runs/{cell.start}", study.arms[first].steps
+    there = _steps_of(run) if is_run(run) else []
+    if there[-1:] != [wanted]:
+        found = f"is at step {there[-1]:,}" if there else "has no checkpoint"
+        raise UserError(
+            f"{cell.name} starts from step {wanted:,} of {run} (arms.{first}.steps), which {found}: use another --out, or move it and "
+            f"{folder}/results/{cell.start}.json away, so that it is trained again"
+        )
+
+
+def _steps_of(run: str) -> list[int]:
+    with contextlib.closing(CheckpointReader(run)) as checkpoints:
+        return checkpoints.steps()
+
+
 def _architecture(study: Study, arm: str, folder: str) -> Architecture:
     """Returns the architecture of an arm's network, which is that of the arm with which its chain of starts begins."""
     first = arm
@@ -113,6 +169,7 @@ def _architecture(study: Study, arm: str, folder: str) -> Architecture:
 class _Jobs:
     """Holds the processes that compute cells, by the cell's name."""
 
+    study: Study
     folder: str
     most: int
     say: Say
@@ -124,6 +181,7 @@ class _Jobs:
         logs.mkdir(parents=True, exist_ok=True)
         place = next(at for at in range(self.most) if at not in {at for _, at in self.running.values()})
         command = [sys.executable, "-m", "jaxblock", "study", "cell", self.folder, "--cells", cell.name]
+        command += ["--identity", str(identity(self.study, cell))]
         environment = {"JAX_COMPILATION_CACHE_DIR": str(Path(self.folder).resolve() / "cache"), **os.environ}
         with open(logs / f"{cell.name}.log", "ab") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, stdin=subprocess.DEVNULL)
@@ -156,10 +214,13 @@ def _pin(pid: int, place: int, most: int) -> None:
         os.sched_setaffinity(pid, cores[place::most])
 
 
-def run_cells(plan: Plan, folder: str, jobs: int, wanted: Collection[str], say: Say, poll: float = 1.0) -> list[str]:
+def run_cells(
+    study: Study, plan: Plan, folder: str, jobs: int, wanted: Collection[str], say: Say, poll: float = 1.0
+) -> list[str]:
     """Computes cells, each in a process of its own, until all are done or have failed.
 
     Args:
+        study: the study.
         plan: what the study computes.
         folder: the study's folder.
         jobs: the number of processes at a time.
@@ -174,7 +235,7 @@ def run_cells(plan: Plan, folder: str, jobs: int, wanted: Collection[str], say: 
     left = _with_starts(plan, wanted or by_name)
     failed: set[str] = set()
     elsewhere: dict[str, float] = {}  # cells of other processes, and when to look at them again
-    pool = _Jobs(folder, jobs, say)
+    pool = _Jobs(study, folder, jobs, say)
     with sigterm_raises(), contextlib.closing(pool):
         while True:
             results = read_results(folder)
@@ -194,6 +255,9 @@ def run_cells(plan: Plan, folder: str, jobs: int, wanted: Collection[str], say: 
                 elif code:
                     failed.add(name)
                     say(f"{name}: failed with code {code}; see {folder}/logs/{name}.log: {_last_line(folder, name)}")
+                elif not _complete(by_name[name], read_results(folder), folder, left, by_name):
+                    failed.add(name)
+                    say(f"{name}: ended without an error, but is not done; see {folder}/logs/{name}.log")
                 else:
                     say(f"{name}: done")
 

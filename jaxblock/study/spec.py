@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,8 +13,11 @@ from jaxblock.config.config import Config
 from jaxblock.config.yaml import build_from_tree, config_from_tree, read_tree
 from jaxblock.errors import UserError, shown
 from jaxblock.io.paths import PathLike
+from jaxblock.models.architecture import Architecture
+from jaxblock.models.config import ModelConfig
 from jaxblock.study.experiments import RELATION, Experiment, check_experiment, check_name, experiment_from_tree, nearest
 from jaxblock.study.gradients.sizes import GRADIENTS, GradientSizes
+from jaxblock.study.hypotheses import MOST_PRIMARY
 
 Tree = dict[str, Any]
 """Sections of settings as nested plain values, as they stand in a YAML file."""
@@ -116,7 +121,24 @@ class Study:
 
 _KEYS = ("title", "seeds", "common", "tasks", "arms", "decodings", "experiments", "scoring", "gradients")
 _SCORED_BY = ("canvas", "decode", "evaluate")
-_OURS = {"train.out", "train.seed", "train.steps", "train.keep_steps", "train.resume", "data.prepared"}
+_LEAVE_OUT = (
+    *(f"train.{field}" for field in ("out", "seed", "steps", "keep", "keep_steps", "resume")),
+    *(f"train.{field}" for field in ("eval_every", "eval_problems", "eval_nelbo_rows")),
+    "data.prepared",
+)
+_OURS = dict.fromkeys(_LEAVE_OUT, "leave it out") | {
+    "evaluate.split": "set scoring.split instead",
+    "evaluate.problems": "set scoring.problems instead",
+    "evaluate.nelbo": "set scoring.nelbo_rows instead, which is 0 for no NELBO",
+    "evaluate.nelbo_rows": "set scoring.nelbo_rows instead",
+}
+"""The fields that the study sets, and what to write instead."""
+_OF_THE_START = {"init_from"} | vars(ModelConfig()).keys() & {one.name for one in dataclasses.fields(Architecture)} - {
+    "alignment"
+}
+"""The fields of the section `model` that have no effect in an arm that starts from another one, whose network it takes."""
+_NAME = re.compile(r"\w[\w.+-]{0,99}")
+_MOST_SEEDS = 1000
 
 
 def merged(*trees: Mapping[str, Any]) -> Tree:
@@ -143,16 +165,10 @@ def study_from_tree(tree: Any, where: str) -> Study:
     missing = [key for key in ("seeds", "tasks", "arms", "experiments") if not tree.get(key)]
     if missing:
         raise UserError(f"{where}: {missing[0]} is missing or empty")
-    seeds = tree["seeds"]
-    seeds = tuple(range(seeds)) if isinstance(seeds, int) and not isinstance(seeds, bool) else tuple(seeds)
-    if not seeds or len(set(seeds)) < len(seeds) or not all(type(seed) is int and seed >= 0 for seed in seeds):
-        raise UserError(
-            f"{where}: seeds must be a number of seeds, or a list of different whole numbers, not {shown(tree['seeds'])}"
-        )
-    named = {key: _mapping(tree.get(key) or {}, where, key) for key in ("tasks", "arms", "decodings", "experiments")}
+    named = {key: _named(tree.get(key) or {}, where, key) for key in ("tasks", "arms", "decodings", "experiments")}
     study = Study(
         title=str(tree.get("title", where)),
-        seeds=seeds,
+        seeds=_seeds(tree["seeds"], where),
         common=_sections(tree.get("common") or {}, where, "common"),
         tasks={name: _sections(one, where, f"tasks.{name}") for name, one in named["tasks"].items()},
         arms={name: _arm(one, where, f"arms.{name}") for name, one in named["arms"].items()},
@@ -162,7 +178,11 @@ def study_from_tree(tree: Any, where: str) -> Study:
         gradients=build_from_tree(GradientSizes, tree.get("gradients") or {}, where, "gradients."),
     )
     _check(study, where)
+    _check_starts(study, where)
     _check_own_seeds(study, where)
+    _check_scores(study, where)
+    _check_differences(study, where)
+    _check_tasks_of_decodings(study, where)
     _check_gradients(study, where, "gradients" in tree)
     return study
 
@@ -178,19 +198,44 @@ def _mapping(value: Any, where: str, name: str, known: Collection[str] | None = 
     if not isinstance(value, Mapping):
         raise UserError(f"{where}: {name} must be a mapping of keys, not {shown(value)}")
     for key in value:
+        if not isinstance(key, str):
+            raise UserError(f"{where}: {name} has the key {shown(key)}, which is no text: put it in quotes")
         if known is not None and key not in known:
-            raise UserError(f"{where}: {name} has no key {shown(key)}{nearest(str(key), known)}")
+            raise UserError(f"{where}: {name} has no key {shown(key)}{nearest(key, known)}")
     return dict(value)
+
+
+def _named(value: Any, where: str, name: str) -> Tree:
+    """Returns a mapping whose keys are plain names; raises UserError where one is not, since files are named by them."""
+    tree = _mapping(value, where, name)
+    for key in tree:
+        if not _NAME.fullmatch(key):
+            raise UserError(
+                f"{where}: {name} has the name {shown(key)}: give it one of letters, digits and _ . + -, such as block_8"
+            )
+    return tree
+
+
+def _seeds(value: Any, where: str) -> tuple[int, ...]:
+    """Returns the seeds of a study; raises UserError where they are neither a number of seeds nor a list of them."""
+    given = range(value) if type(value) is int and value <= _MOST_SEEDS else value
+    whole = isinstance(given, range | list | tuple) and all(type(seed) is int and seed >= 0 for seed in given)
+    if not whole or not given or len(set(given)) < len(given):
+        raise UserError(
+            f"{where}: seeds must be a number of seeds, or a list of different whole numbers, not {shown(value)} (at most "
+            f"{_MOST_SEEDS:,} seeds)"
+        )
+    return tuple(given)
 
 
 def _sections(value: Any, where: str, name: str, known: Collection[str] | None = None) -> Tree:
     """Returns sections of settings whose names and types were checked; raises UserError where they are wrong."""
     tree = _mapping(value, where, name, known or [field.name for field in dataclasses.fields(Config)])
     config_from_tree(tree, f"{where}: {name}")
-    taken = [f"{section}.{field}" for section, values in tree.items() for field in values or {}]
-    for field in _OURS.intersection(taken):
-        raise UserError(f"{where}: {name} sets {field}, which the study sets itself: leave it out")
-    return tree
+    for field in (f"{section}.{field}" for section, values in tree.items() for field in values or {}):
+        if field in _OURS:
+            raise UserError(f"{where}: {name} sets {field}, which the study sets itself: {_OURS[field]}")
+    return {section: values or {} for section, values in tree.items()}
 
 
 def _arm(value: Any, where: str, name: str) -> Arm:
@@ -257,6 +302,101 @@ def _check(study: Study, where: str) -> None:
             if (of, one.decodings[0]) not in scored:
                 raise UserError(
                     f"{where}: experiments.{name} has arm {of}, which no other experiment scores by {one.decodings[0]}: leave it out"
+                )
+
+
+def _check_starts(study: Study, where: str) -> None:
+    """Raises UserError where an arm that starts from another one, or its task, sets what the network of that one decides."""
+    for name, arm in study.arms.items():
+        if arm.start is None:
+            continue
+        of_start = study.settings(arm.start).get("model", {})
+        for place, sections, same in (
+            (f"tasks.{arm.task}", study.tasks[arm.task], of_start),
+            (f"arms.{name}", arm.sections, {}),
+        ):
+            for field, value in sections.get("model", {}).items():
+                if field in _OF_THE_START and (field not in same or same[field] != value):
+                    raise UserError(
+                        f"{where}: {place} sets model.{field}, but arms.{name} starts from {arm.start}, whose network it takes: leave "
+                        f"it out, or set it for arms.{arm.start}"
+                    )
+
+
+def _check_scores(study: Study, where: str) -> None:
+    """Raises UserError where the scores would not do for intervals, or a study has more hypotheses than a report tests."""
+    if study.scoring.problems < 2:
+        raise UserError(
+            f"{where}: scoring.problems is {study.scoring.problems}: intervals for new problems need 2 or more"
+        )
+    if study.scoring.nelbo_rows < 0:
+        raise UserError(
+            f"{where}: scoring.nelbo_rows is {study.scoring.nelbo_rows}: it must be 1 or more, or 0 for no NELBO"
+        )
+    asked = [name for name, one in study.experiments.items() if one.primary]
+    if len(asked) > MOST_PRIMARY:
+        raise UserError(
+            f"{where}: {len(asked)} experiments are primary ({', '.join(asked)}), but a study tests {MOST_PRIMARY} hypotheses at most: "
+            "leave out primary where an interval will do"
+        )
+
+
+def _check_differences(study: Study, where: str) -> None:
+    """Raises UserError where an experiment compares what is the same, or a grid's decodings do not belong to its arms."""
+    for name, one in study.experiments.items():
+        place = f"{where}: experiments.{name}"
+        for arm, other in itertools.combinations(one.arms, 2):
+            mine, theirs = study.arms[arm], study.arms[other]
+            alike = dataclasses.replace(mine, sections={}) == dataclasses.replace(theirs, sections={})
+            if alike and study.config(arm) == study.config(other):
+                raise UserError(
+                    f"{place} compares {arm} and {other}, whose settings are the same: give one of them others, or leave it out"
+                )
+        for way, other in itertools.combinations(one.decodings, 2):
+            alike = study.decodings[way].task == study.decodings[other].task
+            if alike and all(study.config(arm, way) == study.config(arm, other) for arm in one.arms):
+                raise UserError(
+                    f"{place} decodes by {way} and {other}, whose settings are the same: give one of them others, or leave it out"
+                )
+        if one.kind == "grid":
+            _check_grid(study, one, place)
+
+
+def _check_tasks_of_decodings(study: Study, where: str) -> None:
+    """Raises UserError where an arm is scored on another task, for which the file has other settings than the arm's own task has."""
+    for one in study.experiments.values():
+        for arm, way in itertools.product(one.arms, one.decodings):
+            decoding, mine = study.decodings[way], study.arms[arm]
+            task = study.tasks[decoding.task or mine.task]
+            theirs = {section: task[section] for section in _SCORED_BY if section in task}
+            wanted = config_from_tree(merged(study.settings(arm), theirs, mine.sections, decoding.sections), where)
+            used = study.config(arm, way)
+            for section, field in ((name, field) for name, fields in theirs.items() for field in fields):
+                value, there = (getattr(getattr(config, section), field) for config in (used, wanted))
+                if value != there:
+                    raise UserError(
+                        f"{where}: decodings.{way} scores {arm} on task {decoding.task}, which sets {section}.{field} to {there}, but by "
+                        f"the settings of {arm}'s own task, where it is {value}: set decodings.{way}.{section}.{field}"
+                    )
+
+
+def _check_grid(study: Study, one: Experiment, place: str) -> None:
+    """Raises UserError where the decoding at an arm's place is not by the blocks that the arm was trained with, for every arm."""
+    trained: dict[int, str] = {}
+    for arm, way in zip(one.arms, one.decodings, strict=True):
+        config = study.config(arm)
+        block = config.canvas.response_len if config.method.objective == "classical" else config.canvas.block
+        if block in trained:
+            raise UserError(
+                f"{place} is a grid of block sizes, but {trained[block]} and {arm} are both trained with blocks of {block}: leave one out"
+            )
+        trained[block] = arm
+        for other in one.arms:
+            decoded = study.config(other, way).canvas.block
+            if decoded != block:
+                raise UserError(
+                    f"{place} is a grid, so {way} must decode every arm by the blocks of {block} that {arm}, at the same place of arms, is "
+                    f"trained with, but decodes {other} by {decoded}: change the order, or set decodings.{way}.canvas.block to {block}"
                 )
 
 

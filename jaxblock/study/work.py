@@ -11,12 +11,22 @@ from typing import NamedTuple
 from jaxblock.config.config import Config
 from jaxblock.data.store.manifest import read_manifest
 from jaxblock.errors import UserError
-from jaxblock.io.files import read_json
 from jaxblock.io.paths import as_path
-from jaxblock.study.cells import Cell, Point, fingerprint, how_scored, not_default, run_config, scored_config
+from jaxblock.study.cells import Cell, Plan, Point, fingerprint, how_scored, not_default, run_config, scored_config
 from jaxblock.study.gradients.measure import measure_checkpoint
 from jaxblock.study.gradients.sizes import GRADIENTS
-from jaxblock.study.results import RESULTS, Result, missing_points, score_of, shortened, write_result
+from jaxblock.study.results import (
+    RESULTS,
+    Result,
+    check_contents,
+    missing_points,
+    read_result,
+    score_of,
+    shortened,
+    trained_by,
+    training_loss,
+    write_result,
+)
 from jaxblock.study.spec import Study
 from jaxblock.training.versions import running_versions
 
@@ -38,7 +48,8 @@ class Verbs(NamedTuple):
 def run_cell(study: Study, cell: Cell, folder: str, verbs: Verbs, say: Callable[[str], object]) -> int:
     """Trains a cell's run and scores it at its points; what is done already is not done again.
 
-    The result is written after each score, so that a cell that is stopped goes on where it was.
+    The result is written after training, also where that is told to stop, and after each score, so that a cell that is stopped goes
+    on where it was.
 
     Args:
         study: the study.
@@ -58,37 +69,57 @@ def run_cell(study: Study, cell: Cell, folder: str, verbs: Verbs, say: Callable[
     config = run_config(study, replace(cell, steps=max(cell.steps, known["steps"] if known else 0)), folder)
     begin = time.perf_counter()
     code = verbs.train(config)
+    versions = _versions()
+    result = known or _new_result(study, cell, config, versions)
+    if result["steps"] < config.train.steps and versions not in trained_by(result):
+        result.setdefault("continued_with", []).append(versions)
+    _add_seconds(result, "training", begin)
+    result["steps"] = result["steps"] if code else config.train.steps
+    write_result(folder, cell.name, result)
     if code:
         return code
-    result = known or _new_result(study, cell, config)
-    result["seconds"]["training"] = round(result["seconds"].get("training", 0.0) + time.perf_counter() - begin, 1)
     for point in missing_points(cell, result):
         say(f"{cell.name}: scoring {point}")
         begin = time.perf_counter()
         if point.decoding == GRADIENTS:
-            found = measure_checkpoint(config.train.out, point.steps, config, study.gradients)
-            result["scores"][str(point)] = shortened(found)
+            score = shortened(measure_checkpoint(config.train.out, point.steps, config, study.gradients))
         else:
-            result["scores"][str(point)] = _score(study, cell, config, folder, point, verbs)
-        result["scores"][str(point)]["how"] = how_scored(study, cell.arm, point.decoding)
-        result["seconds"]["scoring"] = round(result["seconds"].get("scoring", 0.0) + time.perf_counter() - begin, 1)
+            score = _score(study, cell, config, folder, point, verbs)
+        score["how"] = how_scored(study, cell.arm, point.decoding)
+        if (loss := training_loss(config.train.out, point.steps)) is not None:
+            score["loss"] = loss
+        if versions != result["versions"]:
+            score["versions"] = versions
+        result["scores"][str(point)] = score
+        _add_seconds(result, "scoring", begin)
         write_result(folder, cell.name, result)
-    result["steps"] = config.train.steps
-    write_result(folder, cell.name, result)
     return 0
 
 
 def _known(folder: str, cell: Cell) -> Result | None:
-    """Returns the result of a cell so far; None where there is none."""
+    """Returns the result of a cell so far; None where there is none. Raises UserError where it lacks something."""
     file = as_path(folder) / RESULTS / f"{cell.name}.json"
-    found: Result | None = read_json(file) if file.exists() else None
+    if not file.exists():
+        return None
+    found = read_result(file)
+    check_contents(Plan([cell], {}), {cell.name: found})
     return found
 
 
-def _new_result(study: Study, cell: Cell, config: Config) -> Result:
-    """Returns the result of a cell without scores, which says how it is computed."""
+def _versions() -> dict[str, str]:
+    """Returns the versions that are running, and the devices."""
     import jax
 
+    return {**running_versions(), "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}"}
+
+
+def _add_seconds(result: Result, part: str, begin: float) -> None:
+    """Adds the time since ``begin`` (``time.perf_counter``) to what a part of the work has taken."""
+    result["seconds"][part] = round(result["seconds"].get(part, 0.0) + time.perf_counter() - begin, 1)
+
+
+def _new_result(study: Study, cell: Cell, config: Config, versions: dict[str, str]) -> Result:
+    """Returns the result of a cell without scores, which says how it is computed."""
     return {
         "cell": cell.name,
         "arm": cell.arm,
@@ -98,7 +129,7 @@ def _new_result(study: Study, cell: Cell, config: Config) -> Result:
         "fingerprint": fingerprint(study, cell),
         "records": read_manifest(config.data.prepared).inputs["train"]["sha256"][:16],
         "settings": {one.section_name: found for one in config.sections() if (found := not_default(one))},
-        "versions": {**running_versions(), "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}"},
+        "versions": versions,
         "seconds": {},
         "scores": {},
     }

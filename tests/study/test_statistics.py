@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from benchmarks.study_coverage import WORLDS, coverage, crossover_coverage, found_by_chance, normal
+from benchmarks.study_coverage import WORLDS, closed_coverage, coverage, crossover_coverage, found_by_chance, normal
 from jaxblock.errors import UserError
 from jaxblock.study.crossed import crossed_bootstrap, crossed_draws, crossed_variance, resampled_means
 from jaxblock.study.crossover import COURSES, crossover, last_changes
@@ -25,6 +25,9 @@ def test_the_variance_of_the_mean_is_the_analysis_of_variance():
     df = se**2 / ((a.var(ddof=1) / 3) ** 2 / 2 + (b.var(ddof=1) / 4) ** 2 / 3)
     assert found[:3] == pytest.approx((7 + 1 + 9 / 8, se, df))
     assert crossed_variance(a[:, None] + 0 * b)[1:3] == pytest.approx((a.var(ddof=1) / 3, 2))
+    assert crossed_variance((0 * a[:, None] + b).T).df == pytest.approx(3)  # four seeds, whose part is all there is
+    many = np.random.default_rng(1).standard_normal((9, 1)) + 9 * np.array([0.0, 1.0, 3.0])
+    assert crossed_variance(many).df == pytest.approx(2, abs=0.1)  # not the 8 of its seeds: its three problems decide
     # Where the rest is all there is, neither seeds nor problems take anything from it.
     checkers = np.array([[1.0, -1.0], [-1.0, 1.0]])
     assert crossed_variance(checkers)[:3] == pytest.approx((0, 4 / 4, 1))
@@ -79,6 +82,10 @@ def test_sign_flips_are_all_enumerated_and_p_values_are_adjusted_for_their_numbe
     assert sign_flip_p(np.ones(40)) == 1 / 65_537
     # Holm's adjustment, by hand.
     table = {(0.01, 0.04, 0.03): (0.03, 0.06, 0.06), (0.5, 0.02, 0.9): (1, 0.06, 1), (0.02, 0.02): (0.04, 0.04)}
+    found = primary_findings({"a": SOME[3], "b": SOME[1]}, untested=1)  # as if a third one had a p-value of 1
+    assert found["a"].p_adjusted == pytest.approx(3 * found["a"].p) and found["b"].p_adjusted == pytest.approx(
+        2 * found["b"].p
+    )
     for p_values, adjusted in (table | {(0.2,): (0.2,)}).items():
         np.testing.assert_allclose(holm(np.array([p_values, p_values[::-1]])), [adjusted, adjusted[::-1]])
 
@@ -143,7 +150,22 @@ def test_a_crossover_has_an_interval_and_shares():
     for shift, course, budget in ((5.0, "always ahead", 0), (-5.0, "always behind", math.inf)):
         none = crossover(budgets, SOME + shift)
         assert none[:4] == (course, budget, budget, budget) and none.shares[course] == 1
+    assert found.ahead == 1 and found.text("steps").startswith(
+        f"overtakes at {by_hand:.1f} steps (95% interval: {found.low:.1f} to "
+    )
+    early = crossover(budgets, SOME + 0.97)  # may or may not be ahead from the smallest budget on, but is at the end
+    assert early.low == 0 and early.text("steps").startswith(
+        "ahead after the last sign change (95% interval in steps: below the range to "
+    )
+    late = crossover(budgets, -SOME - 0.97)
+    assert (
+        late.ahead == -1
+        and late[2:4] == early[2:4]
+        and late.text("steps").startswith("behind after the last sign change (95%")
+    )
     unsure = crossover(budgets, SOME - 1)  # the largest budget may or may not be enough
+    says = "which of the two is ahead after the last sign change cannot be told (95% interval in steps: below the range to beyond the"
+    assert unsure.ahead == 0 and unsure.text("steps").startswith(says)
     assert unsure.high == math.inf and 0.2 < unsure.shares["always behind"] < 0.8
 
 
@@ -158,7 +180,18 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
     assert shares["problems only"]["t over seeds"] < 0.1  # other problems are another matter
     assert shares["problems only"]["nested bootstrap"] < 0.9 and shares["all three"]["nested bootstrap"] < 0.95
     assert 0.92 <= coverage(WORLDS["right or wrong"], 300, mean=0.1)["crossed, corrected"] <= 0.98  # the truth is not 0
-    assert crossover_coverage(150, at=3.0) > 0.9
+    # Where there are fewer problems than seeds, it is their number that bounds the degrees of freedom. Standard error: 0.5%.
+    for world, (seeds, problems) in itertools.product(("problems only", "all three"), ((8, 4), (30, 8), (30, 4))):
+        assert closed_coverage(WORLDS[world], 2000, seeds, problems) > 0.935, (world, seeds, problems)
+
+
+def test_who_is_ahead_after_a_crossover_is_said_only_where_it_is_nearly_always_right():
+    even = crossover_coverage(150, at=3.0)
+    assert even["holds"] > 0.93 and even["told"] > 0.4 and even["wrong"] < 0.03
+    # In a world as uncertain as the small study, a course read from the mean curve is the wrong one in a fourth of the studies.
+    for at in (2.0, 5.0):
+        hard = crossover_coverage(150, at, "small study", slope=0.01)
+        assert hard["holds"] > 0.93 and hard["told"] > 0.03 and hard["wrong"] < 0.06, (at, hard)
 
 
 def test_a_planted_effect_is_found_and_a_planted_null_is_not():

@@ -1,5 +1,6 @@
 """A study: its file, the cells that it is laid out in, what a cell computes, and what a report says of planted results."""
 
+import contextlib
 import copy
 import dataclasses
 import itertools
@@ -15,6 +16,8 @@ import jax
 import numpy as np
 import pytest
 
+from jaxblock.commands import study as command
+from jaxblock.config.config import Config
 from jaxblock.config.yaml import config_from_tree
 from jaxblock.diffusion import laws
 from jaxblock.errors import UserError
@@ -76,6 +79,10 @@ TWO_TASKS = changed("tasks", "others", TREE["tasks"]["sums"], tree=OTHER)
 GRADIENTS = {"kind": "gradients", "arms": ["blockwise"], "budgets": [5]}
 MEASURED = changed("experiments", "grid", GRADIENTS)
 WINDOW = {"sums": {"canvas": {"response_len": 16, "block": 4, "suffix_window": 4}}}
+PRIMARY = TREE["experiments"]["steps"]
+EXACT = changed("tasks", "others", TREE["tasks"]["sums"] | {"evaluate": {"grader": "exact"}})
+ELSEWHERE = changed("decodings", "elsewhere", {"task": "others"}, tree=EXACT)
+SMALLER = changed("arms", "blockwise", {"task": "sums", "start": "start", "canvas": {"block": 2}})
 
 
 @pytest.mark.parametrize(
@@ -124,6 +131,43 @@ WINDOW = {"sums": {"canvas": {"response_len": 16, "block": 4, "suffix_window": 4
         (MEASURED | {"gradients": {"bound_blocks": [1, 4], "batch": 3}}, "unknown key gradients.batch"),
         (MEASURED | {"tasks": WINDOW}, "whole aligned canvas"),
         (changed("gradients", {"batches": 3}), "gradients has no effect"),
+        # What cannot be reported, or tests nothing.
+        (changed("experiments", {f"e{at}": PRIMARY for at in range(4)}), "4 experiments are primary (e0, e1, e2, e3), but a study tests 3"),
+        (changed("experiments", "steps", "arms", ["classical"]), "experiments.steps is primary, but has one arm"),
+        (changed("experiments", "grid", {**TREE["experiments"]["grid"], "arms": ["blockwise"], "decodings": ["own"]}), "two arms or more"),
+        (changed("experiments", "grid", "decodings", ["whole", "own"]),
+         "so whole must decode every arm by the blocks of 4 that blockwise, at the same place of arms, is trained with, but decodes "
+         "blockwise by 16: change the order, or set decodings.whole.canvas.block to 4"),
+        (SMALLER, "so own must decode every arm by the blocks of 2 that blockwise, at the same place of arms, is trained with, but "
+         "decodes classical by 4"),
+        (changed("tasks", "sums", "canvas", "block", 16, tree=changed("decodings", "whole", {"decode": {"cache": "dual"}})),
+         "blockwise and classical are both trained with blocks of 16: leave one out"),
+        (changed("arms", "classical", TREE["arms"]["blockwise"]), "compares blockwise and classical, whose settings are the same"),
+        (changed("experiments", "steps", "decodings", ["own", "again"], tree=changed("decodings", "again", {"canvas": {"block": 4}})),
+         "decodes by own and again, whose settings are the same"),
+        (changed("scoring", "problems", 1), "scoring.problems is 1: intervals for new problems need 2 or more"),
+        (changed("scoring", "nelbo_rows", -3), "scoring.nelbo_rows is -3: it must be 1 or more, or 0 for no NELBO"),
+        # What the study would overrule.
+        (changed("common", "evaluate", {"problems": 7}), "common sets evaluate.problems, which the study sets itself: set scoring"),
+        (changed("decodings", "own", {"evaluate": {"split": "validation"}}), "decodings.own sets evaluate.split, which the study sets"),
+        (changed("arms", "blockwise", "evaluate", {"nelbo": False}), "set scoring.nelbo_rows instead, which is 0 for no NELBO"),
+        (changed("tasks", "sums", {"evaluate": {"nelbo_rows": 4}}), "tasks.sums sets evaluate.nelbo_rows"),
+        *((changed("arms", "blockwise", "train", {field: 1}), f"blockwise sets train.{field}, which the study sets itself: leave it out")
+          for field in ("keep", "eval_every", "eval_problems", "eval_nelbo_rows")),
+        (changed("arms", "blockwise", "model", {"init_from": "org/name"}), "arms.blockwise sets model.init_from, but arms.blockwise"),
+        (changed("arms", "blockwise", "model", {"d_model": 64}), "starts from start, whose network it takes: leave it out, or set it for"),
+        (changed("arms", "other", "start", "start", tree=changed("tasks", "others", {"model": {"n_layers": 2}}, tree=TWO_TASKS)),
+         "tasks.others sets model.n_layers, but arms.other starts from start, whose network it takes"),
+        (changed("experiments", "tokens", "decodings", ["elsewhere"], tree=ELSEWHERE),
+         "decodings.elsewhere scores blockwise on task others, which sets evaluate.grader to exact, but by the settings of blockwise's own "
+         "task, where it is gsm8k_strict: set decodings.elsewhere.evaluate.grader"),
+        # What is no name, or no seed.
+        *((changed("seeds", seeds), "seeds must be a number of seeds, or a list")
+          for seeds in (True, 2.5, 8.0, [[1]], [True], -1, 10**9, "8")),
+        (changed("decodings", {8: {}, "whole": {}}), "decodings has the key 8, which is no text: put it in quotes"),
+        (changed("arms", "a/../../b", {"task": "sums"}), "arms has the name 'a/../../b': give it one of letters"),
+        (changed("experiments", "../../evil", PRIMARY), "experiments has the name '../../evil'"),
+        (changed("tasks", "..", TREE["tasks"]["sums"]), "tasks has the name '..'"),
     ],
 )  # fmt: skip
 def test_a_wrong_file_is_refused_with_the_place_and_what_to_write(tree, says):
@@ -146,13 +190,23 @@ def test_cells_come_seed_by_seed_after_their_start_with_every_point_that_an_expe
 
 
 def test_what_cannot_be_computed_is_refused_before_anything_runs():
-    with pytest.raises(UserError, match="a budget of 1 steps of the reference arm is 0.* of a step"):
-        laid_out(changed("experiments", "tokens", "budgets", [1]))
+    longer = {"arms": ["start"], "decodings": ["own"], "budgets": [5, 11]}
+    for tree, says in (
+        (changed("experiments", "tokens", "budgets", [1]), "experiments.tokens.budgets, arm classical: a budget of 1 steps of the "
+         "reference arm is 0.29 of a step: raise it to 4 or more"),
+        (changed("experiments", "tokens", "budgets", [3]), "a budget of 3 steps of the reference arm is 0.88 of a step"),
+        (changed("experiments", "tokens", "budgets", [4, 5, 9]),
+         "arm classical: the budgets 4 and 5 are both 1 steps of this arm: leave one of them out"),
+        (changed("experiments", "longer", longer), "experiments.longer scores start after 11 steps, but other arms start from it after 10"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=re.escape(says)):
+            laid_out(tree)
     with pytest.raises(UserError, match="gs://bucket/study: a study's folder is local"):
         runner.prepare_study("study.yaml", "gs://bucket/study", work.Verbs(None, None, None), print)
     for tree, arm, says in (
         (changed("common", "decode", {"steps_per_block": 8}), "blockwise", "blockwise-s0: decode.steps_per_block 8 is more than the 4"),
-        (changed("decodings", "whole", {"decode": {"threshold": 0.5}}), "classical", "classical-s0: decode.threshold 0.5 has no effect"),
+        (changed("decodings", "whole", {"canvas": {"block": 16}, "decode": {"threshold": 0.5}}), "classical",
+         "classical-s0: decode.threshold 0.5 has no effect"),
     ):  # fmt: skip
         study, plan = laid_out(tree)
         with pytest.raises(UserError, match=says):
@@ -253,7 +307,7 @@ def test_a_planted_effect_is_found_and_a_planted_null_is_not(tmp_path):
 
 
 def test_a_cell_that_another_process_computes_does_not_hold_up_the_others(tmp_path, monkeypatch):
-    started, plan = [], laid_out()[1]
+    started, (study, plan) = [], laid_out()
 
     def write(cell):
         done = {"steps": cell.steps, "scores": dict.fromkeys(map(str, cell.points))}
@@ -279,7 +333,7 @@ def test_a_cell_that_another_process_computes_does_not_hold_up_the_others(tmp_pa
     monkeypatch.setattr(runner, "_Jobs", Pool)
     monkeypatch.setattr(runner, "AGAIN", 1.0)
     monkeypatch.setattr(runner, "_complete", lambda cell, found, *_: results.is_done(cell, found.get(cell.name)))
-    assert runner.run_cells(plan, str(tmp_path), 1, ["blockwise-s0", "classical-s0"], print, poll=0.001) == []
+    assert runner.run_cells(study, plan, str(tmp_path), 1, ["blockwise-s0", "classical-s0"], print, poll=0.001) == []
     assert started == ["blockwise-s0", "classical-s0", "blockwise-s0"]
 
 
@@ -296,12 +350,120 @@ def test_a_study_that_is_terminated_ends_its_cells(tmp_path, monkeypatch):
     monkeypatch.setattr(runner.subprocess, "Popen", sleeps)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit, match="143"):
-        runner.run_cells(laid_out()[1], str(tmp_path), 1, (), say, poll=0.001)
+        runner.run_cells(*laid_out(), str(tmp_path), 1, (), say, poll=0.001)
     assert signal.getsignal(signal.SIGTERM) is before
     try:
         assert started[0].wait(10) == -signal.SIGTERM
     finally:
         started[0].kill()
+
+
+def test_a_process_that_ends_without_an_error_and_without_its_result_is_not_started_again(tmp_path, monkeypatch):
+    started, said, popen = [], [], subprocess.Popen
+
+    def ends(command, **options):
+        started.append(command)
+        return popen(["true"], **options)
+
+    monkeypatch.setattr(runner.subprocess, "Popen", ends)
+    study, plan = laid_out()
+    left = runner.run_cells(study, plan, str(tmp_path), 1, ["blockwise-s0"], said.append, poll=0.01)
+    assert left == ["start-s0", "blockwise-s0"] and len(started) == 1
+    assert started[0][-1] == cells.identity(study, plan.cell("start-s0"))
+    assert "start-s0: ended without an error, but is not done; see" in said[-1]
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        changed("experiments", "steps", "budgets", [5, 21]),
+        changed("arms", "blockwise", "optimizer", {"lr": 0.5}),
+        changed("decodings", "own", {"decode": {"cache": "dual"}}),
+        changed("scoring", "problems", 65),
+    ],
+)
+def test_a_cell_is_not_computed_by_the_plan_of_another_file_in_the_same_folder(tree):
+    (study, plan), (other, its_plan) = laid_out(), laid_out(tree)
+    cell = plan.cell("blockwise-s0")
+    wanted = cells.identity(study, cell)
+    assert runner.planned_cell(study, plan, cell.name, wanted, "out") == cell
+    assert (
+        runner.planned_cell(other, its_plan, "start-s0", cells.identity(study, plan.cell("start-s0")), "out").arm
+        == "start"
+    )
+    says = "out holds the plan of another file, or of another version of it, than the one whose blockwise-s0 is to be computed"
+    for theirs in (
+        other,
+        study_from_tree(renamed(TREE), "study.yaml"),
+    ):  # the last: the file and the plan are of two writers
+        with pytest.raises(UserError, match=says):
+            runner.planned_cell(theirs, its_plan, cell.name, wanted, "out")
+    with pytest.raises(UserError, match="the study has no cell nonsense"):
+        runner.planned_cell(study, plan, "nonsense", None, "out")
+
+
+def renamed(tree):
+    """Returns the tree with other names of an arm and of a way of decoding."""
+    text = json.dumps(tree).replace('"blockwise"', '"by_block"').replace('"own"', '"self"')
+    return json.loads(text)
+
+
+@pytest.mark.parametrize(
+    "runs, says",
+    [
+        ({"start-s0": [5, 10]}, None),
+        ({"start-s0": [30], "blockwise-s0": [5]}, None),  # it began before
+        ({"start-s0": [10, 30]}, "blockwise-s0 starts from step 10 of out/runs/start-s0 (arms.start.steps), which is at step 30: use"),
+        ({"start-s0": [5], "blockwise-s0": []}, "which is at step 5: use another --out, or move it and out/results/start-s0.json away"),
+        ({}, "which has no checkpoint"),
+    ],
+)  # fmt: skip
+def test_a_cell_starts_where_its_study_says_or_not_at_all(runs, says, monkeypatch):
+    monkeypatch.setattr(runner, "is_run", lambda run: Path(run).name in runs)
+    monkeypatch.setattr(runner, "_steps_of", lambda run: runs[Path(run).name])
+    study, plan = laid_out()
+    runner.check_start(study, plan.cell("start-s0"), "out")
+    with pytest.raises(UserError, match=re.escape(says)) if says else contextlib.nullcontext():
+        runner.check_start(study, plan.cell("blockwise-s0"), "out")
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        (
+            {"action": "report", "seeds": (0, 1)},
+            "study report does not use --seeds: leave it out (its options are: --out)",
+        ),
+        ({"action": "report", "jobs": -3}, "study report does not use --jobs"),
+        (
+            {"action": "status", "cells": ("nonsense",)},
+            "study status does not use --cells: leave it out (its options are: none)",
+        ),
+        ({"action": "status", "out": "out"}, "study status does not use --out"),
+        ({"action": "cell", "seeds": (0,)}, "study cell does not use --seeds"),
+        ({"action": "run", "identity": "0"}, "study run does not use --identity"),
+    ],
+)
+def test_an_option_that_an_action_does_not_use_is_refused(options, says, tmp_path):
+    with pytest.raises(UserError, match=re.escape(says)):
+        command.run(command.Options(target=str(tmp_path), **options), Config())
+
+
+@pytest.mark.parametrize(
+    "chosen, seeds, found",
+    [
+        ((), (1,), ["start-s1", "blockwise-s1", "classical-s1"]),
+        (("blockwise-s1", "classical-s2"), (1, 3), ["blockwise-s1"]),
+        (("blockwise-s1",), (), ["blockwise-s1"]),
+        (("blockwise-s1",), (2, 3), "none of blockwise-s1 has a seed of 2, 3: leave out --seeds or --cells"),
+        (("blockwise",), (), "the study has no cell blockwise; its cells are"),
+        ((), (8,), "the study has no seed 8"),
+    ],
+)
+def test_cells_are_chosen_by_name_and_by_seed(chosen, seeds, found):
+    options = command.Options("run", "study.yaml", cells=chosen, seeds=seeds)
+    with pytest.raises(UserError, match=found) if isinstance(found, str) else contextlib.nullcontext():
+        assert command._wanted(options, *laid_out()) == found
 
 
 def test_results_of_other_settings_or_other_texts_are_not_put_together(tmp_path):
