@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxblock.study import results
+from jaxblock.study.scores import solved
 from jaxblock.study.statistics import t_interval
 
 BLOCKWISE, CLASSICAL = 2.48, 3.24
@@ -41,7 +42,7 @@ def scores(found: dict[str, results.Result], arm: str) -> dict[int, dict[int, tu
             points = (point.split("/") for point in result["scores"])
             table[result["seed"]] = {
                 int(steps): (
-                    100 * float(results.solved(result["scores"][f"{steps}/{way}"]).mean()),
+                    100 * float(solved(result["scores"][f"{steps}/{way}"]).mean()),
                     result["scores"][f"{steps}/{way}"]["nelbo_per_token"]["mean"],
                 )
                 for steps, way in points

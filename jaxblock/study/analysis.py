@@ -16,7 +16,8 @@ from jaxblock.study.gradients.sizes import GRADIENTS
 from jaxblock.study.hypotheses import Finding, primary_findings
 from jaxblock.study.pace import PaceRatio, pace_ratios
 from jaxblock.study.relation import Relation, relate
-from jaxblock.study.results import Result, made_by, solved
+from jaxblock.study.results import Result
+from jaxblock.study.scores import made_by, solved
 from jaxblock.study.spec import Study
 
 
@@ -35,7 +36,7 @@ class Analysis:
         measured: the measurements of gradients of each seed, by (arm, steps); empty in other experiments.
         paces: the comparisons with the control of an experiment about pace; empty with fewer than two seeds.
         relation: how the NELBO and Pass@1 are related; None in other experiments.
-        versions: how many cells were trained, or scored for this experiment, by each version (``results.made_by``).
+        versions: how many cells were trained, or scored for this experiment, by each version (``scores.made_by``).
     """
 
     name: str

@@ -12,7 +12,8 @@ from jaxtyping import Bool, Float
 
 from jaxblock.study.cells import Plan, Point
 from jaxblock.study.experiments import Experiment
-from jaxblock.study.results import Result, solved
+from jaxblock.study.results import Result
+from jaxblock.study.scores import solved
 from jaxblock.study.statistics import Interval, t_interval
 
 ALL, SAME, OTHER, LAST = (

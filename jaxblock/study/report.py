@@ -24,22 +24,11 @@ from jaxblock.study.gradients.tables import tables as gradients_tables
 from jaxblock.study.hypotheses import Finding
 from jaxblock.study.pace import pace_table
 from jaxblock.study.relation import relation_table
-from jaxblock.study.results import (
-    RESULTS,
-    Result,
-    check_contents,
-    is_done,
-    made_by,
-    score_versions,
-    trained_by,
-    version_name,
-)
+from jaxblock.study.results import RESULTS, Result, check_contents, is_done
+from jaxblock.study.scores import made_by, score_versions, trained_by, version_name
 from jaxblock.study.spec import Study
 from jaxblock.study.statistics import Interval
-
-Row = list[str]
-Table = tuple[Row, list[Row]]
-"""The header and the rows of a table."""
+from jaxblock.study.tables import Row, Table, html_page, html_table, markdown_table, text_table
 
 PICTURES = "pictures"
 """The folder, beside report.md, of the pictures that it shows, one SVG file for each experiment."""
@@ -103,7 +92,7 @@ def status(plan: Plan, results: Mapping[str, Result], folder: PathLike) -> str:
     if not known:
         ending = "no cell is done yet"
     return (
-        _text_table((["arm", "done", "running", "left", "a cell takes"], rows))
+        text_table((["arm", "done", "running", "left", "a cell takes"], rows))
         + f"\n{whole} of {len(plan.cells)} cells; {ending}"
     )
 
@@ -282,12 +271,12 @@ def _markdown(
 ) -> str:
     lines = [f"# {study.title}", "", *_apart(intro)]
     if primaries:
-        lines += ["## Primary hypotheses", "", *_apart(map(_markdown_table, primaries))]
+        lines += ["## Primary hypotheses", "", *_apart(map(markdown_table, primaries))]
     for one in parts:
         lines += [f"## {one.found.experiment.title}", "", *_apart(_said(one.found))]
-        lines += [f"![{one.found.experiment.title}]({one.picture_file})", "", *_apart(map(_markdown_table, one.tables))]
+        lines += [f"![{one.found.experiment.title}]({one.picture_file})", "", *_apart(map(markdown_table, one.tables))]
     if results:
-        lines += [f"## {_MADE_BY}", "", _markdown_table(_made_by(results, f"[{{0}}]({RESULTS}/{{0}}.json)")), ""]
+        lines += [f"## {_MADE_BY}", "", markdown_table(_made_by(results, f"[{{0}}]({RESULTS}/{{0}}.json)")), ""]
         lines += [f"The file of a cell has its settings, versions and seconds. {_ABOUT_CELLS}"]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -295,31 +284,6 @@ def _markdown(
 def _apart(texts: Iterator[str] | Sequence[str]) -> list[str]:
     """Returns texts with an empty line after each."""
     return [line for text in texts for line in (text, "")]
-
-
-def _markdown_table(table: Table) -> str:
-    header, rows = table
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _text_table(table: Table) -> str:
-    header, rows = table
-    widths = [max(len(row[at]) for row in [header, *rows]) for at in range(len(header))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in [header, *rows]
-    )
-
-
-_CSS = """
-:root { color-scheme: light dark; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; display: block; overflow-x: auto; }
-th, td { padding: .2rem .7rem; text-align: left; border-bottom: 1px solid #8884; white-space: nowrap; }
-figure { margin: 1rem 0; background: #fff; border-radius: 4px; padding: .5rem; overflow-x: auto; }
-pre { overflow-x: auto; font-size: 13px; }
-"""
 
 
 def _page(
@@ -333,14 +297,14 @@ def _page(
     escape: Callable[[str], str] = html.escape
     body = [f"<h1>{escape(study.title)}</h1>", *(f"<p>{escape(text)}</p>" for text in intro)]
     if primaries:
-        body += ["<h2>Primary hypotheses</h2>", *map(_html_table, primaries)]
+        body += ["<h2>Primary hypotheses</h2>", *map(html_table, primaries)]
     for one in parts:
         body.append(f"<h2>{escape(one.found.experiment.title)}</h2>")
         body += [f"<p>{escape(text)}</p>" for text in _said(one.found)]
         body.append(f"<figure>{one.picture}</figure>")
-        body += map(_html_table, one.tables)
+        body += map(html_table, one.tables)
     if results:
-        body += [f"<h2>{_MADE_BY}</h2>", _html_table(_made_by(results, "{0}")), f"<h2>Cells</h2><p>{_ABOUT_CELLS}</p>"]
+        body += [f"<h2>{_MADE_BY}</h2>", html_table(_made_by(results, "{0}")), f"<h2>Cells</h2><p>{_ABOUT_CELLS}</p>"]
     for name, result in results.items():
         about: dict[str, Any] = {
             key: result[key] for key in ("seconds", "versions", "continued_with", "settings") if key in result
@@ -351,18 +315,4 @@ def _page(
         body.append(
             f"<details><summary>{escape(name)}</summary><pre>{escape(json.dumps(about, indent=1))}</pre></details>"
         )
-    head = (
-        f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(study.title)}</title>'
-    )
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head>{head}<style>{_CSS}</style></head>\n<body>\n'
-        + "\n".join(body)
-        + "\n</body>\n</html>\n"
-    )
-
-
-def _html_table(table: Table) -> str:
-    header, rows = table
-    lines = [f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows]
-    names = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in header)
-    return f"<table><thead><tr>{names}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+    return html_page(study.title, body)

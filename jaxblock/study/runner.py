@@ -23,7 +23,8 @@ from jaxblock.io.signals import sigterm_raises
 from jaxblock.models.architecture import Architecture
 from jaxblock.study.cells import Cell, Plan, data_config, fingerprint, identity, lay_out, run_config, scored_config
 from jaxblock.study.results import Result, check_results, is_done, read_results, write_plan
-from jaxblock.study.spec import Study, read_study
+from jaxblock.study.spec import Study
+from jaxblock.study.study_file import read_study
 from jaxblock.study.work import Verbs
 from jaxblock.training.checkpoints.reader import CheckpointReader
 from jaxblock.training.checkpoints.run_folder import is_run

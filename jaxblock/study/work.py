@@ -15,18 +15,8 @@ from jaxblock.io.paths import as_path
 from jaxblock.study.cells import Cell, Plan, Point, fingerprint, how_scored, not_default, run_config, scored_config
 from jaxblock.study.gradients.measure import measure_checkpoint
 from jaxblock.study.gradients.sizes import GRADIENTS
-from jaxblock.study.results import (
-    RESULTS,
-    Result,
-    check_contents,
-    missing_points,
-    read_result,
-    score_of,
-    shortened,
-    trained_by,
-    training_loss,
-    write_result,
-)
+from jaxblock.study.results import RESULTS, Result, check_contents, missing_points, read_result, write_result
+from jaxblock.study.scores import score_of, shortened, trained_by, training_loss
 from jaxblock.study.spec import Study
 from jaxblock.training.versions import running_versions
 

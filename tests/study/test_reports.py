@@ -11,6 +11,7 @@ from jaxblock.commands import study as command
 from jaxblock.config.config import Config
 from jaxblock.errors import UserError
 from jaxblock.study import analysis, cells, report, results, work
+from jaxblock.study.scores import made_by, training_loss
 from tests.study.test_study import TREE, laid_out, planted
 
 VERSIONS = {"commit": "a" * 40, "jax": "0.9", "device": "1 x cpu"}
@@ -159,7 +160,7 @@ def test_each_score_says_which_versions_computed_it_and_time_before_an_interrupt
     assert found["versions"] == VERSIONS and found["continued_with"] == [OTHER]
     own = [score.get("versions") for score in found["scores"].values()]
     assert own == [OTHER, *[VERSIONS | {"jax": "1.0"}] * 2]
-    assert results.made_by(found, ["5/own"]) == set(NAMES)
+    assert made_by(found, ["5/own"]) == set(NAMES)
 
 
 def test_a_report_names_the_versions_and_warns_where_they_differ_within_a_comparison(tmp_path):
@@ -195,8 +196,8 @@ def test_the_training_loss_is_put_together_from_the_last_lines_before_a_checkpoi
         (99, [264.5, 13.0]),
         (145, [605.0, 15.0]),
     ):
-        assert results.training_loss(tmp_path, steps) == want, steps
-    assert results.training_loss(tmp_path / "absent", 100) is None
+        assert training_loss(tmp_path, steps) == want, steps
+    assert training_loss(tmp_path / "absent", 100) is None
     tree = copy.deepcopy(SHORT)
     tree["experiments"]["long"] = {
         **SHORT["experiments"]["steps"],

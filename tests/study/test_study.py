@@ -25,7 +25,8 @@ from jaxblock.io.files import write_bytes
 from jaxblock.io.owners import this_process
 from jaxblock.models.families import registry
 from jaxblock.study import amounts, analysis, cells, report, results, runner, work
-from jaxblock.study.spec import read_study, study_from_tree
+from jaxblock.study.scores import solved
+from jaxblock.study.study_file import read_study, study_from_tree
 
 ROOT = Path(__file__).parents[2]
 
@@ -528,7 +529,7 @@ def test_a_cell_that_is_stopped_goes_on_with_the_scores_that_are_missing(tmp_pat
     assert results.is_done(cell, result) and result["scores"]["20/whole"]["nfe"] == 0.333333
     texts = [result["scores"][point]["texts"] for point in ("5/own", "20/own", "20/whole")]
     assert texts[0] == texts[1] != texts[2] and result["records"] == "5" * 16
-    assert results.solved(result["scores"]["5/own"]).tolist() == [at % 3 == 0 for at in range(10)]
+    assert solved(result["scores"]["5/own"]).tolist() == [at % 3 == 0 for at in range(10)]
     run(cell)
     assert len(scored) == 3  # nothing is scored twice
     # A shorter form of the study finds the longer run, and does not ask for fewer steps than it has.

@@ -15,7 +15,7 @@ from jaxblock.fit.process import plan_in_process
 from jaxblock.fit.sizes import planned_architecture
 from jaxblock.io.locks import only_writer
 from jaxblock.study import amounts, results
-from jaxblock.study.spec import read_study
+from jaxblock.study.study_file import read_study
 
 pytestmark = pytest.mark.slow
 
