@@ -54,7 +54,7 @@ def test_parts_of_a_run_are_timed_and_their_bytes_counted():
     host = host_time.main(["--d", "16", "--layers", "1", "--batch", "8", "--steps", "4"])
     parts = sum(host[name] for name in ("batch", "place", "dispatch", "metrics"))
     assert host["share"] == pytest.approx(parts / host["step"])
-    saves = checkpoint_speed.main(["--d", "16", "--layers", "1", "--batch", "4", "--saves", "1", "--steps", "1"])
+    saves = checkpoint_speed.main(["--d", "16", "--layers", "1", "--batch", "8", "--saves", "1", "--steps", "1"])
     assert 0 < saves["still"] < saves["save"] and saves["restore"] < saves["restart"]
     file = load_checkpoint.main(["--d", "128", "--layers", "3", "--mlp", "200", "--vocab", "500", "--shard-mb", "1"])
     assert file["exact"] and file["bytes"] == 2 * (3 * (4 * 128**2 + 3 * 128 * 200 + 2 * 128) + 128 + 2 * 500 * 128)
