@@ -131,12 +131,13 @@ def infilling_layout(
     Raises:
         UserError: ``decoding_layout`` raises it, or a window would hide what is given.
     """
-    if canvas.suffix_window is not None and canvas.suffix_window < canvas.response_len - (decode.block or canvas.block):
+    layout = decoding_layout(canvas, decode, network, stop_ids)
+    if layout.suffix_window is not None and layout.suffix_window < layout.response_len - layout.block:
         raise UserError(
-            f"canvas.suffix_window {canvas.suffix_window} hides what comes after a block, and infilling is to see it: set "
+            f"canvas.suffix_window {layout.suffix_window} hides what comes after a block, and infilling is to see it: set "
             "canvas.suffix_window to null (the model was then trained with less of a suffix than it is shown)"
         )
-    return decoding_layout(canvas, decode, network, stop_ids)._replace(infill=True)
+    return layout._replace(infill=True)
 
 
 def check_decoding(canvas: CanvasConfig, decode: DecodeConfig, network: NetworkTraits) -> None:

@@ -151,3 +151,5 @@ def test_what_cannot_be_had_is_refused(fields, says):
 def test_a_window_that_hides_nothing_is_no_reason_against_infilling():
     canvas = CanvasConfig(response_len=32, block=8, suffix_window=24)
     assert infilling_layout(canvas, DecodeConfig(), TWO_LAYERS[0].arch, (7,)).infill
+    with pytest.raises(UserError, match="hides what comes after"):  # of a longer response it would
+        infilling_layout(canvas, DecodeConfig(response_len=64), TWO_LAYERS[0].arch, (7,))
