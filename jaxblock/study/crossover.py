@@ -47,21 +47,27 @@ class Crossover(NamedTuple):
     def text(self, unit: str) -> str:
         """Says what the mean difference does along the budgets, from which one on it stays, and how many draws agree.
 
-        Such as ``overtakes at 1,190 steps (95% interval: 870 to 2,400); draws: always behind 2%, overtakes 98%``. Where fewer draws
-        than `SURE` take the course, only which arm is ahead at the end is said; and where they do not agree about that either,
-        that it cannot be told.
+        Such as ``overtakes at 1,190 steps (95% interval: 870 to 2,400); draws: always behind 2%, overtakes 98% (no crossover: 2%)``.
+        Where fewer draws than `SURE` take the course, only which arm is ahead at the end is said; and where they do not agree about
+        that either, that it cannot be told.
 
         Args:
             unit: the unit of the budgets.
         """
         budget, low, high = map(_budget, self[1:4])
         draws = ", ".join(f"{course} {share:.0%}" for course, share in self.shares.items() if round(share, 2))
+        draws += f" (no crossover: {self.none:.0%})"
         if self.shares[self.course] >= SURE:
             where = f" at {budget} {unit}" if self.course in ("overtakes", "is overtaken") else ""
             return f"{self.course}{where} ({self.confidence:.0%} interval: {low} to {high}); draws: {draws}"
         says = {1: "ahead after {}", -1: "behind after {}", 0: "which of the two is ahead after {} cannot be told"}
         after = says[self.ahead].format("the last sign change")
         return f"{after} ({self.confidence:.0%} interval in {unit}: {low} to {high}); draws: {draws}"
+
+    @property
+    def none(self) -> float:
+        """The share of the draws in which the difference has no sign change."""
+        return sum(share for course, share in self.shares.items() if course not in ("overtakes", "is overtaken"))
 
     @property
     def ahead(self) -> int:

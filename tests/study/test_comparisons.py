@@ -9,6 +9,8 @@ import pytest
 from scipy import stats
 
 from jaxblock.study import analysis, pace, relation, report
+from jaxblock.study.contrasts import Curve
+from jaxblock.study.experiments import Experiment
 from tests.study.test_study import TREE, laid_out, planted
 
 
@@ -88,6 +90,54 @@ def test_pace_is_compared_at_the_pass_at_1_of_the_worse_arm(made):
     # The arm solves 32, 28 and none at 2, 4 and 8 tokens.
     assert ratio.ours.tolist() == [pytest.approx(4 + 4 * (28 - 15.36) / 28)] * 3
     assert ratio.ratio.estimate == pytest.approx(ratio.ours[0] / ratio.theirs[0])
+
+
+def simulated_paces(rng, seeds, behind=0.2):
+    """Returns the comparison of two arms, one of them ``behind``, whose Pass@1 and pace vary by seed, by four ways of decoding."""
+    curves = {}
+    for arm, quick, best in (("ours", 0.3, 0.6), ("theirs", 0.0, 0.6 + behind)):
+        rates = rng.normal(best, 0.05, seeds) - np.array([0, 0.03, 0.06, 0.2])[:, None]
+        paces = np.exp(quick + rng.normal(0, 0.2, seeds) + np.array([0, 1.2, 1.5, 1.9])[:, None])
+        for way, rate, speed in zip("abcd", rates, paces, strict=True):
+            nothing = np.zeros((1, seeds))
+            curves[arm, way] = Curve(arm, way, (1,), rate[None, :, None], nothing, nothing, speed[None], nothing)
+    [found] = pace.pace_ratios(Experiment("", ("ours", "theirs"), (1,), tuple("abcd"), kind="pace"), curves)
+    return found.ratio
+
+
+def simulated_agreement(rng, seeds, scores=12):
+    """Returns Kendall's tau over seeds of scores whose correlation differs by seed; its mean is known in closed form."""
+    rho = rng.uniform(0.5, 0.9, (seeds, 1))
+    nelbo, noise = rng.normal(size=(2, seeds, scores))
+    rate = rho * nelbo + np.sqrt(1 - rho**2) * noise
+    every = np.triu(np.ones((scores, scores), bool), 1)
+    found = [relation.agreement(*pair, every) for pair in zip(nelbo.tolist(), rate.tolist(), strict=True)]
+    return relation.Relation([], {}, {relation.ALL: np.array(found)}).over_seeds(relation.ALL)
+
+
+def held(simulated, scale, truth, seeds, times=1.0):
+    """Returns how many of 600 intervals hold the truth, if they are some times as wide, on a scale on which they are symmetric."""
+    rng = np.random.default_rng(seeds)
+    mean, low, high = np.array([scale(simulated(rng, seeds)[:3]) for _ in range(600)]).T
+    assert (low + high) / 2 == pytest.approx(mean)
+    return np.mean(np.abs(mean - truth) < times * (high - low) / 2)
+
+
+@pytest.mark.parametrize("seeds", [3, 8])
+def test_intervals_over_seeds_of_paces_and_of_agreement_hold_the_truth_as_often_as_they_say(seeds):
+    """Those of half the error, or with a normal quantile for Student's, would not. Standard error of a share: 0.9%."""
+    by_arcsine = np.mean(2 / np.pi * np.arcsin(np.linspace(0.5, 0.9, 10_001)))
+    large = simulated_paces(np.random.default_rng(0), 20_000)
+    normal = 1.96 / stats.t.isf(0.025, seeds - 1)
+    for of in (
+        (simulated_paces, np.log, np.log(large.estimate), seeds),
+        (simulated_agreement, np.positive, by_arcsine, seeds),
+    ):
+        assert 0.925 < held(*of) < 0.975 and held(*of, 0.5) < 0.88 and held(*of, normal) < 0.925, of
+    # Where the two solve about equally many, either may be the one at whose Pass@1 paces are read (docs/study/statistics.md).
+    level = lambda rng, seeds: simulated_paces(rng, seeds, 0.0)  # noqa: E731
+    truth = np.log(level(np.random.default_rng(0), 20_000).estimate)
+    assert {3: 0.84, 8: 0.925}[seeds] < held(level, np.log, truth, seeds) < {3: 0.91, 8: 0.975}[seeds]
 
 
 def test_every_way_of_decoding_is_compared_with_the_control_and_with_the_first_one_on_the_same_task(made):

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from jaxblock.reporting.plot_style import COLOURS, LINES, label_axes
 from jaxblock.study.gradients.contexts import CONTEXTS
-from jaxblock.study.gradients.tables import Measured, over_seeds
+from jaxblock.study.gradients.tables import Measured, over_seeds, ratios
 
 _DRAWN = ("prefix 0.15, suffix 1", "prefix 0.5, suffix 1", "prefix 0, suffix 0.5", "prefix 0, suffix 0", "classical")
 """The contexts that are drawn; the tables hold all."""
@@ -34,7 +34,7 @@ def _variance(axis: Any, measured: Measured) -> None:
     laws = list(dict.fromkeys(law for law, _, _ in names))
     draws = list(dict.fromkeys(k for _, _, k in names))
     for law, blocks, k in names:
-        found = over_seeds([one["variance"][f"{law}, {blocks}, {k}"]["all"]["ratio"] for one in of])
+        found = over_seeds(ratios(of, f"{law}, {blocks}, {k}"))
         if found is None:
             continue
         at = laws.index(law) + 0.22 * (draws.index(k) - 1) + (0.08 if blocks == "pairs" else 0)

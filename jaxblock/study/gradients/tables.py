@@ -11,7 +11,7 @@ from jaxblock.errors import UserError
 from jaxblock.evaluation.statistics import Estimate, mean_se
 from jaxblock.study.gradients.contexts import CONTEXTS
 from jaxblock.study.gradients.decomposition import SOURCES
-from jaxblock.study.gradients.variance import REFERENCE
+from jaxblock.study.gradients.variance import MASKED_MEAN, REFERENCE
 from jaxblock.study.statistics import ratio_interval
 
 Measured = Mapping[tuple[str, int], Sequence[Mapping[str, Any]]]
@@ -20,6 +20,8 @@ Measured = Mapping[tuple[str, int], Sequence[Mapping[str, Any]]]
 Table = tuple[list[str], list[list[str]]]
 Pair = Sequence[float | None]
 """An estimate and its standard error, as results hold them; None for what is not finite."""
+
+_HIDDEN: Pair = (None, None)
 
 UNKNOWN = "not resolved"
 """What a table says where noise hides a number, such as the cosine of a gradient whose squared length is estimated below 0."""
@@ -52,7 +54,7 @@ def tables(measured: Measured) -> list[Table]:
     _check_sizes(measured)
     return [
         _variances(measured),
-        _variances_by_group(measured),
+        *(_variances_by_group(place, of) for place, of in measured.items()),
         _decompositions(measured),
         _directions(measured),
         _directions_by_block(measured),
@@ -93,23 +95,33 @@ def _text(pairs: Sequence[Pair], digits: int) -> str:
     return f"{found.mean:.{digits}f}" + ("" if np.isnan(found.se) else f" ± {found.se:.{digits}f}")
 
 
+def ratios(of: Sequence[Mapping[str, Any]], name: str, group: str = "all") -> list[Pair]:
+    """Returns how many times an estimator's tr Cov / mean² is that of the default for each seed, not finite where noise hides it.
+
+    Estimators with the expectation of the default are divided by the same squared length, which cancels. That of the paper's script
+    has a scale of its own, which is known only where the squared length of the common expectation is positive.
+    """
+    found = [one["variance"][name][group] for one in of]
+    own_scale = name.startswith(MASKED_MEAN)
+    return [_HIDDEN if own_scale and not is_resolved(one["relative"]) else one["ratio"] for one in found]
+
+
+def is_resolved(relative: Pair) -> bool:
+    """Tells whether a variance in units of a squared length is known: noise can make the length negative."""
+    return relative[0] is not None and relative[0] > 0
+
+
 def _variances(measured: Measured) -> Table:
-    def cell(name: str, of: Any) -> str:
-        return ratio_text([one["variance"][name]["all"]["ratio"] for one in of])
-
     names = list(next(iter(measured.values()))[0]["variance"])
-    return _by_checkpoint(measured, f"tr Cov / mean² of a batch, in that of {REFERENCE}", names, cell)
+    first = f"tr Cov / mean² of a batch, in that of {REFERENCE}"
+    return _by_checkpoint(measured, first, names, lambda name, of: ratio_text(ratios(of, name)))
 
 
-def _variances_by_group(measured: Measured) -> Table:
-    (arm, steps), of = list(measured.items())[-1]
+def _variances_by_group(place: tuple[str, int], of: Sequence[Mapping[str, Any]]) -> Table:
     found = of[0]["variance"]
     groups = list(found[REFERENCE])
-    header = [f"the same by group of parameters: {arm}, step {steps:,}", *groups]
-    return header, [
-        [name, *(ratio_text([one["variance"][name][group]["ratio"] for one in of]) for group in groups)]
-        for name in found
-    ]
+    header = [f"the same by group of parameters: {place[0]}, step {place[1]:,}", *groups]
+    return header, [[name, *(ratio_text(ratios(of, name, group)) for group in groups)] for name in found]
 
 
 def _decompositions(measured: Measured) -> Table:
@@ -118,8 +130,9 @@ def _decompositions(measured: Measured) -> Table:
     for (arm, steps), of in measured.items():
         for group in of[0]["decomposition"]:
             found = [one["decomposition"][group] for one in of]
+            relative = [one["relative"] if is_resolved(one["relative"]) else _HIDDEN for one in found]
             shares = [_text([_scaled(one[name], 100.0) for one in found], 1) for name in SOURCES]
-            rows.append([f"{arm}, step {steps:,}", group, _text([one["relative"] for one in found], 1), *shares])
+            rows.append([f"{arm}, step {steps:,}", group, _text(relative, 1), *shares])
     return header, rows
 
 

@@ -38,6 +38,10 @@ class Batches(NamedTuple):
     draw: Draw
 
 
+MASKED_MEAN = "masked_mean"
+"""The name of the estimator of the paper's script in results; its expectation is not that of the others."""
+
+
 def estimators(normalize: Normalize) -> dict[str, MethodConfig]:
     """Returns the ways to estimate the gradient that are compared, by names such as ``exact_count, per_sequence, K = 1``.
 
@@ -51,7 +55,7 @@ def estimators(normalize: Normalize) -> dict[str, MethodConfig]:
             for k in DRAWS:
                 if law == "antithetic" and k % 2:
                     continue
-                name = f"{law if weighting == 'nelbo' else 'masked_mean'}, {blocks}, K = {k}"
+                name = f"{law if weighting == 'nelbo' else MASKED_MEAN}, {blocks}, K = {k}"
                 named[name] = MethodConfig(law=law, weighting=weighting, blocks=blocks, draws=k, normalize=normalize)
     return named
 
