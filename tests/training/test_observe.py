@@ -324,8 +324,11 @@ def test_what_a_tracker_needs_is_said_before_the_run_starts(tmp_path, monkeypatc
     check(both, None, bucket, wandb="online")
     _stand_in(monkeypatch, RuntimeError("api_key not configured"))
     said = r"did not begin \(api_key not configured\); run `wandb login` or set WANDB_API_KEY .*, or set train.wandb to offline$"
+    closed, close = [], trackers.TensorBoard.close
+    monkeypatch.setattr(trackers.TensorBoard, "close", lambda board: closed.append(board) or close(board))
     with pytest.raises(UserError, match=said):
-        Trackers(_config(tmp_path, wandb="online").train, {}, -1, print)
+        Trackers(_config(tmp_path, wandb="online", tensorboard=True).train, {}, -1, print)
+    assert len(closed) == 1  # its thread and its file do not stay
 
 
 def test_advice_to_install_leaves_imports_as_they_were():

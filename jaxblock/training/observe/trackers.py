@@ -6,6 +6,7 @@ goes on.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -85,15 +86,17 @@ class Trackers:
         self._say = say
         self._failing: set[str] = set()
         services: dict[str, TensorBoard | WeightsAndBiases] = {}
-        if train.tensorboard:
-            services["TensorBoard"] = TensorBoard(train.out, step)
-        if train.wandb != "off":
-            services["W&B"] = WeightsAndBiases(train, tree)
-        self._metrics: dict[str, MetricsTracker] = {os.fspath(self.path): self._lines, **services}
-        self._samples: dict[str, SamplesTracker] = {**services}
-        if train.sample_count:
-            samples = SamplesWriter(train.out, step)
-            self._samples[os.fspath(samples.path)] = samples
+        with contextlib.ExitStack() as failing:
+            if train.tensorboard:
+                services["TensorBoard"] = failing.enter_context(contextlib.closing(TensorBoard(train.out, step)))
+            if train.wandb != "off":
+                services["W&B"] = failing.enter_context(contextlib.closing(WeightsAndBiases(train, tree)))
+            self._metrics: dict[str, MetricsTracker] = {os.fspath(self.path): self._lines, **services}
+            self._samples: dict[str, SamplesTracker] = {**services}
+            if train.sample_count:
+                samples = SamplesWriter(train.out, step)
+                self._samples[os.fspath(samples.path)] = samples
+            failing.pop_all()  # all are open: `close` closes them
         self._all: dict[str, Tracker] = {**self._metrics, **self._samples}
         self._files = self._all.keys() - services.keys()
 
