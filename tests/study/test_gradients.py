@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
+from scipy import stats
 
 from jaxblock.diffusion.config import MethodConfig
 from jaxblock.diffusion.corruption import corrupt
@@ -15,7 +16,17 @@ from jaxblock.diffusion.sampling import Draw
 from jaxblock.errors import UserError
 from jaxblock.models.spec import flatten
 from jaxblock.study import analysis, report
-from jaxblock.study.gradients import contexts, decomposition, direction, measure, moments, rows, tightness, variance
+from jaxblock.study.gradients import (
+    contexts,
+    decomposition,
+    direction,
+    measure,
+    moments,
+    rows,
+    tables,
+    tightness,
+    variance,
+)
 from jaxblock.study.gradients.probe import Population, Probe
 from jaxblock.study.gradients.sizes import GradientSizes
 from tests.diffusion.conftest import TEXTS, R, build_truth, make_layout, make_net
@@ -139,6 +150,28 @@ def test_the_parts_of_a_rows_variance_are_those_of_enumeration(tiny):
     plug_in = np.square(groups.mean(1)).sum(-1)
     error = unbiased.std() / math.sqrt(len(groups))
     assert abs(unbiased.mean() - levels[0]) < 4 * error < abs(plug_in.mean() - levels[0])
+
+
+def test_jackknife_errors_are_those_of_repeated_measurements():
+    """Of 95% intervals of 40 examples as many hold the truth as they say, of those with half or twice the error too few or too many."""
+    rng, mean = np.random.default_rng(1), np.array([2.0, 1.0, 0, 0, 0, 0])
+    truth = {"tr Cov / |mean|^2": 6 / 5, "ratio of variances": 1.25, "variance": 6.0, "squared length": 5.0}
+    found = []
+    for _ in range(1000):
+        ours = mean + rng.normal(size=(40, 6))
+        theirs = ours + 0.5 * rng.normal(size=ours.shape)
+        variances = [moments.variance_of(one) for one in (ours, theirs)]
+        length = moments.product_of_means(ours, ours)
+        ratios = moments.estimate(np.divide, variances[0], length), moments.estimate(np.divide, *variances[::-1])
+        found.append(
+            [one[:2] for one in (*ratios, *(moments.estimate(np.positive, x) for x in (variances[0], length)))]
+        )
+    estimates, errors = np.moveaxis(found, -1, 0)
+    away = np.abs(estimates - list(truth.values())) / errors
+    # By times of the error; the standard error of a share is 0.7%.
+    held = {times: (away < times * stats.t.isf(0.025, 39)).mean(0) for times in (0.5, 1, 2)}
+    assert (np.abs(held[1] - 0.95) < 0.025).all() and (held[0.5] < 0.8).all() and (held[2] > 0.985).all(), held
+    assert errors.mean(0) == pytest.approx(estimates.std(0), rel=0.1)
 
 
 def test_the_variance_of_batches_is_that_of_enumeration_on_one_scale(tiny, monkeypatch):
@@ -269,13 +302,32 @@ def test_a_study_measures_keeps_and_reports_gradients(tiny, tmp_path, monkeypatc
     for cell in plan.cells:
         scores = {str(point): score for point in cell.points if point.decoding == "gradients"}
         results[cell.name] = {"scores": scores, "steps": 0, "seconds": {}, "versions": {}, "settings": {}}
+    hidden = copy.deepcopy(score)
+    hidden["decomposition"]["all"]["relative"] = [-18.5, 2.0]  # the squared length is estimated below 0
+    results["classical-s1"]["scores"]["20/gradients"] = hidden
     found = analysis.analyse(study, plan, results)[-1]
     assert found.seeds == (0, 1) and set(found.measured) == set(itertools.product(measured["arms"], (5, 20)))
     report.write_report(study, plan, results, tmp_path)
     text = (tmp_path / "report.md").read_text()
-    assert "| exact_count, pairs, K = 2 | " in text and "| blockwise, step 5 | 1 | " in text and "not resolved" in text
+    assert "| exact_count, pairs, K = 2 | " in text and "| blockwise, step 5 | 1 | " in text
+    hidden_rows = [line for line in text.splitlines() if " | all | not resolved | " in line]
+    assert [row.split(" | ")[0] for row in hidden_rows] == ["| classical, step 20"]
+    assert text.count("| the same by group of parameters: ") == 4  # of every checkpoint
     other = copy.deepcopy(score)
     other["sizes"]["batches"] = 4
     results["classical-s1"]["scores"]["5/gradients"] = other
     with pytest.raises(UserError, match="were measured with the sizes"):
         report.write_report(study, plan, results, tmp_path)
+
+
+def test_a_ratio_to_a_squared_length_that_noise_hides_is_not_resolved():
+    """But for estimators with one expectation, whose squared length cancels."""
+    names = (variance.REFERENCE, "pairs", f"{variance.MASKED_MEAN}, pairs, K = 1")
+
+    def ratios(relative, name):
+        of = [{"variance": {name: {"all": {"relative": [one, 1.0], "ratio": [1.5, 0.1]}}}} for one in (4.0, relative)]
+        return tables.ratio_text(tables.ratios(of, name))
+
+    assert [ratios(-4.0, name).split(" ")[0] for name in names] == ["1.500", "1.500", "not"]
+    assert [ratios(4.0, name).split(" ")[0] for name in names] == ["1.500"] * 3
+    assert ratios(None, names[2]) == tables.UNKNOWN
