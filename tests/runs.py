@@ -1,17 +1,21 @@
 """Short runs for tests: flags that leave evaluations out, the rows of metrics, runs just before their first step."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import chex
 import jax
+import pytest
 from rich.console import Console
 
 import jaxblock
 from benchmarks.sessions import loaded_session
 from jaxblock.cli import config_of, parse
 from jaxblock.config.config import Config
+from jaxblock.training.checkpoints.reader import CheckpointReader
 from jaxblock.training.observe.metrics import read_metrics
 from jaxblock.training.session import Session
 
@@ -42,6 +46,19 @@ def check_same(run: Path | str, expected: Path, kinds: tuple[str, ...] = ("train
     chex.assert_trees_all_equal(ours, theirs)
     for kind in kinds:
         assert rows(run, kind) == rows(expected, kind)
+
+
+@contextlib.contextmanager
+def checkpoints_closed() -> Iterator[list[CheckpointReader]]:
+    """Asserts that all checkpoints that are opened inside are closed, else they keep threads of Orbax; gives those opened so far."""
+    opened: list[CheckpointReader] = []
+    closed: list[CheckpointReader] = []
+    init, close = CheckpointReader.__init__, CheckpointReader.close
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CheckpointReader, "__init__", lambda self, run: opened.append(self) or init(self, run))
+        patch.setattr(CheckpointReader, "close", lambda self: closed.append(self) or close(self))
+        yield opened
+    assert set(opened) == set(closed)
 
 
 def flip_a_bit(file: Path) -> None:

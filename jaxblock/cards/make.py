@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -96,9 +97,8 @@ def _origin(export: Export, evaluations: Sequence[PathLike]) -> tuple[Card, str]
         found = given or find_evaluations(export.origin, export.weights)
         card = described(run, export.step)
         header = {**card.header, **({"eval_results": scores} if (scores := results(found)) else {})}
-        reader = CheckpointReader(run.folder)
-        trained = reader.meta(export.step).get("versions")
-        reader.close()
+        with contextlib.closing(CheckpointReader(run.folder)) as reader:
+            trained = reader.meta(export.step).get("versions")
         sections = {**card.sections, "Scores": scores_text(found, run, export.step)}
         return Card(header, sections), _versions({"checkpoint saved with": trained, "exported with": running})
     card = Card() if export.origin is None else read_own_card(export.origin) or _foreign(export.origin)

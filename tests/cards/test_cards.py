@@ -7,6 +7,7 @@ import json
 import re
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import huggingface_hub
 import pytest
@@ -19,7 +20,9 @@ from jaxblock.io.folders import check_vacant
 from jaxblock.io.signed_text import is_unedited
 from jaxblock.training.base_identity import weights_fingerprint
 from jaxblock.training.checkpoints import run_folder
+from jaxblock.training.checkpoints.reader import CheckpointReader
 from jaxblock.training.versions import running_versions
+from tests import runs
 
 SECTIONS = ["How to load it", "Base", "Data", "Training", "Scores", "Licence", "Versions"]
 
@@ -96,6 +99,13 @@ def test_the_card_of_a_mixture_names_each_file_and_its_share_and_no_folder(run_c
     _evaluated(tmp_path / "score", weights=weights_fingerprint(run_copy, 120), source=list(paths[:2]))
     text = card_text(_export(run_copy))
     assert "| `here/a.jsonl, b.jsonl`, test | Pass@1" in text and "/home/me" not in text
+
+
+def test_a_card_that_cannot_be_made_leaves_no_checkpoint_open(tiny_run, monkeypatch):
+    monkeypatch.setattr(CheckpointReader, "meta", Mock(side_effect=UserError("cannot be read")))
+    with runs.checkpoints_closed() as opened, pytest.raises(UserError, match="cannot be read"):
+        card_text(_export(tiny_run))
+    assert opened
 
 
 def test_evaluations_that_are_named(run_copy, tmp_path):
