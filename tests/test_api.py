@@ -11,6 +11,7 @@ from jaxblock import build, loading
 from jaxblock.data.prompts import refuse_text
 from jaxblock.diffusion.decoding.config import DecodeConfig
 from jaxblock.errors import UserError
+from jaxblock.model import network
 from jaxblock.models.config import ModelConfig
 
 DRAWN = {"temperature": 0.7, "top_k": 9, "steps_per_block": 2, "seed": 4}
@@ -142,6 +143,19 @@ def test_nelbo(model, prompts):
     assert (error > 0).all() and (np.abs(drawn - exact) < 6 * error).all()
     alone, _ = model.nelbo(prompts[1:2], responses[1:2], samples=15)
     np.testing.assert_allclose(alone, exact[1:2], rtol=1e-5)
+
+
+def test_logits_and_bounds_are_computed_in_batches(model, prompts, monkeypatch):
+    """Three rows in batches of two have the logits, and under the same masks the bounds, that they have together."""
+    ids, responses = [prompt[:4] for prompt in prompts], [[4, 5, 3], [5, 4, 3], [6, 7, 3]]
+    whole, bounds = model.logits(ids), model.nelbo(prompts, responses, seed=3)
+    run, sizes = network.run_on_mesh_of, []
+    monkeypatch.setattr(network, "run_on_mesh_of", lambda *a: sizes.append(len(a[-1])) or run(*a))
+    small = dataclasses.replace(model, decode_defaults=dataclasses.replace(model.decode_defaults, batch_size=2))
+    np.testing.assert_allclose(small.logits(ids), whole, atol=3e-5)
+    for ours, theirs in zip(small.nelbo(prompts, responses, seed=3), bounds, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+    assert sizes == [2] * 4
 
 
 def test_text_in_and_text_out(model, prompts):

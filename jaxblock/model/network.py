@@ -26,7 +26,7 @@ from jaxblock.errors import UserError
 from jaxblock.models.architecture import Architecture
 from jaxblock.models.linear import lora
 from jaxblock.models.transformer import Transformer
-from jaxblock.parallel.rows import run_on_mesh_of, split_filled_rows
+from jaxblock.parallel.rows import even_size, run_on_mesh_of, split_rows
 from jaxblock.training.base_identity import weights_fingerprint
 from jaxblock.types import Params
 
@@ -91,7 +91,7 @@ class Network:
         return self.net.arch
 
     def logits(self, ids: Ids, attention_mask: Ids | None = None) -> np.ndarray:
-        """Computes the logits of every position, as the network gives them, before any shift.
+        """Computes the logits of every position, as the network gives them, before any shift; ``decode.batch_size`` rows at a time.
 
         Args:
             ids: the tokens [B, T].
@@ -108,8 +108,7 @@ class Network:
             raise UserError(f"ids hold one outside the vocabulary of {self.arch.vocab_size}")
         rows, lengths, back = flush_left(whole, attention_mask)
         positions = np.broadcast_to(np.arange(rows.shape[1], dtype=np.int32), rows.shape)
-        parts = split_filled_rows(self.params, (rows, positions, lengths))
-        out = np.asarray(self._run(Transformer.all_logits, (self.net,), self.params, *parts))
+        out = self._run_rows(Transformer.all_logits, (self.net,), (), (rows, positions, lengths))
         result = np.zeros((*whole.shape, out.shape[-1]), out.dtype)
         for row, (source, length) in enumerate(zip(back, lengths, strict=True)):
             result[row, source] = out[row, :length]
@@ -140,7 +139,7 @@ class Network:
         samples: int | None = None,
         seed: int = 0,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Computes upper bounds on the responses' negative log-likelihoods, in nats.
+        """Computes upper bounds on the responses' negative log-likelihoods, in nats; ``decode.batch_size`` rows at a time.
 
         Args:
             prompt_ids: the prompts, one list of ids per row.
@@ -177,10 +176,11 @@ class Network:
                 raise UserError(f"row {at}: the response holds an id outside the vocabulary of {self.arch.vocab_size}")
         responses, text = pad_ids(answers, layout.response_len)
         index = np.arange(len(rows), dtype=np.int32)
-        parts = split_filled_rows(self.params, (rows, lengths, responses, text, index))
         static = (self.net, layout, samples or layout.block)
-        value, error = jax.device_get(self._run(_nelbo_per_row, static, self.params, jax.random.key(seed), *parts))
-        return value[: len(rows)], error[: len(rows)]
+        value, error = self._run_rows(
+            _nelbo_per_row, static, (jax.random.key(seed),), (rows, lengths, responses, text, index)
+        )
+        return value, error
 
     def prompts(self, prompt_ids: Ids, attention_mask: Ids | None, layout: Layout) -> list[np.ndarray]:
         """Splits a batch into its prompts.
@@ -230,6 +230,27 @@ class Network:
     def _run(self, function: Callable[..., Any], static: tuple[Any, ...], *arguments: Any) -> Any:
         """Runs a function, compiled, on the devices that hold the weights (``parallel.rows.run_on_mesh_of``)."""
         return run_on_mesh_of(self.params, function, static, *arguments)
+
+    def _run_rows(
+        self, function: Callable[..., Any], static: tuple[Any, ...], same: tuple[Any, ...], rows: Sequence[np.ndarray]
+    ) -> Any:
+        """Runs a function of rows on ``decode.batch_size`` of them at a time, and returns its results for all, on the host.
+
+        Args:
+            function: the function; it is called with the static arguments, the weights, the arguments that are the same for every
+                batch, and the rows. Its result for a row does not depend on the others.
+            static: the static arguments.
+            same: the arguments that are the same for every batch.
+            rows: the arrays, whose first axis is split into batches.
+        """
+        count = len(rows[0])
+        size = even_size(self.params, min(self.decode_defaults.batch_size, count))
+        found = []
+        for first in range(0, count, size):
+            batch = np.minimum(np.arange(first, first + size), count - 1)  # the last row fills the last batch up
+            parts = split_rows(self.params, [array[batch] for array in rows])
+            found.append(jax.device_get(self._run(function, static, self.params, *same, *parts)))
+        return jax.tree.map(lambda *batches: np.concatenate(batches)[:count], *found)
 
     def _weights(self) -> Params:
         """Returns the weights without the adapters."""
