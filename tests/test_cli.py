@@ -10,7 +10,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -18,11 +18,12 @@ from unittest.mock import Mock
 import pytest
 from orbax.checkpoint import AsyncCheckpointer
 
-from jaxblock import cli
+from jaxblock import cli, loading
 from jaxblock.cli import main
-from jaxblock.commands import train
+from jaxblock.commands.unused import unused_flags
 from jaxblock.config.config import Config
 from jaxblock.data.store import prepare
+from jaxblock.data.store.manifest import read_manifest
 from jaxblock.errors import UserError
 from jaxblock.evaluation import problems
 from jaxblock.huggingface import companions
@@ -78,12 +79,12 @@ def test_overview_names_every_verb_and_does_not_wait_for_jax(ran):
     ran("", 2), ran("--version")
 
 
-# Commands, and what the one line says; {names} are places: new is free, file and folder hold something.
+# Commands, and what the one line says, after || before weights are read; {names} are places: new is free, file and folder hold
+# something.
 MISTAKES = """
 trian | unknown verb 'trian'; did you mean train?
 xyz | verbs: prepare, inspect, train
 train --config nowhere.yaml | cannot read nowhere.yaml
-train --data.packing | rows are not packed here
 train --train.sample-packing | rows are not packed here
 train --packing=true | rows are not packed here
 train --config {config} --config b.yaml | --config is given 2 times ({config}, b.yaml)
@@ -107,10 +108,10 @@ inspect --config {config} --records 9999 | records: train has records 0 to
 inspect --config {config} --steps 0 | at least 1 of `steps`
 inspect --config {config} --html {file} | {file} exists already
 decode --checkpoint {new} 1+1? | {new}: no such folder
-decode --checkpoint {run} --file {new} | cannot read {new}
-decode --checkpoint {run} --file {latin}.gz | {latin}.gz:2: not UTF-8 text
-decode --checkpoint {run} --file {latin} | {latin}:2: not UTF-8 text
-decode --checkpoint {run} --file {jsonl} | {jsonl}:2: no field 'question' (did you mean 'quest'?); set data.prompt_field to one of 'quest'
+decode --checkpoint {run} --file {new} || cannot read {new}
+decode --checkpoint {run} --file {latin}.gz || {latin}.gz:2: not UTF-8 text
+decode --checkpoint {run} --file {latin} || {latin}:2: not UTF-8 text
+decode --checkpoint {run} --file {jsonl} || {jsonl}:2: no field 'question' (did you mean 'quest'?); set data.prompt_field to one of 'quest'
 decode --checkpoint {run} 1+1? --out {file} | {file} exists already
 decode --checkpoint {run} 1+1? --file {jsonl} | leave out one of the two
 decode --checkpoint {run} 1+1? --watch --out {new} | leave out either
@@ -119,7 +120,8 @@ decode --checkpoint {run} 1+1? --html {file} | {file} exists already
 decode --checkpoint {run} 1+1? --html {new} --out {new} | write the page to another file
 decode --checkpoint {run} 1+1? --beside {run} | --beside has no effect without --html
 decode --checkpoint {run} 1+1? --html {new} --beside_step 100 | --beside_step has no effect without --beside
-decode --checkpoint {run} 1+1? --html {new} --beside {run} | name another one
+decode --checkpoint {run} 1+1? --html {new} --beside {run} || name another one
+decode --checkpoint {run} 1+1? --html {new} --beside {folder} || {folder}: no config.json
 decode --checkpoint {run} 1+1? --html {new} --candidates 0 | candidates is 0
 decode --checkpoint {run} 'a <|mdm_mask|>' | prompt 1: the user's text contains the special token
 decode --checkpoint {run} 1+1? {long} | prompt 2 has
@@ -128,10 +130,11 @@ report {folder} | {folder} is not the folder of a training run
 report {run} --out {file} | {file} exists already
 report {run} --out {new} --evaluations {folder} | {folder} holds no summary.json
 evaluate --checkpoint {run} --out {folder} | so it is not replaced
-evaluate --checkpoint {run} --out {new} --evaluate.compare {file} | {file}:1: not JSON
-evaluate --checkpoint {run} --out {new} --canvas.prompt_len 8 | canvas.prompt_len is 8
-export --checkpoint {run} --out {run} | so it is not replaced
-export --checkpoint {run} --out /proc/x/y | /proc/x
+evaluate --checkpoint {run} --out {new} --evaluate.compare {file} || {file}:1: not JSON
+evaluate --checkpoint {run} --out {new} --data.prepared {folder} || {folder} holds no prepared data
+evaluate --checkpoint {run} --out {new} --canvas.prompt_len 8 || canvas.prompt_len is 8
+export --checkpoint {run} --out {run} || so it is not replaced
+export --checkpoint {run} --out /proc/x/y || /proc/x
 export --checkpoint {folder} --out {new} | no config.json
 export --checkpoint {run} --out '' | --out is empty
 prepare --config {config} --data.prepared {run} --data.overwrite | no part of it: 'checkpoints'
@@ -140,7 +143,9 @@ train --config {config} --train.out '' | train.out is '': it is empty
 
 
 @pytest.mark.parametrize("mistake", MISTAKES.strip().splitlines())
-def test_mistakes_get_one_clear_line(tiny_config, tiny_run, tmp_path, ran, mistake):
+def test_mistakes_get_one_clear_line(tiny_config, tiny_run, tmp_path, monkeypatch, ran, mistake):
+    if " || " in mistake:
+        monkeypatch.setattr(loading, "load", None)
     held = {"file": b"precious", "latin": b"1+1?\ncaf\xe9?\n", "folder/thesis.tex": b"all my work"}
     held |= {"q.jsonl": b'{"question": "1+1?"}\n{"quest": "2+2?"}\n', "latin.gz": gzip.compress(held["latin"])}
     (tmp_path / "folder").mkdir()
@@ -148,7 +153,7 @@ def test_mistakes_get_one_clear_line(tiny_config, tiny_run, tmp_path, ran, mista
         (tmp_path / name).write_bytes(content)
     names = {name: tmp_path / name for name in ("new", "folder", "file", "latin")} | {"jsonl": tmp_path / "q.jsonl"}
     names |= {"config": tiny_config, "run": tiny_run, "long": "1" * 5000, "prepared": tiny_config.parent / "prepared"}
-    command, message = (part.format(**names) for part in mistake.split(" | "))
+    command, message = (part.format(**names) for part in re.split(r" \|\|? ", mistake))
     told = ran(command, 2)
     assert message in told.err and "Traceback" not in told.err and told.out == ""
     assert told.err.rstrip().splitlines()[-1].startswith("jaxblock: ")
@@ -209,18 +214,34 @@ def test_flags_come_before_the_file_and_the_file_before_defaults(tiny_config, ti
     assert cli.parse("decode", ["--checkpoint", "x", "null"]).prompts == ("null",)
 
 
-def test_flags_that_training_does_not_read_are_named(tiny_config, tmp_path):
-    (tmp_path / "shared.yaml").write_text("evaluate: {problems: 5, split: validation, compare: problems.jsonl}")
-    file = f"--config {tmp_path / 'shared.yaml'}"
-    for flags, names in {
-        file: [],
-        f"{file} --evaluate.grader exact --evaluate.nelbo_samples 3": [],
-        f"{file} --evaluate.problems 6 --evaluate.split validation": ["problems"],
-        f"--config {tiny_config} --evaluate.nelbo_rows 8": [],
-        "--evaluate.problems 6 --evaluate.no-nelbo": ["problems", "nelbo"],
-    }.items():
-        told = " ".join(train._unused_evaluation(cli.parse("train", flags.split())))
-        assert re.findall(r"--evaluate\.(\w+) does not", told) == names
+# Flags, and those of them that the verb does not read; {shared} has fields that it does not read either.
+UNREAD = """
+train {shared} |
+train {shared} --evaluate.grader exact --evaluate.nelbo_samples 3 --data.weights 0.5 0.5 --data.verify |
+train {shared} --evaluate.problems 6 --evaluate.split validation | evaluate.problems
+train {tiny} --evaluate.nelbo_rows 8 --data.max_records 0 --data.prompt_field question --lora.rank 2 --lora.alpha 8 |
+train --evaluate.problems 6 --evaluate.no-nelbo | evaluate.problems evaluate.nelbo
+train {tiny} --data.max_records 3 --data.system x --data.overwrite | data.max_records data.system data.overwrite
+train {tiny} --lora.alpha 8 --lora.dropout 0.1 | lora.alpha lora.dropout
+plan --topology cpu-8 {shared} --lora.alpha 8 | lora.alpha
+inspect {tiny} --train.batch_size 4 --train.seed 1 --data.template chat | data.template train.batch_size
+evaluate --out x --checkpoint {run} --data.max_records 3 --evaluate.problems 6 --evaluate.nelbo_rows 6 | data.max_records
+evaluate --out x --checkpoint {run} --evaluate.no_nelbo --evaluate.nelbo_rows 6 --evaluate.split test | evaluate.nelbo_rows
+evaluate --out x --checkpoint {run} {shared} --evaluate.no_nelbo |
+"""
+
+
+@pytest.mark.parametrize("case", UNREAD.strip().splitlines())
+def test_flags_that_a_verb_does_not_read_are_named(tiny_config, tiny_run, tmp_path, case):
+    shared = "evaluate: {problems: 5, split: validation, nelbo_rows: 3}\ndata: {max_records: 9}\nlora: {alpha: 3.0}"
+    (tmp_path / "shared.yaml").write_text(shared)
+    names = {"shared": f"--config {tmp_path / 'shared.yaml'}", "tiny": f"--config {tiny_config}", "run": tiny_run}
+    command, _, unread = case.partition("|")
+    verb, *flags = command.format(**names).split()
+    options = cli.parse(verb, flags)
+    config = replace(Config(), **cli._sections(options, Config))  # not checked: adapters need trained weights
+    told = unused_flags(verb, options, config, read_manifest(tiny_config.parent / "prepared"))
+    assert [re.match(r"--(\S+) (?:does not|has no)", line)[1] for line in told] == unread.split()
 
 
 def test_a_closed_pipe_is_no_error_and_nothing_heavy_is_imported(tiny_run):

@@ -47,7 +47,7 @@ class Options:
     config: str | None = None
     """YAML file of sections, or the name of a preset; without one the run's own config is used. Flags override it."""
     file: str | None = None
-    """File of prompts: records (.jsonl, .json, .parquet), whose `data.prompt_field` or `data.messages_field` is read, or text with
+    """File of prompts: records (.jsonl, .ndjson, .json, .parquet), whose `data.prompt_field` or `data.messages_field` is read, or text with
     one prompt per line. A conversation's last answer is left out, as a record's response is."""
     out: str | None = None
     """Write JSON lines here instead of to standard output; an existing file is refused, unless `overwrite` is set."""
@@ -77,22 +77,24 @@ class Options:
 
 def run(options: Options, config: Config) -> int:
     """Decodes the prompts and prints one line of JSON for each, or shows each canvas while it is filled."""
+    from jaxblock import loading
     from jaxblock.diffusion.decoding.rules import unused_steps
     from jaxblock.parallel import processes
 
     process, count = processes.join_group()
     for note in unused_steps(config.decode) if process == 0 else ():
         say(f"note: {note}")
-    if count > 1 and not options.prompts and options.file is None:
+    typed = not options.prompts and options.file is None
+    if count > 1 and typed:
         raise UserError("several processes cannot share standard input: give the prompts by --file or as arguments")
     _check_flags(options)
+    prompts = [] if typed else _prompts(options, config)  # before weights are read, which may take minutes
+    if options.beside:
+        loading.check_there(options.beside)
     model = _open_model(options.checkpoint, options.step, options.base, config)
     beside = _open_model(options.beside, options.beside_step, None, config) if options.beside else None
-    read = read_texts if options.infill else read_prompts
-    prompts: list[tuple[str, Prompt | MarkedText]] = list(read(options.prompts, options.file, config.data))
-    if not prompts:
-        kind = "texts" if options.infill else "prompts"
-        raise UserError(f"no {kind}: give some on the command line, by --file, or on standard input")
+    if typed:
+        prompts = _prompts(options, config)
     given = _encoded(model, prompts)
     if options.watch:
         for index, (_, prompt) in enumerate(prompts):
@@ -140,10 +142,22 @@ def _check_flags(options: Options) -> None:
     for name, needs in (("beside", "html"), ("candidates", "html"), ("beside_step", "beside")):
         if getattr(options, name) != plain[name] and getattr(options, needs) is None:
             raise UserError(f"--{name} has no effect without --{needs}: leave it out, or give --{needs} too")
+    if options.beside:
+        _name_beside(options)
+
+
+def _prompts(options: Options, config: Config) -> list[tuple[str, Prompt | MarkedText]]:
+    """Returns (origin, prompt) of all prompts, or of all texts with spans; raises UserError where there are none."""
+    read = read_texts if options.infill else read_prompts
+    prompts: list[tuple[str, Prompt | MarkedText]] = list(read(options.prompts, options.file, config.data))
+    if not prompts:
+        kind = "texts" if options.infill else "prompts"
+        raise UserError(f"no {kind}: give some on the command line, by --file, or on standard input")
+    return prompts
 
 
 def _name_beside(options: Options) -> str:
-    """Returns the name of the second checkpoint, with its step where both are of one run."""
+    """Returns the name of the second checkpoint, with its step where both are of one run; raises UserError for the same one twice."""
     assert options.beside is not None
     if options.beside != options.checkpoint:
         return options.beside

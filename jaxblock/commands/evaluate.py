@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from jaxblock.commands import say
+from jaxblock.commands.unused import unused_flags
 from jaxblock.config.config import Config
 from jaxblock.data.config import DataConfig
 from jaxblock.diffusion.config import CanvasConfig
@@ -71,9 +72,10 @@ def run(options: Options, config: Config) -> int:
     if process == 0:
         check_writable(as_path(options.out).parent)
     grader = find_grader(config.evaluate.grader)
-    model = loading.load(options.checkpoint, base=options.base, step=options.step, mesh="all")
     prepared = open_prepared(config.data.prepared, verify=config.data.verify)
-    _check_fit(options, config, model, prepared)
+    for note in unused_flags("evaluate", options, config, prepared.manifest) if process == 0 else ():
+        say(f"note: {note}")
+    prepared.check_canvas(config.canvas)
     settings = config.evaluate
     source = prepared.records(settings.split)
     count = len(source) if settings.problems is None else min(settings.problems, len(source))
@@ -82,6 +84,8 @@ def run(options: Options, config: Config) -> int:
     records = [source[index] for index in range(count)]
     if settings.compare:
         _check_comparable(settings.compare, records, grader)
+    model = loading.load(options.checkpoint, base=options.base, step=options.step, mesh="all")
+    _check_fit(options, config, model, prepared)
     evaluator = Evaluator(model.net, config.canvas, prepared.encoder, config.decode, grader, settings.nelbo_samples)
     begin = time.perf_counter()
     progress = (lambda done: say(f"decoded {done:,} of {count:,}")) if process == 0 else (lambda done: None)
@@ -108,12 +112,11 @@ def run(options: Options, config: Config) -> int:
 
 
 def _check_fit(options: Options, config: Config, model: Model, prepared: Prepared) -> None:
-    """Raises UserError, before the work begins, where data, checkpoint and canvas do not fit together."""
+    """Raises UserError, before the work begins, where the checkpoint does not fit the data or the decoder's settings."""
     from jaxblock.data.store.same_text import CheckpointText, check_same_text
     from jaxblock.diffusion import layouts
     from jaxblock.training import weights
 
-    prepared.check_canvas(config.canvas)
     weights.check_vocabulary(model.arch, prepared, options.checkpoint)
     if model.tokenizer is not None:
         text = CheckpointText(options.checkpoint, model.tokenizer, model.encoder, model.recorded)

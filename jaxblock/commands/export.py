@@ -10,8 +10,8 @@ from typing import Literal
 from jaxblock.commands import say
 from jaxblock.config.config import Config
 from jaxblock.errors import UserError
-from jaxblock.io.files import read_json
-from jaxblock.io.folders import EXPORT_FILES, folder_bytes
+from jaxblock.io.files import check_writable, read_json
+from jaxblock.io.folders import EXPORT_FILES, check_vacant, folder_bytes
 from jaxblock.io.paths import as_path
 from jaxblock.models.config import Checkpoint
 
@@ -63,11 +63,16 @@ def run(options: Options, config: Config) -> int:
 def _export(options: Options, out: str, process: int) -> str:
     """Writes the export to the folder ``out`` and returns it."""
     from jaxblock import loading
+    from jaxblock.huggingface import peft, save
     from jaxblock.training.checkpoints import run_folder
 
-    if options.format == "adapter":
-        if options.dtype is not None:
-            raise UserError("format adapter keeps float32: leave out --dtype")
+    alone = options.format == "adapter"
+    if alone and options.dtype is not None:
+        raise UserError("format adapter keeps float32: leave out --dtype")
+    check_vacant(out, marker=peft.CONFIG if alone else save.MARKER, overwrite=options.overwrite)
+    if process == 0:
+        check_writable(as_path(out).parent)
+    if alone:
         model = loading.load(options.checkpoint, base=options.base, step=options.step, mesh="all")
         difference = model.save_adapter(out, overwrite=options.overwrite, name=options.push, scores=options.scores)
     else:

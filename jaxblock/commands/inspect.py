@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from jaxblock.commands import say
+from jaxblock.commands.unused import unused_flags
 from jaxblock.config.config import Config
 from jaxblock.data.config import DataConfig
 from jaxblock.diffusion.config import CanvasConfig, MethodConfig
@@ -58,6 +59,8 @@ def run(options: Options, config: Config) -> int:
         read = (options.config, config.data.prepared, *train_paths(config.data), config.data.test)
         check_absent(options.html, overwrite=options.overwrite, inputs=read)
     prepared = open_prepared(config.data.prepared, verify=config.data.verify)
+    for note in unused_flags("inspect", options, config, prepared.manifest):
+        say(f"note: {note}")
     examined, layout = examine_records(config, prepared, options.split, options.records, options.steps)
     about = (
         f"{config.method.objective}, law {config.method.law}, {config.method.weighting} weights, "

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass, field
 
 from jaxblock.commands import say
+from jaxblock.commands.unused import unused_flags
 from jaxblock.config.config import Config
 from jaxblock.data.config import DataConfig
 from jaxblock.diffusion.config import CanvasConfig, MethodConfig
@@ -54,6 +55,8 @@ def run(options: Options, config: Config) -> int:
 
     if options.tries < 0:
         raise UserError(f"tries is {options.tries}: it must be 0 or more")
+    for note in unused_flags("plan", options, config):
+        say(f"note: {note}")
     if options.json:
         read = (options.config, options.model_config, config.model.init_from)
         check_absent(options.json, overwrite=options.overwrite, inputs=read)

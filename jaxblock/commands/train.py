@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from jaxblock.commands import say
+from jaxblock.commands.unused import unused_flags
 from jaxblock.config.config import Config
-from jaxblock.config.yaml import load_config
 from jaxblock.data.config import DataConfig
 from jaxblock.diffusion.config import CanvasConfig, MethodConfig
 from jaxblock.diffusion.decoding.config import DecodeConfig
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
     from jaxblock.training.loop import Outcome
     from jaxblock.training.observe.device_memory import MemoryPlan
     from jaxblock.training.step import Step
-
-_READ_IN_TRAINING = {"grader", "nelbo_samples"}
-"""The fields of the `evaluate` section that the evaluations of a training run read."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +50,13 @@ def run(options: Options, config: Config) -> int:
     from rich.console import Console
 
     console = Console(stderr=True)
-    notes = _unused_evaluation(options)
     if config.train.debug:
         config = _for_debugging(config)
         _show_first_batch(config, console)
         with jax.disable_jit():
-            outcome = train(config, console, notes)
+            outcome = train(config, console, options)
     else:
-        outcome = train(config, console, notes)
+        outcome = train(config, console, options)
     if jax.process_index() > 0:  # only process 0 prints
         return outcome.code
     if outcome.interrupted:
@@ -74,13 +70,13 @@ def run(options: Options, config: Config) -> int:
     return 0
 
 
-def train(config: Config, console: Console, notes: Sequence[str] = ()) -> Outcome:
+def train(config: Config, console: Console, options: Options | None = None) -> Outcome:
     """Opens the run, builds and compiles its step, loads its weights, trains, and draws its plots.
 
     Args:
         config: the run's settings, checked.
         console: prints what happens.
-        notes: lines to print after the process group has been joined, when it is known which process prints.
+        options: the command line's options, whose flags without effect are named; None for none.
 
     Raises:
         UserError: bad settings or data, a run that does not fit the devices, an existing run that this config does not
@@ -98,11 +94,12 @@ def train(config: Config, console: Console, notes: Sequence[str] = ()) -> Outcom
         Goodput() as clock,
         Watchdog(config.train.watchdog_seconds, config.train.on_hang) as watchdog,
         start.only_writer(config.train.out, console) as lock,
+        contextlib.closing(start.open_session(config, console)) as opened,
     ):
-        opened = start.open_session(config, console)
         if opened.finished:
             return loop.end_finished(opened, console)
-        for note in [*notes, *_unused_sizes(config, opened.arch)]:
+        flags = unused_flags("train", options, config, opened.prepared.manifest) if options else []
+        for note in [*flags, *_unused_sizes(config, opened.arch)]:
             _print(console, note)
         config = opened.config
         check_layer = None if opened.nans is None else opened.nans.layer
@@ -143,17 +140,6 @@ def _unused_sizes(config: Config, arch: Architecture) -> list[str]:
         return []
     unused = registry.unused_sizes(config.model, arch)
     return [f"{size}: the sizes of a network that model.init_from names are its own" for size in unused]
-
-
-def _unused_evaluation(options: Options) -> list[str]:
-    """Names the `evaluate` flags that training does not read; fields of the YAML file may be meant for ``evaluate``."""
-    of_file = vars(load_config(options.config).evaluate)
-    return [
-        f"--evaluate.{name} does not change how training evaluates (train.eval_problems and train.eval_nelbo_rows do); the "
-        "run keeps it for `jaxblock evaluate`"
-        for name, value in vars(options.evaluate).items()
-        if name not in _READ_IN_TRAINING and value != of_file[name]
-    ]
 
 
 def _for_debugging(config: Config) -> Config:

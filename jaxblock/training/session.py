@@ -61,6 +61,11 @@ class OpenedSession:
         """Whether the checkpoint is of the run's last step, so that nothing is left to train."""
         return (self.step or 0) >= self.config.train.steps
 
+    def close(self) -> None:
+        """Releases the run folder's checkpoints, where there is a run; a second call does nothing."""
+        if self.checkpoints is not None:
+            self.checkpoints.close()
+
 
 @dataclass(frozen=True)
 class Session:

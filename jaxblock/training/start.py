@@ -76,6 +76,9 @@ def open_session(config: Config, console: Console) -> OpenedSession:
         config: the run's settings, checked.
         console: prints what happens; it is silenced in all processes but the first.
 
+    Returns:
+        The run, which the caller closes.
+
     Raises:
         UserError: the parts do not fit together, a file is missing or damaged, or the run would overwrite something.
     """
@@ -86,33 +89,37 @@ def open_session(config: Config, console: Console) -> OpenedSession:
     prepared.check_canvas(config.canvas)
     mixture = mixture_of(prepared.manifest.splits["train"], prepared.folder, config.data)
     folder = as_path(config.train.out)
-    checkpoints, step = _existing_checkpoints(config.train, console)
     saved: Mapping[str, Any] = {}
-    if checkpoints is not None:
-        saved = resume.check_resume(config, folder, checkpoints, step, prepared)
-        asked, config = config, resume.keep_automatic(config, saved["config"])
-        for name, now, kept in resume.kept_choices(asked, config):
-            console.out(f"{name} stays {kept}, as the run began, and is not chosen anew ({now})", highlight=False)
-    elif process_index == 0:
-        _check_place(folder)
-    mesh = _mesh(config.train)
-    resumed = run_folder.open_run(folder) if step is not None else None
-    arch = weights.architecture(config, prepared, resumed)
-    layouts.check_decoding(config.canvas, config.decode, arch)
-    return OpenedSession(
-        config=config,
-        prepared=prepared,
-        arch=arch,
-        lines=places.choose_lines(config, prepared.records("train"), arch, mesh.size // config.train.tensor, mixture),
-        mesh=mesh,
-        checkpoints=checkpoints,
-        resumed=resumed,
-        step=step,
-        saved=saved,
-        nans=NanFinder() if config.train.debug else None,
-        process_index=process_index,
-        process_count=process_count,
-    )
+    with contextlib.ExitStack() as failing:
+        checkpoints, step = _existing_checkpoints(config.train, console, failing)
+        if checkpoints is not None:
+            saved = resume.check_resume(config, folder, checkpoints, step, prepared)
+            asked, config = config, resume.keep_automatic(config, saved["config"])
+            for name, now, kept in resume.kept_choices(asked, config):
+                console.out(f"{name} stays {kept}, as the run began, and is not chosen anew ({now})", highlight=False)
+        elif process_index == 0:
+            _check_place(folder)
+        mesh = _mesh(config.train)
+        resumed = run_folder.open_run(folder) if step is not None else None
+        arch = weights.architecture(config, prepared, resumed)
+        layouts.check_decoding(config.canvas, config.decode, arch)
+        ways = mesh.size // config.train.tensor
+        opened = OpenedSession(
+            config=config,
+            prepared=prepared,
+            arch=arch,
+            lines=places.choose_lines(config, prepared.records("train"), arch, ways, mixture),
+            mesh=mesh,
+            checkpoints=checkpoints,
+            resumed=resumed,
+            step=step,
+            saved=saved,
+            nans=NanFinder() if config.train.debug else None,
+            process_index=process_index,
+            process_count=process_count,
+        )
+        failing.pop_all()  # the caller closes what is open
+    return opened
 
 
 def load_session(opened: OpenedSession, learner: Learner, console: Console) -> Session:
@@ -123,17 +130,24 @@ def load_session(opened: OpenedSession, learner: Learner, console: Console) -> S
         learner: the network, objective and optimizer, built for ``opened.arch``.
         console: prints where the weights come from.
 
+    Returns:
+        The run, whose checkpoints the caller closes.
+
     Raises:
         UserError: the weights or the checkpoint cannot be read, or hold NaN or infinity in debug mode.
     """
     config, train = opened.config, opened.config.train
-    loaded = _begin(opened, learner, console) if opened.step is None else _go_on(opened, learner, console)
-    if train.debug and (bad := not_finite(loaded.state.params)):
-        raise UserError(f"these weights hold NaN or infinity before the first step: {', '.join(bad)}")
+    with contextlib.ExitStack() as failing:
+        loaded = _begin(opened, learner, console) if opened.step is None else _go_on(opened, learner, console)
+        failing.callback(loaded.checkpoints.close)
+        if train.debug and (bad := not_finite(loaded.state.params)):
+            raise UserError(f"these weights hold NaN or infinity before the first step: {', '.join(bad)}")
+        validation = _validation_records(opened.prepared, max(train.eval_problems, train.eval_nelbo_rows))
+        failing.pop_all()
     return Session(
         config=config,
         prepared=opened.prepared,
-        validation=_validation_records(opened.prepared, max(train.eval_problems, train.eval_nelbo_rows)),
+        validation=validation,
         learner=learner,
         mesh=opened.mesh,
         state=loaded.state,
@@ -186,8 +200,10 @@ def _go_on(opened: OpenedSession, learner: Learner, console: Console) -> _Loaded
     return _Loaded(state, frozen, base, checkpoints)
 
 
-def _existing_checkpoints(train: TrainConfig, console: Console) -> tuple[CheckpointWriter | None, int | None]:
-    """Returns the run folder's checkpoints, and the step to go on from; each is None where there is none.
+def _existing_checkpoints(
+    train: TrainConfig, console: Console, failing: contextlib.ExitStack
+) -> tuple[CheckpointWriter | None, int | None]:
+    """Returns the run folder's checkpoints, which ``failing`` closes, and the step to go on from; each is None where there is none.
 
     Raises:
         UserError: ``train.resume`` is ``never`` and the run exists, or ``must`` and there is no checkpoint; or all checkpoints
@@ -199,6 +215,8 @@ def _existing_checkpoints(train: TrainConfig, console: Console) -> tuple[Checkpo
             f"{train.out} already holds a run; choose another train.out (train.resume auto goes on with it)"
         )
     checkpoints = _checkpoints(train, console) if exists else None
+    if checkpoints is not None:
+        failing.callback(checkpoints.close)
     step = checkpoints.recover(begin_again=train.resume == "restart") if checkpoints else None
     if train.resume == "must" and step is None:
         raise UserError(f"train.resume is must, but {train.out} has no whole checkpoint; set it to auto to begin a run")

@@ -7,11 +7,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from jaxblock.cli import main
 from jaxblock.data.store.prepared_folder import open_prepared
+from jaxblock.errors import UserError
+from jaxblock.fit import compile
 from jaxblock.io.locks import only_writer
 from jaxblock.training import start
 from jaxblock.training.observe.window import StepWindow
@@ -133,8 +136,25 @@ def test_what_is_no_exact_resume_or_makes_no_sense_is_refused(tiny_config, run_c
     names["begun"] = _begun(run_copy, tmp_path / "begun")
     shutil.copytree(run_copy, names["lost"], ignore=shutil.ignore_patterns("checkpoints"))
     flags, message = case.format(**names).split(" | ")
-    assert message in ran(f"train --config {tiny_config} {flags}", 2).err
+    with runs.checkpoints_closed():
+        assert message in ran(f"train --config {tiny_config} {flags}", 2).err
     assert [entry.name for entry in names["full"].iterdir()] == ["thesis.tex"] and not names["new"].exists()
+
+
+def test_a_run_that_cannot_be_loaded_closes_its_checkpoints(tiny_config, run_copy, tmp_path, ran, monkeypatch):
+    shutil.rmtree(run_copy / "checkpoints" / "120")
+    failing = Mock(side_effect=UserError("it cannot go on"))
+    monkeypatch.setattr(compile, "compile_step", lambda *_: (None, None))
+    for module, name, run in (
+        (compile, "compile_step", run_copy),
+        (start.weights, "resumed_base", run_copy),
+        (start, "_validation_records", run_copy),
+        (start, "_validation_records", tmp_path / "new"),
+    ):
+        with monkeypatch.context() as patch, runs.checkpoints_closed() as opened:
+            patch.setattr(module, name, failing)
+            said = ran(f"train --config {tiny_config} --train.out {run}", 2).err
+            assert "it cannot go on" in said and opened, name
 
 
 def test_a_second_writer_is_refused(tiny_config, tiny_run, run_copy, tmp_path, ran):
