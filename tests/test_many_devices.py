@@ -1,6 +1,7 @@
 """Models on many devices, and on two processes, score, decode and export as they do on one device."""
 
 import dataclasses
+import io
 import json
 import shlex
 import shutil
@@ -14,11 +15,12 @@ import pytest
 
 import jaxblock
 from jaxblock import loading
-from jaxblock.cli import main
+from jaxblock.cli import config_of, main, parse
+from jaxblock.commands import harness
 from jaxblock.models.families import registry
 from jaxblock.models.linear import lora
 from jaxblock.models.spec import flatten
-from jaxblock.parallel import rules
+from jaxblock.parallel import rows, rules
 from jaxblock.parallel.mesh import make_mesh
 from jaxblock.training.config import TrainConfig
 from tests import runs
@@ -83,6 +85,16 @@ def test_devices_that_no_run_names_split_what_divides(folders, monkeypatch):
     assert split(2) == (4, 2)  # where the run's own settings fit the devices, they decide
     monkeypatch.setattr(jax, "devices", lambda: jax.local_devices()[:6])
     assert split(8) == (3, 2)  # fsdp 8 does not fit; 16 columns divide by 2
+
+
+def test_chat_and_harness_load_on_all_devices(tiny_run, monkeypatch, ran):
+    load, loaded = loading.load, []
+    monkeypatch.setattr(loading, "load", lambda *args, **options: loaded.append(load(*args, **options)) or loaded[-1])
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+    ran(f"chat --checkpoint {tiny_run}")
+    options = parse("harness", ["--checkpoint", str(tiny_run), "--tasks", "sums"])
+    harness._model(options, config_of(options))  # what the verb loads, without lm-eval, which may not be installed
+    assert [rows.mesh_of(model.params).size for model in loaded] == [8, 8]
 
 
 def _commands(config: Path, folders: dict[str, Path], out: Path, *decoded: str) -> list[list[str]]:
