@@ -17,10 +17,7 @@ train: {batchsize: 3} | unknown key train.batchsize; did you mean batch_size?
 train: {lr: 3} | unknown key train.lr; did you mean optimizer.lr?
 decode: {block: 3, prompt_len: 3} | unknown key decode.prompt_len; did you mean canvas.prompt_len?
 canvas: {zzz: 3} | unknown key canvas.zzz; known keys: prompt_len, response_len, block
-data: {packing: 1} | data.packing: rows are not packed here: one canvas holds one prompt and its response
 data: {sample_packing: 1} | data.sample_packing: rows are not packed here: one canvas holds one prompt and its response
-data: {eval_packing: 1} | data.eval_packing: rows are not packed here: one canvas holds one prompt and its response
-data: {pack_sequences: 1} | data.pack_sequences: rows are not packed here: one canvas holds one prompt and its response
 data: {group_texts: 1} | data.group_texts: rows are not packed here: one canvas holds one prompt and its response
 model: {scan_layers: 1} | choose from auto, true, false
 method: {law: exact_counts} | method.law is 'exact_counts'; did you mean exact_count?; choose from exact_
