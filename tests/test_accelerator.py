@@ -9,6 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
 from packaging.utils import canonicalize_name
 
@@ -120,6 +122,24 @@ def test_a_case_that_fails_is_named_and_does_not_end_its_item(tmp_path, monkeypa
         assert environment["environment"]["platform"] == "cpu" and end == {"end": {"status": status, "reason": why}}
         found = [list(row["row"].values()) for row in rows]
         assert found == [["a", "no division by 0"], ["b", "ZeroDivisionError: division by zero"], ["c", 0.5]]
+
+
+def test_what_does_not_fit_is_skipped_with_its_reason(tmp_path, monkeypatch):
+    from benchmarks.accelerator import device_items, internals
+    from benchmarks.accelerator.measure import Skip
+
+    monkeypatch.setattr(internals, "device_limit", lambda device: 1.0)
+    context = device_items.Context(TINY, tmp_path, tmp_path, 1.0)
+    numbers = jax.ShapeDtypeStruct(
+        (1024, 1024), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    )
+    for measured, why in (
+        (lambda: list(device_items.weights(context)), "the weights alone take"),
+        (lambda: list(device_items.decode(context)), "the weights alone take"),
+        (lambda: internals.planned(lambda: jax.jit(jnp.sin).lower(numbers), numbers), "it needs"),
+    ):
+        with pytest.raises(Skip, match=f"{why} .* of a device, which gives .* to programs"):
+            measured()
 
 
 def test_the_list_of_wheels_is_whole():
