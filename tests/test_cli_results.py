@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 
 import jaxblock
+from jaxblock import loading
 from jaxblock.cli import main
+from jaxblock.commands.prompts import read_prompts
+from jaxblock.data.config import DataConfig
 from jaxblock.errors import UserError
-from jaxblock.training.checkpoints.reader import CheckpointReader
+from tests import runs
 
 PROMPTS = ["1+2?", "12+7?", "7+5?", "\u20282?", "9+9?", "0+1?"]
 
@@ -53,6 +56,30 @@ def test_decode_takes_prompts_from_everywhere_and_its_batches_do_not_matter(tiny
     assert "no prompts" in typed("\n  \n", 2).err
     monkeypatch.setattr(sys, "stdin", None)
     assert "standard input is closed, so there are no prompts" in ran(command, 2).err
+
+
+def test_a_file_of_records_is_known_by_its_name_and_refused_where_that_says_nothing(tmp_path):
+    records = [{"q": prompt} for prompt in PROMPTS]
+    lines, array = "".join(json.dumps(record) + "\n" for record in records).encode(), json.dumps(records).encode()
+    texts = ["[[2]]=3", "{1}+2?"]
+    for name, content, expected in (
+        ("p.ndjson", lines, PROMPTS),
+        ("P.JSONL", lines, PROMPTS),
+        ("p.Json.GZ", gzip.compress(array), PROMPTS),
+        ("p.txt", lines, lines.decode().splitlines()),
+        ("p.TXT.gz", gzip.compress(array), [array.decode()]),
+        ("texts", "\n".join(texts).encode(), texts),
+        ("lines", b"\xef\xbb\xbf\n" + lines, None),
+        ("array.gz", gzip.compress(b"\n" + array), None),
+        ("table.dat", b"PAR1...", None),
+    ):
+        (tmp_path / name).write_bytes(content)
+        found = read_prompts((), str(tmp_path / name), DataConfig(prompt_field="q"))
+        if expected is None:
+            with pytest.raises(UserError, match=f"{name} looks like records.*end it in one of .jsonl"):
+                list(found)
+        else:
+            assert [prompt for _, prompt in found] == expected, name
 
 
 def test_watch_shows_blocks_where_there_is_no_terminal_and_other_stop_tokens_end_the_text(tiny_run, ran):
@@ -117,7 +144,7 @@ def test_evaluate_writes_summary_and_problems_and_a_report_holds_them(scored, ti
 
 
 def test_a_run_is_compared_with_itself_and_what_cannot_be_compared_is_refused_before_the_work(
-    scored, tiny_run, tmp_path, ran
+    scored, tiny_run, tmp_path, monkeypatch, ran
 ):
     again, file = tmp_path / "again", scored / "problems.jsonl"
     command = f"evaluate --checkpoint {tiny_run} --out {again} --evaluate.compare {file}"
@@ -126,8 +153,9 @@ def test_a_run_is_compared_with_itself_and_what_cannot_be_compared_is_refused_be
         "--evaluate.grader exact": "was graded by gsm8k_strict: set evaluate.grader to it",
         "--evaluate.split validation": "not the same ones",
     }.items():
-        told = ran(f"{command} {flags}", 2).err
-        assert message in told and "decoded" not in told and list(tmp_path.iterdir()) == []
+        with monkeypatch.context() as patch:
+            patch.setattr(loading, "load", None)
+            assert message in ran(f"{command} {flags}", 2).err and list(tmp_path.iterdir()) == []
     again.mkdir()
     (again / "summary.json").write_text("old")
     told = ran(f"{command} --overwrite --decode.batch_size 7").out
@@ -143,7 +171,7 @@ def test_a_function_of_the_user_grades_a_run(tiny_run, tmp_path, monkeypatch, ra
     evaluate = "evaluate --evaluate.problems 3 --evaluate.no_nelbo"
     grader = f"--checkpoint {tiny_run} --evaluate.grader"
     mine = f"{grader} mine.py:even"
-    ran(f"{evaluate} {mine} --out one")
+    assert "--evaluate.nelbo_rows has no effect" in ran(f"{evaluate} {mine} --evaluate.nelbo_rows 3 --out one").err
     summary, rows = json.loads(Path("one/summary.json").read_text()), _rows(Path("one/problems.jsonl").read_text())
     assert summary["grader"] == "mine.py:even" and [row["correct"] for row in rows] == [True, False, True]
     assert {row["grader_version"] for row in rows} == {summary["grader_version"]} and summary["undecided"] == 0
@@ -216,13 +244,9 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_run_is_named(run_copy, tmp_path, ran, monkeypatch, damage):
-    opened, closed = [], []
-    init, close = CheckpointReader.__init__, CheckpointReader.close
-    monkeypatch.setattr(CheckpointReader, "__init__", lambda self, run: opened.append(self) or init(self, run))
-    monkeypatch.setattr(CheckpointReader, "close", lambda self: closed.append(self) or close(self))
+def test_a_damaged_run_is_named(run_copy, tmp_path, ran, damage):
     message = DAMAGES[damage](run_copy)
-    told = ran(f"export --checkpoint {run_copy} --out {tmp_path / 'hf'}", 2).err
+    with runs.checkpoints_closed() as opened:
+        told = ran(f"export --checkpoint {run_copy} --out {tmp_path / 'hf'}", 2).err
     assert str(run_copy) in told and "Traceback" not in told and not (tmp_path / "hf").exists()
-    assert opened == closed  # a load that fails keeps no threads of Orbax
     assert not isinstance(message, str) or (message in told and opened)

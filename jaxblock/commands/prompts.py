@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -12,9 +13,12 @@ from jaxblock.data.text.files import decompressed
 from jaxblock.data.text.marked import MarkedText, parts_of
 from jaxblock.errors import UserError
 from jaxblock.io.files import read_bytes
+from jaxblock.io.json_text import parse_json
 
-RECORDS = (".jsonl", ".json", ".parquet")
-"""The suffixes of files that hold records; any other file has one prompt or text per line."""
+RECORDS = (".jsonl", ".ndjson", ".json", ".parquet")
+"""The suffixes of files that hold records, whether in capitals or not; any other file has one prompt or text per line."""
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 def read_prompts(given: Sequence[str], file: str | None, data: DataConfig) -> Iterator[tuple[str, Prompt]]:
@@ -41,7 +45,11 @@ def read_texts(given: Sequence[str], file: str | None, data: DataConfig) -> Iter
 
 
 def _has_records(file: str) -> bool:
-    return file.removesuffix(".gz").endswith(RECORDS)
+    return _plain_name(file).endswith(RECORDS)
+
+
+def _plain_name(file: str) -> str:
+    return file.lower().removesuffix(".gz")
 
 
 def _texts(given: Sequence[str], file: str | None, kind: str) -> Iterator[tuple[str, str]]:
@@ -57,13 +65,30 @@ def _texts(given: Sequence[str], file: str | None, kind: str) -> Iterator[tuple[
             say(f"reading {kind}s from standard input, one a line; end with Ctrl-D")
         yield from _lines("standard input", sys.stdin.buffer.read())
     else:
-        yield from _lines(file, decompressed(file, read_bytes(file)))
+        content = decompressed(file, read_bytes(file))
+        if not _plain_name(file).endswith(".txt") and _looks_like_records(content):
+            raise UserError(
+                f"{file} looks like records, and its name does not say so: end it in one of {', '.join(RECORDS)} for the {kind}s in "
+                f"their fields, or in .txt for each line to be a {kind}"
+            )
+        yield from _lines(file, content)
+
+
+def _looks_like_records(content: bytes) -> bool:
+    """Says whether content begins as Parquet, an array of JSON objects, or a line with a JSON object does."""
+    begin = content.removeprefix(_BYTE_ORDER_MARK).lstrip()
+    if begin.startswith(b"PAR1") or re.match(rb"\[\s*\{", begin):
+        return True
+    try:
+        return isinstance(parse_json(begin.partition(b"\n")[0]), dict)
+    except ValueError:
+        return False
 
 
 def _lines(name: str, content: bytes) -> Iterator[tuple[str, str]]:
     """Yields (file:line, text) of every line that is not blank."""
     # splitlines would also split at other separators (U+2028, form feed), which a prompt may contain.
-    for number, raw in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+    for number, raw in enumerate(content.removeprefix(_BYTE_ORDER_MARK).split(b"\n"), 1):
         where = f"{name}:{number}"
         try:
             line = raw.decode().removesuffix("\r")
