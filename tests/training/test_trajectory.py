@@ -112,9 +112,7 @@ def _assert_stored(params: Params, table: Table, stored: dict[str, np.ndarray], 
     assert not stored
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param("full_wd0", marks=pytest.mark.slow), "full_wd0.1", "full_engine_order_log_warmup"]
-)
+@pytest.mark.parametrize("name", ["full_wd0.1", "full_engine_order_log_warmup"])
 def test_full_parameter_trajectory(golden, model, name):
     folder, scripts, batches = golden
     params = _follow(batches, scripts[name], model)
