@@ -23,7 +23,7 @@ from jaxblock.data.text import corpus
 from jaxblock.study import results
 from jaxblock.study.crossed import crossed_bootstrap
 from jaxblock.study.crossover import crossover
-from jaxblock.study.experiments import RELATION, Experiment
+from jaxblock.study.experiments import Experiment
 from jaxblock.study.relation import ALL, LAST, Scored, agreement, relate
 from jaxblock.study.scores import solved
 from jaxblock.study.statistics import t_interval
@@ -123,7 +123,7 @@ def plateau() -> list[str]:
         for at in (1525, 3049)
     ]
     after = [
-        ends(np.multiply(100, crossed_bootstrap(one)[:3]), sign="").replace(" [", " points [", at == 0)
+        ends([100 * end for end in crossed_bootstrap(one)[:3]], sign="").replace(" [", " points [", at == 0)
         for at, one in enumerate(whole)
     ]
     return [
@@ -316,7 +316,7 @@ def agreements() -> list[str]:
         alike.append(int(np.sum(np.sign(gap) == -np.sign(nelbo))))
     first, its_plan = results.read_plan(DOCS / "small")
     pairs = relate(
-        Experiment("", tuple(BLOCKS), decodings=("by_8",), kind=RELATION), its_plan, read("small"), first.seeds
+        Experiment("", tuple(BLOCKS), decodings=("by_8",), kind="relation"), its_plan, read("small"), first.seeds
     )
     all_pairs, longest = (ends(pairs.over_seeds(kind) or (), 2) for kind in (ALL, LAST))
     return [
