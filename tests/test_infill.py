@@ -9,7 +9,9 @@ import sys
 import numpy as np
 import pytest
 
-from jaxblock.data.text.marked import MarkedText
+from jaxblock.commands.prompts import read_texts
+from jaxblock.data.config import DataConfig
+from jaxblock.data.text.marked import MarkedText, with_markers
 from jaxblock.diffusion.decoding import decoder
 from jaxblock.errors import UserError
 
@@ -92,15 +94,15 @@ def test_decode_fills_texts_from_everywhere(tiny_run, tmp_path, monkeypatch, ran
         assert line["prompt"] is None and line["tokens"] == int(re.search("[0-9](?=]])", given)[0])
     (tmp_path / "t.txt").write_text("\n".join(texts))
     (tmp_path / "t.jsonl").write_text("".join(json.dumps({"answer": text}) + "\n" for text in texts))
-    out = tmp_path / "out.jsonl"
-    for flags in (f"--file {tmp_path}/t.txt", f"--file {tmp_path}/t.jsonl --decode.batch_size 1"):
-        ran(f"{command}{flags} --out {out} --overwrite")
-        assert [json.loads(line) for line in out.read_text().splitlines()] == expected
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n\n".join(texts).encode())))
-    assert [json.loads(line) for line in ran(command).out.splitlines()] == expected
+    for file in ("t.txt", "t.jsonl", None):
+        read = read_texts((), file and str(tmp_path / file), DataConfig())
+        assert [with_markers(text.parts) for _, text in read] == texts
     (tmp_path / "q.jsonl").write_text(json.dumps({"question": "1+2?", "answer": ANSWER}))
-    (line,) = ran(f"{command}--file {tmp_path}/q.jsonl").out.splitlines()
-    assert json.loads(line)["prompt"] == "1+2?" and json.loads(line)["text"].startswith("1+2=")
+    out = tmp_path / "out.jsonl"
+    ran(f"{command}--file {tmp_path}/q.jsonl --out {out}")
+    line = json.loads(out.read_text())
+    assert line["prompt"] == "1+2?" and line["text"].startswith("1+2=")
     shown = ran(f"{command}--file {tmp_path}/q.jsonl --watch").out
     assert "prompt: 1+2?\n1+2=" in shown and "given  " in shown and "block 1/" in shown and "NFE 3  3/3 tokens" in shown
     (tmp_path / "t.txt").write_text("\n")
