@@ -5,7 +5,8 @@ gradient clipped to norm 1, AdamW, float32. PyTorch is measured twice: with logi
 script computes them (`full head`), and with logits at the masked positions alone (`masked head`), which is the least that
 the loss needs. Ours computes them at the active block. FLOP/s count what each does. All start from the same weights and are
 given the same noised batch; the script first checks that they compute the same loss, and that the Llama is bidirectional.
-They then take turns; a ratio is the median over the turns.
+They then take turns; a ratio is the median over the turns. One layer's matrix products, forward and backward, are timed in both
+libraries in the same way, since they are most of a step: what these differ by, neither side's code can change.
 
     pip install -r benchmarks/requirements.txt
     python -m benchmarks.step_vs_torch
@@ -26,10 +27,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.small_network import network, seconds
+from benchmarks.step_profile import MATRICES, both_ways
 from jaxblock.data.loader import Batch
 from jaxblock.diffusion import layouts
 from jaxblock.diffusion.config import CanvasConfig, MethodConfig
 from jaxblock.diffusion.corruption import corrupt
+from jaxblock.models.linear.dense import dense
+from jaxblock.models.linear.fsdp import Split
 from jaxblock.models.spec import flatten, matmul_flops_per_token
 from jaxblock.models.transformer import Transformer
 from jaxblock.parallel import rules
@@ -222,12 +226,37 @@ def torch_steps(job: Job, model: LlamaForCausalLM) -> dict[str, Callable[[], Any
     return {name: partial(step, loss) for name, loss in LOSSES.items()}
 
 
+def layer_products(job: Job, positions: int) -> dict[str, Callable[[], Any]]:
+    """Returns the products of one layer's matrices with ``positions`` vectors in each library, forward and backward."""
+    weights = [np.array(job.params["blocks"][name][0]) for name in MATRICES]
+    inputs = [np.ones((positions, len(w)), np.float32) for w in weights]
+    split = Split((None, None), (None, None))
+
+    def products(inputs: Any, weights: Any) -> Any:
+        return [dense(x[None], w, split=split) for x, w in zip(inputs, weights, strict=True)]
+
+    # As PyTorch's linear layers hold them: outputs first.
+    theirs = [
+        (torch.from_numpy(x).requires_grad_(), torch.from_numpy(w.T.copy()).requires_grad_())
+        for x, w in zip(inputs, weights, strict=True)
+    ]
+
+    def by_torch() -> None:
+        for pair in theirs:
+            pair[0].grad = pair[1].grad = None
+        results = [torch.nn.functional.linear(x, w) for x, w in theirs]
+        torch.autograd.backward(results, [torch.ones_like(result) for result in results])
+
+    return {"jaxblock": both_ways(products, inputs, weights), "PyTorch": by_torch}
+
+
 def compare(batch: int, args: argparse.Namespace) -> dict[str, Any]:
     """Checks that all contestants do the same job, then times them in turns.
 
     Returns:
-        The loss; each contestant's median ``seconds`` of a step and its ``flops``; and the median of PyTorch's time over ours,
-        the least and the most, under each variant's name.
+        The loss; each contestant's median ``seconds`` of a step and its ``flops``; the median seconds of one layer's ``products`` in
+        each library; and the median of PyTorch's time over ours, the least and the most, under each variant's name and under
+        "one layer's products".
     """
     job = make_job(batch, args)
     model = llama(job.net, job.params)
@@ -238,23 +267,46 @@ def compare(batch: int, args: argparse.Namespace) -> dict[str, Any]:
         theirs = float(loss(model, *job.noised).detach())
         assert abs(ours - theirs) <= 2e-5 * abs(theirs), (name, ours, theirs)
 
+    products = layer_products(job, batch * args.canvas)
     steps = {"jaxblock": our_step(job), **torch_steps(job, model)}
-    for step in steps.values():
-        seconds(step)
-    turns = [{name: seconds(step) for name, step in steps.items()} for _ in range(args.repeat)]
+    turns, of_layer = take_turns(steps, args.repeat), take_turns(products, 5 * args.repeat)
     masked = float(job.noised[2].sum()) / batch
     heads = {"jaxblock": args.block, "full head": args.canvas, "masked head": masked}
     ratios = {name: sorted(turn[name] / turn["jaxblock"] for turn in turns) for name in LOSSES}
+    ratios["one layer's products"] = sorted(turn["PyTorch"] / turn["jaxblock"] for turn in of_layer)
     return {
         "loss": ours,
         "seconds": {name: statistics.median(turn[name] for turn in turns) for name in steps},
+        "products": {name: statistics.median(turn[name] for turn in of_layer) for name in products},
         "flops": {name: flops(job.net, batch, args.canvas, head) for name, head in heads.items()},
         **{name: (statistics.median(each), each[0], each[-1]) for name, each in ratios.items()},
     }
 
 
+def take_turns(programs: dict[str, Callable[[], Any]], repeat: int) -> list[dict[str, float]]:
+    """Runs all programs once to warm up, then ``repeat`` times in turns; returns the seconds of each turn."""
+    for program in programs.values():
+        seconds(program)
+    return [{name: seconds(program) for name, program in programs.items()} for _ in range(repeat)]
+
+
+def show(batch: int, row: dict[str, Any], peaks: dict[str, float], layers: int) -> None:
+    """Prints what ``compare`` found."""
+    print(f"batch {batch:3}: same loss {row['loss']:.5f}")
+    for name, time in row["seconds"].items():
+        library = "jaxblock" if name == "jaxblock" else "PyTorch"
+        rate, share = row["flops"][name] / time, layers * row["products"][library] / time
+        print(
+            f"batch {batch:3} {name:11} {1 / time:8.3f} steps/s, {row['flops'][name] / 1e9:8.1f} GFLOP a step, "
+            f"{rate / 1e9:8.1f} GFLOP/s ({rate / peaks[library]:.0%} of its peak), products of the layers {share:.0%} of it"
+        )
+    for name in (*LOSSES, "one layer's products"):
+        middle, least, most = row[name]
+        print(f"batch {batch:3} PyTorch's time with {name} over jaxblock's: {middle:.2f} ({least:.2f} to {most:.2f})")
+
+
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """Prints the steps per second, FLOP/s and matmul peak of all contestants."""
+    """Prints the steps per second, FLOP/s and matmul peak of all contestants, and what their matrix products take."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sizes = {
         "d": 512,
@@ -278,18 +330,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     results = []
     for batch in args.batch:
         row = compare(batch, args)
-        print(f"batch {batch:3}: same loss {row['loss']:.5f}")
-        for name, time in row["seconds"].items():
-            rate, peak = row["flops"][name] / time, peaks["jaxblock" if name == "jaxblock" else "PyTorch"]
-            print(
-                f"batch {batch:3} {name:11} {1 / time:8.3f} steps/s, {row['flops'][name] / 1e9:8.1f} GFLOP a step, "
-                f"{rate / 1e9:8.1f} GFLOP/s ({rate / peak:.0%} of its peak)"
-            )
-        for name in LOSSES:
-            middle, least, most = row[name]
-            print(
-                f"batch {batch:3} PyTorch's time with {name} over jaxblock's: {middle:.2f} ({least:.2f} to {most:.2f})"
-            )
+        show(batch, row, peaks, args.layers)
         results.append(row)
     return results
 

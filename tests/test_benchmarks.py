@@ -36,8 +36,9 @@ def test_logits_of_the_active_block_take_its_share_of_the_canvas_and_give_the_sa
     np.testing.assert_allclose(*both, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_queue_finds_the_answers_of_batches_in_order():
-    sizes = "--d 16 --layers 1 --vocab 32 --prompt 4 --block 2 --steps 1 --problems 32 --batch 4 --repeat 1"
+    sizes = "--d 16 --layers 1 --block 2 --steps 1 --train 60 --problems 128 --batch 8 --repeat 1"
     assert decode_queue.main(sizes.split())["computed"] < 1.15
 
 

@@ -11,7 +11,8 @@ from jaxblock.evaluation.problems import read_problems, texts_hash
 from jaxblock.io.files import read_json
 from jaxblock.io.paths import PathLike, as_path
 from jaxblock.study.results import Result
-from jaxblock.training.observe.metrics import METRICS_FILE, readable_rows
+from jaxblock.training.config import TrainConfig
+from jaxblock.training.observe.metrics import METRICS_FILE, read_metrics
 
 
 def score_of(evaluation: PathLike) -> Result:
@@ -34,26 +35,23 @@ def score_of(evaluation: PathLike) -> Result:
     return score
 
 
-LOSS_LINES = 5
-"""The number of lines of metrics whose training loss is put together."""
-
-
-def training_loss(run: PathLike, steps: int) -> list[float] | None:
+def training_loss(train: TrainConfig, steps: int) -> list[float] | None:
     """Returns the training loss before a checkpoint: -log p of the masked tokens in nats, without the objective's weights.
 
-    It is put together from the last lines of the run's metrics.jsonl up to the checkpoint: at most `LOSS_LINES`, and none that ends
-    in the first half of the training. Each is about the steps since the line before (``train.log_every``), or since the run was
-    resumed.
+    It is that of the second half of the training up to the checkpoint: from the last step up to ``steps / 2`` at which a line of
+    the run's metrics.jsonl ends, which is one of every ``log_every`` steps and one at each checkpoint that is kept.
 
     Args:
-        run: the run's folder.
+        train: the settings of the run.
         steps: the step of the checkpoint.
 
     Returns:
-        (sum over these tokens, their number); None where no line is of that time, or no token.
+        (sum over these tokens, their number); None where there is no line of that time, or no token.
     """
-    rows = {row["step"]: row for row in readable_rows(as_path(run) / METRICS_FILE) if row["kind"] == "train"}
-    chosen = [rows[step].get("loss_by_block", []) for step in sorted(rows) if steps / 2 < step <= steps][-LOSS_LINES:]
+    begin = max(step for step in (*range(0, steps, train.log_every), *train.keep_steps, 0) if step <= steps / 2)
+    file = as_path(train.out) / METRICS_FILE
+    rows = read_metrics(file).train if file.exists() else []
+    chosen = [row.get("loss_by_block", []) for row in rows if begin < row["step"] <= steps]
     total, weight = np.array([pair for blocks in chosen for pair in blocks], np.float64).reshape(-1, 2).sum(0).tolist()
     return [shortened(total), weight] if weight else None
 

@@ -76,7 +76,7 @@ def run_cell(study: Study, cell: Cell, folder: str, verbs: Verbs, say: Callable[
         else:
             score = _score(study, cell, config, folder, point, verbs)
         score["how"] = how_scored(study, cell.arm, point.decoding)
-        if (loss := training_loss(config.train.out, point.steps)) is not None:
+        if (loss := training_loss(config.train, point.steps)) is not None:
             score["loss"] = loss
         if versions != result["versions"]:
             score["versions"] = versions

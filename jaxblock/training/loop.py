@@ -261,8 +261,9 @@ class _Loop:
         last = step == train.steps
         evaluate = last or bool(train.eval_every and step % train.eval_every == 0)
         save = last or step % train.save_every == 0 or step in train.keep_steps
-        self.window.due = last or step % train.log_every == 0
-        if self.window.due and (evaluate or save or train.debug):
+        # A line ends at every checkpoint, so that a run that goes on from it has lost none of the metrics before it.
+        self.window.due = evaluate or save or step % train.log_every == 0
+        if evaluate or save or (self.window.due and train.debug):
             self._report()
         if evaluate:
             jax.block_until_ready(metrics)  # charges this wait to training, not to the evaluation

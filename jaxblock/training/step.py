@@ -291,8 +291,12 @@ def jit_step(learner: Learner, state: TrainState, mesh: Mesh) -> jax.stages.Wrap
     net = learner.net
     placed = state_shardings(state.opt_state, mesh, net.trainable, averaged=state.average is not None)
     frozen_placed = {} if net.lora is None else rules.param_shardings(mesh, net.param_table)
+
+    def one_step(state: TrainState, batch: Batch, frozen: Params) -> tuple[TrainState, StepMetrics]:
+        return learner.update(state, batch, frozen)
+
     return jax.jit(
-        lambda state, batch, frozen: learner.update(state, batch, frozen),
+        one_step,
         in_shardings=(placed, rules.sharding(mesh, "batch"), frozen_placed),
         out_shardings=(placed, rules.replicated(mesh)),
         donate_argnums=0,

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -13,6 +14,8 @@ from jaxblock.diffusion.decoding.config import DecodeConfig
 from jaxblock.diffusion.decoding.rules import check_options
 from jaxblock.diffusion.layouts import decoding_layout, infilling_layout
 from jaxblock.errors import UserError
+from jaxblock.models.transformer import Transformer
+from jaxblock.types import KeysValues, View
 from tests.diffusion.conftest import (
     ONE_LAYER,
     QUESTIONS,
@@ -69,7 +72,7 @@ def test_caches_change_no_token_of_a_single_layer_where_spans_are_filled(cache, 
 
 
 def test_what_no_cache_can_make_stale():
-    """The first step of each block, and a single block without a prompt; in two layers what is cached becomes stale elsewhere."""
+    """The first step of each block, and a single block without a prompt."""
 
     def both(layout, steps, prompts=QUESTIONS, room=P):
         options = (decoding(steps, cache=cache) for cache in ("none", "dual"))
@@ -77,16 +80,57 @@ def test_what_no_cache_can_make_stale():
 
     assert_same(*both(make_layout(), 1), ())
     assert_same(*both(make_layout(alignment="shifted", response_len=3), 3, [[]], room=0), STORED)
-    plain, stale = both(make_layout(), 3)
-    assert (plain.response != stale.response).any()
 
 
-@pytest.mark.slow
-def test_positions_past_the_window_are_not_computed(monkeypatch):
-    """The same tokens and NELBO as with all positions computed, the hidden ones as hidden keys."""
-    options = decoding(2, cache="prefix")
-    layout = make_layout(response_len=12, block=6)._replace(suffix_window=2)
-    canvas = laid_out(layout, QUESTIONS, [[5] * n for n in (12, 7, 3, 9)])
+@dataclasses.dataclass(frozen=True)
+class Refreshing(Transformer):
+    """A network whose cache is the tokens of the block's first step: each step computes the whole canvas anew."""
+
+    def refresh(self, params, view):
+        kept = view.ids.astype("float32")[None, :, :, None, None]
+        return self.hidden(params, view), KeysValues(kept, kept)
+
+    def update(self, params, part, cache):
+        old = cache.k[0, :, :, 0, 0].astype("int32")
+        at = np.arange(old.shape[1]) - part.first[:, None]
+        here = jnp.clip(at, 0, part.ids.shape[1] - 1)
+        ids = jnp.where(at == here, jnp.take_along_axis(part.ids, here, axis=1), old)
+        positions, reads = jnp.broadcast_to(np.arange(old.shape[1]), old.shape), part.first[:, None] + part.at
+        return self.hidden(params, View(ids, positions, part.length, reads, reads, reads >= 0))
+
+
+@pytest.mark.parametrize(
+    "cache, alignment, guidance",
+    [pytest.param("prefix", "shifted", 0.0, marks=pytest.mark.slow), ("dual", "same_position", 0.5)],
+)
+def test_a_cache_refreshed_at_every_step_is_no_cache_and_a_stale_one_depends_on_no_other_row(
+    cache, alignment, guidance
+):
+    (net, params), layout = TWO_LAYERS, make_layout(alignment=alignment)
+    plain, cached = (decoding(3, temperature=1.5, cfg_scale=guidance, cache=kind) for kind in ("none", cache))
+    exact = decoded(TWO_LAYERS, layout, plain)
+    assert_same(exact, decoded((Refreshing(net.arch), params), layout, cached), STORED)
+    stale = decoded(TWO_LAYERS, layout, cached)
+    others = ((decoded(TWO_LAYERS, layout, how, seed=seed).response for how in (plain, cached)) for seed in range(20))
+    assert any((ours != theirs).any() for ours, theirs in others)
+    alone = decoded(TWO_LAYERS, layout, cached, QUESTIONS[1:2], first=1)
+    assert_same(jax.tree.map(lambda leaf: leaf[1:2], stale), alone, ())
+
+
+def test_a_block_that_its_first_step_fills_takes_no_second_pass():
+    found = decoded(
+        TWO_LAYERS, make_layout(), decoding(None, rule="confidence_threshold", threshold=1e-6, cache="dual")
+    )
+    assert found.nfe.tolist() == [3] * 4 and found.computed.tolist() == [3 * (9 + P)] * 4
+
+
+@pytest.mark.parametrize("cache, window", [("none", 0), pytest.param("prefix", 4, marks=pytest.mark.slow)])
+def test_positions_past_the_window_are_not_computed(cache, window, monkeypatch):
+    """The same tokens and NELBO as with all positions computed, the hidden ones as hidden keys: 5 blocks at 4 widths."""
+    options = decoding(2, cache=cache)
+    layout = make_layout(response_len=15)._replace(suffix_window=window)
+    canvas = laid_out(layout, QUESTIONS, [[5] * n for n in (15, 7, 3, 12)])
+    assert len(set(passes.sizes_by_block(layout, options, P))) == 4
 
     def both():
         score = jax.jit(lambda p, c: likelihood.nelbo(ONE_LAYER[0], layout, 2, p, c, jax.random.key(0)))
@@ -94,7 +138,7 @@ def test_positions_past_the_window_are_not_computed(monkeypatch):
 
     narrow, scores = both()
     for module in (likelihood, passes):
-        monkeypatch.setattr(module, "widths_by_block", lambda layout, room: (12 + P,) * 2)
+        monkeypatch.setattr(module, "widths_by_block", lambda layout, room: (15 + P,) * 5)
     decode_jit.clear_cache()
     wide, oracle = both()
     decode_jit.clear_cache()

@@ -108,6 +108,32 @@ def test_probabilities_and_leads_near_1_do_not_tie():
         np.testing.assert_allclose(first, want, rtol=1e-5)
 
 
+def test_a_row_looked_through_by_pieces_has_the_best_token_and_the_surprise_of_the_whole_row():
+    """Rows with ties within a piece and between two, near certainty, tokens left out, nothing but one token, and no number."""
+    rows = np.random.default_rng(0).normal(size=(40, 336)).astype(np.float32) * 3
+    rows[0, [7, 9]] = rows[1, [9, 300]] = rows[2, 335] = 20
+    rows[3, 5], rows[4, 17] = 60, 90
+    rows[5], rows[6, 100] = -np.inf, np.nan
+    rows[5, 200] = 1.0
+    token = rows.argmax(axis=1).astype(np.int32)
+    token[10:] = np.arange(30)
+    assert [measures.piece_size(vocabulary) for vocabulary in (11, 320, 336, 8000, 126_464)] == [None, 16, 16, 80, 304]
+
+    @jax.jit
+    def found(rows, token):
+        best = [(measures._best_token(rows, out), measures.best_token(rows, out)) for out in (None, 0, 17, 335)]
+        return best, measures._surprise(rows, token), measures.surprise(rows, token)
+
+    best, whole, by_pieces = jax.device_get(found(rows, token))
+    number = np.arange(40) != 6
+    for plain, ours in best:
+        np.testing.assert_array_equal(ours[number], plain[number])
+    assert best[0][0][:6].tolist() == [7, 9, 335, 5, 17, 200] and best[2][0][4] != 17
+    np.testing.assert_allclose(by_pieces, whole, rtol=1e-6)
+    assert whole[3] > whole[4] > 0 and whole[5] == 0 and np.isnan(whole[6])
+    np.testing.assert_allclose(whole[[0, 1]], np.log(2), rtol=1e-4)
+
+
 def without_mask(p):
     p = np.where(np.arange(VOCAB) == MASK, 0.0, p)
     return p / p.sum()

@@ -34,7 +34,7 @@ def records(tiny_config):
 
 @pytest.fixture(scope="module")
 def evaluator(model):
-    decode = dataclasses.replace(model.decode_defaults, temperature=0.7)
+    decode = dataclasses.replace(model.decode_defaults, temperature=0.7, cache="dual")
     return Evaluator(model.net, model.canvas, model.encoder, decode, find_grader("gsm8k_strict"), nelbo_samples=15)
 
 
@@ -49,7 +49,8 @@ def solved(evaluator, model, records):
 def test_a_problem_is_decoded_the_same_in_any_batch_and_graded_and_its_cost_counted(evaluator, model, records, solved):
     assert evaluator.solve(model.params, records[::-1]).rows[::-1] == solved.rows
     # By the public interface, all six at once.
-    responses = np.asarray(model.decode([record.prompt_ids.tolist() for record in records], temperature=0.7))
+    prompts = [record.prompt_ids.tolist() for record in records]
+    responses = np.asarray(model.decode(prompts, temperature=0.7, cache="dual"))
     for row, record, ids in zip(solved.rows, records, responses, strict=True):
         assert row["response"] == model.tokenizer.decode(model.text_ids(ids))
         assert (row["index"], row["prompt"], row["reference"]) == (record.index, record.prompt, record.response)

@@ -13,12 +13,16 @@ from flax import nnx
 
 from jaxblock import build
 from jaxblock.cli import config_of, parse
+from jaxblock.models.architecture import RopeScaling
 from jaxblock.models.config import ModelConfig
 from jaxblock.models.families import registry
 from jaxblock.models.layers import Block, param_name
+from jaxblock.models.linear import lora
+from jaxblock.models.linear.lora import Lora
 from jaxblock.models.numerics import look_up
 from jaxblock.models.spec import ParamSpec, abstract_params, flatten, init_params, matmul_flops_per_token
 from jaxblock.models.transformer import Transformer
+from jaxblock.types import Part
 from tests.models.networks import make_arch, make_view, random_params
 
 ARCH, SEEN = make_arch(vocab_size=13), make_view([9, 7], [[3, 4, 5], [2, 3, 4]], 13)
@@ -216,3 +220,41 @@ def test_a_missing_or_unknown_weight_is_an_error():
     for bias, params in ((True, PARAMS), (False, biased)):
         with pytest.raises(ValueError, match=r"missing or unknown: \['k_bias', 'q_bias', 'v_bias'\]"):
             jax.eval_shape(Transformer(make_arch(qkv_bias=bias)).hidden, params, SEEN)
+
+
+CACHED = {
+    "norms of queries and keys": (dict(family="qwen3", qk_norm=True), dict(scan_layers=False)),
+    "rotations that depend on the length": (
+        dict(family="llama", rope_scaling=RopeScaling("dynamic", 2.0, original_len=4)),
+        dict(scan_layers=True),
+    ),
+    "biases, adapters on int8": (
+        dict(family="dream"),
+        dict(scan_layers=True, quantize="int8", lora=Lora(2, 4.0, 0.0, ("blocks/k", "blocks/v", "blocks/down"))),
+    ),
+    "rows in memory order of heads": (dict(n_kv_heads=4), dict(scan_layers=False, attention="reference")),
+}
+
+
+@pytest.mark.parametrize("sizes, how", CACHED.values(), ids=CACHED)
+def test_a_pass_beside_a_cache_that_is_not_stale_is_a_full_pass(sizes, how):
+    """Rows of three lengths, a part that begins elsewhere in each and in one goes beyond the canvas; then all positions anew."""
+    net = Transformer(make_arch(vocab_size=13, **sizes), **how)
+    params = random_params(net.param_table)
+    if net.lora is not None:
+        params = lora.attach(params, random_params(net.trainable, 1))
+    seen = make_view([9, 7, 6], [[3, 4], [2, 3], [5, 5]], 13)
+    size = 6
+
+    @jax.jit
+    def run(params, seen, other):
+        first = jnp.array([2, 0, 4], jnp.int32)
+        ids = jnp.take_along_axis(seen.ids, jnp.minimum(first[:, None] + jnp.arange(size), T - 1), axis=1)
+        exact, cache = net.refresh(params, seen)
+        beside = net.update(params, Part(ids, first, seen.length, seen.at - first[:, None]), cache)
+        anew = net.update(params, Part(other.ids, 0 * first, other.length, other.at), cache)
+        return net.hidden(params, seen), exact, beside, net.hidden(params, other), anew
+
+    full, exact, beside, changed, anew = jax.device_get(run(params, seen, seen._replace(ids=seen.ids[:, ::-1])))
+    chex.assert_trees_all_close((exact, beside, anew), (full, full, changed), rtol=2e-5, atol=2e-5)
+    assert np.abs(full - changed).max() > 0.1

@@ -12,6 +12,7 @@ from jaxblock.config.config import Config
 from jaxblock.errors import UserError
 from jaxblock.study import analysis, cells, report, results, work
 from jaxblock.study.scores import made_by, training_loss
+from jaxblock.training.config import TrainConfig
 from tests.study.test_study import TREE, laid_out, planted
 
 VERSIONS = {"commit": "a" * 40, "jax": "0.9", "device": "1 x cpu"}
@@ -144,7 +145,7 @@ def test_each_score_says_which_versions_computed_it_and_time_before_an_interrupt
     monkeypatch.setattr(
         work, "_score", lambda *_: {"problems": 8, "correct": "ff", "nfe": 1.0, "tokens_per_forward": 1.0}
     )
-    monkeypatch.setattr(work, "training_loss", lambda run, steps: None)
+    monkeypatch.setattr(work, "training_loss", lambda train, steps: None)
 
     def run(versions, points):
         monkeypatch.setattr(work, "_versions", lambda: dict(versions))
@@ -179,25 +180,15 @@ def test_a_report_names_the_versions_and_warns_where_they_differ_within_a_compar
     assert text.index("matching") > text.index(warning) > text.index("tokens.svg") and "versions of scores" in page
 
 
-def test_the_training_loss_is_put_together_from_the_last_lines_before_a_checkpoint_and_shown_where_all_have_it(
-    tmp_path,
-):
-    lines = [{"step": at, "kind": "train", "loss_by_block": [[at, 2.0], [1.0, 1.0]]} for at in range(10, 201, 10)]
-    again = {"step": 90, "kind": "train", "loss_by_block": [[0.5, 1.0]]}  # a run that was resumed repeats it
-    (tmp_path / "metrics.jsonl").write_text(
-        "".join(json.dumps(row) + "\n" for row in [*lines, {"step": 95, "kind": "eval"}, again])
-    )
-    for steps, want in (
-        (9, None),
-        (10, [11.0, 3.0]),
-        (29, [21.0, 3.0]),
-        (30, [52.0, 6.0]),
-        (80, [264.0, 12.0]),
-        (99, [264.5, 13.0]),
-        (145, [605.0, 15.0]),
-    ):
-        assert training_loss(tmp_path, steps) == want, steps
-    assert training_loss(tmp_path / "absent", 100) is None
+def test_the_training_loss_is_that_of_the_second_half_before_a_checkpoint_and_shown_where_all_have_it(tmp_path):
+    lines = [{"step": at, "kind": "train", "loss_by_block": [[at, 2.0], [1.0, 1.0]]} for at in (10, 15, 20, 30, 38)]
+    # The last line of a run whose last checkpoint could not be read: the run goes on from the one before.
+    again = [{"step": 30, "kind": "resume"}, {"step": 40, "kind": "train", "loss_by_block": [[0.5, 1.0]]}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*lines, *again]))
+    train = TrainConfig(out=str(tmp_path), log_every=10, keep_steps=(15,))
+    for steps, want in ((5, None), (10, [11, 3]), (15, [27, 6]), (20, [37, 6]), (30, [52, 6]), (40, [31.5, 4])):
+        assert training_loss(train, steps) == want, steps
+    assert training_loss(TrainConfig(out=str(tmp_path / "absent")), 100) is None
     tree = copy.deepcopy(SHORT)
     tree["experiments"]["long"] = {
         **SHORT["experiments"]["steps"],

@@ -52,8 +52,8 @@ CASES: dict[str, tuple[Lines, int, tuple[int, int], dict[str, Any], Config]] = {
         Lines(((1, 20), (3, 13)), 20), 2, (8 * 20, 105), {}, Config(method=MethodConfig("classical")),
     ),
     "a window after known blocks": (
-        Lines(((1, 20), (1, 16), (6, 11)), 20), 1, (102, 90), {},
-        Config(method=MethodConfig(blocks="pairs"), canvas=CanvasConfig(suffix_window=1)),
+        Lines(((1, 20), (1, 16), (6, 11)), 20), 1, (2 * 102, 2 * 90), {},
+        Config(method=MethodConfig(blocks="pairs", draws=2), canvas=CanvasConfig(suffix_window=1)),
     ),
 }  # fmt: skip
 USUAL = ("three widths", "rows that do not fit")

@@ -71,7 +71,7 @@ def candidates(options: DecodeConfig, mask_id: int, logits: Float[Array, "*rows 
     if left is logits:
         return logits
     ids = jnp.arange(logits.shape[-1])
-    best = ids == best_token(jnp.where(ids == mask_id, -jnp.inf, logits))[..., None]
+    best = ids == best_token(logits, mask_id)[..., None]
     return jnp.where(best, logits, left)
 
 
@@ -97,12 +97,12 @@ def score(
     if options.eos_suppression == "logits":
         logits = jnp.where(ids == layout.fill_id, -jnp.inf, logits)
     drawn_from = candidates(options, layout.mask_id, logits)
-    pick = jnp.where(ids == layout.mask_id, -jnp.inf, drawn_from)
+    pick = drawn_from
     if options.temperature > 0:
         # LLaDA takes the argmax of exp(l) / (-log U)^T, which is the argmax of l / T + Gumbel noise. The noise is float32 or
         # wider, since LLaDA notes that a narrower type is biased.
         pick = pick + _gumbel(keys, _TOKEN, pick)
-    token = best_token(pick)
+    token = best_token(pick, layout.mask_id)
     measure = rule.measure
     if measure is None:
         chance = jax.vmap(lambda key: uniform(jax.random.fold_in(key, _CHANCE), token.shape[1:]))(keys)

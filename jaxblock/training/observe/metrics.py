@@ -135,8 +135,8 @@ class Metrics(NamedTuple):
 def read_metrics(path: PathLike) -> Metrics:
     """Reads a metrics file: a single file, or the parts of it that an object store holds.
 
-    A run that was interrupted and resumed repeats the steps after its last checkpoint: the later rows replace the
-    earlier ones. An incomplete last line, which a killed process leaves, is ignored, and so are rows of other kinds.
+    A run that was interrupted and resumed repeats the steps after its last checkpoint: what was written of them before is
+    left out. An incomplete last line, which a killed process leaves, is ignored, and so are rows of other kinds.
 
     Args:
         path: the file, such as ``RUN/metrics.jsonl``.
@@ -157,10 +157,12 @@ def read_metrics(path: PathLike) -> Metrics:
             if not line.strip() or number == len(lines):
                 continue
             raise UserError(f"{path}:{number}: {error}; repair or delete the line") from error
-        rows = kept.get(row["kind"], [])
-        while rows and rows[-1]["step"] >= row["step"]:
-            rows.pop()
-        rows.append(row)
+        resumed = row["kind"] == "resume"
+        for rows in kept.values() if resumed else [kept.get(row["kind"], [])]:
+            while rows and rows[-1]["step"] >= row["step"] + resumed:
+                rows.pop()
+        if not resumed:
+            rows.append(row)
     return Metrics(kept["train"], kept["eval"])
 
 
