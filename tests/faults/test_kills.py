@@ -10,10 +10,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from jaxblock.cli import main
+from jaxblock.errors import UserError
+from jaxblock.training import start
 from jaxblock.training.checkpoints import checksums
 from jaxblock.training.checkpoints.reader import CheckpointReader
 from tests import pod, runs
@@ -161,24 +164,27 @@ def test_a_process_without_its_partner_ends_with_a_message_and_the_pair_goes_on(
     runs.check_same(run, tiny_pod_run, ("train",))
 
 
-def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(tiny_config, tiny_run, run_copy, ran):
-    runs.flip_a_bit(max((run_copy / "checkpoints/120/params").rglob("d/*"), key=lambda f: f.stat().st_size))
+def _flip(run: Path, step: str) -> None:
+    """Damages the checkpoint of a step."""
+    files = (run / "checkpoints" / step / "params").rglob("d/*")
+    runs.flip_a_bit(max(files, key=lambda file: file.stat().st_size))
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(tiny_config, tiny_run, run_copy, ran, monkeypatch):
+    """Where all are damaged it begins again, if that is asked for."""
+    _flip(run_copy, "120")
     assert "120 is damaged" in ran(f"decode --checkpoint {run_copy} 1+1?", 2).err
     ran(f"decode --checkpoint {run_copy} --step 100 1+1?")
-    said = ran(f"train --config {tiny_config} --train.out {run_copy} {' '.join(runs.QUIET)}").err
+    train = f"train --config {tiny_config} --train.out {run_copy} {' '.join(runs.QUIET)}"
+    said = ran(train).err
     assert "checkpoints/120 is not used" in said and "going on from step 100" in said
     runs.check_same(run_copy, tiny_run, ("train",))  # QUIET leaves evaluations out
 
-
-@pytest.mark.slow
-def test_a_run_whose_checkpoints_are_all_damaged_begins_again_where_that_is_asked_for(
-    tiny_config, tiny_run, run_copy, ran
-):
-    for folder in (run_copy / "checkpoints").glob("1?0"):
-        runs.flip_a_bit(max((folder / "params").rglob("d/*"), key=lambda f: f.stat().st_size))
-    train = f"train --config {tiny_config} --train.out {run_copy} {' '.join(runs.QUIET)}"
+    _flip(run_copy, "100")
+    _flip(run_copy, "120")
     assert "set train.resume to restart" in ran(train, 2).err
-    said = ran(f"{train} --train.resume restart").err
+    create_state = Mock(side_effect=UserError("the first state is made"))
+    monkeypatch.setattr(start, "create_state", create_state)
+    said = ran(f"{train} --train.resume restart", 2).err
     assert "checkpoints/100 is not used" in said and "checkpoints/120 is not used" in said
-    assert len(list(run_copy.rglob("damaged/*"))) == 2, list(run_copy.iterdir())
-    runs.check_same(run_copy, tiny_run, ("train",))
+    assert "the first state is made" in said and len(list(run_copy.rglob("damaged/*"))) == 3
