@@ -14,6 +14,7 @@ from jaxblock import inference
 from jaxblock.data.store.prepared_folder import open_prepared
 from jaxblock.diffusion.decoding import decoder
 from jaxblock.errors import UserError
+from jaxblock.evaluation import runner
 from jaxblock.evaluation.comparison import compare_evaluations
 from jaxblock.evaluation.graders import GRADERS, find_grader
 from jaxblock.evaluation.problems import format_problems
@@ -66,10 +67,12 @@ def test_a_problem_is_decoded_the_same_in_any_batch_and_graded_and_its_cost_coun
     assert empty.pass_at_1.n == 0 and math.isnan(empty.nfe) and math.isnan(empty.tokens_per_forward)
 
 
-def test_bound_agrees_with_the_interface(evaluator, model, records):
+def test_bound_agrees_with_the_interface(evaluator, model, records, monkeypatch):
     """Six records in batches of four: the two rows that fill up the second batch add nothing."""
+    padded, pad = [], runner.pad_records
+    monkeypatch.setattr(runner, "pad_records", lambda rows, *rest: padded.append(len(rows)) or pad(rows, *rest))
     bound = evaluator.estimate_nelbo(model.params, records)
-    assert bound.exact and bound.mask_se == 0
+    assert bound.exact and bound.mask_se == 0 and padded == [4, 4]
     responses = [record.response_ids.tolist() for record in records]
     values, _ = model.nelbo([record.prompt_ids.tolist() for record in records], responses, samples=15)
     assert bound.per_sequence.mean == pytest.approx(values.mean(), rel=1e-5)

@@ -66,7 +66,6 @@ def known(out):
         result.pop("settings")  # they name the folder
         for score in result["scores"].values():
             score.pop("decode_seconds")
-            score.pop("loss", None)  # a line of metrics that a kill cut is of the steps after it alone
     return found
 
 
