@@ -25,6 +25,7 @@ import torch
 
 from benchmarks import torch_decoder
 from benchmarks.small_network import CACHES, VARIED, network, random_prompts, seconds, sizes_parser, token_forwards
+from benchmarks.step_profile import MATRICES
 from jaxblock.diffusion.canvas import Layout, for_decoding
 from jaxblock.diffusion.decoding import decoder
 from jaxblock.diffusion.decoding.config import CacheName, DecodeConfig
@@ -84,6 +85,39 @@ def _check(case: Case, sides: Sides, args: Namespace) -> None:
     )
 
 
+def step_products(args: Namespace, rows: int) -> Sides:
+    """Returns the matrix products of a step beside the dual cache alone, those of all layers and of the head, in each library."""
+    _, _, params = network(args, VARIED)
+    weights = [layer for name in MATRICES for layer in np.asarray(params["blocks"][name])] + [
+        np.asarray(params["head"])
+    ]
+    inputs = {size: np.ones((rows * args.block, size), np.float32) for size in {len(w) for w in weights}}
+    ours = jax.jit(lambda inputs, weights: [inputs[len(w)] @ w for w in weights])
+    given = {size: jnp.asarray(x) for size, x in inputs.items()}, [jnp.asarray(w) for w in weights]
+    theirs = [torch.from_numpy(w.T.copy()) for w in weights]  # as PyTorch's linear layers hold them
+    x = {size: torch.from_numpy(each) for size, each in inputs.items()}
+    return Sides(lambda: ours(*given), lambda: [torch.nn.functional.linear(x[w.shape[1]], w) for w in theirs])
+
+
+def show_products(args: Namespace, rows: int, decoding: float) -> None:
+    """Prints what the matrix products of a step beside the dual cache take in each library.
+
+    Args:
+        args: the sizes.
+        rows: the number of prompts.
+        decoding: the seconds in which jaxblock decodes them.
+    """
+    sides = step_products(args, rows)
+    turns = [Sides(*map(seconds, sides)) for _ in range(10 * args.repeat + 1)][1:]  # the first one warms up
+    ours, theirs = ([getattr(turn, side) for turn in turns] for side in Sides._fields)
+    steps, (_, shown) = args.response // args.block * (args.steps - 1), ratio(theirs, ours)
+    print(
+        f"batch {rows}: the matrix products of a step with dual take {statistics.median(ours) * 1e3:.1f} ms in jaxblock, "
+        f"{statistics.median(theirs) * 1e3:.1f} ms in PyTorch: {shown}; they are {steps * statistics.median(ours) / decoding:.0%} of "
+        "jaxblock's time, beside those of the full passes"
+    )
+
+
 def ratio(over: Sequence[float], under: Sequence[float]) -> tuple[float, str]:
     """Returns the median of the rounds' ratios, and shows it with its range."""
     ratios = sorted(a / b for a, b in zip(over, under, strict=True))
@@ -105,7 +139,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         for case, sides in decoders.items():
             for call, record in zip(sides, times[case], strict=True):
                 record.append(seconds(call))
-    return _report(args, times)
+    found = _report(args, times)
+    for rows in args.batch:
+        show_products(args, rows, statistics.median(times[Case(rows, "dual")].ours))
+    return found
 
 
 def _report(args: Namespace, times: dict[Case, Sides]) -> dict[str, float]:

@@ -170,6 +170,7 @@ def _flip(run: Path, step: str) -> None:
     runs.flip_a_bit(max(files, key=lambda file: file.stat().st_size))
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(tiny_config, tiny_run, run_copy, ran, monkeypatch):
     """Where all are damaged it begins again, if that is asked for."""
     _flip(run_copy, "120")

@@ -123,6 +123,7 @@ def held(simulated, scale, truth, seeds, times=1.0):
     return np.mean(np.abs(mean - truth) < times * (high - low) / 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seeds", [3, 8])
 def test_intervals_over_seeds_of_paces_and_of_agreement_hold_the_truth_as_often_as_they_say(seeds):
     """Those of half the error, or with a normal quantile for Student's, would not. Standard error of a share: 0.9%."""

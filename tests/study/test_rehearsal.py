@@ -41,7 +41,7 @@ def checkpoint(folder, family):
 def cut(tree, start, files):
     """Cuts a study to one seed, few steps and few problems; data sets and checkpoints are replaced by small ones."""
     tree["seeds"], tree["scoring"] = [0], {"split": "test", "problems": 2, "nelbo_rows": 2}
-    tree["common"]["train"] |= {"batch_size": 2, "save_every": 100}
+    tree["common"]["train"] |= {"batch_size": 2, "save_every": 100, "fsdp": 1}
     tree["common"]["evaluate"]["nelbo_samples"] = 1
     if "lora" in tree["common"]:
         tree["common"]["lora"] |= {"rank": 2, "alpha": 4}
