@@ -18,7 +18,7 @@ from jaxblock.diffusion.decoding.shapes import BatchShapes
 from jaxblock.inference import DeviceDecoder, decode_many
 from jaxblock.parallel import rules
 from jaxblock.parallel.mesh import make_mesh
-from tests.diffusion.conftest import ONE_LAYER, SPANS, TWO_LAYERS, P, decoded, make_layout
+from tests.diffusion.conftest import ONE_LAYER, SPANS, P, decoded, make_layout, make_net
 
 
 class Line(Row):
@@ -146,7 +146,8 @@ def test_a_row_is_what_the_scan_over_all_rows_makes_of_it(name):
 
 @pytest.mark.slow
 def test_a_cache_that_is_split_over_devices_by_rows_and_heads_changes_nothing():
-    (net, params), layout, mesh = TWO_LAYERS, make_layout(), make_mesh(2, 1, 2)
+    net, params = make_net("float32", vocab_size=12, n_kv_heads=2)
+    layout, mesh = make_layout(), make_mesh(2, 1, 2, devices=jax.devices()[:4])
     options = DecodeConfig(batch_size=4, cache="dual", temperature=0.7, cfg_scale=0.5)
     prompts = list(map(np.array, PROMPTS[:6]))
     want = list(decode_many(net, layout, options, params, prompts, prompt_len=P))

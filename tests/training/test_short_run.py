@@ -24,6 +24,7 @@ FLAGS += " --decode.steps_per_block 3 --optimizer.schedule constant"
 def test_a_run_compiles_once_tells_its_time_and_keeps_its_best(tiny_config, tmp_path, monkeypatch, ran, caplog):
     run, command = tmp_path / "run", f"train --config {tiny_config} --train.out {tmp_path / 'run'} {FLAGS}"
     monkeypatch.setattr(places, "SMALLEST_CANVAS", 0)  # so that this small one has several widths
+    jax.clear_caches()  # of other tests
     with caplog.at_level(logging.WARNING), jax.log_compiles():
         said = ran(command).err
     # Each message names a program, its shapes and its shardings.
