@@ -48,7 +48,7 @@ def training_loss(train: TrainConfig, steps: int) -> list[float] | None:
     Returns:
         (sum over these tokens, their number); None where there is no line of that time, or no token.
     """
-    begin = max(step for step in (*range(0, steps, train.log_every), *train.keep_steps, 0) if step <= steps / 2)
+    begin = max(step for step in (*range(0, steps, train.log_every), *train.keep_steps) if step <= steps / 2)
     file = as_path(train.out) / METRICS_FILE
     rows = read_metrics(file).train if file.exists() else []
     chosen = [row.get("loss_by_block", []) for row in rows if begin < row["step"] <= steps]

@@ -157,12 +157,13 @@ def read_metrics(path: PathLike) -> Metrics:
             if not line.strip() or number == len(lines):
                 continue
             raise UserError(f"{path}:{number}: {error}; repair or delete the line") from error
-        resumed = row["kind"] == "resume"
-        for rows in kept.values() if resumed else [kept.get(row["kind"], [])]:
-            while rows and rows[-1]["step"] >= row["step"] + resumed:
-                rows.pop()
-        if not resumed:
-            rows.append(row)
+        if row["kind"] == "resume":
+            kept = {kind: [old for old in rows if old["step"] <= row["step"]] for kind, rows in kept.items()}
+            continue
+        rows = kept.get(row["kind"], [])
+        while rows and rows[-1]["step"] >= row["step"]:
+            rows.pop()
+        rows.append(row)
     return Metrics(kept["train"], kept["eval"])
 
 
