@@ -45,7 +45,7 @@ loading       errors settings io parallel models data huggingface training build
 harness       types errors settings diffusion parallel models data inference model
 reporting     types errors settings io diffusion streaming training
 study         types errors settings io diffusion models config data evaluation training loading reporting
-quickstart    errors io config
+quickstart    errors io config reporting
 __init__      errors model loading
 cli           errors settings io parallel config __init__ commands
 __main__      cli

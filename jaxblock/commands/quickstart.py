@@ -40,6 +40,7 @@ def run(options: Options, config: Config) -> int:
         UserError: the folder cannot be written.
     """
     from jaxblock.quickstart.phases import read_phases
+    from jaxblock.quickstart.picture import save_picture
     from jaxblock.quickstart.report import format_phases, format_scores
     from jaxblock.quickstart.stages import PhaseFailed, Quickstart
 
@@ -58,6 +59,7 @@ def run(options: Options, config: Config) -> int:
         "control (more classical)": out / "score_control" / "summary.json",
     }
     print(f"\n== result\n{format_phases(read_phases(work.record))}\n\n{format_scores(scores)}")
+    save_picture(scores, out / "scores.png")
     if options.short:
         print("\nThe installation works. The model learned nothing in so few steps: run it without --short.")
     else:
@@ -83,6 +85,7 @@ def _next_steps(options: Options, out: pathlib.Path, data: pathlib.Path) -> str:
 {out}:
   classical/, blockwise/   the runs: checkpoints, metrics.jsonl, plots/
   score_*/                 each problem's answer and verdict, and a summary
+  scores.png               Pass@1 and likelihood bound of all of them
   export/                  the Hugging Face checkpoint
   phases.jsonl             time and memory of every phase
 

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from jaxblock.config.presets import presets
-from jaxblock.quickstart import phases, report, stages
+from jaxblock.quickstart import phases, picture, report, stages
 
 # Records its arguments, and leaves what the verb would leave.
 VERBS = """
@@ -55,7 +55,7 @@ def flags(call):
     return dict(zip(call[1::2], call[2::2], strict=True))
 
 
-def test_the_phases_in_order_and_a_second_call_does_nothing_twice(calls, ran):
+def test_the_phases_in_order_and_a_second_call_does_nothing_twice(calls, ran, tmp_path):
     out, preset = "runs/quickstart", {name: str(file) for name, file in presets().items()}
     told = ran("quickstart --control").out
     verbs = calls()
@@ -73,6 +73,7 @@ def test_the_phases_in_order_and_a_second_call_does_nothing_twice(calls, ran):
     assert {f["--data.prepared"] for f in map(flags, verbs[:-1])} == {"prepared/quickstart"}
     assert len(re.findall(r"Pass@1 50\.0% \[10\.0%, 90\.0%\] \(1 of 2\), NELBO 1\.5", told)) == 3
     assert "against score_after: right here alone 4, right there alone 3" in told
+    assert (tmp_path / f"here/{out}/scores.png").read_bytes().startswith(b"\x89PNG")
     assert re.search(r"train, blockwise +0m0\ds +\d\.\d\d GiB", told) and "jaxblock quickstart --control" not in told
 
     assert ran("quickstart").out.count("done already") == 3
@@ -85,6 +86,19 @@ def test_the_phases_in_order_and_a_second_call_does_nothing_twice(calls, ran):
     again = calls()
     assert [call[0] for call in again] == ["prepare", "train", "train", "evaluate", "export"]
     assert again[-2][-1] == again[-1][-1] == "--overwrite"
+
+
+def test_the_picture_has_a_row_for_each_score_with_its_interval(tmp_path):
+    files = {name: tmp_path / f"{name}.json" for name in ("before", "after", "absent")}
+    for name, correct, bound in (("before", 3, 0.5), ("after", 4, 0.25)):
+        rate, nelbo = {"correct": correct, "n": 4, "low": 0.5, "high": 1.0}, {"mean": bound, "se": 0.0625}
+        files[name].write_text(json.dumps({"pass_at_1": rate, "nelbo_per_token": nelbo}))
+    solved, bounds = picture.draw_scores(files).axes
+    assert [label.get_text() for label in solved.get_yticklabels()] == ["before", "after"]
+    assert [text.get_text() for text in solved.texts] == ["75.0%", "100.0%"]
+    assert [text.get_text() for text in bounds.texts] == ["0.5000", "0.2500"]
+    ends = [bar.get_segments()[0][:, 0].tolist() for bar in (*solved.collections, *bounds.collections)]
+    assert ends == [[0.5, 1.0], [0.5, 1.0], [0.4375, 0.5625], [0.1875, 0.3125]]
 
 
 def test_a_failing_phase_ends_it_with_its_exit_code(calls, ran, monkeypatch, tmp_path):
