@@ -238,6 +238,7 @@ def parse(verb: str, arguments: Sequence[str]) -> Any:
         UserError: the YAML file is wrong. (Wrong flags end the process with tyro's message and code 2.)
     """
     kind: Any = VERBS[verb].options
+    _check_given_once(arguments)
     _check_places(verb, {field.name for field in fields(kind)}, arguments)
     path = _value_of("--config", arguments)
     if path is None and {"checkpoint", "config"} <= {field.name for field in fields(kind)}:
@@ -281,6 +282,9 @@ def _for_tyro(before: str, argument: str) -> str:
     """Returns what tyro calls an argument: it has one help, and its word for YAML's null is None."""
     if argument == "null" and before.startswith("--") and "." in before:
         return "None"
+    flag, _, value = argument.partition("=")
+    if value == "null" and flag.startswith("--") and "." in flag:
+        return f"{flag}=None"
     return "--help" if argument == "--help-all" else argument
 
 
@@ -305,6 +309,23 @@ _NO_CHECKPOINT = {
     "inspect": "it shows prepared data, --data.prepared, under the settings of --config",
 }
 """What people who give ``--checkpoint`` to a verb without it should do instead."""
+
+
+def _check_given_once(arguments: Sequence[str]) -> None:
+    """Raises UserError where a flag is given twice, of which only the last would count; a list's values follow one flag."""
+    given: dict[str, str] = {}
+    for argument, after in itertools.pairwise((*itertools.takewhile(lambda a: a != "--", arguments), "--")):
+        if not argument.startswith("--"):
+            continue
+        flag, _, value = argument.partition("=")
+        room, dot, name = flag.replace("-", "_").rpartition(".")
+        same, value = room + dot + name.removeprefix("no_"), value or (flag if after.startswith("--") else after)
+        if same in given:
+            raise UserError(
+                f"{flag} is given twice ({given[same]}, {value}): give it once; the values of a list follow one flag, as in "
+                "--data.train a.jsonl b.jsonl"
+            )
+        given[same] = value
 
 
 def _check_places(verb: str, flags: Collection[str], arguments: Sequence[str]) -> None:
@@ -356,15 +377,9 @@ def _sections(source: Any, target: Any) -> dict[str, Any]:
 
 
 def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
-    """Returns the value of a flag on the command line; None where the flag is not given.
-
-    Raises:
-        UserError: the flag is given twice; tyro would use the last one, beside settings from another file.
-    """
+    """Returns the value of a flag on the command line; None where the flag is not given."""
     given = [argument.split("=", 1)[1] for argument in arguments if argument.startswith(flag + "=")]
     given += [value for argument, value in itertools.pairwise(arguments) if argument == flag]
-    if len(given) > 1:
-        raise UserError(f"{flag} is given {len(given)} times ({', '.join(given)}): give it once")
     return given[0] if given else None
 
 

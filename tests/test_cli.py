@@ -87,7 +87,9 @@ xyz | verbs: prepare, inspect, train
 train --config nowhere.yaml | cannot read nowhere.yaml
 train --train.sample-packing | rows are not packed here
 train --packing=true | rows are not packed here
-train --config {config} --config b.yaml | --config is given 2 times ({config}, b.yaml)
+train --config {config} --config b.yaml | --config is given twice ({config}, b.yaml)
+prepare --data.train a.jsonl --data.train=b.jsonl | --data.train is given twice (a.jsonl, b.jsonl)
+prepare --data.split_digits --data.no-split-digits | --data.no-split-digits is given twice
 train {config} --train.steps 3 | give a file of settings as --config {config}
 evaluate --checkpoint {run} --out={new} run.yml | run.yml has no flag before it
 decode --checkpoint {run} 1+1? {config} | give a file of settings as --config {config}
@@ -96,7 +98,7 @@ train --checkpoint {run} | train has no --checkpoint: a run goes on from its own
 decode --checkpoint {config} 1+1? | {config} is a file, and a checkpoint is a folder
 decode --checkpoint {prepared} 1+1? | {prepared} holds prepared data, not a checkpoint
 decode --checkpoint tests/typo 1+1? | tests/typo: no such folder
-decode --checkpoint {run} --checkpoint={new} 1+1? | --checkpoint is given 2 times
+decode --checkpoint {run} --checkpoint={new} 1+1? | --checkpoint is given twice
 train --config {config} --canvas.block 3 | canvas.block 3 does not divide canvas.response_len 16
 train --config {config} --data.prepared {new} | {new} holds no prepared data
 train --config {config} --train.out {new} --canvas.response_len 8 | prepared with 16
@@ -210,7 +212,8 @@ def test_flags_come_before_the_file_and_the_file_before_defaults(tiny_config, ti
     options = cli.parse("decode", shlex.split(f"--checkpoint {tiny_run} --decode.temperature 0.5 1+1? 2+2?"))
     assert options.prompts == ("1+1?", "2+2?")  # a checkpoint brings its own settings
     assert (options.canvas.block, options.decode.batch_size, options.decode.temperature) == (4, 4, 0.5)
-    assert cli.parse("prepare", ["--data.test", "null"]).data.test is None
+    for null in (["--data.test", "null"], ["--data.test=null"]):
+        assert cli.parse("prepare", null).data.test is None
     assert cli.parse("decode", ["--checkpoint", "x", "null"]).prompts == ("null",)
 
 
@@ -228,6 +231,10 @@ inspect {tiny} --train.batch_size 4 --train.seed 1 --data.template chat | data.t
 evaluate --out x --checkpoint {run} --data.max_records 3 --evaluate.problems 6 --evaluate.nelbo_rows 6 | data.max_records
 evaluate --out x --checkpoint {run} --evaluate.no_nelbo --evaluate.nelbo_rows 6 --evaluate.split test | evaluate.nelbo_rows
 evaluate --out x --checkpoint {run} {shared} --evaluate.no_nelbo |
+decode --checkpoint {run} --data.template chat --data.mask_token a --data.prompt_field b --data.system c | data.template data.mask_token
+prepare --data.tokenizer a.json --data.vocab_size 9 --data.level hard | data.vocab_size
+prepare --data.train a.jsonl --data.level hard --data.builtin_train 7 --data.vocab_size 9 | data.level data.builtin_train
+prepare --data.recipe gsm8k --data.validation a.jsonl --data.validation_records 3 --data.seed 1 | data.validation_records
 """
 
 

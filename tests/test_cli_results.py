@@ -65,12 +65,12 @@ def test_a_file_of_records_is_known_by_its_name_and_refused_where_that_says_noth
     for name, content, expected in (
         ("p.ndjson", lines, PROMPTS),
         ("P.JSONL", lines, PROMPTS),
-        ("p.Json.GZ", gzip.compress(array), PROMPTS),
+        ("p.Json.GZ", gzip.compress(array, mtime=0), PROMPTS),
         ("p.txt", lines, lines.decode().splitlines()),
-        ("p.TXT.gz", gzip.compress(array), [array.decode()]),
+        ("p.TXT.gz", gzip.compress(array, mtime=0), [array.decode()]),
         ("texts", "\n".join(texts).encode(), texts),
         ("lines", b"\xef\xbb\xbf\n" + lines, None),
-        ("array.gz", gzip.compress(b"\n" + array), None),
+        ("array.gz", gzip.compress(b"\n" + array, mtime=0), None),
         ("table.dat", b"PAR1...", None),
     ):
         (tmp_path / name).write_bytes(content)

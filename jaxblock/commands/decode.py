@@ -12,6 +12,7 @@ import tyro
 
 from jaxblock.commands import say
 from jaxblock.commands.prompts import read_prompts, read_texts
+from jaxblock.commands.unused import unused_flags
 from jaxblock.config.config import Config
 from jaxblock.data.config import DataConfig
 from jaxblock.data.text.examples import Prompt
@@ -82,7 +83,8 @@ def run(options: Options, config: Config) -> int:
     from jaxblock.parallel import processes
 
     process, count = processes.join_group()
-    for note in unused_steps(config.decode) if process == 0 else ():
+    notes = [*unused_flags("decode", options, config), *unused_steps(config.decode)]
+    for note in notes if process == 0 else ():
         say(f"note: {note}")
     typed = not options.prompts and options.file is None
     if count > 1 and typed:

@@ -65,6 +65,33 @@ _UNREAD = (
         "seed",
         "does not change what is shown: a batch of the named records, drawn from train.seed",
     ),
+    _Unread(
+        ("decode",),
+        "data",
+        "recipe prompt_template system prompt_field input_field system_field response_field messages_field",
+        "does not change how prompts are read: tokenizer, template and special tokens are the checkpoint's own",
+    ),
+    _Unread(
+        ("prepare",),
+        "data",
+        "only tokenizer_type vocab_size split_digits",
+        "has no effect on a tokenizer that is given (data.tokenizer)",
+        lambda c: c.data.tokenizer != "train",
+    ),
+    _Unread(
+        ("prepare",),
+        "data",
+        "only level builtin_train builtin_test",
+        "has no effect on files and data sets (data.train): it is about the built-in problems",
+        lambda c: c.data.train not in ("builtin", ("builtin",)) or c.data.recipe is not None,
+    ),
+    _Unread(
+        ("prepare",),
+        "data",
+        "only validation_records",
+        "has no effect beside validation records of their own (data.validation)",
+        lambda c: c.data.validation is not None,
+    ),
 )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import numbers
+import re
 import types
 import typing
 from collections.abc import Collection, Mapping
@@ -48,6 +49,18 @@ class _UniqueKeys(yaml.SafeLoader):
                 )
             seen.add(key_node.value)
         return super().construct_mapping(node, deep)
+
+    def construct_scalar(self, node: Any) -> Any:
+        """Returns a scalar's text; raises ConstructorError for 010 and 1:30, which YAML 1.1 reads as 8 and 90."""
+        text = str(super().construct_scalar(node))
+        if node.tag.endswith((":int", ":float")) and (":" in text or re.fullmatch(r"[-+]?0[0-9_]+", text)):
+            raise yaml.constructor.ConstructorError(
+                None,
+                None,
+                f"YAML reads {text} as another number: write it without colons and leading zeros",
+                node.start_mark,
+            )
+        return text
 
     def flatten_mapping(self, node: Any) -> None:
         """Puts the mappings that `<<` names into a mapping; raises ConstructorError where they have too many keys."""
@@ -204,6 +217,9 @@ def _convert(hint: Any, value: Any, where: str, name: str) -> Any:
         if any(value == one and type(value) is type(one) for one in get_args(hint)):  # 1 is not true
             return value
         choices = [str(one).lower() if isinstance(one, bool) else one for one in get_args(hint)]
+        if isinstance(value, bool) and not any(isinstance(one, bool) for one in get_args(hint)):
+            words = "yes, on and true as true" if value else "no, off and false as false"
+            raise UserError(f"{where}: {name}: YAML reads {words}; write it in quotes, as one of {', '.join(choices)}")
         raise UserError(
             f"{where}: {name} is {shown(value)}{_nearest(shown(value), choices)}; choose from {', '.join(choices)}"
         )
@@ -219,6 +235,10 @@ def _convert(hint: Any, value: Any, where: str, name: str) -> Any:
             pass
     elif hint in (str, bool) and isinstance(value, hint):
         return value
+    if hint is str and isinstance(value, bool):
+        raise UserError(
+            f"{where}: {name} must be a text, and YAML reads yes, no, on and off as true and false: write it in quotes"
+        )
     wanted = getattr(hint, "__name__", str(hint))
     if origin is tuple:
         count = "" if Ellipsis in get_args(hint) else f"{len(get_args(hint))} "

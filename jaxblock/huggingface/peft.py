@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 from jax.typing import DTypeLike
 
-from jaxblock.errors import UserError
+from jaxblock.errors import UserError, shown
 from jaxblock.huggingface.checks import check_export, check_no_problems, summary_line, tensor_problems
 from jaxblock.huggingface.companions import CARD, GENERATION, Trained, copy_tokenizer, merged_generation_config
 from jaxblock.huggingface.peft_config import AdapterConfig, read_adapter_config
@@ -22,6 +22,7 @@ from jaxblock.huggingface.tensor_files import FolderContents, read_tensor, scan_
 from jaxblock.huggingface.tensor_writer import pending_tensors, write_tensors
 from jaxblock.io.files import read_json, write_json, write_text
 from jaxblock.io.folders import new_folder
+from jaxblock.io.hub import split_revision, with_revision
 from jaxblock.io.paths import PathLike, is_remote
 from jaxblock.models.architecture import Architecture
 from jaxblock.models.families import registry
@@ -125,8 +126,9 @@ def with_saved_start(folder: PathLike, arch: Architecture) -> Architecture:
 
 
 def _config(arch: Architecture, lora: Lora, base: str | None) -> dict[str, Any]:
+    name, revision = (None, None) if base is None else split_revision(base)
     return {
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": name,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -136,6 +138,7 @@ def _config(arch: Architecture, lora: Lora, base: str | None) -> dict[str, Any]:
         "modules_to_save": None,
         "peft_type": "LORA",
         "r": lora.rank,
+        "revision": revision,
         "target_modules": target_modules(registry.param_table(arch), lora),
         # PEFT's wrapper of this type asks the base for methods that the diffusion families' code may lack.
         "task_type": "CAUSAL_LM" if registry.FAMILIES[arch.family].autoregressive else None,
@@ -173,16 +176,19 @@ def is_adapter(folder: PathLike) -> bool:
 
 
 def read_base_name(folder: PathLike) -> str:
-    """Reads the folder or hub name of the base that adapters were trained on.
+    """Reads the folder of the base that adapters were trained on, or its hub name (``org/name@revision``, where one is given).
 
     Raises:
-        UserError: adapter_config.json does not name it.
+        UserError: adapter_config.json does not name it, or its revision is no text.
     """
     config = read_json(Path(folder) / CONFIG)
     base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
     if not isinstance(base, str) or not base:
         raise UserError(f"{Path(folder) / CONFIG}: no base_model_name_or_path: say where the base is (`base`)")
-    return base
+    revision = config.get("revision")
+    if revision is not None and not isinstance(revision, str):
+        raise UserError(f"{Path(folder) / CONFIG}: revision is {shown(revision)}; it must be a text, or null")
+    return with_revision(base, revision) if revision else base
 
 
 def load_adapter(

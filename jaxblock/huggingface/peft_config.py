@@ -34,7 +34,8 @@ _FIXED: dict[str, tuple[Any, ...]] = {
 
 # The other settings of PEFT. Those that are not read below change nothing in a network of plain linear layers.
 _READ = {"exclude_modules", "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout"}
-_READ |= {"alpha_pattern", "base_model_name_or_path", "peft_type", "r", "rank_pattern", "target_modules", "use_rslora"}
+_READ |= {"alpha_pattern", "base_model_name_or_path", "peft_type", "r", "rank_pattern", "revision", "target_modules"}
+_READ |= {"use_rslora"}
 _WITHOUT_EFFECT = {
     "auto_mapping",
     "corda_config",
@@ -43,7 +44,7 @@ _WITHOUT_EFFECT = {
     "fan_in_fan_out",
     "inference_mode",
 }
-_WITHOUT_EFFECT |= {"loftq_config", "lora_ga_config", "megatron_config", "megatron_core", "peft_version", "revision"}
+_WITHOUT_EFFECT |= {"loftq_config", "lora_ga_config", "megatron_config", "megatron_core", "peft_version"}
 _WITHOUT_EFFECT |= {"qalora_group_size", "runtime_config", "task_type"}
 
 # Other ways to initialise take a part out of the base's weights, which then are not those of the base's folder.

@@ -126,13 +126,16 @@ def pending_tensors(table: Table, flat: Mapping[str, Any], dtype: DTypeLike | No
         if target not in DTYPES.values():
             raise UserError(f"parameter {path} is {target.name}; an export is float64, float32, float16 or bfloat16")
         tensors[tensor_names(spec)[layer]] = PendingTensor(
-            target, stored_shape(spec), _fetch(leaf, spec, layer, target)
+            target, stored_shape(spec), _fetch(path, leaf, spec, layer, target)
         )
     return tensors
 
 
-def _fetch(leaf: Any, spec: ParamSpec, layer: int, dtype: np.dtype[Any]) -> Callable[[], np.ndarray]:
-    """Returns a function that copies one layer of a parameter (or an unstacked one) to the host, as the file stores it."""
+def _fetch(path: str, leaf: Any, spec: ParamSpec, layer: int, dtype: np.dtype[Any]) -> Callable[[], np.ndarray]:
+    """Returns a function that copies one layer of a parameter (or an unstacked one) to the host, as the file stores it.
+
+    The function raises UserError where the type cannot hold a number.
+    """
 
     def fetch() -> np.ndarray:
         if isinstance(leaf, Array) and not leaf.is_fully_addressable:
@@ -140,11 +143,23 @@ def _fetch(leaf: Any, spec: ParamSpec, layer: int, dtype: np.dtype[Any]) -> Call
         else:
             part = _layer(leaf, layer) if spec.stacked else leaf
         if isinstance(part, Array) and spec.is_matrix and not spec.stacked:
-            return _in_slices(part, dtype, spec.transpose)
-        host = np.asarray(part).astype(dtype, copy=False)
+            return _in_slices(path, part, dtype, spec.transpose)
+        host = _cast(path, np.asarray(part), dtype)
         return transposed(host) if spec.transpose else host
 
     return fetch
+
+
+def _cast(path: str, values: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
+    """Returns numbers in a type of the file; raises UserError where a finite one would become infinite."""
+    with np.errstate(over="ignore"):
+        cast = values.astype(dtype, copy=False)
+    if dtype == np.float16 and np.isinf(cast).any() and np.isfinite(values).all():
+        largest = float(np.abs(values.astype(np.float32)).max())
+        raise UserError(
+            f"parameter {path} has a number of size {largest:.3g}, which float16 cannot hold: export as bfloat16 or float32"
+        )
+    return cast
 
 
 def _layer(leaf: Any, layer: int) -> Any:
@@ -172,7 +187,7 @@ def _layer_of(leaf: Array, stacked: bool, layer: Array | int) -> Array:
     return jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False) if stacked else leaf
 
 
-def _in_slices(leaf: Array, dtype: np.dtype[Any], transpose: bool) -> np.ndarray:
+def _in_slices(path: str, leaf: Array, dtype: np.dtype[Any], transpose: bool) -> np.ndarray:
     """Copies a large matrix to the host, as the file stores it.
 
     It copies slices, because a JAX array that was copied whole keeps that copy on the host as long as it exists; and it
@@ -187,7 +202,7 @@ def _in_slices(leaf: Array, dtype: np.dtype[Any], transpose: bool) -> np.ndarray
         part, data = whole[shard.index], np.asarray(shard.data) if _in_host_memory(shard.data) else shard.data
         rows = max(1, _SLICE_BYTES // max(1, data.nbytes // data.shape[0]))
         for start in range(0, data.shape[0], rows):
-            host = np.asarray(data[start : start + rows]).astype(dtype, copy=False)
+            host = _cast(path, np.asarray(data[start : start + rows]), dtype)
             if transpose:
                 part.T[:, start : start + rows] = transposed(host).view(bits)
             else:

@@ -81,6 +81,18 @@ def hub_repository(name: PathLike) -> str | None:
     return f"{place[1]}/{place[2]}" if place else None
 
 
+def with_revision(name: str, revision: str) -> str:
+    """Returns the name of a hub repository at a revision; a name that is a path, or has a revision, stays as it is."""
+    match = _hub_name(name)
+    return name if match is None or match["revision"] is not None else f"{name}@{revision}"
+
+
+def split_revision(name: str) -> tuple[str, str | None]:
+    """Returns a hub name without its revision, and the revision; any other name, and None."""
+    match = _hub_name(name)
+    return (name, None) if match is None else (match["repo"], match["revision"])
+
+
 def _hub_name(text: str) -> re.Match[str] | None:
     """Parses a name on the hub; returns None for a text that is a path or can only be one.
 

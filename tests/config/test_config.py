@@ -21,7 +21,10 @@ data: {sample_packing: 1} | data.sample_packing: rows are not packed here: one c
 data: {group_texts: 1} | data.group_texts: rows are not packed here: one canvas holds one prompt and its response
 model: {scan_layers: 1} | choose from auto, true, false
 method: {law: exact_counts} | method.law is 'exact_counts'; did you mean exact_count?; choose from exact_
-train: {resume: no} | train.resume is False
+train: {resume: no} | train.resume: YAML reads no, off and false as false; write it in quotes, as one of
+data: {prepared: yes} | data.prepared must be a text, and YAML reads yes, no, on and off as true and false
+data: {seed: 010} | YAML reads 010 as another number
+optimizer: {lr: 1:30.5} | YAML reads 1:30.5 as another number
 train: {steps: many} | train.steps must be int, not 'many'
 train: {steps: 3.5} | train.steps must be int, not 3.5
 train: {steps: true} | train.steps must be int, not True

@@ -16,6 +16,7 @@ PARTS = [{"type": "text", "text": "one "}, {"type": "input_text", "text": "two",
 TALK = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good day"}]
 SAME_TALK = [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "good day"}]
 PICTURE = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cat."}]
+BOTH = {"messages": TALK, "problem": "hello", "solution": "another answer"}
 TOLD = [{"role": "system", "content": "be kind"}, *TALK]
 ALPACA, INPUT = {"prompt_field": "instruction"}, {"input_field": "input"}
 SYSTEM = {"system_field": "system_prompt"}
@@ -49,6 +50,18 @@ def said(content, **more):
         (said("x", tool_calls=[{"id": 1}]), {}, ".*holds 'tool_calls', which would be left out"),
         (said("x", reasoning_content="why"), {}, ".*holds 'reasoning_content', .*: write the reasoning into"),
         (said("x", role="assistant", train=False), {}, ".*has 'train': False, and which answers are learnt"),
+        (said("x", role="assistant", training=False), {}, ".*has 'training': False, and which answers are learnt"),
+        (said("x", images=["cat.jpg"]), {}, ".*holds 'images': the models read only text"),
+        (
+            BOTH,
+            {"prompt_field": "problem", "response_field": "solution"},
+            "the fields 'messages' and 'solution' hold two",
+        ),
+        (
+            BOTH,
+            {"prompt_field": "problem", "response_field": "solution", "recipe": "math"},
+            "the fields 'messages' and",
+        ),
         (said("x", weight=0), {}, ".*has the weight 0, and messages have none here"),
         (said("x", role="function"), {}, ".*role 'function'; known are system, developer, user, assistant, tool"),
         ({"messages": [{"from": "function_call", "value": "x"}]}, {}, ".*role 'function_call'; known are human, gpt,"),

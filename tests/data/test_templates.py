@@ -62,6 +62,9 @@ def test_named_templates(pieces, name, system, prompt):
     assert encoder.prompt("How many?") == ids
     own = encoder.prompt(talk("Be long.", "How many?", roles=("system", "user")))
     assert system is None or shown(encoder, own) == [prompt.replace("brief", "long")]  # the record's own wins
+    assert shown(encoder_of(pieces, TURNS, system=""), encoder_of(pieces, TURNS, system="").prompt("a")) == [
+        "<|eot_id|>a<|eot_id|>"
+    ]
     turns = encoder.prompt_and_response(dataclasses.replace(example(), messages=talk("a", "b", "How many?", "d")))
     earlier = "Question: a\nAnswer:<|eot_id|>b<|eot_id|>"
     assert name == "chat" or shown(encoder, *turns) == [prompt.replace("Question", f"{earlier}Question"), "d<|eot_id|>"]
@@ -83,7 +86,11 @@ ONLY_SYSTEM = "{% for m in messages if m.role == 'system' %}{{ m.content }}{% en
         (FIRST + "{% if messages[1] %}{{ messages[1].content }}{{ eot_token }}{% endif %}", ALONE),
         ("{{ bos_token if add_generation_prompt }}" + TURNS, r"the prompt's tokens: token 0 is '<\|startoftext\|>'"),
         (FIRST + "{{ eot_token }}{{ messages[1].content if messages[1] }}", "does not end the response"),
-        (FIRST + "{{ eot_token }}{{ eot_token if messages[1] }}", "leaves nothing of the response"),
+        (
+            FIRST + "{{ eot_token }}{{ eot_token if messages[1] }}",
+            r"leaves out the assistant's text \(message 2 of 2\)",
+        ),
+        (TURNS.replace("m.content", "m.content.split('5')[-1]"), "does not write the whole response"),
         (TURNS + "{{ 'Bye' if messages[1] }}", "writes more after the response's end: 'Bye'"),
         (MASK + TURNS, "the prompt's tokens contain the mask token"),
         (TURNS.replace("{{ m", "{{ '<|mdm_mask|>' if loop.index0 }}{{ m"), "the response's tokens contain the mask"),
@@ -93,12 +100,14 @@ ONLY_SYSTEM = "{% for m in messages if m.role == 'system' %}{{ m.content }}{% en
         ("{% for m in messages %}\n{{ m.content }}", "template 'mine', line 2"),
         ("{{ '<|start_header_id|>' }}", "leaves out the user's text"),
         (ONLY_SYSTEM, "leaves out the user's text"),
+        (TURNS.replace("messages %}", "messages if m.role != 'system' %}"), "leaves out the system's text"),
     ],
 )
 def test_bad_templates(pieces, source, complaint):
     tokenizer = train_tokenizer(["1234 12 34 1"] * 50, DataConfig(vocab_size=400)) if complaint == ALONE else pieces
     with pytest.raises(UserError, match=complaint) as caught:
-        encoder_of(tokenizer, source).prompt_and_response(example("What is 1", "234"))
+        encoder = encoder_of(tokenizer, source, system="Be brief." if "system" in complaint else None)
+        encoder.prompt_and_response(example("What is 1", "234" if complaint == ALONE else "2 5 34"))
     assert "some.jsonl:3" in str(caught.value) or "line 2" in complaint
 
 

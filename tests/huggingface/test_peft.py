@@ -222,6 +222,26 @@ def test_ranks_and_scales_are_those_of_peft(small, tmp_path, case):
             np.testing.assert_allclose(got[layer], want.get(name.removesuffix(".weight"), 0), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("base", "fields", "read"),
+    [
+        ("org/base@v2.0", ("org/base", "v2.0"), "org/base@v2.0"),
+        ("org/base", ("org/base", None), "org/base"),
+        ("./a folder@v2", ("./a folder@v2", None), "./a folder@v2"),
+    ],
+)
+def test_the_bases_revision_is_written_and_read_as_peft_does(small, tmp_path, base, fields, read):
+    arch, _ = small()
+    lora = Lora(2, 4.0, 0.0, ("blocks/q",))
+    peft.save_adapter(tmp_path / "out", arch, lora, drawn(arch, lora), base=base)
+    held = json.loads((tmp_path / "out" / CONFIG).read_text())
+    assert (held["base_model_name_or_path"], held["revision"]) == fields
+    assert peft.read_base_name(tmp_path / "out") == read
+    (tmp_path / "out" / CONFIG).write_text(json.dumps(held | {"revision": 2}))
+    with pytest.raises(UserError, match="revision is 2; it must be a text"):
+        peft.read_base_name(tmp_path / "out")
+
+
 def test_a_folder_of_adapters_is_its_base_and_them(small, saved, tmp_path):
     (arch, params), lora = small(), Lora(2, 4.0, 0.0, ("blocks/q", "blocks/down"))
     folder, base = tmp_path / "adapters", shutil.copytree(saved(), tmp_path / "base")

@@ -170,6 +170,9 @@ def test_verify_sees_a_changed_weight_and_a_changed_config(small, saved, tmp_pat
         save_checkpoint(tmp_path / str(much), arch, moved_by(much))
         with pytest.raises(UserError, match=message):
             verify_checkpoint(tmp_path / str(much), net, moved_by(much), ids)
+    with pytest.raises(UserError, match="parameter .* has a number of size 1e.05, which float16 cannot hold"):
+        save_checkpoint(tmp_path / "half", arch, moved_by(1e5), dtype=np.float16)
+    assert not (tmp_path / "half").exists()
     # Other types, other logits: reported, and no error.
     save_checkpoint(tmp_path / "out", arch, params, dtype=jnp.bfloat16)
     assert 0 < verify_checkpoint(tmp_path / "out", net, params, ids) < 1

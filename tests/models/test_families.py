@@ -132,6 +132,11 @@ def test_options_that_change_nothing_are_accepted():
             "rope_type is 'yarn', but type is 'linear'",
         ),
         ({"rope_scaling": TWICE, "rope_parameters": TWICE | {"factor": 3}}, "rope_scaling and rope_parameters differ"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "original_max_position_embeddings": 32},
+            "original_max_position_embeddings is 32 here and None beside the type 'yarn'",
+        ),
+        ({"rope_scaling": {"factor": 4.0}}, "factor is 4.0, but there is no type"),
         ({"rope_theta": "x"}, "rope_theta is 'x'"),
         ({"rope_parameters": [1]}, "must be a JSON object"),
         ({"head_dim": 7}, "even size"),

@@ -25,6 +25,7 @@ class Encoded(NamedTuple):
         prompt_hash: A hash of the prompt, blanks and case aside.
         field_bytes: The number of bytes of the record's other fields.
         left_out: The names of the fields that JSON cannot hold.
+        unknown: Whether the response holds letters that the tokenizer lacks.
     """
 
     verdict: Verdict
@@ -33,6 +34,7 @@ class Encoded(NamedTuple):
     prompt_hash: bytes = b""
     field_bytes: int = 0
     left_out: tuple[str, ...] = ()
+    unknown: bool = False
 
 
 class EncodedPiece(NamedTuple):
@@ -79,6 +81,7 @@ class PieceEncoder:
                         prompt_hash(example.prompt),
                         len(fields),
                         tuple(left_out),
+                        self._encoder.holds_unknown(response_ids),
                     )
                 )
         except UserError as error:

@@ -116,7 +116,7 @@ class SplitCount:
         self._split, self._rules, self._check, self._most_records = split, rules, check, most_records
         self._dropped, self._cut, self._left_out = Counter[str](), Counter[str](), Counter[str]()
         self._fields = [0, 0]
-        self._seen = 0
+        self._seen = self._unknown = 0
         self.kept = 0
         """The number of examples that are kept so far."""
 
@@ -136,6 +136,10 @@ class SplitCount:
         self._left_out.update(left_out)
         self._fields = [self._fields[0] + (size > 0), self._fields[1] + size]
 
+    def add_unknown(self, unknown: bool) -> None:
+        """Counts an example that is kept and whose response holds letters that the tokenizer lacks."""
+        self._unknown += unknown
+
     def is_full(self, before: int) -> bool:
         """Tells whether an input needs no more examples, of which `before` were kept of the inputs before it."""
         return self._most_records > 0 and self.kept - before == self._most_records
@@ -150,7 +154,7 @@ class SplitCount:
         """Returns {"kept": n, "dropped": {reason: n}, "cut": {reason: n}}.
 
         Where records have other fields, it has "fields": {"records": n, "bytes": n, "left_out": {name: n}} too, of those kept for
-        graders and those that JSON cannot hold.
+        graders and those that JSON cannot hold; where responses hold letters that the tokenizer lacks, "unknown": their number.
 
         Raises:
             UserError: If no record is left (unless `data.overlong` is `error`: then `LengthCheck.check` raises).
@@ -169,4 +173,6 @@ class SplitCount:
         if self._fields[0] or self._left_out:
             names = ("records", "bytes")
             report["fields"] = {**dict(zip(names, self._fields, strict=True)), "left_out": dict(self._left_out)}
+        if self._unknown:
+            report["unknown"] = self._unknown
         return report

@@ -104,6 +104,7 @@ def _kept(
             seen += 1
             if count.add(example.verdict):
                 count.add_fields(example.field_bytes, list(example.left_out))
+                count.add_unknown(example.unknown)
                 yield example
                 if count.is_full(before):
                     count.skip(total - seen)

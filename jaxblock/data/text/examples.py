@@ -203,8 +203,25 @@ def messages_field(row: Row, config: DataConfig) -> str | None:
                 f"{row.where}: the fields {name!r} and {SHAREGPT_FIELD!r} hold two conversations, and one would be left out: take "
                 "one of them out of the record"
             )
+        _check_one_answer(row, name, config)
         return name
     return SHAREGPT_FIELD if SHAREGPT_FIELD in row.record and config.prompt_field not in row.record else None
+
+
+def _check_one_answer(row: Row, field: str, config: DataConfig) -> None:
+    """Raises UserError where a record holds messages and, in fields that the settings name, another response."""
+    plain = DataConfig()
+    names = (config.prompt_field, config.response_field)
+    named = config.recipe is not None or names != (plain.prompt_field, plain.response_field)
+    if not named or not all(name in row.record for name in names):
+        return
+    answer, other = _spoken(row, field)[-1]["content"], row.record[config.response_field]
+    if isinstance(other, str) and other.strip() != answer.strip():
+        raise UserError(
+            f"{row.where}: the fields {field!r} and {config.response_field!r} hold two answers, and the second, which "
+            "data.response_field or the recipe names, would be left out: take one of them out of the record, or set "
+            "data.messages_field to a field that no record has"
+        )
 
 
 def _spoken(row: Row, field: str) -> list[Message]:

@@ -31,7 +31,8 @@ _BESIDE_TEXT = {
     **dict.fromkeys(("reasoning_content", "reasoning", "thinking"), "reasoning"),
 }
 """What a message's keys hold that some templates write beside its content."""
-_LEARNT = ("train", "loss")  # how other programs say, message by message, which answers are learnt
+_NOT_TEXT = ("image", "images", "audio", "audios", "video", "videos")
+_LEARNT = ("train", "training", "loss")  # how other programs say, message by message, which answers are learnt
 
 
 def checked_text(value: Any, name: str, where: str) -> str:
@@ -116,6 +117,8 @@ def _check_nothing_is_lost(message: Mapping[str, Any], role: str, at: str, where
                 f"{where}: {at} holds {key!r}, which would be left out: write the {what} into the message's text, as the "
                 "model is to write it, or take the key out"
             )
+    if (key := next((key for key in _NOT_TEXT if message.get(key)), None)) is not None:
+        raise UserError(f"{where}: {at} holds {key!r}: the models read only text, so take such records out")
     for key in _LEARNT if role == "assistant" else ():
         if message.get(key) not in (None, True):
             raise UserError(

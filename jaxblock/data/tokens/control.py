@@ -29,9 +29,19 @@ def control_ids(tokenizer: Tokenizer, named: Iterable[int]) -> frozenset[int]:
         tokenizer: the tokenizer. Its token for unknown letters is not among the ids, since a vocabulary may lack letters.
         named: the special ids of the network, such as the mask; those outside the vocabulary are left out.
     """
-    unknown = {*_UNKNOWN, token_text(tokenizer.settings.get("unk_token"))}
-    ids = {tokenizer.id_of(text) for text in tokenizer.special_texts - unknown}
+    ids = {tokenizer.id_of(text) for text in tokenizer.special_texts - _unknown_texts(tokenizer)}
     return frozenset({i for i in ids if i is not None}.union(i for i in named if i < tokenizer.vocab_size))
+
+
+def unknown_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    """Returns the ids that stand for letters which the vocabulary lacks: one, or none."""
+    texts = _unknown_texts(tokenizer) & tokenizer.special_texts
+    return frozenset(i for i in map(tokenizer.id_of, texts) if i is not None)
+
+
+def _unknown_texts(tokenizer: Tokenizer) -> set[str]:
+    own = token_text(tokenizer.settings.get("unk_token"))
+    return {*_UNKNOWN, *(() if own is None else (own,))}
 
 
 class ControlTokens:
@@ -68,7 +78,7 @@ class ControlTokens:
                 )
 
     def check_template(self, messages: Sequence[Message], add_generation_prompt: bool, where: str) -> None:
-        """Checks, once for each order of roles, that the template has the roles and shows the user's text.
+        """Checks, once for each order of roles, that the template has the roles and shows every message's text.
 
         Args:
             messages: the turns of a conversation.
@@ -117,22 +127,21 @@ class ControlTokens:
         if key not in self._of_template:
             messages: list[Message] = [{"role": role, "content": _HARMLESS} for role in roles]
             check_roles(self._template, roles, add_generation_prompt, where)
-            self._check_user_is_shown(messages, add_generation_prompt, where)
+            self._check_all_is_shown(messages, add_generation_prompt, where)
             self._of_template[key] = self._render(messages, add_generation_prompt, where)
         return self._of_template[key]
 
-    def _check_user_is_shown(self, messages: Sequence[Message], add_generation_prompt: bool, where: str) -> None:
-        """Raises UserError where the template writes the same for any text of the user's last turn."""
-        last = max((at for at, message in enumerate(messages) if message["role"] == "user"), default=None)
-        if last is None:
-            return
-        other = [*messages[:last], {"role": "user", "content": _OTHER}, *messages[last + 1 :]]
-        one, two = (self._template.render(some, add_generation_prompt, where=where) for some in (messages, other))
-        if one == two:
-            raise UserError(
-                f"{where}: template {self._template.name!r} leaves out the user's text: it writes the same for any "
-                "question. Set data.template to a template that writes every message's content"
-            )
+    def _check_all_is_shown(self, messages: Sequence[Message], add_generation_prompt: bool, where: str) -> None:
+        """Raises UserError where the template writes the same for any text of one of the messages."""
+        shown = self._template.render(messages, add_generation_prompt, where=where)
+        for at, message in enumerate(messages):
+            other = [*messages[:at], {**message, "content": _OTHER}, *messages[at + 1 :]]
+            if shown == self._template.render(other, add_generation_prompt, where=where):
+                raise UserError(
+                    f"{where}: template {self._template.name!r} leaves out the {message['role']}'s text (message {at + 1} of "
+                    f"{len(messages)}): it writes the same for any text. Set data.template to a template that writes every "
+                    "message's content, or take such messages out"
+                )
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool, where: str) -> list[int]:
         return self._only_control(

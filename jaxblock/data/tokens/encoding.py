@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from jaxblock.data.config import DataConfig
 from jaxblock.data.text.examples import Example, in_template
 from jaxblock.data.text.messages import INSTRUCTIONS, Message, checked_text
-from jaxblock.data.tokens.control import ControlTokens
+from jaxblock.data.tokens.control import ControlTokens, unknown_ids
 from jaxblock.data.tokens.find_special import ends_in_checkpoint, find_special
 from jaxblock.data.tokens.special import SpecialIds, first_stop
 from jaxblock.data.tokens.templates import Template, template_source
@@ -24,7 +24,7 @@ class Encoder:
     def __init__(self, tokenizer: Tokenizer, template: Template, special: SpecialIds, config: DataConfig) -> None:
         """Keeps the parts; of the data settings only `prompt_template` and `system` are used."""
         self.tokenizer, self.template, self.special, self.config = tokenizer, template, special, config
-        self._control = ControlTokens(tokenizer, template, special)
+        self._control, self._unknown_ids = ControlTokens(tokenizer, template, special), unknown_ids(tokenizer)
 
     def prompt(self, prompt: str | Sequence[Message], *, where: str = "the prompt") -> list[int]:
         """Returns the ids of a prompt, up to where the response begins.
@@ -36,9 +36,9 @@ class Encoder:
 
         Raises:
             UserError: If a text is empty or no valid text, a text holds or becomes a special token, or the template fails
-                on the conversation or leaves out the user's text.
+                on the conversation or leaves out a message.
         """
-        ids = self._encode(self.conversation(prompt, where=where), True, where)
+        _, ids = self._encode(self.conversation(prompt, where=where), True, where)
         if self.special.mask in ids:
             raise UserError(
                 f"{where}: the prompt's tokens contain the mask token; take it out of the text or the template"
@@ -77,11 +77,12 @@ class Encoder:
 
         Raises:
             UserError: If the text holds a special token, the prompt's ids are not a prefix of the conversation's ids, or the
-                template loses the response or does not end it.
+                template loses a part of the response or does not end it.
         """
         where = example.where
         prompt_ids = self.prompt(example.messages[:-1], where=where)
-        ids = self._encode(example.messages, False, where)
+        text, ids = self._encode(example.messages, False, where)
+        self._check_whole(example.messages[-1]["content"], text, where)
         self._check_prefix(prompt_ids, ids, where)
         rest = ids[len(prompt_ids) :]
         end = first_stop(rest, self.special.stop_ids)
@@ -91,8 +92,6 @@ class Encoder:
                 f"{{{{ eot_token }}}} ({self.tokenizer.piece(self.special.eot)}){self._unknown()}"
             )
         response_ids, surplus = rest[: end + 1], rest[end + 1 :]
-        if end == 0:
-            raise UserError(f"{where}: template {self.template.name!r} leaves nothing of the response")
         if self.special.mask in response_ids:
             raise UserError(
                 f"{where}: the response's tokens contain the mask token; take it out of the text or the template"
@@ -105,6 +104,18 @@ class Encoder:
             )
         return prompt_ids, response_ids
 
+    def holds_unknown(self, ids: Sequence[int]) -> bool:
+        """Tells whether some ids stand for letters that the vocabulary lacks."""
+        return not self._unknown_ids.isdisjoint(ids)
+
+    def _check_whole(self, response: str, text: str, where: str) -> None:
+        """Raises UserError where a conversation's text lacks a part of the response; white space may differ."""
+        if "".join(response.split()) not in "".join(text.split()):
+            raise UserError(
+                f"{where}: template {self.template.name!r} does not write the whole response; it leaves out or changes a part, "
+                "such as the reasoning before </think>. Set data.template to a template that writes it as it is"
+            )
+
     def _unknown(self) -> str:
         """Returns a sentence for an error: the special tokens that the template writes but the tokenizer lacks.
 
@@ -115,11 +126,12 @@ class Encoder:
             return ""
         return f". The template writes {', '.join(unknown)}, which the tokenizer does not have as tokens"
 
-    def _encode(self, messages: Sequence[Message], add_generation_prompt: bool, where: str) -> list[int]:
-        """Returns the ids of a conversation, with `data.system` in front of it, after checking its texts."""
+    def _encode(self, messages: Sequence[Message], add_generation_prompt: bool, where: str) -> tuple[str, list[int]]:
+        """Returns a conversation, with `data.system` in front of it, as the template's text and its ids, after checking its texts."""
         messages = self.conversation(messages, where=where)
         for message in messages:
-            checked_text(message["content"], f"the {message['role']}'s text", where)
+            if message["content"] or message["role"] != "system":  # `data.system` may be empty
+                checked_text(message["content"], f"the {message['role']}'s text", where)
         self._control.check_texts(messages, where)
         self._control.check_template(messages, add_generation_prompt, where)
         text = self.template.render(messages, add_generation_prompt, where=where)
@@ -128,7 +140,7 @@ class Encoder:
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
         self._control.check_ids(ids, messages, add_generation_prompt, where)
-        return ids
+        return text, ids
 
     def _check_prefix(self, prompt_ids: list[int], ids: list[int], where: str) -> None:
         if ids[: len(prompt_ids)] == prompt_ids:
@@ -163,7 +175,7 @@ def checkpoint_encoder(folder: PathLike, tokenizer: Tokenizer, mask_id: int | No
     if mask_id is None:
         return None
     brought, own = tokenizer.settings.get("chat_template"), as_path(folder) / "template.jinja"
-    source = read_bytes(own).decode() if own.exists() else brought
+    source = read_bytes(own).decode("utf-8-sig") if own.exists() else brought
     if source is None:
         return None
     config = DataConfig(tokenizer=os.fspath(folder))

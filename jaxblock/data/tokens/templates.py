@@ -135,7 +135,7 @@ def template_source(name: str, *, tokenizer_template: Any = None) -> str:
         known = ", ".join([*NAMED, "tokenizer"])
         raise UserError(f"data.template: {name!r} is neither one of {known} nor a file")
     try:
-        return read_bytes(name).decode()
+        return read_bytes(name).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"data.template: {name} is not UTF-8 at byte {error.start}") from error
 

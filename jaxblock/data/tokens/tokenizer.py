@@ -83,7 +83,7 @@ def read_settings(files: Mapping[str, bytes], where: str) -> dict[str, Any]:
         older = parse_json(files.get("special_tokens_map.json", b"{}"))
         settings = {**older, **parse_json(files.get("tokenizer_config.json", b"{}"))}
         if "chat_template.jinja" in files:
-            settings["chat_template"] = files["chat_template.jinja"].decode()
+            settings["chat_template"] = files["chat_template.jinja"].decode("utf-8-sig")
     except (ValueError, TypeError) as error:
         raise UserError(
             f"{where}: the tokenizer_config.json, special_tokens_map.json or chat_template.jinja beside it cannot be read ({error})"

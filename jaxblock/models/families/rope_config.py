@@ -36,12 +36,30 @@ def read_rope_scaling(fields: Fields, max_len: int) -> RopeScaling | None:
         UserError: the network does not compute this kind, a number is missing or wrong, or the two fields differ.
     """
     found = {_scaling(rope, max_len) for rope in _objects(fields)}
+    _check_original_length(fields)
     if len(found) > 1:
         raise fields.error("rope_scaling and rope_parameters differ; leave only the right one")
     scaling = found.pop() if found else None
     if scaling is not None and scaling.kind == "yarn" and read_rope_theta(fields) == 1:
         raise fields.error("rope_theta is 1, with which yarn's frequencies are not defined")
     return scaling
+
+
+def _check_original_length(fields: Fields) -> None:
+    """Raises UserError where the top level gives another original length than the description of rotary positions.
+
+    transformers takes the former, where there is one.
+    """
+    name = "original_max_position_embeddings"
+    if fields.get(name) is None:
+        return
+    for rope in _objects(fields):
+        kind = rope.get("rope_type") or rope.get("type")
+        if kind in ("llama3", "yarn") and rope.get(name) != fields.get(name):
+            there = shown(rope.get(name))
+            raise fields.error(
+                f"{name} is {shown(fields.get(name))} here and {there} beside the type {shown(kind)}; write the right one in both"
+            )
 
 
 def _objects(fields: Fields) -> list[Fields]:
@@ -59,6 +77,10 @@ def _scaling(rope: Fields, max_len: int) -> RopeScaling | None:
         raise rope.error(f"rope_type is {shown(names[0])}, but type is {shown(names[1])}; leave only the right one")
     kind = names[0]
     if kind == "default":
+        if rope.get("factor") not in (None, 1):
+            raise rope.error(
+                f"factor is {shown(rope.get('factor'))}, but there is no type (rope_type) that says what it scales"
+            )
         return None
     if kind not in get_args(RopeKind):
         known = ", ".join(get_args(RopeKind))
