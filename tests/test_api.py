@@ -141,6 +141,8 @@ def test_nelbo(model, prompts):
     assert exact.shape == (3,) and (exact > 0).all() and not zero.any()
     drawn, error = model.nelbo(prompts, responses, samples=4, seed=3)
     assert (error > 0).all() and (np.abs(drawn - exact) < 6 * error).all()
+    once, unknown = model.nelbo(prompts, responses, samples=1)
+    assert np.isfinite(once).all() and np.isnan(unknown).all()  # one draw does not show its error
     alone, _ = model.nelbo(prompts[1:2], responses[1:2], samples=15)
     np.testing.assert_allclose(alone, exact[1:2], rtol=1e-5)
 

@@ -68,7 +68,8 @@ def run(options: Options, config: Config) -> int:
     process, _ = processes.join_group()
     for note in unused_steps(config.decode) if process == 0 else ():
         say(f"note: {note}")
-    check_vacant(options.out, marker="summary.json", overwrite=options.overwrite)
+    inputs = (config.evaluate.compare, options.checkpoint, config.data.prepared)
+    check_vacant(options.out, marker="summary.json", overwrite=options.overwrite, inputs=inputs)
     if process == 0:
         check_writable(as_path(options.out).parent)
     grader = find_grader(config.evaluate.grader)

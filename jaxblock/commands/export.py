@@ -69,7 +69,8 @@ def _export(options: Options, out: str, process: int) -> str:
     alone = options.format == "adapter"
     if alone and options.dtype is not None:
         raise UserError("format adapter keeps float32: leave out --dtype")
-    check_vacant(out, marker=peft.CONFIG if alone else save.MARKER, overwrite=options.overwrite)
+    inputs = (options.checkpoint, options.base, *options.scores)
+    check_vacant(out, marker=peft.CONFIG if alone else save.MARKER, overwrite=options.overwrite, inputs=inputs)
     if process == 0:
         check_writable(as_path(out).parent)
     if alone:

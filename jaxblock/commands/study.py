@@ -107,9 +107,9 @@ def _cell(options: Options) -> int:
     mine = {name: one for name, one in found.items() if name in (cell.name, cell.start)}
     results.check_results(study, plan, mine, options.target)
     try:
-        with only_writer(f"{options.target}/claims/{cell.name}", say):
+        with only_writer(f"{options.target}/claims/{cell.name}", say) as lock:
             runner.check_start(study, cell, options.target)
-            return work.run_cell(study, cell, options.target, _verbs(), say)
+            return work.run_cell(study, cell, options.target, _verbs(), say, lock.check)
     except Refused:
         return runner.BUSY
 

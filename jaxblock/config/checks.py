@@ -63,8 +63,14 @@ def _check_warmup(config: Config) -> None:
     )
 
 
-def _check_window(config: Config) -> None:
-    window = config.canvas.suffix_window
+def _check_method_on_canvas(config: Config) -> None:
+    canvas, method = config.canvas, config.method
+    blocks, window = canvas.response_len // canvas.block, canvas.suffix_window
+    require(
+        method.pairs or method.objective == "classical" or method.draws <= blocks * method.masks_per_block,
+        f"method.draws is {method.draws}, but a response has {blocks} blocks at most, and a row is drawn no more often: set it to "
+        f"{blocks * method.masks_per_block}, or method.blocks to pairs",
+    )
     require(
         window is None or config.method.objective == "blockwise",
         f"canvas.suffix_window {window} hides nothing from classical SFT, whose one block is the whole response, but would hide "
@@ -74,7 +80,7 @@ def _check_window(config: Config) -> None:
 
 _ACROSS: dict[tuple[str, ...], Callable[[Config], None]] = {
     ("canvas", "model"): _check_model_width,
-    ("canvas", "method"): _check_window,
+    ("canvas", "method"): _check_method_on_canvas,
     ("lora", "model"): _check_adapters,
     ("optimizer", "train"): _check_warmup,
 }

@@ -133,3 +133,8 @@ class MethodConfig(Section, name="method"):
             self.law != "antithetic" or self.draws % 2 == 0,
             f"method.law antithetic draws in pairs: set method.draws to {self.draws + 1}",
         )
+        require(
+            self.objective == "blockwise" or self.draws <= self.masks_per_block,
+            f"method.draws is {self.draws}, but classical SFT has one block, the whole response, so that more than "
+            f"{self.masks_per_block} would be computed for nothing: set it to {self.masks_per_block}",
+        )

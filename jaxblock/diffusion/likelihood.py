@@ -34,8 +34,8 @@ class Nelbo(NamedTuple):
 
     Attributes:
         per_block: the NELBO of each block; 0 where a row has no such block.
-        variance: the variance of each estimate over the masks drawn (0 where exact). The samples are treated as
-            independent, which overstates it: they are stratified by count.
+        variance: the variance of each estimate over the masks drawn (0 where exact, NaN where only one was drawn). The samples are
+            treated as independent, which overstates it: they are stratified by count.
         by_count: the -log p of masked tokens and their number, by masked count (entry l - 1 holds blocks with l masks).
     """
 
@@ -133,7 +133,9 @@ def nelbo(net: Network, layout: Layout, samples: int, params: Params, canvas: Ca
         (total, squares, by_count), _ = jax.lax.scan(one_set, (zeros, zeros, by_count), jnp.arange(draws))
         if exact:
             return by_count, (total, jnp.zeros_like(total))
-        return by_count, (total / draws, jnp.maximum(squares, 0.0) / draws / max(draws - 1, 1))
+        if draws == 1:  # one draw does not show how much draws differ
+            return by_count, (total, jnp.where(valid.any(-1), jnp.nan, 0.0))
+        return by_count, (total / draws, jnp.maximum(squares, 0.0) / draws / (draws - 1))
 
     empty = Sum(jnp.zeros(layout.block), jnp.zeros(layout.block))
     widths = widths_by_block(layout, canvas.ids.shape[1] - layout.response_len)

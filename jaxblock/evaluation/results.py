@@ -60,7 +60,8 @@ class NelboBound(NamedTuple):
     Attributes:
         per_sequence: the mean NELBO of a sequence, with a standard error that includes the randomness of data and masks.
         per_text_token: the sum over all sequences divided by their number of text tokens (terminator counted, fill not).
-        mask_se: the part of the standard error of ``per_sequence.mean`` that the random masks cause; 0 where exact.
+        mask_se: the part of the standard error of ``per_sequence.mean`` that the random masks cause; 0 where exact, NaN where only one
+            mask was drawn.
         exact: whether every masked set was enumerated.
         by_block: for each block k = 0, 1, ... (mean NELBO of the block, number of sequences that have it).
         by_count: for each l = 1, 2, ... (mean -log p of a masked token in blocks with l masks, number of such tokens).

@@ -90,13 +90,12 @@ def _sampling(given: Mapping[str, Any], model: Model, where: str) -> DecodeConfi
         kinds = bool if name == "do_sample" else int | float
         if not isinstance(value, kinds) or isinstance(value, bool) != (name == "do_sample"):
             raise UserError(f"{where}: generation_kwargs: {name} cannot be {shown(value)}")
-    if sample is None and temperature is None:
-        return model.options()
-    if sample is False:
-        _check_greedy(given, where)
     if sample is False or temperature == 0:
+        _check_greedy(given, where)
         return greedy(model.options())
-    fields: dict[str, Any] = {"temperature": 1.0 if temperature is None else float(temperature)}
+    fields: dict[str, Any] = {}
+    if temperature is not None or sample:
+        fields["temperature"] = 1.0 if temperature is None else float(temperature)
     if "top_p" in given:
         fields["top_p"] = None if given["top_p"] == 1 else float(given["top_p"])
     if "top_k" in given:
@@ -108,13 +107,14 @@ def _sampling(given: Mapping[str, Any], model: Model, where: str) -> DecodeConfi
 
 
 def _check_greedy(given: Mapping[str, Any], where: str) -> None:
-    """Raises UserError where something asks for samples beside ``do_sample: false``, as ``--gen_kwargs`` beside a task's own."""
+    """Raises UserError where something asks for samples beside greedy decoding, as ``--gen_kwargs`` beside a task's own settings."""
+    greedily = "do_sample: false" if given.get("do_sample") is False else "temperature 0"
     plain = {"temperature": (0, 1), "top_p": (1,), "top_k": (0,)}
     for name, without_effect in plain.items():
         if name in given and given[name] not in without_effect:
             raise UserError(
-                f"{where}: generation_kwargs: {name} {shown(given[name])} has no effect beside do_sample: false, which the task's file "
-                f"may say: give do_sample=true too, or leave {name} out"
+                f"{where}: generation_kwargs: {name} {shown(given[name])} has no effect beside {greedily}, which the task's file "
+                f"may say: give do_sample=true and a temperature too, or leave {name} out"
             )
 
 

@@ -134,7 +134,7 @@ def check_absent(path: PathLike, *, overwrite: bool = False, inputs: Iterable[Pa
     for given in inputs if there else ():
         if given is None:
             continue
-        source, place = _real(given), _real(path)
+        source, place = real_path(given), real_path(path)
         if source == place or (source in place.parents and place.suffix != ".html"):
             raise UserError(
                 f"{os.fspath(path)} is read by this command, from {given}, and would be lost: choose another path"
@@ -142,7 +142,7 @@ def check_absent(path: PathLike, *, overwrite: bool = False, inputs: Iterable[Pa
     check_writable(target.parent)
 
 
-def _real(path: PathLike) -> pathlib.PurePath:
+def real_path(path: PathLike) -> pathlib.PurePath:
     """Returns the place that a path means, behind its links; an address in an object store has none."""
     return pathlib.PurePath(os.fspath(path) if is_remote(path) else os.path.realpath(path))
 

@@ -14,13 +14,13 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 
 from etils import epath
 
 from jaxblock.errors import UserError, shown
-from jaxblock.io.files import read_bytes
+from jaxblock.io.files import read_bytes, real_path
 from jaxblock.io.owners import runs_here
 from jaxblock.io.paths import PathLike, as_path, explained, is_remote, temporary_sibling
 from jaxblock.io.remote import remove_folder, upload_folder
@@ -81,8 +81,16 @@ def new_folder(path: PathLike, *, marker: str, overwrite: bool = False) -> Itera
             _remove_partial(target)
 
 
-def check_vacant(path: PathLike, *, marker: str, overwrite: bool = False) -> None:
+def check_vacant(
+    path: PathLike, *, marker: str, overwrite: bool = False, inputs: Iterable[PathLike | None] = ()
+) -> None:
     """Checks that a folder may be made at `path`, by the rules of `new_folder`.
+
+    Args:
+        path: the folder.
+        marker: the name of its commit marker.
+        overwrite: whether an existing whole folder may be replaced.
+        inputs: files and folders that the same command reads, and that it never replaces.
 
     Raises:
         UserError: a file or folder is there that may not be replaced.
@@ -103,6 +111,11 @@ def check_vacant(path: PathLike, *, marker: str, overwrite: bool = False) -> Non
         raise UserError(
             f"{name} exists already and is not overwritten: choose another path, or give --overwrite (prepare: --data.overwrite)"
         )
+    for given in inputs:
+        if given is not None and real_path(path) in (source := real_path(given), *source.parents):
+            raise UserError(
+                f"{name} is not replaced, since this command reads {os.fspath(given)} from there: choose another path"
+            )
     holds = _HOLDS.get(marker, ("*",))
     entries = list_folder(target)
     other = [entry.name for entry in entries if not any(fnmatch(entry.name, one) for one in holds)]

@@ -151,7 +151,8 @@ class Network:
             seed: the seed of the masks.
 
         Returns:
-            (the NELBO [B], its standard error over the drawn masks [B], which is 0 where the result is exact).
+            (the NELBO [B], its standard error over the drawn masks [B], which is 0 where the result is exact and NaN where only one
+            mask was drawn).
 
         Raises:
             UserError: a response does not fit, or a row holds the mask token.

@@ -130,8 +130,10 @@ def _results(run: RunFiles) -> list[tuple[str, str]]:
         facts.append(("held-out NELBO", f"{last}; lowest {nelbo[best]:.4g} at step {steps[best]:,.0f}"))
     scores = [row for row in run.metrics.evals if row.get("pass_at_1")]
     if scores:
+        last_score = scores[-1]
+        by = f", grader {last_score['grader']}" if "grader" in last_score else ""
         facts.append(
-            ("held-out Pass@1", f"{report_parts.share(scores[-1]['pass_at_1'])} at step {scores[-1]['step']:,}")
+            ("held-out Pass@1", f"{report_parts.share(last_score['pass_at_1'])} at step {last_score['step']:,}{by}")
         )
     _, rate = metrics.series(run.metrics.train, "tokens_per_second")
     if rate.size:

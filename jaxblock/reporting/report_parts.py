@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from jaxblock.diffusion.decoding.config import DecodeConfig
 from jaxblock.reporting.run_files import Evaluation, RunFiles
 from jaxblock.training.observe import goodput
 from jaxblock.training.observe.samples import Sample
@@ -57,7 +59,11 @@ def evaluations_section(evaluations: Sequence[Evaluation]) -> str:
     head = "<section><h2>Evaluations</h2>"
     if not evaluations:
         return f"{head}<p>none was given or found beside the run (folders of <code>jaxblock evaluate --out</code>)</p></section>"
-    names = ("folder", "checkpoint", "split", "Pass@1 [95% interval]", "NELBO per text token", "NFE", "rule", "against")
+    of_run, of_score = (
+        ("folder", "checkpoint", "step", "split"),
+        ("Pass@1 [95% interval]", "grader", "NELBO per text token", "NFE"),
+    )
+    names = (*of_run, *of_score, "decoding", "against")
     rows = "".join(map(_evaluation_row, evaluations))
     titles = "".join(f'<th scope="col">{name}</th>' for name in names)
     return (
@@ -68,7 +74,7 @@ def evaluations_section(evaluations: Sequence[Evaluation]) -> str:
 
 def _evaluation_row(evaluation: Evaluation) -> str:
     if evaluation.problem:
-        told = f'<td colspan="7" class="bad">{escape(evaluation.problem)}</td>'
+        told = f'<td colspan="9" class="bad">{escape(evaluation.problem)}</td>'
         return f"<tr><td>{escape(evaluation.folder)}</td>{told}</tr>"
     found = evaluation.summary
     decode, bound, score = (_part(found, name) for name in ("decode", "nelbo_per_token", "pass_at_1"))
@@ -76,11 +82,13 @@ def _evaluation_row(evaluation: Evaluation) -> str:
     cells = [
         evaluation.folder,
         found["checkpoint"],
+        _number(found, "step", ","),
         str(found.get("split", "")),
         share(score) if score else "",
+        str(found.get("grader", "")),
         f"{mean} ± {error}" if mean else "",
         _number(found, "nfe", ".1f"),
-        _rule(decode),
+        _decoding(decode, _part(found, "canvas")),
         _against(_part(found, "compared_with")),
     ]
     inside = "".join(f"<td{' class=path' * (at < 2)}>{escape(cell)}</td>" for at, cell in enumerate(cells))
@@ -98,16 +106,16 @@ def _number(found: Mapping[str, Any], name: str, form: str) -> str:
     return f"{value:{form}}" if isinstance(value, int | float) and not isinstance(value, bool) else ""
 
 
-def _rule(decode: Mapping[str, Any]) -> str:
-    """Writes the decoder's rule, and the cache where its results are not exact."""
-    cache = decode.get("cache", "none")
-    steps = decode.get("steps_per_block")
-    parts = [
-        str(decode.get("rule", "")),
-        f"{steps} steps a block" if steps else "",
-        f"cache {cache}" if cache != "none" else "",
+def _decoding(decode: Mapping[str, Any], canvas: Mapping[str, Any]) -> str:
+    """Writes the decoder's rule, the response's length and blocks, and every setting that is not the default."""
+    hidden = ("rule", "response_len", "block", "stop_ids", "fill_id", "batch_size")
+    plain = dataclasses.asdict(DecodeConfig())
+    blocks = [decode.get(name) or canvas.get(name) for name in ("response_len", "block")]
+    changed = [
+        f"{name} {value}" for name, value in decode.items() if name not in hidden and value != plain.get(name, value)
     ]
-    return ", ".join(filter(None, parts))
+    shape = [f"{blocks[0]} positions in blocks of {blocks[1]}"] if all(blocks) else []
+    return ", ".join(filter(None, [str(decode.get("rule", "")), *shape, *changed]))
 
 
 def _against(test: Mapping[str, Any]) -> str:

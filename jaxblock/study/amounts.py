@@ -46,6 +46,11 @@ def per_step(config: Config, arch: Architecture, unit: Unit) -> float:
         raise UserError(
             f"an equal amount of {unit} is counted on the aligned canvas only: set canvas.context to aligned"
         )
+    if method.draws > method.masks_per_block:
+        raise UserError(
+            f"an equal amount of {unit} cannot be counted with method.draws {method.draws}: a row has as many draws as blocks at "
+            "most, which depends on the data; compare by flops or steps"
+        )
     return float(
         rows * (active if unit == "block_positions" else expected_masks(method.law, active, method.rate_floor))
     )

@@ -15,7 +15,7 @@ from jaxblock.study.experiments import RELATION, Experiment
 from jaxblock.study.gradients.sizes import GRADIENTS
 from jaxblock.study.hypotheses import Finding, primary_findings
 from jaxblock.study.pace import PaceRatio, pace_ratios
-from jaxblock.study.relation import Relation, relate
+from jaxblock.study.relation import Relation, relate, scores_to_relate
 from jaxblock.study.results import Result
 from jaxblock.study.scores import made_by, solved
 from jaxblock.study.spec import Study
@@ -83,7 +83,8 @@ def _analysed(name: str, one: Experiment, study: Study, plan: Plan, results: dic
     if one.kind == RELATION:
         relation = relate(one, plan, results, study.seeds)
         made = _versions(one, relation.seeds, None, results)
-        return Analysis(name, one, (), relation.seeds, len(study.seeds), {}, [], relation=relation, versions=made)
+        planned = len(scores_to_relate(one, plan, study.seeds))
+        return Analysis(name, one, (), relation.seeds, planned, {}, [], relation=relation, versions=made)
     steps = plan.steps[name]
     seeds = tuple(
         seed

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float
 
-from jaxblock.study.cells import Plan, Point
+from jaxblock.study.cells import Cell, Plan, Point
 from jaxblock.study.experiments import Experiment
 from jaxblock.study.results import Result
 from jaxblock.study.scores import solved
@@ -70,11 +70,8 @@ def relate(one: Experiment, plan: Plan, results: Mapping[str, Result], seeds: tu
         results: the results of its cells.
         seeds: the seeds of the study. Those of which a score is missing are left out.
     """
-    [way] = one.decodings
     by_seed: dict[int, list[Scored]] = {}
-    for seed in seeds:
-        cells = [cell for cell in plan.cells if cell.seed == seed and cell.arm in one.arms]
-        points = [(cell, point) for cell in cells for point in cell.points if point.decoding == way]
+    for seed, points in scores_to_relate(one, plan, seeds).items():
         if all(str(point) in results.get(cell.name, {"scores": {}})["scores"] for cell, point in points):
             by_seed[seed] = [_scored(cell.arm, seed, point, results[cell.name]) for cell, point in points]
     chosen = {seed: _pairs(scores) for seed, scores in by_seed.items()}
@@ -91,6 +88,18 @@ def relate(one: Experiment, plan: Plan, results: Mapping[str, Result], seeds: tu
             for kind in PAIRS
         },
     )
+
+
+def scores_to_relate(one: Experiment, plan: Plan, seeds: tuple[int, ...]) -> dict[int, list[tuple[Cell, Point]]]:
+    """Returns the scores that other experiments need of an experiment's arms, for each seed that all of the arms have."""
+    [way] = one.decodings
+    found: dict[int, list[tuple[Cell, Point]]] = {}
+    for seed in seeds:
+        cells = [cell for cell in plan.cells if cell.seed == seed and cell.arm in one.arms]
+        points = [(cell, point) for cell in cells for point in cell.points if point.decoding == way]
+        if {cell.arm for cell, _ in points} == set(one.arms):
+            found[seed] = points
+    return found
 
 
 def _scored(arm: str, seed: int, point: Point, result: Result) -> Scored:

@@ -220,7 +220,10 @@ def check_results(
 
 
 def _check_texts(study: Study, results: Mapping[str, Result], folder: epath.Path) -> None:
-    """Raises UserError where results of one task come from other texts; results of earlier versions do not say from which."""
+    """Raises UserError where results of one task come from other texts, or scores of one way of decoding from two versions of a grader.
+
+    Results of earlier versions do not say from which.
+    """
     seen: dict[tuple[str, str], tuple[str, str]] = {}
     for name, result in results.items():
         mine = study.arms[result["arm"]].task
@@ -229,6 +232,8 @@ def _check_texts(study: Study, results: Mapping[str, Result], folder: epath.Path
             decoding = study.decodings.get(point.partition("/")[2])
             task = (decoding.task if decoding else None) or mine
             texts.append((f"has a score {point} on problems of task {task}", "score", task, score.get("texts")))
+            way = point.partition("/")[2]
+            texts.append((f"has a score {point} by versions of a grader", "grader", way, score.get("grader_version")))
         for says, kind, task, found in texts:
             first, of = seen.setdefault((kind, task), (found, name)) if found else ("", "")
             if found and found != first:

@@ -18,7 +18,8 @@ from jaxblock.training.observe.metrics import METRICS_FILE, read_metrics
 def score_of(evaluation: PathLike) -> Result:
     """Returns what a result keeps of an evaluation's folder.
 
-    Which problems were solved (``correct``, a hexadecimal number) and a hash of their texts, costs, and the NELBO.
+    Which problems were solved (``correct``, a hexadecimal number) and a hash of their texts, the version of a grader that has one,
+    costs, and the NELBO.
     """
     root = as_path(evaluation)
     summary, problems = read_json(root / "summary.json"), read_problems(root / "problems.jsonl")
@@ -29,6 +30,8 @@ def score_of(evaluation: PathLike) -> Result:
         "correct": np.packbits(bits).tobytes().hex(),
         **{key: shortened(summary[key]) for key in ("nfe", "tokens_per_forward", "decode_seconds", "stopped")},
     }
+    if summary.get("grader_version") is not None:
+        score["grader_version"] = summary["grader_version"]
     for key in ("nelbo_per_token", "nelbo_per_sequence", "nelbo_by_block"):
         if key in summary:
             score[key] = shortened(summary[key])

@@ -35,11 +35,18 @@ class Verbs(NamedTuple):
     evaluate: Callable[[Config, str, int, str], int]
 
 
-def run_cell(study: Study, cell: Cell, folder: str, verbs: Verbs, say: Callable[[str], object]) -> int:
+def run_cell(
+    study: Study,
+    cell: Cell,
+    folder: str,
+    verbs: Verbs,
+    say: Callable[[str], object],
+    check: Callable[[], None] = lambda: None,
+) -> int:
     """Trains a cell's run and scores it at its points; what is done already is not done again.
 
-    The result is written after training, also where that is told to stop, and after each score, so that a cell that is stopped goes
-    on where it was.
+    The result is written before training, after it, also where that is told to stop, and after each score, so that a cell that is
+    stopped goes on where it was, and a result names the versions that began to train it.
 
     Args:
         study: the study.
@@ -47,6 +54,7 @@ def run_cell(study: Study, cell: Cell, folder: str, verbs: Verbs, say: Callable[
         folder: the study's folder.
         verbs: the verbs.
         say: prints a line.
+        check: raises UserError where another process has taken the cell over; nothing is written then.
 
     Returns:
         The exit code: 0, or that of a run that was told to stop.
@@ -57,12 +65,14 @@ def run_cell(study: Study, cell: Cell, folder: str, verbs: Verbs, say: Callable[
     known = _known(folder, cell)
     # Where the run is longer already, as another version of the study's file wanted it, its checkpoints are the same.
     config = run_config(study, replace(cell, steps=max(cell.steps, known["steps"] if known else 0)), folder)
-    begin = time.perf_counter()
-    code = verbs.train(config)
-    versions = _versions()
+    begin, versions = time.perf_counter(), _versions()
     result = known or _new_result(study, cell, config, versions)
-    if result["steps"] < config.train.steps and versions not in trained_by(result):
-        result.setdefault("continued_with", []).append(versions)
+    if result["steps"] < config.train.steps:
+        if versions not in trained_by(result):
+            result.setdefault("continued_with", []).append(versions)
+        write_result(folder, cell.name, result)
+    code = verbs.train(config)
+    check()
     _add_seconds(result, "training", begin)
     result["steps"] = result["steps"] if code else config.train.steps
     write_result(folder, cell.name, result)
@@ -74,12 +84,14 @@ def run_cell(study: Study, cell: Cell, folder: str, verbs: Verbs, say: Callable[
         if point.decoding == GRADIENTS:
             score = shortened(measure_checkpoint(config.train.out, point.steps, config, study.gradients))
         else:
+            check()  # before the folder of a score is removed, which may be another process's by now
             score = _score(study, cell, config, folder, point, verbs)
         score["how"] = how_scored(study, cell.arm, point.decoding)
         if (loss := training_loss(config.train, point.steps)) is not None:
             score["loss"] = loss
         if versions != result["versions"]:
             score["versions"] = versions
+        check()
         result["scores"][str(point)] = score
         _add_seconds(result, "scoring", begin)
         write_result(folder, cell.name, result)

@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from jaxblock.config.config import Config
+from jaxblock.config.yaml import to_tree
 from jaxblock.data.mixture import mixture_of
 from jaxblock.data.store.prepared_folder import Prepared, open_prepared
 from jaxblock.data.store.records import Record
@@ -36,7 +37,7 @@ from jaxblock.parallel import processes
 from jaxblock.parallel.mesh import make_mesh
 from jaxblock.training import places, resume, weights
 from jaxblock.training.checkpoints import run_folder
-from jaxblock.training.checkpoints.retention import Keep
+from jaxblock.training.checkpoints.retention import Keep, scored_by
 from jaxblock.training.checkpoints.run_folder import Base
 from jaxblock.training.checkpoints.writer import CheckpointWriter
 from jaxblock.training.config import TrainConfig
@@ -91,7 +92,7 @@ def open_session(config: Config, console: Console) -> OpenedSession:
     folder = as_path(config.train.out)
     saved: Mapping[str, Any] = {}
     with contextlib.ExitStack() as failing:
-        checkpoints, step = _existing_checkpoints(config.train, console, failing)
+        checkpoints, step = _existing_checkpoints(config, console, failing)
         if checkpoints is not None:
             saved = resume.check_resume(config, folder, checkpoints, step, prepared)
             asked, config = config, resume.keep_automatic(config, saved["config"])
@@ -99,6 +100,8 @@ def open_session(config: Config, console: Console) -> OpenedSession:
                 console.out(f"{name} stays {kept}, as the run began, and is not chosen anew ({now})", highlight=False)
         elif process_index == 0:
             _check_place(folder)
+        for note in _nothing_comes_of(config.train, prepared, checkpoints, step):
+            console.out(f"note: {note}", highlight=False)
         mesh = _mesh(config.train)
         resumed = run_folder.open_run(folder) if step is not None else None
         arch = weights.architecture(config, prepared, resumed)
@@ -200,8 +203,30 @@ def _go_on(opened: OpenedSession, learner: Learner, console: Console) -> _Loaded
     return _Loaded(state, frozen, base, checkpoints)
 
 
+def _nothing_comes_of(
+    train: TrainConfig, prepared: Prepared, checkpoints: CheckpointWriter | None, step: int | None
+) -> Iterator[str]:
+    """Yields what a run is asked for and cannot do.
+
+    Raises:
+        UserError: the best checkpoint is to be kept, and nothing is there to score it by.
+    """
+    evaluated = train.eval_every or train.keep_best != "none"
+    if evaluated and not prepared.manifest.splits.get("validation", {}).get("kept"):
+        without = f"the data in {prepared.folder} hold no validation records"
+        advice = "prepare them with data.validation_records or data.validation"
+        if train.keep_best != "none":
+            raise UserError(
+                f"train.keep_best is {train.keep_best}, but {without}: {advice}, or set train.keep_best to none"
+            )
+        yield f"{without}, so nothing is evaluated while training: {advice}"
+    passed = set(train.keep_steps) - set(checkpoints.steps() if checkpoints else ())
+    if gone := sorted(at for at in passed if step is not None and at <= step):
+        yield f"train.keep_steps: the run is past step {', '.join(map(str, gone))}, of which it has no checkpoint"
+
+
 def _existing_checkpoints(
-    train: TrainConfig, console: Console, failing: contextlib.ExitStack
+    config: Config, console: Console, failing: contextlib.ExitStack
 ) -> tuple[CheckpointWriter | None, int | None]:
     """Returns the run folder's checkpoints, which ``failing`` closes, and the step to go on from; each is None where there is none.
 
@@ -209,12 +234,13 @@ def _existing_checkpoints(
         UserError: ``train.resume`` is ``never`` and the run exists, or ``must`` and there is no checkpoint; or all checkpoints
             are damaged or missing, and it is not ``restart``.
     """
+    train = config.train
     exists = run_folder.is_run(train.out)
     if train.resume == "never" and exists:
         raise UserError(
             f"{train.out} already holds a run; choose another train.out (train.resume auto goes on with it)"
         )
-    checkpoints = _checkpoints(train, console) if exists else None
+    checkpoints = _checkpoints(config, console) if exists else None
     if checkpoints is not None:
         failing.callback(checkpoints.close)
     step = checkpoints.recover(begin_again=train.resume == "restart") if checkpoints else None
@@ -223,10 +249,11 @@ def _existing_checkpoints(
     return checkpoints, step
 
 
-def _checkpoints(train: TrainConfig, console: Console) -> CheckpointWriter:
+def _checkpoints(config: Config, console: Console) -> CheckpointWriter:
     """Opens the checkpoints of the run folder, to be saved and kept as the ``train`` section says."""
+    train, scoring = config.train, scored_by(to_tree(config))
     keep = Keep(train.keep, train.keep_every, train.keep_best, train.keep_steps)
-    return CheckpointWriter(train.out, keep, lambda text: console.out(text, highlight=False))
+    return CheckpointWriter(train.out, keep, lambda text: console.out(text, highlight=False), scoring)
 
 
 def _new_run_folder(opened: OpenedSession, begun: weights.Weights, console: Console) -> CheckpointWriter:
@@ -237,7 +264,7 @@ def _new_run_folder(opened: OpenedSession, begun: weights.Weights, console: Cons
             opened.config.train.out, opened.config, opened.arch, opened.prepared, begun.base, begun.source
         )
     processes.wait("the run folder is there")
-    return _checkpoints(opened.config.train, console)
+    return _checkpoints(opened.config, console)
 
 
 def _check_place(folder: PathLike) -> None:

@@ -78,6 +78,9 @@ canvas: {block: 64} | canvas.block 64 is longer than canvas.response_len 32
 canvas: {prompt_len: 4090} | is longer than model.max_len 4096
 canvas: {suffix_window: 4, context: paper} | canvas.context
 method: {law: antithetic} | set method.draws to 2
+method: {objective: classical, draws: 2} | classical SFT has one block, the whole response, so that more than 1
+method: {objective: classical, law: antithetic, draws: 4} | set it to 2
+method: {draws: 5} | method.draws is 5, but a response has 4 blocks at most
 method: {objective: classical, prefix_mask_rate: 0.5} | method.prefix_mask_rate and method.suffix_mask_prob have no effect
 method: {objective: classical, suffix_mask_prob: 0.5} | method.suffix_mask_prob have no effect on classical
 {canvas: {suffix_window: 4}, method: {objective: classical}} | set canvas.suffix_window to null, or method.objective

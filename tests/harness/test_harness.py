@@ -287,6 +287,9 @@ def test_answers_end_as_the_task_says(lm, model):
         ({"temperature": -1}, "task t: generation_kwargs: decode.temperature is -1.0"),
         ({"temperature": 1, "top_p": 3}, "decode.top_p is 3.0"),
         ({"do_sample": False, "temperature": 0.7}, "temperature 0.7 has no effect beside do_sample: false"),
+        ({"temperature": 0.0, "top_p": 0.5}, "top_p 0.5 has no effect beside temperature 0"),
+        ({"do_sample": True, "temperature": 0, "top_k": 3}, "top_k 3 has no effect beside temperature 0"),
+        ({"top_p": 0.5}, "decode.top_p cannot change the best token"),
     ],
 )
 def test_arguments_that_cannot_be_honoured_are_refused_by_name(model, kwargs, message):
@@ -302,6 +305,7 @@ def test_sampling_is_the_tasks_where_it_says_and_else_the_users(model):
         ({"temperature": 0}, (0.0, None, None)),
         ({"do_sample": True}, (1.0, 0.9, None)),
         ({"temperature": 0.7, "top_p": 1.0, "top_k": 5}, (0.7, None, 5)),
+        ({"top_p": 0.5, "top_k": 1}, (0.5, 0.5, 1)),
     ):
         options = read_gen_kwargs(kwargs, own, "task t").options
         assert (options.temperature, options.top_p, options.top_k) == expected, kwargs

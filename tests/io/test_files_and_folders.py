@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+from functools import partial
 from pathlib import Path
 from unittest.mock import DEFAULT, Mock
 
@@ -10,7 +11,7 @@ import pytest
 
 from jaxblock.errors import UserError
 from jaxblock.io.files import check_absent, check_writable, read_bytes, read_json, sha256, write_text
-from jaxblock.io.folders import new_folder
+from jaxblock.io.folders import check_vacant, new_folder
 from jaxblock.io.paths import as_path
 
 
@@ -47,7 +48,20 @@ def test_a_file_that_appears_meanwhile_stays(tmp_path, monkeypatch, links):
 
 def test_errors_name_the_cause(tmp_path):
     (tmp_path / "file").write_text("{")
+    (tmp_path / "link").symlink_to(tmp_path / "whole")
+    (tmp_path / "whole" / "in").mkdir(parents=True)
+    (tmp_path / "whole" / "MARK").write_text("")
+    for name in ("whole", "link"):
+        check_vacant(
+            tmp_path / name, marker="MARK", overwrite=True, inputs=[None, tmp_path / "file", tmp_path / "wholesome"]
+        )
+    replace = partial(check_vacant, marker="MARK", overwrite=True)
     for action, cause in [
+        (
+            lambda root: replace(root / "link", inputs=[root / "whole" / "in" / "x"]),
+            "link is not replaced, .* reads .*x from",
+        ),
+        (lambda root: replace(root / "whole", inputs=[root / "link"]), "whole is not replaced"),
         (lambda root: read_bytes(root / "none"), "no such file"),
         (lambda root: read_bytes(root), "folder, not a file"),
         (lambda root: write_text(root / "file" / "x", ""), "a file stands where a folder"),

@@ -286,7 +286,10 @@ def test_a_browser_shows_the_blocks_of_spans(opened):
 
 SUMMARY = {
     "split": "test",
-    "decode": {"rule": "low_confidence", "cache": "dual"},
+    "step": 1200,
+    "grader": "gsm8k_flexible",
+    "decode": {"rule": "low_confidence", "cache": "dual", "temperature": 0.5, "response_len": 64, "threshold": None},
+    "canvas": {"response_len": 24, "block": 8},
     "pass_at_1": {"correct": 6, "n": 8, "low": 0.41, "high": 0.93},
     "nelbo_per_token": {"mean": 0.5, "se": 0.01},
     "nfe": 12.25,
@@ -331,7 +334,9 @@ def test_a_report_says_what_the_run_left_behind(runs, tmp_path):
         "from step 650",
         "75.0% [41.0%, 93.0%] (6 of 8)",
         "a/problems.jsonl: 2 right here alone, 1 right there alone (McNemar p = 1)",
-        "low_confidence, cache dual",
+        "<td>gsm8k_flexible</td>",
+        "<td>1,200</td>",
+        "low_confidence, 64 positions in blocks of 8, cache dual, temperature 0.5",
         "2 lines of samples.jsonl are no samples",
         "broken/summary.json: not a JSON file",
     ):

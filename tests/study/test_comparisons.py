@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from jaxblock.study import analysis, pace, relation, report
+from jaxblock.study import analysis, cells, pace, relation, report
 from jaxblock.study.contrasts import Curve
 from jaxblock.study.experiments import Experiment
 from tests.study.test_study import TREE, laid_out, planted
@@ -74,6 +74,10 @@ def test_the_order_by_nelbo_is_compared_within_and_between_arms_and_a_seed_with_
     fewer = copy.deepcopy(results)
     del fewer["classical-s1"]["scores"]["5/own"]
     assert analysis.analyse(study, plan, fewer)[-1].seeds == (0, 2)
+    # An arm that has no scores with the last seed: of that seed there is nothing to compare.
+    plan = cells.Plan([cell for cell in plan.cells if cell.name != "classical-s2"], plan.steps)
+    found = analysis.analyse(study, plan, {name: one for name, one in results.items() if name != "classical-s2"})[-1]
+    assert (found.seeds, found.planned) == ((0, 1), 2) and found.relation.over_seeds(relation.SAME) is not None
 
 
 def test_pace_is_compared_at_the_pass_at_1_of_the_worse_arm(made):

@@ -147,13 +147,19 @@ def test_each_score_says_which_versions_computed_it_and_time_before_an_interrupt
     )
     monkeypatch.setattr(work, "training_loss", lambda train, steps: None)
 
-    def run(versions, points):
+    def run(versions, points, train=lambda config: codes.pop(0), check=lambda: None):
         monkeypatch.setattr(work, "_versions", lambda: dict(versions))
-        verbs = work.Verbs(None, lambda config: codes.pop(0), None)
         part = cells.Cell(cell.arm, cell.seed, cell.steps, cell.points[:points], cell.start)
-        work.run_cell(study, part, str(tmp_path), verbs, print)
+        work.run_cell(study, part, str(tmp_path), work.Verbs(None, train, None), print, check)
         return results.read_results(tmp_path)[cell.name]
 
+    with pytest.raises(ZeroDivisionError):  # as if it had been killed: the result names the versions that began
+        run(VERSIONS, 1, lambda config: 1 // 0)
+    assert results.read_results(tmp_path)[cell.name]["versions"] == VERSIONS
+    with pytest.raises(ZeroDivisionError):  # another process has taken the cell over: nothing is written
+        run(VERSIONS, 1, lambda config: 0, lambda: 1 // 0)
+    assert results.read_results(tmp_path)[cell.name]["scores"] == {}
+    clock = iter(range(0, 10**6, 10))
     first = run(VERSIONS, 1)
     assert (first["steps"], first["seconds"], first["scores"]) == (0, {"training": 10.0}, {})
     assert run(VERSIONS, 1)["seconds"] == {"training": 20.0} and run(OTHER, 1)["seconds"]["training"] == 30.0

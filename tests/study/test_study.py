@@ -487,6 +487,10 @@ def test_results_of_other_settings_or_other_texts_are_not_put_together(tmp_path)
     for score in earlier["scores"].values():
         del score["texts"]
     check(earlier)
+    first, second = (result(name) for name in ("blockwise-s0", "classical-s0"))
+    first["scores"]["5/own"]["grader_version"], second["scores"]["5/own"]["grader_version"] = "1", "2"
+    with pytest.raises(UserError, match="has a score 5/own by versions of a grader that are not those of"):
+        check(second, **{"blockwise-s0": first})
     for other, says in (
         (result("classical-s0", "c"), "classical-s0.json has a score 5/own on problems of task sums that are not"),
         (result("classical-s0", records="c"), "s0.json was trained on records of task sums that are not those"),

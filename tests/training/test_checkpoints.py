@@ -16,6 +16,7 @@ import pytest
 
 from jaxblock.errors import UserError
 from jaxblock.training.checkpoints import checksums, removal, retention
+from jaxblock.training.checkpoints.reader import CheckpointReader
 from jaxblock.training.checkpoints.retention import Keep
 from jaxblock.training.checkpoints.writer import CheckpointWriter
 from jaxblock.training.state import TrainState
@@ -221,3 +222,35 @@ def test_what_is_kept(tmp_path):
     with _writer(tmp_path) as (checkpoints, _):
         assert checkpoints.steps() == [20, 40, 50] and checkpoints.best() == 20
         assert [checkpoints.improves(score) for score in (-0.5, -1.0, None)] == [True, False, False]
+
+
+def test_scores_by_different_metrics_are_not_compared(tmp_path):
+    def settings(metric, **evaluate):
+        train = {"keep_best": metric, "eval_problems": 8, "eval_nelbo_rows": 4}
+        return {
+            "train": train,
+            "evaluate": {"grader": "exact", "nelbo_samples": None} | evaluate,
+            "decode": {"rule": "random"},
+        }
+
+    def save(step, config, score):
+        keep, scoring = Keep(1, best=config["train"]["keep_best"]), retention.scored_by(config)
+        checkpoints = CheckpointWriter(tmp_path, keep, scoring=scoring)
+        better = checkpoints.improves(score)
+        checkpoints.save(_state(), step, {"config": config}, score)
+        checkpoints.wait()
+        found = better, checkpoints.steps(), checkpoints.best()
+        checkpoints.close()
+        return found
+
+    solved, bound = settings("pass_at_1"), settings("nelbo")
+    assert save(1, solved, 0.8) == (True, [1], 1) and save(2, solved, 0.5) == (False, [1, 2], 1)
+    assert save(3, bound, -9.0) == (True, [3], 3)  # the metric was changed on a resume
+    assert save(4, bound, -9.5) == (False, [3, 4], 3)
+    assert save(5, settings("nelbo", nelbo_samples=7), -9.4) == (True, [5], 5)
+    with contextlib.closing(CheckpointReader(tmp_path)) as reader:
+        assert reader.best() == 5
+    older = retention.scored_by({"train": {}, "evaluate": {}, "decode": {}})
+    assert not retention.same_scoring(older, retention.scored_by(bound))
+    new = retention.scored_by(solved | {"decode": {"rule": "random", "of a later version": 1}})
+    assert retention.same_scoring(new, retention.scored_by(solved))

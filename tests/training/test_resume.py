@@ -183,6 +183,15 @@ def test_other_data_are_refused_and_a_run_without_a_checkpoint_is_no_model(tiny_
     assert "has no whole checkpoint yet" in ran(f"decode --checkpoint {run} 1+1?", 2).err
 
 
+def test_what_nothing_comes_of_is_said_before_anything_is_read(tiny_config, run_copy, tmp_path, ran):
+    without = f"--config {tiny_config} --data.prepared {tmp_path / 'prepared'}"
+    ran(f"prepare {without} --data.validation_records 0")
+    refused = ran(f"train {without} --train.out {tmp_path / 'new'} --train.keep_best nelbo", 2).err
+    assert "train.keep_best is nelbo, but the data in" in refused and "hold no validation records" in refused
+    said = ran(f"train --config {tiny_config} --train.out {run_copy} --train.keep_steps 5 100 120")
+    assert "train.keep_steps: the run is past step 5, of which it has no checkpoint" in said.err + said.out
+
+
 @pytest.mark.slow
 def test_a_run_reads_files_by_weights_and_keeps_them(tiny_config, tmp_path, ran):
     """The first file, a tenth of the problems, gives nine rows of ten; weights need no other prepared folder."""

@@ -215,7 +215,7 @@ def _check_one_answer(row: Row, field: str, config: DataConfig) -> None:
     named = config.recipe is not None or names != (plain.prompt_field, plain.response_field)
     if not named or not all(name in row.record for name in names):
         return
-    answer, other = _spoken(row, field)[-1]["content"], row.record[config.response_field]
+    answer, other = _spoken(row, field)[-1]["content"], row.record[str(config.response_field)]
     if isinstance(other, str) and other.strip() != answer.strip():
         raise UserError(
             f"{row.where}: the fields {field!r} and {config.response_field!r} hold two answers, and the second, which "

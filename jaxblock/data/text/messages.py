@@ -117,8 +117,9 @@ def _check_nothing_is_lost(message: Mapping[str, Any], role: str, at: str, where
                 f"{where}: {at} holds {key!r}, which would be left out: write the {what} into the message's text, as the "
                 "model is to write it, or take the key out"
             )
-    if (key := next((key for key in _NOT_TEXT if message.get(key)), None)) is not None:
-        raise UserError(f"{where}: {at} holds {key!r}: the models read only text, so take such records out")
+    picture = next((key for key in _NOT_TEXT if message.get(key)), None)
+    if picture is not None:
+        raise UserError(f"{where}: {at} holds {picture!r}: the models read only text, so take such records out")
     for key in _LEARNT if role == "assistant" else ():
         if message.get(key) not in (None, True):
             raise UserError(

@@ -44,7 +44,7 @@ class CheckpointReader:
         self._orbax = self._orbax_class(ocp.CompositeCheckpointHandler())
         self._unusable: set[int] = set()
         self._checked: set[int] = set()
-        self._scores: dict[int, float | None] = {}
+        self._scores: dict[int, tuple[float | None, Mapping[str, Any]]] = {}
 
     def steps(self) -> list[int]:
         """Returns the steps of all whole checkpoints, in ascending order."""
@@ -52,7 +52,10 @@ class CheckpointReader:
         return [step for step in usable if integrity.is_whole(self._at(step))]
 
     def best(self) -> int | None:
-        """Returns the step of the best checkpoint by the run's ``train.keep_best``; None if none was scored."""
+        """Returns the step of the best checkpoint by the run's ``train.keep_best``; None if none was scored.
+
+        Where a resume changed how checkpoints are scored, only those that are scored as the newest one are compared.
+        """
         return retention.best(self._known_scores())
 
     def restore(self, step: int, like: TrainState) -> TrainState:
@@ -119,15 +122,26 @@ class CheckpointReader:
         return f"{self.folder}/{step} is damaged: {problem}. Use another one: {advice}"
 
     def _known_scores(self) -> dict[int, float | None]:
-        """Returns the score of each whole checkpoint; None for those that have none."""
-        return {step: self._score(step) for step in self.steps()}
+        """Returns the score of each whole checkpoint; None for those that have none that can be compared."""
+        found = {step: self._score(step) for step in self.steps()}
+        now = self._scoring([scoring for score, scoring in found.values() if score is not None])
+        return {
+            step: score if retention.same_scoring(scoring, now) else None for step, (score, scoring) in found.items()
+        }
 
-    def _score(self, step: int) -> float | None:
+    def _scoring(self, of_checkpoints: list[Mapping[str, Any]]) -> Mapping[str, Any]:
+        """Returns how the scores are measured that count: as that of the newest checkpoint that has one."""
+        return of_checkpoints[-1] if of_checkpoints else {}
+
+    def _score(self, step: int) -> tuple[float | None, Mapping[str, Any]]:
+        """Returns the score of a checkpoint, if it has one, and how it was measured (``retention.scored_by``)."""
         if step not in self._scores:
             try:
-                self._scores[step] = self.meta(step).get("score")
+                meta = self.meta(step)
+                scoring = retention.scored_by(meta["config"]) if "config" in meta else {}
+                self._scores[step] = meta.get("score"), scoring
             except UserError:
-                self._scores[step] = None
+                self._scores[step] = None, {}
         return self._scores[step]
 
     def _at(self, step: int) -> epath.Path:

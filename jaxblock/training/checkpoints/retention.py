@@ -38,6 +38,25 @@ def comparable_score(metric: BestBy, evaluation: Mapping[str, Any]) -> float | N
     return None
 
 
+def scored_by(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what decides how checkpoints are scored: the metric, and the settings that it depends on.
+
+    Args:
+        config: the run's settings, as plain values by section and field.
+    """
+    train, evaluate = config["train"], config["evaluate"]
+    found = {"metric": train.get("keep_best")}
+    if found["metric"] == "nelbo":
+        return found | {"rows": train.get("eval_nelbo_rows"), "samples": evaluate.get("nelbo_samples")}
+    decode = {f"decode.{name}": value for name, value in config["decode"].items() if name != "batch_size"}
+    return found | {"problems": train.get("eval_problems"), "grader": evaluate.get("grader")} | decode
+
+
+def same_scoring(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Tells whether scores by two settings (``scored_by``) can be compared; a field that a version lacks is not looked at."""
+    return all(one[name] == other[name] for name in one.keys() & other.keys())
+
+
 def best(scores: Mapping[int, float | None]) -> int | None:
     """Returns the step with the highest score, the earliest of equal ones; None if no score is a number."""
     numbers = {step: value for step, value in scores.items() if value is not None and value == value}

@@ -48,16 +48,23 @@ class CheckpointWriter(CheckpointReader):
 
     _orbax_class = ocp.AsyncCheckpointer
 
-    def __init__(self, run: PathLike, keep: Keep, say: Callable[[str], None] = lambda text: None) -> None:
+    def __init__(
+        self,
+        run: PathLike,
+        keep: Keep,
+        say: Callable[[str], None] = lambda text: None,
+        scoring: Mapping[str, Any] | None = None,
+    ) -> None:
         """Opens the checkpoints of a run folder; there may be none yet.
 
         Args:
             run: the run folder.
             keep: which checkpoints to keep.
             say: prints a line for the user when a save fails or a checkpoint is damaged; it may be called from a thread.
+            scoring: how checkpoints are scored now (``retention.scored_by``); those scored otherwise are not compared with them.
         """
         super().__init__(run)
-        self._keep, self._say = keep, say
+        self._keep, self._say, self._scoring_now = keep, say, scoring or {}
         self._thread: threading.Thread | None = None
         self._saving: tuple[int, float | None] | None = None  # step and score; the thread clears it
         self.failed: int | None = None
@@ -155,7 +162,7 @@ class CheckpointWriter(CheckpointReader):
         except Exception as error:  # file systems, storage clients and Orbax raise many kinds: training goes on
             self._abandon(step, error)
             return
-        self._scores[step] = score
+        self._scores[step] = score, self._scoring_now
         self._saving = step, score
         self._thread = threading.Thread(target=self._finish, args=(step,), name=f"checkpoint {step}")
         self._thread.start()
@@ -166,6 +173,9 @@ class CheckpointWriter(CheckpointReader):
         scores = self._known_scores() | ({} if saving is None else {saving[0]: saving[1]})
         best = retention.best(scores)
         return score is not None and score == score and (best is None or score > (scores[best] or 0.0))
+
+    def _scoring(self, of_checkpoints: list[Mapping[str, Any]]) -> Mapping[str, Any]:
+        return self._scoring_now
 
     def wait(self) -> None:
         """Waits until a running save has finished or failed."""
