@@ -55,7 +55,7 @@ def score_row(label: str, summary: dict[str, Any]) -> list[str]:
         label,
         f"{solved['rate']:.1%} ({solved['correct']} of {solved['n']})",
         f"{solved['low']:.1%} to {solved['high']:.1%}",
-        f"{bound['mean']:.4f} ± {bound['se']:.4f}",
+        f"{bound['mean']:.3g} ± {bound['se']:.2g}",
         f"{summary['nfe']:.1f}",
         f"{summary['tokens_per_forward']:.2f}",
     ]

@@ -38,7 +38,7 @@ def draw_scores(summaries: Mapping[str, pathlib.Path]) -> Figure:
     figure = Figure(figsize=(9.6, 1.3 + 0.45 * len(found)))
     left, right = figure.subplots(1, 2, sharey=True)
     _draw_points(left, [(one["correct"] / one["n"], one["low"], one["high"]) for one in rates], "{:.1%}")
-    _draw_points(right, [(one["mean"], one["mean"] - one["se"], one["mean"] + one["se"]) for one in bounds], "{:.4f}")
+    _draw_points(right, [(one["mean"], one["mean"] - one["se"], one["mean"] + one["se"]) for one in bounds], "{:.3g}")
     left.set_title(f"Pass@1 on {max(one['n'] for one in rates):,} held-out problems")
     right.set_title("NELBO (lower is better)")
     left.set_yticks(range(len(found)), list(found))

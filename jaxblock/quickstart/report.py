@@ -38,7 +38,7 @@ def format_score(summary: dict[str, Any]) -> str:
     share = rate["correct"] / rate["n"]
     text = f"Pass@1 {share:.1%} [{rate['low']:.1%}, {rate['high']:.1%}] ({rate['correct']} of {rate['n']})"
     if bound := summary.get("nelbo_per_token"):
-        text += f", NELBO {bound['mean']:.4f} (standard error {bound['se']:.4f}) nats per text token"
+        text += f", NELBO {bound['mean']:.3g} (standard error {bound['se']:.2g}) nats per text token"
     if test := summary.get("compared_with"):
         name = pathlib.Path(test["file"]).parent.name
         text += f"\n  against {name}: right here alone {test['only_b']}, right there alone {test['only_a']}"

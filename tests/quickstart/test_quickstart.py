@@ -96,7 +96,7 @@ def test_the_picture_has_a_row_for_each_score_with_its_interval(tmp_path):
     solved, bounds = picture.draw_scores(files).axes
     assert [label.get_text() for label in solved.get_yticklabels()] == ["before", "after"]
     assert [text.get_text() for text in solved.texts] == ["75.0%", "100.0%"]
-    assert [text.get_text() for text in bounds.texts] == ["0.5000", "0.2500"]
+    assert [text.get_text() for text in bounds.texts] == ["0.5", "0.25"]
     ends = [bar.get_segments()[0][:, 0].tolist() for bar in (*solved.collections, *bounds.collections)]
     assert ends == [[0.5, 1.0], [0.5, 1.0], [0.4375, 0.5625], [0.1875, 0.3125]]
 
