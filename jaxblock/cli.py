@@ -13,6 +13,7 @@ import logging
 import os
 import sys
 import traceback
+import typing
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields, replace
@@ -34,6 +35,7 @@ from jaxblock.commands import (
     presets,
     quickstart,
     report,
+    say,
     study,
     train,
 )
@@ -238,7 +240,7 @@ def parse(verb: str, arguments: Sequence[str]) -> Any:
         UserError: the YAML file is wrong. (Wrong flags end the process with tyro's message and code 2.)
     """
     kind: Any = VERBS[verb].options
-    _check_given_once(arguments)
+    _check_given_once(kind, arguments)
     _check_places(verb, {field.name for field in fields(kind)}, arguments)
     path = _value_of("--config", arguments)
     if path is None and {"checkpoint", "config"} <= {field.name for field in fields(kind)}:
@@ -311,20 +313,31 @@ _NO_CHECKPOINT = {
 """What people who give ``--checkpoint`` to a verb without it should do instead."""
 
 
-def _check_given_once(arguments: Sequence[str]) -> None:
-    """Raises UserError where a flag is given twice, of which only the last would count; a list's values follow one flag."""
+def _check_given_once(kind: Any, arguments: Sequence[str]) -> None:
+    """Says which value counts of a setting that is given twice, as by a script that appends flags to its own: the last.
+
+    Args:
+        kind: the class of the verb's options.
+        arguments: the flags.
+
+    Raises:
+        UserError: it is a list, whose other values would be lost, or no setting, such as ``--config``.
+    """
     given: dict[str, str] = {}
     for argument, after in itertools.pairwise((*itertools.takewhile(lambda a: a != "--", arguments), "--")):
         if not argument.startswith("--"):
             continue
         flag, _, value = argument.partition("=")
-        room, dot, name = flag.replace("-", "_").rpartition(".")
-        same, value = room + dot + name.removeprefix("no_"), value or (flag if after.startswith("--") else after)
-        if same in given:
-            raise UserError(
-                f"{flag} is given twice ({given[same]}, {value}): give it once; the values of a list follow one flag, as in "
-                "--data.train a.jsonl b.jsonl"
-            )
+        room, dot, name = flag.removeprefix("--").replace("-", "_").rpartition(".")
+        name, value = name.removeprefix("no_"), value or (flag if after.startswith("--") else after)
+        if (before := given.get(same := room + dot + name)) is not None:
+            section = typing.get_type_hints(kind).get(room, kind)
+            if not dot or "tuple" in str(typing.get_type_hints(section).get(name)):
+                raise UserError(
+                    f"{flag} is given twice ({before}, {value}): give it once; the values of a list follow one flag, as in "
+                    "--data.train a.jsonl b.jsonl"
+                )
+            say(f"note: {flag} is given twice ({before}, {value}): the last counts")
         given[same] = value
 
 

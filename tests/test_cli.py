@@ -89,7 +89,7 @@ train --train.sample-packing | rows are not packed here
 train --packing=true | rows are not packed here
 train --config {config} --config b.yaml | --config is given twice ({config}, b.yaml)
 prepare --data.train a.jsonl --data.train=b.jsonl | --data.train is given twice (a.jsonl, b.jsonl)
-prepare --data.split_digits --data.no-split-digits | --data.no-split-digits is given twice
+prepare --data.exclude_types GSM --data.exclude-types MATH | --data.exclude-types is given twice (GSM, MATH)
 train {config} --train.steps 3 | give a file of settings as --config {config}
 evaluate --checkpoint {run} --out={new} run.yml | run.yml has no flag before it
 decode --checkpoint {run} 1+1? {config} | give a file of settings as --config {config}
@@ -205,7 +205,7 @@ def test_output_is_utf8_whatever_the_locale_and_may_be_closed(monkeypatch):
         assert (done.returncode, done.stdout + done.stderr) == (code, said)
 
 
-def test_flags_come_before_the_file_and_the_file_before_defaults(tiny_config, tiny_run):
+def test_flags_come_before_the_file_and_the_file_before_defaults(tiny_config, tiny_run, capsys):
     options = cli.parse("train", shlex.split(f"--config {tiny_config} --train.seed 5 --model.n-layers 1"))
     assert (options.train.seed, options.model.n_layers, options.train.steps) == (5, 1, 120)
     assert (options.optimizer.lr, options.optimizer.b1) == (0.01, 0.9)
@@ -215,6 +215,13 @@ def test_flags_come_before_the_file_and_the_file_before_defaults(tiny_config, ti
     for null in (["--data.test", "null"], ["--data.test=null"]):
         assert cli.parse("prepare", null).data.test is None
     assert cli.parse("decode", ["--checkpoint", "x", "null"]).prompts == ("null",)
+    capsys.readouterr()
+    assert (
+        cli.parse("train", ["--train.seed=1", "--train.debug", "--train.seed", "2", "--train.no-debug"]).train.seed == 2
+    )
+    told = capsys.readouterr().err
+    assert "--train.seed is given twice (1, 2): the last counts" in told and "--train.no-debug is given twice" in told
+    assert cli.parse("decode", ["--checkpoint", "x", "--", "--x", "--x"]).prompts == ("--x", "--x")
 
 
 # Flags, and those of them that the verb does not read; {shared} has fields that it does not read either.
