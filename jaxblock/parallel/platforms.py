@@ -8,6 +8,10 @@ from collections.abc import MutableMapping
 from pathlib import Path
 
 _OF_A_TPU = ("TPU_", "JAX_FORCE_TPU_INIT", "CLOUD_TPU_")  # variables that machines with a TPU, and their users, set
+_OF_JAX = (
+    "TPU_SKIP_MDS_QUERY",
+    "TPU_ML_PLATFORM",
+)  # what importing JAX sets on any machine, for processes that are started then, too
 
 
 def skip_missing_tpu(variables: MutableMapping[str, str] = os.environ, devices: Path = Path("/dev")) -> bool:
@@ -22,7 +26,8 @@ def skip_missing_tpu(variables: MutableMapping[str, str] = os.environ, devices: 
     Returns:
         Whether anything was changed.
     """
-    if variables.get("JAX_PLATFORMS") or any(name.startswith(_OF_A_TPU) for name in variables):
+    of_a_tpu = (name for name in variables if name.startswith(_OF_A_TPU) and not name.startswith(_OF_JAX))
+    if variables.get("JAX_PLATFORMS") or any(of_a_tpu):
         return False
     if importlib.util.find_spec("libtpu") is None or importlib.util.find_spec("jax_plugins") is not None:
         return False

@@ -88,7 +88,8 @@ def test_a_study_of_two_processes_and_one_that_is_killed_and_run_again_give_the_
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert "blockwise-s4" not in results.read_results(cut)
+    begun = results.read_results(cut)["blockwise-s4"]  # it names the versions that began
+    assert (begun["steps"], begun["scores"]) == (0, {})
     again = subprocess.run(command(spec, cut), capture_output=True, text=True, check=True)
     assert "start-s4: started" not in again.stderr and "blockwise-s4: done" in again.stderr
     assert known(cut) == known(whole)
