@@ -88,7 +88,7 @@ def _curves(analysis: Analysis) -> Figure:
         axes[2].axhline(0, color="#888888", lw=0.8)
     names = ["Pass@1 (%)", "NELBO (nats per text token)"]
     names += [f"Pass@1 minus that of {one.arms[-1]}\n(points)"] * bool(analysis.contrasts)
-    names += ["training loss (nats per masked token)"] * analysis.has_losses
+    names += ["loss (nats per masked token)"] * analysis.has_losses
     log = one.budgets[-1] >= _LOG_FROM * one.budgets[0]
     for axis, name in zip(axes, names, strict=True):
         label_axes(axis, _UNITS[one.unit].format(one.reference or one.arms[0]), name, log_x=log)
