@@ -22,7 +22,8 @@ from benchmarks.small_network import CACHES, network, sizes_parser
 from jaxblock.diffusion.canvas import Layout
 from jaxblock.diffusion.decoding import decoder
 from jaxblock.diffusion.decoding.config import CacheName, DecodeConfig
-from jaxblock.fit.hlo import Computation, Module, parse_program
+from jaxblock.fit.hlo import Module, parse_program
+from jaxblock.fit.loops import costliest_branch, executed_computations
 
 _WRITES_NOTHING = ("parameter", "get-tuple-element", "tuple", "bitcast", "constant", "while", "conditional")
 _OPERATION = re.compile(r'op_name="[^"]*?([^/"]+)"')
@@ -44,7 +45,8 @@ def compiled_decoder(args: argparse.Namespace, rows: int, cache: CacheName) -> M
 def written_by_step(module: Module) -> Counter[str]:
     """Returns the bytes that one round of the decoder's loop over steps writes, by the operation that writes them last.
 
-    Where blocks have loops of their own, since their passes are not equally wide, it is the one that writes most.
+    Where blocks have loops of their own, since their passes are not equally wide, it is the one that writes most; so it is of steps
+    that look at more or fewer positions of the block.
     """
     loops = [
         instruction.attribute("body")
@@ -52,13 +54,20 @@ def written_by_step(module: Module) -> Counter[str]:
         for instruction in computation.values()
         if instruction.opcode == "while"
     ]
-    return max((_written(module.computations[body]) for body in loops), key=Counter.total)
+    return max((_written(module, body) for body in loops if not _has_loop(module, body)), key=Counter.total)
 
 
-def _written(body: Computation) -> Counter[str]:
+def _has_loop(module: Module, computation: str) -> bool:
+    inside = executed_computations(module._replace(entry=computation))
+    return any(step.opcode == "while" for one in inside for step in module.computations.get(one.name, {}).values())
+
+
+def _written(module: Module, computation: str) -> Counter[str]:
     found: Counter[str] = Counter()
-    for instruction in body.values():
-        if instruction.opcode not in _WRITES_NOTHING:
+    for instruction in module.computations[computation].values():
+        if instruction.opcode == "conditional":
+            found += _written(module, costliest_branch(module, instruction))
+        elif instruction.opcode not in _WRITES_NOTHING:
             operation = _OPERATION.search(instruction.rest)
             found[operation[1] if operation else instruction.opcode] += int(instruction.bytes)
     return found

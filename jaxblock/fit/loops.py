@@ -33,7 +33,7 @@ class Executed(NamedTuple):
 def executed_computations(module: Module) -> Iterator[Executed]:
     """Yields every computation that runs, and how often; one that is called from two places is yielded twice.
 
-    All branches of a conditional are counted, and a loop whose number of rounds cannot be found is counted once.
+    Of a conditional the branch that writes most counts, and a loop whose number of rounds cannot be found is counted once.
     """
     waiting = [Executed(module.entry, 1.0, False)]
     while waiting:
@@ -50,11 +50,25 @@ def executed_computations(module: Module) -> Iterator[Executed]:
                 called = instruction.attribute("calls") or instruction.attribute("to_apply")
                 waiting.append(Executed(called, here.times, here.fused))
             elif code == "conditional":
-                branches = instruction.computations("branch_computations") or [
-                    instruction.attribute("true_computation"),
-                    instruction.attribute("false_computation"),
-                ]
-                waiting.extend(Executed(branch, here.times, here.fused) for branch in branches)
+                waiting.append(Executed(costliest_branch(module, instruction), here.times, here.fused))
+
+
+def costliest_branch(module: Module, conditional: Instruction) -> str:
+    """Returns the name of the branch of a conditional that writes the most bytes."""
+    branches = conditional.computations("branch_computations") or [
+        conditional.attribute("true_computation"),
+        conditional.attribute("false_computation"),
+    ]
+
+    def written(branch: str) -> float:
+        inside = executed_computations(module._replace(entry=branch))
+        return sum(
+            one.times * sum(instruction.bytes for instruction in module.computations.get(one.name, {}).values())
+            for one in inside
+            if not one.fused
+        )
+
+    return max(branches, key=written)
 
 
 def trip_count(module: Module, caller: str, loop: Instruction) -> int:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxblock.diffusion.decoding import decoder
+from jaxblock.diffusion.decoding import decoder, masked
 from jaxblock.diffusion.decoding.config import DecodeConfig, RuleName
 from tests.diffusion.conftest import (
     EOT,
@@ -86,6 +86,47 @@ def test_without_a_right_side_filling_is_ordinary_decoding(fields, alignment):
     layout, options = make_layout(alignment=alignment, response_len=6), DecodeConfig(early_stop=False, **fields)
     filled = decoded(TWO_LAYERS, layout._replace(infill=True), options, rests=[[MASK] * 6] * 4)
     assert_same(decoded(TWO_LAYERS, layout, options), filled)
+
+
+class Watched(Fixed):
+    """A network that says of how many positions of a block it was asked for logits."""
+
+    def __init__(self):
+        self.counts = set()
+
+    def logits(self, params, hidden):
+        self.counts.add(hidden.shape[1])
+        return hidden
+
+
+@pytest.mark.parametrize(
+    "fields, counts",
+    [
+        (dict(steps_per_block=6), {18, 16, 8}),
+        (dict(rule="confidence_threshold", threshold=0.4, cfg_scale=0.5), {18, 16, 8}),
+        (dict(rule="random", steps_per_block=2, eos_suppression="confidence"), {18, 16}),
+        (dict(rule="entropy", quota="dream", alg_temp=0.5), {18, 16, 8}),
+        (dict(temperature=1.0), {18}),  # the noise of all positions is drawn at once
+        (dict(rule="origin"), {18}),
+    ],
+    ids=str,
+)
+def test_a_step_asks_for_logits_of_as_many_positions_as_may_be_masks(fields, counts, monkeypatch):
+    """And decodes what it does with those of the whole block, where spans leave a row fewer masks too."""
+    table = np.random.default_rng(0).normal(scale=2, size=(VOCAB, 18, VOCAB)).astype(np.float32)
+    layout, options = (
+        make_layout(block=18, response_len=18)._replace(infill=True),
+        DecodeConfig(early_stop=False, **fields),
+    )
+    rests = [[MASK] * 18, [MASK, 3, 3, *[MASK] * 11, 2, 2, MASK, MASK], [MASK] * 4]
+    found = []
+    for most in (masked.MOST_COUNTS, 1):
+        monkeypatch.setattr(masked, "MOST_COUNTS", most)
+        net = Watched()
+        found.append(decoded((net, {"table": table}), layout, options, QUESTIONS[:3], rests))
+        assert net.counts == (counts if most > 1 else {18})
+    assert len(set(found[0].response[0].tolist())) > 5, "different tokens"
+    assert_same(*found)
 
 
 class SeesTheEnd(Fixed):

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxblock.diffusion.decoding import measures, transfer
+from jaxblock.diffusion.decoding import measures, rules, transfer
 from jaxblock.diffusion.decoding.config import DecodeConfig, RuleName
 from jaxblock.diffusion.decoding.rules import RULES, Rule, check_options, unused_steps
 from jaxblock.diffusion.decoding.transfer import Scores, StepInfo
@@ -91,6 +91,30 @@ def test_any_rule_commits_the_best_and_only_what_is_eligible(name, positions):
         assert chosen[positions.index(max(positions))], "the best; ties go to the lowest index"
     worst_chosen = min((confidence[i] for i in range(6) if chosen[i]), default=1)
     assert all(confidence[i] <= worst_chosen for i in range(6) if eligible[i] and not chosen[i])
+
+
+@pytest.mark.parametrize("name", [name for name in RULES if RULES[name].most_masks])
+@pytest.mark.parametrize("fields", [{}, {"quota": "dream"}, {"steps_per_block": 4}, {"quirks": "fast_dllm"}], ids=str)
+def test_no_block_ever_has_more_masks_than_its_rule_says(name, fields):
+    """However many it begins with; the most there can be are there in some block, so that no step looks at too many."""
+    if "quota" in fields and "quota" not in RULES[name].uses:
+        return
+    options, size = DecodeConfig(rule=name, **fields), 6
+    most = RULES[name].most_masks(options, size)
+    commit = jax.jit(rules.transfer_of(options, size))
+    began = np.arange(size + 1, dtype=np.int32)
+    left = np.arange(size) < began[:, None]
+    surprise = np.random.default_rng(0).permuted(
+        np.tile(np.arange(5.0, 5.0 + size, dtype=np.float32), (size + 1, 1)), axis=1
+    )
+    for step, bound in enumerate(most):
+        assert left.sum(1).max() == bound, step
+        left &= ~np.asarray(
+            commit(Scores(np.zeros(left.shape, np.int32), surprise, left), StepInfo(np.int32(step), began))
+        )
+    assert not left.any() and len(most) == (
+        4 if "steps_per_block" in fields and RULES[name].pace == "settings" else size
+    )
 
 
 def _with_rule(name: str, **fields) -> DecodeConfig:

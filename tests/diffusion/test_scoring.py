@@ -29,10 +29,12 @@ LOGITS = np.array([
 
 @partial(jax.jit, static_argnums=(0, 1, 3))
 def _scores(every, layout, logits, many):
-    """``score`` of ``many`` rows of the same logits, each with its own key, for all of these settings in one program."""
+    """The scores of ``many`` rows of the same logits, each with its own key, for all of these settings in one program."""
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), jnp.arange(many))
     wide = jnp.broadcast_to(logits, (many, *logits.shape))
-    return [scoring.score(layout, options, wide, jnp.ones(wide.shape[:2], bool), keys) for options in every]
+    found = [scoring.find(layout, options, wide, keys) for options in every]
+    eligible = jnp.ones(wide.shape[:2], bool)
+    return [scoring.score(layout, *each, eligible, keys) for each in zip(every, found, strict=True)]
 
 
 def score(*every, logits=LOGITS, many=1, layout=LAYOUT):

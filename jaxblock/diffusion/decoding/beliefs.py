@@ -34,20 +34,27 @@ def no_beliefs(rows: int, positions: int, count: int) -> Beliefs:
     return Beliefs(jnp.zeros((rows, positions)), ids, jnp.zeros(ids.shape))
 
 
-def with_committed(
-    beliefs: Beliefs, logits: Float[Array, "B P V"], token: Int[Array, "B P"], chosen: Bool[Array, "B P"]
-) -> Beliefs:
+def believed(logits: Float[Array, "B P V"], token: Int[Array, "B P"], count: int) -> Beliefs:
+    """Returns what the network believes of positions.
+
+    Args:
+        logits: what the step's tokens are chosen by.
+        token: the token that each position would get.
+        count: K, the most probable tokens that are kept.
+    """
+    best, ids = jax.lax.top_k(logits, count)
+    share = jnp.exp(best - jax.nn.logsumexp(logits, axis=-1, keepdims=True))
+    return Beliefs(jnp.exp(-surprise(logits, token)), ids, share)
+
+
+def with_committed(beliefs: Beliefs, found: Beliefs, chosen: Bool[Array, "B P"]) -> Beliefs:
     """Returns the beliefs after a step.
 
     Args:
         beliefs: those of the steps before.
-        logits: what the step's tokens are chosen by.
-        token: the token that each position would get.
+        found: what the network believes in this step.
         chosen: the positions that the step commits.
     """
-    best, ids = jax.lax.top_k(logits, beliefs.ids.shape[-1])
-    share = jnp.exp(best - jax.nn.logsumexp(logits, axis=-1, keepdims=True))
-    found = Beliefs(jnp.exp(-surprise(logits, token)), ids, share)
     return jax.tree.map(lambda old, new: pick(chosen, new.astype(old.dtype), old), beliefs, found)
 
 

@@ -8,6 +8,7 @@ positions a step computes (``passes``).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -19,11 +20,12 @@ from jax import Array
 from jaxtyping import Bool, Int
 
 from jaxblock.diffusion.canvas import Canvas, Layout, active_positions, block_tokens, for_decoding, view
-from jaxblock.diffusion.decoding.beliefs import Beliefs, moved, no_beliefs, pick, with_committed
+from jaxblock.diffusion.decoding.beliefs import Beliefs, believed, moved, no_beliefs, pick, with_committed
 from jaxblock.diffusion.decoding.config import DecodeConfig
+from jaxblock.diffusion.decoding.masked import counts_by_step, look
 from jaxblock.diffusion.decoding.passes import PassCost, Passes, Sizes, sizes_by_block, widest
-from jaxblock.diffusion.decoding.rules import RULES, transfer_of
-from jaxblock.diffusion.decoding.scoring import score
+from jaxblock.diffusion.decoding.rules import transfer_of
+from jaxblock.diffusion.decoding.scoring import Found, find, score
 from jaxblock.diffusion.decoding.transfer import StepInfo
 from jaxblock.types import Network, Params
 
@@ -140,22 +142,24 @@ def decode_block(
     rows = canvas.ids.shape[0]
     chex.assert_shape([carry.ids, carry.commit_step, blocks], [canvas.ids.shape, (rows, layout.response_len), (rows,)])
     choose = transfer_of(options, layout.block)
-    most_steps = layout.block if RULES[options.rule].pace == "rule" else options.steps(layout.block)
+    counts = counts_by_step(options, layout.block)
+    candidates = carry.beliefs.ids.shape[-1] if carry.beliefs else 0
     canvas = canvas._replace(ids=carry.ids)
     sizes = widest(layout, options, _room(layout, canvas)) if sizes is None else sizes
-    params = net.unstacked(params)
-    passes = Passes(net, layout, options, params, canvas, carry.commit_step == GIVEN, blocks, sizes)
+    given = carry.commit_step == GIVEN
+    passes = Passes(net, layout, options, net.unstacked(params), canvas, given, blocks, sizes)
     tokens, live = _open_block(layout, canvas, carry, blocks)
     masks_at_start = jnp.sum((tokens == layout.mask_id) & live, axis=-1)
 
     def unfinished(loop: _Loop) -> Array:
-        return (loop.step < most_steps) & jnp.any((loop.tokens == layout.mask_id) & live)
+        return (loop.step < len(counts)) & jnp.any((loop.tokens == layout.mask_id) & live)
 
-    def commit(loop: _Loop, logits: Array, cost: PassCost) -> _Loop:
+    def commit(loop: _Loop, hidden: list[Array], cost: PassCost, counts: Sequence[int] = counts) -> _Loop:
         eligible = (loop.tokens == layout.mask_id) & live
         taken = loop.nfe // options.passes
         keys = jax.vmap(jax.random.fold_in)(carry.row_key, taken)
-        scores = score(layout, options, logits, eligible, keys)
+        found, beliefs = look(hidden, eligible, counts, loop.step, partial(_find, passes, keys, candidates))
+        scores = score(layout, options, found, eligible, keys)
         chosen = choose(scores, StepInfo(loop.step, masks_at_start))
         busy = jnp.any(eligible, axis=-1)
         return _Loop(
@@ -165,21 +169,27 @@ def decode_block(
             nfe=loop.nfe + options.passes * busy,
             positions=loop.positions + cost.needed * busy,
             computed=loop.computed + cost.computed,
-            beliefs=loop.beliefs and with_committed(loop.beliefs, logits, scores.token, chosen),
+            beliefs=loop.beliefs and beliefs and with_committed(loop.beliefs, beliefs, chosen),
         )
 
-    none = jnp.full(tokens.shape, -1, jnp.int32)
-    beliefs = carry.beliefs and no_beliefs(rows, layout.block, carry.beliefs.ids.shape[-1])
-    loop = _Loop(jnp.zeros((), jnp.int32), tokens, none, carry.nfe, carry.positions, carry.computed, beliefs)
+    none = no_beliefs(rows, layout.block, candidates) if candidates else None
+    loop = _Loop(jnp.int32(0), tokens, jnp.full_like(tokens, -1), carry.nfe, carry.positions, carry.computed, none)
     if options.cache == "none":
         full = lambda loop: commit(loop, passes.full(loop.tokens), passes.full_cost)  # noqa: E731
         loop = jax.lax.while_loop(unfinished, full, loop)
     else:
-        logits, caches = passes.refresh(loop.tokens)
-        loop = commit(loop, logits, passes.full_cost)
+        hidden, caches = passes.refresh(loop.tokens)
+        loop = commit(loop, hidden, passes.full_cost, counts[:1])
         update = lambda loop: commit(loop, passes.update(loop.tokens, caches), passes.update_cost)  # noqa: E731
         loop = jax.lax.while_loop(unfinished, update, loop)
     return _write(layout, options, canvas, carry, blocks, live, loop)
+
+
+def _find(passes: Passes, keys: Array, candidates: int, hidden: list[Array]) -> tuple[Found, Beliefs | None]:
+    """Returns what a step finds at positions, by their hidden states, and what the network believes of them if it is asked."""
+    logits = passes.logits(hidden)
+    found = find(passes.layout, passes.options, logits, keys)
+    return found, believed(logits, found.token, candidates) if candidates else None
 
 
 def _open_block(layout: Layout, canvas: Canvas, carry: Carry, blocks: Array) -> tuple[Array, Array]:

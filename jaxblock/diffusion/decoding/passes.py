@@ -82,9 +82,13 @@ class PassCost(NamedTuple):
     computed: int
 
 
+Hidden = Float[Array, "B A D"]
+"""The hidden states that predict the positions of a block."""
+
+
 @dataclass(frozen=True)
 class Passes:
-    """Computes the logits of a block's positions from the block's tokens.
+    """Computes hidden states for the positions of a block from the block's tokens, and logits from those.
 
     Attributes:
         net: the network; a ``types.CachingNetwork`` where the options have a cache.
@@ -106,20 +110,24 @@ class Passes:
     blocks: Int[Array, " B"]
     sizes: Sizes
 
-    def full(self, tokens: Int[Array, "B A"]) -> Float[Array, "B A V"]:
-        """Computes the logits from the whole canvas."""
-        return self._guided([self._logits(self.net.hidden(self.params, seen)) for seen in self._views(tokens)])
+    def full(self, tokens: Int[Array, "B A"]) -> list[Hidden]:
+        """Computes the last hidden states of each view from the whole canvas."""
+        return [self.net.hidden(self.params, seen) for seen in self._views(tokens)]
 
-    def refresh(self, tokens: Int[Array, "B A"]) -> tuple[Float[Array, "B A V"], list[Cache]]:
+    def refresh(self, tokens: Int[Array, "B A"]) -> tuple[list[Hidden], list[Cache]]:
         """Computes what ``full`` does, and returns the cache of each view."""
         net = cast(CachingNetwork, self.net)
         found = [net.refresh(self.params, seen) for seen in self._views(tokens)]
-        return self._guided([self._logits(hidden) for hidden, _ in found]), [cache for _, cache in found]
+        return [hidden for hidden, _ in found], [cache for _, cache in found]
 
-    def update(self, tokens: Int[Array, "B A"], caches: list[Cache]) -> Float[Array, "B A V"]:
-        """Computes the logits from a part of the canvas and the cache of each view."""
+    def update(self, tokens: Int[Array, "B A"], caches: list[Cache]) -> list[Hidden]:
+        """Computes the last hidden states of each view from a part of the canvas and the view's cache."""
         net, pairs = cast(CachingNetwork, self.net), zip(self._views(tokens), caches, strict=True)
-        return self._guided([self._logits(net.update(self.params, self._part(seen), cache)) for seen, cache in pairs])
+        return [net.update(self.params, self._part(seen), cache) for seen, cache in pairs]
+
+    def logits(self, hidden: list[Float[Array, "B P D"]]) -> Float[Array, "B P V"]:
+        """Computes the logits of positions from the hidden states of each view; guidance makes one of two."""
+        return self._guided([self.net.logits(self.params, each) for each in hidden])
 
     @property
     def full_cost(self) -> PassCost:
@@ -163,9 +171,6 @@ class Passes:
         at = jnp.minimum(first[:, None] + jnp.arange(size, dtype=jnp.int32), seen.ids.shape[1] - 1)
         predicts = seen.at - first[:, None]
         return Part(jnp.take_along_axis(seen.ids, at, axis=1), first, seen.length, jnp.clip(predicts, 0, size - 1))
-
-    def _logits(self, hidden: Array) -> Array:
-        return self.net.logits(self.params, hidden)
 
     def _guided(self, logits: list[Array]) -> Array:
         """Returns un + (scale + 1)(cond - un) where there are logits without the prompt, else the logits."""

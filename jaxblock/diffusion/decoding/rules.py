@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from jaxblock.diffusion.decoding import measures, transfer
 from jaxblock.diffusion.decoding.config import DecodeConfig, RuleName
 from jaxblock.diffusion.decoding.measures import Measure
@@ -29,6 +31,8 @@ class Rule:
         pace: what decides how many steps a block takes: the ``settings``, or the ``rule``, which commits the confident
             positions of each step and at least one.
         uses: the rule-specific settings that this rule uses; it refuses those of other rules.
+        most_masks: takes the settings and the block size, and returns the most masks that a block may still have before each step;
+            None where that is not known, so that every step looks at the whole block.
     """
 
     transfer: Callable[[DecodeConfig, int], Transfer]
@@ -36,6 +40,7 @@ class Rule:
     measured_on: Literal["logits", "candidates"] = "logits"
     pace: Literal["settings", "rule"] = "settings"
     uses: tuple[str, ...] = ()
+    most_masks: Callable[[DecodeConfig, int], np.ndarray] | None = None
 
 
 def transfer_of(options: DecodeConfig, block: int) -> Transfer:
@@ -44,10 +49,22 @@ def transfer_of(options: DecodeConfig, block: int) -> Transfer:
     return pick if options.quirks == "none" else transfer.after_first_token(pick)
 
 
-def _by_quota(options: DecodeConfig, block: int) -> Transfer:
+def _quotas(options: DecodeConfig, block: int) -> np.ndarray:
     if options.quirks == "fast_dllm":
-        return transfer.by_quota(transfer.quota_after_first_token(block, options.steps(block), options.eps))
-    return transfer.by_quota(transfer.quota_table(options.quota, block, options.steps(block), options.eps))
+        return transfer.quota_after_first_token(block, options.steps(block), options.eps)
+    return transfer.quota_table(options.quota, block, options.steps(block), options.eps)
+
+
+def _by_quota(options: DecodeConfig, block: int) -> Transfer:
+    return transfer.by_quota(_quotas(options, block))
+
+
+def _most_by_quota(options: DecodeConfig, block: int) -> np.ndarray:
+    return transfer.most_masks(_quotas(options, block))
+
+
+def _one_less_a_step(options: DecodeConfig, block: int) -> np.ndarray:
+    return block - np.arange(block)
 
 
 def _by_chance(options: DecodeConfig, block: int) -> Transfer:
@@ -65,13 +82,17 @@ def _by_factor(options: DecodeConfig, block: int) -> Transfer:
 _RANKED = ("quota", "alg_temp")
 
 RULES: dict[RuleName, Rule] = {
-    "low_confidence": Rule(_by_quota, measures.TOKEN, uses=_RANKED),
-    "random": Rule(_by_quota, None, uses=("quota",)),
-    "confidence_threshold": Rule(_by_threshold, measures.TOKEN, pace="rule", uses=("threshold",)),
-    "factor": Rule(_by_factor, measures.TOKEN, pace="rule", uses=("factor", "factor_rule")),
-    "maskgit_plus": Rule(_by_quota, measures.TOKEN, "candidates", uses=_RANKED),
-    "topk_margin": Rule(_by_quota, measures.LEAD, "candidates", uses=_RANKED),
-    "entropy": Rule(_by_quota, measures.ENTROPY, "candidates", uses=_RANKED),
+    "low_confidence": Rule(_by_quota, measures.TOKEN, uses=_RANKED, most_masks=_most_by_quota),
+    "random": Rule(_by_quota, None, uses=("quota",), most_masks=_most_by_quota),
+    "confidence_threshold": Rule(
+        _by_threshold, measures.TOKEN, pace="rule", uses=("threshold",), most_masks=_one_less_a_step
+    ),
+    "factor": Rule(
+        _by_factor, measures.TOKEN, pace="rule", uses=("factor", "factor_rule"), most_masks=_one_less_a_step
+    ),
+    "maskgit_plus": Rule(_by_quota, measures.TOKEN, "candidates", uses=_RANKED, most_masks=_most_by_quota),
+    "topk_margin": Rule(_by_quota, measures.LEAD, "candidates", uses=_RANKED, most_masks=_most_by_quota),
+    "entropy": Rule(_by_quota, measures.ENTROPY, "candidates", uses=_RANKED, most_masks=_most_by_quota),
     "origin": Rule(_by_chance, None, uses=("eps",)),
 }
 """Every rule by the name that ``decode.rule`` gives it."""

@@ -8,11 +8,13 @@ probability stays in the normaliser of the confidence.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import chex
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from jaxblock.diffusion.canvas import Layout
 from jaxblock.diffusion.decoding.config import DecodeConfig
@@ -75,23 +77,27 @@ def candidates(options: DecodeConfig, mask_id: int, logits: Float[Array, "*rows 
     return jnp.where(best, logits, left)
 
 
-def score(
-    layout: Layout, options: DecodeConfig, logits: Float[Array, "B A V"], eligible: Bool[Array, "B A"], keys: Array
-) -> Scores:
-    """Finds each position's token, and the surprise that the transfer rule ranks it by.
+class Found(NamedTuple):
+    """Holds what a step found at positions of a block, before anything is drawn per position.
 
-    A rule without a measure (``random``, ``origin``) gets a uniform number in place of a surprise. With ``alg_temp`` the surprise is
-    -(confidence / alg_temp + Gumbel noise): taking the smallest ones draws positions without replacement from
-    softmax(confidence / alg_temp).
+    Attributes:
+        token: the token that each position would get.
+        surprise: the number that the rule's measure ranks by (``Measure.surprise``); None under a rule that has no measure.
+    """
+
+    token: Int[Array, "B P"]
+    surprise: Float[Array, "B P"] | None
+
+
+def find(layout: Layout, options: DecodeConfig, logits: Float[Array, "B P V"], keys: Array) -> Found:
+    """Finds the token of each position, and how surprising it is.
 
     Args:
         layout: the canvas's static part, for the special tokens.
-        options: the rule, temperatures, filters and suppression.
+        options: the rule, temperature, filters and suppression.
         logits: float32 or wider.
-        eligible: the positions that may be committed.
         keys: one random key per row [B].
     """
-    chex.assert_equal_shape_prefix([logits, eligible], 2)
     chex.assert_shape(keys, logits.shape[:1])
     ids, rule = jnp.arange(logits.shape[-1]), RULES[options.rule]
     if options.eos_suppression == "logits":
@@ -103,20 +109,44 @@ def score(
         # wider, since LLaDA notes that a narrower type is biased.
         pick = pick + _gumbel(keys, _TOKEN, pick)
     token = best_token(pick, layout.mask_id)
-    measure = rule.measure
-    if measure is None:
+    if rule.measure is None:
+        return Found(token, None)
+    measured = drawn_from if rule.measured_on == "candidates" else logits
+    if options.eos_suppression == "confidence":
+        measured = jnp.where(jnp.isin(ids, _ends(layout)), -jnp.inf, measured)
+    return Found(token, rule.measure.surprise(measured, token, layout.mask_id))
+
+
+def score(layout: Layout, options: DecodeConfig, found: Found, eligible: Bool[Array, "B A"], keys: Array) -> Scores:
+    """Returns what the transfer rule ranks the positions of a block by.
+
+    A rule without a measure (``random``, ``origin``) gets a uniform number in place of a surprise. With ``alg_temp`` the surprise is
+    -(confidence / alg_temp + Gumbel noise): taking the smallest ones draws positions without replacement from
+    softmax(confidence / alg_temp).
+
+    Args:
+        layout: the canvas's static part, for the special tokens.
+        options: the rule, its temperature and suppression.
+        found: what ``find`` found at the eligible positions; what it holds for the others is not used.
+        eligible: the positions that may be committed.
+        keys: one random key per row [B], those of ``find``.
+    """
+    token, surprise = found
+    chex.assert_equal_shape([token, eligible])
+    measure = RULES[options.rule].measure
+    if measure is None or surprise is None:
         chance = jax.vmap(lambda key: uniform(jax.random.fold_in(key, _CHANCE), token.shape[1:]))(keys)
         return Scores(token, chance, eligible)
-    measured = drawn_from if rule.measured_on == "candidates" else logits
-    stop = jnp.asarray((*layout.stop_ids, layout.fill_id))
-    if options.eos_suppression == "confidence":
-        measured = jnp.where(jnp.isin(ids, stop), -jnp.inf, measured)
-    found = measure.surprise(measured, token, layout.mask_id)
     if options.alg_temp > 0:
-        found = -(measure.confidence(found) / options.alg_temp + _gumbel(keys, _POSITION, found))
+        surprise = -(measure.confidence(surprise) / options.alg_temp + _gumbel(keys, _POSITION, surprise))
     if options.eos_suppression == "confidence":
-        found = jnp.where(jnp.isin(token, stop), jnp.inf, found)
-    return Scores(token, found, eligible)
+        surprise = jnp.where(jnp.isin(token, _ends(layout)), jnp.inf, surprise)
+    return Scores(token, surprise, eligible)
+
+
+def _ends(layout: Layout) -> Array:
+    """Returns the tokens that end a response, and the one that follows."""
+    return jnp.asarray((*layout.stop_ids, layout.fill_id))
 
 
 def _gumbel(keys: Array, purpose: int, like: Array) -> Array:

@@ -67,6 +67,16 @@ def quota_table(schedule: Quota, most: int, steps: int, eps: float = 1e-3) -> np
     return np.array([make[schedule](n, steps) for n in range(most + 1)], np.int32)
 
 
+def most_masks(table: np.ndarray) -> np.ndarray:
+    """Returns the most masks that a block may still have before each step, whatever number it began with: int [steps].
+
+    Args:
+        table: the quotas, from ``quota_table``.
+    """
+    before = np.cumsum(table, axis=1) - table
+    return np.max(np.arange(len(table))[:, None] - before, axis=0)
+
+
 def dream_grid(steps: int, eps: float) -> np.ndarray:
     """Returns Dream's times, from 1 down to ``eps`` in equal steps: float32 [steps + 1], equal to ``torch.linspace`` bit for bit.
 
