@@ -202,6 +202,13 @@ MUTANTS = [
     Mutant("below-the-factor", "jaxblock/diffusion/decoding/transfer.py",
            "~(scores.surprise <= bounds[ranks])", "~(scores.surprise < bounds[ranks])",
            "tests/diffusion/test_quota.py::test_a_confidence_at_the_bound_is_accepted_and_ties_go_to_the_lowest_index"),
+    Mutant("too-few-positions-looked-at", "jaxblock/diffusion/decoding/masked.py",
+           "min(-(-int(masks) // size) * size, block)", "min(max(int(masks) // size, 1) * size, block)",
+           "tests/diffusion/test_decoder.py"
+           "::test_a_step_asks_for_logits_of_as_many_positions_as_may_be_masks[quota]"),
+    Mutant("most-masks-after-the-step", "jaxblock/diffusion/decoding/transfer.py",
+           "before = np.cumsum(table, axis=1) - table", "before = np.cumsum(table, axis=1)",
+           "tests/diffusion/test_quota.py::test_no_block_ever_has_more_masks_than_its_rule_says"),
     Mutant("top-p-stops-at-the-sum-itself", "jaxblock/diffusion/decoding/scoring.py",
            "mass[..., :-1] <= top_p]", "mass[..., :-1] < top_p]",
            "tests/diffusion/test_scoring.py::test_a_token_that_takes_the_sum_to_top_p_exactly_is_not_the_last"),

@@ -109,7 +109,7 @@ class Watched(Fixed):
         (dict(temperature=1.0), {18}),  # the noise of all positions is drawn at once
         (dict(rule="origin"), {18}),
     ],
-    ids=str,
+    ids=["quota", "threshold", "random", "dream", "temperature", "origin"],
 )
 def test_a_step_asks_for_logits_of_as_many_positions_as_may_be_masks(fields, counts, monkeypatch):
     """And decodes what it does with those of the whole block, where spans leave a row fewer masks too."""
