@@ -13,20 +13,19 @@ import dataclasses
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 from rich.console import Console
 
 from benchmarks.host_time import settings
-from benchmarks.sessions import loaded_session
-from jaxblock.data.loader import Batch, BatchAt, batches
+from benchmarks.sessions import first_step, loaded_session, train_batches
 from jaxblock.data.store.prepare import prepare
 from jaxblock.parallel.host_memory import keep_freed_memory
 from jaxblock.training.resume import saved_values
 from jaxblock.training.session import Session
-from jaxblock.training.step import Step, jit_step
+from jaxblock.training.step import jit_step
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
@@ -44,9 +43,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         begin = time.perf_counter()
         again = loaded_session(dataclasses.replace(config), Console(quiet=True))
         found["restore"] = time.perf_counter() - begin
-        with jax.set_mesh(again.mesh):
-            step, data = _step(again), _data(again)
-            jax.block_until_ready(step(again.state, again.on_mesh(next(data)), {})[1])
+        first_step(again)
         found["restart"] = time.perf_counter() - begin
         again.checkpoints.close()
     size = found["GB"]
@@ -61,20 +58,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     return found
 
 
-def _data(session: Session) -> Iterator[Batch]:
-    train = session.config.train
-    return batches(
-        BatchAt(session.prepared.records("train"), canvas=session.config.canvas, seed=0, batch_size=train.batch_size)
-    )
-
-
-def _step(session: Session) -> Step:
-    return jit_step(session.learner, session.state, session.mesh)
-
-
 def measure(session: Session, saves: int, steps: int) -> dict[str, float]:
     """Measures the time in seconds of a step, of the loop's stop for a save, and of a save with its checksums (medians)."""
-    data, step_fn, state = _data(session), _step(session), session.state
+    data, state = train_batches(session), session.state
+    step_fn = jit_step(session.learner, state, session.mesh)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) / 1e9
     alone, still, whole = [], [], []
     kept = saved_values(session.config, session.prepared, session.learner.net.arch, session.base)
