@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import special
+from scipy import special, stats
 
 from benchmarks import study_executed
 from jaxblock.data.text import corpus
@@ -138,12 +138,20 @@ def repeated() -> list[str]:
     """Returns what is said of the runs from one start that were made once more."""
     again = read("small_repeated")
     found = {arm: study_executed.scores(again, arm) for arm in ("blockwise", "classical")}
-    mean, low, high = (-end for end in study_executed.compare(found["blockwise"], found["classical"])[-1].solved)
+    rows = study_executed.compare(found["blockwise"], found["classical"])
+    p = corrected(*(100 * differences("small_repeated", budget).mean(-1) for budget in STEPS))
     start = solved(again["start-s100"]["scores"]["5000/by_8"]).mean()
     return [
-        f"it is {mean:.1f} ({high:.1f} to {low:.1f}), over seeds alone",
+        *(f"| {row.budget:,} | {ends(row.solved)} | {ends(row.nelbo, 3)} |" for row in rows),
+        f"p = {listed(p[2:], 3)}",
+        no_crossover("small_repeated"),
         f"It solves {start:.1%} of the test problems of its own task",
     ]
+
+
+def corrected(*gaps: np.ndarray) -> list[float]:
+    """Returns the p values of t tests over seeds, times their number (Bonferroni)."""
+    return [min(1.0, len(gaps) * float(stats.ttest_1samp(gap, 0).pvalue)) for gap in gaps]
 
 
 def block_size() -> list[str]:

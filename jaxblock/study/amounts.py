@@ -13,14 +13,15 @@ from jaxblock.models.families import registry
 from jaxblock.models.linear.lora import adapter_table, lora_from_config
 from jaxblock.study.experiments import Unit
 from jaxblock.training.observe.throughput import Work, model_flops
+from jaxblock.training.places import SMALLEST_CANVAS
 
 
-def per_step(config: Config, arch: Architecture, unit: Unit) -> float:
+def per_step(config: Config, arch: Architecture | None, unit: Unit) -> float:
     """Returns how much of a unit one update takes.
 
     Args:
         config: the settings of the run.
-        arch: the sizes of its network.
+        arch: the sizes of its network; only `flops` needs them.
         unit: `flops` counts the matrix products of the forward and backward passes over the whole canvas in all layers (not those
             that rematerialisation repeats; an unrolled last layer computes fewer positions than are counted);
             `block_positions` the supervised positions of the active blocks; `masked_tokens` the expected number of them that are
@@ -37,9 +38,15 @@ def per_step(config: Config, arch: Architecture, unit: Unit) -> float:
     if unit == "flops":
         if canvas.suffix_window is not None:
             raise UserError("FLOPs are counted for whole canvases: leave out canvas.suffix_window")
+        width = canvas.total_len or canvas.prompt_len + canvas.response_len
+        if config.train.widths != "full" and width >= SMALLEST_CANVAS:
+            raise UserError(
+                f"FLOPs are counted for whole canvases, and on one of {width} positions train.widths auto computes fewer: set train.widths "
+                "to full"
+            )
+        assert arch is not None
         table = registry.param_table(arch)
         lora = lora_from_config(config.lora, table)
-        width = canvas.total_len or canvas.prompt_len + canvas.response_len
         adapters = None if lora is None else adapter_table(table, lora)
         return model_flops(table, arch, Work(rows, rows * width, rows * active), adapters)
     if canvas.context != "aligned":

@@ -87,7 +87,7 @@ class Plan(NamedTuple):
         return found
 
 
-ArchitectureOf = Callable[[str], Architecture]
+ArchitectureOf = Callable[[str], Architecture | None]
 """Returns the architecture of an arm's network."""
 
 
@@ -133,6 +133,18 @@ def lay_out(study: Study, architecture_of: ArchitectureOf) -> Plan:
             if its_seed == seed:
                 add(arm, seed)
     return Plan(list(cells.values()), steps)
+
+
+def check_budgets(study: Study) -> None:
+    """Checks the budgets that can be counted without the sizes of a network, which may be known only when the data are prepared.
+
+    Raises:
+        UserError: as ``lay_out``.
+    """
+    for name, one in study.experiments.items():
+        if one.kind != RELATION and one.unit != "flops":
+            for arm in one.arms:
+                arm_steps(study, name, arm, lambda arm: None)
 
 
 def ways_to_score(one: Experiment) -> tuple[str, ...]:

@@ -21,7 +21,17 @@ from jaxblock.io.locks import only_writer
 from jaxblock.io.paths import as_path, is_remote
 from jaxblock.io.signals import sigterm_raises
 from jaxblock.models.architecture import Architecture
-from jaxblock.study.cells import Cell, Plan, data_config, fingerprint, identity, lay_out, run_config, scored_config
+from jaxblock.study.cells import (
+    Cell,
+    Plan,
+    check_budgets,
+    data_config,
+    fingerprint,
+    identity,
+    lay_out,
+    run_config,
+    scored_config,
+)
 from jaxblock.study.results import Result, check_results, is_done, read_results, write_plan
 from jaxblock.study.spec import Study
 from jaxblock.study.study_file import read_study
@@ -64,6 +74,10 @@ def prepare_study(spec: str, folder: str, verbs: Verbs, say: Say) -> tuple[Study
         study.config(arm)
         for decoding in study.decodings:
             study.config(arm, decoding)
+    try:
+        check_budgets(study)
+    except UserError as error:
+        raise UserError(f"{spec}: {error}") from error
     with only_writer(f"{folder}/prepared", say, wait=True):  # another process of the study prepares the same data
         configs = [data_config(study, task, folder) for task in study.tasks]
         # Tasks that train a tokenizer come before those that use it.

@@ -190,7 +190,8 @@ def test_cells_come_seed_by_seed_after_their_start_with_every_point_that_an_expe
     assert config.model.init_from == "out/runs/start-s3" and config.train.out == "out/runs/classical-s3"
 
 
-def test_what_cannot_be_computed_is_refused_before_anything_runs():
+def test_what_cannot_be_computed_is_refused_before_anything_runs(tmp_path):
+    wide = changed("tasks", "sums", "canvas", {"prompt_len": 300, "response_len": 16, "block": 4})
     longer = {"arms": ["start"], "decodings": ["own"], "budgets": [5, 11]}
     for tree, says in (
         (changed("experiments", "tokens", "budgets", [1]), "experiments.tokens.budgets, arm classical: a budget of 1 steps of the "
@@ -198,12 +199,20 @@ def test_what_cannot_be_computed_is_refused_before_anything_runs():
         (changed("experiments", "tokens", "budgets", [3]), "a budget of 3 steps of the reference arm is 0.88 of a step"),
         (changed("experiments", "tokens", "budgets", [4, 5, 9]),
          "arm classical: the budgets 4 and 5 are both 1 steps of this arm: leave one of them out"),
+        (changed("experiments", "steps", "unit", "flops", tree=wide), "on one of 316 positions train.widths auto computes fewer: set "
+         "train.widths to full"),
         (changed("experiments", "longer", longer), "experiments.longer scores start after 11 steps, but other arms start from it after 10"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=re.escape(says)):
             laid_out(tree)
+    nothing = work.Verbs(None, None, None)
     with pytest.raises(UserError, match="gs://bucket/study: a study's folder is local"):
-        runner.prepare_study("study.yaml", "gs://bucket/study", work.Verbs(None, None, None), print)
+        runner.prepare_study("study.yaml", "gs://bucket/study", nothing, print)
+    # What needs no network is refused before data are prepared.
+    (tmp_path / "study.yaml").write_text(json.dumps(changed("experiments", "tokens", "budgets", [1])))
+    with pytest.raises(UserError, match=r"study\.yaml: experiments\.tokens\.budgets, arm classical: a budget of 1 steps"):
+        runner.prepare_study(str(tmp_path / "study.yaml"), str(tmp_path / "out"), nothing, print)
+    assert not (tmp_path / "out").exists()
     for tree, arm, says in (
         (changed("common", "decode", {"steps_per_block": 8}), "blockwise", "blockwise-s0: decode.steps_per_block 8 is more than the 4"),
         (changed("decodings", "whole", {"canvas": {"block": 16}, "decode": {"threshold": 0.5}}), "classical",

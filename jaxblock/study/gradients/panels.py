@@ -9,14 +9,14 @@ from matplotlib.figure import Figure
 
 from jaxblock.reporting.plot_style import COLOURS, LINES, label_axes
 from jaxblock.study.gradients.contexts import CONTEXTS
-from jaxblock.study.gradients.tables import Measured, over_seeds, ratios
+from jaxblock.study.gradients.tables import Measured, over_seeds, ratio_over_seeds, ratios
 
 _DRAWN = ("prefix 0.15, suffix 1", "prefix 0.5, suffix 1", "prefix 0, suffix 0.5", "prefix 0, suffix 0", "classical")
 """The contexts that are drawn; the tables hold all."""
 
 
 def draw_gradients(measured: Measured) -> Figure:
-    """Draws three panels; what noise hides is left out. Bars are one standard error to each side."""
+    """Draws three panels; what noise hides is left out. Bars are 95% intervals of ratios, else one standard error to each side."""
     figure = Figure(figsize=(12, 4.2), layout="constrained")
     variance, direction, bound = figure.subplots(1, 3)
     _variance(variance, measured)
@@ -28,24 +28,33 @@ def draw_gradients(measured: Measured) -> Figure:
 
 
 def _variance(axis: Any, measured: Measured) -> None:
-    """Draws the variance of each estimator at the last checkpoint, relative to the default's; hollow marks are `pairs`."""
-    (arm, steps), of = list(measured.items())[-1]
+    """Draws the variance of each estimator relative to the default's, with the intervals of the tables; hollow marks are `pairs`.
+
+    The checkpoint is the first one, whose mean gradient is the longest and best known.
+    """
+    (arm, steps), of = next(iter(measured.items()))
     names = [name.split(", ") for name in of[0]["variance"]]
     laws = list(dict.fromkeys(law for law, _, _ in names))
     draws = list(dict.fromkeys(k for _, _, k in names))
     for law, blocks, k in names:
-        found = over_seeds(ratios(of, f"{law}, {blocks}, {k}"))
-        if found is None:
+        pairs = ratios(of, f"{law}, {blocks}, {k}")
+        found = ratio_over_seeds(pairs)
+        estimate = pairs[0][0] if found is None and len(pairs) == 1 else found and found.estimate
+        if not estimate or estimate <= 0:
             continue
+        error = None if found is None else [[found.estimate - found.low], [found.high - found.estimate]]
         at = laws.index(law) + 0.22 * (draws.index(k) - 1) + (0.08 if blocks == "pairs" else 0)
         colour = COLOURS[draws.index(k)]
         label = k if law == laws[0] and blocks == "per_sequence" else None
         face = "none" if blocks == "pairs" else colour
-        axis.errorbar(
-            at, found.mean, yerr=np.nan_to_num(found.se), color=colour, marker="o", ms=4, mfc=face, lw=1, label=label
-        )
+        axis.errorbar(at, estimate, yerr=error, color=colour, marker="o", ms=4, mfc=face, lw=1, label=label)
     axis.axhline(1, color="#888888", lw=0.8)
-    label_axes(axis, f"{arm}, step {steps:,}; hollow: pairs", "variance at equal compute\n(ratio ± standard error)")
+    label_axes(
+        axis,
+        f"{arm}, step {steps:,}; hollow: pairs",
+        "variance at equal compute\n(ratio, 95% interval over seeds)",
+        log_y=True,
+    )
     axis.set_xticks(range(len(laws)), laws, rotation=30, ha="right", fontsize=8)
 
 

@@ -12,7 +12,7 @@ from jaxblock.evaluation.statistics import Estimate, mean_se
 from jaxblock.study.gradients.contexts import CONTEXTS
 from jaxblock.study.gradients.decomposition import SOURCES
 from jaxblock.study.gradients.variance import MASKED_MEAN, REFERENCE
-from jaxblock.study.statistics import ratio_interval
+from jaxblock.study.statistics import Interval, ratio_interval
 
 Measured = Mapping[tuple[str, int], Sequence[Mapping[str, Any]]]
 """The measurements of each seed (``measure.measure_checkpoint``), by arm and steps."""
@@ -79,13 +79,18 @@ def _by_checkpoint(measured: Measured, first: str, rows: Sequence[str], cell: Ca
     return header, [[row, *(cell(row, of) for of in measured.values())] for row in rows]
 
 
+def ratio_over_seeds(pairs: Sequence[Pair]) -> Interval | None:
+    """Returns the geometric mean of ratios over seeds with its interval; None for one seed, or where one is not a positive number."""
+    values = np.array([np.nan if value is None else value for value, _ in pairs], np.float64)
+    if len(values) < 2 or not np.all(values > 0):
+        return None
+    return ratio_interval(values, np.ones_like(values))
+
+
 def ratio_text(pairs: Sequence[Pair]) -> str:
     """Formats ratios: their geometric mean over seeds with its interval, or the one of a seed with its standard error."""
-    values = np.array([np.nan if value is None else value for value, _ in pairs])
-    if len(pairs) > 1 and (values > 0).all():
-        found = ratio_interval(values, np.ones_like(values))
-        return f"{found.estimate:.3f} [{found.low:.3f}, {found.high:.3f}]"
-    return _text(pairs, 3)
+    found = ratio_over_seeds(pairs)
+    return _text(pairs, 3) if found is None else f"{found.estimate:.3f} [{found.low:.3f}, {found.high:.3f}]"
 
 
 def _text(pairs: Sequence[Pair], digits: int) -> str:
