@@ -30,6 +30,10 @@ _UNITS = {
 
 _LOG_FROM = 8
 """The ratio of the largest to the smallest budget from which on their axis is logarithmic."""
+_MOST_BANDS = 4
+"""The most curves that are drawn with bands: of more these would cover one another, and the lines of the seeds say enough."""
+_APART = 0.07
+"""The distance of neighbouring error bars: in doublings of the budget, or in shares of the distance of two budgets."""
 _LABEL_WIDTH = 0.17
 """The width of a budget's label, as a share of the axis."""
 
@@ -69,27 +73,29 @@ def _curves(analysis: Analysis) -> Figure:
     panels = 2 + bool(analysis.contrasts) + analysis.has_losses
     figure = Figure(figsize=(10 / 3 * panels, 3.5), layout="constrained")
     axes = figure.subplots(1, panels)
+    log, bands = one.budgets[-1] >= _LOG_FROM * one.budgets[0], len(analysis.curves) <= _MOST_BANDS
     for (at, arm), (way, decoding) in itertools.product(enumerate(one.arms), enumerate(one.decodings)):
         curve, label = analysis.curves[arm, decoding], f"{arm}, {decoding}" if one.decodings[1:] else arm
         look = _look(at, way)
-        _with_intervals(axes[0], one.budgets, 100 * curve.solved.mean(-1), label, look)
-        _with_intervals(axes[1], one.budgets, curve.nelbo, label, look)
+        _with_intervals(axes[0], one.budgets, 100 * curve.solved.mean(-1), label, look, bands)
+        _with_intervals(axes[1], one.budgets, curve.nelbo, label, look, bands)
         if analysis.has_losses:
-            _with_intervals(axes[-1], one.budgets, curve.loss, label, look)
+            _with_intervals(axes[-1], one.budgets, curve.loss, label, look, bands)
     # The first contrasts are those of arms, way by way; those of ways of decoding follow. They look as their arm does.
     others = len(one.arms) - 1
-    for number, contrast in enumerate(analysis.contrasts[: others * len(one.decodings)]):
+    shown_contrasts = analysis.contrasts[: others * len(one.decodings)]
+    places = _side_by_side(np.array(one.budgets, np.float64), len(shown_contrasts), log)
+    for number, contrast in enumerate(shown_contrasts):
         way, at = divmod(number, others)
         mean = [100 * found.estimate for found in contrast.crossed]
         bars = np.array([[100 * (f.estimate - f.low), 100 * (f.high - f.estimate)] for f in contrast.crossed]).T
         shown = bars if contrast.difference.shape[1] >= FEWEST_SEEDS else None
-        axes[2].errorbar(one.budgets, mean, yerr=shown, **_look(at, way), marker="o", ms=3, capsize=2, lw=1)
+        axes[2].errorbar(places[number], mean, yerr=shown, **_look(at, way), marker="o", ms=3, capsize=2, lw=1)
     if analysis.contrasts:
         axes[2].axhline(0, color="#888888", lw=0.8)
     names = ["Pass@1 (%)", "NELBO (nats per text token)"]
     names += [f"Pass@1 minus that of {one.arms[-1]}\n(points)"] * bool(analysis.contrasts)
     names += ["loss (nats per masked token)"] * analysis.has_losses
-    log = one.budgets[-1] >= _LOG_FROM * one.budgets[0]
     for axis, name in zip(axes, names, strict=True):
         label_axes(axis, _UNITS[one.unit].format(one.reference or one.arms[0]), name, log_x=log)
         if log:
@@ -117,11 +123,21 @@ def _labels(places: np.ndarray, budgets: Sequence[int]) -> list[str]:
     return labels[::-1]
 
 
-def _with_intervals(axis: Any, budgets: tuple[int, ...], values: np.ndarray, label: str, look: dict[str, Any]) -> None:
-    """Draws the mean over seeds [budgets, seeds] with its 95% t interval (of enough seeds), and every seed as a thin line."""
+def _side_by_side(budgets: np.ndarray, count: int, log: bool) -> list[np.ndarray]:
+    """Returns where on the axis each of ``count`` lines has its marks, so that their error bars do not cover one another."""
+    steps = np.arange(count) - (count - 1) / 2
+    if log:
+        return [budgets * 2 ** (_APART * step) for step in steps]
+    return [budgets + _APART * step * np.ptp(budgets) / len(budgets) for step in steps]
+
+
+def _with_intervals(
+    axis: Any, budgets: tuple[int, ...], values: np.ndarray, label: str, look: dict[str, Any], band: bool
+) -> None:
+    """Draws the mean over seeds [budgets, seeds], a band for its 95% t interval (of enough seeds), and every seed as a thin line."""
     axis.plot(budgets, values, **look, lw=0.5, alpha=0.35)
     axis.plot(budgets, values.mean(-1), **look, marker="o", ms=3, lw=1.5, label=label)
-    if values.shape[-1] >= FEWEST_SEEDS and not np.isnan(values).any():
+    if band and values.shape[-1] >= FEWEST_SEEDS and not np.isnan(values).any():
         ends = np.array([t_interval(at)[1:3] for at in values]).T
         axis.fill_between(budgets, *ends, color=look["color"], alpha=0.15, lw=0)
 
