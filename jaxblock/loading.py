@@ -32,6 +32,7 @@ from jaxblock.models.spec import flatten
 from jaxblock.parallel import rules
 from jaxblock.parallel.mesh import make_mesh
 from jaxblock.settings import Alignment
+from jaxblock.training.base_identity import check_adapter_base
 from jaxblock.training.checkpoints import run_folder
 from jaxblock.training.config import TrainConfig
 from jaxblock.training.stored_text import StoredText, read_text, text_of_run, with_recorded_end
@@ -86,6 +87,8 @@ def load(
     weights_folder, adapter_folder = _split_adapter(local_checkpoint(folder), base)
     if quantize == "int8" and adapter_folder is None:
         raise UserError(f"{folder}: quantize int8 is for the weights beneath adapters, and there are none")
+    if adapter_folder is not None:
+        check_adapter_base(adapter_folder, weights_folder, peft.read_base_fingerprint(adapter_folder))
     arch = read_architecture(weights_folder)
     if mask_id is not None or alignment is not None:
         arch = registry.with_mask(arch, arch.need_mask_id() if mask_id is None else mask_id, alignment)

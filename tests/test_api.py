@@ -12,6 +12,7 @@ from jaxblock.data.prompts import refuse_text
 from jaxblock.diffusion.decoding.config import DecodeConfig
 from jaxblock.errors import UserError
 from jaxblock.model import network
+from jaxblock.model.arguments import whole_number
 from jaxblock.models.config import ModelConfig
 
 DRAWN = {"temperature": 0.7, "top_k": 9, "steps_per_block": 2, "seed": 4}
@@ -113,6 +114,19 @@ IDS, PADDED, LONG = [[5, 6]], np.array([[3, 4]]), [[3] * 4090]
         (lambda m: m.nelbo(IDS, [[4] * 17]), "a response of 17 tokens; response_len is 16"),
         (lambda m: m.nelbo(IDS, [[2**32 + 4]]), "row 0: the response's ids must be token ids"),
         (lambda m: m.nelbo(IDS, [[4], [4]]), "1 prompts, but 2 responses"),
+        (
+            lambda m: m.nelbo(IDS, [[4]], seed=2**70),
+            "seed is 1180591620717411303424: it must be from 0 to 2,147,483,647",
+        ),
+        (lambda m: m.nelbo(IDS, [[4]], samples=0), "samples is 0: it must be from 1 to"),
+        (lambda m: m.logits([[3] * 4097]), "row 0 has 4097 tokens: it is longer than the model's 4096"),
+        (lambda m: m.save("/nowhere/never", "bogus"), "dtype is 'bogus': choose float32, bfloat16, float16, or None"),
+        (lambda m: m.save("/nowhere/never", np.int8), "dtype is <class 'numpy.int8'>: choose float32"),
+        (lambda m: m.push_to_hub("org/never", dtype="x,y"), "dtype is 'x,y': choose float32"),
+        # Every whole number of a method goes through it; types are checked before where tests call the methods.
+        (lambda m: whole_number(1.5, "n", 0), "n is 1.5: it must be a whole number from 0 to 2,147,483,647"),
+        (lambda m: whole_number(True, "n", 0), "n is True: it must be a whole number"),
+        (lambda m: whole_number("1", "n", 0), "n is '1': it must be a whole number"),
         (lambda m: m.trace(IDS[0], candidates=0), "candidates is"),
         (lambda m: m.trace(IDS[0], candidates=m.arch.vocab_size + 1), "candidates is"),
         (lambda m: m.generate(""), "the prompt: the text is empty"),

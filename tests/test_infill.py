@@ -53,6 +53,10 @@ def test_a_text_is_filled_between_what_is_given(model):
     [
         (("no span",), "the text has no span to fill"),
         ((["a", "b [[0]]"],), "text 0 has no span"),
+        ((["1+2=", 10**20],), "the text has spans of 100000000000000000000 tokens in all, more than any model takes"),
+        (("[[9999999]]1" * 2,), "the text has spans of 19999998 tokens in all, more than any model takes"),
+        ((["1", -(10**5000)],), "the text has a span of a number of 16,610 bits tokens: a span has at least 1"),
+        (("1[[3000]]2[[2000]]",), "the text has spans of 5000 tokens, more than the model's 4096"),
         (("[[4]]",), "gives nothing but spans"),
         (("1[[9]]" + "2" * 9,), "text 0 has 18 tokens from its first span to its end, more than the canvas's 16 response"),
         (("1" * 39 + "[[2]]",), "text 0 has 41 tokens, its prompt included; the network was trained on canvas.prompt_len 24"),
@@ -98,6 +102,9 @@ def test_decode_fills_texts_from_everywhere(tiny_run, tmp_path, monkeypatch, ran
     for file in ("t.txt", "t.jsonl", None):
         read = read_texts((), file and str(tmp_path / file), DataConfig())
         assert [with_markers(text.parts) for _, text in read] == texts
+    (tmp_path / "huge.jsonl").write_text("".join(json.dumps({"answer": ["1", n]}) + "\n" for n in (2, 7 * 10**8)))
+    said = ran(f"{command}--file {tmp_path}/huge.jsonl", 2).err
+    assert "huge.jsonl:2" in said and "has spans of 700000000 tokens in all, more than any model takes" in said
     (tmp_path / "q.jsonl").write_text(json.dumps({"question": "1+2?", "answer": ANSWER}))
     out = tmp_path / "out.jsonl"
     ran(f"{command}--file {tmp_path}/q.jsonl --out {out}")

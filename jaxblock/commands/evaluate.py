@@ -148,6 +148,8 @@ def _check_comparable(path: str, records: Sequence[Record], grader: Grader) -> N
             )
         if problem.prompt not in (None, index[at].prompt):
             raise UserError(f"evaluate.compare: {problem.where} asks another question than this data's problem {at}")
+        if problem.reference not in (None, index[at].response):
+            raise UserError(f"evaluate.compare: {problem.where} has another right answer than this data's problem {at}")
 
 
 def _about(

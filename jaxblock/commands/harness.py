@@ -16,7 +16,7 @@ from jaxblock.commands import say
 from jaxblock.config.config import Config
 from jaxblock.diffusion.config import CanvasConfig
 from jaxblock.diffusion.decoding.config import DecodeConfig
-from jaxblock.errors import UserError, first_line, install_command
+from jaxblock.errors import UserError, first_line, install_command, shown
 from jaxblock.io.files import check_writable
 from jaxblock.io.folders import check_vacant, new_folder
 from jaxblock.io.json_text import parse_json
@@ -99,6 +99,8 @@ def run(options: Options, config: Config) -> int:
     loading.check_there(options.checkpoint, options.base)  # reading tasks takes minutes, and may download their data
     loaded = load_tasks(options.tasks, options.include_path, allow_code=options.confirm_run_unsafe_code, say=tell)
     tasks = all_tasks(loaded)
+    if options.out:
+        harness_results.sample_files(task.task_name for task in tasks)
     model = _model(options, config)
     fixed = [task.task_name for task in tasks if task.get_config("num_fewshot") == 0]
     for note in (*unused_steps(config.decode), *_notes(options, fixed, trained_on_template=model.recorded)):
@@ -188,20 +190,24 @@ def _checked_gen_kwargs(options: Options) -> dict[str, Any] | None:
         return None
     try:
         found = parse_json(text) if text.lstrip().startswith("{") else _pairs(text)
-    except (ValueError, yaml.YAMLError) as error:
+    except (ValueError, AttributeError, RecursionError, yaml.YAMLError) as error:  # `!!int x`, [[[[... without end
         raise UserError(
-            f"--gen_kwargs {text!r} cannot be read ({first_line(error)}): write temperature=0.7,do_sample=true, or a JSON object"
+            f"--gen_kwargs {shown(text)} cannot be read ({first_line(error)}): write temperature=0.7,do_sample=true, or a JSON object"
         ) from error
     return dict(found)
 
 
 def _pairs(text: str) -> dict[str, Any]:
-    """Returns the values of a text such as ``temperature=0.7,do_sample=true``."""
+    """Returns the values of a text such as ``temperature=0.7,do_sample=true``; raises ValueError where a name is given twice."""
     parts = [part.partition("=") for part in text.split(",")]
     wrong = next((name for name, equals, _ in parts if not equals or not name.strip()), None)
     if wrong is not None:
         raise ValueError(f"{wrong!r} has no name or no value")
-    return {name.strip(): yaml.safe_load(value) for name, _, value in parts}
+    names = [name.strip() for name, _, _ in parts]
+    twice = next((name for at, name in enumerate(names) if name in names[:at]), None)
+    if twice is not None:
+        raise ValueError(f"{twice!r} is given twice; keep one of them")
+    return {name: yaml.safe_load(value) for name, (_, _, value) in zip(names, parts, strict=True)}
 
 
 def _notes(options: Options, fixed: Sequence[str], *, trained_on_template: bool) -> Iterator[str]:

@@ -75,6 +75,11 @@ def compare_evaluations(path_a: PathLike, path_b: PathLike) -> McNemar:
                 f"problem {index}: {left.where} and {right.where} ask different questions; were the two runs "
                 "evaluated on differently prepared data?"
             )
+        if None not in (left.reference, right.reference) and left.reference != right.reference:
+            raise UserError(
+                f"problem {index}: {left.where} and {right.where} have different right answers; were the two runs "
+                "evaluated on differently prepared data?"
+            )
     pairs = Counter((left.correct, b[index].correct) for index, left in a.items())
     only_a, only_b = pairs[True, False], pairs[False, True]
     grader = next(iter(a.values())).grader

@@ -12,8 +12,9 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from jaxblock.errors import UserError
+from jaxblock.errors import UserError, shown
 from jaxblock.io.files import read_bytes
+from jaxblock.io.json_text import parse_json
 from jaxblock.io.paths import PathLike
 
 
@@ -51,7 +52,7 @@ def read_problems(path: PathLike) -> dict[int, Problem]:
     """Reads a per-problem file.
 
     Args:
-        path: a file of JSON lines as ``format_problems`` makes them.
+        path: a file of JSON lines as ``format_problems`` makes them; a byte-order mark at its start is skipped.
 
     Returns:
         The problems by index, in the file's order.
@@ -60,7 +61,7 @@ def read_problems(path: PathLike) -> dict[int, Problem]:
         UserError: the file is absent or empty, a line is not a row of the format above, or an index occurs twice.
     """
     try:
-        text = read_bytes(path).decode("utf-8")
+        text = read_bytes(path).decode("utf-8-sig")
     except (UserError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot read per-problem results ({error}); `evaluate` writes such a file") from error
     problems: dict[int, Problem] = {}
@@ -69,9 +70,11 @@ def read_problems(path: PathLike) -> dict[int, Problem]:
             continue
         where = f"{path}:{number}"
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: not JSON ({error}); is it the per-problem file of an `evaluate` run?") from error
+            row = parse_json(line)
+        except ValueError as error:
+            raise UserError(
+                f"{where}: not JSON that can be read ({error}); is it the per-problem file of an `evaluate` run?"
+            ) from error
         _check(row, where)
         if row["index"] in problems:
             raise UserError(f"{where}: problem {row['index']} occurs twice (first at {problems[row['index']].where})")
@@ -96,4 +99,4 @@ def _check(row: Any, where: str) -> None:
     for name, kind in (("index", int), ("grader", str), ("correct", bool)):
         # Python's bool is a subclass of int, but `"index": true` is a mistake.
         if not isinstance(row.get(name), kind) or (kind is int and isinstance(row.get(name), bool)):
-            raise UserError(f"{where}: field {name!r} must be a {kind.__name__}, got {row.get(name)!r}")
+            raise UserError(f"{where}: field {name!r} must be a {kind.__name__}, got {shown(row.get(name))}")

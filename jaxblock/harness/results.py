@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from lm_eval.utils import handle_non_serializable, make_table, sanitize_task_name
 
+from jaxblock.errors import UserError
 from jaxblock.harness.language_model import HarnessModel
 
 MARKER = "results.json"
@@ -96,11 +97,31 @@ def _lines(task: str, summary: Mapping[str, Any]) -> list[str]:
     return found
 
 
+def sample_files(tasks: Iterable[str]) -> dict[str, str]:
+    """Returns the name of each task's file of samples.
+
+    Raises:
+        UserError: two tasks would have the same file, since signs that file names may lack are written as ``_``.
+    """
+    names: dict[str, str] = {}
+    owners: dict[str, str] = {}
+    for task in dict.fromkeys(tasks):
+        name = names[task] = f"samples_{sanitize_task_name(task)}.jsonl"
+        other = owners.setdefault(name, task)
+        if other != task:
+            raise UserError(
+                f"tasks {other} and {task} would both write their samples to {name}: rename one of them in its YAML file, or run "
+                "them one after the other into folders of their own (--out)"
+            )
+    return names
+
+
 def write_results(folder: pathlib.Path, results: Mapping[str, Any]) -> None:
     """Writes ``samples_TASK.jsonl`` for each task, a line a sample, and everything else as ``results.json``, into a new folder."""
+    files = sample_files(results["samples"])
     for task, samples in results["samples"].items():
         text = "".join(_json(sample) + "\n" for sample in samples)
-        (folder / f"samples_{sanitize_task_name(task)}.jsonl").write_text(text, encoding="utf-8")
+        (folder / files[task]).write_text(text, encoding="utf-8")
     rest = {name: value for name, value in results.items() if name != "samples"}
     (folder / MARKER).write_text(_json(rest, indent=1) + "\n", encoding="utf-8")
 

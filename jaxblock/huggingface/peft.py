@@ -23,7 +23,7 @@ from jaxblock.huggingface.tensor_writer import pending_tensors, write_tensors
 from jaxblock.io.files import read_json, write_json, write_text
 from jaxblock.io.folders import new_folder
 from jaxblock.io.hub import split_revision, with_revision
-from jaxblock.io.paths import PathLike, is_remote
+from jaxblock.io.paths import PathLike, as_path, is_remote
 from jaxblock.models.architecture import Architecture
 from jaxblock.models.families import registry
 from jaxblock.models.families.llama import ALIGNMENT
@@ -38,6 +38,10 @@ WEIGHTS = "adapter_model.safetensors"
 
 _SECOND = ".lora_B.weight"
 
+BASE = "adapter_base.json"
+"""The name of a file beside adapters; it holds a hash of the weights that they were trained on."""
+_FINGERPRINT = "fingerprint"
+
 START = "diffusion_start.json"
 """The name of a file beside adapters of an autoregressive base; it holds the mask token and the logit alignment, which the
 base's own config.json does not name."""
@@ -50,6 +54,7 @@ def save_adapter(
     adapters: Params,
     *,
     base: str | None,
+    base_fingerprint: str | None = None,
     dtype: DTypeLike | None = None,
     tokenizer: PathLike | None = None,
     trained: Trained | None = None,
@@ -63,6 +68,7 @@ def save_adapter(
         lora: which matrices are adapted, and the adapters' rank and scale.
         adapters: the weights, as ``models.linear.lora.adapter_table`` describes them.
         base: the base's folder or hub name, for ``base_model_name_or_path``.
+        base_fingerprint: a hash of the base's weights, by which another base is noticed; None records none.
         dtype: the type to cast to; None keeps float32.
         tokenizer: a folder whose tokenizer files are copied; None copies none.
         trained: what is recorded in generation_config.json and chat_template.jinja; None for nothing.
@@ -83,7 +89,21 @@ def save_adapter(
         write_tensors(scratch / WEIGHTS, pending, pending)
         if registry.FAMILIES[arch.family].autoregressive and arch.mask_id is not None:
             write_json(scratch / START, {"mask_token_id": arch.mask_id, ALIGNMENT: arch.alignment})
+        if base_fingerprint is not None:
+            write_json(scratch / BASE, {_FINGERPRINT: base_fingerprint})
         write_json(scratch / CONFIG, _config(arch, lora, base))
+
+
+def read_base_fingerprint(folder: PathLike) -> str | None:
+    """Returns the hash of the weights that adapters were trained on; None where nothing says it, as beside those of other libraries."""
+    path = as_path(folder) / BASE
+    if not path.exists():
+        return None
+    content = read_json(path)
+    found = content.get(_FINGERPRINT) if isinstance(content, dict) else None
+    if not isinstance(found, str):
+        raise UserError(f"{path} does not say which base the adapters belong to: put it back, or take it out")
+    return found
 
 
 def check_base_rows(folder: PathLike, arch: Architecture, base: Architecture) -> None:

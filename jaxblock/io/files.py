@@ -53,15 +53,17 @@ def write_bytes(path: PathLike, content: bytes, *, overwrite: bool = False) -> N
     """Writes a file so that it is either whole or absent, and makes its parent folders.
 
     Args:
-        path: the file.
+        path: the file; of a link, the file that it points to.
         content: the bytes to write.
         overwrite: whether an existing file is replaced.
 
     Raises:
-        UserError: the file exists and `overwrite` is off, or it cannot be written; an existing file is then untouched.
+        UserError: the file exists and `overwrite` is off, it is a device or a pipe, or it cannot be written; what exists is then
+            untouched.
     """
-    target = as_path(path)
+    target = as_path(real_path(path))
     with explained("write", path):
+        _check_regular(path)
         if not overwrite and target.exists():
             raise _already_there(path)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -121,14 +123,15 @@ def check_absent(path: PathLike, *, overwrite: bool = False, inputs: Iterable[Pa
             pages (*.html).
 
     Raises:
-        UserError: a file exists at `path` and `overwrite` is off or it is an input, a folder does, or files cannot be made in its
-            parent folder.
+        UserError: a file exists at `path` and `overwrite` is off or it is an input, a folder, a device or a pipe does, or files
+            cannot be made in its parent folder.
     """
     target = as_path(path)
     with explained("look at", path):
         there, is_folder = target.exists(), target.is_dir()
     if is_folder:
         raise UserError(f"{os.fspath(path)} is a folder, and a file is to be made there: choose another path")
+    _check_regular(path)
     if there and not overwrite:
         raise _already_there(path)
     for given in inputs if there else ():
@@ -139,7 +142,13 @@ def check_absent(path: PathLike, *, overwrite: bool = False, inputs: Iterable[Pa
             raise UserError(
                 f"{os.fspath(path)} is read by this command, from {given}, and would be lost: choose another path"
             )
-    check_writable(target.parent)
+    check_writable(as_path(real_path(path)).parent)
+
+
+def _check_regular(path: PathLike) -> None:
+    """Raises UserError where there is a device or a pipe, which a finished file would take the place of."""
+    if not is_remote(path) and os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        raise UserError(f"{os.fspath(path)} is a device or a pipe, not a file: choose the path of a file")
 
 
 def real_path(path: PathLike) -> pathlib.PurePath:

@@ -19,6 +19,7 @@ from jaxblock.diffusion.decoding.config import DecodeConfig
 from jaxblock.diffusion.decoding.queue import Row
 from jaxblock.errors import UserError, shown
 from jaxblock.inference import decode_many
+from jaxblock.model.arguments import LARGEST, whole_number
 from jaxblock.model.network import Network
 
 
@@ -183,7 +184,7 @@ class Answering(Network):
         chosen = self.options(**options)
         layout = self.layout(chosen)
         prompts = self.prompts(prompt_ids, attention_mask, layout)
-        self._check_indices(first_index, len(prompts))
+        first_index = self._checked_index(first_index, len(prompts))
         rows = list(self._rows(chosen, prompts, first_index))
         stacked = {name: np.stack([getattr(row, name) for row in rows]) for name in decoder.Responses._fields}
         if not return_steps:
@@ -224,27 +225,23 @@ class Answering(Network):
         Raises:
             UserError: the prompt does not fit the model, or ``candidates`` is not from 1 to the size of the vocabulary.
         """
-        self._check_candidates(candidates)
+        candidates = self._checked_candidates(candidates)
         return streaming.trace(self._blocks(prompt_ids, index, self.options(**options), candidates))
 
     @staticmethod
-    def _check_indices(first: int, count: int) -> None:
-        """Raises UserError unless the indices of so many prompts, from the first one on, are from 0 and have 31 bits."""
-        if not 0 <= first <= 2**31 - count:
-            raise UserError(
-                f"the index of the first of {count} prompts is {first}: it must be from 0 to {2**31 - count:,}"
-            )
+    def _checked_index(first: int, count: int) -> int:
+        """Returns the first of the indices of so many prompts; raises UserError unless all are from 0 and have 31 bits."""
+        return whole_number(first, f"the index of the first of {count} prompts", 0, LARGEST + 1 - count)
 
-    def _check_candidates(self, candidates: int) -> None:
-        """Raises UserError where so many most probable tokens cannot be returned."""
-        if not 1 <= candidates <= self.arch.vocab_size:
-            raise UserError(f"candidates is {candidates}: it must be from 1 to {self.arch.vocab_size}")
+    def _checked_candidates(self, candidates: int) -> int:
+        """Returns how many most probable tokens are kept; raises UserError where there are not so many."""
+        return whole_number(candidates, "candidates", 1, self.arch.vocab_size)
 
     def _blocks(
         self, prompt_ids: Sequence[int], index: int, options: DecodeConfig, candidates: int = 0
     ) -> streaming.Blocks:
         """Returns what decodes one checked prompt block by block."""
-        self._check_indices(index, 1)
+        index = self._checked_index(index, 1)
         layout = self.layout(options)
         (prompt,) = self.prompts([prompt_ids], None, layout)
         usual = self.canvas.prompt_len

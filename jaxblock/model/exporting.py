@@ -30,10 +30,12 @@ from jaxblock.io import hub_upload
 from jaxblock.io.hub import local_checkpoint
 from jaxblock.io.paths import PathLike, as_path
 from jaxblock.io.remote import local_folder
+from jaxblock.model.arguments import saved_type
 from jaxblock.model.network import Network
 from jaxblock.models.linear import lora
 from jaxblock.parallel import processes, rules
 from jaxblock.parallel.rows import mesh_of, spans_processes
+from jaxblock.training.base_identity import identify_base
 from jaxblock.training.checkpoints import run_folder
 from jaxblock.training.stored_text import record_text, template_for_others
 from jaxblock.types import Params
@@ -63,7 +65,7 @@ class Exporting(Network):
 
         Args:
             folder: the folder to make.
-            dtype: the type of the tensors; None keeps each tensor's own.
+            dtype: the type of the tensors, float32, bfloat16 or float16; None keeps each tensor's own.
             overwrite: whether an existing export is replaced, once the new one is whole and right.
             name: the name that the model card gives to the model, such as that of its repository on the hub; None for the folder's.
             scores: the folders of evaluations whose scores the model card has; with none, those beside the run are looked for.
@@ -72,10 +74,10 @@ class Exporting(Network):
             The largest difference between any logit before saving and after (0 where the type is kept).
 
         Raises:
-            UserError: the base is int8, the folder exists, cannot be written or is written by another process, an evaluation
-                is of other weights, or the logits differ; nothing is left then.
+            UserError: the base is int8, weights are not saved in the type, the folder exists, cannot be written or is written by
+                another process, an evaluation is of other weights, or the logits differ; nothing is left then.
         """
-        merged = self.merged()
+        dtype, merged = saved_type(dtype), self.merged()
         card = self._card(folder, "merged", merged.params, name, scores, dtype)
         together = spans_processes(merged.params)
         with self._place(folder, MARKER, overwrite=overwrite, together=together) as place:
@@ -108,19 +110,30 @@ class Exporting(Network):
         """
         if self.net.lora is None:
             raise UserError(f"{self.origin} holds no adapters: save it whole")
-        adapters, base = self.params[lora.KEY], self.base
+        adapters, base, fingerprint = self.params[lora.KEY], self.base, None
         card = self._card(folder, "adapter", adapters, name, scores)
         if base is not None and run_folder.is_run(base):
             base = None  # PEFT cannot load a run: the user must export the base and name that export
         elif base is not None:
-            peft.check_base_rows(folder, self.arch, read_architecture(local_checkpoint(base)))
+            beneath = local_checkpoint(base)
+            peft.check_base_rows(folder, self.arch, read_architecture(beneath))
+            fingerprint = identify_base(beneath).fingerprint
         together = spans_processes(adapters)
         if together:
             adapters = jax.device_get(self._run(_unchanged, (), adapters))
         with self._place(folder, peft.CONFIG, overwrite=overwrite, together=together) as place:
             if not together or jax.process_index() == 0:
                 kept = {name: value for name, value in self._companions().items() if name != "origin"}
-                peft.save_adapter(place, self.arch, self.net.lora, adapters, base=base, card=card, **kept)
+                peft.save_adapter(
+                    place,
+                    self.arch,
+                    self.net.lora,
+                    adapters,
+                    base=base,
+                    base_fingerprint=fingerprint,
+                    card=card,
+                    **kept,
+                )
             if together:
                 processes.wait(f"{folder} is written")
             with kept_if_right(place, peft.CONFIG, together=together):
@@ -157,6 +170,7 @@ class Exporting(Network):
         """
         if adapter and dtype is not None:
             raise UserError("adapters alone keep float32: leave out dtype")
+        dtype = saved_type(dtype)  # before anything is sent
         if spans_processes(self.params):
             raise UserError(
                 "several processes hold the weights: save them to a shared folder, and push that by `jaxblock export`"

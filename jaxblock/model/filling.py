@@ -18,7 +18,7 @@ from jaxblock.data.tokens.special import SpecialIds
 from jaxblock.diffusion.canvas import Layout
 from jaxblock.diffusion.decoding.config import DecodeConfig
 from jaxblock.diffusion.decoding.queue import Queue
-from jaxblock.errors import UserError
+from jaxblock.errors import UserError, shown
 from jaxblock.inference import DeviceDecoder
 from jaxblock.model.answering import Answering, checked_prompt
 from jaxblock.model.infilled import Infilled, check_span_room, infilled
@@ -80,9 +80,14 @@ class Filling(Answering):
             where: the text's name in messages.
 
         Raises:
-            UserError: there is no tokenizer, or no chat template for a prompt; a text holds a special token; or the prompt is longer
-                than those that the network was trained on.
+            UserError: there is no tokenizer, or no chat template for a prompt; a text holds a special token; its spans are longer
+                than what the model takes; or the prompt is longer than those that the network was trained on.
         """
+        total = sum(part for part in text.parts if isinstance(part, int))
+        if total > self.arch.max_len:  # told before so many masks are made
+            raise UserError(
+                f"{where} has spans of {shown(total)} tokens, more than the model's {self.arch.max_len}: shorten them"
+            )
         if text.prompt is not None:
             if self.encoder is None:
                 raise UserError(
@@ -125,7 +130,7 @@ class Filling(Answering):
         self, text: SpannedText, *, index: int = 0, candidates: int = 5, **options: Any
     ) -> streaming.Trace:
         """Fills one text and returns the steps with what the network believed in each, as ``trace`` does; arguments as there."""
-        self._check_candidates(candidates)
+        candidates = self._checked_candidates(candidates)
         return streaming.trace(self._span_blocks(text, index, options, candidates))
 
     def check_spans(self, text: SpannedText, name: str, layout: Layout) -> None:
@@ -154,7 +159,7 @@ class Filling(Answering):
         self, text: SpannedText, index: int, options: Mapping[str, Any], candidates: int = 0
     ) -> streaming.Blocks:
         """Returns what fills one checked text block by block."""
-        self._check_indices(index, 1)
+        index = self._checked_index(index, 1)
         chosen = self._infill_options(options)
         layout = self.layout(chosen, infill=True)
         self.check_spans(text, "the text", layout)

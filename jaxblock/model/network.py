@@ -23,6 +23,7 @@ from jaxblock.diffusion.decoding.config import DecodeConfig
 from jaxblock.diffusion.decoding.rules import check_options
 from jaxblock.diffusion.decoding.shapes import round_up
 from jaxblock.errors import UserError
+from jaxblock.model.arguments import whole_number
 from jaxblock.models.architecture import Architecture
 from jaxblock.models.linear import lora
 from jaxblock.models.transformer import Transformer
@@ -101,12 +102,17 @@ class Network:
             The logits, float32 [B, T, V].
 
         Raises:
-            UserError: rows have different lengths, or an id is outside the vocabulary.
+            UserError: rows have different lengths or are too long for the model, or an id is outside the vocabulary.
         """
         whole = as_array(ids)
         if whole.size and (whole.min() < 0 or whole.max() >= self.arch.vocab_size):
             raise UserError(f"ids hold one outside the vocabulary of {self.arch.vocab_size}")
         rows, lengths, back = flush_left(whole, attention_mask)
+        longest = int(lengths.argmax())
+        if lengths[longest] > self.arch.max_len:
+            raise UserError(
+                f"row {longest} has {lengths[longest]} tokens: it is longer than the model's {self.arch.max_len}"
+            )
         positions = np.broadcast_to(np.arange(rows.shape[1], dtype=np.int32), rows.shape)
         out = self._run_rows(Transformer.all_logits, (self.net,), (), (rows, positions, lengths))
         result = np.zeros((*whole.shape, out.shape[-1]), out.dtype)
@@ -148,18 +154,18 @@ class Network:
             block: B, the positions of a block; None for the model's own.
             samples: the number of masked sets drawn per block, stratified by the number of masks; None for B. With 2^B - 1 or
                 more, which is the number of all masked sets, every set is enumerated and the result is exact.
-            seed: the seed of the masks.
+            seed: the seed of the masks, 0 or more.
 
         Returns:
             (the NELBO [B], its standard error over the drawn masks [B], which is 0 where the result is exact and NaN where only one
             mask was drawn).
 
         Raises:
-            UserError: a response does not fit, or a row holds the mask token.
+            UserError: a response does not fit, a row holds the mask token, or ``samples`` or ``seed`` is out of range.
         """
         layout = self.layout(self.options(response_len=response_len, block=block))
-        if samples is not None and samples < 1:
-            raise UserError(f"samples is {samples}: it must be at least 1")
+        samples = layout.block if samples is None else whole_number(samples, "samples", 1)
+        key = jax.random.key(whole_number(seed, "seed", 0))
         if len(prompt_ids) != len(response_ids):
             raise UserError(f"{len(prompt_ids)} prompts, but {len(response_ids)} responses: one of each per row")
         prompts = self.prompts(prompt_ids, None, layout)
@@ -177,10 +183,8 @@ class Network:
                 raise UserError(f"row {at}: the response holds an id outside the vocabulary of {self.arch.vocab_size}")
         responses, text = pad_ids(answers, layout.response_len)
         index = np.arange(len(rows), dtype=np.int32)
-        static = (self.net, layout, samples or layout.block)
-        value, error = self._run_rows(
-            _nelbo_per_row, static, (jax.random.key(seed),), (rows, lengths, responses, text, index)
-        )
+        static = (self.net, layout, samples)
+        value, error = self._run_rows(_nelbo_per_row, static, (key,), (rows, lengths, responses, text, index))
         return value, error
 
     def prompts(self, prompt_ids: Ids, attention_mask: Ids | None, layout: Layout) -> list[np.ndarray]:
@@ -226,7 +230,7 @@ class Network:
         """Returns a hash by which an evaluation of these weights is known again; None where they cannot be told from others."""
         if self.origin is None or self.origin == self.base:  # the latter: adapters without a tokenizer beside them
             return None
-        return weights_fingerprint(self.origin, self.step)
+        return weights_fingerprint(self.origin, self.step, self.base if self.step is None else None)
 
     def _run(self, function: Callable[..., Any], static: tuple[Any, ...], *arguments: Any) -> Any:
         """Runs a function, compiled, on the devices that hold the weights (``parallel.rows.run_on_mesh_of``)."""

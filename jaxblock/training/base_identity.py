@@ -7,6 +7,7 @@ import hashlib
 from etils import epath
 
 from jaxblock.errors import UserError
+from jaxblock.huggingface import peft
 from jaxblock.io.files import read_bytes
 from jaxblock.io.paths import PathLike, as_path
 from jaxblock.models.config import Checkpoint
@@ -14,6 +15,9 @@ from jaxblock.training.checkpoints import run_folder
 from jaxblock.training.checkpoints.checksums import read_lists
 from jaxblock.training.checkpoints.reader import CHECKPOINTS_FOLDER
 from jaxblock.training.checkpoints.run_folder import FINGERPRINT_FORM, Base
+
+_DESCRIPTIONS = ("config.json", "adapter_config.json")
+"""What makes a network of weights: another rotary base, or another scale of adapters, gives other answers."""
 
 _SAMPLE = 1 << 16  # bytes of a file's start and end that go into a fingerprint
 
@@ -47,18 +51,22 @@ def identify_base(source: str, wanted: Checkpoint = "latest", form: int = FINGER
     return Base(source, _hash_of_files(path), None, form)
 
 
-def weights_fingerprint(source: PathLike, step: int | None = None) -> str:
-    """Returns a hash by which weights are known again: those of a run with their base's, or those of the files of a folder.
+def weights_fingerprint(source: PathLike, step: int | None = None, base: PathLike | None = None) -> str:
+    """Returns a hash by which a network is known again: a run's weights with their base's, or what the files of a folder say.
 
     Args:
-        source: a run, or a local Hugging Face folder.
+        source: a run, or a local Hugging Face folder of weights or adapters.
         step: the step of the run's checkpoint; None where the source is no run.
+        base: the folder of the weights beneath the adapters of ``source``; None where it holds none, or is a run.
 
     Raises:
         UserError: a file cannot be read.
     """
     if step is None:
-        return _hash_of_files(as_path(source))
+        folder = as_path(source)
+        sizes = [read_bytes(folder / name) for name in _DESCRIPTIONS if (folder / name).exists()]
+        beneath = "" if base is None else weights_fingerprint(base)
+        return hashlib.sha256(b"".join(sizes) + f"{_hash_of_files(folder)}{beneath}".encode()).hexdigest()
     run = run_folder.open_run(source)
     lists = read_lists(run.folder / CHECKPOINTS_FOLDER / str(step)) or read_bytes(run.folder / run_folder.CONFIG)
     base = "" if run.base is None else run.base.fingerprint
@@ -75,6 +83,26 @@ def _hash_of_files(folder: epath.Path) -> str:
             handle.seek(max(size - _SAMPLE, 0))
             digest.update(handle.read(_SAMPLE))
     return digest.hexdigest()
+
+
+def check_adapter_base(folder: PathLike, base: PathLike, fingerprint: str | None) -> None:
+    """Checks that a Hugging Face folder is the base that exported adapters were trained on.
+
+    Args:
+        folder: the folder of the adapters, for messages.
+        base: the folder of the weights.
+        fingerprint: what the adapters' folder says of their base (``peft.read_base_fingerprint``); None says nothing.
+
+    Raises:
+        UserError: the weights are others.
+    """
+    found = None if fingerprint is None else _hash_of_files(as_path(base))
+    if found != fingerprint:
+        raise UserError(
+            f"{base} is not the base that the adapters in {folder} were trained on (its weights have the fingerprint {str(found)[:12]}, "
+            f"and {folder}/{peft.BASE} names {str(fingerprint)[:12]}): give that base, or, if these are the same weights in other files, "
+            f"take {peft.BASE} out"
+        )
 
 
 def check_base(source: str, remembered: Base | None) -> Base:

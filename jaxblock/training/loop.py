@@ -331,6 +331,8 @@ class _Loop:
                 solved = self.evaluator.solve(params, records[: train.eval_problems])
                 row["pass_at_1"] = solved.pass_at_1._asdict()
                 row["grader"] = self.config.evaluate.grader
+                if self.evaluator.grader.version is not None:
+                    row[retention.GRADER_VERSION] = self.evaluator.grader.version
         if bound is None and solved is None:
             return
         self._write(row)
@@ -371,6 +373,7 @@ class _Loop:
         session = self.session
         self.watchdog.at("save", step)
         kept = resume.saved_values(self.config, session.prepared, session.learner.net.arch, session.base)
+        kept[retention.GRADER_VERSION] = self.evaluator.grader.version
         if self.trackers is not None:
             kept[UNWRITTEN_ROWS] = self.trackers.flush()
         jax.block_until_ready(state.step)  # charges this wait to training, not to saving

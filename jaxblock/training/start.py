@@ -28,6 +28,7 @@ from jaxblock.data.store.prepared_folder import Prepared, open_prepared
 from jaxblock.data.store.records import Record
 from jaxblock.diffusion import layouts
 from jaxblock.errors import UserError
+from jaxblock.evaluation.graders import find_grader
 from jaxblock.io import locks
 from jaxblock.io.files import check_writable
 from jaxblock.io.folders import check_vacant
@@ -37,7 +38,7 @@ from jaxblock.parallel import processes
 from jaxblock.parallel.mesh import make_mesh
 from jaxblock.training import places, resume, weights
 from jaxblock.training.checkpoints import run_folder
-from jaxblock.training.checkpoints.retention import Keep, scored_by
+from jaxblock.training.checkpoints.retention import GRADER_VERSION, Keep, scored_by
 from jaxblock.training.checkpoints.run_folder import Base
 from jaxblock.training.checkpoints.writer import CheckpointWriter
 from jaxblock.training.config import TrainConfig
@@ -251,7 +252,9 @@ def _existing_checkpoints(
 
 def _checkpoints(config: Config, console: Console) -> CheckpointWriter:
     """Opens the checkpoints of the run folder, to be saved and kept as the ``train`` section says."""
-    train, scoring = config.train, scored_by(to_tree(config))
+    train = config.train
+    version = {GRADER_VERSION: find_grader(config.evaluate.grader).version} if train.keep_best == "pass_at_1" else {}
+    scoring = scored_by(to_tree(config), version)
     keep = Keep(train.keep, train.keep_every, train.keep_best, train.keep_steps)
     return CheckpointWriter(train.out, keep, lambda text: console.out(text, highlight=False), scoring)
 

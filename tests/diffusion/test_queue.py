@@ -109,6 +109,8 @@ def test_four_shapes_serve_all_usual_prompts_and_blocks(usual, response, block, 
     longer = [shapes.room(length) + response for length in range(usual + 16, 3001 - response, 9)]
     assert longer == sorted(longer) and max(longer) <= 3000 and len(set(longer)) <= 8
     assert all(width >= usual + 16 + 9 * at + response for at, width in enumerate(longer))
+    # A prompt length beyond that brings no more room.
+    assert shapes._replace(prompt_len=20_000).room(5) + response <= 3000
 
 
 RULES = {

@@ -144,7 +144,7 @@ def test_intervals_are_scipys_and_p_values_means_and_ratios_are_right_by_hand():
 
 
 def rows(verdicts, **changes):
-    base = {"grader": "gsm8k_strict"} | changes
+    base = {"grader": "gsm8k_strict", "reference": "7"} | changes
     return [{"index": i, "correct": v, "prompt": f"question {i}"} | base for i, v in enumerate(verdicts)]
 
 
@@ -154,7 +154,7 @@ def test_a_comparison_counts_the_four_cells_and_names_what_does_not_fit_with_its
     a.write_text(
         format_problems([r | {"response": "\u2028"} for r in rows([True, True, False, False, False])]), "utf-8"
     )
-    b.write_text(format_problems(rows([True, False, True, True, False])[::-1]), "utf-8")
+    b.write_text(format_problems(rows([True, False, True, True, False])[::-1]), "utf-8-sig")  # as some editors save it
     got = compare_evaluations(a, b)
     assert (got.n, got.both, got.only_a, got.only_b, got.neither) == (5, 1, 1, 2, 1)
     assert got.p_value == 1 and got.grader == "gsm8k_strict" and "A 40.0%, B 60.0% of 5" in str(got)
@@ -163,8 +163,12 @@ def test_a_comparison_counts_the_four_cells_and_names_what_does_not_fit_with_its
         (format_problems(rows([True] * 6)), r"b\.jsonl:6: problem 5 is not in .*a\.jsonl"),
         (format_problems(rows([True] * 5, grader="exact")), r"graded by gsm8k_strict .* but by exact .*b\.jsonl:1"),
         (format_problems(rows([True] * 5, prompt="other")), r"problem 0: .* ask different questions"),
+        (format_problems(rows([True] * 5, reference="8")), r"problem 0: .* have different right answers"),
         ("", "holds no problems"),
         ("{\n", r"b\.jsonl:1: not JSON"),
+        ('{"index": ' + "1" * 5000 + "}\n", r"b\.jsonl:1: not JSON .*Exceeds the limit"),
+        ("\n" + "[" * 100_000, r"b\.jsonl:2: not JSON .*nested too deeply"),
+        ('{"correct": true, "correct": false}\n', r"b\.jsonl:1: not JSON .*'correct' is given twice"),
         ("[1]\n", r"b\.jsonl:1: expected a JSON object"),
         ('{"index": 0, "grader": "exact", "correct": 1}\n', r"b\.jsonl:1: field 'correct' must be a bool, got 1"),
         ('{"index": true, "grader": "exact", "correct": true}\n', r"field 'index' must be a int"),

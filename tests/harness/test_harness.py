@@ -373,6 +373,8 @@ BAD_TASKS = {
     "no_function": "output_type: generate_until\ndoc_to_text: !function steps.nothing\ndoc_to_target: answer\n",
     "hub": TASKS["sums"],
     "empty": TASKS["sums"],
+    "my-task": TASKS["sums"],
+    "my_task": TASKS["sums"],
 }
 
 
@@ -404,6 +406,15 @@ def bad_tasks(tiny_config, tmp_path_factory):
         ("sums --limit 0", "--limit is 0: it must be a number of documents"),
         ("sums --num_fewshot -1", "--num_fewshot is -1"),
         ("sums --gen_kwargs temperature", "--gen_kwargs 'temperature' cannot be read"),
+        (
+            "sums --gen_kwargs max_gen_toks=4,max_gen_toks=16",
+            "cannot be read ('max_gen_toks' is given twice; keep one of",
+        ),
+        (f"sums --gen_kwargs temperature={'[' * 5000}", "cannot be read (maximum recursion depth"),
+        (
+            "my-task my_task --out {tasks}/never",
+            "tasks my-task and my_task would both write their samples to samples_my_task",
+        ),
         ("sums --gen_kwargs num_beams=3 --limit 1", "task sums: generation_kwargs: num_beams = 3"),
         ("sums --nelbo_samples 1", "nelbo_samples is 1: it must be at least 2"),
         ("sums --no_fewshot_as_multiturn", "has no effect without --apply_chat_template"),

@@ -98,6 +98,24 @@ def test_a_command_replaces_nothing_that_it_reads(tmp_path):
             check_absent(path, overwrite=True, inputs=inputs)
 
 
+def test_a_device_a_pipe_and_a_link_stay_what_they_are(tmp_path):
+    pipe, link, target = (tmp_path / name for name in ("pipe", "link", "target"))
+    os.mkfifo(pipe)
+    link.symlink_to(target)
+    for path in (pipe, Path("/dev/null")):
+        for refuse in (
+            lambda path: check_absent(path, overwrite=True),
+            lambda path: write_text(path, "", overwrite=True),
+        ):
+            with pytest.raises(UserError, match=f"{path} is a device or a pipe, not a file"):
+                refuse(path)
+    for content in ("new", "newer"):
+        check_absent(link, overwrite=True)
+        write_text(link, content, overwrite=True)
+        assert link.is_symlink() and target.read_text() == content
+    assert pipe.is_fifo() and Path("/dev/null").is_char_device()
+
+
 def test_what_a_killed_try_left_is_removed_once_the_folder_is_there(tmp_path):
     kept = [f".made.partial-{os.getpid()}-00", ".made.partial-notes", ".other.partial-4194305-00"]
     for name in [*kept, ".made.partial-4194305-00"]:  # Linux gives no process a higher number than 4194304

@@ -210,7 +210,9 @@ def test_what_cannot_be_computed_is_refused_before_anything_runs(tmp_path):
         runner.prepare_study("study.yaml", "gs://bucket/study", nothing, print)
     # What needs no network is refused before data are prepared.
     (tmp_path / "study.yaml").write_text(json.dumps(changed("experiments", "tokens", "budgets", [1])))
-    with pytest.raises(UserError, match=r"study\.yaml: experiments\.tokens\.budgets, arm classical: a budget of 1 steps"):
+    with pytest.raises(
+        UserError, match=r"study\.yaml: experiments\.tokens\.budgets, arm classical: a budget of 1 steps"
+    ):
         runner.prepare_study(str(tmp_path / "study.yaml"), str(tmp_path / "out"), nothing, print)
     assert not (tmp_path / "out").exists()
     for tree, arm, says in (

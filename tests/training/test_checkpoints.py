@@ -1,6 +1,7 @@
 """Tests checkpoints that are cut short, damaged, refused by the disk, or no longer kept."""
 
 import contextlib
+import itertools
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -250,6 +251,12 @@ def test_scores_by_different_metrics_are_not_compared(tmp_path):
     assert save(5, settings("nelbo", nelbo_samples=7), -9.4) == (True, [5], 5)
     with contextlib.closing(CheckpointReader(tmp_path)) as reader:
         assert reader.best() == 5
+    versions = [retention.scored_by(solved, {"grader_version": version}) for version in (None, "1", "2")]
+    assert not any(retention.same_scoring(*two) for two in itertools.combinations(versions, 2))
+    assert all(retention.same_scoring(one, retention.scored_by(solved)) for one in versions), (
+        "an earlier version names none"
+    )
+    assert retention.scored_by(bound, {"grader_version": "1"}) == retention.scored_by(bound)
     older = retention.scored_by({"train": {}, "evaluate": {}, "decode": {}})
     assert not retention.same_scoring(older, retention.scored_by(bound))
     new = retention.scored_by(solved | {"decode": {"rule": "random", "of a later version": 1}})

@@ -133,6 +133,15 @@ def test_exports_give_the_same_network(run, base, tiny_config, tmp_path, model, 
     np.testing.assert_allclose(whole.logits(ids), want, atol=2e-5)
     np.testing.assert_array_equal(again.logits(ids), want)
     assert again.stop_ids == model.stop_ids and again.encoder.prompt("3+4?") == model.encoder.prompt("3+4?")
+    # On other weights of the same shapes they are other answers: refused, or at least known as another model.
+    other = shutil.copytree(base, tmp_path / "other")
+    (file,) = other.glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-4] + bytes(4))
+    with pytest.raises(UserError, match=r"other is not the base that the adapters in .* were trained on"):
+        jaxblock.load(alone, base=other)
+    (alone / "adapter_base.json").unlink()
+    known = [jaxblock.load(alone, base=folder).weights_fingerprint() for folder in (base, other)]
+    assert known[0] != known[1] and known[0] == again.weights_fingerprint()
     # A run that trains the whole network starts from them merged.
     flags = f"--train.out {tmp_path / 'full'} --model.init_from {run}"
     begun = _flat(runs.session(runs.config(tiny_config, *flags.split())).state.params)

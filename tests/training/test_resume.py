@@ -183,6 +183,17 @@ def test_other_data_are_refused_and_a_run_without_a_checkpoint_is_no_model(tiny_
     assert "has no whole checkpoint yet" in ran(f"decode --checkpoint {run} 1+1?", 2).err
 
 
+def test_a_run_without_one_of_its_files_is_still_known_as_one(tiny_config, run_copy, ran):
+    """And a file among its checkpoints is no checkpoint."""
+    (run_copy / "checkpoints" / "130").touch()
+    ran(f"decode --checkpoint {run_copy} 1+1?")
+    for name in ("model.json", "config.yaml"):
+        moved = (run_copy / name).rename(run_copy / "aside")
+        for command in (f"decode --checkpoint {run_copy} 1+1?", f"train --config {tiny_config} --train.out {run_copy}"):
+            assert f"is the folder of a run, but its {name} is missing: put it back" in ran(command, 2).err
+        moved.rename(run_copy / name)
+
+
 def test_what_nothing_comes_of_is_said_before_anything_is_read(tiny_config, run_copy, tmp_path, ran):
     without = f"--config {tiny_config} --data.prepared {tmp_path / 'prepared'}"
     ran(f"prepare {without} --data.validation_records 0")

@@ -18,6 +18,7 @@ Parts = Sequence[str | int]
 
 _MARKER = re.compile(r"\[\[([0-9]+)\]\]")
 _MOST_DIGITS = 7
+_MOST_TOKENS = 10**_MOST_DIGITS - 1
 
 
 class MarkedText(NamedTuple):
@@ -62,7 +63,8 @@ def parts_of(text: Any, where: str) -> list[str | int]:
         where: The text's name in messages.
 
     Raises:
-        UserError: There is no span, one has no token, or a piece is neither text nor a whole number.
+        UserError: There is no span, one has no token, they have more than any model takes, or a piece is neither text nor a whole
+            number.
     """
     if isinstance(text, str):
         pieces = _MARKER.split(text)
@@ -75,7 +77,10 @@ def parts_of(text: Any, where: str) -> list[str | int]:
         if not isinstance(part, str | int) or isinstance(part, bool):
             raise UserError(f"{where} holds {shown(part)}: its pieces are texts, and numbers of tokens to fill in")
         if isinstance(part, int) and part < 1:
-            raise UserError(f"{where} has a span of {part} tokens: a span has at least 1")
+            raise UserError(f"{where} has a span of {shown(part)} tokens: a span has at least 1")
+    total = sum(part for part in text if isinstance(part, int))
+    if total > _MOST_TOKENS:
+        raise UserError(f"{where} has spans of {shown(total)} tokens in all, more than any model takes: shorten them")
     parts = [part for part in text if part != ""]
     if not any(isinstance(part, int) for part in parts):
         raise UserError(f"{where} has no span to fill: write [[8]] where 8 tokens are to be filled in")

@@ -55,7 +55,7 @@ class BatchShapes(NamedTuple):
     def room(self, prompt_len: int) -> int:
         """Returns the canvas positions for a prompt, its padding included."""
         response = self.layout.response_len
-        usual, needed = round_up(self.prompt_len, _ROUND) + response, prompt_len + response
+        usual, needed = min(round_up(self.prompt_len, _ROUND) + response, self.most), prompt_len + response
         if needed > usual:
             while usual < needed:
                 usual *= 2

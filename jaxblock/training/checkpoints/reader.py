@@ -138,7 +138,7 @@ class CheckpointReader:
         if step not in self._scores:
             try:
                 meta = self.meta(step)
-                scoring = retention.scored_by(meta["config"]) if "config" in meta else {}
+                scoring = retention.scored_by(meta["config"], meta) if "config" in meta else {}
                 self._scores[step] = meta.get("score"), scoring
             except UserError:
                 self._scores[step] = None, {}
@@ -149,8 +149,10 @@ class CheckpointReader:
 
     def _named_steps(self) -> list[int]:
         """Returns the steps of all checkpoint folders, whole or not, in ascending order."""
-        names = [entry.name for entry in self._root.iterdir()] if self._root.exists() else []
-        return sorted(int(name) for name in names if name.isascii() and name.isdigit())
+        entries = [*self._root.iterdir()] if self._root.exists() else []
+        numbered = [entry for entry in entries if entry.name.isascii() and entry.name.isdigit()]
+        # A file of such a name is none; in an object store there are no folders to tell it from.
+        return sorted(int(entry.name) for entry in numbered if is_remote(self._root) or entry.is_dir())
 
 
 def state_items(state: TrainState) -> dict[str, Any]:

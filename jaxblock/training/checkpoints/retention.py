@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from jaxblock.training.config import BestBy
+
+GRADER_VERSION = "grader_version"
+"""The name under which a checkpoint says by which version of the grader it was scored."""
 
 
 class Keep(NamedTuple):
@@ -38,18 +42,20 @@ def comparable_score(metric: BestBy, evaluation: Mapping[str, Any]) -> float | N
     return None
 
 
-def scored_by(config: Mapping[str, Any]) -> dict[str, Any]:
+def scored_by(config: Mapping[str, Any], known: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
     """Returns what decides how checkpoints are scored: the metric, and the settings that it depends on.
 
     Args:
         config: the run's settings, as plain values by section and field.
+        known: the version of the grader as ``grader_version`` (None for one without versions); nothing where it is not known.
     """
     train, evaluate = config["train"], config["evaluate"]
     found = {"metric": train.get("keep_best")}
     if found["metric"] == "nelbo":
         return found | {"rows": train.get("eval_nelbo_rows"), "samples": evaluate.get("nelbo_samples")}
     decode = {f"decode.{name}": value for name, value in config["decode"].items() if name != "batch_size"}
-    return found | {"problems": train.get("eval_problems"), "grader": evaluate.get("grader")} | decode
+    version = {name: known[name] for name in (GRADER_VERSION,) if name in known}
+    return found | {"problems": train.get("eval_problems"), "grader": evaluate.get("grader")} | version | decode
 
 
 def same_scoring(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

@@ -34,7 +34,7 @@ from jaxblock.io.paths import PathLike, as_path
 from jaxblock.models.architecture import Architecture
 from jaxblock.models.config import Checkpoint
 from jaxblock.models.families import registry
-from jaxblock.training.checkpoints.reader import CheckpointReader
+from jaxblock.training.checkpoints.reader import CHECKPOINTS_FOLDER, CheckpointReader
 
 CONFIG, MODEL, BASE, TOKENIZER, ORIGIN = "config.yaml", "model.json", "base.json", "tokenizer", "origin"
 
@@ -83,9 +83,16 @@ class Run:
 
 
 def is_run(folder: PathLike) -> bool:
-    """Tells whether a folder holds a run."""
+    """Tells whether a folder holds a run.
+
+    Raises:
+        UserError: it holds the checkpoints of a run and only one of the two files that say what run it is.
+    """
     path = as_path(folder)
-    return (path / CONFIG).exists() and (path / MODEL).exists()
+    missing = [name for name in (CONFIG, MODEL) if not (path / name).exists()]
+    if len(missing) == 1 and (path / CHECKPOINTS_FOLDER).exists():
+        raise UserError(f"{path} is the folder of a run, but its {missing[0]} is missing: put it back")
+    return not missing
 
 
 def create_run_folder(
