@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -186,20 +186,32 @@ def equal_tokens() -> list[str]:
     ]
 
 
-def variance() -> list[str]:
-    """Returns how many intervals of variances exclude 1, and which part of a row's variance the count has."""
-    outside, total = 0, 0
-    for of in gradients().values():
+def resolved(measured: Iterable[list[dict[str, Any]]]) -> tuple[int, int, int]:
+    """Returns how many intervals of variances, in units of the default's, lie above 1 and below it, and of how many."""
+    above = below = total = 0
+    for of in measured:
         for name in of[0]["variance"]:
             values = np.log([one["variance"][name]["all"]["ratio"][0] for one in of])
             if np.any(values):
-                outside, total = outside + (t_interval(values).low > 0 or t_interval(values).high < 0), total + 1
+                found = t_interval(values)
+                above, below, total = above + (found.low > 0), below + (found.high < 0), total + 1
+    return above, below, total
+
+
+def variance() -> list[str]:
+    """Returns how many intervals of variances exclude 1, and which part of a row's variance the count has."""
+    above, below, total = resolved(gradients().values())
+    closer = resolved(
+        [read("small_variance")[f"{arm}-s{seed}"]["scores"][f"{at}/gradients"] for seed in range(12)]
+        for arm, at in (("begun", 1), ("blockwise", 400))
+    )
     laws = np.array([
         [read("small_secondary")[f"{arm}-s{seed}"]["scores"]["1600/by_8"]["nelbo_per_token"]["mean"] for seed in THREE]
         for arm in ("exact_count", "bernoulli", "pairs", "antithetic", "blockwise")
     ])  # fmt: skip
     return [
-        f"{outside} of {total}",
+        f"{above + below} of {total}",
+        f"of {closer[2]} intervals {closer[0]} lie above 1 and {closer[1]} below it",
         f"differ by {np.ptp(laws.mean(1)):.3f} at most, while the seeds of one law differ by up to {np.ptp(laws, axis=1).max():.3f}",
     ]
 
