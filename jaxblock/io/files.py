@@ -12,6 +12,8 @@ import shutil
 from collections.abc import Iterable
 from typing import Any
 
+from etils import epath
+
 from jaxblock.errors import UserError
 from jaxblock.io.json_text import parse_json
 from jaxblock.io.paths import PathLike, as_path, explained, is_remote, put_object, temporary_sibling
@@ -61,7 +63,7 @@ def write_bytes(path: PathLike, content: bytes, *, overwrite: bool = False) -> N
         UserError: the file exists and `overwrite` is off, it is a device or a pipe, or it cannot be written; what exists is then
             untouched.
     """
-    target = as_path(real_path(path))
+    target = _behind_links(path)
     with explained("write", path):
         _check_regular(path)
         if not overwrite and target.exists():
@@ -142,13 +144,18 @@ def check_absent(path: PathLike, *, overwrite: bool = False, inputs: Iterable[Pa
             raise UserError(
                 f"{os.fspath(path)} is read by this command, from {given}, and would be lost: choose another path"
             )
-    check_writable(as_path(real_path(path)).parent)
+    check_writable(_behind_links(path).parent)
 
 
 def _check_regular(path: PathLike) -> None:
     """Raises UserError where there is a device or a pipe, which a finished file would take the place of."""
     if not is_remote(path) and os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
         raise UserError(f"{os.fspath(path)} is a device or a pipe, not a file: choose the path of a file")
+
+
+def _behind_links(path: PathLike) -> epath.Path:
+    """Returns the file that a path means; an address in an object store as it is."""
+    return as_path(path if is_remote(path) else os.path.realpath(path))
 
 
 def real_path(path: PathLike) -> pathlib.PurePath:

@@ -14,7 +14,7 @@ import pytest
 import jaxblock
 from jaxblock.commands import train
 from jaxblock.errors import UserError
-from jaxblock.io.files import read_bytes, write_bytes
+from jaxblock.io.files import check_absent, read_bytes, write_bytes
 from jaxblock.io.folders import check_vacant, folder_bytes, list_folder, new_folder
 from jaxblock.io.json_lines import JsonlWriter
 from jaxblock.io.paths import as_path, put_object
@@ -67,6 +67,18 @@ def test_an_upload_that_fails_leaves_nothing_and_what_appears_meanwhile_stays(st
     with pytest.raises(FileExistsError):  # it appears just after `write_bytes` has looked
         put_object("gs://bucket/made/MARK", b"ours", overwrite=False)
     assert store.content("made/MARK") == b"theirs"
+
+
+def test_a_file_of_the_store_is_looked_at_and_made_there_alone(store, tmp_path, monkeypatch):
+    """Not in a folder of the disk that is named like its address."""
+    monkeypatch.chdir(tmp_path)
+    for content, overwrite in ((b"one", False), (b"two", True)):
+        check_absent("gs://bucket/answers/mine.jsonl", overwrite=overwrite)
+        write_bytes("gs://bucket/answers/mine.jsonl", content, overwrite=overwrite)
+        assert read_bytes("gs://bucket/answers/mine.jsonl") == content
+        with pytest.raises(UserError, match="exists already"):
+            check_absent("gs://bucket/answers/mine.jsonl")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_large_file_goes_up_and_comes_down_in_pieces(store):
